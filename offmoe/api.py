@@ -1,0 +1,196 @@
+"""`from_pretrained`: compose catalog, store, arena, planner and transfer around a model of transformers.
+
+What moves: the dense weights, once, from the shards to the device; the experts stay where they are. Bound: reading
+the dense part. Must never materialise an expert as a parameter, not even while loading, and decides what fits before
+it loads anything."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from offmoe.config import OffloadConfig
+from offmoe.errors import ConfigError
+from offmoe.hf import experts as hf_experts
+from offmoe.hf.catalog import ExpertCatalog, build_catalog, find_experts
+from offmoe.hf.load import build_meta, load_dense, model_class, read_config, resolve_folder
+from offmoe.hf.needs import model_bytes
+from offmoe.offload import Offload
+from offmoe.policy.planner import build_planner
+from offmoe.runtime.arena import SlotArena
+from offmoe.runtime.backend import Backend, select_backend
+from offmoe.runtime.checkpoint import Checkpoint
+from offmoe.runtime.executor import ExpertExecutor
+from offmoe.runtime.formats import ExpertLayout
+from offmoe.runtime.memory import MemoryPlan, plan_memory
+from offmoe.runtime.store import ExpertStore
+from offmoe.runtime.transfer import TransferEngine
+from offmoe.trace import TraceWriter
+from offmoe.types import CacheStats
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """A checkpoint whose headers have been read; nothing is loaded."""
+
+    folder: Path
+    hf_config: PretrainedConfig
+    model_class: type[PreTrainedModel]
+    checkpoint: Checkpoint
+    catalog: ExpertCatalog
+    dtype: torch.dtype
+    config: OffloadConfig
+    """As asked, with device, slots, context and modes resolved."""
+    plan: MemoryPlan
+    backend: Backend
+
+    @property
+    def expert_bytes(self) -> int:
+        """All experts, at rest."""
+        return sum(record.nbytes for record in self.catalog.records.values())
+
+
+def inspect(
+    model: str | os.PathLike[str],
+    config: OffloadConfig,
+    *,
+    dtype: str | torch.dtype | None = None,
+    **hub: Any,
+) -> Inspected:
+    """Read headers and configuration, divide the memory; loads no weight. Raises what `from_pretrained` would."""
+    backend = select_backend(config.device)
+    folder = resolve_folder(model, **hub)
+    hf_config = read_config(folder)
+    cls = model_class(hf_config)
+    checkpoint = Checkpoint.open(folder)
+    meta = build_meta(hf_config, cls)
+    catalog = build_catalog(checkpoint, meta)
+    compute = _dtype(dtype, hf_config)
+    needs = model_bytes(meta, catalog, compute, staging_counts=backend.staging_counts)
+    plan = plan_memory(config, catalog.shape, needs, int(backend.free_bytes() * backend.auto_share))
+    slots = plan.slots_per_layer
+    resolved = config.resolved(
+        device=str(backend.device),
+        device_memory=plan.budget,
+        host_memory=0,
+        slots_per_layer=slots[0] if len(set(slots)) == 1 else slots,
+        max_context=plan.max_context,
+        on_miss="fetch",
+        exactness="bitwise",
+    )
+    return Inspected(folder, hf_config, cls, checkpoint, catalog, compute, resolved, plan, backend)
+
+
+def from_pretrained(
+    model: str | os.PathLike[str],
+    device: str | None = None,
+    device_memory: int | str = "auto",
+    host_memory: int | str = "auto",
+    slots_per_layer: int | tuple[int, ...] | None = None,
+    experts: str = "native",
+    eviction: str = "aged-lfu",
+    scope: str = "layer",
+    max_context: int | None = None,
+    on_miss: str = "auto",
+    prefetch: int | str = "auto",
+    exactness: str = "auto",
+    profile: str | os.PathLike[str] | None = None,
+    trace: str | os.PathLike[str] | None = None,
+    dtype: str | torch.dtype | None = None,
+    **hf_kwargs: Any,
+) -> PreTrainedModel:
+    """A model of transformers whose experts stay outside the device; an instance of the architecture's own class.
+
+    model: a folder, a Hub id, or "demo". Options: docs of OffloadConfig. trace: record the routing into this file,
+    written when `model.offload` is closed. dtype: to compute in; slots keep the checkpoint's. hf_kwargs go to
+    transformers. Raises ConfigError, CheckpointError or CapacityError before anything is loaded."""
+    if profile is not None:
+        raise ConfigError("profile= is not built yet; pass the cache options themselves.")
+    config = OffloadConfig(
+        device=device,
+        device_memory=device_memory,
+        host_memory=host_memory,
+        slots_per_layer=slots_per_layer,
+        experts=experts,
+        eviction=eviction,
+        scope=scope,
+        max_context=max_context,
+        on_miss=on_miss,
+        prefetch=prefetch,
+        exactness=exactness,
+    )
+    hub = {name: hf_kwargs.pop(name) for name in HUB_OPTIONS if name in hf_kwargs}
+    inspected = inspect(model, config, dtype=dtype, **hub)
+    logger.info("%s on %s", inspected.plan.describe(), inspected.config.device)
+    return load(inspected, name=str(model), trace=trace, **hf_kwargs)
+
+
+def load(
+    inspected: Inspected, *, name: str = "", trace: str | os.PathLike[str] | None = None, **hf_kwargs: Any
+) -> PreTrainedModel:
+    """Load what `inspect` found."""
+    catalog, backend, config = inspected.catalog, inspected.backend, inspected.config
+    layouts = [layer.layout for layer in catalog.layers]
+    planner = build_planner(config.cache(), catalog.shape)
+    writer = None if trace is None else TraceWriter(trace, name, catalog.shape, config.cache())
+    model = load_dense(
+        inspected.folder,
+        inspected.hf_config,
+        inspected.model_class,
+        catalog,
+        device=backend.device,
+        dtype=inspected.dtype,
+        experts_implementation=hf_experts.IMPLEMENTATION,
+        **hf_kwargs,
+    )
+    model.requires_grad_(False)
+    store = ExpertStore(inspected.checkpoint.shards, catalog.records)
+    try:
+        arena = SlotArena(backend.allocate, _slot_layouts(layouts, inspected.plan, config.scope))
+        stats = CacheStats.for_layers(catalog.shape.layers)
+        assemblies = [layer.assembly for layer in catalog.layers]
+        transfer = TransferEngine(store, arena, backend, layouts, assemblies, on_stall=stats.stalled)
+    except BaseException:
+        store.close()
+        raise
+    executor = ExpertExecutor(planner, transfer, arena, backend, layouts, stats)
+    executor.trace = writer
+    modules = find_experts(model)
+    for layer, entry in enumerate(catalog.layers):
+        hf_experts.attach(modules[entry.name], executor, layer)
+    in_order = [modules[entry.name] for entry in catalog.layers]
+    Offload(model, config, inspected.plan, executor, in_order, [transfer.close, store.close])
+    return model
+
+
+def _slot_layouts(layouts: list[ExpertLayout], plan: MemoryPlan, scope: str) -> list[ExpertLayout]:
+    """The layout that sizes each slot: its layer's, or the largest where any layer may use it."""
+    if scope == "model":
+        largest = max(layouts, key=lambda layout: layout.nbytes)
+        return [largest] * sum(plan.slots_per_layer)
+    return [layout for layout, quota in zip(layouts, plan.slots_per_layer, strict=True) for _ in range(quota)]
+
+
+def _dtype(dtype: str | torch.dtype | None, hf_config: PretrainedConfig) -> torch.dtype:
+    """The dtype to compute in: as asked, else the checkpoint's own."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype in (None, "auto"):
+        own = getattr(hf_config, "dtype", None) or getattr(hf_config.get_text_config(), "dtype", None)
+        return own if isinstance(own, torch.dtype) else getattr(torch, str(own or "float32").removeprefix("torch."))
+    found = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise ConfigError(f"dtype={dtype!r} is unknown. Use 'auto', 'bfloat16', 'float16' or 'float32'.")
+    return found

@@ -1,0 +1,135 @@
+"""The command line: `offmoe VERB ...`, the same as `python -m offmoe VERB ...`.
+
+Nothing heavy is imported before the verb is known: `offmoe --help` must start in under 0.3 s, and `simulate` never
+needs torch. This module turns every outcome into an exit status and at most one line on stderr: 0, 2 for a wrong
+option, 1 for any other error that a user can meet, 130 after Ctrl-C. Only offmoe's own bugs show a traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+
+from offmoe.cli.interrupt import STATUS as INTERRUPTED
+from offmoe.cli.interrupt import CtrlC
+from offmoe.errors import CapacityError, ConfigError, OffmoeError
+
+VERBS = {
+    "inspect": "what a model needs and what fits on this machine; reads headers, loads nothing",
+    "generate": "continue a prompt, then show what the expert cache did",
+    "simulate": "replay a recorded routing trace under one cache configuration; needs no torch",
+}
+NOT_BUILT = ("bench", "calibrate", "chat", "doctor", "pack", "report", "serve", "trace", "tune")
+
+HELP = f"""usage: offmoe VERB [options]
+
+Run Mixture-of-Experts models whose experts do not fit the device.
+
+{"".join(f"  {verb:<10} {summary}{chr(10)}" for verb, summary in VERBS.items())}
+Options of a verb: offmoe VERB --help. Version: offmoe --version.
+Try: offmoe generate demo "Once upon a time"
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status. argv: without the program's name; None: the process's own."""
+    ctrl_c = CtrlC(ends_process=argv is None)
+    try:
+        with ctrl_c:
+            status = _run(list(sys.argv[1:] if argv is None else argv))
+            _flush()
+    except BaseException as error:
+        if ctrl_c.pressed or isinstance(error, KeyboardInterrupt):
+            status = INTERRUPTED
+        elif isinstance(error, SystemExit):  # argparse, after --help
+            status = int(error.code or 0)
+        elif isinstance(error, BrokenPipeError):
+            status = 1  # the reader has gone: there is nobody to tell
+        else:
+            status = _complain(error)
+    if ctrl_c.pressed:  # also where a library swallowed the KeyboardInterrupt
+        status = INTERRUPTED
+        _say("interrupted")
+    _discard_unwritten()
+    ctrl_c.end()
+    return status
+
+
+def _run(argv: list[str]) -> int:
+    verb, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if verb in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if verb == "--version":
+        from offmoe import __version__
+
+        print(f"offmoe {__version__}")
+        return 0
+    available = ", ".join(VERBS)
+    if not verb:
+        raise ConfigError(f"no verb given; available: {available}. See 'offmoe --help'.")
+    if verb.startswith("-"):
+        raise ConfigError(
+            f"unknown option {verb!r} before the verb; use 'offmoe VERB [options]' with one of: {available}."
+        )
+    if verb in NOT_BUILT:
+        raise ConfigError(f"'offmoe {verb}' is not built yet; available: {available}.")
+    if verb not in VERBS:
+        from offmoe.cli.options import closest
+
+        raise ConfigError(f"unknown verb {verb!r}{closest(verb, VERBS)}; available: {available}.")
+    from importlib import import_module
+
+    from offmoe.cli.output import Output, logging_to_stderr
+
+    module = import_module(f"offmoe.cli.{verb}")
+    args = module.parser().parse_intermixed_args(rest)
+    out = Output(json=args.json)
+    with logging_to_stderr(args.verbose):
+        module.run(args, out)
+    return 0
+
+
+def _complain(error: BaseException) -> int:
+    """One line for an error of the user's world; a bug is raised again."""
+    if not isinstance(error, OffmoeError):
+        if not _out_of_memory(error):
+            raise error
+        reason = " ".join(str(error).split())[:200]
+        error = CapacityError(
+            f"out of memory ({reason or 'no details'}); lower --device-memory, --slots-per-layer or --max-context."
+        )
+    _say("error: " + " ".join(str(error).split()))
+    return error.exit_status
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Python's own, torch's on a device (by name: torch may not be loaded), or torch's on a CPU (a RuntimeError)."""
+    names = {cls.__name__ for cls in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):  # nobody listens; the exit status says it
+        print(f"offmoe: {line}", file=sys.stderr, flush=True)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+
+
+def _discard_unwritten() -> None:
+    """What cannot be written must not be tried again at shutdown, which would print an error and change the status."""
+    try:
+        _flush()
+    except (OSError, ValueError):
+        import os
+
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError, AttributeError):  # closed, or no file at all: nothing will be flushed
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

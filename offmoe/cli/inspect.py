@@ -1,0 +1,144 @@
+"""`offmoe inspect MODEL`: what a model needs and what fits here, from headers and configuration. No weight is read."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from offmoe.cli import options
+from offmoe.cli.output import Output, percent, plain, span
+from offmoe.config import OffloadConfig, format_size
+from offmoe.errors import CapacityError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from offmoe.api import Inspected
+
+KNEE = 2
+"""Slots per top_k where hit rates stop rising steeply: below it a layer evicts what its next token needs."""
+BOUNDLESS = 1 << 60
+"""Bytes that any model fits into."""
+
+
+def parser() -> options.Parser:
+    parser = options.Parser("inspect", "What a model needs and what fits here; reads headers, loads nothing.")
+    options.add_loading(parser)
+    options.add_cache(parser)
+    return parser
+
+
+def run(args: argparse.Namespace, out: Output) -> None:
+    config, hub = options.offload_config(args), options.hub_options(args)
+    from offmoe.api import inspect
+    from offmoe.cli.libraries import quiet
+
+    quiet(args.verbose)
+    try:
+        found = inspect(args.model, config, dtype=args.dtype, **hub)
+    except CapacityError:
+        boundless = replace(config, device_memory=BOUNDLESS, slots_per_layer=None)
+        found = inspect(args.model, boundless, dtype=args.dtype, **hub)
+        out.result(_needs(args.model, found))
+        out.json({**_facts(found), "plan": None})
+        raise
+    out.result(_needs(args.model, found), _fit(config, found), *_advice(config, found))
+    out.json({**_facts(found), "plan": found.plan.to_dict()})
+
+
+def _facts(found: Inspected) -> dict[str, object]:
+    shape = found.catalog.shape
+    return {
+        "family": found.hf_config.model_type,
+        "architecture": found.model_class.__name__,
+        "layers": _layers(found),
+        "moe_layers": shape.layers,
+        "experts": plain(shape.experts),
+        "top_k": plain(shape.top_k),
+        "expert_bytes": plain(shape.expert_bytes),
+        "expert_bytes_total": found.expert_bytes,
+        "dense_bytes": found.plan.dense,
+        "smallest_device_memory": found.plan.smallest,
+        "device": found.config.device,
+        "dtype": str(found.dtype).removeprefix("torch."),
+        "tokens_per_s": None,
+    }
+
+
+def _needs(name: str, found: Inspected) -> Table:
+    shape, total, dtype = found.catalog.shape, found.expert_bytes, str(found.dtype).removeprefix("torch.")
+    share = percent(total / (total + found.plan.dense))
+    table = _two_columns(f"{name}: what it is")
+    table.add_row("architecture", f"{found.model_class.__name__} ({found.hf_config.model_type})")
+    table.add_row("layers", f"{_layers(found)}, of which {shape.layers} have experts")
+    table.add_row("experts per layer", f"{span(shape.experts)}, top_k {span(shape.top_k)}")
+    table.add_row("one expert", f"{format_size(max(shape.expert_bytes))} ({max(shape.expert_bytes)} bytes)")
+    table.add_row("all experts", f"{format_size(total)} in {sum(shape.experts)}, {share} of the model")
+    table.add_row("dense part", f"{format_size(found.plan.dense)} in {dtype}, always on the device")
+    return table
+
+
+def _fit(config: OffloadConfig, found: Inspected) -> Table:
+    plan, shape = found.plan, found.catalog.shape
+    resident = percent(sum(plan.slots_per_layer) / sum(shape.experts))
+    asked = "free here, less a reserve" if config.device_memory == "auto" else "--device-memory"
+    table = _two_columns(f"what fits on {found.config.device}")
+    table.add_row("budget", format_size(plan.budget), asked)
+    table.add_row("dense part", format_size(plan.dense), "")
+    table.add_row(
+        "expert slots", format_size(plan.slots), f"{span(plan.slots_per_layer)} per layer, {resident} resident"
+    )
+    table.add_row("KV cache", format_size(plan.kv), f"{plan.max_context} tokens of context")
+    if plan.staging:
+        table.add_row("staging", format_size(plan.staging), "reads on their way")
+    table.add_row("workspace", format_size(plan.workspace), "activations, logits")
+    table.add_row(
+        "smallest budget", format_size(plan.smallest), f"{span(shape.top_k)} slots per layer ({plan.smallest} bytes)"
+    )
+    return table
+
+
+def _two_columns(title: str) -> Table:
+    from rich.table import Table
+
+    return Table(title=title, title_justify="left", show_header=False)
+
+
+def _advice(config: OffloadConfig, found: Inspected) -> list[str]:
+    """What to change, and what cannot be said yet."""
+    plan, shape = found.plan, found.catalog.shape
+    knee = tuple(min(KNEE * k, e) for k, e in zip(shape.top_k, shape.experts, strict=True))
+    where = f"the knee of {KNEE} x top_k = {span(knee)} slots per layer"
+    if config.slots_per_layer is None:
+        to_it = f"--device-memory {_rounded_up(_budget_for(knee, found))} --max-context {plan.max_context}"
+    else:
+        to_it = f"--slots-per-layer {','.join(map(str, sorted(set(knee)) if len(set(knee)) == 1 else knee))}"
+    if plan.slots_per_layer == shape.experts:
+        advice = f"Every expert has a slot: none is read twice. {to_it} would still be at {where}."
+    elif all(n >= m for n, m in zip(plan.slots_per_layer, knee, strict=True)):
+        advice = f"At or above {where}: more slots help gradually; {to_it} would just reach it."
+    else:
+        advice = f"Below {where}, where hit rates fall steeply; use {to_it} if the device can."
+    return [advice, "Expected tokens/s needs measured costs: 'offmoe calibrate', which is not built yet."]
+
+
+def _budget_for(slots: tuple[int, ...], found: Inspected) -> int:
+    """Device memory in which the plan's context and these slots fit."""
+    from offmoe.runtime.formats import PARAM_ALIGNMENT, aligned
+
+    sizes = [aligned(layer.layout.nbytes, PARAM_ALIGNMENT) for layer in found.catalog.layers]
+    return found.plan.used - found.plan.slots + sum(n * size for n, size in zip(slots, sizes, strict=True))
+
+
+def _rounded_up(size: int) -> str:
+    """A size that --device-memory takes and that is not below `size`."""
+    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20)):
+        if size >= scale:
+            tenths = -(-size * 10 // scale)
+            return f"{tenths // 10}.{tenths % 10}{unit}"
+    return str(size)
+
+
+def _layers(found: Inspected) -> int:
+    return int(found.hf_config.get_text_config().num_hidden_layers)

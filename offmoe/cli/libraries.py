@@ -1,0 +1,22 @@
+"""How transformers and the Hub behave under the command line, by their own switches and only here."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+from transformers.utils import logging
+
+
+def quiet(verbose: bool) -> None:
+    """Leave stderr to offmoe: no bars where there is no terminal; warnings of libraries only with `verbose`."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        hide_bars()
+    if not verbose:
+        logging.set_verbosity_error()
+        warnings.simplefilter("ignore")
+
+
+def hide_bars() -> None:
+    """From here on no progress bars, on no terminal: a download is worth one, loading the dense part is not."""
+    logging.disable_progress_bar()

@@ -1,0 +1,131 @@
+"""Options that several verbs share, under one name each: those of Python with dashes.
+
+A value that argparse cannot turn into its type is refused here; what values mean is checked by OffloadConfig and
+CacheOptions, so that Python and the command line refuse the same things. Must not import torch or transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+from offmoe.config import EVICTIONS, SCOPES, OffloadConfig
+from offmoe.errors import ConfigError
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """', did you mean ...?' or nothing; for the end of a message."""
+    found = get_close_matches(word, list(known), n=1)
+    return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises ConfigError where argparse would exit; no abbreviations, which new options would break."""
+
+    def __init__(self, verb: str, description: str):
+        super().__init__(prog=f"offmoe {verb}", description=description, allow_abbrev=False)
+        self.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
+        self.add_argument("-v", "--verbose", action="store_true", help="log what happens to stderr")
+
+    def error(self, message: str) -> NoReturn:
+        prefix = "unrecognized arguments: "
+        hint = ""
+        if message.startswith(prefix):
+            unknown = [word for word in message.removeprefix(prefix).split() if word.startswith("-")]
+            if unknown:
+                name = unknown[0].partition("=")[0]
+                starts = [option for option in self._option_string_actions if option.startswith(name)]
+                hint = f" (did you mean {starts[0]!r}?)" if starts else closest(name, self._option_string_actions)
+        raise ConfigError(f"{message}{hint}. See '{self.prog} --help'.")
+
+
+def add_cache(parser: argparse.ArgumentParser) -> None:
+    """Options of the cache's decisions: the same for a run and for a simulation."""
+    group = parser.add_argument_group("expert cache")
+    group.add_argument(
+        "--slots-per-layer",
+        type=_slots,
+        metavar="N[,N...]",
+        help="experts resident per MoE layer: a number, or one per layer",
+    )
+    group.add_argument("--eviction", metavar="POLICY", help=f"which expert to forget: {', '.join(EVICTIONS)}")
+    group.add_argument("--scope", metavar="SCOPE", help=f"what shares slots: {', '.join(SCOPES)}")
+    group.add_argument(
+        "--prefetch", type=_prefetch, metavar="N", help="experts fetched ahead per layer: 0 (off), N, or auto"
+    )
+    group.add_argument("--profile", metavar="FILE", help="measured costs and tuned options (not built yet)")
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """Options of a model and of the memory it may use."""
+    parser.add_argument("model", metavar="MODEL", help="a folder, a Hub id, or 'demo'")
+    group = parser.add_argument_group("memory")
+    group.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    group.add_argument(
+        "--device-memory",
+        type=_size,
+        metavar="SIZE",
+        help="cap for all on the device: 8GiB (default: auto)",
+    )
+    group.add_argument(
+        "--host-memory",
+        type=_size,
+        metavar="SIZE",
+        help="cap for experts in RAM: auto or 0 for now",
+    )
+    group.add_argument("--max-context", type=positive, metavar="TOKENS", help="tokens of KV cache to reserve")
+    group = parser.add_argument_group("computing")
+    group.add_argument("--experts", metavar="FORM", help="native: as stored in the checkpoint")
+    group.add_argument("--on-miss", metavar="HOW", help="fetch, or auto")
+    group.add_argument("--exactness", metavar="HOW", help="bitwise, or auto")
+    group.add_argument("--dtype", metavar="DTYPE", help="bfloat16, float16, float32 (default: the checkpoint's)")
+    group = parser.add_argument_group("Hugging Face Hub")
+    group.add_argument("--revision", metavar="NAME", help="branch, tag or commit")
+    group.add_argument("--local-files-only", action="store_true", help="never use the network")
+
+
+def offload_config(args: argparse.Namespace) -> OffloadConfig:
+    """The options of a run that were given; ConfigError for those that cannot be."""
+    refuse_profile(args)
+    given = {f.name: getattr(args, f.name) for f in fields(OffloadConfig) if getattr(args, f.name) is not None}
+    return OffloadConfig(**given)
+
+
+def hub_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Options of the download, as `offmoe.api.inspect` takes them."""
+    return {"revision": args.revision, "local_files_only": args.local_files_only}
+
+
+def refuse_profile(args: argparse.Namespace) -> None:
+    if args.profile is not None:
+        raise ConfigError("--profile is not built yet; pass the cache options themselves.")
+
+
+def _slots(text: str) -> int | tuple[int, ...]:
+    try:
+        values = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number or a comma-separated list of numbers") from None
+    return values[0] if len(values) == 1 else values
+
+
+def _prefetch(text: str) -> int | str:
+    if text == "auto":
+        return text
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} must be 'auto' or a number of experts per layer (0 = off)")
+    return int(text)
+
+
+def _size(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
+def positive(text: str) -> int:
+    """A whole number above 0; a type for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)

@@ -1,0 +1,112 @@
+"""Where output goes: the one place of the package that prints.
+
+stdout carries what was asked for: the model's text or the table, or with `--json` one JSON object and nothing else.
+All the rest goes to stderr. A terminal that cannot show a character gets a replacement, never a crash.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
+
+from offmoe.errors import OffmoeError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+class Output:
+    """Output of one command. `json`: stdout is for the JSON object alone."""
+
+    def __init__(self, json: bool):
+        self._json = json
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
+
+    def text(self, piece: str) -> None:
+        """Generated text as it comes; shown at once."""
+        _write(piece, sys.stderr if self._json else sys.stdout)
+
+    def note(self, line: str) -> None:
+        """A line about the run."""
+        _write(line + "\n", sys.stderr)
+
+    def result(self, *parts: Table | str) -> None:
+        """Tables and lines that were asked for."""
+        self._show(parts, sys.stderr if self._json else sys.stdout)
+
+    def details(self, *parts: Table | str) -> None:
+        """Tables and lines beside the result."""
+        self._show(parts, sys.stderr)
+
+    def json(self, values: Mapping[str, object]) -> None:
+        """The last line of stdout, if it was asked for."""
+        if self._json:
+            _write(json.dumps(values, allow_nan=False) + "\n", sys.stdout)
+
+    def _show(self, parts: tuple[Table | str, ...], stream: TextIO) -> None:
+        from rich.console import Console
+
+        if stream is None:
+            return
+        console = Console(file=stream, highlight=False)
+        for part in parts:
+            if isinstance(part, str):
+                _write(part + "\n", stream)
+            else:
+                with _written(stream):
+                    console.print(part)
+
+
+def _write(text: str, stream: TextIO) -> None:
+    with _written(stream):
+        print(text, end="", file=stream, flush=True)
+
+
+@contextmanager
+def _written(stream: TextIO) -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        name = "stdout" if stream is sys.stdout else "stderr"
+        raise OffmoeError(f"cannot write to {name}: {error.strerror}; free space or send it elsewhere.") from error
+
+
+@contextmanager
+def logging_to_stderr(verbose: bool) -> Iterator[None]:
+    """offmoe's own log on stderr while a command runs: warnings, with `verbose` everything."""
+    logger = logging.getLogger("offmoe")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("offmoe: %(levelname)s: %(message)s"))
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if verbose else logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+def percent(share: float) -> str:
+    """'61.6 %' of 0.616."""
+    return f"{100 * share:.1f} %"
+
+
+def span(values: tuple[int, ...]) -> str:
+    """'8' of equal values, '2-8' of others."""
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def plain(values: tuple[int, ...]) -> int | list[int]:
+    """One int where all layers agree, else one per layer: the form of JSON output and of traces."""
+    return values[0] if len(set(values)) == 1 else list(values)

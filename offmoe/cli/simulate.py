@@ -1,0 +1,122 @@
+"""`offmoe simulate TRACE`: what one cache configuration would have done with a recorded routing. Never imports torch.
+
+Bound: the planner, tens of microseconds per (step, layer), twice (the configuration and the Belady bound).
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from offmoe.cli import options
+from offmoe.cli.output import Output, percent, plain, span
+from offmoe.config import CacheOptions, format_size
+from offmoe.errors import ConfigError
+from offmoe.simulator import belady, replay, uniform_hit_rate
+from offmoe.trace import Trace, read_trace
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from offmoe.types import CacheStats
+
+GIVEN = ("slots_per_layer", "eviction", "scope", "prefetch")
+"""Options that override the trace's header."""
+
+
+def parser() -> options.Parser:
+    parser = options.Parser(
+        "simulate",
+        "Replay a recorded routing under one cache configuration. Options not given are those of the recorded run; "
+        "a trace without them gets the defaults and no prefetch.",
+    )
+    parser.add_argument("trace", metavar="TRACE", help="an .npz file written by generate --trace")
+    options.add_cache(parser)
+    return parser
+
+
+def run(args: argparse.Namespace, out: Output) -> None:
+    options.refuse_profile(args)
+    trace = read_trace(args.trace)
+    chosen = _options(args, trace)
+    quotas = chosen.quotas(trace.shape)
+    stats = replay(trace, chosen).stats
+    bound = belady(trace, chosen)
+    uniform = uniform_hit_rate(trace, chosen)
+    uniforms = [n / e for n, e in zip(quotas, trace.shape.experts, strict=True)]
+    if chosen.scope == "model":
+        uniforms = [uniform] * trace.shape.layers
+    out.result(
+        f"{args.trace}: {trace.model or 'unnamed model'}, {trace.tokens} tokens, {trace.shape.layers} MoE layers",
+        f"{chosen.eviction}, {span(quotas)} slots per layer of {span(trace.shape.experts)}, scope {chosen.scope}, "
+        f"prefetch {chosen.prefetch}",
+        _table(stats, bound, uniforms, uniform),
+        _gap(stats.hit_rate, bound.hit_rate, uniform, chosen.prefetch != 0),
+        f"fetched {format_size(stats.h2d_bytes)}; tokens/s needs 'offmoe calibrate', which is not built yet",
+    )
+    out.json(
+        {
+            "hit_rate": stats.hit_rate,
+            "belady": bound.hit_rate,
+            "uniform": uniform,
+            "by_layer": [
+                {
+                    "layer": i,
+                    "demands": ours.demands,
+                    "hit_rate": ours.hit_rate,
+                    "belady": best.hit_rate,
+                    "uniform": even,
+                }
+                for i, (ours, best, even) in enumerate(zip(stats.by_layer, bound.by_layer, uniforms, strict=True))
+            ],
+            "tokens_per_s": None,
+            "tokens": trace.tokens,
+            "stats": stats.to_dict(),
+            "config": {**chosen.to_dict(), "slots_per_layer": plain(quotas)},
+        }
+    )
+
+
+def _options(args: argparse.Namespace, trace: Trace) -> CacheOptions:
+    """What was given, else what the run had, else the defaults, with slots that the model can work with."""
+    default = CacheOptions()
+    assert isinstance(default.slots_per_layer, int)
+    base = trace.options or replace(default, slots_per_layer=max(default.slots_per_layer, *trace.shape.top_k))
+    chosen = replace(base, **{name: getattr(args, name) for name in GIVEN if getattr(args, name) is not None})
+    if args.prefetch not in (None, 0) and trace.predicted is None:
+        raise ConfigError(
+            f"--prefetch {args.prefetch}: the trace holds no predictions to act on; record one with 'offmoe generate "
+            f"--prefetch {args.prefetch} --trace FILE'."
+        )
+    return chosen
+
+
+def _table(stats: CacheStats, bound: CacheStats, uniforms: list[float], uniform: float) -> Table:
+    from rich.table import Table
+
+    table = Table(title="simulated expert cache", title_justify="left")
+    for name in ("MoE layer", "demands", "hit rate", "Belady", "uniform", "misses"):
+        table.add_column(name, justify="right")
+    rows = zip(map(str, range(len(uniforms))), stats.by_layer, bound.by_layer, uniforms, strict=True)
+    for name, ours, best, even in [*rows, ("all", stats, bound, uniform)]:
+        table.add_row(
+            name,
+            str(ours.demands),
+            percent(ours.hit_rate),
+            percent(best.hit_rate),
+            percent(even),
+            str(ours.misses),
+            end_section=name == str(len(uniforms) - 1),
+        )
+    return table
+
+
+def _gap(hit_rate: float, best: float, uniform: float, prefetching: bool) -> str:
+    """What is left to gain, as a share of what routing's skew and memory offer at all."""
+    belady = "Belady (which knows the future" + (", but fetches nothing ahead)" if prefetching else ")")
+    if hit_rate >= best:
+        return f"No gap to {belady} remains."
+    if best <= uniform:
+        return f"{belady} does no better than uniform routing would: there is nothing to gain."
+    return f"Of the gap from uniform routing to {belady}, {percent((best - hit_rate) / (best - uniform))} remains."

@@ -1,0 +1,171 @@
+"""Options of a run: frozen, validated once, the same words in Python, on the command line and in files.
+
+Nothing comes from environment variables. "auto" values are resolved where the facts are known (memory, model, device)
+by `dataclasses.replace`, so that `model.offload.config` says what really happened. The part of it that decisions
+depend on is written into every trace (`CacheOptions`), which is what makes replay exact."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from offmoe.errors import ConfigError
+from offmoe.types import CacheShape
+
+EVICTIONS = ("aged-lfu", "lru")
+EVICTIONS_TO_COME = ("lru-2", "s3-fifo", "sieve", "static")
+SCOPES = ("layer", "model")
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "KI": 2**10,
+    "MI": 2**20,
+    "GI": 2**30,
+    "TI": 2**40,
+}
+
+
+def parse_size(value: int | str, option: str) -> int:
+    """Bytes of 10737418240, "10GiB", "10 GB", "512M"; ConfigError naming `option` otherwise."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(value), re.IGNORECASE)
+    size = int(float(match[1]) * _UNITS[match[2].upper()]) if match and match[2].upper() in _UNITS else 0
+    if size <= 0:
+        raise ConfigError(f"{option}={value!r} is not a size. Use bytes or a number with a unit, such as '10GiB'.")
+    return size
+
+
+def format_size(size: float) -> str:
+    """'1.5 GiB' of bytes."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """What decisions depend on besides the accesses; written into traces, read back by replay.
+
+    slots_per_layer: one int, or one per MoE layer (scope "layer"); scope "model" pools their sum.
+    prefetch: 0 = off, n = at most n experts per layer, "auto" = as long as it pays.
+    half_life: accesses of a layer after which a use counts half (aged-lfu); flat optimum 8-32 (routing.md section D).
+    """
+
+    eviction: str = "aged-lfu"
+    scope: str = "layer"
+    slots_per_layer: int | tuple[int, ...] = 4
+    prefetch: int | str = 0
+    half_life: float = 16.0
+
+    def __post_init__(self) -> None:
+        _one_of("eviction", self.eviction, EVICTIONS, EVICTIONS_TO_COME)
+        _one_of("scope", self.scope, SCOPES)
+        _check_prefetch(self.prefetch)
+        if not self.half_life > 0:
+            raise ConfigError(f"half_life={self.half_life!r} must be a positive number of accesses.")
+
+    def quotas(self, shape: CacheShape) -> tuple[int, ...]:
+        """Slots of each MoE layer, at most its experts; ConfigError when one is below its top_k."""
+        slots = self.slots_per_layer
+        wanted = (slots,) * shape.layers if isinstance(slots, int) else tuple(slots)
+        if len(wanted) != shape.layers:
+            raise ConfigError(f"slots_per_layer has {len(wanted)} values, but the model has {shape.layers} MoE layers.")
+        for layer, (n, k) in enumerate(zip(wanted, shape.top_k, strict=True)):
+            if n < k:
+                raise ConfigError(
+                    f"slots_per_layer={n} is below top_k={k} of MoE layer {layer}: one token needs {k} experts. "
+                    f"Use at least {k}; {k + 1} or more are needed for a cache that can choose."
+                )
+        return tuple(min(n, e) for n, e in zip(wanted, shape.experts, strict=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CacheOptions:
+        """Of a trace's header or a profile; unknown names are a ConfigError."""
+        unknown = set(values) - set(cls.__dataclass_fields__)
+        if unknown:
+            raise ConfigError(
+                f"unknown cache option {sorted(unknown)[0]!r}; known: {', '.join(cls.__dataclass_fields__)}."
+            )
+        slots = values.get("slots_per_layer")
+        if isinstance(slots, list):
+            values = {**values, "slots_per_layer": tuple(slots)}
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class OffloadConfig:
+    """All options of `from_pretrained` (see interface.md); after loading, every "auto" is resolved.
+
+    Raises ConfigError naming the option, its value and what would work.
+    """
+
+    device: str | None = None
+    device_memory: int | str = "auto"
+    host_memory: int | str = "auto"
+    slots_per_layer: int | tuple[int, ...] | None = None
+    experts: str = "native"
+    eviction: str = "aged-lfu"
+    scope: str = "layer"
+    max_context: int | None = None
+    on_miss: str = "auto"
+    prefetch: int | str = "auto"
+    exactness: str = "auto"
+
+    def __post_init__(self) -> None:
+        _one_of("experts", self.experts, ("native",), ("int8", "int4"))
+        _one_of("eviction", self.eviction, EVICTIONS, EVICTIONS_TO_COME)
+        _one_of("scope", self.scope, SCOPES)
+        _one_of("on_miss", self.on_miss, ("auto", "fetch"), ("cpu",))
+        _one_of("exactness", self.exactness, ("auto", "bitwise"), ("numeric",))
+        _check_prefetch(self.prefetch)
+        if self.device_memory != "auto":
+            object.__setattr__(self, "device_memory", parse_size(self.device_memory, "device_memory"))
+        if self.host_memory not in ("auto", 0):
+            raise ConfigError(
+                f"host_memory={self.host_memory!r}: the host tier is not built yet; misses are read from disk. "
+                "Leave it at 'auto' or set 0."
+            )
+        slots = self.slots_per_layer
+        if slots is not None and not isinstance(slots, int):
+            if isinstance(slots, str) or not isinstance(slots, Sequence) or not all(isinstance(n, int) for n in slots):
+                raise ConfigError(f"slots_per_layer={slots!r} must be an int or one int per MoE layer.")
+            object.__setattr__(self, "slots_per_layer", tuple(slots))
+        if isinstance(slots, bool) or (isinstance(slots, int) and slots < 1):
+            raise ConfigError(f"slots_per_layer={slots!r} must be a positive int.")
+        if self.max_context is not None and (not isinstance(self.max_context, int) or self.max_context < 1):
+            raise ConfigError(f"max_context={self.max_context!r} must be a positive number of tokens.")
+
+    def resolved(self, **values: Any) -> OffloadConfig:
+        """This with some "auto"s replaced."""
+        return replace(self, **values)
+
+    def cache(self) -> CacheOptions:
+        """The part that decisions depend on; slots_per_layer must be resolved."""
+        assert self.slots_per_layer is not None
+        return CacheOptions(self.eviction, self.scope, self.slots_per_layer, self.prefetch)
+
+
+def _one_of(option: str, value: object, allowed: Sequence[str], to_come: Sequence[str] = ()) -> None:
+    if value in allowed:
+        return
+    if value in to_come:
+        raise ConfigError(f"{option}={value!r} is not built yet. Available now: {', '.join(allowed)}.")
+    raise ConfigError(f"{option}={value!r} is unknown. Use one of: {', '.join(allowed)}.")
+
+
+def _check_prefetch(value: int | str) -> None:
+    if value != "auto" and (isinstance(value, (bool, str)) or not isinstance(value, int) or value < 0):
+        raise ConfigError(f"prefetch={value!r} must be 'auto' or a number of experts per layer (0 = off).")

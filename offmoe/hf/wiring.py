@@ -1,0 +1,262 @@
+"""Which modules predict a layer's experts from the residual stream, found by watching one real forward.
+
+Nothing moves at discovery: for every module call of one forward the addresses of its input and outputs are noted, as
+integers, and forgotten at the next experts call. Weak references stand in for tensors, so a long prompt costs no
+memory. No names are used:
+
+    top_k_index of the experts call   -- same memory -->  the module that put it out             = router
+    input of the router               -- same memory -->  the childless module that put it out   = norm
+    input of the norm                                                                            = residual stream
+
+Before it is trusted, router(norm(residual)) is run on the spot and must give the very ids that the experts got.
+At run time a prediction costs one norm and one router of the device's time; bounded by launch overhead.
+
+What it must never do: keep an activation after `finish()`, change what the model computes, or predict with a router
+that needs more than the residual (arguments that differ per call).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+Place = tuple[int, int, torch.dtype]
+"""Address, number of elements and dtype: enough to recognise a tensor, or a view of the whole of it, while it lives."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """How one layer's ids come from a residual. norm None: the router takes the residual itself.
+
+    index: which of the router's outputs are the ids. rows: the router wants [tokens, hidden], not [batch, length,
+    hidden]. extra, extra_by_name: its further arguments, parameters or buffers of the model.
+    """
+
+    norm: nn.Module | None
+    router: nn.Module
+    index: int
+    rows: bool
+    extra: tuple[Tensor | None, ...]
+    extra_by_name: dict[str, Tensor | None]
+
+    def ids(self, residual: Tensor) -> Tensor:
+        """residual [..., hidden] -> int64 [tokens, top_k]."""
+        # .forward: the recorders that transformers hooks onto routers must not see a prediction
+        hidden = residual if self.norm is None else self.norm.forward(residual)
+        hidden = hidden.reshape(-1, hidden.shape[-1]) if self.rows else hidden
+        out = list(_tensors(self.router.forward(hidden, *self.extra, **self.extra_by_name)))[self.index]
+        return out.reshape(-1, out.shape[-1]).to(torch.int64)
+
+
+class RouterWiring:
+    """For each MoE layer, what predicts its experts from the residual of the layer before.
+
+    `routes[l]` is None where no prediction is possible; `taps[l]` is the module whose input is layer l's residual.
+    """
+
+    def __init__(self, routes: Sequence[Route | None], taps: Sequence[nn.Module | None]) -> None:
+        self.routes = tuple(routes)
+        self.taps = tuple(taps)
+
+    @classmethod
+    def discover(cls, model: nn.Module, experts: Sequence[nn.Module], run: Callable[[], object]) -> RouterWiring:
+        """Watch `run()`, which must run one forward of `model`; experts: its experts modules by MoE layer."""
+        recorder = WiringRecorder(model, experts)
+        recorder.start()
+        try:
+            run()
+        finally:
+            wiring = recorder.finish()
+        return wiring
+
+    def can_predict(self, layer: int) -> bool:
+        """Whether `predict` works for this layer."""
+        return self.routes[layer] is not None
+
+    @torch.no_grad()
+    def predict(self, layer: int, residual: Tensor) -> Tensor:
+        """Experts that `layer` will want if its residual is like this one, [..., hidden] -> int64 [tokens, top_k]."""
+        route = self.routes[layer]
+        assert route is not None, f"layer {layer} cannot be predicted"
+        return route.ids(residual)
+
+    def install(self, keep: Callable[[int, Tensor], None]) -> list[RemovableHandle]:
+        """Call keep(layer, residual [..., hidden]) whenever a layer's residual is there, before its experts run."""
+
+        def tap(layer: int) -> Callable[[nn.Module, tuple[object, ...], dict[str, object]], None]:
+            def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+                keep(layer, next(_tensors((args, kwargs))))
+
+            return hook
+
+        return [
+            module.register_forward_pre_hook(tap(layer), with_kwargs=True)
+            for layer, module in enumerate(self.taps)
+            if module is not None
+        ]
+
+
+class _PerCall:
+    """Stands in for an argument that is not the model's own and may differ at the next call."""
+
+
+_PER_CALL = _PerCall()
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One module call, without holding on to anything it computed."""
+
+    module: nn.Module
+    source: Place | None
+    dims: int
+    held: weakref.ref[Tensor] | None
+    outputs: tuple[Place, ...]
+    made: tuple[weakref.ref[Tensor], ...]
+    extra: tuple[Tensor | _PerCall | None, ...]
+    extra_by_name: dict[str, Tensor | _PerCall | None]
+
+
+class WiringRecorder:
+    """Discovery inside a forward that happens anyway: `start()` before it, `finish()` after it, also when it failed."""
+
+    def __init__(self, model: nn.Module, experts: Sequence[nn.Module]) -> None:
+        self._modules = [
+            module for module in model.modules() if module is not model
+        ]  # its own hooks call start and finish
+        self._layer_of = {module: layer for layer, module in enumerate(experts)}
+        self._constants: dict[int, Tensor | _PerCall] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        self._routes: list[Route | None] = [None] * len(experts)
+        self._taps: list[nn.Module | None] = [None] * len(experts)
+        self._unseen = set(range(len(experts)))
+        self._calls: list[_Call] = []
+        self._handles: list[RemovableHandle] = []
+        self._trying = False
+
+    def start(self) -> None:
+        """Hook all modules."""
+        assert not self._handles, "already started"
+        for module in self._modules:
+            if module in self._layer_of:
+                self._handles.append(module.register_forward_pre_hook(self._on_experts, with_kwargs=True))
+            else:
+                self._handles.append(module.register_forward_hook(self._on_call, with_kwargs=True))
+
+    def finish(self) -> RouterWiring:
+        """Remove all hooks and return what was found; a layer that was not called cannot be predicted."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._calls.clear()
+        return RouterWiring(self._routes, self._taps)
+
+    def _on_call(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
+        if self._trying or not self._unseen:
+            return
+        named = list(kwargs.items())
+        given: list[object] = [*args, *(value for _, value in named)]
+        at = next((i for i, v in enumerate(given) if isinstance(v, Tensor) and id(v) not in self._constants), None)
+        hidden = None if at is None else given[at]
+        assert hidden is None or isinstance(hidden, Tensor)
+        # what stands after the hidden state is an argument to repeat; anything before it makes the call unrepeatable
+        repeatable = at == 0 or (not args and at is not None)
+        self._calls.append(
+            _Call(
+                module=module,
+                source=None if hidden is None else _place(hidden),
+                dims=0 if hidden is None else hidden.dim(),
+                held=None if hidden is None else weakref.ref(hidden),
+                outputs=tuple(_place(t) for t in _tensors(output)),
+                made=tuple(weakref.ref(t) for t in _tensors(output)),
+                extra=tuple(map(self._constant, args[1:])) if repeatable else (_PER_CALL,),
+                extra_by_name={name: self._constant(v) for i, (name, v) in enumerate(named, len(args)) if i != at},
+            )
+        )
+
+    def _constant(self, value: object) -> Tensor | _PerCall | None:
+        """A parameter, a buffer or None as it is; anything else is per call."""
+        return None if value is None else self._constants.get(id(value), _PER_CALL)
+
+    def _on_experts(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        layer = self._layer_of[module]
+        calls, self._calls = self._calls, []
+        if layer not in self._unseen:
+            return
+        self._unseen.remove(layer)
+        ids = next((t for t in _tensors((args, kwargs)) if not t.is_floating_point() and t.dtype != torch.bool), None)
+        if ids is None:
+            return
+        place = _place(ids)
+        # the first to put it out is the innermost: callers that pass it on complete later
+        at = next((i for i, call in enumerate(calls) if place in call.outputs), None)
+        if at is None:
+            return
+        router = calls[at]
+        norm = _producer(calls[:at], router)
+        first = norm or router
+        self._taps[layer] = first.module
+        route = _route(norm, router, router.outputs.index(place))
+        residual = None if first.held is None else first.held()
+        if route is None:
+            return
+        if residual is not None:
+            proven = self._reproduces(route, residual, ids)
+        else:  # the model has dropped it; then the norm's output must live, or the router's input may be other memory
+            normed = None if norm is None else norm.made[0]()
+            proven = normed is not None and self._reproduces(replace(route, norm=None), normed, ids)
+        if proven:
+            self._routes[layer] = route
+
+    def _reproduces(self, route: Route, residual: Tensor, ids: Tensor) -> bool:
+        self._trying = True
+        try:
+            with torch.no_grad():
+                found = route.ids(residual)
+        except (RuntimeError, TypeError, ValueError, IndexError):  # it needs something that this route does not give it
+            return False
+        finally:
+            self._trying = False
+        return torch.equal(found, ids.reshape(-1, ids.shape[-1]).to(torch.int64))
+
+
+def _producer(calls: Sequence[_Call], router: _Call) -> _Call | None:
+    """The childless module that put out what the router reads; one that passes its input on (dropout) is not it."""
+    for call in reversed(calls):
+        leaf = next(call.module.children(), None) is None
+        if leaf and router.source is not None and router.source in call.outputs and call.source is not None:
+            if call.source[0] == router.source[0]:
+                continue
+            if call.outputs == (router.source,) and call.source[1] == router.source[1]:
+                return call
+    return None
+
+
+def _route(norm: _Call | None, router: _Call, index: int) -> Route | None:
+    """The route through these two calls, if the residual and the model's own tensors are all they need."""
+    if norm is not None and any(value is not None for value in (*norm.extra, *norm.extra_by_name.values())):
+        return None
+    extra = [v for v in router.extra if not isinstance(v, _PerCall)]
+    by_name = {name: v for name, v in router.extra_by_name.items() if not isinstance(v, _PerCall)}
+    if len(extra) < len(router.extra) or len(by_name) < len(router.extra_by_name):
+        return None
+    return Route(None if norm is None else norm.module, router.module, index, router.dims == 2, tuple(extra), by_name)
+
+
+def _place(tensor: Tensor) -> Place:
+    return tensor.data_ptr(), tensor.numel(), tensor.dtype
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """Tensors in (nested) outputs or arguments, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, Mapping):
+        yield from _tensors(list(value.values()))

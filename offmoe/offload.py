@@ -1,0 +1,211 @@
+"""The handle at `model.offload`: what the runtime did and holds, and the end of it.
+
+It also stands around the model's calls: one user at a time, no step past the reserved context, no move that would
+tear slots and weights apart, every step announced to the recording. All of that hangs on the one instance, by
+attributes of its own; classes of transformers are never changed. Nothing here may outlive `close`: no thread, no
+file, no pinned page."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from offmoe.config import OffloadConfig
+from offmoe.errors import CapacityError, ConfigError, OffmoeError
+from offmoe.hf.wiring import RouterWiring, WiringRecorder
+from offmoe.runtime.executor import ExpertExecutor
+from offmoe.runtime.memory import MemoryPlan
+from offmoe.trace import TraceWriter
+from offmoe.types import CacheStats
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+
+class _Prediction:
+    """Experts of a layer from the residual of the layer before it; knows nothing until a forward pass has been
+    watched.
+    """
+
+    def __init__(self, model: nn.Module, experts: Sequence[nn.Module]):
+        self._recorder: WiringRecorder | None = WiringRecorder(model, experts)
+        self._wiring: RouterWiring | None = None
+        self._residuals: dict[int, torch.Tensor] = {}
+
+    def begin(self) -> None:
+        if self._recorder is not None:
+            self._recorder.start()
+
+    def end(self) -> None:
+        self._residuals.clear()
+        if self._recorder is not None:
+            self._wiring = self._recorder.finish()
+            self._recorder = None
+            self._wiring.install(self._residuals.__setitem__)
+
+    def predict(self, layer: int) -> torch.Tensor | None:
+        """Expert ids [tokens, p] of `layer`, from the residual before the MoE block of `layer - 1`."""
+        residual = self._residuals.get(layer - 1)
+        if residual is None or self._wiring is None or not self._wiring.can_predict(layer):
+            return None
+        return self._wiring.predict(layer, residual)
+
+
+class Offload:
+    """Runtime of one model; making it puts it at `model.offload`. Also a context manager that closes it."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: OffloadConfig,
+        plan: MemoryPlan,
+        executor: ExpertExecutor,
+        experts: Sequence[nn.Module],
+        closing: Sequence[Callable[[], None]],
+    ):
+        self.config = config
+        """The options with every "auto" resolved."""
+        self._plan = plan
+        self._executor = executor
+        self._baseline = CacheStats.for_layers(executor.shape.layers)
+        self._lock = threading.RLock()
+        self._prediction: _Prediction | None = None
+        if config.prefetch != 0 and any(
+            q < e for q, e in zip(plan.slots_per_layer, executor.shape.experts, strict=True)
+        ):
+            self._prediction = _Prediction(model, experts)
+            executor.predictor = self._prediction
+        # What ends the runtime must not hold the model, or the model would never be collected.
+        self._finalizer = weakref.finalize(model, _close_all, [executor.end_trace, *closing])
+        self._install(model)
+
+    @property
+    def trace(self) -> TraceWriter | None:
+        """The recording under way."""
+        return self._executor.trace
+
+    def stats(self) -> CacheStats:
+        """Counts since loading or the last `reset_stats`; snapshots subtract."""
+        return self._executor.stats - self._baseline
+
+    def reset_stats(self) -> None:
+        self._baseline = self._executor.stats.copy()
+
+    def memory(self) -> MemoryPlan:
+        """The ledger: bytes of each tier, as planned before loading and held to."""
+        return self._plan
+
+    def close(self) -> None:
+        """End the reader threads, write the recording, release slots' files; idempotent. The model cannot run
+        afterwards.
+        """
+        self._finalizer()
+
+    def __enter__(self) -> Offload:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _install(self, model: PreTrainedModel) -> None:
+        cls: Any = type(model)
+        reference = weakref.ref(model)
+
+        @functools.wraps(cls.generate)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            kwargs.setdefault(
+                "disable_compile", True
+            )  # a static cache would compile, and a graph cannot call the planner
+            with self._in_use():
+                return cls.generate(reference(), *args, **kwargs)
+
+        @functools.wraps(cls.forward)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with self._in_use(), self._step(args, kwargs):
+                return cls.forward(reference(), *args, **kwargs)
+
+        def apply(convert: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module | None:
+            model = reference()
+            assert model is not None
+            probe = next(model.parameters()).detach()[:0]
+            moved = convert(probe)
+            if (moved.device, moved.dtype) != (probe.device, probe.dtype):
+                raise ConfigError(
+                    f"the model stays on {probe.device} in {probe.dtype}: its experts are in slots there. "
+                    "Load it again with from_pretrained(device=..., dtype=...)."
+                )
+            return model
+
+        # Instance attributes: the class, and every other model of it, stays as transformers made it.
+        for name, value in (("offload", self), ("generate", generate), ("forward", forward), ("_apply", apply)):
+            object.__setattr__(model, name, value)
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        if not self._finalizer.alive:
+            raise OffmoeError("the model was closed; load it again with from_pretrained.")
+        if not self._lock.acquire(blocking=False):
+            raise OffmoeError(
+                "the model is already generating in another thread. Wait for it, or load a second model: "
+                "one cache serves one user."
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    @contextmanager
+    def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """One forward pass: checked against the reserved context, announced to the recording, watched for
+        predictions.
+        """
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        rows = ids if isinstance(ids, torch.Tensor) else kwargs.get("inputs_embeds")
+        batch, length = (int(rows.shape[0]), int(rows.shape[1])) if isinstance(rows, torch.Tensor) else (1, 0)
+        cache: Any = kwargs.get("past_key_values")
+        past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+        if batch * (past + length) > self._plan.max_context:
+            raise CapacityError(
+                f"{batch} x {past + length} tokens of context do not fit the {self._plan.max_context} that memory is "
+                f"reserved for. Load the model with max_context={batch * (past + length)} or more."
+            )
+        trace = self._executor.trace
+        if trace is not None:
+            if past == 0:
+                trace.next_requests()
+            request = np.repeat(np.arange(batch, dtype=np.int32), length)
+            token = ids.reshape(-1).cpu().numpy() if isinstance(ids, torch.Tensor) else None
+            trace.begin_step(batch * length, request, token)
+        if self._prediction is None:
+            yield
+            return
+        self._prediction.begin()
+        try:
+            yield
+        finally:
+            self._prediction.end()
+
+
+def _close_all(closing: Sequence[Callable[[], None]]) -> None:
+    first: BaseException | None = None
+    for close in closing:
+        try:
+            close()
+        except Exception as error:
+            first = first or error
+    if first is not None:
+        raise first

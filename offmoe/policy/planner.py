@@ -1,0 +1,156 @@
+"""One access -> one plan; the same object in the runtime, which executes it, and in the simulator, which counts it.
+
+Nothing moves. It is on the critical path of every layer: at most 50 us in steady state (measured by
+tools/bench/overhead.py). Every expert that an access needs is protected before the first victim is chosen. Must never
+see a tensor, a stream, a clock or a file (rule R1), and never lets the order of Python sets decide anything.
+
+A layer that demands more experts than it has slots runs in waves: residents first, then the missing ones in ascending
+id; those that the policy would rather keep come last, so that they and the best residents are what stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from itertools import accumulate
+
+from offmoe.config import CacheOptions
+from offmoe.policy.eviction import LRU, AgedLFU, EvictionPolicy
+from offmoe.policy.prefetch import PrefetchPolicy, build_prefetch
+from offmoe.policy.residency import Residency
+from offmoe.types import Access, CacheShape, ExpertKey, Fetch, Lookup, Plan, Wave
+
+MakePolicy = Callable[[int, int], EvictionPolicy]
+"""(index of the pool, number of keys) -> its eviction policy. Scope "layer" has a pool per layer, scope "model" one."""
+
+
+class Planner:
+    """Decides for all layers of one model. `plan` must be called in the order of the accesses."""
+
+    def __init__(self, shape: CacheShape, options: CacheOptions, make_policy: MakePolicy):
+        self.shape = shape
+        self.options = options
+        quotas = options.quotas(shape)
+        self._first_key: Sequence[int]
+        if options.scope == "layer":
+            first_slot = [0, *accumulate(quotas)]
+            self._first_key = [0] * shape.layers
+            self._policies = [make_policy(layer, shape.experts[layer]) for layer in range(shape.layers)]
+            self._pools = [
+                Residency(shape.experts[layer], range(first_slot[layer], first_slot[layer + 1]), self._policies[layer])
+                for layer in range(shape.layers)
+            ]
+        else:
+            keys = sum(shape.experts)
+            self._first_key = [0, *accumulate(shape.experts)][:-1]
+            policy = make_policy(0, keys)
+            self._policies = [policy] * shape.layers
+            self._pools = [Residency(keys, range(sum(quotas)), policy)] * shape.layers
+        self._key_of = [ExpertKey(layer, e) for layer in range(shape.layers) for e in range(shape.experts[layer])]
+        self._first_global = [0, *accumulate(shape.experts)]
+        self._prefetch: PrefetchPolicy = build_prefetch(options.prefetch, shape.top_k)
+        self.num_slots = sum(quotas)
+        self.may_prefetch = options.prefetch != 0
+
+    def wants_prediction(self, layer: int) -> bool:
+        """Whether a prediction for `layer` could change a plan now: it is worth computing one."""
+        return (
+            self.may_prefetch
+            and layer < self.shape.layers
+            and self._prefetch.limit(layer) > 0
+            and not self._pools[layer].complete
+        )
+
+    def plan(self, access: Access) -> Plan:
+        """What to do for one access; changes residency as if it were done."""
+        layer, demands = access.layer, access.demands
+        pool, policy, first = self._pools[layer], self._policies[layer], self._first_key[layer]
+        experts = [d.expert for d in demands]
+        keys = [first + e for e in experts] if first else experts
+        found = [pool.lookup(key) for key in keys]
+        if self.may_prefetch:
+            self._prefetch.demanded(layer, experts)
+        policy.used(keys, demands, access.tail)
+        pending = found.count(Lookup.PENDING)
+        misses = found.count(Lookup.MISS)
+        if pending:
+            for key in keys:
+                pool.demanded(key)
+        if misses == 0:
+            waves: tuple[Wave, ...] = (
+                Wave(tuple([(e, pool.slot(k)) for e, k in zip(experts, keys, strict=True)]), ()),
+            )
+        elif len(keys) <= pool.capacity:
+            missing = [key for key, where in zip(keys, found, strict=True) if where == Lookup.MISS]
+            fetches = self._admit(layer, missing, keys)
+            waves = (Wave(tuple([(e, pool.slot(k)) for e, k in zip(experts, keys, strict=True)]), fetches),)
+        else:
+            waves = self._waves(layer, keys, found)
+        prefetches = self._prefetches(layer + 1, access.predicted) if access.predicted else ()
+        return Plan(layer, waves, prefetches, len(keys) - pending - misses, pending, misses)
+
+    def _admit(self, layer: int, missing: Sequence[int], protected: Collection[int]) -> tuple[Fetch, ...]:
+        pool = self._pools[layer]
+        fetches = []
+        for key in missing:
+            admission = pool.admit(key, protected)
+            assert admission is not None, "a wave is never larger than its pool"
+            fetches.append(self._fetch(layer, key, admission.slot, admission.evicted))
+        return tuple(fetches)
+
+    def _fetch(self, layer: int, key: int, slot: int, evicted: int | None) -> Fetch:
+        base = self._first_global[layer] if self.options.scope == "layer" else 0
+        forgotten = None if evicted is None else self._key_of[base + evicted]
+        return Fetch(self._key_of[base + key], slot, forgotten)
+
+    def _waves(self, layer: int, keys: Sequence[int], found: Sequence[Lookup]) -> tuple[Wave, ...]:
+        pool, policy, first = self._pools[layer], self._policies[layer], self._first_key[layer]
+        here = [key for key, where in zip(keys, found, strict=True) if where != Lookup.MISS]
+        missing = [key for key, where in zip(keys, found, strict=True) if where == Lookup.MISS]
+        # What should stay: the best of all that is demanded or resident, less the slots that the rest passes through.
+        passing = max(1, pool.capacity // 4)
+        candidates = sorted({*keys, *pool.resident_keys()}, key=lambda key: (-policy.score(key), -key))
+        best = candidates[: pool.capacity - passing]
+        keep = set(best)
+        order = [key for key in missing if key not in keep] + [key for key in missing if key in keep]
+        waves = []
+        if here:
+            waves.append(Wave(tuple([(key - first, pool.slot(key)) for key in here]), ()))
+        while order:
+            # Residents worth keeping hold their slots; everything else makes room.
+            held = [key for key in best if pool.lookup(key) != Lookup.MISS]
+            wave, order = order[: pool.capacity - len(held)], order[pool.capacity - len(held) :]
+            fetches = self._admit(layer, wave, held + wave)
+            waves.append(Wave(tuple([(key - first, pool.slot(key)) for key in wave]), fetches))
+        return tuple(waves)
+
+    def _prefetches(self, layer: int, predicted: Sequence[int]) -> tuple[Fetch, ...]:
+        limit = self._prefetch.limit(layer)
+        if limit == 0:
+            return ()
+        pool, first = self._pools[layer], self._first_key[layer]
+        wanted = [first + e for e in predicted[: pool.capacity]]
+        fetches: list[Fetch] = []
+        for key in wanted:
+            if len(fetches) == limit:
+                break
+            if pool.lookup(key) == Lookup.MISS:
+                admission = pool.admit(key, wanted, pending=True)
+                if admission is None:
+                    break
+                fetches.append(self._fetch(layer, key, admission.slot, admission.evicted))
+        if fetches:
+            self._prefetch.issued(layer, [f.key.expert for f in fetches])
+        return tuple(fetches)
+
+    def check(self) -> None:
+        """Assert the invariants of every pool."""
+        for pool in self._pools:
+            pool.check()
+
+
+def build_planner(options: CacheOptions, shape: CacheShape) -> Planner:
+    """The planner of a run; runtime and simulator both get theirs here. ConfigError if the options do not fit the
+    model.
+    """
+    if options.eviction == "lru":
+        return Planner(shape, options, lambda _, keys: LRU(keys))
+    return Planner(shape, options, lambda _, keys: AgedLFU(keys, options.half_life))

@@ -1,0 +1,301 @@
+"""What a safetensors checkpoint holds and where: names, dtypes, shapes and byte offsets of its tensors.
+
+Only headers move: 8 bytes and the JSON behind them, per shard; bounded by the number of tensors (90,000 in the largest
+models, seconds at most). Weights are never read here and nothing is mapped: a shard truncated under a mapping kills the
+process, a short read is an exception. The header is checked by the rules of the safetensors reader itself, so that what
+opens here can be read anywhere in it without another bounds check, and a download cut short is named at once.
+
+What it must never do: unpickle (`.bin`, `.pth`), open a file outside the folder because an index says so, or end in
+anything but a checkpoint or an `OffmoeError`, whatever bytes the files hold.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import torch
+
+from offmoe.errors import CheckpointError, MissingTensorError, UnsupportedModelError
+from offmoe.runtime.formats import DTYPES, Segment
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000
+"""Limit of the safetensors reader; an index is held to it too."""
+
+FILE_DTYPES: dict[str, torch.dtype] = {
+    **DTYPES,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}
+"""safetensors dtype names that a tensor of a checkpoint may have; an expert's must be in `DTYPES`."""
+
+SUB_BYTE_DTYPES = frozenset({"F4", "F6_E2M3", "F6_E3M2"})
+PICKLES = (".bin", ".pth", ".pt", ".ckpt")
+LARGEST = 2**63 - 1
+MAX_DIMS = 64
+"""torch has no more, and the product of a million huge sizes would take for ever."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor at rest. shard: index into `Checkpoint.shards`; offset: bytes from the start of that file."""
+
+    shard: int
+    offset: int
+    nbytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder of safetensors shards, by its headers. `tensors` maps the checkpoint's own names to places."""
+
+    folder: Path
+    shards: tuple[Path, ...]
+    tensors: dict[str, TensorInfo]
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Checkpoint:
+        """Read the headers of a checkpoint folder.
+
+        As transformers does, `model.safetensors` is taken first, then the index; without either, every `*.safetensors`.
+        Raises MissingTensorError (a shard or a tensor of the index is absent), UnsupportedModelError (pickles only, a
+        dtype without a torch equivalent) or CheckpointError (a header or the index is not what it claims).
+        """
+        folder = Path(folder)
+        weight_map: dict[str, str] | None = None
+        if os.path.lexists(folder / SINGLE_FILE):
+            files = [SINGLE_FILE]
+        elif os.path.lexists(folder / INDEX_FILE):
+            weight_map = _read_index(folder / INDEX_FILE)
+            files = sorted(set(weight_map.values()))
+        else:
+            files = _safetensors_in(folder)
+        shards = tuple(folder / name for name in files)
+        headers = [dict(_read_header(path, number)) for number, path in enumerate(shards)]
+        tensors = _merge(headers, files, folder) if weight_map is None else _pick(headers, files, weight_map, folder)
+        return cls(folder, shards, tensors)
+
+    def info(self, name: str) -> TensorInfo:
+        """Where tensor `name` is; MissingTensorError if the checkpoint has no such tensor."""
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise MissingTensorError(
+                f"{self.folder}: the checkpoint has no tensor {name!r}; "
+                "the download is incomplete or belongs to another architecture"
+            ) from None
+
+    def segment(self, name: str, row: int | None = None) -> Segment:
+        """Bytes of a whole tensor, or of row `row` of its first dimension (which the segment's shape then drops).
+
+        Raises MissingTensorError for an unknown name, CheckpointError if the tensor has no such row.
+        """
+        info = self.info(name)
+        if row is None:
+            return Segment(info.shard, info.offset, info.nbytes, info.dtype, info.shape, name)
+        if not info.shape or not 0 <= row < info.shape[0]:
+            raise CheckpointError(
+                f"{self.shards[info.shard]}: tensor {name!r} has shape {list(info.shape)} and therefore no row {row}; "
+                "config.json and the shards are not of the same model"
+            )
+        nbytes = info.nbytes // info.shape[0]
+        return Segment(info.shard, info.offset + row * nbytes, nbytes, info.dtype, info.shape[1:], name)
+
+
+def _safetensors_in(folder: Path) -> list[str]:
+    try:
+        names = sorted(os.listdir(folder))
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise CheckpointError(f"{str(folder)!r}: not a readable checkpoint folder ({error})") from error
+    found = [name for name in names if name.endswith(".safetensors")]
+    if found:
+        return found
+    pickles = [name for name in names if name.endswith(PICKLES)]
+    if pickles:
+        raise UnsupportedModelError(
+            f"{folder}: holds only pickled weights ({pickles[0]}), which offmoe never loads because a pickle can run "
+            "code; convert them to safetensors (save_pretrained of transformers writes it) or get such a revision"
+        )
+    raise MissingTensorError(f"{folder}: no *.safetensors file here; give the folder that holds the model's shards")
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> shard file name, every one a path inside the folder."""
+    try:
+        size = _regular_size(path)
+        if size > MAX_HEADER_BYTES:
+            raise CheckpointError(f"{path}: an index of {size} bytes is not one; download it again")
+        index = _parse_json(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a JSON index ({error}); download it again") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the file's permissions") from error
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f'{path}: has no "weight_map" that names tensors and their shards; download it again')
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not _stays_inside(file):
+            raise CheckpointError(
+                f"{path}: places tensor {name!r} in {file!r}, which is not a safetensors file inside the folder; "
+                "do not trust this checkpoint"
+            )
+    return weight_map
+
+
+def _stays_inside(file: str) -> bool:
+    """Judged by the name alone: the Hub's cache keeps links to files elsewhere, and those are wanted."""
+    if not file.endswith(".safetensors") or "\0" in file or not file.isprintable():
+        return False
+    for path in (PurePosixPath(file), PureWindowsPath(file)):
+        if path.is_absolute() or path.drive or path.root or ".." in path.parts:
+            return False
+    return True
+
+
+def _read_header(path: Path, shard: int) -> Iterator[tuple[str, TensorInfo]]:
+    """Tensors of one shard in file order, after the safetensors reader's own checks.
+
+    The file is: 8 bytes little-endian N, N bytes of JSON, then the tensors back to back up to the end of the file.
+    """
+    try:
+        size = _regular_size(path)
+        with open(path, "rb", buffering=0) as file:
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if prefix == b"version " and size < 1024:
+                raise CheckpointError(f"{path}: a git-lfs pointer, not the weights; fetch them with `git lfs pull`")
+            if len(prefix) < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
+                raise CheckpointError(
+                    f"{path}: its {size} bytes cannot hold the header they announce; the file is truncated or not "
+                    "safetensors: download it again"
+                )
+            header = file.read(length)
+    except FileNotFoundError:
+        raise MissingTensorError(f"{path}: this shard of the checkpoint is missing; complete the download") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check file and disk") from error
+    try:
+        if not header.startswith(b"{"):
+            raise ValueError("it does not begin with '{'")
+        entries = _parse_json(header)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the header is not JSON ({error}); download it again") from error
+    try:
+        return _check_entries(entries, path, shard, 8 + length, size)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: the header is malformed ({error}); download it again") from error
+
+
+def _check_entries(entries: object, path: Path, shard: int, base: int, size: int) -> Iterator[tuple[str, TensorInfo]]:
+    if not isinstance(entries, dict):
+        raise ValueError("not an object")
+    metadata = entries.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("__metadata__ is not a map of strings")
+    found: list[tuple[int, int, str, TensorInfo]] = []
+    for name, entry in entries.items():
+        dtype_name = entry["dtype"]
+        if dtype_name in SUB_BYTE_DTYPES:
+            raise UnsupportedModelError(
+                f"{path}: tensor {name!r} is stored as {dtype_name}, which offmoe cannot read; "
+                "use a bf16 or fp16 checkpoint"
+            )
+        dtype = FILE_DTYPES.get(dtype_name)
+        if dtype is None:
+            raise ValueError(f"tensor {name!r} has the unknown dtype {dtype_name!r}")
+        shape = _integers(entry["shape"], name)
+        start, end = _integers(entry["data_offsets"], name)
+        if len(shape) > MAX_DIMS:
+            raise ValueError(f"tensor {name!r} has {len(shape)} dimensions")
+        # max(1, ..): a zero among the sizes must not hide others that no tensor can have
+        if math.prod([max(1, n) for n in shape]) * dtype.itemsize > LARGEST:
+            raise ValueError(f"tensor {name!r} has the impossible shape {list(shape)}")
+        nbytes = math.prod(shape) * dtype.itemsize
+        if end - start != nbytes:
+            raise ValueError(f"tensor {name!r} needs {nbytes} bytes and has {end - start}")
+        found.append((start, end, name, TensorInfo(shard, base + start, nbytes, dtype, shape)))
+    found.sort(key=lambda item: item[:2])
+    covered = 0
+    for start, end, name, _ in found:
+        if start != covered:
+            raise ValueError(f"hole or overlap before tensor {name!r}")
+        covered = end
+    if base + covered != size:
+        raise CheckpointError(
+            f"{path}: the header describes {base + covered} bytes, the file has {size}; "
+            "it is truncated or was appended to: download it again"
+        )
+    return ((name, info) for _, _, name, info in found)
+
+
+def _merge(headers: list[dict[str, TensorInfo]], files: list[str], folder: Path) -> dict[str, TensorInfo]:
+    """Tensors of all shards; without an index, a name in two shards has no right answer."""
+    tensors: dict[str, TensorInfo] = {}
+    for header in headers:
+        for name, info in header.items():
+            if name in tensors:
+                first, second = files[tensors[name].shard], files[info.shard]
+                raise CheckpointError(
+                    f"{folder}: tensor {name!r} is in {first} and in {second}, and there is no {INDEX_FILE} "
+                    "to tell which; keep one set of shards in the folder"
+                )
+            tensors[name] = info
+    return tensors
+
+
+def _pick(
+    headers: list[dict[str, TensorInfo]], files: list[str], weight_map: dict[str, str], folder: Path
+) -> dict[str, TensorInfo]:
+    """Tensors that the index names, each from the shard it names."""
+    header_of = dict(zip(files, headers, strict=True))
+    tensors = {}
+    for name, file in weight_map.items():
+        info = header_of[file].get(name)
+        if info is None:
+            raise MissingTensorError(
+                f"{folder / file}: the index places tensor {name!r} here, but the shard does not have it; "
+                "index and shards are not of the same download: fetch both again"
+            )
+        tensors[name] = info
+    return tensors
+
+
+def _regular_size(path: Path) -> int:
+    """Size in bytes. Opening a pipe would wait for ever, and a device has no size: CheckpointError."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{path}: not a regular file; put the file itself there")
+    return status.st_size
+
+
+def _integers(values: object, name: str) -> tuple[int, ...]:
+    """JSON numbers that are non-negative integers; true and 1.0 are not."""
+    if not isinstance(values, list) or not all(type(n) is int and 0 <= n <= LARGEST for n in values):
+        raise ValueError(f"tensor {name!r} has sizes or offsets that are not non-negative integers")
+    return tuple(values)
+
+
+def _parse_json(data: bytes) -> object:
+    """JSON in UTF-8 only; ValueError for anything else and for a name given twice (the second would hide the first)."""
+    return json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return out

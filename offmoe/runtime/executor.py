@@ -1,0 +1,153 @@
+"""Carry out one plan for one layer: the only place where decisions, movement and computing meet.
+
+What moves: router ids to the host (the one synchronisation a layer pays), the plan's fetches into slots, tokens through
+experts. Bound: per layer, the larger of reading what missed and computing what hit. Must never decide (the planner
+does) and never wait (transfer does).
+
+If anything fails half-way, residency no longer says what slots hold. Then everything is forgotten: the next step
+starts from an empty cache and is right again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from offmoe.policy.planner import Planner, build_planner
+from offmoe.runtime.arena import SlotArena
+from offmoe.runtime.backend import Backend
+from offmoe.runtime.formats import ExpertLayout
+from offmoe.runtime.kernels import ExpertMath, combine, expert_ffn
+from offmoe.runtime.transfer import TransferEngine
+from offmoe.trace import TraceWriter
+from offmoe.types import Access, CacheStats, Demand, Plan, count_demands, rank_predictions
+
+logger = logging.getLogger(__name__)
+
+
+class Predictor(Protocol):
+    """What may know the experts of a layer before its router ran."""
+
+    def predict(self, layer: int) -> torch.Tensor | None:
+        """Expert ids int64 [tokens, p] that `layer` will probably want in this step; None if unknown."""
+
+
+class ExpertExecutor:
+    """Runs the experts of all layers of one model; one thread at a time."""
+
+    def __init__(
+        self,
+        planner: Planner,
+        transfer: TransferEngine,
+        arena: SlotArena,
+        backend: Backend,
+        layouts: Sequence[ExpertLayout],
+        stats: CacheStats,
+    ):
+        self._planner, self._transfer, self._arena, self._backend = planner, transfer, arena, backend
+        self._layouts = layouts
+        self.shape = planner.shape
+        self.stats = stats
+        self.predictor: Predictor | None = None
+        self.trace: TraceWriter | None = None
+
+    def run(
+        self,
+        layer: int,
+        math: ExpertMath,
+        hidden: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """Experts of one layer: hidden [T, H], top_k_index [T, k], top_k_weights [T, k] -> [T, H] in hidden's dtype."""
+        try:
+            ids, predicted = self._routing(layer, top_k_index)
+            if self.trace is not None:
+                self.trace.record(layer, ids, predicted)
+            demands, tail = count_demands(ids, self.shape.experts[layer])
+            if not demands:
+                return torch.zeros_like(hidden)
+            ahead = () if predicted is None else rank_predictions(predicted, self.shape.experts[layer + 1])
+            plan = self._planner.plan(Access(layer, demands, tail, ahead))
+            self.stats.add(plan, self.shape)
+            rows = self._execute(plan, math, hidden, top_k_index, ids, demands)
+            return combine(rows, top_k_weights, hidden.dtype)
+        except BaseException:
+            self.forget()
+            raise
+
+    def forget(self) -> None:
+        """Start again from an empty cache; a recording ends here, since replay could not follow."""
+        self._transfer.forget()
+        self._planner = build_planner(self._planner.options, self.shape)
+        if self.trace is not None:
+            logger.warning("recording of the routing ends here: %s", self.trace.path)
+            self.end_trace()
+
+    def end_trace(self) -> None:
+        """Write the recording, if there is one."""
+        trace, self.trace = self.trace, None
+        if trace is not None:
+            trace.close()
+
+    def _routing(self, layer: int, top_k_index: torch.Tensor) -> tuple[np.ndarray, np.ndarray | None]:
+        """Ids [T, k] on the host, and those predicted for the next layer if a plan could use them."""
+        if self.predictor is not None and self._planner.wants_prediction(layer + 1):
+            predicted = self.predictor.predict(layer + 1)
+            if predicted is not None:
+                ids, ahead = self._backend.to_host([top_k_index, predicted])
+                return ids, ahead
+        return self._backend.to_host([top_k_index])[0], None
+
+    def _execute(
+        self,
+        plan: Plan,
+        math: ExpertMath,
+        hidden: torch.Tensor,
+        top_k_index: torch.Tensor,
+        ids: np.ndarray,
+        demands: Sequence[Demand],
+    ) -> torch.Tensor:
+        """Rows [T * k, H] of every (token, expert) pair, not yet weighted."""
+        transfer, layout = self._transfer, self._layouts[plan.layer]
+        single = len(ids) == 1
+        groups = {} if single else _groups(top_k_index, demands)
+        outputs: dict[int, torch.Tensor] = {}
+        rows = None if single else hidden.new_zeros(top_k_index.numel(), hidden.shape[-1])
+        for wave in plan.waves:
+            if wave.fetches:
+                transfer.fetch(wave.fetches)
+            for expert, slot in wave.experts:
+                transfer.ready((slot,))
+                weights = self._arena.views(slot, layout)
+                if rows is None:
+                    outputs[expert] = expert_ffn(math, weights, hidden)
+                else:
+                    pairs = groups[expert]  # [n] positions in [T * k]
+                    rows[pairs] = expert_ffn(math, weights, hidden[pairs // top_k_index.shape[1]])
+            transfer.computed([slot for _, slot in wave.experts])
+        if plan.prefetches:
+            transfer.fetch(plan.prefetches, ahead=True)
+        if rows is None:
+            order = ids[0].tolist()
+            if len(outputs) == len(order):
+                return torch.cat([outputs[expert] for expert in order])
+            nothing = torch.zeros_like(hidden)
+            return torch.cat([outputs.get(expert, nothing) for expert in order])
+        return rows
+
+
+def _groups(top_k_index: torch.Tensor, demands: Sequence[Demand]) -> dict[int, torch.Tensor]:
+    """For each demanded expert, the positions of its (token, expert) pairs in the flattened [T * k], ascending."""
+    order = torch.argsort(top_k_index.reshape(-1), stable=True)
+    start = 0
+    if order.numel() > sum(d.tokens for d in demands):  # ids that are nobody's sort before 0 or behind the last expert
+        start = int((top_k_index < 0).sum())
+    groups = {}
+    for demand in demands:
+        groups[demand.expert] = order[start : start + demand.tokens]
+        start += demand.tokens
+    return groups

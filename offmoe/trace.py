@@ -1,0 +1,280 @@
+"""Routing traces: which experts every token asked for, recorded in a run and replayed without a model (format v1,
+`.npz`).
+
+What moves: a few small integers per token and layer, from the executor into memory, and once into a file. Bound: 2
+bytes per (token, layer, k) and 2 per prediction, held in RAM until `close`. Must never import torch, and never leave
+a half-written file under the final name.
+
+Arrays (interface.md): experts int16 [T, L, k] in router order, -1 = none · request int32 [T] · step int32 [T] ·
+optional token int32 [T], probs float16 [T, L, k], predicted int16 [T, L, p] · header, a JSON string."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from offmoe.config import CacheOptions
+from offmoe.errors import ConfigError, TraceError
+from offmoe.types import Access, CacheShape, count_demands, rank_predictions
+
+FORMAT, VERSION = "offmoe-trace", 1
+NONE = -1
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A validated trace in memory; the arrays are those of the file."""
+
+    model: str
+    shape: CacheShape
+    experts: np.ndarray
+    request: np.ndarray
+    step: np.ndarray
+    token: np.ndarray | None = None
+    probs: np.ndarray | None = None
+    predicted: np.ndarray | None = None
+    options: CacheOptions | None = None
+    pieces: dict[int, str] | None = None
+
+    @property
+    def tokens(self) -> int:
+        return len(self.step)
+
+    def steps(self) -> Iterator[slice]:
+        """Rows of each step, in order."""
+        edges = np.flatnonzero(np.diff(self.step)) + 1
+        bounds = [0, *edges.tolist(), self.tokens]
+        for start, stop in pairwise(bounds):
+            if stop > start:
+                yield slice(start, stop)
+
+    def accesses(self) -> Iterator[Access]:
+        """What the runtime's planner was asked, in its order: layers within steps. Layers without demands are left
+        out.
+        """
+        layers = self.shape.layers
+        for rows in self.steps():
+            for layer in range(layers):
+                demands, tail = count_demands(self.experts[rows, layer], self.shape.experts[layer])
+                if not demands:
+                    continue
+                predicted: tuple[int, ...] = ()
+                if self.predicted is not None and layer + 1 < layers:
+                    predicted = rank_predictions(self.predicted[rows, layer + 1], self.shape.experts[layer + 1])
+                yield Access(layer, demands, tail, predicted)
+
+
+class TraceWriter:
+    """Collects the routing of a run and writes it once, atomically.
+
+    `begin_step` before the layers of a forward pass, `record` per layer; `close` writes `path` (".npz" is not
+    appended)."""
+
+    def __init__(self, path: str | os.PathLike[str], model: str, shape: CacheShape, options: CacheOptions):
+        self.path = Path(path)
+        if not self.path.parent.is_dir():
+            raise ConfigError(
+                f"trace={str(path)!r}: the folder {str(self.path.parent)!r} does not exist; create it first."
+            )
+        self._model, self._shape, self._options = model, shape, options
+        self._width = max(shape.top_k)
+        self._experts: list[np.ndarray] = []
+        self._predicted: list[np.ndarray] = []
+        self._request: list[np.ndarray] = []
+        self._token: list[np.ndarray] = []
+        self._tokens_known = True
+        self._any_predicted = False
+        self._requests_before = 0
+        self._closed = False
+        self.pieces: dict[int, str] = {}
+
+    def begin_step(self, rows: int, request: np.ndarray, token: np.ndarray | None) -> None:
+        """A forward pass over `rows` tokens; request: int [rows], from 0 in each generation; token: int [rows] or
+        None.
+        """
+        shape = (rows, self._shape.layers, self._width)
+        self._experts.append(np.full(shape, NONE, np.int16))
+        self._predicted.append(np.full(shape, NONE, np.int16))
+        self._request.append(request.astype(np.int32) + self._requests_before)
+        self._tokens_known &= token is not None
+        self._token.append(np.zeros(rows, np.int32) if token is None else token.astype(np.int32))
+
+    def next_requests(self) -> None:
+        """Requests of the following steps are new ones."""
+        if self._request:
+            self._requests_before = int(self._request[-1].max()) + 1
+
+    def record(self, layer: int, experts: np.ndarray, predicted: np.ndarray | None) -> None:
+        """Routing of one layer in the current step.
+
+        experts: int [rows, k] in router order. predicted: int [rows, p <= k], made for layer + 1, or None.
+        """
+        if len(experts) != len(
+            self._experts[-1]
+        ):  # the model routed other rows than its inputs: they are nobody's tokens
+            self._experts.pop()
+            self._predicted.pop()
+            self._request.pop()
+            self._token.pop()
+            self.begin_step(len(experts), np.zeros(len(experts), np.int32), None)
+        self._experts[-1][:, layer, : experts.shape[1]] = experts
+        if predicted is not None:
+            self._predicted[-1][:, layer + 1, : predicted.shape[1]] = predicted
+            self._any_predicted = True
+
+    def tokens_seen(self) -> list[int]:
+        """Token ids that occur, ascending: those worth a text in `pieces`."""
+        return np.unique(np.concatenate([np.zeros(0, np.int32), *self._token])).tolist() if self._tokens_known else []
+
+    def close(self) -> None:
+        """Write the file; nothing happens the second time."""
+        if self._closed:
+            return
+        self._closed = True
+        rows = [len(r) for r in self._request]
+        width = (self._shape.layers, self._width)
+        arrays: dict[str, np.ndarray] = {
+            "experts": np.concatenate([np.zeros((0, *width), np.int16), *self._experts]),
+            "request": np.concatenate([np.zeros(0, np.int32), *self._request]),
+            "step": np.repeat(np.arange(len(rows), dtype=np.int32), rows),
+        }
+        if self._tokens_known and rows:
+            arrays["token"] = np.concatenate(self._token)
+        if self._any_predicted:
+            arrays["predicted"] = np.concatenate(self._predicted)
+        header: dict[str, Any] = {
+            "model": self._model,
+            "experts": _plain(self._shape.experts),
+            "top_k": _plain(self._shape.top_k),
+            "expert_bytes": _plain(self._shape.expert_bytes),
+            "layers": self._shape.layers,
+            "config": self._options.to_dict(),
+        }
+        if self.pieces:
+            header["pieces"] = {str(i): text for i, text in self.pieces.items()}
+        write_arrays(self.path, header, arrays)
+
+
+def write_arrays(path: Path, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    """Write a trace file atomically; TraceError when the disk refuses."""
+    partial = path.with_name(path.name + ".partial")
+    text = json.dumps({"format": FORMAT, "version": VERSION, **header})
+    try:
+        with open(partial, "wb") as file:
+            np.savez_compressed(file, allow_pickle=False, header=np.array(text), **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise TraceError(
+            f"cannot write the trace {path}: {error.strerror}. Free space or choose another path."
+        ) from error
+
+
+def read_trace(path: str | os.PathLike[str]) -> Trace:
+    """A trace file, checked; TraceError with the reason for anything that is not one."""
+    name = str(path)
+    try:
+        with open(path, "rb") as stream:
+            file = np.load(stream, allow_pickle=False)
+            if isinstance(file, np.ndarray):
+                raise ValueError("it holds a bare array")
+            arrays = {key: np.asarray(file[key]) for key in file.files}
+    except FileNotFoundError:
+        raise TraceError(
+            f"{name} does not exist; record one with 'offmoe generate MODEL PROMPT --trace {name}'."
+        ) from None
+    except Exception as error:  # a damaged archive raises what zipfile, zlib, struct and numpy's header parser please
+        raise TraceError(f"{name} is not a readable .npz trace: {type(error).__name__}: {error}") from error
+    try:
+        return _validated(arrays)
+    except TraceError as error:
+        raise TraceError(f"{name}: {error}") from None
+
+
+def _validated(arrays: dict[str, np.ndarray]) -> Trace:
+    header = _header(arrays)
+    layers = header.get("layers")
+    if not isinstance(layers, int) or isinstance(layers, bool) or not 0 < layers < 2**15:
+        raise TraceError(f"'layers' in the header is {layers!r}, not a positive int.")
+    shape = CacheShape(*(_per_layer(header, key, layers) for key in ("experts", "top_k", "expert_bytes")))
+    experts = _array(arrays, "experts", "i", (None, layers, None))
+    tokens, width = experts.shape[0], experts.shape[2]
+    if width != max(shape.top_k):
+        raise TraceError(f"'experts' has {width} ids per token and layer, the header's top_k is {max(shape.top_k)}.")
+    limit = np.array(shape.experts)[None, :, None]
+    _check_ids("experts", experts, limit)
+    request = _array(arrays, "request", "i", (tokens,))
+    step = _array(arrays, "step", "i", (tokens,))
+    if tokens and (np.diff(step) < 0).any():
+        raise TraceError("'step' decreases; tokens must stand in the order of their steps.")
+    predicted = _array(arrays, "predicted", "i", (tokens, layers, None)) if "predicted" in arrays else None
+    if predicted is not None:
+        _check_ids("predicted", predicted, limit)
+    probs = _array(arrays, "probs", "f", (tokens, layers, width)) if "probs" in arrays else None
+    if probs is not None and not np.isfinite(probs).all():
+        raise TraceError("'probs' holds a value that is not finite.")
+    token = _array(arrays, "token", "i", (tokens,)) if "token" in arrays else None
+    try:
+        options = CacheOptions.from_dict(header["config"]) if header.get("config") is not None else None
+    except (ConfigError, TypeError, ValueError) as error:
+        raise TraceError(f"'config' in the header: {error}") from None
+    pieces = header.get("pieces")
+    if pieces is not None:
+        if not isinstance(pieces, dict) or not all(
+            k.lstrip("-").isdigit() and isinstance(v, str) for k, v in pieces.items()
+        ):
+            raise TraceError("'pieces' in the header must map token ids to texts.")
+        pieces = {int(k): v for k, v in pieces.items()}
+    return Trace(str(header.get("model", "")), shape, experts, request, step, token, probs, predicted, options, pieces)
+
+
+def _header(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    if "header" not in arrays or arrays["header"].dtype.kind != "U" or arrays["header"].shape != ():
+        raise TraceError("no 'header' string inside: this is not an offmoe trace.")
+    try:
+        header = json.loads(str(arrays["header"]))
+    except (ValueError, RecursionError) as error:
+        raise TraceError(f"the header is not JSON: {error}") from None
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise TraceError("the header does not say format 'offmoe-trace'.")
+    if header.get("version") != VERSION:
+        raise TraceError(f"trace version {header.get('version')!r} is unknown; this offmoe reads version {VERSION}.")
+    return header
+
+
+def _per_layer(header: dict[str, Any], key: str, layers: int) -> tuple[int, ...]:
+    value = header.get(key)
+    values = value if isinstance(value, list) else [value] * layers
+    if len(values) != layers or not all(
+        isinstance(v, int) and not isinstance(v, bool) and 0 < v < 2**63 for v in values
+    ):
+        raise TraceError(f"{key!r} in the header must be a positive int, or one for each of the {layers} layers.")
+    return tuple(values)
+
+
+def _array(arrays: dict[str, np.ndarray], key: str, kind: str, shape: tuple[int | None, ...]) -> np.ndarray:
+    if key not in arrays:
+        raise TraceError(f"the array {key!r} is missing.")
+    array = arrays[key]
+    fits = array.ndim == len(shape) and all(want in (None, have) for want, have in zip(shape, array.shape, strict=True))
+    if array.dtype.kind != kind or not fits:
+        raise TraceError(f"{key!r} is {array.dtype} {array.shape}; expected kind {kind!r} and shape {shape}.")
+    return array
+
+
+def _check_ids(key: str, ids: np.ndarray, limit: np.ndarray) -> None:
+    if ids.size and ((ids < NONE) | (ids >= limit)).any():
+        raise TraceError(f"{key!r} holds an id outside [0, experts).")
+
+
+def _plain(values: tuple[int, ...]) -> int | list[int]:
+    return values[0] if len(set(values)) == 1 else list(values)

@@ -1,0 +1,221 @@
+"""The nouns of offmoe: what one layer asks for, what is decided about it, and what is counted.
+
+Nothing moves here and nothing decides here. Everything is plain integers and tuples, so that the runtime, the
+simulator and (later) a planner on the device can share it. Must never import torch.
+
+A *demand* is one expert needed by one step of one layer, whatever the number of tokens routed to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+
+TAIL_TOKENS = 64
+"""Rows at the end of a step that say what decoding will need next (house.md, Decisions)."""
+
+
+class ExpertKey(NamedTuple):
+    """One expert: MoE layer index (dense layers do not count) and expert id within it."""
+
+    layer: int
+    expert: int
+
+
+class Lookup(IntEnum):
+    """Where an expert is, as the decisions see it. PENDING: prefetched and not demanded since."""
+
+    MISS = 0
+    PENDING = 1
+    HIT = 2
+
+
+class Demand(NamedTuple):
+    """One expert of an access: its id, tokens routed to it, and how many of them are among the last 64 of the step."""
+
+    expert: int
+    tokens: int
+    tail_tokens: int
+
+
+class Access(NamedTuple):
+    """What one layer asks for in one step.
+
+    `demands` ascend by expert id. `tail` is the number of rows that tail_tokens are counted in: min(rows of the step,
+    64). `predicted` are expert ids the next MoE layer will probably want, most wanted first; () when nothing is
+    predicted."""
+
+    layer: int
+    demands: tuple[Demand, ...]
+    tail: int
+    predicted: tuple[int, ...] = ()
+
+
+class Fetch(NamedTuple):
+    """One movement of one expert into a device slot, forgetting what the slot held (`evicted`, None if it was free)."""
+
+    key: ExpertKey
+    slot: int
+    evicted: ExpertKey | None
+
+
+class Wave(NamedTuple):
+    """Experts of one layer that are resident together: (expert id, slot) pairs, and the fetches that come before
+    them.
+    """
+
+    experts: tuple[tuple[int, int], ...]
+    fetches: tuple[Fetch, ...]
+
+
+class Plan(NamedTuple):
+    """What to do for one access. Waves run in order; prefetches (of the next layer) start after the last one.
+
+    `hits`, `pending` and `misses` count demands; `host_computed` of the misses are computed on the host, without a
+    slot."""
+
+    layer: int
+    waves: tuple[Wave, ...]
+    prefetches: tuple[Fetch, ...]
+    hits: int
+    pending: int
+    misses: int
+    host_computed: int = 0
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """The part of a model that decisions depend on; one entry per MoE layer.
+
+    experts: ids run over range(experts[layer]). top_k: demands of a single token. expert_bytes: one expert at rest.
+    """
+
+    experts: tuple[int, ...]
+    top_k: tuple[int, ...]
+    expert_bytes: tuple[int, ...]
+
+    @property
+    def layers(self) -> int:
+        return len(self.experts)
+
+
+@dataclass
+class CacheStats:
+    """Counts of what a cache did, folded from plans; the same class for one layer and for a whole model.
+
+    hits + pending + misses == demands. Bytes are those of fetches and prefetches. `h2d_bytes` arrived in device slots
+    (on a CPU the slots are RAM), `disk_bytes` were read from disk for it. `stall_s` is time and no part of `==`:
+    seconds that computing waited for an expert. Snapshots subtract."""
+
+    hits: int = 0
+    pending: int = 0
+    misses: int = 0
+    host_computed: int = 0
+    prefetched: int = 0
+    prefetched_used: int = 0
+    evictions: int = 0
+    h2d_bytes: int = 0
+    disk_bytes: int = 0
+    stall_s: float = field(default=0.0, compare=False)
+    by_layer: list[CacheStats] = field(default_factory=list)
+
+    @property
+    def demands(self) -> int:
+        return self.hits + self.pending + self.misses
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of demands that needed no fetch of their own; 0.0 before the first demand."""
+        return (self.hits + self.pending) / self.demands if self.demands else 0.0
+
+    @classmethod
+    def for_layers(cls, layers: int) -> CacheStats:
+        return cls(by_layer=[cls() for _ in range(layers)])
+
+    def add(self, plan: Plan, shape: CacheShape) -> None:
+        """Fold one plan into the totals and its layers (a prefetch counts for the layer it fetches)."""
+        demanded = self.by_layer[plan.layer]
+        fetches = [f for wave in plan.waves for f in wave.fetches]
+        for stats in (self, demanded):
+            stats.hits += plan.hits
+            stats.pending += plan.pending
+            stats.misses += plan.misses
+            stats.host_computed += plan.host_computed
+            stats.prefetched_used += plan.pending
+        for fetch in fetches:
+            self._moved(fetch, shape)
+        for fetch in plan.prefetches:
+            self._moved(fetch, shape)
+            self.prefetched += 1
+            self.by_layer[fetch.key.layer].prefetched += 1
+
+    def _moved(self, fetch: Fetch, shape: CacheShape) -> None:
+        layer = fetch.key.layer
+        for stats in (self, self.by_layer[layer]):
+            stats.h2d_bytes += shape.expert_bytes[layer]
+            stats.disk_bytes += shape.expert_bytes[layer]
+            stats.evictions += fetch.evicted is not None
+
+    def stalled(self, layer: int, seconds: float) -> None:
+        self.stall_s += seconds
+        self.by_layer[layer].stall_s += seconds
+
+    def __sub__(self, earlier: CacheStats) -> CacheStats:
+        numbers = {
+            f.name: getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self) if f.name != "by_layer"
+        }
+        pairs = zip(self.by_layer, earlier.by_layer, strict=True)
+        return CacheStats(**numbers, by_layer=[a - b for a, b in pairs])
+
+    def copy(self) -> CacheStats:
+        return self - CacheStats.for_layers(len(self.by_layer))
+
+    def to_dict(self) -> dict[str, object]:
+        """Totals flat with `hit_rate`, and `by_layer`, a list of the same: the form of every `--json` output."""
+        numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "by_layer"}
+        out: dict[str, object] = {**numbers, "hit_rate": self.hit_rate}
+        if self.by_layer:
+            out["by_layer"] = [layer.to_dict() for layer in self.by_layer]
+        return out
+
+
+def count_demands(experts: np.ndarray, num_experts: int) -> tuple[tuple[Demand, ...], int]:
+    """Demands of one step of one layer, and the rows in its tail.
+
+    experts: int [tokens, top_k] in router order; ids outside range(num_experts) are nobody's (dropped, padding).
+    The trace, the simulator and the runtime all count here, or replay would not be exact.
+    """
+    rows = experts.shape[0]
+    tail = min(rows, TAIL_TOKENS)
+    if rows == 1:
+        ids = sorted({e for e in experts[0].tolist() if 0 <= e < num_experts})
+        return tuple([Demand(e, 1, 1) for e in ids]), 1
+    tokens = _tokens_per_expert(experts, num_experts)
+    tail_tokens = _tokens_per_expert(experts[-tail:], num_experts)
+    ids = np.flatnonzero(tokens).tolist()
+    return tuple([Demand(e, int(tokens[e]), int(tail_tokens[e])) for e in ids]), tail
+
+
+def _tokens_per_expert(experts: np.ndarray, num_experts: int) -> np.ndarray:
+    flat = experts.ravel()
+    return np.bincount(flat[(flat >= 0) & (flat < num_experts)], minlength=num_experts)
+
+
+def rank_predictions(predicted: np.ndarray | Sequence[Sequence[int]], num_experts: int) -> tuple[int, ...]:
+    """Predicted experts of one step of one layer, most wanted first.
+
+    predicted: int [tokens, p] in router order. More tokens first, then the better best rank, then the lower id.
+    """
+    rows: Iterable[Sequence[int]] = predicted.tolist() if isinstance(predicted, np.ndarray) else predicted
+    tokens: dict[int, int] = {}
+    rank: dict[int, int] = {}
+    for row in rows:
+        for i, expert in enumerate(row):
+            if 0 <= expert < num_experts:
+                tokens[expert] = tokens.get(expert, 0) + 1
+                rank[expert] = min(rank.get(expert, i), i)
+    return tuple(sorted(tokens, key=lambda e: (-tokens[e], rank[e], e)))

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from offmoe.cli.inspect import _rounded_up
+from offmoe.config import parse_size
+from tests import tiny
+from tests.cli.conftest import Outcome
+
+Run = Callable[..., Outcome]
+
+KEYS = {"family", "layers", "moe_layers", "experts", "top_k", "expert_bytes", "dense_bytes", "plan"}
+
+
+def test_json(offmoe: Run, checkpoint: Path) -> None:
+    found = offmoe("inspect", checkpoint, "--json", "--device", "cpu", "--device-memory", "3MiB").json
+    assert found.keys() >= KEYS
+    expert = 3 * 32 * 48 * 4
+    assert found["family"] == "mixtral"
+    assert (found["layers"], found["moe_layers"], found["experts"], found["top_k"]) == (3, 3, 8, 2)
+    assert (found["expert_bytes"], found["expert_bytes_total"]) == (expert, 24 * expert)
+    stock = tiny.build("mixtral", vocab_size=259)
+    total = sum(p.numel() * 4 for p in [*stock.parameters(), *stock.buffers()])
+    assert found["dense_bytes"] == found["plan"]["dense"] == total - 24 * expert
+    assert found["plan"]["budget"] == 3 << 20
+    assert found["plan"]["slots_per_layer"] == [8, 8, 8]
+    assert found["tokens_per_s"] is None
+
+
+def test_layers_without_experts_do_not_count(offmoe: Run, tmp_path: Path) -> None:
+    folder = tiny.save(tiny.build("qwen3_moe"), tmp_path / "qwen")
+    found = offmoe("inspect", folder, "--json", "--device", "cpu").json
+    assert (found["family"], found["layers"], found["moe_layers"]) == ("qwen3_moe", 3, 2)
+
+
+def test_table_for_people(offmoe: Run, checkpoint: Path) -> None:
+    outcome = offmoe("inspect", checkpoint, "--device", "cpu", "--device-memory", "3MiB")
+    assert (outcome.status, outcome.err) == (0, "")
+    for words in ("MixtralForCausalLM", "8, top_k 2", "18432 bytes", "smallest budget", "8 per layer, 100.0 %"):
+        assert words in outcome.out
+    assert "'offmoe calibrate', which is not built yet" in outcome.out
+
+
+@pytest.mark.parametrize("memory", ["3MiB", "620000", "800000"])
+def test_the_advice_reaches_the_knee(offmoe: Run, checkpoint: Path, memory: str) -> None:
+    """What the line tells to pass gives 2 x top_k slots."""
+    outcome = offmoe("inspect", checkpoint, "--device", "cpu", "--device-memory", memory)
+    advised = re.search(r"--device-memory (\S+) --max-context (\d+)", outcome.out)
+    assert advised
+    again = offmoe(
+        "inspect", checkpoint, "--json", "--device-memory", advised[1], "--max-context", advised[2], "--device", "cpu"
+    )
+    assert again.json["plan"]["slots_per_layer"] == [4, 4, 4]
+
+
+def test_the_advice_for_explicit_slots(offmoe: Run, checkpoint: Path) -> None:
+    assert "use --slots-per-layer 4 " in offmoe("inspect", checkpoint, "--slots-per-layer", "3", "--device", "cpu").out
+
+
+def test_facts_come_before_the_error_when_nothing_fits(offmoe: Run, checkpoint: Path) -> None:
+    outcome = offmoe("inspect", checkpoint, "--device-memory", "100KiB", "--device", "cpu")
+    assert outcome.status == 1
+    assert "18432 bytes" in outcome.out
+    assert "what fits" not in outcome.out
+    smallest = re.search(r"smallest device_memory that works for this model is (\d+)", outcome.err)
+    assert smallest
+    found = offmoe("inspect", checkpoint, "--json", "--device-memory", "100KiB", "--device", "cpu")
+    assert found.status == 1
+    assert found.json["plan"] is None
+    assert found.json["smallest_device_memory"] == int(smallest[1])
+    assert offmoe("inspect", checkpoint, "--device-memory", smallest[1], "--device", "cpu").status == 0
+
+
+def test_slots_below_top_k(offmoe: Run, checkpoint: Path) -> None:
+    outcome = offmoe("inspect", checkpoint, "--slots-per-layer", "1", "--device", "cpu")
+    assert (outcome.status, outcome.out) == (2, "")
+    assert "below top_k=2" in outcome.err
+
+
+def test_a_folder_without_a_model(offmoe: Run, tmp_path: Path) -> None:
+    outcome = offmoe("inspect", tmp_path)
+    assert outcome.status == 1
+    assert outcome.err.startswith("offmoe: error: ")
+
+
+@pytest.mark.parametrize("size", [1, 999, (1 << 20) + 1, 1234567890, (3 << 30) + 7])
+def test_sizes_to_pass_are_never_below(size: int) -> None:
+    assert size <= parse_size(_rounded_up(size), "x") <= size * 1.1 + 1

@@ -1,0 +1,94 @@
+"""Strict stand-ins: a device on which nothing has happened until somebody waited for it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import torch
+
+from offmoe.runtime.backend import CpuBackend
+
+
+class DeferredEvent:
+    """Marks a point in a stream's work: everything given to the stream so far is done when the event is waited for."""
+
+    def __init__(self, backend: DeferredBackend):
+        self._backend = backend
+        self._work: list[Callable[[], None]] = []
+        self.marked: DeferredStream | None = None
+        self.seen_by: set[DeferredStream] = set()
+
+    def record(self, stream: DeferredStream) -> None:
+        with self._backend.lock:
+            self._work, self.marked = list(stream.pending), stream
+            self.seen_by = {stream}
+
+    def synchronize(self) -> None:
+        with self._backend.lock:
+            for do in self._work:
+                do()
+            self._work = []
+
+
+class DeferredStream:
+    """Copies fill their destination with NaN (0xFF bytes) when issued, and land when an event after them is waited for.
+
+    The source is read when the copy lands, as DMA does. A copy into bytes that another stream marked as read, by an
+    event this stream never waited for, is a race: the bytes never become right."""
+
+    def __init__(self, backend: DeferredBackend, name: str):
+        self._backend, self.name = backend, name
+        self.pending: list[Callable[[], None]] = []
+
+    def wait(self, event: DeferredEvent) -> None:
+        event.synchronize()
+        event.seen_by.add(self)
+
+    def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        raw = destination.view(torch.uint8) if destination.is_contiguous() else None
+        with self._backend.lock:
+            racing = self._backend.unseen_reads(self, destination)
+            if raw is not None:
+                raw.fill_(0xFF)
+            else:
+                destination.fill_(float("nan"))
+            done = [False]
+
+            def land() -> None:
+                if not done[0] and not racing:
+                    destination.copy_(source)
+                done[0] = True
+
+            self.pending.append(land)
+
+
+class DeferredBackend(CpuBackend):
+    """A CPU that behaves like the least obliging GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.RLock()
+        self.copies = DeferredStream(self, "copies")
+        self._compute = DeferredStream(self, "compute")
+        self.events: list[DeferredEvent] = []
+        self.regions: list[tuple[int, int, DeferredEvent]] = []
+
+    @property
+    def compute(self) -> DeferredStream:
+        return self._compute
+
+    def event(self) -> DeferredEvent:
+        self.events.append(DeferredEvent(self))
+        return self.events[-1]
+
+    def guard(self, slot: torch.Tensor, event: DeferredEvent) -> None:
+        """`event` marks the last read of these bytes."""
+        self.regions.append((slot.data_ptr(), slot.data_ptr() + slot.numel(), event))
+
+    def unseen_reads(self, stream: DeferredStream, destination: torch.Tensor) -> bool:
+        address = destination.data_ptr()
+        return any(
+            start <= address < stop and event.marked is not None and stream not in event.seen_by
+            for start, stop, event in self.regions
+        )

@@ -1,0 +1,218 @@
+"""Models load without their experts: nothing else is missing, and nothing of the experts is ever there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Qwen3VLMoeConfig, ViTConfig, core_model_loading
+from transformers.utils import logging
+
+from offmoe.errors import CheckpointError, ConfigError, MissingTensorError, UnsupportedModelError
+from offmoe.hf.adapters import ALL_EXPERTS_FUNCTIONS, expert_parameters
+from offmoe.hf.catalog import build_catalog, find_experts
+from offmoe.hf.load import build_meta, load_dense, model_class, read_config, resolve_folder
+from offmoe.runtime.checkpoint import Checkpoint
+from tests import tiny
+
+BORROWED = "offmoe-test-borrowed"
+
+
+def borrowed_forward(
+    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Compute with the stock module that `lend` left beside this one."""
+    return module.__dict__["lender"](hidden_states, top_k_index, top_k_weights)
+
+
+ALL_EXPERTS_FUNCTIONS.register(BORROWED, borrowed_forward)
+
+
+def lend(model: PreTrainedModel, stock: PreTrainedModel) -> PreTrainedModel:
+    """Let the experts of `stock` compute for `model`."""
+    for module, lender in zip(find_experts(model).values(), find_experts(stock).values(), strict=True):
+        module.__dict__["lender"] = lender
+    return model
+
+
+def load(folder: Path, **options: object) -> PreTrainedModel:
+    config = read_config(folder)
+    cls = model_class(config)
+    catalog = build_catalog(Checkpoint.open(folder), build_meta(config, cls))
+    return load_dense(folder, config, cls, catalog, device="cpu", experts_implementation=BORROWED, **options)
+
+
+@pytest.mark.parametrize("original_format", [True, False], ids=["original", "fused"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_everything_but_the_experts_is_as_in_stock(tmp_path: Path, family: str, original_format: bool) -> None:
+    tiny.save(tiny.build(family, torch.bfloat16), tmp_path, original_format)
+    cls = model_class(read_config(tmp_path))
+    stock = cls.from_pretrained(tmp_path, experts_implementation="eager").eval()
+    model = load(tmp_path)
+
+    assert type(model) is cls
+    assert not model.training
+    experts = {f"{name}.{p}" for name, module in find_experts(model).items() for p in expert_parameters(module)}
+    there, wanted = model.state_dict(), stock.state_dict()
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    assert there.keys() == wanted.keys() - experts
+    for name, tensor in there.items():
+        assert tensor.dtype == wanted[name].dtype
+        assert torch.equal(tensor, wanted[name]), name
+    stock_buffers = dict(stock.named_buffers())
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, stock_buffers[name]), name
+
+    with torch.no_grad():
+        ids = tiny.prompt()
+        assert torch.equal(lend(model, stock)(input_ids=ids).logits, stock(input_ids=ids).logits)
+
+
+def test_no_expert_is_ever_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor that the loader takes from the shards passes one function of it."""
+    tiny.save(tiny.build("mixtral"), tmp_path)
+    read: list[tuple[int, ...]] = []
+    materialize = core_model_loading._materialize_copy
+
+    def watched(tensor: object, *args: object, **kwargs: object) -> torch.Tensor:
+        out = materialize(tensor, *args, **kwargs)
+        read.append(tuple(out.shape))
+        return out
+
+    monkeypatch.setattr(core_model_loading, "_materialize_copy", watched)
+    model = load(tmp_path)
+    assert sorted(read) == sorted(tuple(tensor.shape) for tensor in model.state_dict().values())
+
+
+def test_class_is_left_as_it_was(tmp_path: Path) -> None:
+    tiny.save(tiny.build("mixtral"), tmp_path)
+    cls = model_class(read_config(tmp_path))
+    ignored = cls._keys_to_ignore_on_load_unexpected
+    init = cls.__init__
+    model = load(tmp_path)
+    assert cls.__init__ is init
+    assert cls._keys_to_ignore_on_load_unexpected is ignored
+    assert type(model) is cls
+    assert cls.from_pretrained(tmp_path).state_dict().keys() - model.state_dict().keys()  # stock still loads experts
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(None, torch.bfloat16), (torch.float32, torch.float32), ("float16", torch.float16)],
+    ids=["own", "float32", "float16"],
+)
+def test_dtype_is_of_the_dense_weights(tmp_path: Path, dtype: torch.dtype | str | None, expected: torch.dtype) -> None:
+    tiny.save(tiny.build("qwen3_moe", torch.bfloat16), tmp_path)
+    model = load(tmp_path, dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {expected}
+
+
+def test_missing_dense_weight_is_never_made_up(tmp_path: Path) -> None:
+    tiny.save(tiny.build("mixtral"), tmp_path)
+    tiny.edit(tmp_path, {"model.layers.1.self_attn.q_proj.weight": None})
+    with pytest.raises(MissingTensorError, match=r"'model\.layers\.1\.self_attn\.q_proj\.weight'"):
+        load(tmp_path)
+
+
+def test_only_experts_are_left_out_of_the_report_of_unexpected_weights(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny.save(tiny.build("qwen2_moe"), tmp_path)
+    tiny.edit(tmp_path, {"model.layers.1.mlp.shared_expert.extra_experts.weight": torch.zeros(2)})
+    logging.enable_propagation()
+    try:
+        load(tmp_path)
+    finally:
+        logging.disable_propagation()
+    assert "shared_expert.extra_experts" in caplog.text
+    assert "gate_up_proj" not in caplog.text
+
+
+@pytest.mark.parametrize("option", ["device_map", "key_mapping", "state_dict", "quantization_config", "variant"])
+def test_options_behind_the_catalogs_back_are_refused(tmp_path: Path, option: str) -> None:
+    tiny.save(tiny.build("mixtral"), tmp_path)
+    with pytest.raises(ConfigError, match=option):
+        load(tmp_path, **{option: "x"})
+
+
+def test_option_that_transformers_does_not_know_is_a_config_error(tmp_path: Path) -> None:
+    tiny.save(tiny.build("mixtral"), tmp_path)
+    with pytest.raises(ConfigError, match="nonsense"):
+        load(tmp_path, nonsense=1)
+
+
+def test_options_of_transformers_are_passed_on(tmp_path: Path) -> None:
+    tiny.save(tiny.build("mixtral"), tmp_path)
+    assert load(tmp_path, attn_implementation="eager").config._attn_implementation == "eager"
+
+
+def test_folder_is_taken_as_it_is(tmp_path: Path) -> None:
+    assert resolve_folder(tmp_path) == tmp_path
+    assert resolve_folder(str(tmp_path)) == tmp_path
+    assert resolve_folder("demo").parts[-3:] == ("offmoe", "demo", "model")
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "a/b/c", "", "white space/model"])
+def test_folder_that_is_not_there_is_a_config_error(name: str) -> None:
+    with pytest.raises(ConfigError, match="no such folder"):
+        resolve_folder(name)
+
+
+def test_file_is_not_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match="a file, not a model"):
+        resolve_folder(tmp_path / "model.gguf")
+
+
+def test_hub_id_that_is_not_in_the_cache_is_a_config_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"owner/nothing.*local_files_only"):
+        resolve_folder("owner/nothing", cache_dir=tmp_path, local_files_only=True)
+
+
+def test_model_in_the_hub_cache_is_found_without_a_network(tmp_path: Path) -> None:
+    commit = "0" * 40
+    repository = tmp_path / "models--owner--model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    assert resolve_folder("owner/model", cache_dir=tmp_path, local_files_only=True) == snapshot
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "match"),
+    [
+        (None, CheckpointError, "cannot be read"),
+        ("{", CheckpointError, "not JSON"),
+        ("[]", CheckpointError, "model_type"),
+        ('{"model_type": "nonsense"}', UnsupportedModelError, "nonsense"),
+        ('{"model_type": "x", "auto_map": {"AutoConfig": "x.Y"}}', UnsupportedModelError, "own code"),
+        ('{"model_type": "mixtral", "num_local_experts": "eight"}', CheckpointError, "not a valid config"),
+    ],
+)
+def test_bad_config_is_named(tmp_path: Path, text: str | None, error: type[Exception], match: str) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(error, match=match):
+        read_config(tmp_path)
+
+
+def test_model_without_a_text_generating_class_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="ViTConfig"):
+        model_class(ViTConfig())
+
+
+def test_vision_config_prefers_the_class_with_images() -> None:
+    assert model_class(Qwen3VLMoeConfig()).__name__ == "Qwen3VLMoeForConditionalGeneration"
+
+
+def test_meta_model_has_shapes_and_no_bytes(tmp_path: Path) -> None:
+    tiny.save(tiny.build("mixtral"), tmp_path)
+    config = read_config(tmp_path)
+    before = config.to_dict()
+    meta = build_meta(config, model_class(config))
+    assert all(p.is_meta for p in meta.parameters())
+    assert config.to_dict() == before

@@ -1,0 +1,150 @@
+"""The planner: every demand gets a slot, nothing that is needed is forgotten, the same accesses give the same plans."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from offmoe.config import CacheOptions
+from offmoe.errors import ConfigError
+from offmoe.policy.planner import build_planner
+from offmoe.types import Access, CacheShape, CacheStats, Demand, ExpertKey, count_demands
+
+SHAPE = CacheShape(experts=(6, 6, 8), top_k=(2, 2, 2), expert_bytes=(10, 10, 20))
+
+
+def access(layer, experts, predicted=(), tail=1):
+    return Access(layer, tuple(Demand(e, 1, 1) for e in sorted(experts)), tail, tuple(predicted))
+
+
+@st.composite
+def accesses(draw):
+    out = []
+    for _ in range(draw(st.integers(1, 25))):
+        rows = draw(st.sampled_from([1, 1, 1, 4, 70]))
+        for layer in range(3):
+            n = SHAPE.experts[layer]
+            ids = draw(
+                st.lists(
+                    st.lists(st.integers(0, n - 1), min_size=2, max_size=2, unique=True), min_size=rows, max_size=rows
+                )
+            )
+            demands, tail = count_demands(np.array(ids), n)
+            ahead = SHAPE.experts[layer + 1] if layer < 2 else 0
+            predicted = draw(st.lists(st.integers(0, ahead - 1), max_size=4, unique=True)) if ahead else []
+            out.append(Access(layer, demands, tail, tuple(predicted)))
+    return out
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    accesses(),
+    st.sampled_from(["aged-lfu", "lru"]),
+    st.sampled_from(["layer", "model"]),
+    st.sampled_from([2, 3, 6, (2, 4, 8)]),
+    st.sampled_from([0, 1, 3, "auto"]),
+)
+def test_slots_hold_what_plans_say(steps, eviction, scope, slots, prefetch):
+    """Mirror every fetch into a dict of slots: each wave must find each of its experts where the plan says."""
+    options = CacheOptions(eviction, scope, slots, prefetch)
+    planner, twin = build_planner(options, SHAPE), build_planner(options, SHAPE)
+    held: dict[int, ExpertKey] = {}
+    stats = CacheStats.for_layers(3)
+    for step in steps:
+        plan = planner.plan(step)
+        assert plan == twin.plan(step)
+        served = []
+        for wave in plan.waves:
+            for fetch in wave.fetches:
+                assert held.get(fetch.slot) == fetch.evicted
+                assert fetch.key not in held.values()
+                held[fetch.slot] = fetch.key
+            for expert, slot in wave.experts:
+                assert held[slot] == (step.layer, expert)
+                served.append(expert)
+        assert sorted(served) == [d.expert for d in step.demands]
+        for fetch in plan.prefetches:
+            assert fetch.key.layer == step.layer + 1
+            assert fetch.key.expert in step.predicted
+            assert held.get(fetch.slot) == fetch.evicted
+            held[fetch.slot] = fetch.key
+        assert len(held) <= planner.num_slots
+        assert plan.hits + plan.pending + plan.misses == len(step.demands)
+        planner.check()
+        stats.add(plan, SHAPE)
+    assert stats.demands == sum(len(s.demands) for s in steps)
+    assert stats.h2d_bytes == sum(s.h2d_bytes for s in stats.by_layer)
+    assert stats.prefetched_used <= stats.prefetched
+
+
+def test_a_layer_never_forgets_what_it_needs_now():
+    planner = build_planner(CacheOptions("lru", slots_per_layer=2), SHAPE)
+    planner.plan(access(0, [0, 1]))
+    plan = planner.plan(access(0, [0, 2]))
+    assert (plan.hits, plan.misses) == (1, 1)
+    assert plan.waves[0].fetches[0].evicted == ExpertKey(0, 1)
+
+
+def test_waves_start_with_the_residents_and_leave_the_best():
+    planner = build_planner(CacheOptions(slots_per_layer=4), CacheShape((8,), (2,), (1,)))
+    for _ in range(5):
+        planner.plan(access(0, [6, 7]))
+    demands = tuple(Demand(e, 9 if e in (1, 3) else 1, 9 if e in (1, 3) else 1) for e in range(8))
+    plan = planner.plan(Access(0, demands, 64))
+    assert [e for e, _ in plan.waves[0].experts] == [6, 7]
+    assert len(plan.waves) > 1
+    after = planner.plan(access(0, [1, 3]))
+    assert after.misses == 0
+
+
+def test_pending_counts_once():
+    planner = build_planner(CacheOptions(slots_per_layer=3, prefetch=2), SHAPE)
+    plan = planner.plan(access(0, [0, 1], predicted=[4, 5]))
+    assert [f.key for f in plan.prefetches] == [ExpertKey(1, 4), ExpertKey(1, 5)]
+    first, second = planner.plan(access(1, [4, 5])), planner.plan(access(1, [4, 5]))
+    assert (first.pending, first.hits, first.misses) == (2, 0, 0)
+    assert (second.pending, second.hits, second.misses) == (0, 2, 0)
+
+
+def test_auto_prefetch_pauses_when_predictions_are_wrong():
+    planner = build_planner(CacheOptions(slots_per_layer=2, prefetch="auto"), SHAPE)
+    wrong = itertools.cycle([[4, 5], [2, 3]])
+    issued = 0
+    for _ in range(200):
+        issued += len(planner.plan(access(0, [0, 1], predicted=next(wrong))).prefetches)
+        planner.plan(access(1, [0, 1]))
+    assert 0 < issued < 150
+    assert not planner.wants_prediction(1)
+
+
+def test_auto_prefetch_goes_on_when_predictions_are_right():
+    planner = build_planner(CacheOptions(slots_per_layer=2, prefetch="auto"), SHAPE)
+    pairs = itertools.cycle([[4, 5], [2, 3], [0, 1]])
+    for _ in range(200):
+        pair = next(pairs)
+        planner.plan(access(0, [0, 1], predicted=pair))
+        assert planner.plan(access(1, pair)).misses == 0
+
+
+def test_no_prediction_is_wanted_where_everything_is_resident():
+    planner = build_planner(CacheOptions(slots_per_layer=6, prefetch=2), SHAPE)
+    for pair in ([0, 1], [2, 3], [4, 5]):
+        planner.plan(access(1, pair))
+    assert not planner.wants_prediction(1)
+    assert planner.wants_prediction(2)
+    assert not planner.wants_prediction(3)
+
+
+@pytest.mark.parametrize("slots", [1, (2, 1, 2)])
+def test_fewer_slots_than_top_k_are_refused(slots):
+    with pytest.raises(ConfigError, match="below top_k=2"):
+        build_planner(CacheOptions(slots_per_layer=slots), SHAPE)
+
+
+def test_one_value_per_layer_is_asked_for():
+    with pytest.raises(ConfigError, match="2 values, but the model has 3"):
+        build_planner(CacheOptions(slots_per_layer=(2, 2)), SHAPE)

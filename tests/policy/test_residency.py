@@ -1,0 +1,90 @@
+"""Residency against a small oracle, under random accesses."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from offmoe.policy.eviction import LRU, AgedLFU
+from offmoe.policy.residency import Residency
+from offmoe.types import Demand, Lookup
+
+KEYS = 9
+
+
+class Oracle:
+    """What a residency holds, in 20 lines: scores are recomputed, victims searched for."""
+
+    def __init__(self, slots: int):
+        self.slots, self.held, self.pending, self.last = slots, {}, set(), {}
+
+    def used(self, keys, now):
+        self.last.update(dict.fromkeys(keys, now))
+
+    def admit(self, key, protected, pending):
+        evicted = None
+        if len(self.held) < self.slots:
+            slot = min(set(range(self.slots)) - set(self.held.values()))
+        else:
+            free = [k for k in self.held if k not in protected]
+            if not free:
+                return None
+            evicted = min(free, key=lambda k: (self.last.get(k, -1), k))
+            slot = self.held.pop(evicted)
+            self.pending.discard(evicted)
+        self.held[key] = slot
+        if pending:
+            self.pending.add(key)
+        return slot, evicted
+
+
+@given(
+    st.integers(1, 5),
+    st.lists(st.tuples(st.sets(st.integers(0, KEYS - 1), min_size=1, max_size=4), st.booleans()), max_size=60),
+)
+def test_agrees_with_the_oracle(slots, steps):
+    policy = LRU(KEYS)
+    residency, oracle = Residency(KEYS, range(slots), policy), Oracle(slots)
+    for now, (wanted, pending) in enumerate(steps):
+        keys = sorted(wanted)
+        if not pending:
+            policy.used(keys, [Demand(k, 1, 1) for k in keys], 1)
+            oracle.used(keys, now)
+        for key in keys:
+            if residency.lookup(key) == Lookup.MISS:
+                assert key not in oracle.held
+                got = residency.admit(key, keys, pending=pending)
+                want = oracle.admit(key, keys, pending)
+                assert (got and (got.slot, got.evicted)) == want
+            elif not pending:
+                residency.demanded(key)
+                oracle.pending.discard(key)
+        assert {k: residency.slot(k) for k in residency.resident_keys()} == oracle.held
+        assert {k for k in range(KEYS) if residency.lookup(k) == Lookup.PENDING} == oracle.pending
+        residency.check()
+
+
+def test_admit_changes_nothing_when_all_residents_are_protected():
+    residency = Residency(4, range(2), AgedLFU(4))
+    assert residency.admit(0, ())
+    assert residency.admit(1, ())
+    assert residency.admit(2, [0, 1]) is None
+    assert residency.resident_keys() == [0, 1]
+    assert residency.admit(2, [0]).evicted == 1
+
+
+def test_complete_means_nothing_can_miss():
+    residency = Residency(2, range(2), LRU(2))
+    assert not residency.complete
+    residency.admit(0, ())
+    residency.admit(1, ())
+    assert residency.complete
+
+
+def test_check_finds_a_broken_state():
+    residency = Residency(3, range(2), LRU(3))
+    residency.admit(0, ())
+    residency._slot_of[1] = residency.slot(0)
+    with pytest.raises(AssertionError):
+        residency.check()

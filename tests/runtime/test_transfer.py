@@ -1,0 +1,243 @@
+"""The transfer engine on a device where nothing lands until it is waited for, and what happens without each wait."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import threading
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import offmoe.runtime.transfer as transfer_module
+from offmoe.errors import TransferError
+from offmoe.runtime.arena import SlotArena
+from offmoe.runtime.backend import CpuBackend
+from offmoe.runtime.checkpoint import Checkpoint
+from offmoe.runtime.formats import Assembly, ExpertLayout, ExpertRecord, Part
+from offmoe.runtime.store import ExpertStore
+from offmoe.types import ExpertKey, Fetch
+from tests.doubles import DeferredBackend
+
+EXPERTS, ROWS, COLUMNS = 24, 16, 96
+LAYOUT = ExpertLayout.of({"up": (torch.float32, (ROWS, COLUMNS)), "down": (torch.float32, (COLUMNS, ROWS))})
+
+
+def weight(expert, name):
+    return torch.full((ROWS, COLUMNS) if name == "up" else (COLUMNS, ROWS), expert + (0.25 if name == "up" else 0.5))
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    tensors = {f"{e}.{name}": weight(e, name) for e in range(EXPERTS) for name in ("up", "down")}
+    save_file(tensors, tmp_path / "model.safetensors")
+    return Checkpoint.open(tmp_path)
+
+
+def start_of(checkpoint, expert):
+    return min(checkpoint.segment(f"{expert}.{name}").offset for name in ("up", "down"))
+
+
+class GatedReads:
+    """Reads that wait until the test opens them, by byte offset of the expert."""
+
+    def __init__(self):
+        self.gates: dict[int, threading.Event] = {}
+        self.started: dict[int, threading.Event] = {}
+        self.offsets: list[int] = []
+
+    def hold(self, offset):
+        self.gates[offset // 4096] = threading.Event()
+        self.started[offset // 4096] = threading.Event()
+
+    def __call__(self, descriptor, buffer, offset):
+        self.offsets.append(offset)
+        gate = self.gates.get(offset // 4096)
+        if gate is not None:
+            self.started[offset // 4096].set()
+            assert gate.wait(20)
+        return os.preadv(descriptor, [buffer], offset)
+
+
+class Rig:
+    """Engine, slots and a record of what computing saw."""
+
+    def __init__(self, checkpoint, module: types.ModuleType = transfer_module, backend=None, slots=8, read_at=None):
+        self.backend = backend or DeferredBackend()
+        self.records = {
+            ExpertKey(0, e): ExpertRecord((checkpoint.segment(f"{e}.up"), checkpoint.segment(f"{e}.down")))
+            for e in range(EXPERTS)
+        }
+        self.store = ExpertStore(checkpoint.shards, self.records, read_at=read_at)
+        self.arena = SlotArena(self.backend.allocate, [LAYOUT] * slots)
+        assembly = Assembly((Part("up", 0, 0), Part("down", 0, 0)))
+        self.stalls = []
+        self.engine = module.TransferEngine(
+            self.store, self.arena, self.backend, [LAYOUT], [assembly], on_stall=lambda *a: self.stalls.append(a)
+        )
+        if isinstance(self.backend, DeferredBackend):
+            for slot in range(slots):
+                self.backend.guard(self.arena.bytes(slot), self.engine._last_read[slot])
+
+    def fetch(self, *pairs, ahead=False):
+        self.engine.fetch([Fetch(ExpertKey(0, e), slot, None) for e, slot in pairs], ahead=ahead)
+
+    def sees(self, expert, slot):
+        """Whether computing with the slot now would use exactly this expert."""
+        views = self.arena.views(slot, LAYOUT)
+        return all(torch.equal(views[name], weight(expert, name)) for name in ("up", "down"))
+
+    def use(self, *pairs):
+        self.engine.ready([slot for _, slot in pairs])
+        right = all(self.sees(e, slot) for e, slot in pairs)
+        self.engine.computed([slot for _, slot in pairs])
+        return right
+
+    def close(self):
+        self.engine.close()
+        self.store.close()
+
+
+def several_waves(rig):
+    """More fetches than staging buffers, slots used again and again: needs W1, W2 and W3."""
+    for start in range(0, EXPERTS, 8):
+        wave = [(start + i, i) for i in range(8)]
+        rig.fetch(*wave)
+        for slot in range(8):
+            rig.engine._tickets[slot].issued.wait(20)  # all issued before the first is waited for
+        if not rig.use(*wave):
+            return False
+    return True
+
+
+def a_slot_given_away_while_its_read_is_under_way(checkpoint, module):
+    """Expert 0 is being read ahead into slot 3 when the slot is given to expert 9: needs W4."""
+    reads = GatedReads()
+    reads.hold(start_of(checkpoint, 0))
+    rig = Rig(checkpoint, module, read_at=reads)
+    (block,) = reads.gates
+    try:
+        rig.fetch((0, 3), ahead=True)
+        assert reads.started[block].wait(20)
+        earlier = rig.engine._tickets[3]
+        rig.fetch((9, 3))
+        later = rig.engine._tickets[3]
+        later.issued.wait(0.3)  # without W4 it is issued in this time, with W4 it cannot be
+        reads.gates[block].set()
+        assert earlier.issued.wait(20)
+        assert later.issued.wait(20)
+        return rig.use((9, 3))
+    finally:
+        rig.close()
+
+
+def without(wait):
+    """transfer.py with the line of one wait taken out."""
+    source = Path(transfer_module.__file__).read_text()
+    lines = source.splitlines()
+    found = [i for i, line in enumerate(lines) if line.endswith(f"  # {wait}")]
+    assert len(found) == 1, f"{wait} must stand in transfer.py exactly once"
+    lines[found[0]] = lines[found[0]][: len(lines[found[0]]) - len(lines[found[0]].lstrip())] + "pass"
+    spec = importlib.util.spec_from_loader(f"transfer_without_{wait}", loader=None)
+    module = importlib.util.module_from_spec(spec)
+    exec(compile("\n".join(lines), f"transfer without {wait}", "exec"), module.__dict__)
+    return module
+
+
+@pytest.mark.parametrize("backend", [DeferredBackend, CpuBackend])
+def test_every_wave_computes_with_its_own_experts(checkpoint, backend):
+    rig = Rig(checkpoint, backend=backend())
+    try:
+        assert several_waves(rig)
+    finally:
+        rig.close()
+
+
+def test_a_slot_given_away_holds_the_later_expert(checkpoint):
+    assert a_slot_given_away_while_its_read_is_under_way(checkpoint, transfer_module)
+
+
+@pytest.mark.parametrize("wait", ["W1", "W2", "W3"])
+def test_without_the_wait_weights_are_wrong(checkpoint, wait):
+    rig = Rig(checkpoint, without(wait))
+    try:
+        assert not several_waves(rig)
+    finally:
+        rig.close()
+
+
+def test_without_w4_the_earlier_expert_lands_last(checkpoint):
+    assert not a_slot_given_away_while_its_read_is_under_way(checkpoint, without("W4"))
+
+
+def test_a_demand_overtakes_what_is_read_ahead(checkpoint):
+    reads = GatedReads()
+    for expert in range(4):
+        reads.hold(start_of(checkpoint, expert))
+    rig = Rig(checkpoint, read_at=reads, slots=16)
+    try:
+        rig.fetch(*[(e, e) for e in range(4)], ahead=True)  # occupies all readers
+        for started in reads.started.values():
+            assert started.wait(20)
+        rig.fetch(*[(e, e) for e in range(4, 10)], ahead=True)
+        rig.fetch((20, 10))
+        for gate in reads.gates.values():
+            gate.set()
+        assert rig.use((20, 10))
+        assert rig.use(*[(e, e) for e in range(10)])
+        want = start_of(checkpoint, 20) // 4096
+        later = [o // 4096 for o in reads.offsets if o // 4096 not in reads.gates]
+        assert later[0] == want
+    finally:
+        rig.close()
+
+
+def test_what_is_demanded_while_it_queues_becomes_a_demand(checkpoint):
+    rig = Rig(checkpoint, slots=16)
+    try:
+        rig.fetch(*[(e, e) for e in range(16)], ahead=True)
+        assert rig.use((15, 15))
+        assert rig.use(*[(e, e) for e in range(15)])
+        assert all(layer == 0 and seconds >= 0 for layer, seconds in rig.stalls)
+    finally:
+        rig.close()
+
+
+def test_an_error_surfaces_at_the_demand_that_needs_the_expert(checkpoint):
+    def fails(descriptor, buffer, offset):
+        raise OSError(5, "Input/output error")
+
+    rig = Rig(checkpoint, read_at=fails)
+    try:
+        rig.fetch((3, 2))
+        with pytest.raises(TransferError, match=r"expert 3 of MoE layer 0"):
+            rig.engine.ready([2])
+    finally:
+        rig.close()
+
+
+def test_close_ends_threads_and_refuses_more(checkpoint):
+    rig = Rig(checkpoint)
+    threads = [t for t in rig.engine._threads if t.is_alive()]
+    assert len(threads) == 4
+    rig.fetch(*[(e, e % 8) for e in range(8)], ahead=True)
+    rig.close()
+    rig.close()
+    assert not any(t.is_alive() for t in threads)
+    with pytest.raises(TransferError, match="closed"):
+        rig.fetch((1, 1))
+
+
+def test_forget_leaves_nothing_under_way(checkpoint):
+    rig = Rig(checkpoint)
+    try:
+        rig.fetch(*[(e, e) for e in range(8)], ahead=True)
+        rig.engine.forget()
+        assert not rig.engine._tickets
+        rig.fetch((11, 0))
+        assert rig.use((11, 0))
+    finally:
+        rig.close()

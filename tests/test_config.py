@@ -1,0 +1,66 @@
+"""Options: what is accepted, what is refused and with which words."""
+
+from __future__ import annotations
+
+import pytest
+
+from offmoe.config import CacheOptions, OffloadConfig, format_size, parse_size
+from offmoe.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("10GiB", 10 << 30),
+        ("10 GB", 10**10),
+        ("512M", 512 * 10**6),
+        ("1.5KiB", 1536),
+        ("7", 7),
+        (4096, 4096),
+        ("2tib", 2 << 40),
+    ],
+)
+def test_sizes(text, size):
+    assert parse_size(text, "device_memory") == size
+
+
+@pytest.mark.parametrize("text", ["", "lots", "-1GiB", "10 XB", "0", 0, -5, "1e9", None, True])
+def test_what_is_no_size_is_named(text):
+    with pytest.raises(ConfigError, match="device_memory="):
+        parse_size(text, "device_memory")
+
+
+def test_sizes_are_readable():
+    assert format_size(1536) == "1.5 KiB"
+    assert format_size(5 << 40) == "5.0 TiB"
+    assert format_size(12) == "12 B"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eviction": "random"}, "eviction='random' is unknown. Use one of: aged-lfu, lru"),
+        ({"eviction": "sieve"}, "not built yet"),
+        ({"experts": "int4"}, "not built yet"),
+        ({"experts": "int3"}, "unknown"),
+        ({"on_miss": "cpu"}, "not built yet"),
+        ({"exactness": "numeric"}, "not built yet"),
+        ({"host_memory": "10GiB"}, "not built yet"),
+        ({"scope": "galaxy"}, "scope"),
+        ({"prefetch": -1}, "prefetch"),
+        ({"prefetch": "some"}, "prefetch"),
+        ({"prefetch": True}, "prefetch"),
+        ({"slots_per_layer": 0}, "positive"),
+        ({"slots_per_layer": "4"}, "slots_per_layer"),
+        ({"max_context": 0}, "max_context"),
+        ({"device_memory": "big"}, "device_memory"),
+    ],
+)
+def test_refusals_name_the_option(options, message):
+    with pytest.raises(ConfigError, match=message):
+        OffloadConfig(**options)
+
+
+def test_cache_options_survive_json():
+    options = CacheOptions("lru", "model", (2, 3, 4), "auto")
+    assert CacheOptions.from_dict({**options.to_dict(), "slots_per_layer": [2, 3, 4]}) == options

@@ -1,0 +1,240 @@
+"""The handle of a loaded model: one user at a time, limits held, failures survived, nothing left behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import weakref
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MixtralForCausalLM
+
+import offmoe
+from offmoe.errors import CapacityError, ConfigError, OffmoeError, ShardChangedError
+from offmoe.simulator import replay
+from offmoe.trace import read_trace
+from tests import tiny
+from tests.doubles import DeferredBackend
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tiny.save(tiny.build("mixtral"), tmp_path / "model")
+
+
+@pytest.fixture
+def model(folder):
+    loaded = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3)
+    yield loaded
+    loaded.offload.close()
+
+
+def generate(model, **options):
+    return model.generate(input_ids=tiny.prompt(), max_new_tokens=8, do_sample=False, **options)
+
+
+def readers():
+    return [t for t in threading.enumerate() if t.name.startswith("offmoe-reader")]
+
+
+def test_experts_are_nowhere_in_the_model(model):
+    names = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
+    assert not any("experts" in name for name in names)
+    plan = model.offload.memory()
+    assert plan.slots == 3 * 3 * model.offload._executor._arena.nbytes // len(model.offload._executor._arena)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_every_auto_is_resolved(model):
+    config = model.offload.config
+    assert config.slots_per_layer == 3
+    assert "auto" not in (config.device, config.device_memory, config.on_miss, config.exactness)
+    assert config.max_context == model.offload.memory().max_context
+
+
+def test_stats_subtract_and_reset(model):
+    generate(model)
+    first = model.offload.stats()
+    generate(model)
+    second = model.offload.stats() - first
+    assert second.demands > 0
+    assert sum(layer.demands for layer in second.by_layer) == second.demands
+    model.offload.reset_stats()
+    assert model.offload.stats().demands == 0
+
+
+def test_a_second_generation_at_the_same_time_is_refused(model):
+    entered, leave, errors = threading.Event(), threading.Event(), []
+
+    class Hold:
+        def put(self, value):
+            entered.set()
+            assert leave.wait(20)
+
+        def end(self):
+            pass
+
+    thread = threading.Thread(target=lambda: model.generate(tiny.prompt(1), max_new_tokens=2, streamer=Hold()))
+    thread.start()
+    assert entered.wait(20)
+    for call in (lambda: generate(model), lambda: model(tiny.prompt())):
+        try:
+            call()
+        except OffmoeError as error:
+            errors.append(str(error))
+    leave.set()
+    thread.join()
+    assert len(errors) == 2
+    assert "already generating" in errors[0]
+    generate(model)
+
+
+def test_moves_are_refused_and_moves_to_where_it_is_are_not(model):
+    assert model.to("cpu") is model
+    assert model.float() is model
+    for move in (model.half, lambda: model.to("meta"), lambda: model.to(torch.bfloat16)):
+        with pytest.raises(ConfigError, match="stays on cpu"):
+            move()
+
+
+def test_gradients_are_refused(model):
+    embeddings = torch.zeros(1, 3, 32, requires_grad=True)
+    with pytest.raises(ConfigError, match="gradients"):
+        model(inputs_embeds=embeddings)
+
+
+def test_going_past_the_reserved_context_is_refused(folder):
+    model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3, max_context=20)
+    with model.offload:
+        model.generate(tiny.prompt(1, 10), max_new_tokens=10, do_sample=False)
+        with pytest.raises(CapacityError, match="max_context=21"):
+            model(tiny.prompt(1, 21))
+        with pytest.raises(CapacityError, match="20 that memory is reserved for"):
+            model.generate(tiny.prompt(1, 10), max_new_tokens=30, do_sample=False)
+        generate_again = model.generate(tiny.prompt(1, 10), max_new_tokens=4, do_sample=False)
+    assert generate_again.shape == (1, 14)
+
+
+def test_the_class_is_the_architectures_own(model):
+    assert type(model) is MixtralForCausalLM
+    other = MixtralForCausalLM(model.config)
+    assert not {"generate", "forward", "_apply", "save_pretrained"} & vars(other).keys(), "only the instance is changed"
+
+
+def test_closing_ends_threads_and_refuses_more(model):
+    assert readers()
+    model.offload.close()
+    model.offload.close()
+    assert not readers()
+    with pytest.raises(OffmoeError, match="closed"):
+        generate(model)
+
+
+def test_a_forgotten_model_leaves_no_thread(folder):
+    model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3)
+    generate(model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    assert not readers()
+
+
+def test_two_models_do_not_share(folder):
+    one = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=2)
+    two = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=5)
+    with one.offload, two.offload:
+        assert torch.equal(generate(one), generate(two))
+        assert one.offload.stats().misses > two.offload.stats().misses
+
+
+def test_after_a_failure_the_next_generation_is_right(folder, monkeypatch):
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3)
+    with model.offload:
+        want = generate(stock)
+        store, calls = model.offload._executor._transfer._store, []
+        original = store.read_into
+
+        def fails_once(key, buffer, stop=None):
+            calls.append(key)
+            if len(calls) == 5:
+                raise offmoe.TransferError("injected")
+            original(key, buffer, stop)
+
+        monkeypatch.setattr(store, "read_into", fails_once)
+        with pytest.raises(offmoe.TransferError, match="injected"):
+            generate(model)
+        assert torch.equal(generate(model), want)
+        model.offload._executor._planner.check()
+
+
+def test_an_interrupted_recording_is_still_a_trace(folder, tmp_path, monkeypatch):
+    path = tmp_path / "run.npz"
+    model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3, trace=path)
+    with model.offload:
+        generate(model)
+        before = model.offload.stats()
+        monkeypatch.setattr(
+            model.offload._executor._transfer, "ready", lambda slots: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            generate(model)
+        after = model.offload.stats()
+    trace = read_trace(path)
+    assert replay(trace, trace.options).stats == after
+    assert after.demands > before.demands
+
+
+def test_a_shard_replaced_while_in_use_is_noticed(folder):
+    model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=2, prefetch=0)
+    with model.offload:
+        generate(model)
+        store = model.offload._executor._transfer._store
+        store._clock = lambda: 1e9  # the next look at the shards is due
+        for shard in sorted(folder.glob("*.safetensors")):
+            other = shard.with_suffix(".new")
+            other.write_bytes(shard.read_bytes())
+            os.replace(other, shard)
+        with pytest.raises(ShardChangedError, match="safetensors"):
+            generate(model)
+
+
+def test_a_model_on_the_deferred_device_computes_the_same(folder, monkeypatch):
+    """The whole way with the strict double: a wait missing anywhere would be NaN."""
+    want = generate(AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval())
+    backend = DeferredBackend()
+    monkeypatch.setattr("offmoe.api.select_backend", lambda device: backend)
+    for slots, prefetch in ((2, 0), (3, 2), (3, "auto"), (8, 0)):
+        model = offmoe.from_pretrained(folder, slots_per_layer=slots, prefetch=prefetch)
+        with model.offload:
+            engine, arena = model.offload._executor._transfer, model.offload._executor._arena
+            backend.regions.clear()
+            for slot in range(len(arena)):
+                backend.guard(arena.bytes(slot), engine._last_read[slot])
+            assert torch.equal(generate(model), want)
+
+
+def test_a_budget_below_the_smallest_is_named(folder):
+    with pytest.raises(CapacityError, match="smallest device_memory that works for this model is"):
+        offmoe.from_pretrained(folder, device="cpu", device_memory="1KiB")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"slots_per_layer": 1}, "below top_k=2"),
+        ({"slots_per_layer": (3, 3)}, "2 values, but the model has 3 MoE layers"),
+        ({"device": "tpu"}, "device='tpu'"),
+        ({"dtype": "float7"}, "dtype='float7'"),
+        ({"profile": "p.json"}, "not built yet"),
+        ({"device_map": "auto"}, "device_map"),
+        ({"trace": "/no/such/folder/t.npz"}, "folder"),
+    ],
+)
+def test_refused_options(folder, options, message):
+    with pytest.raises(ConfigError, match=message):
+        offmoe.from_pretrained(folder, **{"device": "cpu", **options})
+    assert not readers()

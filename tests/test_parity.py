@@ -1,0 +1,148 @@
+"""The same tokens as the unmodified model, and a replay that counts what the run counted.
+
+"Stock" is transformers' default implementation, grouped_mm. Its own implementations differ from each other by
+rounding in some architectures; there, as close as they are to each other is what can be asked for."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import offmoe
+from offmoe.hf.load import resolve_folder
+from offmoe.simulator import replay
+from offmoe.trace import read_trace
+from tests import tiny
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TEXT = (
+    "And it came to pass in those days, that there went out a decree, and all went to be taxed, every one into his "
+    "own city. "
+    "def close(self):\n    if self._file is not None:\n        self._file.close()\n        self._file = None\n\n"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(resolve_folder("demo"))
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer):
+    """Prompts of 1, 7 and 200 tokens, and a batch of three with padding on the left."""
+    ids = tokenizer(TEXT * 4, return_tensors="pt").input_ids
+    one = {n: {"input_ids": ids[:, :n], "attention_mask": torch.ones(1, n, dtype=torch.long)} for n in (1, 7, 200)}
+    tokenizer.padding_side = "left"
+    batch = tokenizer(["In the beginning", "def main():\n    parser =", TEXT], return_tensors="pt", padding=True)
+    return {**one, "batch": dict(batch)}
+
+
+def ways(prompts):
+    """Named calls of generate: greedy on every prompt, beams, sampling with a seed."""
+    for name, inputs in prompts.items():
+        tokens = 64 if name != "batch" else 24
+        yield f"greedy {name}", inputs, {"do_sample": False, "max_new_tokens": tokens, "min_new_tokens": tokens}
+    yield "beams", prompts[7], {"do_sample": False, "num_beams": 3, "max_new_tokens": 16}
+    yield "sampling", prompts["batch"], {"do_sample": True, "temperature": 0.9, "top_p": 0.95, "max_new_tokens": 16}
+
+
+def run(model, prompts):
+    """Logits of every prompt and tokens of every way."""
+    with torch.no_grad():
+        logits = {name: model(**inputs).logits for name, inputs in prompts.items()}
+    tokens = {}
+    for name, inputs, options in ways(prompts):
+        torch.manual_seed(0)
+        tokens[name] = model.generate(**inputs, **options)
+    return logits, tokens
+
+
+@pytest.fixture(scope="module")
+def stock(prompts):
+    found = {}
+    for name, dtype in DTYPES.items():
+        model = AutoModelForCausalLM.from_pretrained(resolve_folder("demo"), dtype=dtype).eval()
+        found[name] = run(model, prompts)
+    return found
+
+
+def assert_same(ours, theirs):
+    for name in theirs[0]:
+        assert torch.equal(ours[0][name], theirs[0][name]), f"logits of {name}"
+    for name in theirs[1]:
+        assert torch.equal(ours[1][name], theirs[1][name]), f"tokens of {name}"
+
+
+@pytest.mark.parametrize(
+    ("slots", "eviction", "dtype", "prefetch"),
+    [
+        (slots, eviction, dtype, prefetch)
+        for (slots, eviction, dtype), prefetch in zip(
+            itertools.product((2, 3, 4, 8), ("aged-lfu", "lru"), DTYPES), itertools.cycle(("auto", 0, 1)), strict=False
+        )
+    ],
+)
+def test_demo_equals_stock_bit_for_bit(tmp_path, prompts, stock, slots, eviction, dtype, prefetch):
+    path = tmp_path / "run.npz"
+    model = offmoe.from_pretrained(
+        "demo",
+        device="cpu",
+        slots_per_layer=slots,
+        eviction=eviction,
+        prefetch=prefetch,
+        dtype=DTYPES[dtype],
+        trace=path,
+    )
+    with model.offload:
+        assert_same(run(model, prompts), stock[dtype])
+        stats = model.offload.stats()
+    trace = read_trace(path)
+    assert replay(trace, trace.options).stats == stats
+    assert stats.demands == stats.hits + stats.pending + stats.misses > 0
+    assert stats.h2d_bytes == (stats.misses + stats.prefetched) * 196_608
+
+
+@pytest.mark.parametrize("scope", ["layer", "model"])
+@pytest.mark.parametrize("slots", [(2, 3, 4, 5, 6, 7), 3])
+def test_quotas_and_pools_change_nothing_but_counts(tmp_path, prompts, stock, scope, slots):
+    path = tmp_path / "run.npz"
+    model = offmoe.from_pretrained("demo", device="cpu", slots_per_layer=slots, scope=scope, prefetch=2, trace=path)
+    with model.offload:
+        assert_same(run(model, prompts), stock["bf16"])
+        stats = model.offload.stats()
+    trace = read_trace(path)
+    assert replay(trace, trace.options).stats == stats
+
+
+@pytest.mark.parametrize("original_format", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_families_equal_stock(tmp_path, family, dtype, original_format):
+    folder = tiny.save(tiny.build(family, DTYPES[dtype]), tmp_path / "model", original_format)
+    inputs = {"input_ids": tiny.prompt()}
+    options = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
+    logits, tokens = {}, {}
+    for implementation in ("grouped_mm", "eager", "batched_mm"):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=DTYPES[dtype], experts_implementation=implementation
+        ).eval()
+        with torch.no_grad():
+            logits[implementation] = model(**inputs).logits
+        tokens[implementation] = model.generate(**inputs, **options)
+    ours = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3, trace=tmp_path / "run.npz")
+    with ours.offload:
+        assert type(ours) is type(model)
+        with torch.no_grad():
+            got = ours(**inputs).logits
+        assert torch.equal(ours.generate(**inputs, **options), tokens["grouped_mm"])
+        stats = ours.offload.stats()
+    if not torch.equal(got, logits["grouped_mm"]):
+        assert not all(torch.equal(logits["grouped_mm"], other) for other in logits.values()), (
+            "stock agrees with itself"
+        )
+        assert torch.allclose(got, logits["grouped_mm"], rtol=0, atol=2e-6)
+    trace = read_trace(tmp_path / "run.npz")
+    assert replay(trace, trace.options).stats == stats

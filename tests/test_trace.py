@@ -1,0 +1,163 @@
+"""Traces: what is written is read back, and what is not a trace is refused with the reason."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import zipfile
+
+import numpy as np
+import pytest
+
+from offmoe.config import CacheOptions
+from offmoe.errors import ConfigError, TraceError
+from offmoe.trace import TraceWriter, read_trace, write_arrays
+from offmoe.types import CacheShape, Demand, count_demands, rank_predictions
+
+SHAPE = CacheShape((8, 8), (2, 2), (100, 200))
+HEADER = {"model": "m", "layers": 2, "experts": 8, "top_k": 2, "expert_bytes": [100, 200]}
+
+
+def arrays(tokens=4):
+    rng = np.random.default_rng(0)
+    return {
+        "experts": rng.integers(0, 8, (tokens, 2, 2)).astype(np.int16),
+        "request": np.zeros(tokens, np.int32),
+        "step": np.arange(tokens, dtype=np.int32),
+    }
+
+
+def test_round_trip(tmp_path):
+    path = tmp_path / "run.npz"
+    options = CacheOptions("lru", "layer", (2, 3), 1)
+    writer = TraceWriter(path, "model", SHAPE, options)
+    writer.next_requests()
+    writer.begin_step(3, np.array([0, 0, 1]), np.array([7, 8, 9]))
+    writer.record(0, np.array([[1, 2], [3, 4], [5, 6]]), np.array([[0, 1], [2, 3], [4, 5]]))
+    writer.record(1, np.array([[0, 1], [2, 3], [4, 5]]), None)
+    writer.next_requests()
+    writer.begin_step(1, np.array([0]), np.array([9]))
+    writer.record(0, np.array([[1, 2]]), None)
+    writer.record(1, np.array([[6, 7]]), None)
+    assert writer.tokens_seen() == [7, 8, 9]
+    writer.pieces = {7: "a", 8: "b", 9: "ü"}
+    writer.close()
+    writer.close()
+    trace = read_trace(path)
+    assert trace.shape == SHAPE
+    assert trace.options == options
+    assert trace.pieces == {7: "a", 8: "b", 9: "ü"}
+    assert trace.step.tolist() == [0, 0, 0, 1]
+    assert trace.request.tolist() == [0, 0, 1, 2]
+    assert trace.token.tolist() == [7, 8, 9, 9]
+    got = list(trace.accesses())
+    assert [a.layer for a in got] == [0, 1, 0, 1]
+    assert got[0].demands == tuple(Demand(e, 1, 1) for e in range(1, 7))
+    assert got[0].predicted == rank_predictions(np.array([[0, 1], [2, 3], [4, 5]]), 8) == (0, 2, 4, 1, 3, 5)
+    assert got[2].predicted == ()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_an_empty_recording_is_a_trace(tmp_path):
+    writer = TraceWriter(tmp_path / "e.npz", "m", SHAPE, CacheOptions(slots_per_layer=2))
+    writer.close()
+    assert read_trace(tmp_path / "e.npz").tokens == 0
+
+
+def test_a_missing_folder_is_named_before_the_run(tmp_path):
+    with pytest.raises(ConfigError, match="nowhere"):
+        TraceWriter(tmp_path / "nowhere" / "t.npz", "m", SHAPE, CacheOptions(slots_per_layer=2))
+
+
+def test_a_refused_write_is_a_trace_error(tmp_path):
+    target = tmp_path / "t.npz"
+    target.mkdir()
+    with pytest.raises(TraceError, match="cannot write"):
+        write_arrays(target, HEADER, arrays())
+    assert [p.name for p in tmp_path.iterdir()] == ["t.npz"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda h, a: h.update(layers=3), "layers"),
+        (lambda h, a: h.update(layers="two"), "'layers' in the header"),
+        (lambda h, a: h.update(experts=[8]), "one for each of the 2 layers"),
+        (lambda h, a: h.update(top_k=3), "top_k is 3"),
+        (lambda h, a: h.update(config={"eviction": "magic"}), "magic"),
+        (lambda h, a: h.update(config={"nonsense": 1}), "nonsense"),
+        (lambda h, a: h.update(pieces=[1]), "'pieces'"),
+        (lambda h, a: a["experts"].__setitem__((0, 0, 0), 8), "outside"),
+        (lambda h, a: a["experts"].__setitem__((0, 0, 0), -2), "outside"),
+        (lambda h, a: a.update(step=a["step"][::-1].copy()), "'step' decreases"),
+        (lambda h, a: a.update(step=a["step"].astype(float)), "'step'"),
+        (lambda h, a: a.pop("request"), "'request' is missing"),
+        (lambda h, a: a.update(experts=a["experts"][:2]), "shape"),
+        (lambda h, a: a.update(probs=np.full((4, 2, 2), np.nan, np.float16)), "not finite"),
+        (lambda h, a: a.update(predicted=np.full((4, 2, 1), 99, np.int16)), "'predicted'"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(tmp_path, change, message):
+    header, content = json.loads(json.dumps(HEADER)), arrays()
+    change(header, content)
+    write_arrays(tmp_path / "t.npz", header, content)
+    with pytest.raises(TraceError, match=message):
+        read_trace(tmp_path / "t.npz")
+
+
+def test_versions_to_come_are_refused(tmp_path):
+    write_arrays(tmp_path / "t.npz", {**HEADER, "version": 2}, arrays())
+    with pytest.raises(TraceError, match="version 2"):
+        read_trace(tmp_path / "t.npz")
+
+
+def test_other_files_are_refused(tmp_path):
+    (tmp_path / "text.npz").write_text("hello")
+    np.save(tmp_path / "bare.npy", np.zeros(3))
+    np.savez(tmp_path / "other.npz", a=np.zeros(3))
+    np.savez(tmp_path / "pickle.npz", header=np.array([{}], dtype=object))
+    (tmp_path / "empty.npz").write_bytes(b"")
+    with zipfile.ZipFile(tmp_path / "zip.npz", "w") as z:
+        z.writestr("header.npy", b"nonsense")
+    for path in sorted(tmp_path.iterdir()):
+        with pytest.raises(TraceError):
+            read_trace(path)
+    with pytest.raises(TraceError, match="does not exist"):
+        read_trace(tmp_path / "absent.npz")
+
+
+def test_damaged_files_never_crash(tmp_path):
+    write_arrays(tmp_path / "good.npz", HEADER, arrays(50))
+    good, rng = (tmp_path / "good.npz").read_bytes(), random.Random(0)
+    bad = tmp_path / "bad.npz"
+    refused = 0
+    for _ in range(200):
+        data = bytearray(good)
+        if rng.random() < 0.3:
+            del data[rng.randrange(len(data)) :]
+        for _ in range(rng.randint(1, 6)):
+            if data:
+                data[rng.randrange(len(data))] = rng.randrange(256)
+        bad.write_bytes(data)
+        try:
+            read_trace(bad)
+        except TraceError:
+            refused += 1
+    assert refused > 100
+
+
+def test_demands_count_tokens_and_the_tail():
+    experts = np.array([[0, 1]] * 100 + [[1, 2]] * 10 + [[-1, 9]])
+    demands, tail = count_demands(experts, 8)
+    assert tail == 64
+    assert demands == (Demand(0, 100, 53), Demand(1, 110, 63), Demand(2, 10, 10))
+    assert count_demands(np.array([[5, 3]]), 8) == ((Demand(3, 1, 1), Demand(5, 1, 1)), 1)
+    assert count_demands(np.array([[-1, 8]]), 8) == ((), 1)
+
+
+def test_reading_does_not_depend_on_the_name(tmp_path):
+    buffer = io.BytesIO()
+    np.savez(buffer, header=np.array(json.dumps({"format": "offmoe-trace", "version": 1, **HEADER})), **arrays())
+    (tmp_path / "noending").write_bytes(buffer.getvalue())
+    assert read_trace(tmp_path / "noending").tokens == 4

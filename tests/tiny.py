@@ -1,0 +1,121 @@
+"""Tiny random models of the eight families that offmoe promises, every parameter made to matter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import logging
+
+from offmoe.hf.load import model_class
+
+logging.disable_progress_bar()
+
+VOCABULARY = 97
+NUM_EXPERTS = 8
+TOP_K = 2
+
+COMMON: dict[str, object] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "num_experts_per_tok": TOP_K,
+}
+_MLA: dict[str, object] = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}
+_DEEPSEEK: dict[str, object] = dict(
+    _MLA,
+    intermediate_size=48,
+    moe_intermediate_size=24,
+    n_routed_experts=NUM_EXPERTS,
+    n_shared_experts=1,
+    first_k_dense_replace=1,
+    n_group=2,
+    topk_group=1,
+)
+
+CONFIGS: dict[str, dict[str, object]] = {
+    "mixtral": {"num_local_experts": NUM_EXPERTS, "intermediate_size": 48},
+    "qwen2_moe": {
+        "num_experts": NUM_EXPERTS,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+    },
+    "qwen3_moe": {
+        "num_experts": NUM_EXPERTS,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 24,
+        "head_dim": 8,
+        "mlp_only_layers": [0],
+    },
+    "olmoe": {"num_experts": NUM_EXPERTS, "intermediate_size": 24},
+    "deepseek_v2": dict(_DEEPSEEK, topk_method="group_limited_greedy"),
+    "deepseek_v3": dict(_DEEPSEEK),
+    "gpt_oss": {"num_local_experts": NUM_EXPERTS, "intermediate_size": 24, "head_dim": 8},
+    "granitemoe": {"num_local_experts": NUM_EXPERTS, "intermediate_size": 24},
+}
+FAMILIES = tuple(CONFIGS)
+
+
+def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: object) -> PreTrainedModel:
+    """A stock model in eval mode. All parameters random, also those that initialise to zeros and ones."""
+    config = AutoConfig.for_model(family, **{**COMMON, **CONFIGS[family], **overrides})
+    model = model_class(config)(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in [*model.named_parameters(), *model.named_buffers()]:
+            if isinstance(weight, torch.nn.Parameter) or "correction_bias" in name:
+                spread = 0.05 if weight.ndim < 2 else 0.25
+                centre = 1.0 if "norm" in name and weight.ndim == 1 else 0.0
+                weight.copy_(torch.randn(weight.shape, generator=generator) * spread + centre)
+    return model.to(dtype).eval()
+
+
+def save(model: PreTrainedModel, folder: Path, original_format: bool = True, max_shard_size: str = "60KB") -> Path:
+    """Write a sharded checkpoint: with the names of the family's published ones, or with the fused names of "
+    "transformers v5."""
+    model.save_pretrained(folder, save_original_format=original_format, max_shard_size=max_shard_size)
+    return folder
+
+
+def prompt(batch: int = 2, length: int = 11, seed: int = 3) -> torch.Tensor:
+    """int64 [batch, length], no special tokens."""
+    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def edit(folder: Path, change: dict[str, torch.Tensor | None]) -> None:
+    """Replace, add or (with None) drop tensors of a sharded checkpoint, index included."""
+    index_file = folder / "model.safetensors.index.json"
+    index = json.loads(index_file.read_text())
+    for name, tensor in change.items():
+        file = index["weight_map"].setdefault(name, "more.safetensors")
+        shard = folder / file
+        tensors = load_file(shard) if shard.exists() else {}
+        if tensor is None:
+            del tensors[name], index["weight_map"][name]
+        else:
+            tensors[name] = tensor
+        save_file(tensors, shard, metadata={"format": "pt"})
+    index_file.write_text(json.dumps(index))
+
+
+def tensor(folder: Path, name: str) -> torch.Tensor:
+    """One tensor of a sharded checkpoint."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    return load_file(folder / index["weight_map"][name])[name]
