@@ -7,6 +7,7 @@ option, 1 for any other error that a user can meet, 130 after Ctrl-C. Only offmo
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -93,6 +94,8 @@ def _run(argv: list[str]) -> int:
 
 def _complain(error: BaseException) -> int:
     """One line for an error of the user's world; a bug is raised again."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        error = OffmoeError(f"cannot write: {error.strerror}; free space or send the output elsewhere.")
     if not isinstance(error, OffmoeError):
         if not _out_of_memory(error):
             raise error

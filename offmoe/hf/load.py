@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 import transformers
 
-from offmoe.errors import CheckpointError, ConfigError, MissingTensorError, UnsupportedModelError
+from offmoe.errors import CapacityError, CheckpointError, ConfigError, MissingTensorError, UnsupportedModelError
 from offmoe.hf.adapters import expert_parameters
 from offmoe.hf.catalog import ExpertCatalog, find_experts, refuse_quantised
 from offmoe.hf.save import MODEL_FILES, attach_safe_save
@@ -232,7 +232,12 @@ def load_dense(
         raise
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"transformers cannot load {cls.__name__} with these options: {error}") from error
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, KeyError) as error:  # KeyError: an index without its 'metadata'
+        if "unable to mmap" in str(error):
+            raise CapacityError(
+                f"{folder}: transformers maps whole shards, and the system refuses one larger than its memory; split "
+                "the checkpoint into smaller shards, or allow it (Linux: sysctl vm.overcommit_memory=1)"
+            ) from error
         raise CheckpointError(
             f"{folder}: transformers cannot load the dense weights of {cls.__name__} ({error}); "
             "config.json and the shards are probably not of the same model"

@@ -99,6 +99,7 @@ def test_wrong_options(offmoe: Run, argv: list[str], says: str) -> None:
             "offmoe: error: out of memory (Default",
         ),
         (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), 1, "offmoe: error: out of memory (CUDA"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "offmoe: error: cannot write: No space left on device"),
         (KeyboardInterrupt(), 130, ""),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1, ""),
     ],

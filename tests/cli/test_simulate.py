@@ -128,3 +128,34 @@ def test_needs_no_torch(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "Belady" in done.stdout
+
+
+def test_a_terminal_that_knows_ascii_only(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.npz", model="caf\u00e9")
+    done = subprocess.run(
+        [sys.executable, "-m", "offmoe", "simulate", str(path)],
+        capture_output=True,
+        env={"PYTHONIOENCODING": "ascii"},
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"caf?" in done.stdout
+    assert "Belady" in done.stdout.decode("ascii")
+
+
+def test_a_reader_that_left(tmp_path: Path) -> None:
+    """`offmoe simulate ... | true`: no traceback, not from the interpreter's shutdown either."""
+    path = write(tmp_path / "t.npz")
+    child = subprocess.Popen(
+        [sys.executable, "-m", "offmoe", "simulate", str(path), "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert child.stdout is not None
+    assert child.stderr is not None
+    child.stdout.close()
+    stderr = child.stderr.read().decode()
+    child.stderr.close()
+    assert child.wait(timeout=60) == 1
+    assert "Error" not in stderr
+    assert "Traceback" not in stderr

@@ -1,0 +1,15 @@
+"""Set-up of all tests."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _small_matrices_on_one_thread():
+    """Tiny models are faster on one thread, and the machine may have little more."""
+    torch.set_num_threads(1)
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
