@@ -64,8 +64,9 @@ class Fetch(NamedTuple):
 
 
 class Wave(NamedTuple):
-    """Experts of one layer that are resident together: (expert id, slot) pairs, and the fetches that come before
-    them.
+    """Experts of one layer that are resident together, and the fetches that come first.
+
+    `experts` are (expert id, slot) pairs in the order to compute them: what was resident before, then what is fetched.
     """
 
     experts: tuple[tuple[int, int], ...]

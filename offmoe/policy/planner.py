@@ -69,23 +69,19 @@ class Planner:
         if self.may_prefetch:
             self._prefetch.demanded(layer, experts)
         policy.used(keys, demands, access.tail)
+        here = [key for key, where in zip(keys, found, strict=True) if where != Lookup.MISS]
+        missing = [key for key, where in zip(keys, found, strict=True) if where == Lookup.MISS]
         pending = found.count(Lookup.PENDING)
-        misses = found.count(Lookup.MISS)
         if pending:
-            for key in keys:
+            for key in here:
                 pool.demanded(key)
-        if misses == 0:
-            waves: tuple[Wave, ...] = (
-                Wave(tuple([(e, pool.slot(k)) for e, k in zip(experts, keys, strict=True)]), ()),
-            )
-        elif len(keys) <= pool.capacity:
-            missing = [key for key, where in zip(keys, found, strict=True) if where == Lookup.MISS]
-            fetches = self._admit(layer, missing, keys)
-            waves = (Wave(tuple([(e, pool.slot(k)) for e, k in zip(experts, keys, strict=True)]), fetches),)
+        if len(keys) <= pool.capacity:
+            fetches = self._admit(layer, missing, keys) if missing else ()
+            waves: tuple[Wave, ...] = (self._wave(layer, here + missing, fetches),)
         else:
-            waves = self._waves(layer, keys, found)
+            waves = self._waves(layer, here, missing)
         prefetches = self._prefetches(layer + 1, access.predicted) if access.predicted else ()
-        return Plan(layer, waves, prefetches, len(keys) - pending - misses, pending, misses)
+        return Plan(layer, waves, prefetches, len(here) - pending, pending, len(missing))
 
     def _admit(self, layer: int, missing: Sequence[int], protected: Collection[int]) -> tuple[Fetch, ...]:
         pool = self._pools[layer]
@@ -101,25 +97,24 @@ class Planner:
         forgotten = None if evicted is None else self._key_of[base + evicted]
         return Fetch(self._key_of[base + key], slot, forgotten)
 
-    def _waves(self, layer: int, keys: Sequence[int], found: Sequence[Lookup]) -> tuple[Wave, ...]:
-        pool, policy, first = self._pools[layer], self._policies[layer], self._first_key[layer]
-        here = [key for key, where in zip(keys, found, strict=True) if where != Lookup.MISS]
-        missing = [key for key, where in zip(keys, found, strict=True) if where == Lookup.MISS]
+    def _wave(self, layer: int, keys: Sequence[int], fetches: tuple[Fetch, ...]) -> Wave:
+        pool, first = self._pools[layer], self._first_key[layer]
+        return Wave(tuple([(key - first, pool.slot(key)) for key in keys]), fetches)
+
+    def _waves(self, layer: int, here: Sequence[int], missing: Sequence[int]) -> tuple[Wave, ...]:
+        pool, policy = self._pools[layer], self._policies[layer]
         # What should stay: the best of all that is demanded or resident, less the slots that the rest passes through.
         passing = max(1, pool.capacity // 4)
-        candidates = sorted({*keys, *pool.resident_keys()}, key=lambda key: (-policy.score(key), -key))
+        candidates = sorted({*missing, *pool.resident_keys()}, key=lambda key: (-policy.score(key), -key))
         best = candidates[: pool.capacity - passing]
         keep = set(best)
         order = [key for key in missing if key not in keep] + [key for key in missing if key in keep]
-        waves = []
-        if here:
-            waves.append(Wave(tuple([(key - first, pool.slot(key)) for key in here]), ()))
+        waves = [self._wave(layer, here, ())] if here else []
         while order:
             # Residents worth keeping hold their slots; everything else makes room.
             held = [key for key in best if pool.lookup(key) != Lookup.MISS]
             wave, order = order[: pool.capacity - len(held)], order[pool.capacity - len(held) :]
-            fetches = self._admit(layer, wave, held + wave)
-            waves.append(Wave(tuple([(key - first, pool.slot(key)) for key in wave]), fetches))
+            waves.append(self._wave(layer, wave, self._admit(layer, wave, held + wave)))
         return tuple(waves)
 
     def _prefetches(self, layer: int, predicted: Sequence[int]) -> tuple[Fetch, ...]:

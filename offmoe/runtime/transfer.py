@@ -89,6 +89,7 @@ class TransferEngine:
         self._idle: queue.SimpleQueue[int] = queue.SimpleQueue()
         for i in range(buffers):
             self._idle.put(i)
+        self.computed(range(len(arena)))  # the first copies come after whatever used this memory before
         self._tickets: dict[int, Ticket] = {}
         self._order = itertools.count()
         self._work = threading.Condition()
