@@ -6,7 +6,10 @@ bytes per (token, layer, k) and 2 per prediction, held in RAM until `close`. Mus
 a half-written file under the final name.
 
 Arrays (interface.md): experts int16 [T, L, k] in router order, -1 = none · request int32 [T] · step int32 [T] ·
-optional token int32 [T], probs float16 [T, L, k], predicted int16 [T, L, p] · header, a JSON string."""
+optional token int32 [T], probs float16 [T, L, k], predicted int16 [T, L, p] · header, a JSON string.
+
+Prefill and decode are told apart by the steps: a token that shared its step with others of its request was prefill
+(`Trace.prefill`)."""
 
 from __future__ import annotations
 
@@ -29,6 +32,15 @@ NONE = -1
 
 
 @dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters that a token can be multiplied with. dense: outside the experts, in every token's way
+    (an input embedding, which is only looked up, does not count). expert: one expert of each MoE layer."""
+
+    dense: int
+    expert: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Trace:
     """A validated trace in memory; the arrays are those of the file."""
 
@@ -42,10 +54,24 @@ class Trace:
     predicted: np.ndarray | None = None
     options: CacheOptions | None = None
     pieces: dict[int, str] | None = None
+    parameters: Parameters | None = None
 
     @property
     def tokens(self) -> int:
         return len(self.step)
+
+    @property
+    def requests(self) -> int:
+        return len(np.unique(self.request))
+
+    @property
+    def prefill(self) -> np.ndarray:
+        """bool [T]: tokens that ran in one step with others of their request. A prompt of one token counts as decode,
+        and so does the last token of a prompt that was fed in pieces, if it came alone.
+        """
+        pairs = np.stack([self.step, self.request], axis=1)
+        _, index, rows = np.unique(pairs, axis=0, return_inverse=True, return_counts=True)
+        return np.asarray(rows[index.reshape(-1)] > 1)
 
     def steps(self) -> Iterator[slice]:
         """Rows of each step, in order."""
@@ -94,6 +120,12 @@ class TraceWriter:
         self._requests_before = 0
         self._closed = False
         self.pieces: dict[int, str] = {}
+        self.parameters: Parameters | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Recorded so far."""
+        return sum(len(rows) for rows in self._request)
 
     def begin_step(self, rows: int, request: np.ndarray, token: np.ndarray | None) -> None:
         """A forward pass over `rows` tokens; request: int [rows], from 0 in each generation; token: int [rows] or
@@ -140,26 +172,40 @@ class TraceWriter:
         self._closed = True
         rows = [len(r) for r in self._request]
         width = (self._shape.layers, self._width)
-        arrays: dict[str, np.ndarray] = {
-            "experts": np.concatenate([np.zeros((0, *width), np.int16), *self._experts]),
-            "request": np.concatenate([np.zeros(0, np.int32), *self._request]),
-            "step": np.repeat(np.arange(len(rows), dtype=np.int32), rows),
-        }
-        if self._tokens_known and rows:
-            arrays["token"] = np.concatenate(self._token)
-        if self._any_predicted:
-            arrays["predicted"] = np.concatenate(self._predicted)
-        header: dict[str, Any] = {
-            "model": self._model,
-            "experts": _plain(self._shape.experts),
-            "top_k": _plain(self._shape.top_k),
-            "expert_bytes": _plain(self._shape.expert_bytes),
-            "layers": self._shape.layers,
-            "config": self._options.to_dict(),
-        }
-        if self.pieces:
-            header["pieces"] = {str(i): text for i, text in self.pieces.items()}
-        write_arrays(self.path, header, arrays)
+        trace = Trace(
+            self._model,
+            self._shape,
+            experts=np.concatenate([np.zeros((0, *width), np.int16), *self._experts]),
+            request=np.concatenate([np.zeros(0, np.int32), *self._request]),
+            step=np.repeat(np.arange(len(rows), dtype=np.int32), rows),
+            token=np.concatenate(self._token) if self._tokens_known and rows else None,
+            predicted=np.concatenate(self._predicted) if self._any_predicted else None,
+            options=self._options,
+            pieces=self.pieces or None,
+            parameters=self.parameters,
+        )
+        write_trace(self.path, trace)
+
+
+def write_trace(path: Path, trace: Trace) -> None:
+    """Write a trace file atomically; TraceError when the disk refuses."""
+    shape = trace.shape
+    header: dict[str, Any] = {
+        "model": trace.model,
+        "experts": _plain(shape.experts),
+        "top_k": _plain(shape.top_k),
+        "expert_bytes": _plain(shape.expert_bytes),
+        "layers": shape.layers,
+    }
+    if trace.options is not None:
+        header["config"] = trace.options.to_dict()
+    if trace.pieces is not None:
+        header["pieces"] = {str(i): text for i, text in trace.pieces.items()}
+    if trace.parameters is not None:
+        header["parameters"] = {"dense": trace.parameters.dense, "expert": _plain(trace.parameters.expert)}
+    optional = {"token": trace.token, "probs": trace.probs, "predicted": trace.predicted}
+    arrays = {"experts": trace.experts, "request": trace.request, "step": trace.step}
+    write_arrays(path, header, {**arrays, **{name: array for name, array in optional.items() if array is not None}})
 
 
 def write_arrays(path: Path, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
@@ -227,14 +273,19 @@ def _validated(arrays: dict[str, np.ndarray]) -> Trace:
         options = CacheOptions.from_dict(header["config"]) if header.get("config") is not None else None
     except (ConfigError, TypeError, ValueError) as error:
         raise TraceError(f"'config' in the header: {error}") from None
-    pieces = header.get("pieces")
-    if pieces is not None:
-        if not isinstance(pieces, dict) or not all(
-            k.lstrip("-").isdigit() and isinstance(v, str) for k, v in pieces.items()
-        ):
-            raise TraceError("'pieces' in the header must map token ids to texts.")
-        pieces = {int(k): v for k, v in pieces.items()}
-    return Trace(str(header.get("model", "")), shape, experts, request, step, token, probs, predicted, options, pieces)
+    return Trace(
+        model=str(header.get("model", "")),
+        shape=shape,
+        experts=experts,
+        request=request,
+        step=step,
+        token=token,
+        probs=probs,
+        predicted=predicted,
+        options=options,
+        pieces=_pieces(header),
+        parameters=_parameters(header, layers),
+    )
 
 
 def _header(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -249,6 +300,25 @@ def _header(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     if header.get("version") != VERSION:
         raise TraceError(f"trace version {header.get('version')!r} is unknown; this offmoe reads version {VERSION}.")
     return header
+
+
+def _pieces(header: dict[str, Any]) -> dict[int, str] | None:
+    pieces = header.get("pieces")
+    if pieces is None:
+        return None
+    if not isinstance(pieces, dict) or not all(k.isdecimal() and isinstance(v, str) for k, v in pieces.items()):
+        raise TraceError("'pieces' in the header must map token ids to texts.")
+    return {int(k): v for k, v in pieces.items()}
+
+
+def _parameters(header: dict[str, Any], layers: int) -> Parameters | None:
+    counts = header.get("parameters")
+    if counts is None:
+        return None
+    dense = counts.get("dense") if isinstance(counts, dict) else None
+    if not isinstance(dense, int) or isinstance(dense, bool) or dense < 0:
+        raise TraceError("'parameters' in the header must give 'dense' and 'expert' counts.")
+    return Parameters(dense, _per_layer(counts, "expert", layers))
 
 
 def _per_layer(header: dict[str, Any], key: str, layers: int) -> tuple[int, ...]:

@@ -29,7 +29,12 @@ FLOORS = {
     "offmoe.runtime": "2 mechanism",
     "offmoe.runtime.executor": "3",
     "offmoe.trace": "2 offline",
+    "offmoe.coactivation": "2 offline",
+    "offmoe.merge": "2 offline",
+    "offmoe.report": "2 offline",
     "offmoe.simulator": "2 offline",
+    "offmoe.specialisation": "2 offline",
+    "offmoe.token_types": "2 offline",
     "offmoe.hf": "3",
     "offmoe.offload": "3",
     "offmoe.api": "4",
@@ -230,7 +235,7 @@ def test_public_names() -> None:
         _ = offmoe.no_such_name
 
 
-@pytest.mark.parametrize("verb", [[], ["generate"], ["inspect"], ["simulate"]])
+@pytest.mark.parametrize("verb", [[], ["generate"], ["inspect"], ["report"], ["simulate"], ["trace"]])
 def test_help_starts_without_torch(verb: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "offmoe", *verb, "--help"],

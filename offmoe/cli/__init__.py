@@ -19,9 +19,11 @@ from offmoe.errors import CapacityError, ConfigError, OffmoeError
 VERBS = {
     "inspect": "what a model needs and what fits on this machine; reads headers, loads nothing",
     "generate": "continue a prompt, then show what the expert cache did",
+    "trace": "run prompts and record which experts every token asks for",
+    "report": "what a recorded routing says about the model: balance, specialisation, memory; needs no torch",
     "simulate": "replay a recorded routing trace under one cache configuration; needs no torch",
 }
-NOT_BUILT = ("bench", "calibrate", "chat", "doctor", "pack", "report", "serve", "trace", "tune")
+NOT_BUILT = ("bench", "calibrate", "chat", "doctor", "pack", "serve", "tune")
 
 HELP = f"""usage: offmoe VERB [options]
 

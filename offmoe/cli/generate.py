@@ -10,24 +10,22 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
-from offmoe.cli import options
+from offmoe.cli import options, prompts
 from offmoe.cli.output import Output, percent
 from offmoe.config import format_size
-from offmoe.errors import CapacityError, CheckpointError, ConfigError
+from offmoe.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rich.table import Table
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from offmoe.offload import Offload
     from offmoe.types import CacheStats
-
-DEFAULT_NEW_TOKENS = 128
 
 
 def parser() -> options.Parser:
@@ -37,17 +35,7 @@ def parser() -> options.Parser:
         "prompt", metavar="PROMPT", nargs="?", help="the text; '-' reads stdin (a final newline is dropped)"
     )
     parser.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a file instead")
-    group = parser.add_argument_group("generating")
-    group.add_argument("--max-new-tokens", type=options.positive, metavar="N", help=f"default: {DEFAULT_NEW_TOKENS}")
-    group.add_argument("--temperature", type=float, metavar="T", help="sample at this temperature (default: greedy)")
-    group.add_argument("--top-k", type=options.positive, metavar="K", help="with --temperature: only the K most likely")
-    group.add_argument("--top-p", type=float, metavar="P", help="with --temperature: only the likeliest that make up P")
-    group.add_argument("--seed", type=int, metavar="N", help="of sampling; the same seed gives the same text")
-    group.add_argument(
-        "--chat-template",
-        action=argparse.BooleanOptionalAction,
-        help="wrap the prompt as the tokenizer's template says (default: if it has one)",
-    )
+    group = prompts.add_generating(parser)
     group.add_argument("--trace", metavar="FILE", help="record the routing into this .npz file")
     options.add_cache(parser)
     return parser
@@ -55,7 +43,7 @@ def parser() -> options.Parser:
 
 def run(args: argparse.Namespace, out: Output) -> None:
     config, hub = options.offload_config(args), options.hub_options(args)
-    sampling = _sampling(args)
+    sampling = prompts.sampling(args)
     prompt = _prompt(args)
     import torch
 
@@ -64,15 +52,15 @@ def run(args: argparse.Namespace, out: Output) -> None:
 
     quiet(args.verbose)
     inspected = inspect(args.model, config, dtype=args.dtype, **hub)
-    tokenizer = _tokenizer(inspected.folder)
-    ids = _encode(tokenizer, prompt, args.chat_template)
-    new_tokens = _room(args.max_new_tokens, ids.shape[1], inspected.plan.max_context, out)
+    tokenizer = prompts.load_tokenizer(inspected.folder)
+    ids = prompts.encode(tokenizer, prompt, args.chat_template)
+    new_tokens = prompts.room(args.max_new_tokens, ids.shape[1], inspected.plan.max_context, out)
     out.note(f"memory on {inspected.config.device}: {inspected.plan.describe()}")
     hide_bars()
     model = load(inspected, name=args.model, trace=args.trace)
     offload = cast("Offload", model.offload)
     with offload:
-        _check_vocabulary(model, ids)
+        prompts.check_vocabulary(model, ids)
         if args.seed is None:
             torch.seed()
         else:
@@ -88,7 +76,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
         )
         stats, memory, trace = offload.stats(), offload.memory(), offload.trace
         if trace is not None:
-            trace.pieces.update({token: str(tokenizer.decode([token])) for token in trace.tokens_seen()})
+            trace.pieces.update(prompts.pieces(tokenizer, trace.tokens_seen()))
     waited = f", {stats.stall_s:.2f} s of it waiting for experts" if stats.stall_s >= 0.005 else ""
     out.details(
         _table(stats),
@@ -205,85 +193,6 @@ def _prompt(args: argparse.Namespace) -> str:
     if any("\ud800" <= char <= "\udfff" for char in text):
         raise ConfigError("PROMPT is not valid UTF-8; check the terminal's encoding or use --prompt-file.")
     return str(text)
-
-
-def _sampling(args: argparse.Namespace) -> dict[str, Any]:
-    """Options of generate(); where nothing is asked, the checkpoint's generation_config decides how to sample."""
-    temperature = 0.0 if args.temperature is None else args.temperature
-    if not 0.0 <= temperature < float("inf"):
-        raise ConfigError(f"--temperature {temperature} must be 0 (greedy) or a positive number.")
-    if args.top_p is not None and not 0.0 < args.top_p <= 1.0:
-        raise ConfigError(f"--top-p {args.top_p} must be above 0 and at most 1.")
-    if args.seed is not None and not 0 <= args.seed < 1 << 63:
-        raise ConfigError(f"--seed {args.seed} must be from 0 to 2**63 - 1.")
-    if temperature == 0.0:
-        for option in ("top_k", "top_p"):
-            if getattr(args, option) is not None:
-                raise ConfigError(
-                    f"--{option.replace('_', '-')} works with sampling only; give --temperature T as well."
-                )
-        return {"do_sample": False}
-    chosen = {name: getattr(args, name) for name in ("top_k", "top_p") if getattr(args, name) is not None}
-    return {"do_sample": True, "temperature": temperature, **chosen}
-
-
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "tokenizer_config.json")
-    there = [name for name in names if (folder / name).is_file()]
-    if not there:
-        raise CheckpointError(f"{folder}: has no tokenizer; add the model's tokenizer.json and tokenizer_config.json.")
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # tokenizers raises bare Exception for a file that it cannot parse
-        raise CheckpointError(
-            f"{folder}: the tokenizer ({', '.join(there)}) cannot be loaded: {str(error).strip().split(chr(10))[0]}. "
-            "Download tokenizer.json and tokenizer_config.json of the model again."
-        ) from error
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool | None) -> Tensor:
-    """Token ids int64 [1, n] of the prompt."""
-    encoded: Any
-    if chat and not tokenizer.chat_template:
-        raise ConfigError("--chat-template: the model's tokenizer has none; leave the option out.")
-    if chat or (chat is None and tokenizer.chat_template):
-        try:
-            encoded = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
-            )
-        except Exception as error:  # a template is a program of the checkpoint's author: it can fail in any way
-            raise CheckpointError(f"the tokenizer's chat template fails ({error}); use --no-chat-template.") from error
-    else:
-        encoded = tokenizer(prompt, return_tensors="pt")
-    ids: Tensor = encoded["input_ids"]
-    if ids.shape[1] == 0:
-        raise ConfigError("PROMPT has no tokens; there is nothing to continue.")
-    return ids.long()
-
-
-def _room(asked: int | None, prompt_tokens: int, context: int, out: Output) -> int:
-    """New tokens that the reserved context allows; the last one is not fed back and needs none of it."""
-    room = context - prompt_tokens + 1
-    if room < 1 or (asked is not None and asked > room):
-        needed = prompt_tokens + (asked or 1) - 1
-        raise CapacityError(
-            f"{prompt_tokens} prompt tokens and {asked or 1} new ones do not fit the {context} tokens of context that "
-            f"memory is reserved for; use --max-context {needed}, a shorter prompt or fewer --max-new-tokens."
-        )
-    if asked is None and room < DEFAULT_NEW_TOKENS:
-        out.note(f"at most {room} new tokens: memory is reserved for {context} tokens of context (--max-context).")
-    return asked or min(room, DEFAULT_NEW_TOKENS)
-
-
-def _check_vocabulary(model: PreTrainedModel, ids: Tensor) -> None:
-    size = cast("Tensor", model.get_input_embeddings().weight).shape[0]
-    if int(ids.max()) >= size:
-        raise CheckpointError(
-            f"the tokenizer gives token {int(ids.max())}, the model knows {size} tokens; tokenizer and weights are "
-            "not of the same model. Download both again."
-        )
 
 
 def _table(stats: CacheStats) -> Table:

@@ -59,9 +59,10 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--profile", metavar="FILE", help="measured costs and tuned options (not built yet)")
 
 
-def add_loading(parser: argparse.ArgumentParser) -> None:
-    """Options of a model and of the memory it may use."""
-    parser.add_argument("model", metavar="MODEL", help="a folder, a Hub id, or 'demo'")
+def add_loading(parser: argparse.ArgumentParser, *, always: bool = True) -> None:
+    """Options of a model and of the memory it may use. always: the verb cannot do without a model."""
+    nargs = None if always else "?"
+    parser.add_argument("model", metavar="MODEL", nargs=nargs, help="a folder, a Hub id, or 'demo'")
     group = parser.add_argument_group("memory")
     group.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     group.add_argument(

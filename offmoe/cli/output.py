@@ -10,7 +10,7 @@ import io
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
@@ -44,6 +44,20 @@ class Output:
     def details(self, *parts: Table | str) -> None:
         """Tables and lines beside the result."""
         self._show(parts, sys.stderr)
+
+    @contextmanager
+    def progress(self, what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        """A bar on stderr while the block runs, if that is a terminal; yields what moves it on by some units."""
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+        # Without a stderr there is no terminal either; four times a second, because the bar must cost nothing.
+        console = Console(file=sys.stderr, highlight=False)
+        hidden = sys.stderr is None or not console.is_terminal
+        with Progress(*columns, console=console, transient=True, disable=hidden, refresh_per_second=4) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda units: bar.advance(task, units)
 
     def json(self, values: Mapping[str, object]) -> None:
         """The last line of stdout, if it was asked for."""

@@ -1,0 +1,203 @@
+"""Prompts of `generate` and `trace`: read, encoded, measured against the reserved context; and how to continue them.
+
+Nothing is loaded here but the tokenizer. Must never silently shorten a prompt or guess what a file holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from offmoe.cli import options
+from offmoe.cli.output import Output
+from offmoe.errors import CapacityError, CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULT_NEW_TOKENS = 128
+JSON_LINES = (".jsonl", ".ndjson")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of a file: a text, or the messages of a chat. `where`: for messages about it, 'FILE, line 3'."""
+
+    content: str | list[dict[str, str]]
+    where: str
+
+
+def add_generating(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Options of generating; the group, so that a verb can add its own."""
+    group = parser.add_argument_group("generating")
+    group.add_argument("--max-new-tokens", type=options.positive, metavar="N", help=f"default: {DEFAULT_NEW_TOKENS}")
+    group.add_argument("--temperature", type=float, metavar="T", help="sample at this temperature (default: greedy)")
+    group.add_argument("--top-k", type=options.positive, metavar="K", help="with --temperature: only the K most likely")
+    group.add_argument("--top-p", type=float, metavar="P", help="with --temperature: only the likeliest that make up P")
+    group.add_argument("--seed", type=int, metavar="N", help="of sampling; the same seed gives the same text")
+    group.add_argument(
+        "--chat-template",
+        action=argparse.BooleanOptionalAction,
+        help="wrap the prompt as the tokenizer's template says (default: if it has one)",
+    )
+    return group
+
+
+def read_prompts(path: str, paragraphs: bool) -> list[Prompt]:
+    """The prompts of a file ('-': text on stdin): JSON lines if its name ends in .jsonl or .ndjson, else text.
+
+    Text holds one prompt per line, or with `paragraphs` one per run of lines between blank ones. JSON lines hold
+    {"prompt": text} or {"messages": [{"role", "content"}, ...]}. ConfigError naming the line for anything else."""
+    try:
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--prompts {path}: cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise ConfigError(f"--prompts {path}: not text in UTF-8 ({error}).") from error
+    lines = [(f"{path}, line {i}", line) for i, line in enumerate(text.split("\n"), start=1)]
+    if path.endswith(JSON_LINES):
+        if paragraphs:
+            raise ConfigError("--paragraphs is for prompts in plain text; a line of JSON is one prompt already.")
+        found = [_from_json(line, where) for where, line in lines if line.strip()]
+    elif paragraphs:
+        found = _paragraphs(lines)
+    else:
+        found = [Prompt(line.rstrip("\r"), where) for where, line in lines if line.strip()]
+    if not found:
+        raise ConfigError(f"--prompts {path}: holds no prompt; write one per line.")
+    for prompt in found:
+        if any("\ud800" <= char <= "\udfff" for char in str(prompt.content)):
+            raise ConfigError(f"--prompts {prompt.where}: not valid UTF-8.")
+    return found
+
+
+def _from_json(line: str, where: str) -> Prompt:
+    wanted = 'write {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}'
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"--prompts {where}: not JSON ({error}); {wanted}.") from None
+    if isinstance(value, dict) and isinstance(value.get("prompt"), str) and value["prompt"].strip():
+        return Prompt(value["prompt"], where)
+    messages = value.get("messages") if isinstance(value, dict) else None
+    if (
+        isinstance(messages, list)
+        and messages
+        and all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in messages)
+    ):
+        return Prompt(messages, where)
+    raise ConfigError(f"--prompts {where}: no prompt in it; {wanted}.")
+
+
+def _paragraphs(lines: Sequence[tuple[str, str]]) -> list[Prompt]:
+    found: list[Prompt] = []
+    block: list[str] = []
+    start = ""
+    for where, line in [*lines, ("", "")]:
+        if line.strip():
+            start = start if block else where
+            block.append(line.rstrip("\r"))
+        elif block:
+            found.append(Prompt("\n".join(block), start))
+            block = []
+    return found
+
+
+def sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """Options of generate(); where nothing is asked, the checkpoint's generation_config decides how to sample."""
+    temperature = 0.0 if args.temperature is None else args.temperature
+    if not 0.0 <= temperature < float("inf"):
+        raise ConfigError(f"--temperature {temperature} must be 0 (greedy) or a positive number.")
+    if args.top_p is not None and not 0.0 < args.top_p <= 1.0:
+        raise ConfigError(f"--top-p {args.top_p} must be above 0 and at most 1.")
+    if args.seed is not None and not 0 <= args.seed < 1 << 63:
+        raise ConfigError(f"--seed {args.seed} must be from 0 to 2**63 - 1.")
+    if temperature == 0.0:
+        for option in ("top_k", "top_p"):
+            if getattr(args, option) is not None:
+                raise ConfigError(
+                    f"--{option.replace('_', '-')} works with sampling only; give --temperature T as well."
+                )
+        return {"do_sample": False}
+    chosen = {name: getattr(args, name) for name in ("top_k", "top_p") if getattr(args, name) is not None}
+    return {"do_sample": True, "temperature": temperature, **chosen}
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "tokenizer_config.json")
+    there = [name for name in names if (folder / name).is_file()]
+    if not there:
+        raise CheckpointError(f"{folder}: has no tokenizer; add the model's tokenizer.json and tokenizer_config.json.")
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # tokenizers raises bare Exception for a file that it cannot parse
+        raise CheckpointError(
+            f"{folder}: the tokenizer ({', '.join(there)}) cannot be loaded: {str(error).strip().split(chr(10))[0]}. "
+            "Download tokenizer.json and tokenizer_config.json of the model again."
+        ) from error
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]], chat: bool | None) -> Tensor:
+    """Token ids int64 [1, n] of a text or of a chat's messages. chat: use the template; None: if there is one."""
+    encoded: Any
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if messages is prompt and (chat is False or not tokenizer.chat_template):
+        raise ConfigError("messages need the chat template of the model's tokenizer; give a text as 'prompt' instead.")
+    if chat and not tokenizer.chat_template:
+        raise ConfigError("--chat-template: the model's tokenizer has none; leave the option out.")
+    if chat or (chat is None and tokenizer.chat_template):
+        try:
+            encoded = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            )
+        except Exception as error:  # a template is a program of the checkpoint's author: it can fail in any way
+            raise CheckpointError(f"the tokenizer's chat template fails ({error}); use --no-chat-template.") from error
+    else:
+        encoded = tokenizer(prompt, return_tensors="pt")
+    ids: Tensor = encoded["input_ids"]
+    if ids.shape[1] == 0:
+        raise ConfigError("PROMPT has no tokens; there is nothing to continue.")
+    return ids.long()
+
+
+def room(asked: int | None, prompt_tokens: int, context: int, out: Output) -> int:
+    """New tokens that the reserved context allows; the last one is not fed back and needs none of it."""
+    room = context - prompt_tokens + 1
+    if room < 1 or (asked is not None and asked > room):
+        needed = prompt_tokens + (asked or 1) - 1
+        raise CapacityError(
+            f"{prompt_tokens} prompt tokens and {asked or 1} new ones do not fit the {context} tokens of context that "
+            f"memory is reserved for; use --max-context {needed}, a shorter prompt or fewer --max-new-tokens."
+        )
+    if asked is None and room < DEFAULT_NEW_TOKENS:
+        out.note(f"at most {room} new tokens: memory is reserved for {context} tokens of context (--max-context).")
+    return asked or min(room, DEFAULT_NEW_TOKENS)
+
+
+def check_vocabulary(model: PreTrainedModel, ids: Tensor) -> None:
+    size = cast("Tensor", model.get_input_embeddings().weight).shape[0]
+    if int(ids.max()) >= size:
+        raise CheckpointError(
+            f"the tokenizer gives token {int(ids.max())}, the model knows {size} tokens; tokenizer and weights are "
+            "not of the same model. Download both again."
+        )
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> dict[int, str]:
+    """The text of each token by itself, with the space that starts a word where the vocabulary has one."""
+    found = {}
+    for token in tokens:
+        text = str(tokenizer.decode([token]))
+        raw = tokenizer.convert_ids_to_tokens(token)
+        # A decoder that joins words drops the space before the first one, which is the only one here.
+        starts = isinstance(raw, str) and raw.startswith("\u2581") and not text.startswith(" ")
+        found[token] = " " + text if starts else text
+    return found

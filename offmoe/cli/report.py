@@ -1,0 +1,112 @@
+"""`offmoe report TRACE`: what a recorded routing says about the model, on the terminal and as a page. Never imports
+torch.
+
+Bound: a few passes over the trace; 50,000 tokens of 24 layers take some seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from offmoe.cli import options
+from offmoe.cli.findings import findings, missing
+from offmoe.cli.output import Output, percent
+from offmoe.report import ALERT, Report, describe
+from offmoe.trace import read_trace
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+STRONGEST_SHOWN, TOKENS_SHOWN = 10, 4
+
+
+def parser() -> options.Parser:
+    parser = options.Parser(
+        "report",
+        "Describe a recorded routing: load of the experts, how consistent routing is, which tokens go to which expert, "
+        "and which experts work together.",
+    )
+    parser.add_argument("trace", metavar="TRACE", help="an .npz file written by 'trace' or by generate --trace")
+    parser.add_argument("-o", "--output", metavar="PAGE", help="write a self-contained HTML page with heatmaps")
+    return parser
+
+
+def run(args: argparse.Namespace, out: Output) -> None:
+    report = describe(read_trace(args.trace))
+    page = None
+    if args.output is not None:
+        from offmoe.cli.page import write_page
+
+        write_page(args.output, report)
+        page = args.output
+    heading = f"{args.trace}: {report.model or 'unnamed model'}, {report.tokens} tokens of {report.requests} requests"
+    out.result(heading, _layers(report))
+    strongest = _strongest(report)
+    if strongest is not None:
+        out.result(strongest)
+    out.result(*(f"\u2022 {text}" for text in findings(report)))
+    out.details(*missing(report), *([f"page written to {page}"] if page is not None else []))
+    out.json(report.to_dict())
+
+
+def _layers(report: Report) -> Table:
+    from rich.table import Table
+
+    table = Table(
+        title="experts by layer",
+        title_justify="left",
+        caption=f"kept: experts shared with the token before; same: between occurrences of a token; any: of any two "
+        f"tokens; busiest: expert (times the mean), red above {ALERT:g}",
+        caption_justify="left",
+    )
+    for name in ("layer", "Gini", "entropy", "busiest", "unused", "kept", "same", "any"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for i, (load, consistency) in enumerate(zip(report.loads, report.consistency, strict=True)):
+        busiest = "-" if load.busiest is None else f"{int(load.routes.argmax())} ({load.busiest:.2f}x)"
+        table.add_row(
+            str(i),
+            _number(load.gini, ".3f"),
+            _number(load.entropy, ".3f"),
+            f"[red]{busiest}[/]" if (load.busiest or 0) > ALERT else busiest,
+            str(load.unused),
+            _percent(consistency.consecutive),
+            _percent(consistency.same_token),
+            _percent(consistency.independent),
+        )
+    return table
+
+
+def _strongest(report: Report) -> Table | None:
+    """Experts with the clearest jobs; None if none has one."""
+    if report.specialisation is None:
+        return None
+    strongest = report.specialisation.strongest(STRONGEST_SHOWN)
+    if not strongest:
+        return None
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="clearest specialists", title_justify="left")
+    for name in ("layer", "expert", "takes", "lift"):
+        table.add_column(name, justify="left" if name == "takes" else "right", no_wrap=True)
+    table.add_column("tokens that stand out", no_wrap=True, overflow="ellipsis")
+    for entry in strongest:
+        tokens = report.specialisation.favourites[entry.layer][entry.expert]
+        favourites = " ".join(repr(token.piece) for token in tokens[:TOKENS_SHOWN])
+        table.add_row(
+            str(entry.layer),
+            str(entry.expert),
+            entry.type,
+            f"{entry.lift:.1f}x",
+            Text(favourites),  # markup in a token is a text like any other
+        )
+    return table
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else percent(share)
