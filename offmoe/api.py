@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from offmoe.config import OffloadConfig
+from offmoe.config import Default, OffloadConfig
 from offmoe.errors import ConfigError
 from offmoe.hf import experts as hf_experts
 from offmoe.hf.catalog import ExpertCatalog, build_catalog, find_experts
@@ -100,11 +100,11 @@ def from_pretrained(
     host_memory: int | str = "auto",
     slots_per_layer: int | tuple[int, ...] | None = None,
     experts: str = "native",
-    eviction: str = "aged-lfu",
-    scope: str = "layer",
+    eviction: str = Default("aged-lfu"),
+    scope: str = Default("layer"),
     max_context: int | None = None,
     on_miss: str = "auto",
-    prefetch: int | str = "auto",
+    prefetch: int | str = Default("auto"),
     exactness: str = "auto",
     profile: str | os.PathLike[str] | None = None,
     trace: str | os.PathLike[str] | None = None,
@@ -113,11 +113,10 @@ def from_pretrained(
 ) -> PreTrainedModel:
     """A model of transformers whose experts stay outside the device; an instance of the architecture's own class.
 
-    model: a folder, a Hub id, or "demo". Options: docs of OffloadConfig. trace: record the routing into this file,
-    written when `model.offload` is closed. dtype: to compute in; slots keep the checkpoint's. hf_kwargs go to
-    transformers. Raises ConfigError, CheckpointError or CapacityError before anything is loaded."""
-    if profile is not None:
-        raise ConfigError("profile= is not built yet; pass the cache options themselves.")
+    model: a folder, a Hub id, or "demo". Options: docs of OffloadConfig. profile: JSON of `offmoe tune`; an option that
+    is given wins over it. trace: record the routing into this file, written when `model.offload` is closed. dtype: to
+    compute in; slots keep the checkpoint's. hf_kwargs go to transformers. Raises ConfigError, CheckpointError or
+    CapacityError before anything is loaded."""
     config = OffloadConfig(
         device=device,
         device_memory=device_memory,
@@ -130,6 +129,7 @@ def from_pretrained(
         on_miss=on_miss,
         prefetch=prefetch,
         exactness=exactness,
+        profile=profile,
     )
     hub = {name: hf_kwargs.pop(name) for name in HUB_OPTIONS if name in hf_kwargs}
     inspected = inspect(model, config, dtype=dtype, **hub)

@@ -6,16 +6,17 @@ depend on is written into every trace (`CacheOptions`), which is what makes repl
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from offmoe.errors import ConfigError
+from offmoe.profile import CACHE_OPTIONS, Profile, read_profile
 from offmoe.types import CacheShape
 
-EVICTIONS = ("aged-lfu", "lru")
-EVICTIONS_TO_COME = ("lru-2", "s3-fifo", "sieve", "static")
+EVICTIONS = ("aged-lfu", "lru", "lru-2", "s3-fifo", "sieve", "static")
 SCOPES = ("layer", "model")
 
 _UNITS = {
@@ -58,7 +59,8 @@ class CacheOptions:
 
     slots_per_layer: one int, or one per MoE layer (scope "layer"); scope "model" pools their sum.
     prefetch: 0 = off, n = at most n experts per layer, "auto" = as long as it pays.
-    half_life: accesses of a layer after which a use counts half (aged-lfu); flat optimum 8-32 (routing.md section D).
+    half_life: accesses of a layer after which a use counts half (aged-lfu); flat optimum 8-32 on real routing.
+    popularity: one number per expert and MoE layer, higher stays (static); counted by `offmoe tune`.
     """
 
     eviction: str = "aged-lfu"
@@ -66,13 +68,31 @@ class CacheOptions:
     slots_per_layer: int | tuple[int, ...] = 4
     prefetch: int | str = 0
     half_life: float = 16.0
+    popularity: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self) -> None:
-        _one_of("eviction", self.eviction, EVICTIONS, EVICTIONS_TO_COME)
+        _one_of("eviction", self.eviction, EVICTIONS)
         _one_of("scope", self.scope, SCOPES)
         _check_prefetch(self.prefetch)
-        if not self.half_life > 0:
+        _check_slots(self.slots_per_layer)
+        if isinstance(self.half_life, bool) or not isinstance(self.half_life, (int, float)) or not self.half_life > 0:
             raise ConfigError(f"half_life={self.half_life!r} must be a positive number of accesses.")
+        if (self.eviction == "static") != (self.popularity is not None):
+            raise ConfigError(
+                "eviction='static' and a popularity of experts belong together: use a profile, which "
+                "'offmoe tune TRACE --eviction static -o PROFILE' writes, or another eviction."
+            )
+
+    def popularity_of(self, shape: CacheShape) -> tuple[tuple[float, ...], ...]:
+        """The popularity, which must be there; ConfigError when it is another model's."""
+        assert self.popularity is not None
+        if tuple(map(len, self.popularity)) != shape.experts:
+            raise ConfigError(
+                f"the popularity of eviction='static' is that of another model: {len(self.popularity)} layers of "
+                f"{sorted(set(map(len, self.popularity)))} experts; here are {shape.layers} of "
+                f"{sorted(set(shape.experts))}."
+            )
+        return self.popularity
 
     def quotas(self, shape: CacheShape) -> tuple[int, ...]:
         """Slots of each MoE layer, at most its experts; ConfigError when one is below its top_k."""
@@ -89,7 +109,11 @@ class CacheOptions:
         return tuple(min(n, e) for n, e in zip(wanted, shape.experts, strict=True))
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For JSON; what only some policies have is left out where it is not set."""
+        values = asdict(self)
+        if self.popularity is None:
+            del values["popularity"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CacheOptions:
@@ -99,17 +123,31 @@ class CacheOptions:
             raise ConfigError(
                 f"unknown cache option {sorted(unknown)[0]!r}; known: {', '.join(cls.__dataclass_fields__)}."
             )
-        slots = values.get("slots_per_layer")
+        slots, popularity = values.get("slots_per_layer"), values.get("popularity")
         if isinstance(slots, list):
             values = {**values, "slots_per_layer": tuple(slots)}
+        if popularity is not None:
+            try:
+                popularity = tuple(tuple(map(float, layer)) for layer in popularity)
+            except (TypeError, ValueError):
+                raise ConfigError("popularity must be one list of numbers per MoE layer.") from None
+            values = {**values, "popularity": popularity}
         return cls(**values)
+
+
+class Default(str):
+    """The default of an option: equal to its text, but known not to have been asked for, so that a profile may replace
+    it."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True)
 class OffloadConfig:
     """All options of `from_pretrained` (see interface.md); after loading, every "auto" is resolved.
 
-    Raises ConfigError naming the option, its value and what would work.
+    profile: a file, or one that was read; its cache options stand in for those that are not given. half_life and
+    popularity come from a profile as a rule. Raises ConfigError naming the option, its value and what would work.
     """
 
     device: str | None = None
@@ -117,16 +155,20 @@ class OffloadConfig:
     host_memory: int | str = "auto"
     slots_per_layer: int | tuple[int, ...] | None = None
     experts: str = "native"
-    eviction: str = "aged-lfu"
-    scope: str = "layer"
+    eviction: str = Default("aged-lfu")
+    scope: str = Default("layer")
     max_context: int | None = None
     on_miss: str = "auto"
-    prefetch: int | str = "auto"
+    prefetch: int | str = Default("auto")
     exactness: str = "auto"
+    profile: str | os.PathLike[str] | Profile | None = None
+    half_life: float | None = None
+    popularity: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self) -> None:
+        self._apply_profile()
         _one_of("experts", self.experts, ("native",), ("int8", "int4"))
-        _one_of("eviction", self.eviction, EVICTIONS, EVICTIONS_TO_COME)
+        _one_of("eviction", self.eviction, EVICTIONS)
         _one_of("scope", self.scope, SCOPES)
         _one_of("on_miss", self.on_miss, ("auto", "fetch"), ("cpu",))
         _one_of("exactness", self.exactness, ("auto", "bitwise"), ("numeric",))
@@ -138,13 +180,11 @@ class OffloadConfig:
                 f"host_memory={self.host_memory!r}: the host tier is not built yet; misses are read from disk. "
                 "Leave it at 'auto' or set 0."
             )
-        slots = self.slots_per_layer
-        if slots is not None and not isinstance(slots, int):
-            if isinstance(slots, str) or not isinstance(slots, Sequence) or not all(isinstance(n, int) for n in slots):
-                raise ConfigError(f"slots_per_layer={slots!r} must be an int or one int per MoE layer.")
-            object.__setattr__(self, "slots_per_layer", tuple(slots))
-        if isinstance(slots, bool) or (isinstance(slots, int) and slots < 1):
-            raise ConfigError(f"slots_per_layer={slots!r} must be a positive int.")
+        if self.slots_per_layer is not None:
+            _check_slots(self.slots_per_layer)
+            if not isinstance(self.slots_per_layer, int):
+                object.__setattr__(self, "slots_per_layer", tuple(self.slots_per_layer))
+        self._cache(1)
         if self.max_context is not None and (not isinstance(self.max_context, int) or self.max_context < 1):
             raise ConfigError(f"max_context={self.max_context!r} must be a positive number of tokens.")
 
@@ -155,7 +195,33 @@ class OffloadConfig:
     def cache(self) -> CacheOptions:
         """The part that decisions depend on; slots_per_layer must be resolved."""
         assert self.slots_per_layer is not None
-        return CacheOptions(self.eviction, self.scope, self.slots_per_layer, self.prefetch)
+        return self._cache(self.slots_per_layer)
+
+    def _cache(self, slots: int | tuple[int, ...]) -> CacheOptions:
+        values: dict[str, Any] = {
+            "eviction": self.eviction,
+            "scope": self.scope,
+            "slots_per_layer": slots,
+            "prefetch": self.prefetch,
+        }
+        if self.half_life is not None:
+            values["half_life"] = self.half_life
+        if self.eviction == "static":
+            values["popularity"] = self.popularity
+        return CacheOptions.from_dict(values)
+
+    def _apply_profile(self) -> None:
+        """Take from the profile what was not given, and forget what was given and what not."""
+        profile = self.profile
+        if profile is not None and not isinstance(profile, Profile):
+            profile = read_profile(profile)
+            object.__setattr__(self, "profile", profile)
+        for name in CACHE_OPTIONS:
+            value = getattr(self, name)
+            if (value is None or isinstance(value, Default)) and profile is not None and name in profile.cache:
+                object.__setattr__(self, name, profile.cache[name])
+            elif isinstance(value, Default):
+                object.__setattr__(self, name, str(value))
 
 
 def _one_of(option: str, value: object, allowed: Sequence[str], to_come: Sequence[str] = ()) -> None:
@@ -169,3 +235,13 @@ def _one_of(option: str, value: object, allowed: Sequence[str], to_come: Sequenc
 def _check_prefetch(value: int | str) -> None:
     if value != "auto" and (isinstance(value, (bool, str)) or not isinstance(value, int) or value < 0):
         raise ConfigError(f"prefetch={value!r} must be 'auto' or a number of experts per layer (0 = off).")
+
+
+def _check_slots(slots: object) -> None:
+    if isinstance(slots, (list, tuple)):
+        if not slots or not all(isinstance(n, int) and not isinstance(n, bool) for n in slots):
+            raise ConfigError(f"slots_per_layer={slots!r} must be an int or one int per MoE layer.")
+    elif not isinstance(slots, int):
+        raise ConfigError(f"slots_per_layer={slots!r} must be an int or one int per MoE layer.")
+    elif isinstance(slots, bool) or slots < 1:
+        raise ConfigError(f"slots_per_layer={slots!r} must be a positive int.")

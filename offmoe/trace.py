@@ -25,7 +25,7 @@ import numpy as np
 
 from offmoe.config import CacheOptions
 from offmoe.errors import ConfigError, TraceError
-from offmoe.types import Access, CacheShape, count_demands, rank_predictions
+from offmoe.types import Access, CacheShape, count_demands, rank_predictions, single_demands
 
 FORMAT, VERSION = "offmoe-trace", 1
 NONE = -1
@@ -85,16 +85,24 @@ class Trace:
         """What the runtime's planner was asked, in its order: layers within steps. Layers without demands are left
         out.
         """
-        layers = self.shape.layers
         for rows in self.steps():
-            for layer in range(layers):
-                demands, tail = count_demands(self.experts[rows, layer], self.shape.experts[layer])
-                if not demands:
-                    continue
-                predicted: tuple[int, ...] = ()
-                if self.predicted is not None and layer + 1 < layers:
-                    predicted = rank_predictions(self.predicted[rows, layer + 1], self.shape.experts[layer + 1])
-                yield Access(layer, demands, tail, predicted)
+            yield from self.step_accesses(rows)
+
+    def step_accesses(self, rows: slice) -> Iterator[Access]:
+        """The accesses of one step."""
+        layers, ids = self.shape.layers, self.experts[rows]
+        single = ids[0].tolist() if len(ids) == 1 else None
+        for layer in range(layers):
+            if single is None:
+                demands, tail = count_demands(ids[:, layer], self.shape.experts[layer])
+            else:
+                demands, tail = single_demands(single[layer], self.shape.experts[layer]), 1
+            if not demands:
+                continue
+            predicted: tuple[int, ...] = ()
+            if self.predicted is not None and layer + 1 < layers:
+                predicted = rank_predictions(self.predicted[rows, layer + 1], self.shape.experts[layer + 1])
+            yield Access(layer, demands, tail, predicted)
 
 
 class TraceWriter:

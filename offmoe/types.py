@@ -139,31 +139,38 @@ class CacheStats:
 
     def add(self, plan: Plan, shape: CacheShape) -> None:
         """Fold one plan into the totals and its layers (a prefetch counts for the layer it fetches)."""
-        demanded = self.by_layer[plan.layer]
-        fetches = [f for wave in plan.waves for f in wave.fetches]
-        for stats in (self, demanded):
+        layer = plan.layer
+        fetched = evicted = 0
+        for wave in plan.waves:
+            if wave.fetches:
+                fetched += len(wave.fetches)
+                evicted += sum([fetch.evicted is not None for fetch in wave.fetches])
+        moved = fetched * shape.expert_bytes[layer]
+        for stats in (self, self.by_layer[layer]):
             stats.hits += plan.hits
             stats.pending += plan.pending
             stats.misses += plan.misses
             stats.host_computed += plan.host_computed
             stats.prefetched_used += plan.pending
-        for fetch in fetches:
-            self._moved(fetch, shape)
+            stats.evictions += evicted
+            stats.h2d_bytes += moved
+            stats.disk_bytes += moved
         for fetch in plan.prefetches:
-            self._moved(fetch, shape)
-            self.prefetched += 1
-            self.by_layer[fetch.key.layer].prefetched += 1
-
-    def _moved(self, fetch: Fetch, shape: CacheShape) -> None:
-        layer = fetch.key.layer
-        for stats in (self, self.by_layer[layer]):
-            stats.h2d_bytes += shape.expert_bytes[layer]
-            stats.disk_bytes += shape.expert_bytes[layer]
-            stats.evictions += fetch.evicted is not None
+            target = fetch.key.layer
+            for stats in (self, self.by_layer[target]):
+                stats.prefetched += 1
+                stats.evictions += fetch.evicted is not None
+                stats.h2d_bytes += shape.expert_bytes[target]
+                stats.disk_bytes += shape.expert_bytes[target]
 
     def stalled(self, layer: int, seconds: float) -> None:
         self.stall_s += seconds
         self.by_layer[layer].stall_s += seconds
+
+    def __add__(self, other: CacheStats) -> CacheStats:
+        numbers = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "by_layer"}
+        pairs = zip(self.by_layer, other.by_layer, strict=True)
+        return CacheStats(**numbers, by_layer=[a + b for a, b in pairs])
 
     def __sub__(self, earlier: CacheStats) -> CacheStats:
         numbers = {
@@ -193,12 +200,16 @@ def count_demands(experts: np.ndarray, num_experts: int) -> tuple[tuple[Demand, 
     rows = experts.shape[0]
     tail = min(rows, TAIL_TOKENS)
     if rows == 1:
-        ids = sorted({e for e in experts[0].tolist() if 0 <= e < num_experts})
-        return tuple([Demand(e, 1, 1) for e in ids]), 1
+        return single_demands(experts[0].tolist(), num_experts), 1
     tokens = _tokens_per_expert(experts, num_experts)
     tail_tokens = _tokens_per_expert(experts[-tail:], num_experts)
     ids = np.flatnonzero(tokens).tolist()
     return tuple([Demand(e, int(tokens[e]), int(tail_tokens[e])) for e in ids]), tail
+
+
+def single_demands(experts: Sequence[int], num_experts: int) -> tuple[Demand, ...]:
+    """Demands of one token."""
+    return tuple([Demand(e, 1, 1) for e in sorted({e for e in experts if 0 <= e < num_experts})])
 
 
 def _tokens_per_expert(experts: np.ndarray, num_experts: int) -> np.ndarray:

@@ -40,7 +40,8 @@ def test_sizes_are_readable():
     ("options", "message"),
     [
         ({"eviction": "random"}, "eviction='random' is unknown. Use one of: aged-lfu, lru"),
-        ({"eviction": "sieve"}, "not built yet"),
+        ({"eviction": "static"}, "use a profile"),
+        ({"profile": "/no/such/profile.json"}, "cannot be read"),
         ({"experts": "int4"}, "not built yet"),
         ({"experts": "int3"}, "unknown"),
         ({"on_miss": "cpu"}, "not built yet"),

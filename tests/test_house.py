@@ -25,6 +25,7 @@ FLOORS = {
     "offmoe.errors": "0",
     "offmoe.types": "0",
     "offmoe.config": "0",
+    "offmoe.profile": "0",
     "offmoe.policy": "1",
     "offmoe.runtime": "2 mechanism",
     "offmoe.runtime.executor": "3",
@@ -35,6 +36,11 @@ FLOORS = {
     "offmoe.simulator": "2 offline",
     "offmoe.specialisation": "2 offline",
     "offmoe.token_types": "2 offline",
+    "offmoe.pricing": "2 offline",
+    "offmoe.tuning": "2 offline",
+    "offmoe.search": "2 offline",
+    "offmoe.predictions": "2 offline",
+    "offmoe.processes": "2 offline",
     "offmoe.hf": "3",
     "offmoe.offload": "3",
     "offmoe.api": "4",
@@ -235,7 +241,7 @@ def test_public_names() -> None:
         _ = offmoe.no_such_name
 
 
-@pytest.mark.parametrize("verb", [[], ["generate"], ["inspect"], ["report"], ["simulate"], ["trace"]])
+@pytest.mark.parametrize("verb", [[], ["generate"], ["inspect"], ["report"], ["simulate"], ["trace"], ["tune"]])
 def test_help_starts_without_torch(verb: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "offmoe", *verb, "--help"],

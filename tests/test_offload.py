@@ -229,7 +229,7 @@ def test_a_budget_below_the_smallest_is_named(folder):
         ({"slots_per_layer": (3, 3)}, "2 values, but the model has 3 MoE layers"),
         ({"device": "tpu"}, "device='tpu'"),
         ({"dtype": "float7"}, "dtype='float7'"),
-        ({"profile": "p.json"}, "not built yet"),
+        ({"profile": "/no/such/p.json"}, "cannot be read"),
         ({"device_map": "auto"}, "device_map"),
         ({"trace": "/no/such/folder/t.npz"}, "folder"),
     ],

@@ -21,9 +21,10 @@ VERBS = {
     "generate": "continue a prompt, then show what the expert cache did",
     "trace": "run prompts and record which experts every token asks for",
     "report": "what a recorded routing says about the model: balance, specialisation, memory; needs no torch",
+    "tune": "find the best expert cache for a recorded routing and write it as a profile; needs no torch",
     "simulate": "replay a recorded routing trace under one cache configuration; needs no torch",
 }
-NOT_BUILT = ("bench", "calibrate", "chat", "doctor", "pack", "serve", "tune")
+NOT_BUILT = ("bench", "calibrate", "chat", "doctor", "pack", "serve")
 
 HELP = f"""usage: offmoe VERB [options]
 

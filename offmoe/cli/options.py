@@ -54,9 +54,9 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--eviction", metavar="POLICY", help=f"which expert to forget: {', '.join(EVICTIONS)}")
     group.add_argument("--scope", metavar="SCOPE", help=f"what shares slots: {', '.join(SCOPES)}")
     group.add_argument(
-        "--prefetch", type=_prefetch, metavar="N", help="experts fetched ahead per layer: 0 (off), N, or auto"
+        "--prefetch", type=prefetch, metavar="N", help="experts fetched ahead per layer: 0 (off), N, or auto"
     )
-    group.add_argument("--profile", metavar="FILE", help="measured costs and tuned options (not built yet)")
+    group.add_argument("--profile", metavar="FILE", help="JSON of 'offmoe tune': tuned options, measured costs")
 
 
 def add_loading(parser: argparse.ArgumentParser, *, always: bool = True) -> None:
@@ -90,19 +90,14 @@ def add_loading(parser: argparse.ArgumentParser, *, always: bool = True) -> None
 
 def offload_config(args: argparse.Namespace) -> OffloadConfig:
     """The options of a run that were given; ConfigError for those that cannot be."""
-    refuse_profile(args)
-    given = {f.name: getattr(args, f.name) for f in fields(OffloadConfig) if getattr(args, f.name) is not None}
+    values = {f.name: getattr(args, f.name, None) for f in fields(OffloadConfig)}
+    given = {name: value for name, value in values.items() if value is not None}
     return OffloadConfig(**given)
 
 
 def hub_options(args: argparse.Namespace) -> dict[str, Any]:
     """Options of the download, as `offmoe.api.inspect` takes them."""
     return {"revision": args.revision, "local_files_only": args.local_files_only}
-
-
-def refuse_profile(args: argparse.Namespace) -> None:
-    if args.profile is not None:
-        raise ConfigError("--profile is not built yet; pass the cache options themselves.")
 
 
 def _slots(text: str) -> int | tuple[int, ...]:
@@ -113,7 +108,8 @@ def _slots(text: str) -> int | tuple[int, ...]:
     return values[0] if len(values) == 1 else values
 
 
-def _prefetch(text: str) -> int | str:
+def prefetch(text: str) -> int | str:
+    """0 (off), a number or 'auto'; a type for argparse."""
     if text == "auto":
         return text
     if not text.isdecimal():

@@ -13,8 +13,10 @@ from offmoe.cli import options
 from offmoe.cli.output import Output, percent, plain, span
 from offmoe.config import CacheOptions, format_size
 from offmoe.errors import ConfigError
-from offmoe.simulator import belady, replay, uniform_hit_rate
+from offmoe.profile import Profile, read_profile
+from offmoe.simulator import Recording, belady, uniform_hit_rate
 from offmoe.trace import Trace, read_trace
+from offmoe.tuning import Part, Settings, evaluate
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,11 +39,12 @@ def parser() -> options.Parser:
 
 
 def run(args: argparse.Namespace, out: Output) -> None:
-    options.refuse_profile(args)
+    profile = Profile() if args.profile is None else read_profile(args.profile)
     trace = read_trace(args.trace)
-    chosen = _options(args, trace)
+    chosen = _options(args, trace, profile)
     quotas = chosen.quotas(trace.shape)
-    stats = replay(trace, chosen).stats
+    outcome = evaluate(Recording(trace), chosen, Settings(profile.costs)).whole
+    stats = outcome.stats
     bound = belady(trace, chosen)
     uniform = uniform_hit_rate(trace, chosen)
     uniforms = [n / e for n, e in zip(quotas, trace.shape.experts, strict=True)]
@@ -53,7 +56,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
         f"prefetch {chosen.prefetch}",
         _table(stats, bound, uniforms, uniform),
         _gap(stats.hit_rate, bound.hit_rate, uniform, chosen.prefetch != 0),
-        f"fetched {format_size(stats.h2d_bytes)}; tokens/s needs 'offmoe calibrate', which is not built yet",
+        f"fetched {format_size(stats.h2d_bytes)}; {_speed(outcome)}",
     )
     out.json(
         {
@@ -70,7 +73,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
                 }
                 for i, (ours, best, even) in enumerate(zip(stats.by_layer, bound.by_layer, uniforms, strict=True))
             ],
-            "tokens_per_s": None,
+            "tokens_per_s": outcome.tokens_per_s,
             "tokens": trace.tokens,
             "stats": stats.to_dict(),
             "config": {**chosen.to_dict(), "slots_per_layer": plain(quotas)},
@@ -78,12 +81,24 @@ def run(args: argparse.Namespace, out: Output) -> None:
     )
 
 
-def _options(args: argparse.Namespace, trace: Trace) -> CacheOptions:
-    """What was given, else what the run had, else the defaults, with slots that the model can work with."""
+def _speed(outcome: Part) -> str:
+    if outcome.tokens_per_s is None:
+        return 'tokens/s needs the costs of a machine: --profile FILE with "costs"'
+    return f"{outcome.tokens_per_s:.1f} tokens/s at the profile's costs, {outcome.stats.stall_s:.2f} s of stall"
+
+
+def _options(args: argparse.Namespace, trace: Trace, profile: Profile) -> CacheOptions:
+    """What was given, else the profile's, else what the run had, else the defaults, with slots that the model can work
+    with.
+    """
     default = CacheOptions()
     assert isinstance(default.slots_per_layer, int)
     base = trace.options or replace(default, slots_per_layer=max(default.slots_per_layer, *trace.shape.top_k))
-    chosen = replace(base, **{name: getattr(args, name) for name in GIVEN if getattr(args, name) is not None})
+    given = {name: getattr(args, name) for name in GIVEN if getattr(args, name) is not None}
+    values = {**base.to_dict(), **profile.cache, **given}
+    if values["eviction"] != "static":
+        values.pop("popularity", None)
+    chosen = CacheOptions.from_dict(values)
     if args.prefetch not in (None, 0) and trace.predicted is None:
         raise ConfigError(
             f"--prefetch {args.prefetch}: the trace holds no predictions to act on; record one with 'offmoe generate "

@@ -1,11 +1,12 @@
 """Which resident expert to forget: policies that order keys and own no slots.
 
-Nothing moves. Bound: O(log n) per access and per victim, no scan over slots (a scanning LFU cost 2.9 ms per layer at
-1,500 slots). Must never see tensors, clocks or files: the same objects run in the runtime and in the simulator.
+Nothing moves. Bound: O(log n) per access and per victim, amortised, no scan over slots (a scanning LFU cost 2.9 ms per
+layer at 1,500 slots). Must never see tensors, clocks or files: the same objects run in the runtime and in the
+simulator.
 
 Every policy here is "forget the key with the lowest score, ties by the lowest key", where a score changes only when
-its own key is used. That makes a heap with outdated entries enough: a key's latest entry is the one whose score
-matches."""
+its own key is used. A score that only rises makes a lazy heap enough: a use writes the score and nothing else, and an
+entry that lags behind is put right when it comes to the top. Policies made of queues are in queues.py."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ class EvictionPolicy(Protocol):
         """One access: `keys` were demanded, for `demands[i]` tokens each, by a step with `tail` rows in its tail."""
 
     def score(self, key: int) -> float:
-        """Worth of a key now; comparable between keys of this policy only."""
+        """Worth of a key now, resident or not; comparable between keys of this policy only. A step that needs more
+        experts than there are slots leaves those of the highest scores behind."""
 
     def admitted(self, key: int) -> None:
         """`key` became resident."""
@@ -36,25 +38,21 @@ class EvictionPolicy(Protocol):
         """`key` is no longer resident."""
 
     def victim(self, protected: Collection[int]) -> int:
-        """The resident key to forget, none of `protected`; there must be one. Changes nothing."""
+        """The resident key to forget, none of `protected`; there must be one. Asking decides nothing: what a policy
+        does in forgetting a victim, it does in `forgotten`."""
 
 
 class _ScoreOrder:
-    """The heap: resident keys by (score, key)."""
+    """The heap: resident keys by (score, key). Every resident has an entry that is not above its score."""
 
-    def __init__(self, keys: int):
-        self._scores = [NEVER] * keys
-        self._resident = bytearray(keys)
+    def __init__(self, scores: Sequence[float]):
+        self._scores = list(scores)
+        self._resident = bytearray(len(scores))
         self._heap: list[tuple[float, int]] = []
         self._residents = 0
 
     def score(self, key: int) -> float:
         return self._scores[key]
-
-    def _set(self, key: int, score: float) -> None:
-        self._scores[key] = score
-        if self._resident[key]:
-            self._push(key)
 
     def admitted(self, key: int) -> None:
         assert not self._resident[key]
@@ -66,6 +64,8 @@ class _ScoreOrder:
         assert self._resident[key]
         self._resident[key] = 0
         self._residents -= 1
+        if self._heap[0][1] == key:  # as a victim's is
+            heapq.heappop(self._heap)
 
     def _push(self, key: int) -> None:
         heap = self._heap
@@ -78,11 +78,13 @@ class _ScoreOrder:
             heapq.heappush(heap, (self._scores[key], key))
 
     def victim(self, protected: Collection[int]) -> int:
-        heap, aside = self._heap, []
+        heap, scores, aside = self._heap, self._scores, []
         while True:
             score, key = heap[0]
-            if not self._resident[key] or self._scores[key] != score:
+            if not self._resident[key]:
                 heapq.heappop(heap)
+            elif scores[key] != score:
+                heapq.heapreplace(heap, (scores[key], key))
             elif key in protected:
                 aside.append(heapq.heappop(heap))
             else:
@@ -96,13 +98,46 @@ class LRU(_ScoreOrder):
     """Forget the least recently used; experts of one access are equally recent."""
 
     def __init__(self, keys: int):
-        super().__init__(keys)
+        super().__init__([NEVER] * keys)
         self._now = 0.0
 
     def used(self, keys: Sequence[int], demands: Sequence[Demand], tail: int) -> None:
-        self._now += 1.0
+        self._now = now = self._now + 1.0
+        scores = self._scores
         for key in keys:
-            self._set(key, self._now)
+            scores[key] = now
+
+
+class LRU2(_ScoreOrder):
+    """Forget the key whose last use but one is longest ago; keys used once go first. Uses count across eviction.
+
+    A step of many tokens is one access, but an expert that several of its tokens use has been used more than once.
+    """
+
+    def __init__(self, keys: int):
+        super().__init__([NEVER] * keys)
+        self._last = [NEVER] * keys
+        self._now = 0.0
+
+    def used(self, keys: Sequence[int], demands: Sequence[Demand], tail: int) -> None:
+        self._now = now = self._now + 1.0
+        scores, last = self._scores, self._last
+        for key, demand in zip(keys, demands, strict=True):
+            scores[key] = last[key] if demand.tokens == 1 else now
+            last[key] = now
+
+
+class Static(_ScoreOrder):
+    """Forget the least popular, by a popularity that was counted beforehand and never changes.
+
+    The published versions pin the popular and let the rest pass by; a slot here must take what is demanded, so at
+    least one slot changes hands. popularity: one number per key, higher stays."""
+
+    def __init__(self, popularity: Sequence[float]):
+        super().__init__([float(value) for value in popularity])
+
+    def used(self, keys: Sequence[int], demands: Sequence[Demand], tail: int) -> None:
+        pass
 
 
 class AgedLFU(_ScoreOrder):
@@ -118,45 +153,49 @@ class AgedLFU(_ScoreOrder):
     of that, their age being 64 or more."""
 
     def __init__(self, keys: int, half_life: float = 16.0):
-        super().__init__(keys)
+        super().__init__([NEVER] * keys)
         self._now = 0.0
         self._step = 1.0 / half_life
+        self._decay: float = 2.0**-self._step
 
     def used(self, keys: Sequence[int], demands: Sequence[Demand], tail: int) -> None:
         self._now = now = self._now + tail * self._step
-        scores = self._scores
-        decay = 2.0**-self._step
-        mean_age = 1.0 if tail <= 1 else (1.0 - decay**tail) / (tail * (1.0 - decay))
+        scores, log2 = self._scores, math.log2
+        if tail <= 1:
+            for key in keys:
+                old = scores[key]  # below `now` unless the key has been used far above average
+                scores[key] = (
+                    now + log2(1.0 + 2.0 ** (old - now)) if old <= now else old + log2(1.0 + 2.0 ** (now - old))
+                )
+            return
+        mean_age = (1.0 - self._decay**tail) / (tail * (1.0 - self._decay))
         for key, demand in zip(keys, demands, strict=True):
-            use = now
-            if tail > 1:
-                use += math.log2(mean_age * (demand.tail_tokens + (demand.tokens - demand.tail_tokens) / 16.0))
+            use = now + log2(mean_age * (demand.tail_tokens + (demand.tokens - demand.tail_tokens) / 16.0))
             old = scores[key]
             high, low = (use, old) if use >= old else (old, use)
-            self._set(key, high + math.log2(1.0 + 2.0 ** (low - high)))
+            scores[key] = high + log2(1.0 + 2.0 ** (low - high))
 
 
 class Belady(_ScoreOrder):
     """Forget the key whose next use is farthest away: MIN, the bound for prefetch 0 and forced admission. Offline only.
 
+    A use lowers the score, so every use is an entry in the heap.
+
     uses[key]: ascending indices of the accesses (of this residency) that demand the key.
     """
 
     def __init__(self, uses: Sequence[Sequence[int]]):
-        super().__init__(len(uses))
+        super().__init__([-float(indices[0]) if indices else NEVER for indices in uses])
         self._uses = uses
         self._next = [0] * len(uses)
         self._access = -1
-        for key in range(len(uses)):
-            self._refresh(key)
 
     def used(self, keys: Sequence[int], demands: Sequence[Demand], tail: int) -> None:
         self._access += 1
         for key in keys:
-            assert self._uses[key][self._next[key]] == self._access, "accesses differ from those Belady was built for"
-            self._next[key] += 1
-            self._refresh(key)
-
-    def _refresh(self, key: int) -> None:
-        uses, i = self._uses[key], self._next[key]
-        self._set(key, -float(uses[i]) if i < len(uses) else NEVER)
+            uses, i = self._uses[key], self._next[key] + 1
+            assert uses[i - 1] == self._access, "accesses differ from those Belady was built for"
+            self._next[key] = i
+            self._scores[key] = -float(uses[i]) if i < len(uses) else NEVER
+            if self._resident[key]:
+                self._push(key)

@@ -10,16 +10,20 @@ id; those that the policy would rather keep come last, so that they and the best
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 
 from offmoe.config import CacheOptions
-from offmoe.policy.eviction import LRU, AgedLFU, EvictionPolicy
+from offmoe.policy.eviction import LRU, LRU2, AgedLFU, EvictionPolicy, Static
 from offmoe.policy.prefetch import PrefetchPolicy, build_prefetch
+from offmoe.policy.queues import S3FIFO, Sieve
 from offmoe.policy.residency import Residency
 from offmoe.types import Access, CacheShape, ExpertKey, Fetch, Lookup, Plan, Wave
 
 MakePolicy = Callable[[int, int], EvictionPolicy]
 """(index of the pool, number of keys) -> its eviction policy. Scope "layer" has a pool per layer, scope "model" one."""
+
+FEW = 16
+"""Keys that are searched as fast in a list as in a set."""
 
 
 class Planner:
@@ -65,13 +69,10 @@ class Planner:
         pool, policy, first = self._pools[layer], self._policies[layer], self._first_key[layer]
         experts = [d.expert for d in demands]
         keys = [first + e for e in experts] if first else experts
-        found = [pool.lookup(key) for key in keys]
+        here, missing, pending = pool.split(keys)
         if self.may_prefetch:
             self._prefetch.demanded(layer, experts)
         policy.used(keys, demands, access.tail)
-        here = [key for key, where in zip(keys, found, strict=True) if where != Lookup.MISS]
-        missing = [key for key, where in zip(keys, found, strict=True) if where == Lookup.MISS]
-        pending = found.count(Lookup.PENDING)
         if pending:
             for key in here:
                 pool.demanded(key)
@@ -84,22 +85,23 @@ class Planner:
         return Plan(layer, waves, prefetches, len(here) - pending, pending, len(missing))
 
     def _admit(self, layer: int, missing: Sequence[int], protected: Collection[int]) -> tuple[Fetch, ...]:
-        pool = self._pools[layer]
+        pool, key_of = self._pools[layer], self._key_of
+        base = self._first_global[layer] if self.options.scope == "layer" else 0
+        if len(protected) > FEW:
+            protected = frozenset(protected)
         fetches = []
         for key in missing:
             admission = pool.admit(key, protected)
             assert admission is not None, "a wave is never larger than its pool"
-            fetches.append(self._fetch(layer, key, admission.slot, admission.evicted))
+            slot, evicted = admission
+            fetches.append(Fetch(key_of[base + key], slot, None if evicted is None else key_of[base + evicted]))
         return tuple(fetches)
-
-    def _fetch(self, layer: int, key: int, slot: int, evicted: int | None) -> Fetch:
-        base = self._first_global[layer] if self.options.scope == "layer" else 0
-        forgotten = None if evicted is None else self._key_of[base + evicted]
-        return Fetch(self._key_of[base + key], slot, forgotten)
 
     def _wave(self, layer: int, keys: Sequence[int], fetches: tuple[Fetch, ...]) -> Wave:
         pool, first = self._pools[layer], self._first_key[layer]
-        return Wave(tuple([(key - first, pool.slot(key)) for key in keys]), fetches)
+        slots = pool.slots_of(keys)
+        experts = [key - first for key in keys] if first else keys
+        return Wave(tuple(zip(experts, slots, strict=True)), fetches)
 
     def _waves(self, layer: int, here: Sequence[int], missing: Sequence[int]) -> tuple[Wave, ...]:
         pool, policy = self._pools[layer], self._policies[layer]
@@ -122,6 +124,7 @@ class Planner:
         if limit == 0:
             return ()
         pool, first = self._pools[layer], self._first_key[layer]
+        base = self._first_global[layer] if self.options.scope == "layer" else 0
         wanted = [first + e for e in predicted[: pool.capacity]]
         fetches: list[Fetch] = []
         for key in wanted:
@@ -131,10 +134,17 @@ class Planner:
                 admission = pool.admit(key, wanted, pending=True)
                 if admission is None:
                     break
-                fetches.append(self._fetch(layer, key, admission.slot, admission.evicted))
+                slot, evicted = admission
+                forgotten = None if evicted is None else self._key_of[base + evicted]
+                fetches.append(Fetch(self._key_of[base + key], slot, forgotten))
         if fetches:
             self._prefetch.issued(layer, [f.key.expert for f in fetches])
         return tuple(fetches)
+
+    def missing(self, layer: int, experts: Sequence[int]) -> list[int]:
+        """Which experts of a layer have no slot now; mutates nothing."""
+        pool, first = self._pools[layer], self._first_key[layer]
+        return [expert for expert in experts if pool.lookup(first + expert) == Lookup.MISS]
 
     def check(self) -> None:
         """Assert the invariants of every pool."""
@@ -146,6 +156,19 @@ def build_planner(options: CacheOptions, shape: CacheShape) -> Planner:
     """The planner of a run; runtime and simulator both get theirs here. ConfigError if the options do not fit the
     model.
     """
-    if options.eviction == "lru":
-        return Planner(shape, options, lambda _, keys: LRU(keys))
-    return Planner(shape, options, lambda _, keys: AgedLFU(keys, options.half_life))
+    return Planner(shape, options, _policies(options, shape))
+
+
+def _policies(options: CacheOptions, shape: CacheShape) -> MakePolicy:
+    if options.eviction == "static":
+        by_layer = options.popularity_of(shape)
+        pooled = list(chain.from_iterable(by_layer))
+        return lambda pool, _: Static(by_layer[pool] if options.scope == "layer" else pooled)
+    if options.eviction == "aged-lfu":
+        return lambda _, keys: AgedLFU(keys, options.half_life)
+    make = _SIMPLE[options.eviction]
+    return lambda _, keys: make(keys)
+
+
+_SIMPLE: dict[str, Callable[[int], EvictionPolicy]] = {"lru": LRU, "lru-2": LRU2, "s3-fifo": S3FIFO, "sieve": Sieve}
+"""Policies that need nothing but the number of keys."""

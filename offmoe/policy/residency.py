@@ -7,7 +7,7 @@ still needs gives silently wrong weights."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from offmoe.policy.eviction import EvictionPolicy
@@ -43,11 +43,28 @@ class Residency:
             return Lookup.MISS
         return Lookup.PENDING if self._pending[key] else Lookup.HIT
 
+    def split(self, keys: Sequence[int]) -> tuple[list[int], list[int], int]:
+        """Which of the keys are resident, which are not, and how many of the first are pending."""
+        slot_of = self._slot_of
+        missing = [key for key in keys if slot_of[key] < 0]
+        here = [key for key in keys if slot_of[key] >= 0] if missing else list(keys)
+        pending = 0
+        for key in here:
+            pending += self._pending[key]
+        return here, missing, pending
+
     def slot(self, key: int) -> int:
         """Slot of a resident key."""
         slot = self._slot_of[key]
         assert slot != EMPTY
         return slot
+
+    def slots_of(self, keys: Iterable[int]) -> list[int]:
+        """Slots of resident keys."""
+        slot_of = self._slot_of
+        slots = [slot_of[key] for key in keys]
+        assert EMPTY not in slots
+        return slots
 
     def demanded(self, key: int) -> None:
         """A resident key was used: it is pending no more."""

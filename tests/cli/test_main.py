@@ -59,13 +59,13 @@ def test_verbs_that_are_not_built(offmoe: Run, verb: str) -> None:
         (["generate", "m", "p", "--prefetch", "-1"], "--prefetch"),
         (["generate", "m", "p", "--prefetch", "many"], "must be 'auto' or a number"),
         (["generate", "m", "p", "--eviction", "fifo"], "aged-lfu, lru"),
-        (["generate", "m", "p", "--eviction", "sieve"], "not built yet"),
+        (["generate", "m", "p", "--eviction", "static"], "use a profile"),
         (["generate", "m", "p", "--experts", "int4"], "not built yet"),
         (["generate", "m", "p", "--device-memory", "much"], "'10GiB'"),
         (["generate", "m", "p", "--host-memory", "1GiB"], "not built yet"),
         (["generate", "m", "p", "--max-context", "0"], "--max-context: '0' is not a positive whole number"),
-        (["generate", "m", "p", "--profile", "p.json"], "--profile is not built yet"),
-        (["simulate", "t", "--profile", "p.json"], "--profile is not built yet"),
+        (["generate", "m", "p", "--profile", "/no/p.json"], "profile='/no/p.json': cannot be read"),
+        (["simulate", "t", "--profile", "/no/p.json"], "cannot be read"),
         (["generate", "m"], "PROMPT is missing"),
         (["generate", "m", ""], "PROMPT is empty"),
         (["generate", "m", "p", "--prompt-file", "f"], "both given"),
@@ -131,9 +131,9 @@ def test_public_errors_have_their_status() -> None:
 
 
 def test_module_and_command_are_the_same() -> None:
-    done = subprocess.run([sys.executable, "-m", "offmoe", "tune"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-m", "offmoe", "serve"], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "'offmoe tune' is not built yet" in done.stderr
+    assert "'offmoe serve' is not built yet" in done.stderr
 
 
 def test_lazy_names_are_the_real_ones() -> None:

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from offmoe.policy.eviction import LRU, NEVER, AgedLFU, Belady
+from offmoe.policy.eviction import LRU, LRU2, NEVER, AgedLFU, Belady, Static
 from offmoe.types import Demand
 
 
@@ -21,24 +21,66 @@ class PolicyContract:
     def policy(self, keys):
         raise AssertionError("each policy makes its own")
 
-    def test_victim_is_resident_unprotected_and_the_lowest(self):
+    def check_victim(self, policy, victim, candidates):
+        """What else a policy promises about its victim."""
+
+    def test_victim_is_resident_unprotected_and_the_same_when_asked_again(self):
         rng = random.Random(0)
-        policy, resident = self.policy(12), set()
+        policy, twin, resident = self.policy(12), self.policy(12), set()
         for _ in range(400):
             keys = sorted(rng.sample(range(12), 3))
             policy.used(keys, single(keys), 1)
+            twin.used(keys, single(keys), 1)
             for key in keys:
                 if key not in resident:
                     if len(resident) == 6:
+                        policy.victim([keys[0]])  # asking changes nothing: the twin is asked once
+                        policy.victim(())
                         victim = policy.victim(keys)
                         assert victim in resident
                         assert victim not in keys
-                        assert victim == min(resident - set(keys), key=lambda k: (policy.score(k), k))
-                        assert policy.victim(keys) == victim, "asking changes nothing"
+                        assert policy.victim(frozenset(keys)) == victim == twin.victim(keys)
+                        self.check_victim(policy, victim, resident - set(keys))
                         policy.forgotten(victim)
+                        twin.forgotten(victim)
                         resident.remove(victim)
                     policy.admitted(key)
+                    twin.admitted(key)
                     resident.add(key)
+
+    def test_a_key_can_be_forgotten_and_come_back(self):
+        policy = self.policy(3)
+        for _ in range(100):
+            for key in range(3):
+                policy.admitted(key)
+            assert {policy.victim({0, 1}), policy.victim({1, 2}), policy.victim({0, 2})} == {0, 1, 2}
+            for key in (1, 0, 2):
+                policy.forgotten(key)
+
+    def test_only_one_key_is_not_protected(self):
+        rng = random.Random(1)
+        policy = self.policy(8)
+        for key in range(8):
+            policy.admitted(key)
+        for _ in range(100):
+            free = rng.randrange(8)
+            assert policy.victim([key for key in range(8) if key != free]) == free
+            policy.forgotten(free)
+            policy.admitted(free)
+
+    def test_first_come_is_first_to_go_where_nothing_is_known(self):
+        policy = self.policy(5)
+        for key in (2, 3, 4):
+            policy.admitted(key)
+        assert policy.victim(()) == 2
+        assert policy.victim({2}) == 3
+
+
+class ScoreContract(PolicyContract):
+    """Policies that forget the lowest score."""
+
+    def check_victim(self, policy, victim, candidates):
+        assert victim == min(candidates, key=lambda k: (policy.score(k), k))
 
     def test_never_used_keys_go_first_and_ties_go_to_the_lowest_id(self):
         policy = self.policy(5)
@@ -48,7 +90,7 @@ class PolicyContract:
         assert policy.victim({2}) == 3
 
 
-class TestLRU(PolicyContract):
+class TestLRU(ScoreContract):
     def policy(self, keys):
         return LRU(keys)
 
@@ -61,7 +103,46 @@ class TestLRU(PolicyContract):
         assert policy.victim(()) == 2
 
 
-class TestAgedLFU(PolicyContract):
+class TestLRU2(ScoreContract):
+    def policy(self, keys):
+        return LRU2(keys)
+
+    def test_the_use_before_the_last_decides(self):
+        policy = LRU2(3)
+        for key in range(3):
+            policy.admitted(key)
+        for key in (0, 0, 1, 2, 2, 1):
+            policy.used([key], single([key]), 1)
+        assert policy.victim(()) == 0
+        policy.used([0], single([0]), 1)
+        assert policy.victim(()) == 0  # its use before the last is the first ones': older than those of 1 and 2
+        policy.used([0], single([0]), 1)
+        assert policy.victim(()) == 1
+
+    def test_used_once_goes_before_used_twice(self):
+        policy = LRU2(2)
+        policy.admitted(0)
+        policy.admitted(1)
+        policy.used([0], [Demand(0, 5, 5)], 5)
+        policy.used([1], single([1]), 1)
+        assert policy.victim(()) == 1
+
+
+class TestStatic(ScoreContract):
+    def policy(self, keys):
+        return Static([1.0] * keys)
+
+    def test_use_changes_nothing(self):
+        policy = Static([3, 1, 2])
+        for key in range(3):
+            policy.admitted(key)
+        for _ in range(9):
+            policy.used([1], single([1]), 1)
+        assert policy.victim(()) == 1
+        assert policy.victim({1}) == 2
+
+
+class TestAgedLFU(ScoreContract):
     def policy(self, keys):
         return AgedLFU(keys)
 
@@ -110,7 +191,7 @@ class TestAgedLFU(PolicyContract):
         assert policy.score(0) > policy.score(1)
 
 
-class TestBelady(PolicyContract):
+class TestBelady(ScoreContract):
     def policy(self, keys):
         rng = random.Random(0)  # the accesses of the contract's test
         uses = [[] for _ in range(keys)]

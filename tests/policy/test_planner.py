@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offmoe.config import CacheOptions
+from offmoe.config import EVICTIONS, CacheOptions
 from offmoe.errors import ConfigError
 from offmoe.policy.planner import build_planner
 from offmoe.types import Access, CacheShape, CacheStats, Demand, ExpertKey, count_demands
@@ -43,14 +43,15 @@ def accesses(draw):
 @settings(max_examples=60, deadline=None)
 @given(
     accesses(),
-    st.sampled_from(["aged-lfu", "lru"]),
+    st.sampled_from(EVICTIONS),
     st.sampled_from(["layer", "model"]),
     st.sampled_from([2, 3, 6, (2, 4, 8)]),
     st.sampled_from([0, 1, 3, "auto"]),
 )
 def test_slots_hold_what_plans_say(steps, eviction, scope, slots, prefetch):
     """Mirror every fetch into a dict of slots: each wave must find each of its experts where the plan says."""
-    options = CacheOptions(eviction, scope, slots, prefetch)
+    popularity = tuple(tuple(float(e % 4) for e in range(n)) for n in SHAPE.experts) if eviction == "static" else None
+    options = CacheOptions(eviction, scope, slots, prefetch, popularity=popularity)
     planner, twin = build_planner(options, SHAPE), build_planner(options, SHAPE)
     held: dict[int, ExpertKey] = {}
     stats = CacheStats.for_layers(3)

@@ -1,0 +1,317 @@
+"""`offmoe tune TRACE`: the best cache for this routing and this memory, with the bounds that nobody can beat beside it.
+
+Bound: the planner, over all configurations and processes. Never imports torch. This module asks, shows and writes;
+search.py decides what is replayed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from offmoe.cli import options
+from offmoe.cli.output import Output, percent, plain, span
+from offmoe.cli.plot import Curve, Figure, check_plot, write_plot
+from offmoe.config import EVICTIONS, SCOPES, CacheOptions, parse_size
+from offmoe.errors import ConfigError
+from offmoe.predictions import PredictionQuality, total
+from offmoe.profile import Profile, read_profile
+from offmoe.search import Found, search
+from offmoe.trace import Trace, read_trace
+from offmoe.tuning import (
+    Bounds,
+    Outcome,
+    Settings,
+    affordable,
+    capacities,
+    gain_of_doubling,
+    knee,
+    split_requests,
+    sweep,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Results = tuple[list[Outcome], list[Bounds]]
+
+UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3), ("bytes", 1))
+SHOWN = 12
+"""Rows of the ranked table; --json has all."""
+
+
+def parser() -> options.Parser:
+    parser = options.Parser(
+        "tune",
+        "Find the best cache for a recorded routing. Half of the requests choose, the other half says what the choice "
+        "is worth; without --slots-per-layer or --budget the memory is that of the knee.",
+    )
+    parser.add_argument("trace", metavar="TRACE", help="an .npz file written by generate --trace or trace")
+    group = parser.add_argument_group("memory")
+    group.add_argument("--slots-per-layer", type=options.positive, metavar="N", help="choose among caches of this size")
+    group.add_argument("--budget", metavar="SIZE", help="the same in bytes of experts on the device: 8GiB")
+    group.add_argument("--capacities", type=_numbers, metavar="N,N", help="slots per layer to sweep")
+    group = parser.add_argument_group("what to try")
+    group.add_argument("--eviction", type=_words, metavar="A,B", help=f"of: {', '.join(EVICTIONS)} (default: all)")
+    group.add_argument("--scope", type=_words, metavar="A,B", help=f"of: {', '.join(SCOPES)} (default: both)")
+    group.add_argument(
+        "--prefetch", type=_prefetches, metavar="N,N", help="0, N, auto (default: what the trace has predictions for)"
+    )
+    group.add_argument("--clear-between-requests", action="store_true", help="every request finds an empty cache")
+    group.add_argument("--profile", metavar="FILE", help="JSON with measured costs: rank by tokens per second")
+    group.add_argument("--jobs", type=options.positive, metavar="N", help="processes (default: one per core)")
+    group = parser.add_argument_group("results")
+    group.add_argument("-o", "--output", metavar="FILE", help="write the best as a profile: generate --profile FILE")
+    group.add_argument("--plot", metavar="FILE", help="hit rate over slots: .html, or .png where matplotlib is there")
+    return parser
+
+
+def run(args: argparse.Namespace, out: Output) -> None:
+    if args.plot is not None:
+        check_plot(args.plot)
+    if args.output is not None and not Path(args.output).parent.is_dir():
+        raise ConfigError(f"--output {args.output}: the folder does not exist; create it first.")
+    costs = None if args.profile is None else read_profile(args.profile).costs
+    if args.profile is not None and costs is None:
+        raise ConfigError(f"--profile {args.profile}: it holds no 'costs', and nothing else of it is used here.")
+    trace = read_trace(args.trace)
+    if not trace.tokens:
+        raise ConfigError(f"{args.trace}: the trace is empty; record one with 'offmoe generate MODEL PROMPT --trace'.")
+    settings = Settings(costs, args.clear_between_requests, split_requests(trace))
+    jobs = args.jobs or _cores()
+
+    def replayed(candidates: Sequence[CacheOptions], bounds: Sequence[CacheOptions]) -> Results:
+        with out.progress("replaying", len(candidates) + len(bounds), "configurations") as advance:
+            return sweep(trace, candidates, bounds, settings, jobs=jobs, progress=lambda done, everything: advance(1))
+
+    found = search(
+        trace,
+        settings,
+        replayed,
+        args.capacities or capacities(trace.shape),
+        _memory(args, trace),
+        args.eviction or EVICTIONS,
+        args.scope,
+        args.prefetch,
+    )
+    predictions = found.predictions()
+    out.result(
+        f"{args.trace}: {trace.model or 'unnamed model'}, {trace.tokens} tokens, {trace.shape.layers} MoE layers, "
+        f"{span(trace.shape.experts)} experts, top_k {span(trace.shape.top_k)}",
+        _sweep_table(found),
+        _ranked_table(found),
+        *_remarks(found, predictions),
+    )
+    if args.output is not None:
+        _profile(found, args.trace).write(args.output)
+        out.note(f"profile written to {args.output}; use it with: offmoe generate MODEL PROMPT --profile {args.output}")
+    if args.plot is not None:
+        write_plot(args.plot, _figure(found))
+        out.note(f"plot written to {args.plot}")
+    out.json(
+        {
+            "candidates": [_facts(found, outcome) for outcome in [*found.ranked, *found.others()]],
+            "best": _facts(found, found.best),
+            "bounds": [vars(bound) for bound in found.bounds],
+            "knee": _knee_facts(found),
+            "predictions": {
+                name: {**total(quality).to_dict(), "by_layer": [layer.to_dict() for layer in quality]}
+                for name, quality in predictions.items()
+            },
+            "tokens": trace.tokens,
+            "test_requests": sorted(settings.test_requests),
+        }
+    )
+
+
+def _memory(args: argparse.Namespace, trace: Trace) -> int | None:
+    """Slots per layer that were asked for, in slots or in bytes."""
+    if args.budget is None:
+        if args.slots_per_layer is not None:
+            CacheOptions(slots_per_layer=args.slots_per_layer).quotas(trace.shape)
+            return int(min(args.slots_per_layer, max(trace.shape.experts)))
+        return None
+    if args.slots_per_layer is not None:
+        raise ConfigError("--budget and --slots-per-layer are both given; they are the same thing in two units.")
+    return affordable(trace.shape, parse_size(args.budget, "--budget"))
+
+
+def _facts(found: Found, outcome: Outcome) -> dict[str, object]:
+    whole, chosen = outcome.whole, outcome.options
+    return {
+        "eviction": chosen.eviction,
+        "scope": chosen.scope,
+        "slots_per_layer": plain(chosen.quotas(found.trace.shape)),
+        "prefetch": chosen.prefetch,
+        "hit_rate": whole.stats.hit_rate,
+        "train_hit_rate": outcome.train.stats.hit_rate,
+        "test_hit_rate": outcome.judged.stats.hit_rate,
+        "gap_closed": found.gap(outcome),
+        "misses_per_token": whole.misses_per_token,
+        "bytes_per_token": whole.bytes_per_token,
+        "stall_s": whole.stats.stall_s if found.settings.costs else None,
+        "tokens_per_s": whole.tokens_per_s,
+        "test_tokens_per_s": outcome.judged.tokens_per_s,
+    }
+
+
+def _knee_facts(found: Found) -> dict[str, object]:
+    curve = found.curve(found.best.options.eviction) or {found.slots: found.best.whole.stats.hit_rate}
+    return {
+        "slots_per_layer": knee(curve),
+        "chosen": found.slots,
+        "doubling": {str(n): gain_of_doubling(curve, n) for n in curve if 2 * n <= max(curve)},
+    }
+
+
+def _profile(found: Found, name: str) -> Profile:
+    best = found.best
+    return Profile(
+        best.options.to_dict(),
+        found.settings.costs,
+        {
+            "trace": Path(name).name,
+            "model": found.trace.model,
+            "tokens": found.trace.tokens,
+            "hit_rate": best.whole.stats.hit_rate,
+            "test_hit_rate": best.judged.stats.hit_rate,
+        },
+    )
+
+
+# --- for people
+
+
+def _sweep_table(found: Found) -> Table:
+    from rich.table import Table
+
+    sizes = [bound.slots_per_layer for bound in found.bounds]
+    table = Table(title="hit rate, % (whole trace), by slots per layer", title_justify="left")
+    table.add_column("policy")
+    for n in sizes:
+        table.add_column(f"{n}*" if n == found.slots else str(n), justify="right")
+    curves = {name: found.curve(name) for name in found.policies if found.curve(name)}
+    for name, curve in curves.items():
+        table.add_row(name, *(f"{100 * curve[n]:.1f}" if n in curve else "" for n in sizes if isinstance(n, int)))
+    table.add_section()
+    for label, key in (
+        ("Belady", "belady"),
+        ("... with bypass", "belady_bypass"),
+        ("shuffled tokens", "shuffled"),
+        ("uniform routing", "uniform"),
+    ):
+        table.add_row(label, *(f"{100 * getattr(bound, key):.1f}" for bound in found.bounds))
+    if curve := found.curve(found.best.options.eviction):
+        table.add_section()
+        top = max(curve)
+        table.add_row(
+            "doubling adds",
+            *(f"{100 * gain_of_doubling(curve, n):+.1f}" if 2 * n <= top else "" for n in sizes if isinstance(n, int)),
+        )
+    return table
+
+
+def _ranked_table(found: Found) -> Table:
+    from rich.table import Table
+
+    priced = found.settings.costs is not None
+    judged = "tokens per second" if priced else "bytes moved"
+    unit, size = next(u for u in UNITS if found.best.whole.bytes_per_token >= u[1] or u[1] == 1)
+    table = Table(
+        title=f"at {found.slots} slots per layer, best first by {judged}",
+        title_justify="left",
+        box=None,  # eleven columns have to fit 80 characters
+        pad_edge=False,
+    )
+    for name in ("policy", "scope", "slots", "ahead"):
+        table.add_column(name, no_wrap=True)
+    for name in ("hit %", "unseen", "gap %", "misses", unit, *(("tok/s", "stall %") if priced else ())):
+        table.add_column(name, justify="right", no_wrap=True)
+    for outcome in found.ranked[:SHOWN]:
+        whole, gap = outcome.whole, found.gap(outcome)
+        row = [
+            outcome.options.eviction,
+            outcome.options.scope,
+            span(outcome.options.quotas(found.trace.shape)),
+            str(outcome.options.prefetch),
+            f"{100 * whole.stats.hit_rate:.1f}",
+            f"{100 * outcome.judged.stats.hit_rate:.1f}",
+            "-" if gap is None else f"{100 * gap:.0f}",
+            f"{whole.misses_per_token:.2f}",
+            f"{whole.bytes_per_token / size:.1f}",
+        ]
+        if priced:
+            row += [f"{whole.tokens_per_s or 0.0:.2f}", f"{100 * whole.stats.stall_s / (whole.seconds or 1.0):.0f}"]
+        table.add_row(*row)
+    return table
+
+
+def _remarks(found: Found, predictions: dict[str, list[PredictionQuality]]) -> list[str]:
+    lines = []
+    curve = found.curve(found.best.options.eviction)
+    if len(curve) > 1:
+        at = knee(curve)
+        doubled = f"; doubling from there buys {100 * gain_of_doubling(curve, at):.1f} points"
+        lines.append(f"Knee: {at} slots per layer, {percent(curve[at])}{doubled if 2 * at <= max(curve) else ''}.")
+    if found.settings.test_requests:
+        lines.append(
+            "unseen: hit rate on the requests that nothing was fitted to. gap: share of the way from LRU to Belady, "
+            "which knows the future.\nahead: prefetch. misses and bytes: per token. doubling adds: points, best policy."
+        )
+    else:
+        lines.append("One request only: the choice is fitted to what it is measured on. Record more prompts.")
+    if found.settings.costs is None:
+        lines.append(
+            "Without costs the fewest bytes win, so never a prefetch; pass --profile with costs to weigh time."
+        )
+    for name, quality in predictions.items():
+        counts = total(quality)
+        if counts.recall is not None and counts.precision is not None:
+            text = f"Predictions ({name}): recall {percent(counts.recall)}, precision {percent(counts.precision)}"
+            if counts.coverage is not None and counts.precision_missing is not None:
+                text += (
+                    f"; cover {percent(counts.coverage)} of the misses, {percent(counts.precision_missing)} of them "
+                )
+                text += (
+                    "useful"
+                    if counts.extra_per_saved is None
+                    else (f"useful, {counts.extra_per_saved:.2f} bytes wasted per byte saved")
+                )
+            lines.append(text + ".")
+    return lines
+
+
+def _figure(found: Found) -> Figure:
+    curves = [Curve(name, sorted(points.items())) for name in found.policies if (points := found.curve(name))]
+    for label, key in (("Belady", "belady"), ("shuffled", "shuffled"), ("uniform", "uniform")):
+        points = {b.slots_per_layer: getattr(b, key) for b in found.bounds if isinstance(b.slots_per_layer, int)}
+        curves.append(Curve(label, sorted(points.items()), is_bound=True))
+    model = found.trace.model or "unnamed model"
+    note = (
+        f"{model}: {found.trace.tokens} tokens, {found.trace.shape.layers} MoE layers, caches per layer, no prefetch. "
+        "Belady knows the future; uniform routing has neither skew nor memory, shuffled tokens have skew only."
+    )
+    return Figure("Expert cache: hit rate over slots per layer", note, curves, found.slots)
+
+
+def _cores() -> int:
+    """Those that this process may use, where the system says."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# --- types for argparse
+
+
+def _numbers(text: str) -> list[int]:
+    return [options.positive(part) for part in text.split(",")]
+
+
+def _words(text: str) -> list[str]:
+    return list(dict.fromkeys(text.split(",")))
+
+
+def _prefetches(text: str) -> list[int | str]:
+    return list(dict.fromkeys(options.prefetch(part) for part in text.split(",")))

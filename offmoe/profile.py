@@ -1,0 +1,123 @@
+"""Profiles: what was tuned and what was measured, in one JSON file, so that a run needs no options.
+
+{"cache": {cache options}, "costs": {measured costs}, "expected": {what the tuned cache did on its trace}}, every part
+optional. `offmoe tune` writes "cache", calibration "costs". Nothing moves and nothing decides here: an explicit option
+wins over a profile, a profile over a default, and config.py applies that."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from offmoe.errors import ConfigError
+
+CACHE_OPTIONS = ("eviction", "scope", "slots_per_layer", "prefetch", "half_life", "popularity")
+PARTS = ("cache", "costs", "expected")
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """What moving and computing costs on one machine with one model; ConfigError naming a value that cannot be.
+
+    disk_gb_s: reading experts, GB/s (10^9). h2d_gb_s: host to device; None: slots are in RAM, nothing is copied.
+    read_latency_us: of one fetch, beside its bytes. expert_us_device: one expert on one token. dense_us_per_token:
+    everything but the experts, all layers together."""
+
+    disk_gb_s: float
+    expert_us_device: float
+    dense_us_per_token: float
+    h2d_gb_s: float | None = None
+    read_latency_us: float = 0.0
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name == "h2d_gb_s" and value is None:
+                continue
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or value < 0 or (value == 0 and f.name.endswith("gb_s")):
+                least = "a positive number" if f.name.endswith("gb_s") else "a number of microseconds, 0 or more"
+                raise ConfigError(f"costs: {f.name}={value!r} must be {least}.")
+
+    def fetch_s(self, nbytes: int) -> float:
+        """Seconds that one expert of `nbytes` occupies the slower of disk and link, which overlap."""
+        slowest = self.disk_gb_s if self.h2d_gb_s is None else min(self.disk_gb_s, self.h2d_gb_s)
+        return nbytes / (slowest * 1e9) + self.read_latency_us * 1e-6
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> CostModel:
+        """Of a profile; ConfigError for unknown and for absent names."""
+        known = {f.name for f in fields(cls)}
+        for name in sorted(set(values) - known):
+            raise ConfigError(f"costs: {name!r} is unknown; known: {', '.join(sorted(known))}.")
+        for name in ("disk_gb_s", "expert_us_device", "dense_us_per_token"):
+            if name not in values:
+                raise ConfigError(
+                    f"costs: {name!r} is missing; needed: disk_gb_s, expert_us_device, dense_us_per_token."
+                )
+        return cls(**values)  # type: ignore[arg-type]  # checked in __post_init__
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A profile in memory. `cache` holds cache options by name, unchecked beyond their names."""
+
+    cache: Mapping[str, object] = field(default_factory=dict)
+    costs: CostModel | None = None
+    expected: Mapping[str, object] = field(default_factory=dict)
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """As JSON, atomically; ConfigError when the path cannot be written."""
+        parts = {
+            "cache": dict(self.cache),
+            "costs": None if self.costs is None else self.costs.to_dict(),
+            "expected": dict(self.expected),
+        }
+        lines = [f' "{name}": {_lines(part)}' for name, part in parts.items() if part]
+        text = "{\n" + ",\n".join(lines) + "\n}\n"
+        partial = Path(f"{os.fspath(path)}.partial")
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise ConfigError(f"profile {os.fspath(path)!r}: cannot be written ({error.strerror}).") from error
+
+
+def _lines(part: Mapping[str, object]) -> str:
+    """An object with a line for every value, lists included."""
+    return "{\n" + ",\n".join(f'  "{name}": {json.dumps(value)}' for name, value in part.items()) + "\n }"
+
+
+def read_profile(path: str | os.PathLike[str]) -> Profile:
+    """A profile file, checked; ConfigError with the reason for anything that is not one."""
+    name = f"profile={os.fspath(path)!r}"
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{name}: cannot be read ({error.strerror}); write one with 'offmoe tune'.") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{name}: not JSON ({error}).") from error
+    if not isinstance(values, dict) or not set(values) & {"cache", "costs"}:
+        raise ConfigError(f"{name}: no profile: an object with 'cache' or 'costs' is expected.")
+    for part in values:
+        if part not in PARTS:
+            raise ConfigError(f"{name}: {part!r} is unknown; known: {', '.join(PARTS)}.")
+        if not isinstance(values[part], dict):
+            raise ConfigError(f"{name}: {part!r} must be an object.")
+    cache = values.get("cache", {})
+    for option in cache:
+        if option not in CACHE_OPTIONS:
+            raise ConfigError(f"{name}: cache option {option!r} is unknown; known: {', '.join(CACHE_OPTIONS)}.")
+    try:
+        costs = CostModel.from_dict(values["costs"]) if values.get("costs") else None
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
+    return Profile(cache, costs, values.get("expected", {}))

@@ -1,0 +1,64 @@
+"""The clock of the simulator, on plans small enough to count by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from offmoe.config import CacheOptions
+from offmoe.policy.planner import build_planner
+from offmoe.pricing import Clock
+from offmoe.profile import CostModel
+from offmoe.types import Access, CacheShape, Demand
+
+SHAPE = CacheShape((8, 8), (2, 2), (1000, 1000))
+COSTS = CostModel(disk_gb_s=0.001, expert_us_device=100.0, dense_us_per_token=400.0)  # 1 ms a fetch, 200 us a layer
+
+
+def access(layer, experts, predicted=(), tokens=1):
+    return Access(layer, tuple(Demand(e, tokens, tokens) for e in experts), tokens, tuple(predicted))
+
+
+def price(accesses, prefetch=0, costs=COSTS, rows=1):
+    planner, clock = build_planner(CacheOptions(slots_per_layer=4, prefetch=prefetch), SHAPE), Clock(costs, SHAPE)
+    for one in accesses:
+        clock.add(one, planner.plan(one), rows)
+    return clock
+
+
+def test_a_hit_costs_computing_only():
+    again = price([access(0, [1, 2])] * 2)
+    once = price([access(0, [1, 2])])
+    assert again.now_s - once.now_s == pytest.approx(0.4e-3)
+    assert again.stall_s == once.stall_s
+
+
+def test_misses_wait_for_the_one_way_in_and_computing_overlaps():
+    clock = price([access(0, [1, 2])])
+    assert clock.stall_s == pytest.approx(1e-3 + 0.9e-3)  # the first expert computes while the second arrives
+    assert clock.now_s == pytest.approx(0.2e-3 + 2e-3 + 0.1e-3)
+
+
+def test_a_prefetch_travels_while_others_compute():
+    plain = price([access(0, [1]), access(1, [5])])
+    ahead = price([access(0, [1], predicted=[5]), access(1, [5])], prefetch=1)
+    assert ahead.stall_s == pytest.approx(plain.stall_s - 0.2e-3)  # the dense part of layer 1 covers so much of it
+
+
+def test_a_demand_goes_before_prefetches_that_have_not_started():
+    wrong = price([access(0, [1], predicted=[5, 6, 7]), access(1, [4])], prefetch=3)
+    plain = price([access(0, [1]), access(1, [4])])
+    assert wrong.stall_s == pytest.approx(plain.stall_s + 0.8e-3)  # one had started 0.2 ms ago, two had not
+
+
+def test_a_prefetch_that_has_not_started_is_promoted():
+    both = price([access(0, [1], predicted=[5, 6]), access(1, [5, 6])], prefetch=2)
+    assert both.stall_s == pytest.approx(1e-3 + 0.8e-3 + 0.9e-3)
+
+
+def test_the_slower_of_disk_and_link_counts():
+    linked = CostModel(1.0, 0.0, 0.0, h2d_gb_s=0.001, read_latency_us=500.0)
+    assert price([access(0, [1])], costs=linked).now_s == pytest.approx(1.5e-3)
+
+
+def test_every_row_is_computed():
+    assert price([access(0, [1], tokens=10)], rows=10).now_s == pytest.approx(2e-3 + 1e-3 + 1e-3)
