@@ -8,9 +8,12 @@ from __future__ import annotations
 from offmoe.cli.output import percent, span
 from offmoe.config import format_size
 from offmoe.report import ALERT, Report, mean
+from offmoe.specialisation import TypeLift
 
 FEW_TOKENS = 100
-MANY_CELLS = 3
+SPECIALISTS = 500
+"""Strongest ones among which jobs of different types are looked for."""
+JOBS = 3
 
 
 def findings(report: Report) -> list[str]:
@@ -20,7 +23,8 @@ def findings(report: Report) -> list[str]:
     parts = (_work, _balance, _memory, _same_token, _specialisation, _paths, _phases)
     said = [text for part in parts if (text := part(report))]
     if report.tokens < FEW_TOKENS:
-        said.append(f"Only {report.tokens} tokens: all of this may be chance. Record more before concluding anything.")
+        few = _plural(report.tokens, "token", "tokens")
+        said.append(f"Only {few}: all of this may be chance. Record more before concluding anything.")
     return said
 
 
@@ -47,7 +51,7 @@ def _work(report: Report) -> str:
     share = percent(active.expert_bytes / active.expert_bytes_total)
     text = (
         f"Each token uses {span(report.shape.top_k)} of {span(report.shape.experts)} experts in each of "
-        f"{report.shape.layers} MoE layers: {format_size(active.expert_bytes)} of "
+        f"{_plural(report.shape.layers, 'MoE layer', 'MoE layers')}: {format_size(active.expert_bytes)} of "
         f"{format_size(active.expert_bytes_total)} of expert weights ({share})."
     )
     if active.parameters is not None and active.parameters_total is not None and active.flops_per_token is not None:
@@ -125,10 +129,13 @@ def _same_token(report: Report) -> str:
 
 
 def _specialisation(report: Report) -> str:
-    strongest = report.specialisation.strongest(MANY_CELLS) if report.specialisation else []
-    if not strongest:
+    by_type: dict[str, TypeLift] = {}
+    for entry in report.specialisation.strongest(SPECIALISTS) if report.specialisation else []:
+        by_type.setdefault(entry.type, entry)
+    if not by_type:
         return ""
-    said = [f"expert {s.expert} of layer {s.layer} takes '{s.type}' {s.lift:.1f}x as often" for s in strongest]
+    named = list(by_type.values())[:JOBS]
+    said = [f"expert {s.expert} of layer {s.layer} takes '{s.type}' {s.lift:.1f}x as often" for s in named]
     return f"Clearest jobs: {', '.join(said)} as its load explains."
 
 
