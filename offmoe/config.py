@@ -17,6 +17,8 @@ from offmoe.types import CacheShape
 EVICTIONS = ("aged-lfu", "lru")
 EVICTIONS_TO_COME = ("lru-2", "s3-fifo", "sieve", "static")
 SCOPES = ("layer", "model")
+LARGEST = 2**63 - 1
+"""Bytes or tokens; more is a slip of the finger, and no float could hold what is worked out from it."""
 
 _UNITS = {
     "": 1,
@@ -34,13 +36,13 @@ _UNITS = {
 
 def parse_size(value: int | str, option: str) -> int:
     """Bytes of 10737418240, "10GiB", "10 GB", "512M"; ConfigError naming `option` otherwise."""
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST:
         return value
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(value), re.IGNORECASE)
-    size = int(float(match[1]) * _UNITS[match[2].upper()]) if match and match[2].upper() in _UNITS else 0
-    if size <= 0:
+    size = float(match[1]) * _UNITS[match[2].upper()] if match and match[2].upper() in _UNITS else 0
+    if not 1 <= size <= LARGEST:
         raise ConfigError(f"{option}={value!r} is not a size. Use bytes or a number with a unit, such as '10GiB'.")
-    return size
+    return int(size)
 
 
 def format_size(size: float) -> str:
@@ -71,7 +73,11 @@ class CacheOptions:
         _one_of("eviction", self.eviction, EVICTIONS, EVICTIONS_TO_COME)
         _one_of("scope", self.scope, SCOPES)
         _check_prefetch(self.prefetch)
-        if not self.half_life > 0:
+        slots = self.slots_per_layer
+        counts = slots if isinstance(slots, tuple) else (slots,)
+        if not counts or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in counts):
+            raise ConfigError(f"slots_per_layer={slots!r} must be a positive int, or one per MoE layer.")
+        if isinstance(self.half_life, bool) or not isinstance(self.half_life, (int, float)) or not self.half_life > 0:
             raise ConfigError(f"half_life={self.half_life!r} must be a positive number of accesses.")
 
     def quotas(self, shape: CacheShape) -> tuple[int, ...]:
@@ -145,7 +151,9 @@ class OffloadConfig:
             object.__setattr__(self, "slots_per_layer", tuple(slots))
         if isinstance(slots, bool) or (isinstance(slots, int) and slots < 1):
             raise ConfigError(f"slots_per_layer={slots!r} must be a positive int.")
-        if self.max_context is not None and (not isinstance(self.max_context, int) or self.max_context < 1):
+        if self.max_context is not None and (
+            not isinstance(self.max_context, int) or not 1 <= self.max_context <= LARGEST
+        ):
             raise ConfigError(f"max_context={self.max_context!r} must be a positive number of tokens.")
 
     def resolved(self, **values: Any) -> OffloadConfig:

@@ -161,3 +161,14 @@ def test_reading_does_not_depend_on_the_name(tmp_path):
     np.savez(buffer, header=np.array(json.dumps({"format": "offmoe-trace", "version": 1, **HEADER})), **arrays())
     (tmp_path / "noending").write_bytes(buffer.getvalue())
     assert read_trace(tmp_path / "noending").tokens == 4
+
+
+def test_what_is_no_trace_is_not_overwritten(tmp_path):
+    other = tmp_path / "config.json"
+    other.write_text("{}")
+    with pytest.raises(ConfigError, match="is no trace"):
+        TraceWriter(other, "model", SHAPE, CacheOptions())
+    assert other.read_text() == "{}"
+    TraceWriter(tmp_path / "t.npz", "model", SHAPE, CacheOptions()).close()
+    TraceWriter(tmp_path / "t.npz", "model", SHAPE, CacheOptions()).close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "t.npz"]

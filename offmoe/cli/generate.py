@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from offmoe.types import CacheStats
 
 DEFAULT_NEW_TOKENS = 128
+COLDEST = 1e-6
+"""Temperature. Below it sampling is greedy to the last digit, and far below it logits overflow."""
 
 
 def parser() -> options.Parser:
@@ -79,13 +81,23 @@ def run(args: argparse.Namespace, out: Output) -> None:
             torch.manual_seed(args.seed)
         ids = ids.to(model.device)
         stream = TextStream(tokenizer, out)
-        cast("Callable[..., object]", model.generate)(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new_tokens,
-            streamer=stream,
-            **sampling,
-        )
+        try:
+            cast("Callable[..., object]", model.generate)(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new_tokens,
+                streamer=stream,
+                num_beams=1,  # a generation_config may ask for more, and beams cannot be streamed
+                num_return_sequences=1,
+                **sampling,
+            )
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            raise CheckpointError(
+                "the model's probabilities are not numbers. Computing in float16 overflows in many models: try --dtype "
+                "bfloat16 or float32; otherwise the weights are damaged: download them again."
+            ) from error
         stats, memory, trace = offload.stats(), offload.memory(), offload.trace
         if trace is not None:
             trace.pieces.update({token: str(tokenizer.decode([token])) for token in trace.tokens_seen()})
@@ -195,7 +207,9 @@ def _prompt(args: argparse.Namespace) -> str:
         raise ConfigError("PROMPT is missing; give a text, '-' for stdin, or --prompt-file FILE.")
     elif args.prompt == "-":
         try:
-            text = sys.stdin.read().removesuffix("\n")
+            text = "" if sys.stdin is None else sys.stdin.read().removesuffix("\n")
+        except OSError as error:
+            raise ConfigError(f"PROMPT on stdin cannot be read ({error.strerror}).") from error
         except ValueError as error:
             raise ConfigError(f"PROMPT on stdin is not text ({error}).") from error
     else:
@@ -212,6 +226,8 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
     temperature = 0.0 if args.temperature is None else args.temperature
     if not 0.0 <= temperature < float("inf"):
         raise ConfigError(f"--temperature {temperature} must be 0 (greedy) or a positive number.")
+    if 0.0 < temperature < COLDEST:
+        raise ConfigError(f"--temperature {temperature} is too close to 0 to divide by; use 0 (greedy) for that.")
     if args.top_p is not None and not 0.0 < args.top_p <= 1.0:
         raise ConfigError(f"--top-p {args.top_p} must be above 0 and at most 1.")
     if args.seed is not None and not 0 <= args.seed < 1 << 63:

@@ -69,19 +69,18 @@ class Planner:
         if self.may_prefetch:
             self._prefetch.demanded(layer, experts)
         policy.used(keys, demands, access.tail)
-        here = [key for key, where in zip(keys, found, strict=True) if where != Lookup.MISS]
+        hits = [key for key, where in zip(keys, found, strict=True) if where == Lookup.HIT]
+        pending = [key for key, where in zip(keys, found, strict=True) if where == Lookup.PENDING]
         missing = [key for key, where in zip(keys, found, strict=True) if where == Lookup.MISS]
-        pending = found.count(Lookup.PENDING)
-        if pending:
-            for key in here:
-                pool.demanded(key)
+        for key in pending:
+            pool.demanded(key)
         if len(keys) <= pool.capacity:
-            fetches = self._admit(layer, missing, keys) if missing else ()
-            waves: tuple[Wave, ...] = (self._wave(layer, here + missing, fetches),)
+            fetches = self._admit(layer, missing, set(keys)) if missing else ()
+            waves: tuple[Wave, ...] = (self._wave(layer, hits + pending + missing, fetches),)
         else:
-            waves = self._waves(layer, here, missing)
+            waves = self._waves(layer, hits + pending, missing)
         prefetches = self._prefetches(layer + 1, access.predicted) if access.predicted else ()
-        return Plan(layer, waves, prefetches, len(here) - pending, pending, len(missing))
+        return Plan(layer, waves, prefetches, len(hits), len(pending), len(missing))
 
     def _admit(self, layer: int, missing: Sequence[int], protected: Collection[int]) -> tuple[Fetch, ...]:
         pool = self._pools[layer]
@@ -114,7 +113,7 @@ class Planner:
             # Residents worth keeping hold their slots; everything else makes room.
             held = [key for key in best if pool.lookup(key) != Lookup.MISS]
             wave, order = order[: pool.capacity - len(held)], order[pool.capacity - len(held) :]
-            waves.append(self._wave(layer, wave, self._admit(layer, wave, held + wave)))
+            waves.append(self._wave(layer, wave, self._admit(layer, wave, {*held, *wave})))
         return tuple(waves)
 
     def _prefetches(self, layer: int, predicted: Sequence[int]) -> tuple[Fetch, ...]:
@@ -123,12 +122,13 @@ class Planner:
             return ()
         pool, first = self._pools[layer], self._first_key[layer]
         wanted = [first + e for e in predicted[: pool.capacity]]
+        protected = set(wanted)
         fetches: list[Fetch] = []
         for key in wanted:
             if len(fetches) == limit:
                 break
             if pool.lookup(key) == Lookup.MISS:
-                admission = pool.admit(key, wanted, pending=True)
+                admission = pool.admit(key, protected, pending=True)
                 if admission is None:
                     break
                 fetches.append(self._fetch(layer, key, admission.slot, admission.evicted))
@@ -148,4 +148,6 @@ def build_planner(options: CacheOptions, shape: CacheShape) -> Planner:
     """
     if options.eviction == "lru":
         return Planner(shape, options, lambda _, keys: LRU(keys))
-    return Planner(shape, options, lambda _, keys: AgedLFU(keys, options.half_life))
+    # The half-life counts accesses of one layer; a pool of all layers sees one of each per step.
+    half_life = options.half_life * (shape.layers if options.scope == "model" else 1)
+    return Planner(shape, options, lambda _, keys: AgedLFU(keys, half_life))
