@@ -255,8 +255,10 @@ def load_dense(
             output_loading_info=True,
             **hf_kwargs,
         )
-    except torch.OutOfMemoryError:
-        raise
+    except torch.OutOfMemoryError as error:
+        raise CapacityError(
+            f"{folder}: the dense weights do not fit on {device} ({error}); free memory there"
+        ) from error
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"transformers cannot load {cls.__name__} with these options: {error}") from error
     except (RuntimeError, OSError, KeyError) as error:  # KeyError: an index without its 'metadata'
