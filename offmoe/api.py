@@ -17,8 +17,8 @@ import torch
 from offmoe.config import Default, OffloadConfig
 from offmoe.errors import ConfigError
 from offmoe.hf import experts as hf_experts
-from offmoe.hf.catalog import ExpertCatalog, build_catalog, find_experts
-from offmoe.hf.load import build_meta, load_dense, model_class, read_config, resolve_folder
+from offmoe.hf.catalog import COMPUTABLE, ExpertCatalog, build_catalog, find_experts
+from offmoe.hf.load import build_meta, load_dense, model_class, read_config, require_index, resolve_folder
 from offmoe.hf.needs import model_bytes
 from offmoe.offload import Offload
 from offmoe.policy.planner import build_planner
@@ -75,11 +75,12 @@ def inspect(
     hf_config = read_config(folder)
     cls = model_class(hf_config)
     checkpoint = Checkpoint.open(folder)
+    require_index(checkpoint)
     meta = build_meta(hf_config, cls)
     catalog = build_catalog(checkpoint, meta)
     compute = _dtype(dtype, hf_config)
     needs = model_bytes(meta, catalog, compute, staging_counts=backend.staging_counts)
-    plan = plan_memory(config, catalog.shape, needs, int(backend.free_bytes() * backend.auto_share))
+    plan = plan_memory(config, catalog.shape, needs, free=backend.free_bytes(), share=backend.auto_share)
     slots = plan.slots_per_layer
     resolved = config.resolved(
         device=str(backend.device),
@@ -117,6 +118,8 @@ def from_pretrained(
     is given wins over it. trace: record the routing into this file, written when `model.offload` is closed. dtype: to
     compute in; slots keep the checkpoint's. hf_kwargs go to transformers. Raises ConfigError, CheckpointError or
     CapacityError before anything is loaded."""
+    if "torch_dtype" in hf_kwargs:
+        raise ConfigError("torch_dtype= is transformers' old name; use dtype=.")
     config = OffloadConfig(
         device=device,
         device_memory=device_memory,
@@ -157,21 +160,25 @@ def load(
     )
     model.requires_grad_(False)
     store = ExpertStore(inspected.checkpoint.shards, catalog.records)
+    closing = [store.close]
     try:
+        inspected.checkpoint.check_unchanged()
         arena = SlotArena(backend.allocate, _slot_layouts(layouts, inspected.plan, config.scope))
         stats = CacheStats.for_layers(catalog.shape.layers)
         assemblies = [layer.assembly for layer in catalog.layers]
         transfer = TransferEngine(store, arena, backend, layouts, assemblies, on_stall=stats.stalled)
+        closing.insert(0, transfer.close)
+        executor = ExpertExecutor(planner, transfer, arena, backend, layouts, stats)
+        executor.trace = writer
+        found = find_experts(model)
+        modules = [found[layer.name] for layer in catalog.layers]
+        for layer, module in enumerate(modules):
+            hf_experts.attach(module, executor, layer)
+        Offload(model, config, inspected.plan, executor, modules, closing)
     except BaseException:
-        store.close()
+        for close in closing:
+            close()
         raise
-    executor = ExpertExecutor(planner, transfer, arena, backend, layouts, stats)
-    executor.trace = writer
-    modules = find_experts(model)
-    for layer, entry in enumerate(catalog.layers):
-        hf_experts.attach(modules[entry.name], executor, layer)
-    in_order = [modules[entry.name] for entry in catalog.layers]
-    Offload(model, config, inspected.plan, executor, in_order, [transfer.close, store.close])
     return model
 
 
@@ -185,12 +192,12 @@ def _slot_layouts(layouts: list[ExpertLayout], plan: MemoryPlan, scope: str) -> 
 
 def _dtype(dtype: str | torch.dtype | None, hf_config: PretrainedConfig) -> torch.dtype:
     """The dtype to compute in: as asked, else the checkpoint's own."""
-    if isinstance(dtype, torch.dtype):
-        return dtype
     if dtype in (None, "auto"):
         own = getattr(hf_config, "dtype", None) or getattr(hf_config.get_text_config(), "dtype", None)
-        return own if isinstance(own, torch.dtype) else getattr(torch, str(own or "float32").removeprefix("torch."))
-    found = getattr(torch, str(dtype).removeprefix("torch."), None)
+        dtype = own or "float32"
+    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype).removeprefix("torch."), None)
     if not isinstance(found, torch.dtype):
         raise ConfigError(f"dtype={dtype!r} is unknown. Use 'auto', 'bfloat16', 'float16' or 'float32'.")
+    if found not in COMPUTABLE:
+        raise ConfigError(f"dtype={dtype!r} is not one to compute in. Use 'bfloat16', 'float16' or 'float32'.")
     return found

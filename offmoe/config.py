@@ -18,6 +18,8 @@ from offmoe.types import CacheShape
 
 EVICTIONS = ("aged-lfu", "lru", "lru-2", "s3-fifo", "sieve", "static")
 SCOPES = ("layer", "model")
+LARGEST = 2**63 - 1
+"""Bytes or tokens; more is a slip of the finger, and no float could hold what is worked out from it."""
 
 _UNITS = {
     "": 1,
@@ -35,13 +37,13 @@ _UNITS = {
 
 def parse_size(value: int | str, option: str) -> int:
     """Bytes of 10737418240, "10GiB", "10 GB", "512M"; ConfigError naming `option` otherwise."""
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST:
         return value
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(value), re.IGNORECASE)
-    size = int(float(match[1]) * _UNITS[match[2].upper()]) if match and match[2].upper() in _UNITS else 0
-    if size <= 0:
+    size = float(match[1]) * _UNITS[match[2].upper()] if match and match[2].upper() in _UNITS else 0
+    if not 1 <= size <= LARGEST:
         raise ConfigError(f"{option}={value!r} is not a size. Use bytes or a number with a unit, such as '10GiB'.")
-    return size
+    return int(size)
 
 
 def format_size(size: float) -> str:
@@ -185,7 +187,9 @@ class OffloadConfig:
             if not isinstance(self.slots_per_layer, int):
                 object.__setattr__(self, "slots_per_layer", tuple(self.slots_per_layer))
         self._cache(1)
-        if self.max_context is not None and (not isinstance(self.max_context, int) or self.max_context < 1):
+        if self.max_context is not None and (
+            not isinstance(self.max_context, int) or not 1 <= self.max_context <= LARGEST
+        ):
             raise ConfigError(f"max_context={self.max_context!r} must be a positive number of tokens.")
 
     def resolved(self, **values: Any) -> OffloadConfig:

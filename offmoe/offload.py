@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from offmoe.errors import CapacityError, ConfigError, OffmoeError
 from offmoe.hf.wiring import RouterWiring, WiringRecorder
 from offmoe.runtime.executor import ExpertExecutor
 from offmoe.runtime.memory import MemoryPlan
+from offmoe.runtime.transfer import Reader
 from offmoe.trace import TraceWriter
 from offmoe.types import CacheStats
 
@@ -42,18 +44,23 @@ class _Prediction:
     def __init__(self, model: nn.Module, experts: Sequence[nn.Module]):
         self._recorder: WiringRecorder | None = WiringRecorder(model, experts)
         self._wiring: RouterWiring | None = None
-        self._residuals: dict[int, torch.Tensor] = {}
+        self._residuals: dict[int, torch.Tensor] = {}  # the latest only: a long prompt's are large
 
     def begin(self) -> None:
         if self._recorder is not None:
             self._recorder.start()
 
-    def end(self) -> None:
+    def end(self, complete: bool) -> None:
         self._residuals.clear()
         if self._recorder is not None:
-            self._wiring = self._recorder.finish()
-            self._recorder = None
-            self._wiring.install(self._residuals.__setitem__)
+            wiring = self._recorder.finish()
+            if complete:
+                self._recorder, self._wiring = None, wiring
+                wiring.install(self._keep)
+
+    def _keep(self, layer: int, residual: torch.Tensor) -> None:
+        self._residuals.clear()
+        self._residuals[layer] = residual
 
     def predict(self, layer: int) -> torch.Tensor | None:
         """Expert ids [tokens, p] of `layer`, from the residual before the MoE block of `layer - 1`."""
@@ -76,11 +83,10 @@ class Offload:
         closing: Sequence[Callable[[], None]],
     ):
         self.config = config
-        """The options with every "auto" resolved."""
+        """The options with every "auto" resolved, but for prefetch, where "auto" is a policy that goes on deciding."""
         self._plan = plan
         self._executor = executor
         self._baseline = CacheStats.for_layers(executor.shape.layers)
-        self._lock = threading.RLock()
         self._prediction: _Prediction | None = None
         if config.prefetch != 0 and any(
             q < e for q, e in zip(plan.slots_per_layer, executor.shape.experts, strict=True)
@@ -88,7 +94,7 @@ class Offload:
             self._prediction = _Prediction(model, experts)
             executor.predictor = self._prediction
         # What ends the runtime must not hold the model, or the model would never be collected.
-        self._finalizer = weakref.finalize(model, _close_all, [executor.end_trace, *closing])
+        self._finalizer = weakref.finalize(model, _close_all, os.getpid(), [executor.end_trace, *closing])
         self._install(model)
 
     @property
@@ -150,23 +156,35 @@ class Offload:
                 )
             return model
 
+        def refuse_copy(*_: object) -> Any:
+            raise ConfigError(
+                "the model cannot be copied or pickled: its experts are slots, files and threads of this process. "
+                "Load it once more with from_pretrained, or save_pretrained it."
+            )
+
+        def refuse_experts(*_: object, **__: object) -> None:
+            raise ConfigError(
+                "the experts of this model are not in it, so no other experts implementation can run. Load the model "
+                "with stock transformers for that."
+            )
+
         # Instance attributes: the class, and every other model of it, stays as transformers made it.
-        for name, value in (("offload", self), ("generate", generate), ("forward", forward), ("_apply", apply)):
+        for name, value in (
+            ("offload", self),
+            ("generate", generate),
+            ("forward", forward),
+            ("_apply", apply),
+            ("__reduce_ex__", refuse_copy),  # where copy and pickle both look
+            ("set_experts_implementation", refuse_experts),
+        ):
             object.__setattr__(model, name, value)
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
         if not self._finalizer.alive:
             raise OffmoeError("the model was closed; load it again with from_pretrained.")
-        if not self._lock.acquire(blocking=False):
-            raise OffmoeError(
-                "the model is already generating in another thread. Wait for it, or load a second model: "
-                "one cache serves one user."
-            )
-        try:
+        with self._executor.user:
             yield
-        finally:
-            self._lock.release()
 
     @contextmanager
     def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
@@ -194,18 +212,26 @@ class Offload:
             yield
             return
         self._prediction.begin()
+        complete = False
         try:
             yield
+            complete = True
         finally:
-            self._prediction.end()
+            self._prediction.end(complete)
 
 
-def _close_all(closing: Sequence[Callable[[], None]]) -> None:
+def _close_all(process: int, closing: Sequence[Callable[[], None]]) -> None:
+    """Close what a process has opened; a fork of it must not write its recording over the whole one."""
+    if os.getpid() != process:
+        return
+    if isinstance(threading.current_thread(), Reader):
+        threading.Thread(target=_close_all, args=(process, closing), name="offmoe-closing").start()
+        return
     first: BaseException | None = None
     for close in closing:
         try:
             close()
-        except Exception as error:
+        except BaseException as error:  # an interrupt of one must not skip the others
             first = first or error
     if first is not None:
         raise first

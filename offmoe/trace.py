@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -113,10 +114,11 @@ class TraceWriter:
 
     def __init__(self, path: str | os.PathLike[str], model: str, shape: CacheShape, options: CacheOptions):
         self.path = Path(path)
-        if not self.path.parent.is_dir():
+        if not os.path.isdir(self.path.parent):
             raise ConfigError(
                 f"trace={str(path)!r}: the folder {str(self.path.parent)!r} does not exist; create it first."
             )
+        _check_writable(self.path)
         self._model, self._shape, self._options = model, shape, options
         self._width = max(shape.top_k)
         self._experts: list[np.ndarray] = []
@@ -126,6 +128,7 @@ class TraceWriter:
         self._tokens_known = True
         self._any_predicted = False
         self._requests_before = 0
+        self._recorded = self._shape.layers
         self._closed = False
         self.pieces: dict[int, str] = {}
         self.parameters: Parameters | None = None
@@ -140,6 +143,7 @@ class TraceWriter:
         None.
         """
         shape = (rows, self._shape.layers, self._width)
+        self._recorded = -1
         self._experts.append(np.full(shape, NONE, np.int16))
         self._predicted.append(np.full(shape, NONE, np.int16))
         self._request.append(request.astype(np.int32) + self._requests_before)
@@ -156,18 +160,21 @@ class TraceWriter:
 
         experts: int [rows, k] in router order. predicted: int [rows, p <= k], made for layer + 1, or None.
         """
-        if len(experts) != len(
-            self._experts[-1]
-        ):  # the model routed other rows than its inputs: they are nobody's tokens
-            self._experts.pop()
-            self._predicted.pop()
-            self._request.pop()
-            self._token.pop()
+        begun = layer > self._recorded  # else a part of the model runs by itself, without a step announced
+        if not begun or len(experts) != len(self._experts[-1]):
+            if begun and self._recorded < 0:  # the model routes other rows than its inputs: they are nobody's tokens
+                for rows in (self._experts, self._predicted, self._request, self._token):
+                    rows.pop()
             self.begin_step(len(experts), np.zeros(len(experts), np.int32), None)
-        self._experts[-1][:, layer, : experts.shape[1]] = experts
+        self._recorded = layer
+        self._experts[-1][:, layer, : experts.shape[1]] = self._somebodys(experts, layer)
         if predicted is not None:
-            self._predicted[-1][:, layer + 1, : predicted.shape[1]] = predicted
+            width = min(predicted.shape[1], self._width)
+            self._predicted[-1][:, layer + 1, :width] = self._somebodys(predicted[:, :width], layer + 1)
             self._any_predicted = True
+
+    def _somebodys(self, experts: np.ndarray, layer: int) -> np.ndarray:
+        return np.where((experts >= 0) & (experts < self._shape.experts[layer]), experts, NONE)
 
     def tokens_seen(self) -> list[int]:
         """Token ids that occur, ascending: those worth a text in `pieces`."""
@@ -216,9 +223,35 @@ def write_trace(path: Path, trace: Trace) -> None:
     write_arrays(path, header, {**arrays, **{name: array for name, array in optional.items() if array is not None}})
 
 
+def _partial(path: Path) -> Path:
+    """Where a file is written before it gets its name; one per process, since two may record into the same."""
+    return path.with_name(f"{path.name}.{os.getpid()}.partial")
+
+
+def _check_writable(path: Path) -> None:
+    """ConfigError now, rather than a recording lost or something else replaced when it is written."""
+    if os.path.exists(path) and not path.is_file():
+        raise ConfigError(f"trace={str(path)!r} is a folder or a device; give the name of a file to write.")
+    try:
+        partial = _partial(path)
+        partial.touch()
+        partial.unlink()
+        foreign = os.path.exists(path) and not _begins_like_a_trace(path)
+    except OSError as error:
+        raise ConfigError(f"trace={str(path)!r}: cannot be written ({error.strerror}); choose another path.") from error
+    if foreign:
+        raise ConfigError(f"trace={str(path)!r} exists and is no trace; choose another path, or remove it first.")
+
+
+def _begins_like_a_trace(path: Path) -> bool:
+    """Whether a file is a zip archive, as .npz is, or empty."""
+    with open(path, "rb") as file:
+        return file.read(2) in (b"PK", b"")
+
+
 def write_arrays(path: Path, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     """Write a trace file atomically; TraceError when the disk refuses."""
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial(path)
     text = json.dumps({"format": FORMAT, "version": VERSION, **header})
     try:
         with open(partial, "wb") as file:
@@ -227,7 +260,8 @@ def write_arrays(path: Path, header: dict[str, Any], arrays: dict[str, np.ndarra
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise TraceError(
             f"cannot write the trace {path}: {error.strerror}. Free space or choose another path."
         ) from error

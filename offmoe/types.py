@@ -8,7 +8,8 @@ A *demand* is one expert needed by one step of one layer, whatever the number of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from typing import NamedTuple
@@ -66,7 +67,7 @@ class Fetch(NamedTuple):
 class Wave(NamedTuple):
     """Experts of one layer that are resident together, and the fetches that come first.
 
-    `experts` are (expert id, slot) pairs in the order to compute them: what was resident before, then what is fetched.
+    `experts` are (expert id, slot) pairs in the order to compute them: residents, those still on their way, fetches.
     """
 
     experts: tuple[tuple[int, int], ...]
@@ -201,6 +202,12 @@ def count_demands(experts: np.ndarray, num_experts: int) -> tuple[tuple[Demand, 
     tail = min(rows, TAIL_TOKENS)
     if rows == 1:
         return single_demands(experts[0].tolist(), num_experts), 1
+    if experts.size <= 64:  # beams and small batches: numpy's calls would cost more than the counting
+        few: dict[int, int] = {}
+        for e in itertools.chain.from_iterable(experts.tolist()):
+            if 0 <= e < num_experts:
+                few[e] = few.get(e, 0) + 1
+        return tuple([Demand(e, n, n) for e, n in sorted(few.items())]), tail
     tokens = _tokens_per_expert(experts, num_experts)
     tail_tokens = _tokens_per_expert(experts[-tail:], num_experts)
     ids = np.flatnonzero(tokens).tolist()
@@ -217,17 +224,17 @@ def _tokens_per_expert(experts: np.ndarray, num_experts: int) -> np.ndarray:
     return np.bincount(flat[(flat >= 0) & (flat < num_experts)], minlength=num_experts)
 
 
-def rank_predictions(predicted: np.ndarray | Sequence[Sequence[int]], num_experts: int) -> tuple[int, ...]:
+def rank_predictions(predicted: np.ndarray, num_experts: int) -> tuple[int, ...]:
     """Predicted experts of one step of one layer, most wanted first.
 
     predicted: int [tokens, p] in router order. More tokens first, then the better best rank, then the lower id.
     """
-    rows: Iterable[Sequence[int]] = predicted.tolist() if isinstance(predicted, np.ndarray) else predicted
-    tokens: dict[int, int] = {}
-    rank: dict[int, int] = {}
-    for row in rows:
-        for i, expert in enumerate(row):
-            if 0 <= expert < num_experts:
-                tokens[expert] = tokens.get(expert, 0) + 1
-                rank[expert] = min(rank.get(expert, i), i)
-    return tuple(sorted(tokens, key=lambda e: (-tokens[e], rank[e], e)))
+    if len(predicted) == 1:
+        return tuple(dict.fromkeys([e for e in predicted[0].tolist() if 0 <= e < num_experts]))
+    tokens = _tokens_per_expert(predicted, num_experts)
+    rank = np.full(num_experts, predicted.shape[1])
+    for i in range(predicted.shape[1] - 1, -1, -1):
+        column = predicted[:, i]
+        rank[column[(column >= 0) & (column < num_experts)]] = i
+    experts = np.flatnonzero(tokens)
+    return tuple(experts[np.lexsort((experts, rank[experts], -tokens[experts]))].tolist())

@@ -5,6 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from hypothesis import settings
+
+settings.register_profile("shared machine", deadline=None)  # how long an example takes says nothing here
+settings.load_profile("shared machine")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -30,6 +30,14 @@ def test_what_is_no_size_is_named(text):
         parse_size(text, "device_memory")
 
 
+@pytest.mark.parametrize("size", [2**63, "9" * 400, "9" * 400 + "GiB", "9999999999TiB"])
+def test_what_no_memory_has_is_no_size(size):
+    with pytest.raises(ConfigError, match="device_memory"):
+        OffloadConfig(device_memory=size)
+    with pytest.raises(ConfigError, match="max_context"):
+        OffloadConfig(max_context=2**63)
+
+
 def test_sizes_are_readable():
     assert format_size(1536) == "1.5 KiB"
     assert format_size(5 << 40) == "5.0 TiB"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
+import pickle
 import threading
 import weakref
 
@@ -12,9 +14,12 @@ import torch
 from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
 import offmoe
+from offmoe.api import inspect, load
+from offmoe.config import OffloadConfig
 from offmoe.errors import CapacityError, ConfigError, OffmoeError, ShardChangedError
 from offmoe.simulator import replay
 from offmoe.trace import read_trace
+from offmoe.types import ExpertKey, Fetch
 from tests import tiny
 from tests.doubles import DeferredBackend
 
@@ -89,6 +94,76 @@ def test_a_second_generation_at_the_same_time_is_refused(model):
     assert len(errors) == 2
     assert "already generating" in errors[0]
     generate(model)
+
+
+def test_parts_of_a_model_are_one_users_too(model):
+    """A call of `model.model` goes past the lock around the model's own forward."""
+    experts, entered, leave, errors = model.offload._executor, threading.Event(), threading.Event(), []
+
+    class Hold:
+        def predict(self, layer):
+            entered.set()
+            assert leave.wait(20)
+
+    want = model.model(tiny.prompt()).last_hidden_state
+    experts.predictor = Hold()
+    experts._planner.wants_prediction = lambda layer: True
+    thread = threading.Thread(target=lambda: errors.append(model.model(tiny.prompt()).last_hidden_state))
+    thread.start()
+    assert entered.wait(20)
+    with pytest.raises(OffmoeError, match="another thread"):
+        model.model(tiny.prompt())
+    leave.set()
+    thread.join()
+    assert torch.equal(errors[0], want)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # of Python 3.12: forking with threads is the point
+def test_a_fork_is_refused_and_leaves_the_parent_alone(folder, tmp_path):
+    """Its readers are gone: it would wait for ever."""
+    path = tmp_path / "t.npz"
+    model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=2, trace=path)
+    generate(model)
+    child = os.fork()
+    if child == 0:
+        refused = 0
+        for call in (lambda: generate(model), lambda: model.model(tiny.prompt())):
+            try:
+                call()
+            except OffmoeError:
+                refused += 1
+        model.offload.close()
+        os._exit(refused if not path.exists() else 9)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    generate(model)
+    model.offload.close()
+    trace = read_trace(path)
+    assert replay(trace, trace.options).stats == model.offload.stats()
+
+
+@pytest.mark.parametrize("copier", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_copies_are_refused(model, copier):
+    with pytest.raises(ConfigError, match="cannot be copied or pickled"):
+        copier(model)
+
+
+def test_another_experts_implementation_is_refused(model):
+    with pytest.raises(ConfigError, match="no other experts implementation"):
+        model.set_experts_implementation("eager")
+    generate(model)
+
+
+def test_a_recording_survives_calls_of_parts(folder, tmp_path):
+    path = tmp_path / "t.npz"
+    model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3, trace=path)
+    with model.offload:
+        model.model(tiny.prompt(1))
+        model.model(tiny.prompt(1, seed=4))
+        generate(model)
+        stats = model.offload.stats()
+    trace = read_trace(path)
+    assert replay(trace, trace.options).stats == stats
 
 
 def test_moves_are_refused_and_moves_to_where_it_is_are_not(model):
@@ -178,7 +253,7 @@ def test_an_interrupted_recording_is_still_a_trace(folder, tmp_path, monkeypatch
         generate(model)
         before = model.offload.stats()
         monkeypatch.setattr(
-            model.offload._executor._transfer, "ready", lambda slots: (_ for _ in ()).throw(KeyboardInterrupt)
+            model.offload._executor._transfer, "ready", lambda slot: (_ for _ in ()).throw(KeyboardInterrupt)
         )
         with pytest.raises(KeyboardInterrupt):
             generate(model)
@@ -229,6 +304,10 @@ def test_a_budget_below_the_smallest_is_named(folder):
         ({"slots_per_layer": (3, 3)}, "2 values, but the model has 3 MoE layers"),
         ({"device": "tpu"}, "device='tpu'"),
         ({"dtype": "float7"}, "dtype='float7'"),
+        ({"dtype": "int8"}, "dtype='int8' is not one to compute in"),
+        ({"trace": "/dev/null"}, "a folder or a device"),
+        ({"trace": "/"}, "a folder or a device"),
+        ({"trace": "x" * 300}, "cannot be written"),
         ({"profile": "/no/such/p.json"}, "cannot be read"),
         ({"device_map": "auto"}, "device_map"),
         ({"trace": "/no/such/folder/t.npz"}, "folder"),
@@ -238,3 +317,60 @@ def test_refused_options(folder, options, message):
     with pytest.raises(ConfigError, match=message):
         offmoe.from_pretrained(folder, **{"device": "cpu", **options})
     assert not readers()
+
+
+def test_interrupted_twice_it_is_right_afterwards(folder, monkeypatch):
+    """Ctrl-C during a layer, and again while the runtime forgets."""
+    want = generate(AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval())
+    model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3)
+    with model.offload:
+        engine = model.offload._executor._transfer
+
+        def interrupted(*_):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "ready", interrupted)
+            patch.setattr(engine, "forget", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                generate(model)
+        assert torch.equal(generate(model), want)
+
+
+def test_a_model_collected_by_a_reader_closes_without_waiting_for_itself(folder):
+    model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3)
+    engine, finalizer = model.offload._executor._transfer, model.offload._finalizer
+    closed = threading.Event()
+    engine._store.read_into = lambda *_: (finalizer(), closed.set())
+    engine.fetch([Fetch(ExpertKey(0, 0), 0, None)])
+    assert closed.wait(20)
+    for thread in [*engine._threads, *(t for t in threading.enumerate() if t.name == "offmoe-closing")]:
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def test_a_failed_first_forward_does_not_end_prediction(folder):
+    model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3)
+    with model.offload:
+        with pytest.raises(IndexError):
+            model(torch.tensor([[10_000]]))
+        generate(model)
+        assert model.offload.stats().prefetched > 0
+
+
+def test_a_shard_replaced_between_inspecting_and_loading_is_noticed(folder):
+    inspected = inspect(folder, OffloadConfig(device="cpu", slots_per_layer=3))
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes())
+    with pytest.raises(ShardChangedError, match="while the model was loading"):
+        load(inspected)
+    assert not readers()
+
+
+def test_a_relative_folder_survives_a_change_of_directory(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    model = offmoe.from_pretrained("model", device="cpu", slots_per_layer=2)
+    with model.offload:
+        monkeypatch.chdir("/")
+        model.offload._executor._transfer._store._clock = lambda: 1e9
+        generate(model)

@@ -199,3 +199,14 @@ def test_pieces_belong_to_token_ids(tmp_path, key):
     write_arrays(tmp_path / "t.npz", {**HEADER, "pieces": {key: "a"}}, arrays())
     with pytest.raises(TraceError, match="'pieces'"):
         read_trace(tmp_path / "t.npz")
+
+
+def test_what_is_no_trace_is_not_overwritten(tmp_path):
+    other = tmp_path / "config.json"
+    other.write_text("{}")
+    with pytest.raises(ConfigError, match="is no trace"):
+        TraceWriter(other, "model", SHAPE, CacheOptions())
+    assert other.read_text() == "{}"
+    TraceWriter(tmp_path / "t.npz", "model", SHAPE, CacheOptions()).close()
+    TraceWriter(tmp_path / "t.npz", "model", SHAPE, CacheOptions()).close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "t.npz"]

@@ -51,9 +51,9 @@ Every 50th document of each source was held out. Weights: same terms as the sour
 
 ## Training
 `tools/train_demo.py`: {tokens:.1f} M tokens in {steps} steps of 8 x 512 on two CPU cores; Muon for hidden matrices,
-AdamW for the rest; rate held, then linear to zero over the last 30 %. Router losses: load balance per layer (weight
-{balance}, 0.02 before step 950 and 0.05 before step 1150), agreement with the prediction from the layer before
-(weight {ahead}, from step 1150 on).
+AdamW for the rest; rate held to step 2200, from there 62 % of it falling linearly to zero. Router losses: load balance
+per layer (weight {balance}; 0.02, 0.05 and 0.08 before steps 925, 1175 and 2200), agreement with the prediction from
+the layer before (weight {ahead}, from step 1175 on). Longer training was still paying when it was stopped.
 
 ## Held-out loss
 Nats per token of 512-token windows, in bf16 with stock transformers: {losses}.

@@ -36,7 +36,7 @@ VOCABULARY, END_OF_TEXT, WINDOW, BATCH = 4096, "<|endoftext|>", 512, 8
 # Share of the training windows per source.
 SOURCES = {"python": 0.50, "bible": 0.20, "jargon": 0.10, "devil": 0.03, "metamath": 0.17}
 HELD_OUT = 50  # every 50th document is never trained on
-BALANCE = 0.08  # weight of the per-layer load-balancing loss
+BALANCE = 0.12  # weight of the per-layer load-balancing loss
 LOOK_AHEAD = 0.1  # weight of the loss that keeps routers predictable from the layer before
 
 

@@ -46,8 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BaseException as error:
         if ctrl_c.pressed or isinstance(error, KeyboardInterrupt):
             status = INTERRUPTED
-        elif isinstance(error, SystemExit):  # argparse, after --help
-            status = int(error.code or 0)
         elif isinstance(error, BrokenPipeError):
             status = 1  # the reader has gone: there is nobody to tell
         else:
@@ -88,7 +86,10 @@ def _run(argv: list[str]) -> int:
     from offmoe.cli.output import Output, logging_to_stderr
 
     module = import_module(f"offmoe.cli.{verb}")
-    args = module.parser().parse_intermixed_args(rest)
+    try:
+        args = module.parser().parse_intermixed_args(rest)
+    except SystemExit:  # argparse, after --help
+        return 0
     out = Output(json=args.json)
     with logging_to_stderr(args.verbose):
         module.run(args, out)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 from offmoe.cli import options, prompts
 from offmoe.cli.output import Output, percent
 from offmoe.config import format_size
-from offmoe.errors import ConfigError
+from offmoe.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,13 +67,23 @@ def run(args: argparse.Namespace, out: Output) -> None:
             torch.manual_seed(args.seed)
         ids = ids.to(model.device)
         stream = TextStream(tokenizer, out)
-        cast("Callable[..., object]", model.generate)(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new_tokens,
-            streamer=stream,
-            **sampling,
-        )
+        try:
+            cast("Callable[..., object]", model.generate)(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new_tokens,
+                streamer=stream,
+                num_beams=1,  # a generation_config may ask for more, and beams cannot be streamed
+                num_return_sequences=1,
+                **sampling,
+            )
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            raise CheckpointError(
+                "the model's probabilities are not numbers. Computing in float16 overflows in many models: try --dtype "
+                "bfloat16 or float32; otherwise the weights are damaged: download them again."
+            ) from error
         stats, memory, trace = offload.stats(), offload.memory(), offload.trace
         if trace is not None:
             trace.pieces.update(prompts.pieces(tokenizer, trace.tokens_seen()))
@@ -183,7 +193,9 @@ def _prompt(args: argparse.Namespace) -> str:
         raise ConfigError("PROMPT is missing; give a text, '-' for stdin, or --prompt-file FILE.")
     elif args.prompt == "-":
         try:
-            text = sys.stdin.read().removesuffix("\n")
+            text = "" if sys.stdin is None else sys.stdin.read().removesuffix("\n")
+        except OSError as error:
+            raise ConfigError(f"PROMPT on stdin cannot be read ({error.strerror}).") from error
         except ValueError as error:
             raise ConfigError(f"PROMPT on stdin is not text ({error}).") from error
     else:

@@ -10,10 +10,13 @@ import argparse
 from collections.abc import Iterable
 from dataclasses import fields
 from difflib import get_close_matches
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from offmoe.config import EVICTIONS, SCOPES, OffloadConfig
 from offmoe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 
 def closest(word: str, known: Iterable[str]) -> str:
@@ -29,6 +32,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=f"offmoe {verb}", description=description, allow_abbrev=False)
         self.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
         self.add_argument("-v", "--verbose", action="store_true", help="log what happens to stderr")
+
+    def print_help(self, file: SupportsWrite[str] | None = None) -> None:
+        """argparse would pass over a full disk in silence."""
+        print(self.format_help(), end="", file=file)
 
     def error(self, message: str) -> NoReturn:
         prefix = "unrecognized arguments: "

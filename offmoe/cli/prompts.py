@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_NEW_TOKENS = 128
+COLDEST = 1e-6
+"""Temperature. Below it sampling is greedy to the last digit, and far below it logits overflow."""
 JSON_LINES = (".jsonl", ".ndjson")
 
 
@@ -114,6 +116,8 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     temperature = 0.0 if args.temperature is None else args.temperature
     if not 0.0 <= temperature < float("inf"):
         raise ConfigError(f"--temperature {temperature} must be 0 (greedy) or a positive number.")
+    if 0.0 < temperature < COLDEST:
+        raise ConfigError(f"--temperature {temperature} is too close to 0 to divide by; use 0 (greedy) for that.")
     if args.top_p is not None and not 0.0 < args.top_p <= 1.0:
         raise ConfigError(f"--top-p {args.top_p} must be above 0 and at most 1.")
     if args.seed is not None and not 0 <= args.seed < 1 << 63:

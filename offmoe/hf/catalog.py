@@ -113,6 +113,7 @@ def build_catalog(checkpoint: Checkpoint, meta_model: PreTrainedModel) -> Expert
             keys.add(mapped.name)
         elif mapped.converter is None and mapped.target in parameters:
             _check_shape(checkpoint, mapped.name, tuple(parameters[mapped.target].shape))
+            _check_computable(checkpoint, mapped.name, parameters[mapped.target])
     builder = _Builder(checkpoint, meta_model, groups)
     return ExpertCatalog(tuple(builder.layer(name, module) for name, module in modules.items()), frozenset(keys))
 
@@ -166,6 +167,16 @@ def _check_shape(checkpoint: Checkpoint, name: str, expected: tuple[int, ...]) -
         )
 
 
+def _check_computable(checkpoint: Checkpoint, name: str, wanted: torch.Tensor) -> None:
+    """transformers would cast whatever it finds, and compute with codes as if they were weights."""
+    info = checkpoint.tensors[name]
+    if wanted.is_floating_point() and info.dtype not in COMPUTABLE:
+        raise UnsupportedModelError(
+            f"{checkpoint.shards[info.shard]}: tensor {name!r} is {info.dtype}, which is no dtype to compute in; use a "
+            "bf16/fp16 checkpoint of the model"
+        )
+
+
 @dataclass
 class _Builder:
     """Turns the collected names of each layer into its catalog entry; equal layers share a layout and one trial."""
@@ -207,10 +218,16 @@ class _Builder:
             dtypes = self.tried[structure]
             assembly = Assembly(convert=conversion)
         wanted = {param: (dtypes[param], shape) for param, shape in per_expert.items()}
+        top_k = find_top_k(module, self.model.get_submodule(name.rpartition(".")[0]), self.model.config)
+        if top_k > num_experts:
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: config.json asks for {top_k} experts per token of the {num_experts} that "
+                f"{name!r} has; download config.json again"
+            )
         return CatalogLayer(
             name=name,
             num_experts=num_experts,
-            top_k=find_top_k(module, self.model.get_submodule(name.rpartition(".")[0]), self.model.config),
+            top_k=top_k,
             layout=self.layouts.setdefault(tuple(wanted.items()), ExpertLayout.of(wanted)),
             assembly=assembly,
             records=self._records(groups, num_experts),

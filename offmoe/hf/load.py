@@ -27,11 +27,20 @@ from offmoe.errors import CapacityError, CheckpointError, ConfigError, MissingTe
 from offmoe.hf.adapters import expert_parameters
 from offmoe.hf.catalog import ExpertCatalog, find_experts, refuse_quantised
 from offmoe.hf.save import MODEL_FILES, attach_safe_save
+from offmoe.runtime.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["attach_safe_save", "build_meta", "load_dense", "model_class", "read_config", "resolve_folder"]
+__all__ = [
+    "attach_safe_save",
+    "build_meta",
+    "load_dense",
+    "model_class",
+    "read_config",
+    "require_index",
+    "resolve_folder",
+]
 
 DEMO = "demo"
 REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -75,10 +84,10 @@ def resolve_folder(
     name = os.fspath(model)
     if name == DEMO:
         return Path(__file__).parent.parent / "demo" / "model"
-    path = Path(name).expanduser()
-    if name and path.is_dir():
+    path = Path(os.path.expanduser(name))  # of os.path, because those of Path raise for names that no file can have
+    if name and os.path.isdir(path):
         return path
-    if name and path.exists():
+    if name and os.path.exists(path):
         raise CheckpointError(f"{path}: a file, not a model; give the folder that holds config.json and the shards")
     if not isinstance(model, str) or not REPOSITORY.fullmatch(name) or name.startswith("."):
         raise ConfigError(f"model {name!r}: there is no such folder, and a Hub id looks like 'owner/name'")
@@ -148,10 +157,10 @@ def read_config(folder: str | os.PathLike[str]) -> PreTrainedConfig:
         raise CheckpointError(
             f"{path}: cannot be read ({error.strerror}); give the folder of a complete model"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON ({error}); download it again") from error
     known = values.get("model_type") if isinstance(values, dict) else None
-    if not known:
+    if not known or not isinstance(known, str):
         raise CheckpointError(f'{path}: has no "model_type", so it is not the config of a transformers model')
     if known not in CONFIG_MAPPING:
         own_code = ", and offmoe does not run a checkpoint's own code" if "auto_map" in values else ""
@@ -185,10 +194,28 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     )
 
 
+def require_index(checkpoint: Checkpoint) -> None:
+    """MissingTensorError where transformers finds no weights: it takes model.safetensors or what an index names."""
+    if not any((checkpoint.folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
+        raise MissingTensorError(
+            f"{checkpoint.folder}: holds {checkpoint.shards[0].name}, but neither {SINGLE_FILE} nor {INDEX_FILE}, which"
+            " says where each tensor is; complete the download (a single shard may simply be renamed)"
+        )
+
+
 def build_meta(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrainedModel:
-    """The whole model on the meta device, experts included: shapes without bytes. `config` is not changed."""
-    with torch.device("meta"):
-        model = cls(copy.deepcopy(config))
+    """The whole model on the meta device, experts included: shapes without bytes. `config` is not changed.
+
+    Raises CheckpointError if no such model can be made from it.
+    """
+    try:
+        with torch.device("meta"):
+            model = cls(copy.deepcopy(config))
+    except Exception as error:  # sizes and names that contradict each other fail in any way, deep in an architecture
+        raise CheckpointError(
+            f"{Path(str(config.name_or_path)) / 'config.json'}: does not describe a {cls.__name__} "
+            f"({type(error).__name__}: {error}); download it again"
+        ) from error
     model.eval()
     return model
 
@@ -228,8 +255,10 @@ def load_dense(
             output_loading_info=True,
             **hf_kwargs,
         )
-    except torch.OutOfMemoryError:
-        raise
+    except torch.OutOfMemoryError as error:
+        raise CapacityError(
+            f"{folder}: the dense weights do not fit on {device} ({error}); free memory there"
+        ) from error
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"transformers cannot load {cls.__name__} with these options: {error}") from error
     except (RuntimeError, OSError, KeyError) as error:  # KeyError: an index without its 'metadata'
@@ -250,9 +279,20 @@ def load_dense(
             f"{folder}: the checkpoint has no tensor for {missing[0]!r}{more}; complete the download"
         )
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers())), "a weight was left on the meta device"
+    _own_memory(model)
     attach_safe_save(model, folder, catalog)
     model.eval()
     return model
+
+
+def _own_memory(model: PreTrainedModel) -> None:
+    """Copy, one by one, the weights that transformers left in mapped shards, as it does on a CPU.
+
+    A shard truncated under a mapping kills the process, and one rewritten changes the model that is running.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not tensor.untyped_storage().resizable():  # memory that is not torch's own
+            tensor.data = tensor.data.clone()
 
 
 def _without_experts(cls: type[PreTrainedModel], expert_names: frozenset[str]) -> type[PreTrainedModel]:

@@ -12,7 +12,7 @@ import torch
 
 from offmoe.hf.adapters import expert_parameters
 from offmoe.hf.catalog import ExpertCatalog, find_experts
-from offmoe.runtime.formats import PARAM_ALIGNMENT, aligned
+from offmoe.runtime.formats import PARAM_ALIGNMENT, ExpertLayout, aligned
 from offmoe.runtime.memory import ModelBytes
 from offmoe.runtime.store import plan_reads
 from offmoe.runtime.transfer import staging_plan
@@ -36,15 +36,22 @@ def model_bytes(
     buffer_bytes = max(plan_reads(record).nbytes for record in catalog.records.values())
     staging = staging_plan(buffer_bytes)[1] * buffer_bytes if staging_counts else 0
     text = config.get_text_config()
+    limit = int(getattr(text, "max_position_embeddings", None) or 0)
     widest = max(int(getattr(text, "vocab_size", 0)), 8 * int(text.hidden_size))
     return ModelBytes(
         dense=dense_bytes(meta_model, dtype),
         kv_per_token=kv_bytes_per_token(config, dtype),
-        context_limit=int(getattr(text, "max_position_embeddings", None) or UNLIMITED_CONTEXT),
+        context_limit=limit if limit > 0 else UNLIMITED_CONTEXT,
         slot_bytes=tuple(aligned(layer.layout.nbytes, PARAM_ALIGNMENT) for layer in catalog.layers),
         staging=staging,
-        workspace=WORKSPACE_TOKENS * widest * 4,
+        workspace=WORKSPACE_TOKENS * widest * 4 + max(_cast_bytes(layer.layout, dtype) for layer in catalog.layers),
     )
+
+
+def _cast_bytes(layout: ExpertLayout, dtype: torch.dtype) -> int:
+    """Of one expert in the dtype to compute in, if that is not the checkpoint's."""
+    other = [p for p in layout.params if p.dtype != dtype]
+    return sum(p.nbytes // p.dtype.itemsize * dtype.itemsize for p in other)
 
 
 def dense_bytes(meta_model: PreTrainedModel, dtype: torch.dtype) -> int:

@@ -73,9 +73,8 @@ class Planner:
         if self.may_prefetch:
             self._prefetch.demanded(layer, experts)
         policy.used(keys, demands, access.tail)
-        if pending:
-            for key in here:
-                pool.demanded(key)
+        for key in here[len(here) - pending :]:
+            pool.demanded(key)
         if len(keys) <= pool.capacity:
             fetches = self._admit(layer, missing, keys) if missing else ()
             waves: tuple[Wave, ...] = (self._wave(layer, here + missing, fetches),)
@@ -116,7 +115,7 @@ class Planner:
             # Residents worth keeping hold their slots; everything else makes room.
             held = [key for key in best if pool.lookup(key) != Lookup.MISS]
             wave, order = order[: pool.capacity - len(held)], order[pool.capacity - len(held) :]
-            waves.append(self._wave(layer, wave, self._admit(layer, wave, held + wave)))
+            waves.append(self._wave(layer, wave, self._admit(layer, wave, {*held, *wave})))
         return tuple(waves)
 
     def _prefetches(self, layer: int, predicted: Sequence[int]) -> tuple[Fetch, ...]:
@@ -126,12 +125,13 @@ class Planner:
         pool, first = self._pools[layer], self._first_key[layer]
         base = self._first_global[layer] if self.options.scope == "layer" else 0
         wanted = [first + e for e in predicted[: pool.capacity]]
+        protected = set(wanted)
         fetches: list[Fetch] = []
         for key in wanted:
             if len(fetches) == limit:
                 break
             if pool.lookup(key) == Lookup.MISS:
-                admission = pool.admit(key, wanted, pending=True)
+                admission = pool.admit(key, protected, pending=True)
                 if admission is None:
                     break
                 slot, evicted = admission
@@ -165,7 +165,9 @@ def _policies(options: CacheOptions, shape: CacheShape) -> MakePolicy:
         pooled = list(chain.from_iterable(by_layer))
         return lambda pool, _: Static(by_layer[pool] if options.scope == "layer" else pooled)
     if options.eviction == "aged-lfu":
-        return lambda _, keys: AgedLFU(keys, options.half_life)
+        # The half-life counts accesses of one layer; a pool of all layers sees one of each per step.
+        half_life = options.half_life * (shape.layers if options.scope == "model" else 1)
+        return lambda _, keys: AgedLFU(keys, half_life)
     make = _SIMPLE[options.eviction]
     return lambda _, keys: make(keys)
 

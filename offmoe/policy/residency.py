@@ -44,14 +44,14 @@ class Residency:
         return Lookup.PENDING if self._pending[key] else Lookup.HIT
 
     def split(self, keys: Sequence[int]) -> tuple[list[int], list[int], int]:
-        """Which of the keys are resident, which are not, and how many of the first are pending."""
-        slot_of = self._slot_of
+        """Which of the keys are resident, pending ones last, which are not, and how many are pending."""
+        slot_of, waiting = self._slot_of, self._pending
         missing = [key for key in keys if slot_of[key] < 0]
         here = [key for key in keys if slot_of[key] >= 0] if missing else list(keys)
-        pending = 0
-        for key in here:
-            pending += self._pending[key]
-        return here, missing, pending
+        late = [key for key in here if waiting[key]]
+        if late:
+            here = [key for key in here if not waiting[key]] + late
+        return here, missing, len(late)
 
     def slot(self, key: int) -> int:
         """Slot of a resident key."""

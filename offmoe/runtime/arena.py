@@ -11,6 +11,7 @@ What it must never do: know which expert is where (that is Residency's), or unma
 from __future__ import annotations
 
 import mmap
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -46,6 +47,7 @@ class SlotArena:
         # Keyed by the layout's id, because hashing a layout walks all of its parameters; _layouts keeps the ids alive.
         self._views: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
         self._layouts: dict[int, ExpertLayout] = {}
+        self._making = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -57,7 +59,10 @@ class SlotArena:
     def views(self, slot: int, layout: ExpertLayout) -> dict[str, torch.Tensor]:
         """The slot as the parameters of an expert of `layout`; made once per slot and layout, then one look-up."""
         found = self._views.get((slot, id(layout)))
-        return found if found is not None else self._new_views(slot, layout)
+        if found is not None:
+            return found
+        with self._making:  # readers and compute both come here
+            return self._new_views(slot, layout)
 
     def _new_views(self, slot: int, layout: ExpertLayout) -> dict[str, torch.Tensor]:
         memory = self._slots[slot]

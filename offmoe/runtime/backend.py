@@ -21,6 +21,8 @@ import torch
 from offmoe.errors import CapacityError, ConfigError
 from offmoe.runtime.formats import PARAM_ALIGNMENT
 
+UNLIMITED = 1 << 62
+
 
 class Event(Protocol):
     """A point in a stream's work; waited for by other streams or by the host."""
@@ -151,7 +153,7 @@ class _CudaStream:
 
 class _CudaEvent:
     def __init__(self) -> None:
-        self.event = torch.cuda.Event()
+        self.event = torch.cuda.Event(blocking=True)  # a reader that waits must not spin on a core that computes
 
     def record(self, stream: Stream) -> None:
         assert isinstance(stream, _CudaStream)
@@ -180,7 +182,8 @@ class CudaBackend(Backend):
         return _CudaEvent()
 
     def free_bytes(self) -> int:
-        return int(torch.cuda.mem_get_info(self.device)[0])
+        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return int(torch.cuda.mem_get_info(self.device)[0]) + cached
 
     def pin(self, address: int, nbytes: int) -> bool:
         if int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)) == 0:
@@ -216,17 +219,50 @@ def select_backend(device: str | None) -> Backend:
     raise ConfigError(f"device={device!r} is not supported. Use 'cpu', 'cuda' or 'cuda:N'.")
 
 
-def cgroup_available(root: str = "/sys/fs/cgroup") -> int:
-    """Bytes that the memory cgroup (v2, then v1) still allows; a very large number without a limit."""
-    unlimited = 1 << 62
-    for limit_name, used_name in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            with open(f"{root}/{limit_name}") as limit, open(f"{root}/{used_name}") as used:
-                text = limit.read().strip()
-                return unlimited if text == "max" else max(0, int(text) - int(used.read()))
-        except (OSError, ValueError):
-            continue
-    return unlimited
+def cgroup_available(root: str = "/sys/fs/cgroup", of_process: str = "/proc/self/cgroup") -> int:
+    """Bytes that the memory cgroups around this process (v2, then v1) still allow; very many without a limit.
+
+    Page cache counts as available: the kernel gives it back before it refuses memory.
+    """
+    least = UNLIMITED
+    for controller, path in _cgroups(of_process):
+        if controller == "":
+            folder, limit, used, cache = root, "memory.max", "memory.current", "inactive_file"
+        else:
+            folder, limit, used, cache = (
+                f"{root}/memory",
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                "total_inactive_file",
+            )
+        parts = [part for part in path.split("/") if part]
+        for depth in range(len(parts) + 1):
+            here = "/".join([folder, *parts[:depth]])
+            least = min(least, _left(here, limit, used, cache))
+    return least
+
+
+def _cgroups(of_process: str) -> list[tuple[str, str]]:
+    """(controller, path) of the process's memory cgroups; controller "" is v2. A container may show its as the root."""
+    found = [("", "/"), ("memory", "/")]
+    with suppress(OSError, ValueError), open(of_process) as lines:  # absent where there are no cgroups
+        for line in lines:
+            _, controllers, path = line.rstrip("\n").split(":", 2)
+            if controllers == "" or "memory" in controllers.split(","):
+                found.append(("" if controllers == "" else "memory", path))
+    return found
+
+
+def _left(folder: str, limit: str, used: str, cache: str) -> int:
+    try:
+        with open(f"{folder}/{limit}") as file:
+            text = file.read().strip()
+        if text == "max":
+            return UNLIMITED
+        with open(f"{folder}/{used}") as file:
+            taken = int(file.read())
+        with open(f"{folder}/memory.stat") as file:
+            stat = dict(line.split() for line in file)
+        return max(0, int(text) - taken + int(stat.get(cache, 0)))
+    except (OSError, ValueError):
+        return UNLIMITED

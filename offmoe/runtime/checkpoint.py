@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import torch
 
-from offmoe.errors import CheckpointError, MissingTensorError, UnsupportedModelError
+from offmoe.errors import CheckpointError, MissingTensorError, ShardChangedError, UnsupportedModelError
 from offmoe.runtime.formats import DTYPES, Segment
 
 SINGLE_FILE = "model.safetensors"
@@ -45,6 +45,9 @@ SUB_BYTE_DTYPES = frozenset({"F4", "F6_E2M3", "F6_E3M2"})
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 LARGEST = 2**63 - 1
 MAX_DIMS = 64
+
+Identity = tuple[int, int, int, int]
+"""Device, inode, size and time of change of a file."""
 """torch has no more, and the product of a million huge sizes would take for ever."""
 
 
@@ -66,6 +69,8 @@ class Checkpoint:
     folder: Path
     shards: tuple[Path, ...]
     tensors: dict[str, TensorInfo]
+    identities: tuple[Identity | None, ...] = ()
+    """Of the shards when their headers were read."""
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Checkpoint:
@@ -75,7 +80,7 @@ class Checkpoint:
         Raises MissingTensorError (a shard or a tensor of the index is absent), UnsupportedModelError (pickles only, a
         dtype without a torch equivalent) or CheckpointError (a header or the index is not what it claims).
         """
-        folder = Path(folder)
+        folder = Path(folder).absolute()  # the shards stay where they are when the process goes elsewhere
         weight_map: dict[str, str] | None = None
         if os.path.lexists(folder / SINGLE_FILE):
             files = [SINGLE_FILE]
@@ -85,9 +90,16 @@ class Checkpoint:
         else:
             files = _safetensors_in(folder)
         shards = tuple(folder / name for name in files)
+        identities = tuple(_identity_of(path) for path in shards)
         headers = [dict(_read_header(path, number)) for number, path in enumerate(shards)]
         tensors = _merge(headers, files, folder) if weight_map is None else _pick(headers, files, weight_map, folder)
-        return cls(folder, shards, tensors)
+        return cls(folder, shards, tensors, identities)
+
+    def check_unchanged(self) -> None:
+        """ShardChangedError if a shard is not the file any more whose header was read."""
+        for path, known in zip(self.shards, self.identities, strict=True):
+            if _identity_of(path) != known:
+                raise ShardChangedError(f"{path}: was replaced or rewritten while the model was loading; load it again")
 
     def info(self, name: str) -> TensorInfo:
         """Where tensor `name` is; MissingTensorError if the checkpoint has no such tensor."""
@@ -114,6 +126,18 @@ class Checkpoint:
             )
         nbytes = info.nbytes // info.shape[0]
         return Segment(info.shard, info.offset + row * nbytes, nbytes, info.dtype, info.shape[1:], name)
+
+
+def identity(status: os.stat_result) -> Identity:
+    """What tells a file from its successor under the same name."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _identity_of(path: Path) -> Identity | None:
+    try:
+        return identity(os.stat(path))
+    except (OSError, ValueError):
+        return None
 
 
 def _safetensors_in(folder: Path) -> list[str]:

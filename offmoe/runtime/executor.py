@@ -10,12 +10,16 @@ starts from an empty cache and is right again."""
 from __future__ import annotations
 
 import logging
+import os
+import threading
 from collections.abc import Sequence
+from types import TracebackType
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from offmoe.errors import OffmoeError, TraceError
 from offmoe.policy.planner import Planner, build_planner
 from offmoe.runtime.arena import SlotArena
 from offmoe.runtime.backend import Backend
@@ -35,6 +39,31 @@ class Predictor(Protocol):
         """Expert ids int64 [tokens, p] that `layer` will probably want in this step; None if unknown."""
 
 
+class OneUser:
+    """Context that lets one thread of one process in, again and again if it likes; OffmoeError for everybody else."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._process = os.getpid()
+
+    def __enter__(self) -> None:
+        if os.getpid() != self._process:  # the readers were not forked along: a fetch would wait for ever
+            raise OffmoeError(
+                f"the model was loaded by process {self._process} and cannot run in a fork of it. Load it in the "
+                "process that uses it, or start that one with 'spawn'."
+            )
+        if not self._lock.acquire(blocking=False):
+            raise OffmoeError(
+                "the model is already generating in another thread. Wait for it, or load a second model: "
+                "one cache serves one user."
+            )
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._lock.release()
+
+
 class ExpertExecutor:
     """Runs the experts of all layers of one model; one thread at a time."""
 
@@ -51,8 +80,11 @@ class ExpertExecutor:
         self._layouts = layouts
         self.shape = planner.shape
         self.stats = stats
+        self.user = OneUser()
         self.predictor: Predictor | None = None
         self.trace: TraceWriter | None = None
+        self._sound = True
+        """Whether slots hold what residency says; false while a layer runs, and after a failure cut short."""
 
     def run(
         self,
@@ -63,29 +95,49 @@ class ExpertExecutor:
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
         """Experts of one layer: hidden [T, H], top_k_index [T, k], top_k_weights [T, k] -> [T, H] in hidden's dtype."""
-        try:
-            ids, predicted = self._routing(layer, top_k_index)
-            if self.trace is not None:
-                self.trace.record(layer, ids, predicted)
-            demands, tail = count_demands(ids, self.shape.experts[layer])
-            if not demands:
-                return torch.zeros_like(hidden)
-            ahead = () if predicted is None else rank_predictions(predicted, self.shape.experts[layer + 1])
-            plan = self._planner.plan(Access(layer, demands, tail, ahead))
-            self.stats.add(plan, self.shape)
-            rows = self._execute(plan, math, hidden, top_k_index, ids, demands)
-            return combine(rows, top_k_weights, hidden.dtype)
-        except BaseException:
-            self.forget()
-            raise
+        with self.user:  # parts of a model can be called without the whole, past the lock around its forward
+            if not self._sound:
+                self.forget()
+            self._sound = False
+            try:
+                out = self._run(layer, math, hidden, top_k_index, top_k_weights)
+            except BaseException:
+                self.forget()
+                raise
+            self._sound = True
+            return out
+
+    def _run(
+        self,
+        layer: int,
+        math: ExpertMath,
+        hidden: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        ids, predicted = self._routing(layer, top_k_index)
+        if self.trace is not None:
+            self.trace.record(layer, ids, predicted)
+        demands, tail = count_demands(ids, self.shape.experts[layer])
+        if not demands:
+            return torch.zeros_like(hidden)
+        ahead = () if predicted is None else rank_predictions(predicted, self.shape.experts[layer + 1])
+        plan = self._planner.plan(Access(layer, demands, tail, ahead))
+        self.stats.add(plan, self.shape)
+        rows = self._execute(plan, math, hidden, top_k_index, ids, demands)
+        return combine(rows, top_k_weights, hidden.dtype)
 
     def forget(self) -> None:
         """Start again from an empty cache; a recording ends here, since replay could not follow."""
-        self._transfer.forget()
         self._planner = build_planner(self._planner.options, self.shape)
+        self._transfer.forget()
+        self._sound = True
         if self.trace is not None:
             logger.warning("recording of the routing ends here: %s", self.trace.path)
-            self.end_trace()
+            try:
+                self.end_trace()
+            except TraceError as error:  # what made us forget is the error to show
+                logger.error("%s", error)
 
     def end_trace(self) -> None:
         """Write the recording, if there is one."""
@@ -120,15 +172,17 @@ class ExpertExecutor:
         for wave in plan.waves:
             if wave.fetches:
                 transfer.fetch(wave.fetches)
+            slots = [slot for _, slot in wave.experts]
+            transfer.demand(slots)
             for expert, slot in wave.experts:
-                transfer.ready((slot,))
+                transfer.ready(slot)
                 weights = self._arena.views(slot, layout)
                 if rows is None:
                     outputs[expert] = expert_ffn(math, weights, hidden)
                 else:
                     pairs = groups[expert]  # [n] positions in [T * k]
                     rows[pairs] = expert_ffn(math, weights, hidden[pairs // top_k_index.shape[1]])
-            transfer.computed([slot for _, slot in wave.experts])
+            transfer.computed(slots)
         if plan.prefetches:
             transfer.fetch(plan.prefetches, ahead=True)
         if rows is None:

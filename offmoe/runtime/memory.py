@@ -7,7 +7,7 @@ that works is part of every refusal."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from offmoe.config import OffloadConfig, format_size
@@ -18,11 +18,13 @@ MIN_CONTEXT = 256
 """Tokens of KV cache without which a model is not usable."""
 KV_SHARE = 0.25
 """Most of what is not needed otherwise that an unstated max_context may take; the slots get the rest."""
+KV_SEQUENCES = 8
+"""Full-length sequences that an unstated max_context makes room for at most: a batch, or beams."""
 
 
 @dataclass(frozen=True)
 class ModelBytes:
-    """What a model needs apart from its experts. slot_bytes: one slot of each MoE layer."""
+    """What a model needs apart from its experts. slot_bytes: a slot of each MoE layer. context_limit: of a sequence."""
 
     dense: int
     kv_per_token: int
@@ -62,11 +64,16 @@ class MemoryPlan:
         )
 
 
-def plan_memory(config: OffloadConfig, shape: CacheShape, model: ModelBytes, available: int) -> MemoryPlan:
-    """Divide the device's memory; `available` is what "auto" may use. CapacityError naming the smallest budget that
-    works.
+def plan_memory(
+    config: OffloadConfig, shape: CacheShape, model: ModelBytes, *, free: int, share: float = 1.0
+) -> MemoryPlan:
+    """Divide the device's memory, of which `free` bytes can be had and "auto" takes `share`.
+
+    CapacityError naming the smallest budget that works. A pool of all layers sizes each slot for the largest expert.
     """
-    budget = available if config.device_memory == "auto" else int(config.device_memory)
+    budget = int(free * share) if config.device_memory == "auto" else min(int(config.device_memory), free)
+    if config.scope == "model":
+        model = replace(model, slot_bytes=(max(model.slot_bytes),) * shape.layers)
     fixed = model.dense + model.staging + model.workspace
     least = tuple(min(k, e) for k, e in zip(shape.top_k, shape.experts, strict=True))
     wanted_context = config.max_context or min(model.context_limit, MIN_CONTEXT)
@@ -76,15 +83,16 @@ def plan_memory(config: OffloadConfig, shape: CacheShape, model: ModelBytes, ava
         explicit = config.cache().quotas(shape)
         needed = fixed + model.kv_per_token * wanted_context + _bytes(explicit, model.slot_bytes)
         _check(needed, budget, f"slots_per_layer={config.slots_per_layer}", config, smallest)
-    _check(smallest, budget, f"top_k={max(shape.top_k)} slots per layer", config, smallest)
+    else:
+        _check(smallest, budget, f"top_k={max(shape.top_k)} slots per layer", config, smallest)
     if config.max_context is not None:
         context = config.max_context
     elif model.kv_per_token == 0:
-        context = model.context_limit
+        context = KV_SEQUENCES * model.context_limit
     else:
         room = budget - fixed - _bytes(explicit or least, model.slot_bytes)
-        share = room if explicit else max(int(room * KV_SHARE), model.kv_per_token * wanted_context)
-        context = min(model.context_limit, share // model.kv_per_token)
+        reserve = room if explicit else max(int(room * KV_SHARE), model.kv_per_token * wanted_context)
+        context = min(KV_SEQUENCES * model.context_limit, reserve // model.kv_per_token)
     kv = model.kv_per_token * context
     slots = explicit or _spread(budget - fixed - kv, shape, model.slot_bytes, least)
     return MemoryPlan(
@@ -126,7 +134,7 @@ def _bytes(quotas: Sequence[int], slot_bytes: Sequence[int]) -> int:
 def _check(needed: int, budget: int, what: str, config: OffloadConfig, smallest: int) -> None:
     if needed <= budget:
         return
-    have = "what is free" if config.device_memory == "auto" else "device_memory"
+    have = "device_memory" if budget == config.device_memory else "what is free"
     raise CapacityError(
         f"{have}, {format_size(budget)}, is too small: {what} needs {needed} bytes ({format_size(needed)}). "
         f"The smallest device_memory that works for this model is {smallest} bytes ({format_size(smallest)})."

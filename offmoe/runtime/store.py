@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 
 from offmoe.errors import CheckpointError, MissingTensorError, ShardChangedError, TransferError
+from offmoe.runtime.checkpoint import identity
 from offmoe.runtime.formats import ExpertRecord, aligned
 from offmoe.types import ExpertKey
 
@@ -239,7 +240,7 @@ class _Shard:
                 self._descriptors.append(self.direct)
             except OSError as error:
                 self.refused = error
-        self._identity = _identity(os.fstat(self.buffered))
+        self._identity = identity(os.fstat(self.buffered))
         self.size = self._identity[2]
         self._checked = now
 
@@ -251,7 +252,7 @@ class _Shard:
         if now - self._checked < CHECK_EVERY_S:
             return
         try:
-            unchanged = _identity(os.stat(self.path)) == self._identity
+            unchanged = identity(os.stat(self.path)) == self._identity
             what = "was replaced or rewritten"
         except OSError as error:
             unchanged = False
@@ -321,7 +322,3 @@ def plan_reads(record: ExpertRecord) -> ReadPlan:
         end = max(end, segment.offset + segment.nbytes)
     finish()
     return ReadPlan(tuple(windows), tuple(places), tuple(sorted({w.shard for w in windows})), at)
-
-
-def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

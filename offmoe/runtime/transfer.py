@@ -65,6 +65,10 @@ class Ticket:
         return (self.priority, self.order) < (other.priority, other.order)
 
 
+class Reader(threading.Thread):
+    """A reader thread. Collecting garbage may end a model inside one; it must not wait for itself then."""
+
+
 class TransferEngine:
     """Moves experts into slots. `fetch` starts, `ready` waits, `computed` marks; one thread calls these."""
 
@@ -94,10 +98,9 @@ class TransferEngine:
         self._order = itertools.count()
         self._work = threading.Condition()
         self._queue: list[Ticket] = []
+        self._under_way: set[Ticket] = set()
         self._stop = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._read, name=f"offmoe-reader-{i}", daemon=True) for i in range(readers)
-        ]
+        self._threads = [Reader(target=self._read, name=f"offmoe-reader-{i}", daemon=True) for i in range(readers)]
         for thread in self._threads:
             thread.start()
 
@@ -123,19 +126,30 @@ class TransferEngine:
                 heapq.heappush(self._queue, ticket)
             self._work.notify(len(fetches))
 
-    def ready(self, slots: Sequence[int]) -> None:
-        """Make compute wait for what was fetched into `slots`; raises what went wrong with a fetch."""
+    def demand(self, slots: Sequence[int]) -> None:
+        """What was fetched ahead into these slots is wanted now: it goes before everything that still nobody wants."""
         if not self._tickets:
             return
-        for slot in slots:
-            ticket = self._tickets.pop(slot, None)
-            if ticket is None:
-                continue
-            if not ticket.issued.is_set():
-                self._stall(ticket)
-            if ticket.error is not None:
-                raise _for_the_demand(ticket) from ticket.error
-            self._backend.compute.wait(self._landed[slot])  # W1
+        with self._work:
+            queued = [t for s in slots if (t := self._tickets.get(s)) and not t.running and t.priority != DEMAND]
+            for ticket in queued:
+                ticket.priority = DEMAND
+            if queued:
+                heapq.heapify(self._queue)
+
+    def ready(self, slot: int) -> None:
+        """Make compute wait for what was fetched into `slot`; raises what went wrong with a fetch."""
+        ticket = self._tickets.get(slot)
+        if ticket is None:
+            return
+        if not ticket.issued.is_set():
+            began = time.perf_counter()
+            ticket.issued.wait()
+            self._on_stall(ticket.fetch.key.layer, time.perf_counter() - began)
+        del self._tickets[slot]
+        if ticket.error is not None:
+            raise _for_the_demand(ticket) from ticket.error
+        self._backend.compute.wait(self._landed[slot])  # W1
 
     def computed(self, slots: Sequence[int]) -> None:
         """Everything that computes with `slots` has been given to the compute stream."""
@@ -152,9 +166,10 @@ class TransferEngine:
                 ticket.error = TransferError("dropped")
                 ticket.issued.set()
             self._queue.clear()
-        for ticket in list(self._tickets.values()):
+            self._tickets.clear()
+            under_way = list(self._under_way)  # not only those with a ticket: a read may be for a slot given away since
+        for ticket in under_way:
             ticket.issued.wait()
-        self._tickets.clear()
 
     def close(self) -> None:
         """Stop the readers and release buffers; idempotent, bounded by one read of one expert."""
@@ -170,15 +185,6 @@ class TransferEngine:
             event.synchronize()
         self._staging.close()
 
-    def _stall(self, ticket: Ticket) -> None:
-        began = time.perf_counter()
-        with self._work:
-            if not ticket.running and ticket.priority != DEMAND:
-                ticket.priority = DEMAND
-                heapq.heapify(self._queue)
-        ticket.issued.wait()
-        self._on_stall(ticket.fetch.key.layer, time.perf_counter() - began)
-
     def _read(self) -> None:
         while True:
             with self._work:
@@ -188,6 +194,7 @@ class TransferEngine:
                     return
                 ticket = heapq.heappop(self._queue)
                 ticket.running = True
+                self._under_way.add(ticket)
             try:
                 self._move(ticket)
             except BaseException as error:  # handed over to the demand that needs the expert
@@ -195,6 +202,8 @@ class TransferEngine:
             finally:
                 ticket.previous = None
                 ticket.issued.set()
+                with self._work:
+                    self._under_way.discard(ticket)
 
     def _move(self, ticket: Ticket) -> None:
         key, slot = ticket.fetch.key, ticket.fetch.slot

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from offmoe.cli.generate import TextStream
 from offmoe.cli.output import Output
 from offmoe.trace import read_trace
+from tests import tiny
 from tests.cli.conftest import TEMPLATE, Outcome, byte_tokenizer
 
 Run = Callable[..., Outcome]
@@ -246,3 +247,19 @@ def test_no_rate_from_one_token(capsys: pytest.CaptureFixture[str]) -> None:
     assert stream.tokens_per_s is None
     assert json.dumps(stream.tokens_per_s) == "null"
     assert streamed([], capsys)[0].first_s is None
+
+
+def test_probabilities_that_are_not_numbers(offmoe: Run, checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "nan"
+    shutil.copytree(checkpoint, folder)
+    tiny.edit(folder, {"lm_head.weight": torch.full((259, 32), float("nan"))})
+    outcome = offmoe("generate", folder, "Once", *CPU, "--temperature", 1)
+    assert outcome.status == 1
+    assert "--dtype bfloat16" in outcome.err
+
+
+def test_a_generation_config_that_asks_for_beams(offmoe: Run, checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "beams"
+    shutil.copytree(checkpoint, folder)
+    (folder / "generation_config.json").write_text('{"num_beams": 4, "num_return_sequences": 2, "pad_token_id": 0}')
+    assert offmoe("generate", folder, "Once", *CPU, "--max-new-tokens", 3, "--json").json["new_tokens"] == 3

@@ -73,6 +73,7 @@ def test_verbs_that_are_not_built(offmoe: Run, verb: str) -> None:
         (["generate", "m", "a\udcffb"], "not valid UTF-8"),
         (["generate", "m", "p", "--temperature", "-1"], "--temperature -1.0"),
         (["generate", "m", "p", "--temperature", "nan"], "--temperature nan"),
+        (["generate", "m", "p", "--temperature", "1e-300"], "use 0 (greedy)"),
         (["generate", "m", "p", "--top-k", "5"], "give --temperature T as well"),
         (["generate", "m", "p", "--temperature", "1", "--top-p", "2"], "--top-p 2.0"),
         (["generate", "m", "p", "--seed", "-3"], "--seed -3"),

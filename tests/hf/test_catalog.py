@@ -219,6 +219,22 @@ def test_quantised_bytes_without_a_config_are_refused(tmp_path: Path) -> None:
         open_catalog(tmp_path)
 
 
+def test_codes_in_place_of_dense_weights_are_refused(tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tiny.save(tiny.build("mixtral"), tmp_path)
+    tiny.edit(tmp_path, {name: torch.ones(32, 32, dtype=torch.int32)})
+    with pytest.raises(UnsupportedModelError, match=rf"{name}.*int32"):
+        open_catalog(tmp_path)
+
+
+def test_more_experts_per_token_than_there_are(tmp_path: Path) -> None:
+    tiny.save(tiny.build("mixtral"), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": 9}))
+    with pytest.raises(CheckpointError, match="asks for 9 experts per token of the 8"):
+        open_catalog(tmp_path)
+
+
 def test_dense_model_has_no_experts(tmp_path: Path) -> None:
     config = AutoConfig.for_model("llama", **{**tiny.COMMON, "intermediate_size": 48})
     tiny.save(model_class(config)(config), tmp_path)

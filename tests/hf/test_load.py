@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from transformers.utils import logging
 from offmoe.errors import CheckpointError, ConfigError, MissingTensorError, UnsupportedModelError
 from offmoe.hf.adapters import ALL_EXPERTS_FUNCTIONS, expert_parameters
 from offmoe.hf.catalog import build_catalog, find_experts
-from offmoe.hf.load import build_meta, load_dense, model_class, read_config, resolve_folder
+from offmoe.hf.load import build_meta, load_dense, model_class, read_config, require_index, resolve_folder
 from offmoe.runtime.checkpoint import Checkpoint
 from tests import tiny
 
@@ -121,11 +122,14 @@ def test_only_experts_are_left_out_of_the_report_of_unexpected_weights(
 ) -> None:
     tiny.save(tiny.build("qwen2_moe"), tmp_path)
     tiny.edit(tmp_path, {"model.layers.1.mlp.shared_expert.extra_experts.weight": torch.zeros(2)})
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_warning()
     logging.enable_propagation()
     try:
         load(tmp_path)
     finally:
         logging.disable_propagation()
+        logging.set_verbosity(verbosity)
     assert "shared_expert.extra_experts" in caplog.text
     assert "gate_up_proj" not in caplog.text
 
@@ -154,7 +158,10 @@ def test_folder_is_taken_as_it_is(tmp_path: Path) -> None:
     assert resolve_folder("demo").parts[-3:] == ("offmoe", "demo", "model")
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "a/b/c", "", "white space/model"])
+@pytest.mark.parametrize(
+    "name",
+    ["./nowhere", "/no/such/folder", "a/b/c", "", "white space/model", "~nobody-here/m", "a\0b", "./" + "a" * 5000],
+)
 def test_folder_that_is_not_there_is_a_config_error(name: str) -> None:
     with pytest.raises(ConfigError, match="no such folder"):
         resolve_folder(name)
@@ -188,6 +195,8 @@ def test_model_in_the_hub_cache_is_found_without_a_network(tmp_path: Path) -> No
         (None, CheckpointError, "cannot be read"),
         ("{", CheckpointError, "not JSON"),
         ("[]", CheckpointError, "model_type"),
+        ('{"model_type": ["mixtral"]}', CheckpointError, "model_type"),
+        ("[" * 100_000, CheckpointError, "not JSON"),
         ('{"model_type": "nonsense"}', UnsupportedModelError, "nonsense"),
         ('{"model_type": "x", "auto_map": {"AutoConfig": "x.Y"}}', UnsupportedModelError, "own code"),
         ('{"model_type": "mixtral", "num_local_experts": "eight"}', CheckpointError, "not a valid config"),
@@ -207,6 +216,40 @@ def test_model_without_a_text_generating_class_is_refused() -> None:
 
 def test_vision_config_prefers_the_class_with_images() -> None:
     assert model_class(Qwen3VLMoeConfig()).__name__ == "Qwen3VLMoeForConditionalGeneration"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"num_attention_heads": 0}, {"hidden_size": -4}, {"hidden_act": "nonsense"}, {"pad_token_id": 9999}],
+    ids=lambda change: next(iter(change)),
+)
+def test_config_that_describes_no_model_is_named(tmp_path: Path, change: dict[str, object]) -> None:
+    tiny.save(tiny.build("mixtral"), tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, **change}))
+    config = read_config(tmp_path)
+    with pytest.raises(CheckpointError, match=r"config\.json: does not describe a MixtralForCausalLM"):
+        build_meta(config, model_class(config))
+
+
+def test_nothing_of_the_model_stays_in_the_shards(tmp_path: Path) -> None:
+    """Truncating a shard under a mapping would end the process."""
+    stock = tiny.build("mixtral")
+    model = load(tiny.save(stock, tmp_path))
+    for shard in tmp_path.glob("*.safetensors"):
+        with open(shard, "r+b") as file:
+            file.write(b"\xff" * shard.stat().st_size)
+            file.truncate(100)
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, stock.get_parameter(name)), name
+
+
+def test_shards_without_an_index_are_refused_before_loading(tmp_path: Path) -> None:
+    tiny.save(tiny.build("mixtral"), tmp_path)
+    require_index(Checkpoint.open(tmp_path))
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(MissingTensorError, match=r"neither model\.safetensors nor"):
+        require_index(Checkpoint.open(tmp_path))
 
 
 def test_meta_model_has_shapes_and_no_bytes(tmp_path: Path) -> None:

@@ -22,39 +22,51 @@ def test_parts_never_exceed_the_budget(budget):
     config = OffloadConfig(device_memory=budget)
     if budget < 1000 + 600 + 50 + 2 * 256 + 2 * 100 + 2 * 100 + 300:
         with pytest.raises(CapacityError, match="smallest device_memory"):
-            plan_memory(config, SHAPE, MODEL, available=1)
+            plan_memory(config, SHAPE, MODEL, free=10**9)
         return
-    plan = plan_memory(config, SHAPE, MODEL, available=1)
+    plan = plan_memory(config, SHAPE, MODEL, free=10**9)
     assert plan.used <= budget == plan.budget
     assert all(k <= q <= e for k, q, e in zip(SHAPE.top_k, plan.slots_per_layer, SHAPE.experts, strict=True))
-    assert 256 <= plan.max_context <= 4096
+    assert 256 <= plan.max_context <= 8 * 4096
 
 
 def test_the_smallest_budget_named_works():
     with pytest.raises(CapacityError) as refused:
-        plan_memory(OffloadConfig(device_memory=2000), SHAPE, MODEL, available=1)
+        plan_memory(OffloadConfig(device_memory=2000), SHAPE, MODEL, free=10**9)
     smallest = int(str(refused.value).split("works for this model is ")[1].split(" bytes")[0])
-    assert plan_memory(OffloadConfig(device_memory=smallest), SHAPE, MODEL, available=1).slots_per_layer == (2, 2, 1)
+    assert plan_memory(OffloadConfig(device_memory=smallest), SHAPE, MODEL, free=10**9).slots_per_layer == (2, 2, 1)
     with pytest.raises(CapacityError):
-        plan_memory(OffloadConfig(device_memory=smallest - 1), SHAPE, MODEL, available=1)
+        plan_memory(OffloadConfig(device_memory=smallest - 1), SHAPE, MODEL, free=10**9)
 
 
 def test_with_room_for_all_every_expert_has_a_slot():
-    plan = plan_memory(OffloadConfig(), SHAPE, MODEL, available=10**6)
+    plan = plan_memory(OffloadConfig(), SHAPE, MODEL, free=10**6)
     assert plan.slots_per_layer == SHAPE.experts
-    assert plan.max_context == 4096
+    assert plan.max_context == 8 * 4096, "a batch"
 
 
 def test_explicit_slots_are_held_to():
-    plan = plan_memory(OffloadConfig(slots_per_layer=3), SHAPE, MODEL, available=10**6)
+    plan = plan_memory(OffloadConfig(slots_per_layer=3), SHAPE, MODEL, free=10**6)
     assert plan.slots_per_layer == (3, 3, 3)
     assert plan.slots == 3 * 500
     with pytest.raises(CapacityError, match="slots_per_layer=8"):
-        plan_memory(OffloadConfig(slots_per_layer=8, device_memory=4000), SHAPE, MODEL, available=1)
+        plan_memory(OffloadConfig(slots_per_layer=8, device_memory=4000), SHAPE, MODEL, free=10**9)
     with pytest.raises(ConfigError, match="top_k"):
-        plan_memory(OffloadConfig(slots_per_layer=1), SHAPE, MODEL, available=10**6)
+        plan_memory(OffloadConfig(slots_per_layer=1), SHAPE, MODEL, free=10**6)
 
 
 def test_an_explicit_context_is_reserved():
-    plan = plan_memory(OffloadConfig(max_context=10_000, device_memory=30_000), SHAPE, MODEL, available=1)
+    plan = plan_memory(OffloadConfig(max_context=10_000, device_memory=30_000), SHAPE, MODEL, free=10**9)
     assert (plan.max_context, plan.kv) == (10_000, 20_000)
+
+
+def test_a_budget_beyond_what_is_free_is_cut_to_it():
+    plan = plan_memory(OffloadConfig(device_memory=10**9), SHAPE, MODEL, free=5000)
+    assert plan.used <= plan.budget == 5000
+    with pytest.raises(CapacityError, match="what is free"):
+        plan_memory(OffloadConfig(device_memory=10**9), SHAPE, MODEL, free=100)
+
+
+def test_a_pool_sizes_every_slot_for_the_largest_expert():
+    plan = plan_memory(OffloadConfig(scope="model", slots_per_layer=2), SHAPE, MODEL, free=10**6)
+    assert plan.slots == 3 * 2 * 300

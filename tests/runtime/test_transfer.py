@@ -91,9 +91,12 @@ class Rig:
         return all(torch.equal(views[name], weight(expert, name)) for name in ("up", "down"))
 
     def use(self, *pairs):
-        self.engine.ready([slot for _, slot in pairs])
+        slots = [slot for _, slot in pairs]
+        self.engine.demand(slots)
+        for slot in slots:
+            self.engine.ready(slot)
         right = all(self.sees(e, slot) for e, slot in pairs)
-        self.engine.computed([slot for _, slot in pairs])
+        self.engine.computed(slots)
         return right
 
     def close(self):
@@ -214,7 +217,7 @@ def test_an_error_surfaces_at_the_demand_that_needs_the_expert(checkpoint):
     try:
         rig.fetch((3, 2))
         with pytest.raises(TransferError, match=r"expert 3 of MoE layer 0"):
-            rig.engine.ready([2])
+            rig.engine.ready(2)
     finally:
         rig.close()
 
@@ -239,5 +242,71 @@ def test_forget_leaves_nothing_under_way(checkpoint):
         assert not rig.engine._tickets
         rig.fetch((11, 0))
         assert rig.use((11, 0))
+    finally:
+        rig.close()
+
+
+class InterruptedOnce:
+    """A ticket's event on which the first wait is cut short by Ctrl-C."""
+
+    def __init__(self, event):
+        self.event, self.waits = event, 0
+
+    def wait(self, *timeout):
+        self.waits += 1
+        if self.waits == 1:
+            raise KeyboardInterrupt
+        return self.event.wait(*timeout)
+
+    def __getattr__(self, name):
+        return getattr(self.event, name)
+
+
+def forgets_while_a_read_goes_on(rig, reads, block):
+    """`forget` in a thread; true if it returned before the read that is under way was let go on."""
+    forgetting = threading.Thread(target=rig.engine.forget)
+    forgetting.start()
+    forgetting.join(0.3)
+    early = not forgetting.is_alive()
+    reads.gates[block].set()
+    forgetting.join(20)
+    return early
+
+
+def test_forget_waits_for_a_read_whose_wait_was_interrupted(checkpoint):
+    reads = GatedReads()
+    reads.hold(start_of(checkpoint, 0))
+    (block,) = reads.gates
+    rig = Rig(checkpoint, read_at=reads)
+    try:
+        rig.fetch((0, 3))
+        assert reads.started[block].wait(20)
+        ticket = rig.engine._tickets[3]
+        ticket.issued = InterruptedOnce(ticket.issued)
+        with pytest.raises(KeyboardInterrupt):
+            rig.engine.ready(3)
+        assert not forgets_while_a_read_goes_on(rig, reads, block)
+        rig.fetch((9, 3))
+        assert rig.use((9, 3))
+    finally:
+        rig.close()
+
+
+def test_forget_waits_for_a_read_behind_which_another_was_queued(checkpoint):
+    reads = GatedReads()
+    for expert in range(4):
+        reads.hold(start_of(checkpoint, expert))
+    rig = Rig(checkpoint, read_at=reads)
+    try:
+        rig.fetch(*[(e, e) for e in range(4)], ahead=True)
+        for started in reads.started.values():
+            assert started.wait(20)
+        rig.fetch((9, 3))  # queued: all readers are busy, one of them with this slot
+        last = start_of(checkpoint, 3) // 4096
+        for block in reads.gates.keys() - {last}:
+            reads.gates[block].set()
+        assert not forgets_while_a_read_goes_on(rig, reads, last)
+        rig.fetch((11, 3))
+        assert rig.use((11, 3))
     finally:
         rig.close()

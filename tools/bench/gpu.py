@@ -1,0 +1,213 @@
+#!/usr/bin/env python3
+"""The measurements of tools/gpu_check, one section per process: a section that breaks the device breaks only itself.
+
+What moves: bytes from the disk to host buffers, from there to the device, and weights through the device's memory;
+each alone here, together in gpu_decode.py. A section writes what it knows into WORK/SECTION.json after every figure, so
+that one that is stopped half-way has still said something. transformers is imported where it is needed: a process per
+section would otherwise spend most of its time on that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import time
+import traceback
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import read
+import torch
+from gpu_decode import decode
+from gpu_section import MIB, SPARE_BYTES, WRITE_BYTES_PER_S, Section, copy_gb_s, reads_directly
+
+import offmoe
+from offmoe.runtime.arena import HostBuffers
+from offmoe.runtime.backend import select_backend
+
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy", "psutil", "typer", "rich", "pytest")
+
+
+# --- sections
+
+
+def machine(section: Section) -> None:
+    """What this is: device, driver, versions, limits."""
+    versions = {name: _version(name) for name in PACKAGES}
+    section.note(python=platform.python_version(), system=platform.platform(), cores=os.cpu_count(), versions=versions)
+    section.note(cuda_build=torch.version.cuda)
+    section.note(
+        work_folder_free_gb=round(shutil.disk_usage(section.work).free / 1e9, 1), direct_io=reads_directly(section.work)
+    )
+    if shutil.which("nvidia-smi"):
+        fields = "name,driver_version,memory.total,pcie.link.gen.max,pcie.link.gen.current,pcie.link.width.current"
+        query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+        done = subprocess.run(query, capture_output=True, text=True, timeout=30)
+        section.note(nvidia_smi=(done.stdout or done.stderr).strip().splitlines())
+    backend = select_backend(section.device)  # raises where there is no such device
+    section.note(device_free_gb=round(backend.free_bytes() / 1e9, 2), backend=str(backend.device))
+    if section.cuda:
+        about = torch.cuda.get_device_properties(backend.device)
+        section.note(
+            gpu=about.name, compute_capability=f"{about.major}.{about.minor}", gpu_bytes=int(about.total_memory)
+        )
+        values = (torch.ones(4, device=backend.device) * 2).sum().item()
+        assert values == 8, "the device computes nonsense"
+
+
+def copies(section: Section) -> None:
+    """Host to device, from memory as it comes and from torch's own pinned memory."""
+    rates: dict[str, dict[str, float]] = {}
+    kinds = ("pageable", "pinned") if section.cuda else ("pageable",)
+    if not section.cuda:
+        section.skip("pinned memory: there is none without a GPU")
+    for size in (1, 8) if section.quick else (1, 8, 64, 256):
+        if section.left() < 3:
+            section.skip(f"{size} MiB and larger: out of time")
+            break
+        destination = torch.empty(size * MIB, dtype=torch.uint8, device=section.device)
+        for kind in kinds:
+            source = torch.ones(size * MIB, dtype=torch.uint8, pin_memory=kind == "pinned")
+            rates.setdefault(kind, {})[str(size)] = round(copy_gb_s(section, source, destination), 2)
+        print(f"  {size:4d} MiB  " + "  ".join(f"{kind} {rates[kind][str(size)]:7.2f} GB/s" for kind in kinds))
+        section.note(gb_s=rates, link_gb_s=max(rates[kinds[-1]].values()))
+
+
+def pinning(section: Section) -> None:
+    """Whether the staging buffers can be registered for the device, what that costs, and what it brings."""
+    backend = select_backend(section.device)
+    count, size = (2, 8 * MIB) if section.quick else (4, 256 * MIB)
+    spent: list[float] = []
+
+    def register(address: int, nbytes: int) -> bool:
+        began = time.perf_counter()
+        done = backend.pin(address, nbytes)
+        spent.append(time.perf_counter() - began)
+        return done
+
+    began = time.perf_counter()
+    buffers = HostBuffers(count, size, register=register, unregister=backend.unpin)
+    mapped_s = time.perf_counter() - began - sum(spent)
+    try:
+        pinned = [buffers.pinned(i) for i in range(count)]
+        section.note(registered=all(pinned), map_s_per_gb=round(mapped_s / (count * size / 1e9), 4))
+        if any(pinned):
+            section.note(register_s_per_gb=round(sum(spent) / (sum(pinned) * size / 1e9), 4))
+        destination = torch.empty(size, dtype=torch.uint8, device=section.device)
+        section.note(
+            torch_says_pinned=section.cuda and buffers.tensor(0).is_pinned(),
+            gb_s=round(copy_gb_s(section, buffers.tensor(0), destination), 2),
+        )
+        section.wait()
+    finally:
+        began = time.perf_counter()
+        buffers.close()
+        section.note(unregister_s=round(time.perf_counter() - began, 4))
+    print("  " + "  ".join(f"{name} {value}" for name, value in section.found.items()))
+
+
+def disk(section: Section) -> None:
+    """Cold reads of whole experts against the disk's own limit: tools/bench/read.py, shortened."""
+    if not section.found.setdefault("direct_io", reads_directly(section.work)):
+        section.note(hint="unbuffered reads are refused in the work folder: give --dir on a local disk")
+    models = [read.SMALL, read.BIG]
+    if section.quick:
+        models = [read.Model("5 MB", layers=1, experts=16, hidden=2048, ff=416)]
+    limits: list[float] = []
+    for model in models:
+        name = "cold_ratio_" + model.name.replace(" ", "").lower()
+        if shutil.disk_usage(section.work).free < model.nbytes + SPARE_BYTES:
+            section.skip(f"{model.name} experts: no room for {model.nbytes / 1e9:.1f} GB in the work folder")
+            continue
+        if not section.quick and section.left() < 5 + model.nbytes / WRITE_BYTES_PER_S:
+            section.skip(f"{model.name} experts: {section.left():.0f} s are too few to write and read them")
+            continue
+        ratio, found = read.measure(model, section.work / name, 0 if section.quick else min(8, section.left() / 3))
+        limits += found
+        section.note(**{name: round(ratio, 3), "limit_gb_s": round(statistics.median(limits), 3)})
+
+
+def resident(section: Section) -> None:
+    """Decode of the demo with a slot for every expert: what offmoe's own steps cost beside stock transformers."""
+    import transformers
+    from overhead import PROMPT, seconds_per_token
+
+    from offmoe.hf.load import resolve_folder
+
+    transformers.logging.disable_progress_bar()
+    folder = resolve_folder("demo")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    inputs = {k: v.to(section.device) for k, v in tokenizer(PROMPT, return_tensors="pt").items()}
+    models: dict[str, Any] = {}  # offmoe's has more attributes than its class
+    for name in ("eager", "grouped_mm"):
+        stock = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", experts_implementation=name)
+        models[name] = stock.eval().to(section.device)
+    models["offmoe"] = offmoe.from_pretrained("demo", device=section.device, slots_per_layer=8)
+    tokens, rounds = (8, 2) if section.quick else (64, 7)
+    times: dict[str, list[float]] = {name: [] for name in models}
+    try:
+        for model in models.values():
+            seconds_per_token(model, inputs, tokens)
+        for i in range(rounds):
+            if i > 1 and section.left() < 10:
+                section.skip(f"rounds {i + 1} to {rounds}: out of time")
+                break
+            for name in list(models)[i % 3 :] + list(models)[: i % 3]:
+                times[name].append(seconds_per_token(models[name], inputs, tokens))
+    finally:
+        models["offmoe"].offload.close()
+    layers = models["offmoe"].config.num_hidden_layers
+    ms = {name: statistics.median(found) * 1e3 for name, found in times.items()}
+    pairs = zip(times["eager"], times["grouped_mm"], times["offmoe"], strict=True)
+    more = [(ours - min(a, b), ours / min(a, b)) for a, b, ours in pairs]
+    section.note(
+        ms_per_token={name: round(value, 3) for name, value in ms.items()},
+        ratio_vs_stock=round(statistics.median(ratio for _, ratio in more), 3),
+        overhead_us_per_layer=round(statistics.median(extra for extra, _ in more) * 1e6 / layers, 1),
+        rounds=len(more),
+    )
+    print("  " + "  ".join(f"{name} {value:.2f} ms/token" for name, value in ms.items()))
+    print(
+        f"  offmoe / faster stock {section.found['ratio_vs_stock']}, "
+        f"{section.found['overhead_us_per_layer']} us more per layer"
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+SECTIONS = {s.__name__: s for s in (machine, copies, pinning, resident, decode, disk)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("section", choices=SECTIONS)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--work", type=Path, required=True, help="an existing folder for files and results")
+    parser.add_argument("--seconds", type=float, default=60.0)
+    args = parser.parse_args()
+    if torch.device(args.device).type == "cpu":
+        torch.set_num_threads(1)  # small matrices are faster so, and the machine may be busy
+    section = Section(args.section, args.device, args.quick, args.work, time.monotonic() + args.seconds)
+    error = None
+    try:
+        SECTIONS[args.section](section)
+    except (Exception, KeyboardInterrupt, SystemExit) as failure:  # whatever it is, it is this section's result
+        traceback.print_exc()
+        error = f"{type(failure).__name__}: {failure}"
+    section.save(error)
+    raise SystemExit(error is not None)
+
+
+if __name__ == "__main__":
+    main()

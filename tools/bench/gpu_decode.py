@@ -1,0 +1,217 @@
+"""Decode of a model of Mixtral's shape on a GPU, at several numbers of slots, against what disk and link allow.
+
+What moves: per token, the experts that were not in a slot, from the disk over a pinned buffer to the device; bounded by
+the slowest of disk, link and computing. The weights are random, made on the spot. Their routing is not that of a
+trained model: it asks for nearly random experts, so the hit rates say nothing, but bytes per second do.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import read
+import torch
+from gpu_section import MIB, SPARE_BYTES, WRITE_BYTES_PER_S, Section, copy_gb_s, reads_directly
+from safetensors.torch import save_file
+
+import offmoe
+from offmoe.runtime.arena import HostBuffers
+from offmoe.runtime.backend import Backend, select_backend
+from offmoe.runtime.checkpoint import INDEX_FILE, Checkpoint
+
+SHAPES = ((4096, 14336), (2048, 7168), (1024, 3584), (256, 896))
+"""Hidden and intermediate size, Mixtral 8x7B's first; the largest that disk, device and time allow is taken."""
+LAYERS, EXPERTS, TOP_K, VOCABULARY = 2, 8, 2, 4096
+
+
+def decode(section: Section) -> None:
+    """Decode of a random model of Mixtral's shape, at several numbers of slots, against what disk and link allow."""
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    backend = select_backend(section.device)
+    hidden, intermediate = _largest(section, backend)
+    folder = section.work / "mixtral"
+    began = time.perf_counter()
+    _write_mixtral(folder, hidden, intermediate)
+    expert_bytes = 3 * 2 * hidden * intermediate
+    section.note(
+        hidden=hidden,
+        intermediate=intermediate,
+        layers=LAYERS,
+        experts=EXPERTS,
+        expert_mb=round(expert_bytes / 1e6, 1),
+        write_s=round(time.perf_counter() - began, 1),
+        routing="of random weights: not that of a trained model, so hit rates here are not real",
+    )
+    link = float(section.earlier("copies").get("link_gb_s") or _link_gb_s(section))
+    limit, how = _disk_gb_s(folder)
+    section.note(link_gb_s=link, disk_gb_s=round(limit, 2), disk_gb_s_by=how)
+    print(
+        f"  {LAYERS} layers x {EXPERTS} experts of {expert_bytes / 1e6:.0f} MB; disk {limit:.2f}, link {link:.2f} GB/s"
+    )
+    print("  routing of random weights is not real: look at the bytes per second, not at the hit rates")
+    print("  slots  prefetch   ms/token  hit rate  missed MB/token  h2d GB/s  share of the bound")
+    rows: list[dict[str, Any]] = []
+    resident_ms = 0.0
+    for slots, prefetch in ((8, 0), (4, 0), (2, 0), (4, "auto")):
+        if rows and section.left() < (2 if section.quick else 12):
+            section.skip(f"{slots} slots, prefetch {prefetch}: out of time")
+            continue
+        row = _decode_once(section, folder, slots, prefetch)
+        row |= {"bound_ms": None, "share_of_bound": None}
+        if slots == EXPERTS:  # nothing moves: this is what computing takes, and a part of the others' bound
+            resident_ms = float(row["ms_per_token"])
+        else:
+            bound = max(row["disk_mb"] / limit, row["h2d_mb"] / link, resident_ms)
+            row |= {"bound_ms": round(bound, 3), "share_of_bound": round(bound / row["ms_per_token"], 3)}
+        rows.append(row)
+        section.note(rows=rows)
+        print(
+            f"  {slots:5d}  {prefetch:>8}  {row['ms_per_token']:9.2f}  {row['hit_rate']:8.2f}  {row['h2d_mb']:15.1f}"
+            f"  {row['h2d_gb_s']:8.2f}  {row['share_of_bound'] or '-':>18}"
+        )
+
+
+def _decode_once(section: Section, folder: Path, slots: int, prefetch: int | str) -> dict[str, Any]:
+    """Sampled decode from one token on, after some tokens of warming up; bytes are per token."""
+    model: Any = offmoe.from_pretrained(
+        folder, device=section.device, slots_per_layer=slots, prefetch=prefetch, max_context=512
+    )
+    ids = torch.tensor([[5]], device=section.device)
+
+    def run(tokens: int, seed: int) -> float:
+        torch.manual_seed(seed)
+        section.wait()
+        began = time.perf_counter()
+        model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=True,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+        )
+        section.wait()
+        return time.perf_counter() - began
+
+    with model.offload:
+        if slots == EXPERTS:  # a long prompt brings every expert in, so that nothing moves afterwards
+            model(input_ids=torch.arange(256, device=section.device)[None])
+        run(8, 0)
+        per_token = run(4, 1) / 4
+        tokens = 8 if section.quick else int(max(8, min(128, section.left() / 6 / per_token)))
+        model.offload.reset_stats()
+        wall = run(tokens, 2)
+        stats = model.offload.stats()
+    return {
+        "slots": slots,
+        "prefetch": prefetch,
+        "tokens": tokens,
+        "ms_per_token": round(wall / tokens * 1e3, 3),
+        "hit_rate": round(stats.hit_rate, 4),
+        "misses_per_token": round(stats.misses / tokens, 2),
+        "h2d_mb": round(stats.h2d_bytes / tokens / 1e6, 2),
+        "disk_mb": round(stats.disk_bytes / tokens / 1e6, 2),
+        "h2d_gb_s": round(stats.h2d_bytes / wall / 1e9, 3),
+        "stall_ms": round(stats.stall_s / tokens * 1e3, 3),
+    }
+
+
+def _largest(section: Section, backend: Backend) -> tuple[int, int]:
+    free_disk, free_device = shutil.disk_usage(section.work).free, backend.free_bytes()
+    for hidden, intermediate in SHAPES:
+        nbytes = LAYERS * EXPERTS * 6 * hidden * intermediate
+        lacks = [
+            what
+            for what, short in (
+                ("disk", free_disk < nbytes + SPARE_BYTES),
+                ("device memory", free_device * backend.auto_share < 1.2 * nbytes + 10**9),
+                ("time", section.left() / 2.5 < nbytes / WRITE_BYTES_PER_S),
+                ("--quick", section.quick),
+            )
+            if short
+        ]
+        if not lacks or (hidden, intermediate) == SHAPES[-1]:
+            return hidden, intermediate
+        section.skip(f"hidden {hidden}, intermediate {intermediate} ({nbytes / 1e9:.1f} GB): for {', '.join(lacks)}")
+    raise AssertionError("SHAPES is empty")
+
+
+def _write_mixtral(folder: Path, hidden: int, intermediate: int) -> None:
+    """A checkpoint with Mixtral's own names, bf16, two experts per shard."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    heads = max(2, hidden // 128)
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 4),
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=TOP_K,
+        max_position_embeddings=4096,
+        dtype=torch.bfloat16,
+    )
+    folder.mkdir()
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        skeleton = MixtralForCausalLM(config).state_dict()
+    dense = {}
+    for name, weight in skeleton.items():
+        if "experts" not in name:
+            value = torch.ones(weight.shape) if weight.ndim == 1 else torch.randn(weight.shape) * hidden**-0.5
+            dense[name] = value.bfloat16()
+    weight_map = dict.fromkeys(dense, "dense.safetensors")
+    save_file(dense, folder / "dense.safetensors", metadata={"format": "pt"})
+    # One random array; every tensor is a window of it that begins elsewhere: drawing them all would take minutes.
+    drawn = (torch.randn(hidden * intermediate + 65536) * hidden**-0.5).bfloat16()
+    tensors: dict[str, torch.Tensor] = {}
+    number = 0
+    for layer in range(LAYERS):
+        for expert in range(EXPERTS):
+            for part in ("w1", "w2", "w3"):
+                start = 997 * (3 * (layer * EXPERTS + expert) + int(part[1])) % 65536
+                shape = (hidden, intermediate) if part == "w2" else (intermediate, hidden)
+                name = f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{part}.weight"
+                tensors[name] = drawn[start : start + hidden * intermediate].clone().view(shape)
+            if expert % 2:
+                file = f"experts-{number:03d}.safetensors"
+                save_file(tensors, folder / file, metadata={"format": "pt"})
+                weight_map |= dict.fromkeys(tensors, file)
+                tensors, number = {}, number + 1
+    (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def _disk_gb_s(folder: Path) -> tuple[float, str]:
+    """What the disk gives when the same files are read from end to end, cold; better of two passes."""
+    checkpoint = Checkpoint.open(folder)
+    buffers = HostBuffers(read.THREADS, read.REQUEST_BYTES)
+    rates = []
+    how = "O_DIRECT from end to end" if reads_directly(folder) else "buffered from end to end: O_DIRECT is refused here"
+    try:
+        for _ in range(2):
+            read.drop_cache(checkpoint)
+            if how.startswith("O_DIRECT"):
+                rates.append(read.files_in_order(checkpoint, buffers).rate)
+            else:
+                began = time.perf_counter()
+                for path in checkpoint.shards:
+                    with open(path, "rb", buffering=0) as file:
+                        while file.readinto(buffers.memory(0)):
+                            pass
+                nbytes = sum(path.stat().st_size for path in checkpoint.shards)
+                rates.append(nbytes / 1e9 / (time.perf_counter() - began))
+    finally:
+        buffers.close()
+    return max(rates), how
+
+
+def _link_gb_s(section: Section) -> float:
+    source = torch.ones(8 * MIB, dtype=torch.uint8, pin_memory=section.cuda)
+    return copy_gb_s(section, source, torch.empty(8 * MIB, dtype=torch.uint8, device=section.device))

@@ -1,0 +1,108 @@
+"""What the measurements of tools/gpu_check share: a section's state, which outlives its process, and a stopwatch."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MIB = 2**20
+SPARE_BYTES = 2 * 10**9
+"""Room on the disk that stays free."""
+WRITE_BYTES_PER_S = 0.4e9
+"""What any disk takes: used to judge beforehand whether writing a model is worth starting."""
+
+
+@dataclass
+class Section:
+    """Where a section stands: what it may use, what it has found, what it left out."""
+
+    name: str
+    device: str
+    quick: bool
+    work: Path
+    deadline: float
+    found: dict[str, Any] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+
+    def left(self) -> float:
+        """Seconds until the section should be done."""
+        return self.deadline - time.monotonic()
+
+    def note(self, **figures: object) -> None:
+        """Keep figures, also if the section is stopped after this."""
+        self.found.update(figures)
+        self.save()
+
+    def skip(self, what: str) -> None:
+        print(f"  left out: {what}")
+        self.skipped.append(what)
+        self.save()
+
+    def save(self, error: str | None = None) -> None:
+        file = self.work / f"{self.name}.json"
+        state = {"found": self.found, "skipped": self.skipped, "error": error}
+        file.with_suffix(".part").write_text(json.dumps(state))
+        os.replace(file.with_suffix(".part"), file)
+
+    def earlier(self, section: str) -> dict[str, Any]:
+        """What another section found, {} if it did not run."""
+        file = self.work / f"{section}.json"
+        found = json.loads(file.read_text())["found"] if file.exists() else {}
+        assert isinstance(found, dict)
+        return found
+
+    @property
+    def cuda(self) -> bool:
+        return torch.device(self.device).type == "cuda"
+
+    def wait(self) -> None:
+        """Until the device has nothing more to do."""
+        if self.cuda:
+            torch.cuda.synchronize()
+
+
+def seconds(section: Section, work: Callable[[], object]) -> float:
+    """Device time of what `work` puts on the current stream (CUDA events); wall time on a CPU."""
+    if not section.cuda:
+        began = time.perf_counter()
+        work()
+        return time.perf_counter() - began
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
+
+
+def copy_gb_s(section: Section, source: torch.Tensor, destination: torch.Tensor) -> float:
+    """Best of some rounds of copying uint8 [n] to the device."""
+    repeats = max(1, min(20, 256 * MIB // source.numel()))
+
+    def copies() -> None:
+        for _ in range(repeats):
+            destination.copy_(source, non_blocking=True)
+
+    copies()
+    return repeats * source.numel() / 1e9 / min(seconds(section, copies) for _ in range(3))
+
+
+def reads_directly(folder: Path) -> bool:
+    """Whether files here can be read past the page cache."""
+    file = folder / "direct"
+    file.write_bytes(bytes(4096))
+    try:
+        os.close(os.open(file, os.O_RDONLY | os.O_DIRECT))
+    except (AttributeError, OSError):
+        return False
+    finally:
+        file.unlink()
+    return True
