@@ -49,6 +49,10 @@ def executable(path: Path, text: str) -> None:
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
 
+LAUNCH = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+"""The tests may run where Ctrl-C is ignored (a background job), and a shell cannot undo that for itself."""
+
+
 class Machine:
     """A checkout that holds only the tools, on a machine whose python3, pip and nvidia-smi are scripts."""
 
@@ -75,7 +79,7 @@ class Machine:
 
     def start(self, *command: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [str(self.checkout / "tools" / command[0]), *command[1:]],
+            [sys.executable, "-c", LAUNCH, str(self.checkout / "tools" / command[0]), *command[1:]],
             cwd=self.world,
             env={"PATH": f"{self.world / 'bin'}:{os.defpath}:/usr/bin:/bin"},
             stdin=subprocess.DEVNULL,
