@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument(
         "--dir", type=Path, default=Path.cwd(), help="where to write up to 2.5 GB for a minute (default: here)"
     )
-    parser.add_argument("--seconds", type=float, default=20.0, help="of measuring per expert size (default: 20)")
+    parser.add_argument("--seconds", type=float, default=40.0, help="of measuring per expert size (default: 40)")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     arguments = parser.parse_args()
     if not hasattr(os, "O_DIRECT"):
