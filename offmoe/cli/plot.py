@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from html import escape
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,8 +159,9 @@ def _png(path: Path, figure: Figure) -> None:
     drawing: Any = import_module("matplotlib.figure").Figure(figsize=(9, 5.5), layout="constrained")
     canvas.FigureCanvasAgg(drawing)
     axes = drawing.add_subplot()
+    dashes = cycle(("--", "-.", ":"))  # without labels at the lines, the bounds must differ by themselves
     for curve in figure.curves:
-        style = {"linestyle": "--", "color": "0.6"} if curve.is_bound else {"marker": "o"}
+        style = {"linestyle": next(dashes), "color": "0.4"} if curve.is_bound else {"marker": "o"}
         axes.plot([n for n, _ in curve.points], [100 * r for _, r in curve.points], label=curve.name, **style)
     axes.axvline(figure.marked, color="0.7", linestyle=":")
     axes.set(xlabel="slots per layer", ylabel="hit rate, %", title=figure.title, ylim=(0, 100))
