@@ -193,7 +193,7 @@ def test_a_demand_overtakes_what_is_read_ahead(checkpoint):
         assert rig.use(*[(e, e) for e in range(10)])
         want = start_of(checkpoint, 20) // 4096
         later = [o // 4096 for o in reads.offsets if o // 4096 not in reads.gates]
-        assert later[0] == want
+        assert want in later[:4], "the first each of the four readers took next, in whatever order they say so"
     finally:
         rig.close()
 
