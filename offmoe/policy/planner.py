@@ -16,7 +16,7 @@ from offmoe.config import CacheOptions
 from offmoe.policy.eviction import LRU, LRU2, AgedLFU, EvictionPolicy, Static
 from offmoe.policy.prefetch import PrefetchPolicy, build_prefetch
 from offmoe.policy.queues import S3FIFO, Sieve
-from offmoe.policy.residency import Residency
+from offmoe.policy.residency import Admission, Residency
 from offmoe.types import Access, CacheShape, ExpertKey, Fetch, Lookup, Plan, Wave
 
 MakePolicy = Callable[[int, int], EvictionPolicy]
@@ -49,7 +49,8 @@ class Planner:
             self._policies = [policy] * shape.layers
             self._pools = [Residency(keys, range(sum(quotas)), policy)] * shape.layers
         self._key_of = [ExpertKey(layer, e) for layer in range(shape.layers) for e in range(shape.experts[layer])]
-        self._first_global = [0, *accumulate(shape.experts)]
+        # Where a pool's keys begin among all experts: keys of a layer's own pool count from 0.
+        self._base = [0, *accumulate(shape.experts)] if options.scope == "layer" else [0] * shape.layers
         self._prefetch: PrefetchPolicy = build_prefetch(options.prefetch, shape.top_k)
         self.num_slots = sum(quotas)
         self.may_prefetch = options.prefetch != 0
@@ -84,17 +85,19 @@ class Planner:
         return Plan(layer, waves, prefetches, len(here) - pending, pending, len(missing))
 
     def _admit(self, layer: int, missing: Sequence[int], protected: Collection[int]) -> tuple[Fetch, ...]:
-        pool, key_of = self._pools[layer], self._key_of
-        base = self._first_global[layer] if self.options.scope == "layer" else 0
+        pool = self._pools[layer]
         if len(protected) > FEW:
             protected = frozenset(protected)
         fetches = []
         for key in missing:
             admission = pool.admit(key, protected)
             assert admission is not None, "a wave is never larger than its pool"
-            slot, evicted = admission
-            fetches.append(Fetch(key_of[base + key], slot, None if evicted is None else key_of[base + evicted]))
+            fetches.append(self._fetch(layer, key, admission))
         return tuple(fetches)
+
+    def _fetch(self, layer: int, key: int, admission: Admission) -> Fetch:
+        base, (slot, evicted) = self._base[layer], admission
+        return Fetch(self._key_of[base + key], slot, None if evicted is None else self._key_of[base + evicted])
 
     def _wave(self, layer: int, keys: Sequence[int], fetches: tuple[Fetch, ...]) -> Wave:
         pool, first = self._pools[layer], self._first_key[layer]
@@ -123,7 +126,6 @@ class Planner:
         if limit == 0:
             return ()
         pool, first = self._pools[layer], self._first_key[layer]
-        base = self._first_global[layer] if self.options.scope == "layer" else 0
         wanted = [first + e for e in predicted[: pool.capacity]]
         protected = set(wanted)
         fetches: list[Fetch] = []
@@ -134,9 +136,7 @@ class Planner:
                 admission = pool.admit(key, protected, pending=True)
                 if admission is None:
                     break
-                slot, evicted = admission
-                forgotten = None if evicted is None else self._key_of[base + evicted]
-                fetches.append(Fetch(self._key_of[base + key], slot, forgotten))
+                fetches.append(self._fetch(layer, key, admission))
         if fetches:
             self._prefetch.issued(layer, [f.key.expert for f in fetches])
         return tuple(fetches)

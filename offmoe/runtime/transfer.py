@@ -104,10 +104,6 @@ class TransferEngine:
         for thread in self._threads:
             thread.start()
 
-    @property
-    def staging_bytes(self) -> int:
-        return len(self._staging) * self._staging.nbytes
-
     def fetch(self, fetches: Sequence[Fetch], *, ahead: bool = False) -> None:
         """Start moving experts; `ahead` for those that nothing waits for yet."""
         if not fetches:
