@@ -17,7 +17,8 @@ import torch
 from offmoe.config import Default, OffloadConfig
 from offmoe.errors import ConfigError
 from offmoe.hf import experts as hf_experts
-from offmoe.hf.catalog import COMPUTABLE, ExpertCatalog, build_catalog, find_experts
+from offmoe.hf.adapters import find_experts
+from offmoe.hf.catalog import COMPUTABLE, ExpertCatalog, build_catalog
 from offmoe.hf.load import build_meta, load_dense, model_class, read_config, require_index, resolve_folder
 from offmoe.hf.needs import model_bytes
 from offmoe.offload import Offload

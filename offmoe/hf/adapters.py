@@ -1,187 +1,144 @@
-"""The one place that knows transformers' semi-private interfaces; everything else in offmoe goes through these names.
+"""What offmoe must know about a kind of experts module: what an expert's parameters are, and how the module calls it.
 
-Nothing moves here. Three things are borrowed: the registry of experts implementations, the attributes that its
-decorator sets on every experts module, and the renamings and conversions by which the loader maps a checkpoint's names
-to parameters. None of the three is promised to be stable, so a release that lacks one is refused by name, at import,
-rather than misread.
+Nothing moves here. Every experts module in transformers' registry is of one kind, known by the attributes that the
+registry's decorator sets; an architecture outside the registry has a small class here. Everything else in offmoe works
+on what an adapter says and knows no architecture.
 
-The tests pass on 5.17.0 and on 5.23.0. What only the later ones set (`_is_expert_parallel`, `has_post_expert_norm`) is
-not relied on. This module must never touch a tensor's values.
+What it must never do: compute anything that the module it stands for would not, dropped tokens and quirks included.
+
+The tests pass on transformers 5.17.0 and 5.23.0. What only the later ones set (`_is_expert_parallel`,
+`has_post_expert_norm`) is not relied on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-import transformers
 from torch import nn
 
-from offmoe.errors import ConfigError
+from offmoe.runtime.kernels import ExpertMath, GatedFFN, combine
 
-TESTED_VERSIONS = "5.17 to 5.23"
+Rows = Callable[[ExpertMath, torch.Tensor, torch.Tensor], torch.Tensor]
+"""rows(math, hidden [T, H], ids [T, k]) -> [T * k, H]: every token through its experts, unweighted, in the order of
+ids; a row whose id is no expert's is zero."""
 
-try:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        Concatenate,
-        MergeModulelist,
-        Transpose,
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
-    )
-    from transformers.integrations.moe import (
-        ALL_EXPERTS_FUNCTIONS,
-        batched_mm_experts_forward,
-        grouped_mm_experts_forward,
-    )
-except ImportError as error:
-    raise ConfigError(
-        f"transformers {transformers.__version__} lacks something that offmoe builds on ({error}); "
-        f"install a tested version: pip install 'transformers>=5.17,<5.24' (tested: {TESTED_VERSIONS})"
-    ) from error
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-__all__ = [
-    "ALL_EXPERTS_FUNCTIONS",
-    "TESTED_VERSIONS",
-    "Concat",
-    "MappedName",
-    "Merge",
-    "Swap",
-    "WeightConverter",
-    "batched_mm_experts_forward",
-    "expert_parameters",
-    "grouped_mm_experts_forward",
-    "is_experts",
-    "map_names",
-    "run_converter",
-    "steps",
-]
-
-REGISTRY_ATTRIBUTES = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
-"""Set by `use_experts_implementation` on every instance of a registered experts class."""
+HANDLE = "_offmoe"
+"""Attribute of a registry module that holds what computes for it."""
 
 
-def is_experts(module: nn.Module) -> bool:
-    """Whether `module` dispatches its forward through the registry of experts implementations."""
-    return all(hasattr(module, name) for name in REGISTRY_ATTRIBUTES)
+class Place(NamedTuple):
+    """Whose weights a parameter of the model holds.
 
-
-def expert_parameters(module: nn.Module) -> tuple[str, ...]:
-    """Names of the parameters of a registered experts module that have the experts as their first dimension."""
-    up = "gate_up_proj" if module.has_gate else "up_proj"
-    names = (up, "down_proj")
-    return (*names, *(f"{name}_bias" for name in names)) if module.has_bias else names
-
-
-class MappedName(NamedTuple):
-    """A checkpoint's tensor and the parameter it becomes, or becomes a part of.
-
-    `pattern` is the source pattern of `converter` that matched, None without a converter.
+    param: the name of that parameter of one expert. expert: whose it is; None for all experts', which follow each other
+    along its first dimension.
     """
 
-    name: str
-    target: str
-    pattern: str | None
-    converter: WeightConverter | None
+    param: str
+    expert: int | None = None
 
 
-def map_names(model: PreTrainedModel, names: Iterable[str]) -> Iterator[MappedName]:
-    """Map a checkpoint's names to parameters of `model` (meta device will do), exactly as transformers' loader does.
+class ExpertsAdapter(ABC):
+    """One kind of experts module. Methods but the first get a module that it claims."""
 
-    In the loader's order, because grouped renamings depend on it. Targets that the model does not have come out as they
-    are.
-    """
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    prefix, parameters = model.base_model_prefix, model.state_dict()
-    for name in sorted(names, key=dot_natural_key):
-        target, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
-        if target not in parameters and name in parameters:  # already the parameter's own name
-            target, pattern = rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=parameters)
-        yield MappedName(name, target, pattern, converter_of[pattern] if pattern is not None else None)
+    @abstractmethod
+    def claims(self, module: nn.Module) -> bool:
+        """Whether `module` is of this kind; also after `strip`."""
 
+    @abstractmethod
+    def num_experts(self, module: nn.Module) -> int:
+        """Experts whose weights it has; before `strip`."""
 
-class Merge(NamedTuple):
-    """Stack the tensors of one pattern, one per expert, along a new dimension."""
+    @abstractmethod
+    def shapes(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
+        """Of the parameters of one expert, by the names that `math` reads; before `strip`."""
 
-    dim: int
+    @abstractmethod
+    def places(self, module: nn.Module) -> dict[str, Place]:
+        """What each parameter under `module` holds that belongs to experts, by its name there; before `strip`."""
 
+    def strip(self, module: nn.Module) -> None:
+        """Delete experts' parameters. The loader then has no place for their tensors and leaves them in the shards."""
+        for name in self.places(module):
+            owner, _, param = name.rpartition(".")
+            holder = module.get_submodule(owner)
+            del holder._parameters[param]  # not None: a None parameter would refuse plain tensors later
+            # not an attribute of Module; the initialisation of missing weights looks parameters up by name
+            setattr(holder, "_is_hf_initialized", True)  # noqa: B010
+        setattr(module, "_is_hf_initialized", True)  # noqa: B010
 
-class Concat(NamedTuple):
-    """Join the tensors of all patterns, in the order of the converter's patterns."""
+    @abstractmethod
+    def math(self, module: nn.Module) -> ExpertMath:
+        """What one expert computes."""
 
-    dim: int
-
-
-class Swap(NamedTuple):
-    """Exchange two dimensions; with `check`, only if the shape is not the parameter's own already."""
-
-    dim0: int
-    dim1: int
-    check: bool
-
-
-def steps(converter: WeightConverter) -> tuple[Merge | Concat | Swap, ...] | None:
-    """The operations of a converter as plain data; None if one of them is none of the three that only move blocks."""
-    out: list[Merge | Concat | Swap] = []
-    for op in converter.operations:
-        if type(op) is MergeModulelist:
-            out.append(Merge(op.dim))
-        elif type(op) is Concatenate:
-            out.append(Concat(op.dim))
-        elif type(op) is Transpose:
-            out.append(Swap(op.dim0, op.dim1, op.check_dims))
-        else:
-            return None
-    return tuple(out)
+    @abstractmethod
+    def connect(self, module: nn.Module, rows: Rows) -> None:
+        """Let this one module compute through `rows` from now on."""
 
 
-def run_converter(
-    converter: WeightConverter,
-    tensors: Mapping[str, Sequence[torch.Tensor]],
-    target: str,
-    model: PreTrainedModel,
-    shapes: Mapping[str, tuple[int, ...]],
-) -> dict[str, torch.Tensor]:
-    """Run a converter's own operations on some experts' tensors -> tensors by full parameter name.
+class RegistryExperts(ExpertsAdapter):
+    """Any class decorated with transformers' `use_experts_implementation`: fused parameters, experts first."""
 
-    tensors: per source pattern. shapes: what operations that look up a parameter's size are told, by full parameter
-    name. Raises whatever the operations raise.
-    """
-    values: Mapping[str, torch.Tensor | list[torch.Tensor]] = {name: list(found) for name, found in tensors.items()}
-    for op in converter.operations:
-        values = op.convert(
-            dict(values),
-            source_patterns=converter.source_patterns,
-            target_patterns=converter.target_patterns,
-            full_layer_name=target,
-            model=_ResizedModel(model, shapes),
-            config=model.config,
-            missing_keys=None,
+    ATTRIBUTES = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+    """Set by the decorator on every instance."""
+
+    def claims(self, module: nn.Module) -> bool:
+        return all(hasattr(module, name) for name in self.ATTRIBUTES)
+
+    def num_experts(self, module: nn.Module) -> int:
+        return int(module.get_parameter("down_proj").shape[0])
+
+    def shapes(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(module.get_parameter(name).shape[1:]) for name in self._names(module)}
+
+    def places(self, module: nn.Module) -> dict[str, Place]:
+        return {name: Place(name) for name in self._names(module)}
+
+    def math(self, module: nn.Module) -> ExpertMath:
+        return GatedFFN(
+            up=self._up(module),
+            activate=module._apply_gate if module.has_gate else module.act_fn,  # type: ignore[arg-type]
+            biased=bool(module.has_bias),
+            transposed=bool(module.is_transposed),
+            normalize=module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,  # type: ignore[arg-type]
         )
-    before, _, after = next((target.partition(name) for name in values if name in target), ("", "", ""))
-    return {before + name + after: v[0] if isinstance(v, list) else v for name, v in values.items()}
+
+    def connect(self, module: nn.Module, rows: Rows) -> None:
+        math = self.math(module)
+
+        def forward(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            return combine(rows(math, hidden, ids), weights, hidden.dtype)
+
+        setattr(module, HANDLE, forward)
+
+    def _up(self, module: nn.Module) -> str:
+        return "gate_up_proj" if module.has_gate else "up_proj"
+
+    def _names(self, module: nn.Module) -> tuple[str, ...]:
+        names = (self._up(module), "down_proj")
+        return (*names, *(f"{name}_bias" for name in names)) if module.has_bias else names
 
 
-class _ResizedModel:
-    """The model as operations see it, with some parameters cut down to the experts at hand."""
+ADAPTERS: tuple[ExpertsAdapter, ...] = (RegistryExperts(),)
 
-    def __init__(self, model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self._model, self._shapes = model, shapes
 
-    def get_parameter(self, name: str) -> torch.Tensor:
-        if name in self._shapes:
-            return torch.empty(self._shapes[name], device="meta")
-        return self._model.get_parameter(name)
+def adapter_of(module: nn.Module) -> ExpertsAdapter | None:
+    """The adapter that claims `module`, if one does."""
+    return next((adapter for adapter in ADAPTERS if adapter.claims(module)), None)
 
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._model, name)
+
+def find_experts(model: nn.Module) -> dict[str, nn.Module]:
+    """Experts modules of a model by module path, in module order, which is the order of a forward."""
+    return {name: module for name, module in model.named_modules() if adapter_of(module) is not None}
+
+
+def expert_parameters(model: nn.Module) -> dict[str, tuple[str, Place]]:
+    """Experts' parameters of a whole model by full name -> (name of the experts module, what of whom it holds)."""
+    out: dict[str, tuple[str, Place]] = {}
+    for name, module in find_experts(model).items():
+        adapter = adapter_of(module)
+        assert adapter is not None
+        out |= {f"{name}.{param}": (name, place) for param, place in adapter.places(module).items()}
+    return out

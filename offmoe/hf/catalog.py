@@ -1,9 +1,9 @@
 """Where every expert of a checkpoint is, and how its tensors become the parameters that its module computes with.
 
-Nothing moves: the input is the checkpoint's headers and a model on the meta device. No architecture is known by name.
-Experts modules are found by the attributes that transformers' registry sets; the checkpoint's names are mapped by the
-loader's own renamings and converters, and what a converter does is worked out once per layer (convert.py). Work is
-linear in the number of tensors: 90,000 names take seconds.
+Nothing moves: the input is the checkpoint's headers and a model on the meta device. No architecture is known by name:
+adapters say which parameters hold which experts; the checkpoint's names are mapped by the loader's own renamings and
+converters, and what a converter does is worked out once per layer (convert.py). Work is linear in the number of
+tensors: 90,000 names take seconds.
 
 What it must never do: guess. An expert that is absent, of another shape or of mixed dtype is an error here, before
 anything is loaded.
@@ -21,8 +21,9 @@ import torch
 from torch import nn
 
 from offmoe.errors import CheckpointError, MissingTensorError, UnsupportedModelError
-from offmoe.hf.adapters import MappedName, expert_parameters, is_experts, map_names, steps
+from offmoe.hf.adapters import adapter_of, expert_parameters, find_experts
 from offmoe.hf.convert import ExpertConversion, Group, Kind, Value, parts_of, trace
+from offmoe.hf.upstream import MappedName, map_names, steps
 from offmoe.runtime.checkpoint import Checkpoint
 from offmoe.runtime.formats import Assembly, ExpertLayout, ExpertRecord, Part
 from offmoe.types import CacheShape, ExpertKey
@@ -59,10 +60,14 @@ class CatalogLayer:
 
 @dataclass(frozen=True)
 class ExpertCatalog:
-    """Every expert of a checkpoint. `layers` in module order; `keys`: all tensor names that belong to experts."""
+    """Every expert of a checkpoint. `layers` in module order.
+
+    keys: the checkpoint's tensors that belong to experts; parameters: the model's, by full name.
+    """
 
     layers: tuple[CatalogLayer, ...]
     keys: frozenset[str]
+    parameters: frozenset[str]
 
     @property
     def shape(self) -> CacheShape:
@@ -83,11 +88,6 @@ class ExpertCatalog:
         }
 
 
-def find_experts(model: nn.Module) -> dict[str, nn.Module]:
-    """Experts modules of a model by module path, in module order, which is the order of a forward."""
-    return {name: module for name, module in model.named_modules() if is_experts(module)}
-
-
 def build_catalog(checkpoint: Checkpoint, meta_model: PreTrainedModel) -> ExpertCatalog:
     """Locate every expert of `meta_model` (meta device, experts not stripped) in `checkpoint`.
 
@@ -100,22 +100,24 @@ def build_catalog(checkpoint: Checkpoint, meta_model: PreTrainedModel) -> Expert
     if not modules:
         raise UnsupportedModelError(
             f"{checkpoint.folder}: {type(meta_model).__name__} has no experts that offmoe can find (none of its "
-            "modules is in transformers' experts registry); use a Mixture-of-Experts model such as Mixtral, "
-            "Qwen-MoE, DeepSeek or gpt-oss"
+            "modules is in transformers' experts registry or known to an adapter); use a Mixture-of-Experts model such "
+            "as Mixtral, Qwen-MoE, DeepSeek or gpt-oss"
         )
-    owner = {f"{name}.{param}": name for name, module in modules.items() for param in expert_parameters(module)}
+    owned = expert_parameters(meta_model)
     groups: dict[str, dict[str, Group]] = {name: {} for name in modules}
     parameters = meta_model.state_dict()
     keys: set[str] = set()
     for mapped in map_names(meta_model, checkpoint.tensors):
-        if mapped.target in owner:
-            _collect(groups[owner[mapped.target]], mapped, checkpoint)
+        if mapped.target in owned:
+            name, place = owned[mapped.target]
+            _collect(groups[name], mapped, f"{name}.{place.param}", place.expert, checkpoint)
             keys.add(mapped.name)
         elif mapped.converter is None and mapped.target in parameters:
             _check_shape(checkpoint, mapped.name, tuple(parameters[mapped.target].shape))
             _check_computable(checkpoint, mapped.name, parameters[mapped.target])
     builder = _Builder(checkpoint, meta_model, groups)
-    return ExpertCatalog(tuple(builder.layer(name, module) for name, module in modules.items()), frozenset(keys))
+    layers = tuple(builder.layer(name, module) for name, module in modules.items())
+    return ExpertCatalog(layers, frozenset(keys), frozenset(owned))
 
 
 def refuse_quantised(source: object, config: object) -> None:
@@ -146,16 +148,27 @@ def find_top_k(module: nn.Module, block: nn.Module, config: object) -> int:
     )
 
 
-def _collect(groups: dict[str, Group], mapped: MappedName, checkpoint: Checkpoint) -> None:
-    group = groups.setdefault(mapped.target, Group(mapped.target, mapped.converter))
-    names = group.names.setdefault(mapped.pattern or mapped.name, [])
-    if group.converter is not mapped.converter or (group.converter is None and len(group.names) > 1):
-        first = next(iter(group.names.values()))[0]
+def _collect(
+    groups: dict[str, Group], mapped: MappedName, target: str, expert: int | None, checkpoint: Checkpoint
+) -> None:
+    """Put a tensor of the checkpoint to those that make `target`; expert: whose it is, if the model's name says it."""
+    group = groups.setdefault(target, Group(target, mapped.converter))
+    if expert is None:
+        source: str | int = mapped.pattern or mapped.name
+        first = next((names[0] for names in group.names.values()), None)
+        twice = group.converter is None and first is not None
+    else:
+        source, first = expert, group.owned.get(expert)
+        twice = first is not None
+    if twice or group.converter is not mapped.converter:
         raise CheckpointError(
             f"{checkpoint.folder}: tensors {first!r} and {mapped.name!r} both become {mapped.target!r}; "
             "keep one of the two formats in the checkpoint"
         )
-    names.append(mapped.name)
+    if isinstance(source, int):
+        group.owned[source] = mapped.name
+    else:
+        group.names.setdefault(source, []).append(mapped.name)
 
 
 def _check_shape(checkpoint: Checkpoint, name: str, expected: tuple[int, ...]) -> None:
@@ -188,16 +201,16 @@ class _Builder:
     tried: dict[object, dict[str, torch.dtype]] = field(default_factory=dict)
 
     def layer(self, name: str, module: nn.Module) -> CatalogLayer:
-        shapes = {param: tuple(module.get_parameter(param).shape) for param in expert_parameters(module)}
-        num_experts = next(iter(shapes.values()))[0]
-        per_expert = {param: shape[1:] for param, shape in shapes.items()}
-        groups = tuple(self.groups[name].values())
-        self._check_present(name, tuple(shapes), groups)
+        adapter = adapter_of(module)
+        assert adapter is not None
+        num_experts, per_expert = adapter.num_experts(module), adapter.shapes(module)
+        groups = tuple(group.settled() for group in self.groups[name].values())
+        self._check_present(name, tuple(per_expert), groups)
         kinds = [[self._kind(group, names, num_experts) for names in group.names.values()] for group in groups]
         parts: list[Part] = []
         dtypes: dict[str, torch.dtype] = {}
         for group, kind in zip(groups, kinds, strict=True):
-            param = group.target.rpartition(".")[2]
+            param = group.target.removeprefix(f"{name}.")
             dtypes[param] = self._one_dtype(group, kind)
             value = trace(group, [k.shape for k in kind], (1, *per_expert[param]))
             if value is None:
@@ -237,7 +250,9 @@ class _Builder:
         segment = self.checkpoint.segment
         sources = [(group.per_expert, names) for group in groups for names in group.names.values()]
         return tuple(
-            ExpertRecord(tuple([segment(names[e]) if each else segment(names[0], e) for each, names in sources]))
+            ExpertRecord(
+                tuple([segment(names[e]) if each else segment(names[0], e, num_experts) for each, names in sources])
+            )
             for e in range(num_experts)
         )
 
@@ -260,10 +275,10 @@ class _Builder:
         shape, dtype = Counter((info.shape, info.dtype) for info in infos).most_common(1)[0][0]
         if group.per_expert:
             self._check_count(group, names, num_experts)
-        elif shape[:1] != (num_experts,):
+        elif not shape or not shape[0] or shape[0] % num_experts:
             raise CheckpointError(
                 f"{self.checkpoint.shards[infos[0].shard]}: tensor {names[0]!r} has shape {list(shape)}, the model "
-                f"expects [{num_experts}, ...], one row per expert; {OTHER_MODEL}"
+                f"expects [{num_experts}, ...], equal parts for all experts; {OTHER_MODEL}"
             )
         for name, info in zip(names, infos, strict=True):
             if info.dtype not in COMPUTABLE:
@@ -275,7 +290,9 @@ class _Builder:
                 _check_shape(self.checkpoint, name, shape)
             if info.dtype != dtype:
                 self._mixed(name, info.dtype, dtype)
-        return Kind(shape if group.per_expert else shape[1:], dtype)
+        if group.per_expert:
+            return Kind(shape, dtype)
+        return Kind(shape[1:] if shape[0] == num_experts else (shape[0] // num_experts, *shape[1:]), dtype)
 
     def _check_count(self, group: Group, names: list[str], num_experts: int) -> None:
         if len(names) > num_experts:
@@ -329,8 +346,12 @@ class _Builder:
             if block.swapped:
                 wanted[-2:] = wanted[:-3:-1]
             if kinds[block.source].shape != tuple(wanted):
-                rows = () if group.per_expert else (num_experts,)
-                _check_shape(self.checkpoint, group.names[patterns[block.source]][0], (*rows, *wanted))
+                name = group.names[patterns[block.source]][0]
+                if not group.per_expert and len(self.checkpoint.tensors[name].shape) == len(wanted):
+                    wanted[0] *= num_experts
+                elif not group.per_expert:
+                    wanted.insert(0, num_experts)
+                _check_shape(self.checkpoint, name, tuple(wanted))
         raise CheckpointError(
             f"{self.checkpoint.folder}: the tensors of {group.target!r} make {list(value.shape[1:])} per expert, the "
             f"model expects {list(expected)}; {OTHER_MODEL}"
@@ -354,7 +375,11 @@ def _numbered_like(names: Sequence[str], num_experts: int) -> list[str]:
     split = [name.split(".") for name in names]
     same_length = len({len(fields) for fields in split}) == 1
     varying = [i for i, fields in enumerate(zip(*split, strict=False)) if len(set(fields)) > 1] if same_length else []
-    if len(varying) != 1 or not all(fields[varying[0]].isdigit() for fields in split):
+    if len(varying) != 1:
         return []
     at = varying[0]
-    return [".".join((*split[0][:at], str(e), *split[0][at + 1 :])) for e in range(num_experts)]
+    before, after = split[0][:at], split[0][at + 1 :]
+    label = split[0][at].rstrip("0123456789")
+    if not all(fields[at].startswith(label) and fields[at][len(label) :].isdigit() for fields in split):
+        return []
+    return [".".join((*before, f"{label}{e}", *after)) for e in range(num_experts)]

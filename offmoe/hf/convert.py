@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from offmoe.errors import CheckpointError, UnsupportedModelError
-from offmoe.hf.adapters import Concat, Merge, Swap, WeightConverter, run_converter, steps
+from offmoe.hf.upstream import Concat, Merge, Swap, WeightConverter, run_converter, steps
 from offmoe.runtime.formats import Part
 
 if TYPE_CHECKING:
@@ -30,16 +30,26 @@ if TYPE_CHECKING:
 class Group:
     """The checkpoint's tensors that one converter (or, without one, a renaming) turns into the parameter `target`.
 
-    names: per source pattern, in the loader's order: one tensor per expert, or a single one with a row per expert.
+    names: per source pattern, in the loader's order: one tensor per expert, or a single one with all experts' rows.
+    owned: expert -> its tensor, where the model itself has a parameter per expert; `settled` makes them names.
     """
 
     target: str
     converter: WeightConverter | None
     names: dict[str, list[str]] = field(default_factory=dict)
+    owned: dict[int, str] = field(default_factory=dict)
+
+    def settled(self) -> Group:
+        """Once all tensors are known: with `owned` in expert order among the names."""
+        if self.owned:
+            self.names[self.target] = [self.owned[expert] for expert in sorted(self.owned)]
+        return self
 
     @property
     def per_expert(self) -> bool:
         """Whether each expert has tensors of its own."""
+        if self.owned:
+            return True
         if self.converter is None:
             return False
         known = steps(self.converter)
@@ -91,7 +101,7 @@ def trace(group: Group, shapes: Sequence[tuple[int, ...]], expected: tuple[int, 
     order = list(group.names)
     values: dict[str, Value] = {}
     for i, pattern in enumerate(order):
-        shape = shapes[i] if group.per_expert else (1, *shapes[i])
+        shape = shapes[i] if group.per_expert and group.converter is not None else (1, *shapes[i])
         values[pattern] = Value(shape, (Block(i, (0,) * len(shape), shape),))
     if group.converter is None:
         return values[order[0]]

@@ -24,8 +24,8 @@ import torch
 import transformers
 
 from offmoe.errors import CapacityError, CheckpointError, ConfigError, MissingTensorError, UnsupportedModelError
-from offmoe.hf.adapters import expert_parameters
-from offmoe.hf.catalog import ExpertCatalog, find_experts, refuse_quantised
+from offmoe.hf.adapters import adapter_of, find_experts
+from offmoe.hf.catalog import ExpertCatalog, refuse_quantised
 from offmoe.hf.save import MODEL_FILES, attach_safe_save
 from offmoe.runtime.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 
@@ -242,8 +242,7 @@ def load_dense(
             why = "offmoe sets it itself" if option in OURS else "offmoe cannot honour it"
             raise ConfigError(f"option {option!r} of transformers: {why}; leave it out")
     refuse_quantised(folder, config)
-    expert_names = frozenset(f"{layer.name}.{param.name}" for layer in catalog.layers for param in layer.layout.params)
-    skeleton = _without_experts(cls, expert_names)
+    skeleton = _without_experts(cls, catalog.parameters)
     load = cast("Callable[..., tuple[PreTrainedModel, Mapping[str, Iterable[str]]]]", skeleton.from_pretrained)
     try:
         model, report = load(
@@ -316,11 +315,11 @@ def _without_experts(cls: type[PreTrainedModel], expert_names: frozenset[str]) -
 def _strip(model: PreTrainedModel) -> None:
     """Delete experts' parameters. The loader then has no place for their tensors and leaves them in the shards."""
     for name, module in find_experts(model).items():
-        if module._non_persistent_buffers_set:
+        if any(part._non_persistent_buffers_set for part in module.modules()):
             raise UnsupportedModelError(f"experts {name!r} compute their own buffers, which offmoe does not run yet")
-        for param in expert_parameters(module):
-            del module._parameters[param]  # not None: a None parameter would refuse plain tensors later
-        setattr(module, "_is_hf_initialized", True)  # noqa: B010 -- not an attribute of Module; the initialisation of missing weights looks the parameters up by name
+        adapter = adapter_of(module)
+        assert adapter is not None
+        adapter.strip(module)
 
 
 def _exactly(name: str, prefix: str) -> str:

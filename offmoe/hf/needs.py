@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from offmoe.hf.adapters import expert_parameters
-from offmoe.hf.catalog import ExpertCatalog, find_experts
+from offmoe.hf.catalog import ExpertCatalog
 from offmoe.runtime.formats import PARAM_ALIGNMENT, ExpertLayout, aligned
 from offmoe.runtime.memory import ModelBytes
 from offmoe.runtime.store import plan_reads
@@ -56,11 +56,7 @@ def _cast_bytes(layout: ExpertLayout, dtype: torch.dtype) -> int:
 
 def dense_bytes(meta_model: PreTrainedModel, dtype: torch.dtype) -> int:
     """Parameters and buffers that are not experts', shared ones once; floating point ones in `dtype`."""
-    experts = {
-        id(module.get_parameter(name))
-        for module in find_experts(meta_model).values()
-        for name in expert_parameters(module)
-    }
+    experts = {id(meta_model.get_parameter(name)) for name in expert_parameters(meta_model)}
     tensors = {id(t): t for t in [*meta_model.parameters(), *meta_model.buffers()] if id(t) not in experts}
     return sum(t.numel() * (dtype.itemsize if t.is_floating_point() else t.element_size()) for t in tensors.values())
 

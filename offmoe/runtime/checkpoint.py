@@ -111,21 +111,23 @@ class Checkpoint:
                 "the download is incomplete or belongs to another architecture"
             ) from None
 
-    def segment(self, name: str, row: int | None = None) -> Segment:
-        """Bytes of a whole tensor, or of row `row` of its first dimension (which the segment's shape then drops).
+    def segment(self, name: str, part: int | None = None, parts: int = 1) -> Segment:
+        """Bytes of a whole tensor, or of part `part` of the `parts` equal ones that its first dimension is cut into.
 
-        Raises MissingTensorError for an unknown name, CheckpointError if the tensor has no such row.
+        A part of one row drops that dimension. Raises MissingTensorError for an unknown name, CheckpointError if the
+        tensor cannot be cut so.
         """
         info = self.info(name)
-        if row is None:
+        if part is None:
             return Segment(info.shard, info.offset, info.nbytes, info.dtype, info.shape, name)
-        if not info.shape or not 0 <= row < info.shape[0]:
+        if not info.shape or not 0 <= part < parts or info.shape[0] % parts or not info.shape[0]:
             raise CheckpointError(
-                f"{self.shards[info.shard]}: tensor {name!r} has shape {list(info.shape)} and therefore no row {row}; "
-                "config.json and the shards are not of the same model"
+                f"{self.shards[info.shard]}: tensor {name!r} has shape {list(info.shape)} and therefore no part {part} "
+                f"of {parts} equal ones; config.json and the shards are not of the same model"
             )
-        nbytes = info.nbytes // info.shape[0]
-        return Segment(info.shard, info.offset + row * nbytes, nbytes, info.dtype, info.shape[1:], name)
+        nbytes, rows = info.nbytes // parts, info.shape[0] // parts
+        shape = info.shape[1:] if rows == 1 else (rows, *info.shape[1:])
+        return Segment(info.shard, info.offset + part * nbytes, nbytes, info.dtype, shape, name)
 
 
 def identity(status: os.stat_result) -> Identity:

@@ -24,7 +24,7 @@ from offmoe.policy.planner import Planner, build_planner
 from offmoe.runtime.arena import SlotArena
 from offmoe.runtime.backend import Backend
 from offmoe.runtime.formats import ExpertLayout
-from offmoe.runtime.kernels import ExpertMath, combine, expert_ffn
+from offmoe.runtime.kernels import ExpertMath, expert_ffn
 from offmoe.runtime.transfer import TransferEngine
 from offmoe.trace import TraceWriter
 from offmoe.types import Access, CacheStats, Demand, Plan, count_demands, rank_predictions
@@ -86,46 +86,34 @@ class ExpertExecutor:
         self._sound = True
         """Whether slots hold what residency says; false while a layer runs, and after a failure cut short."""
 
-    def run(
-        self,
-        layer: int,
-        math: ExpertMath,
-        hidden: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
-    ) -> torch.Tensor:
-        """Experts of one layer: hidden [T, H], top_k_index [T, k], top_k_weights [T, k] -> [T, H] in hidden's dtype."""
+    def run(self, layer: int, math: ExpertMath, hidden: torch.Tensor, top_k_index: torch.Tensor) -> torch.Tensor:
+        """Experts of one layer: hidden [T, H], top_k_index [T, k] -> rows [T * k, H] in router order, unweighted.
+
+        A row whose id is no expert's is zero.
+        """
         with self.user:  # parts of a model can be called without the whole, past the lock around its forward
             if not self._sound:
                 self.forget()
             self._sound = False
             try:
-                out = self._run(layer, math, hidden, top_k_index, top_k_weights)
+                rows = self._run(layer, math, hidden, top_k_index)
             except BaseException:
                 self.forget()
                 raise
             self._sound = True
-            return out
+            return rows
 
-    def _run(
-        self,
-        layer: int,
-        math: ExpertMath,
-        hidden: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
-    ) -> torch.Tensor:
+    def _run(self, layer: int, math: ExpertMath, hidden: torch.Tensor, top_k_index: torch.Tensor) -> torch.Tensor:
         ids, predicted = self._routing(layer, top_k_index)
         if self.trace is not None:
             self.trace.record(layer, ids, predicted)
         demands, tail = count_demands(ids, self.shape.experts[layer])
         if not demands:
-            return torch.zeros_like(hidden)
+            return hidden.new_zeros(top_k_index.numel(), hidden.shape[-1])
         ahead = () if predicted is None else rank_predictions(predicted, self.shape.experts[layer + 1])
         plan = self._planner.plan(Access(layer, demands, tail, ahead))
         self.stats.add(plan, self.shape)
-        rows = self._execute(plan, math, hidden, top_k_index, ids, demands)
-        return combine(rows, top_k_weights, hidden.dtype)
+        return self._execute(plan, math, hidden, top_k_index, ids, demands)
 
     def forget(self) -> None:
         """Start again from an empty cache; a recording ends here, since replay could not follow."""
@@ -163,7 +151,7 @@ class ExpertExecutor:
         ids: np.ndarray,
         demands: Sequence[Demand],
     ) -> torch.Tensor:
-        """Rows [T * k, H] of every (token, expert) pair, not yet weighted."""
+        """Rows of every (token, expert) pair."""
         transfer, layout = self._transfer, self._layouts[plan.layer]
         single = len(ids) == 1
         groups = {} if single else _groups(top_k_index, demands)

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from offmoe.errors import CheckpointError, MissingTensorError, UnsupportedModelError
-from offmoe.hf.adapters import expert_parameters
-from offmoe.hf.catalog import CatalogLayer, ExpertCatalog, build_catalog, find_experts, find_top_k
+from offmoe.hf.adapters import expert_parameters, find_experts
+from offmoe.hf.catalog import CatalogLayer, ExpertCatalog, build_catalog, find_top_k
 from offmoe.hf.load import build_meta, model_class
 from offmoe.runtime.checkpoint import Checkpoint
 from offmoe.types import ExpertKey
@@ -44,7 +44,9 @@ def assert_same_experts(folder: Path, stock: PreTrainedModel) -> ExpertCatalog:
     for layer, module in zip(catalog.layers, modules.values(), strict=True):
         for expert in range(layer.num_experts):
             views, read = read_expert(checkpoint, layer, expert)
-            assert tuple(views) == expert_parameters(module)
+            assert {f"{layer.name}.{name}" for name in views} == {
+                name for name, (owner, _) in expert_parameters(stock).items() if owner == layer.name
+            }
             assert read == sum(view.nbytes for view in views.values()) == layer.records[expert].nbytes
             for name, view in views.items():
                 assert torch.equal(view, module.get_parameter(name)[expert]), (layer.name, expert, name)

@@ -10,9 +10,9 @@ from transformers import AutoConfig
 from transformers.core_model_loading import Concatenate, ConversionOps, Interleave, MergeModulelist, Transpose
 
 from offmoe.errors import CheckpointError, UnsupportedModelError
-from offmoe.hf.adapters import Concat, Merge, Swap, WeightConverter, steps
 from offmoe.hf.convert import Block, ExpertConversion, Group, Kind, parts_of, trace
 from offmoe.hf.load import build_meta, model_class
+from offmoe.hf.upstream import Concat, Merge, Swap, WeightConverter, steps
 from offmoe.runtime.formats import Assembly, ExpertLayout, Part, Segment
 from tests import tiny
 

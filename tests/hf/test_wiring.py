@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from offmoe.hf.catalog import find_experts
+from offmoe.hf.adapters import find_experts
 from offmoe.hf.wiring import RouterWiring, WiringRecorder
 from tests import tiny
 
