@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from offmoe.errors import CheckpointError, MissingTensorError, UnsupportedModelError
-from offmoe.hf.adapters import adapter_of, expert_parameters, find_experts
+from offmoe.hf.adapters import Place, adapter_of, expert_parameters, find_experts
 from offmoe.hf.convert import ExpertConversion, Group, Kind, Value, parts_of, trace
 from offmoe.hf.upstream import MappedName, map_names, steps
 from offmoe.runtime.checkpoint import Checkpoint
@@ -110,7 +110,7 @@ def build_catalog(checkpoint: Checkpoint, meta_model: PreTrainedModel) -> Expert
     for mapped in map_names(meta_model, checkpoint.tensors):
         if mapped.target in owned:
             name, place = owned[mapped.target]
-            _collect(groups[name], mapped, f"{name}.{place.param}", place.expert, checkpoint)
+            _collect(groups[name], mapped, name, place, checkpoint)
             keys.add(mapped.name)
         elif mapped.converter is None and mapped.target in parameters:
             _check_shape(checkpoint, mapped.name, tuple(parameters[mapped.target].shape))
@@ -148,11 +148,10 @@ def find_top_k(module: nn.Module, block: nn.Module, config: object) -> int:
     )
 
 
-def _collect(
-    groups: dict[str, Group], mapped: MappedName, target: str, expert: int | None, checkpoint: Checkpoint
-) -> None:
-    """Put a tensor of the checkpoint to those that make `target`; expert: whose it is, if the model's name says it."""
-    group = groups.setdefault(target, Group(target, mapped.converter))
+def _collect(groups: dict[str, Group], mapped: MappedName, layer: str, place: Place, checkpoint: Checkpoint) -> None:
+    """Put a tensor of the checkpoint to those that make the same parameter of `layer`."""
+    target, expert = f"{layer}.{place.param}", place.expert
+    group = groups.setdefault(target, Group(target, mapped.converter, entries=place.entries))
     if expert is None:
         source: str | int = mapped.pattern or mapped.name
         first = next((names[0] for names in group.names.values()), None)
@@ -204,7 +203,7 @@ class _Builder:
         adapter = adapter_of(module)
         assert adapter is not None
         num_experts, per_expert = adapter.num_experts(module), adapter.shapes(module)
-        groups = tuple(group.settled() for group in self.groups[name].values())
+        groups = tuple(group.settled(num_experts) for group in self.groups[name].values())
         self._check_present(name, tuple(per_expert), groups)
         kinds = [[self._kind(group, names, num_experts) for names in group.names.values()] for group in groups]
         parts: list[Part] = []
@@ -231,7 +230,8 @@ class _Builder:
             dtypes = self.tried[structure]
             assembly = Assembly(convert=conversion)
         wanted = {param: (dtypes[param], shape) for param, shape in per_expert.items()}
-        top_k = find_top_k(module, self.model.get_submodule(name.rpartition(".")[0]), self.model.config)
+        block = self.model.get_submodule(name.rpartition(".")[0])
+        top_k = adapter.top_k(module) or find_top_k(module, block, self.model.config)
         if top_k > num_experts:
             raise CheckpointError(
                 f"{self.checkpoint.folder}: config.json asks for {top_k} experts per token of the {num_experts} that "
@@ -248,13 +248,19 @@ class _Builder:
 
     def _records(self, groups: Sequence[Group], num_experts: int) -> tuple[ExpertRecord, ...]:
         segment = self.checkpoint.segment
-        sources = [(group.per_expert, names) for group in groups for names in group.names.values()]
+        sources = [
+            (names, None if group.per_expert else self._entries(group, names[0], num_experts))
+            for group in groups
+            for names in group.names.values()
+        ]
         return tuple(
-            ExpertRecord(
-                tuple([segment(names[e]) if each else segment(names[0], e, num_experts) for each, names in sources])
-            )
+            ExpertRecord(tuple([segment(names[0], e, n) if n else segment(names[e]) for names, n in sources]))
             for e in range(num_experts)
         )
+
+    def _entries(self, group: Group, name: str, num_experts: int) -> int:
+        """How many experts' rows follow each other in a tensor of all, those that are nobody's counted."""
+        return num_experts if self.checkpoint.tensors[name].shape[:1] != (group.entries,) else group.entries or 0
 
     def _check_present(self, name: str, params: Sequence[str], groups: Sequence[Group]) -> None:
         made = {target for group in groups for target in group.targets}
@@ -273,9 +279,10 @@ class _Builder:
         """What all tensors of one pattern are; an error if they are not one per expert, or not all alike."""
         infos = [self.checkpoint.tensors[name] for name in names]
         shape, dtype = Counter((info.shape, info.dtype) for info in infos).most_common(1)[0][0]
+        entries = self._entries(group, names[0], num_experts)
         if group.per_expert:
             self._check_count(group, names, num_experts)
-        elif not shape or not shape[0] or shape[0] % num_experts:
+        elif not shape or not shape[0] or shape[0] % entries:
             raise CheckpointError(
                 f"{self.checkpoint.shards[infos[0].shard]}: tensor {names[0]!r} has shape {list(shape)}, the model "
                 f"expects [{num_experts}, ...], equal parts for all experts; {OTHER_MODEL}"
@@ -292,7 +299,7 @@ class _Builder:
                 self._mixed(name, info.dtype, dtype)
         if group.per_expert:
             return Kind(shape, dtype)
-        return Kind(shape[1:] if shape[0] == num_experts else (shape[0] // num_experts, *shape[1:]), dtype)
+        return Kind(shape[1:] if shape[0] == entries else (shape[0] // entries, *shape[1:]), dtype)
 
     def _check_count(self, group: Group, names: list[str], num_experts: int) -> None:
         if len(names) > num_experts:

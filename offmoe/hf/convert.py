@@ -31,18 +31,23 @@ class Group:
     """The checkpoint's tensors that one converter (or, without one, a renaming) turns into the parameter `target`.
 
     names: per source pattern, in the loader's order: one tensor per expert, or a single one with all experts' rows.
-    owned: expert -> its tensor, where the model itself has a parameter per expert; `settled` makes them names.
+    owned: expert -> its tensor, where the model itself has a parameter per expert; `settled` makes them names. entries:
+    experts that there may be tensors or rows of, if some are nobody's (behind the others).
     """
 
     target: str
     converter: WeightConverter | None
     names: dict[str, list[str]] = field(default_factory=dict)
     owned: dict[int, str] = field(default_factory=dict)
+    entries: int | None = None
 
-    def settled(self) -> Group:
-        """Once all tensors are known: with `owned` in expert order among the names."""
+    def settled(self, num_experts: int) -> Group:
+        """Once all tensors are known: with `owned` in expert order among the names, and without nobody's tensors."""
         if self.owned:
             self.names[self.target] = [self.owned[expert] for expert in sorted(self.owned)]
+        for pattern, names in self.names.items():
+            if len(names) == self.entries:
+                self.names[pattern] = names[:num_experts]
         return self
 
     @property

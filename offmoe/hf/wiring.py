@@ -5,6 +5,7 @@ integers, and forgotten at the next experts call. Weak references stand in for t
 memory. No names are used:
 
     top_k_index of the experts call   -- same memory -->  the module that put it out             = router
+                                                          (or the module that the adapter says)
     input of the router               -- same memory -->  the childless module that put it out   = norm
     input of the norm                                                                            = residual stream
 
@@ -25,6 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from offmoe.hf.adapter import Routing, ids_as_they_are
+from offmoe.hf.adapters import adapter_of
+
 Place = tuple[int, int, torch.dtype]
 """Address, number of elements and dtype: enough to recognise a tensor, or a view of the whole of it, while it lives."""
 
@@ -33,13 +37,13 @@ Place = tuple[int, int, torch.dtype]
 class Route:
     """How one layer's ids come from a residual. norm None: the router takes the residual itself.
 
-    index: which of the router's outputs are the ids. rows: the router wants [tokens, hidden], not [batch, length,
-    hidden]. extra, extra_by_name: its further arguments, parameters or buffers of the model.
+    read: the router's outputs -> the ids. rows: the router wants [tokens, hidden], not [batch, length, hidden]. extra,
+    extra_by_name: its further arguments, parameters or buffers of the model.
     """
 
     norm: nn.Module | None
     router: nn.Module
-    index: int
+    read: Callable[[Sequence[Tensor]], Tensor]
     rows: bool
     extra: tuple[Tensor | None, ...]
     extra_by_name: dict[str, Tensor | None]
@@ -49,8 +53,8 @@ class Route:
         # .forward: the recorders that transformers hooks onto routers must not see a prediction
         hidden = residual if self.norm is None else self.norm.forward(residual)
         hidden = hidden.reshape(-1, hidden.shape[-1]) if self.rows else hidden
-        out = list(_tensors(self.router.forward(hidden, *self.extra, **self.extra_by_name)))[self.index]
-        return out.reshape(-1, out.shape[-1]).to(torch.int64)
+        out = self.router.forward(hidden, *self.extra, **self.extra_by_name)
+        return self.read(list(_tensors(out))).to(torch.int64)
 
 
 class RouterWiring:
@@ -130,6 +134,8 @@ class WiringRecorder:
             module for module in model.modules() if module is not model
         ]  # its own hooks call start and finish
         self._layer_of = {module: layer for layer, module in enumerate(experts)}
+        self._routing = [_routing_of(module) for module in experts]
+        self._routed_by = {r.router: (layer, r) for layer, r in enumerate(self._routing) if r and r.router is not None}
         self._constants: dict[int, Tensor | _PerCall] = {id(t): t for t in (*model.parameters(), *model.buffers())}
         self._routes: list[Route | None] = [None] * len(experts)
         self._taps: list[nn.Module | None] = [None] * len(experts)
@@ -177,6 +183,12 @@ class WiringRecorder:
                 extra_by_name={name: self._constant(v) for i, (name, v) in enumerate(named, len(args)) if i != at},
             )
         )
+        if module in self._routed_by:
+            layer, routing = self._routed_by[module]
+            calls, self._calls = self._calls, []
+            if layer in self._unseen:
+                self._unseen.remove(layer)
+                self._settle(layer, calls, routing.ids, routing.ids(list(_tensors(output))))
 
     def _constant(self, value: object) -> Tensor | _PerCall | None:
         """A parameter, a buffer or None as it is; anything else is per call."""
@@ -184,23 +196,33 @@ class WiringRecorder:
 
     def _on_experts(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         layer = self._layer_of[module]
+        routing = self._routing[layer]
+        if routing is not None and routing.router is not None:  # inside this module, and to come
+            return
         calls, self._calls = self._calls, []
         if layer not in self._unseen:
             return
         self._unseen.remove(layer)
-        ids = next((t for t in _tensors((args, kwargs)) if not t.is_floating_point() and t.dtype != torch.bool), None)
-        if ids is None:
+        if routing is None:
             return
-        place = _place(ids)
+        given = next((t for t in _tensors((args, kwargs)) if not t.is_floating_point() and t.dtype != torch.bool), None)
+        if given is None:
+            return
+        place, read = _place(given), routing.ids
         # the first to put it out is the innermost: callers that pass it on complete later
         at = next((i for i, call in enumerate(calls) if place in call.outputs), None)
         if at is None:
             return
-        router = calls[at]
-        norm = _producer(calls[:at], router)
+        index = calls[at].outputs.index(place)
+        self._settle(layer, calls[: at + 1], lambda outputs: read(outputs[index : index + 1]), read([given]))
+
+    def _settle(self, layer: int, calls: list[_Call], read: Callable[[Sequence[Tensor]], Tensor], ids: Tensor) -> None:
+        """Try the route of a layer through its router, the last of `calls`, which gave it `ids`."""
+        router = calls[-1]
+        norm = _producer(calls[:-1], router)
         first = norm or router
         self._taps[layer] = first.module
-        route = _route(norm, router, router.outputs.index(place))
+        route = _route(norm, router, read)
         residual = None if first.held is None else first.held()
         if route is None:
             return
@@ -221,7 +243,12 @@ class WiringRecorder:
             return False
         finally:
             self._trying = False
-        return torch.equal(found, ids.reshape(-1, ids.shape[-1]).to(torch.int64))
+        return torch.equal(found, ids.to(torch.int64))
+
+
+def _routing_of(module: nn.Module) -> Routing | None:
+    adapter = adapter_of(module)
+    return Routing(None, ids_as_they_are) if adapter is None else adapter.routing(module)
 
 
 def _producer(calls: Sequence[_Call], router: _Call) -> _Call | None:
@@ -236,7 +263,7 @@ def _producer(calls: Sequence[_Call], router: _Call) -> _Call | None:
     return None
 
 
-def _route(norm: _Call | None, router: _Call, index: int) -> Route | None:
+def _route(norm: _Call | None, router: _Call, read: Callable[[Sequence[Tensor]], Tensor]) -> Route | None:
     """The route through these two calls, if the residual and the model's own tensors are all they need."""
     if norm is not None and any(value is not None for value in (*norm.extra, *norm.extra_by_name.values())):
         return None
@@ -244,7 +271,7 @@ def _route(norm: _Call | None, router: _Call, index: int) -> Route | None:
     by_name = {name: v for name, v in router.extra_by_name.items() if not isinstance(v, _PerCall)}
     if len(extra) < len(router.extra) or len(by_name) < len(router.extra_by_name):
         return None
-    return Route(None if norm is None else norm.module, router.module, index, router.dims == 2, tuple(extra), by_name)
+    return Route(None if norm is None else norm.module, router.module, read, router.dims == 2, tuple(extra), by_name)
 
 
 def _place(tensor: Tensor) -> Place:

@@ -89,7 +89,7 @@ class ExpertExecutor:
     def run(self, layer: int, math: ExpertMath, hidden: torch.Tensor, top_k_index: torch.Tensor) -> torch.Tensor:
         """Experts of one layer: hidden [T, H], top_k_index [T, k] -> rows [T * k, H] in router order, unweighted.
 
-        A row whose id is no expert's is zero.
+        hidden may be [T * k, H], an input for each (token, expert) pair. A row whose id is no expert's is zero.
         """
         with self.user:  # parts of a model can be called without the whole, past the lock around its forward
             if not self._sound:
@@ -153,7 +153,8 @@ class ExpertExecutor:
     ) -> torch.Tensor:
         """Rows of every (token, expert) pair."""
         transfer, layout = self._transfer, self._layouts[plan.layer]
-        single = len(ids) == 1
+        single = len(hidden) == 1
+        sharing = top_k_index.numel() // len(hidden)  # pairs that have one input
         groups = {} if single else _groups(top_k_index, demands)
         outputs: dict[int, torch.Tensor] = {}
         rows = None if single else hidden.new_zeros(top_k_index.numel(), hidden.shape[-1])
@@ -169,7 +170,7 @@ class ExpertExecutor:
                     outputs[expert] = expert_ffn(math, weights, hidden)
                 else:
                     pairs = groups[expert]  # [n] positions in [T * k]
-                    rows[pairs] = expert_ffn(math, weights, hidden[pairs // top_k_index.shape[1]])
+                    rows[pairs] = expert_ffn(math, weights, hidden[pairs // sharing])
             transfer.computed(slots)
         if plan.prefetches:
             transfer.fetch(plan.prefetches, ahead=True)

@@ -21,7 +21,7 @@ ExpertMath = Callable[[Mapping[str, torch.Tensor], torch.Tensor], torch.Tensor]
 class GatedFFN:
     """The math of transformers' registry, as its implementations read it off an experts module.
 
-    up: name of the first weight. activate: [n, 2I] (gated, as its module splits it) or [n, I] -> [n, I]. transposed:
+    up, down: names of the weights. activate: [n, 2I] (gated, as its module splits it) or [n, I] -> [n, I]. transposed:
     weights are [in, out].
     """
 
@@ -30,16 +30,17 @@ class GatedFFN:
     biased: bool = False
     transposed: bool = False
     normalize: Callable[[torch.Tensor], torch.Tensor] | None = None
+    down: str = "down_proj"
 
     def __call__(self, weights: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        up, down = weights[self.up], weights["down_proj"]
+        up, down = weights[self.up], weights[self.down]
         h = torch.mm(x, up) if self.transposed else F.linear(x, up)
         if self.biased:
             h = h + weights[self.up + "_bias"]
         h = self.activate(h)  # [n, I]
         h = torch.mm(h, down) if self.transposed else F.linear(h, down)
         if self.biased:
-            h = h + weights["down_proj_bias"]
+            h = h + weights[self.down + "_bias"]
         return h if self.normalize is None else self.normalize(h)
 
 
@@ -55,3 +56,20 @@ def combine(rows: torch.Tensor, top_k_weights: torch.Tensor, dtype: torch.dtype)
     tokens, k = top_k_weights.shape
     weighted = rows * top_k_weights.reshape(-1, 1)  # [T * k, H]
     return weighted.view(tokens, k, -1).sum(dim=1).to(dtype)
+
+
+def accumulate(weighted: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Reduce as a loop over experts with `index_add_` does: weighted rows [T * k, H], ids [T, k] -> [T, H] in `dtype`.
+
+    Per token, the rows are added one after the other in ascending order of ids, each sum rounded to `dtype`: not the
+    one sum of `combine`. A row with a negative id is nobody's and adds nothing, whatever stands in it.
+    """
+    tokens, k = ids.shape
+    order = ids.argsort(dim=1, stable=True)  # [T, k]
+    rows = weighted.to(dtype).view(tokens, k, -1)
+    rows = rows.masked_fill((ids < 0).unsqueeze(2), 0)  # [T, k, H]
+    rows = rows.gather(1, order.unsqueeze(2).expand(rows.shape))
+    out = rows[:, 0]  # [T, H]
+    for i in range(1, k):
+        out = out + rows[:, i]
+    return out
