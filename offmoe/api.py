@@ -19,8 +19,17 @@ from offmoe.errors import ConfigError
 from offmoe.hf import experts as hf_experts
 from offmoe.hf.adapters import find_experts
 from offmoe.hf.catalog import COMPUTABLE, ExpertCatalog, build_catalog
-from offmoe.hf.load import build_meta, load_dense, model_class, read_config, require_index, resolve_folder
-from offmoe.hf.needs import model_bytes
+from offmoe.hf.estimate import estimate_experts, quantisation_method
+from offmoe.hf.load import (
+    build_meta,
+    load_dense,
+    lone_config,
+    model_class,
+    read_config,
+    require_index,
+    resolve_folder,
+)
+from offmoe.hf.needs import ExpertBytes, Parameters, count_parameters, expert_bytes, model_bytes
 from offmoe.offload import Offload
 from offmoe.policy.planner import build_planner
 from offmoe.runtime.arena import SlotArena
@@ -28,11 +37,11 @@ from offmoe.runtime.backend import Backend, select_backend
 from offmoe.runtime.checkpoint import Checkpoint
 from offmoe.runtime.executor import ExpertExecutor
 from offmoe.runtime.formats import ExpertLayout
-from offmoe.runtime.memory import MemoryPlan, plan_memory
+from offmoe.runtime.memory import MemoryPlan, ModelBytes, plan_memory
 from offmoe.runtime.store import ExpertStore
 from offmoe.runtime.transfer import TransferEngine
 from offmoe.trace import TraceWriter
-from offmoe.types import CacheStats
+from offmoe.types import CacheShape, CacheStats
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -43,14 +52,19 @@ HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 
 
 @dataclass(frozen=True)
-class Inspected:
-    """A checkpoint whose headers have been read; nothing is loaded."""
+class Survey:
+    """What a model needs and what fits, from its configuration; nothing is loaded."""
 
     folder: Path
+    """Of the model, or its configuration file where there is nothing else."""
     hf_config: PretrainedConfig
     model_class: type[PreTrainedModel]
-    checkpoint: Checkpoint
-    catalog: ExpertCatalog
+    shape: CacheShape
+    experts: tuple[ExpertBytes, ...]
+    """Of each MoE layer."""
+    parameters: Parameters
+    quantisation: str | None
+    """Method that the checkpoint is quantised by."""
     dtype: torch.dtype
     config: OffloadConfig
     """As asked, with device, slots, context and modes resolved."""
@@ -60,7 +74,41 @@ class Inspected:
     @property
     def expert_bytes(self) -> int:
         """All experts, at rest."""
-        return sum(record.nbytes for record in self.catalog.records.values())
+        return sum(n * size for n, size in zip(self.shape.experts, self.shape.expert_bytes, strict=True))
+
+
+@dataclass(frozen=True)
+class Inspected(Survey):
+    """A checkpoint whose headers have been read; nothing is loaded."""
+
+    checkpoint: Checkpoint
+    catalog: ExpertCatalog
+
+
+def survey(
+    model: str | os.PathLike[str], config: OffloadConfig, *, dtype: str | torch.dtype | None = None, **hub: Any
+) -> Survey:
+    """`inspect`, but content with a configuration: a config.json, or a folder that holds nothing else of a model.
+
+    An explicit device_memory is then taken at its word, because the model may be meant for another machine.
+    """
+    source = lone_config(model)
+    if source is None:
+        return inspect(model, config, dtype=dtype, **hub)
+    backend = select_backend(config.device)
+    hf_config = read_config(source)
+    cls = model_class(hf_config)
+    meta = build_meta(hf_config, cls)
+    method = quantisation_method(hf_config)
+    # what is quantised is computed in bfloat16, whatever else a config forgets to say
+    compute = _dtype(dtype, hf_config, torch.float32 if method is None else torch.bfloat16)
+    shape, experts = estimate_experts(meta, _dtype(None, hf_config, compute))
+    needs = model_bytes(meta, experts, compute, staging_counts=backend.staging_counts)
+    asked = 0 if config.device_memory == "auto" else int(config.device_memory)
+    resolved, plan = _divide(config, shape, needs, backend, max(asked, backend.free_bytes()))
+    return Survey(
+        source, hf_config, cls, shape, experts, count_parameters(meta), method, compute, resolved, plan, backend
+    )
 
 
 def inspect(
@@ -79,9 +127,31 @@ def inspect(
     require_index(checkpoint)
     meta = build_meta(hf_config, cls)
     catalog = build_catalog(checkpoint, meta)
-    compute = _dtype(dtype, hf_config)
-    needs = model_bytes(meta, catalog, compute, staging_counts=backend.staging_counts)
-    plan = plan_memory(config, catalog.shape, needs, free=backend.free_bytes(), share=backend.auto_share)
+    compute = _dtype(dtype, hf_config, torch.float32)
+    experts = expert_bytes(catalog, compute)
+    needs = model_bytes(meta, experts, compute, staging_counts=backend.staging_counts)
+    resolved, plan = _divide(config, catalog.shape, needs, backend, backend.free_bytes())
+    return Inspected(
+        folder,
+        hf_config,
+        cls,
+        catalog.shape,
+        experts,
+        count_parameters(meta),
+        quantisation_method(hf_config),
+        compute,
+        resolved,
+        plan,
+        backend,
+        checkpoint,
+        catalog,
+    )
+
+
+def _divide(
+    config: OffloadConfig, shape: CacheShape, needs: ModelBytes, backend: Backend, free: int
+) -> tuple[OffloadConfig, MemoryPlan]:
+    plan = plan_memory(config, shape, needs, free=free, share=backend.auto_share)
     slots = plan.slots_per_layer
     resolved = config.resolved(
         device=str(backend.device),
@@ -92,7 +162,7 @@ def inspect(
         on_miss="fetch",
         exactness="bitwise",
     )
-    return Inspected(folder, hf_config, cls, checkpoint, catalog, compute, resolved, plan, backend)
+    return resolved, plan
 
 
 def from_pretrained(
@@ -191,11 +261,11 @@ def _slot_layouts(layouts: list[ExpertLayout], plan: MemoryPlan, scope: str) -> 
     return [layout for layout, quota in zip(layouts, plan.slots_per_layer, strict=True) for _ in range(quota)]
 
 
-def _dtype(dtype: str | torch.dtype | None, hf_config: PretrainedConfig) -> torch.dtype:
-    """The dtype to compute in: as asked, else the checkpoint's own."""
+def _dtype(dtype: str | torch.dtype | None, hf_config: PretrainedConfig, unsaid: torch.dtype) -> torch.dtype:
+    """The dtype to compute in: as asked, else the checkpoint's own, else `unsaid`."""
     if dtype in (None, "auto"):
         own = getattr(hf_config, "dtype", None) or getattr(hf_config.get_text_config(), "dtype", None)
-        dtype = own or "float32"
+        dtype = own or unsaid
     found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype).removeprefix("torch."), None)
     if not isinstance(found, torch.dtype):
         raise ConfigError(f"dtype={dtype!r} is unknown. Use 'auto', 'bfloat16', 'float16' or 'float32'.")

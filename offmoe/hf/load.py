@@ -27,7 +27,7 @@ from offmoe.errors import CapacityError, CheckpointError, ConfigError, MissingTe
 from offmoe.hf.adapters import adapter_of, find_experts
 from offmoe.hf.catalog import ExpertCatalog, refuse_quantised
 from offmoe.hf.save import MODEL_FILES, attach_safe_save
-from offmoe.runtime.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
+from offmoe.runtime.checkpoint import INDEX_FILE, PICKLES, SINGLE_FILE, Checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -36,6 +36,7 @@ __all__ = [
     "attach_safe_save",
     "build_meta",
     "load_dense",
+    "lone_config",
     "model_class",
     "read_config",
     "require_index",
@@ -43,6 +44,9 @@ __all__ = [
 ]
 
 DEMO = "demo"
+CONFIG_FILE = "config.json"
+WEIGHTS = (".safetensors", INDEX_FILE, *PICKLES)
+"""Endings of the files that make a folder more than a configuration."""
 REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 OURS = frozenset({"config", "device_map", "experts_implementation", "output_loading_info"})
 """Options of transformers' from_pretrained that load_dense sets itself."""
@@ -94,6 +98,15 @@ def resolve_folder(
     return _download(name, revision, token, cache_dir, local_files_only)
 
 
+def lone_config(model: str | os.PathLike[str]) -> Path | None:
+    """The configuration file that is all there is of a model: a .json file, or that of a folder without weights."""
+    path = Path(os.path.expanduser(os.fspath(model)))
+    if os.path.isfile(path) and path.suffix == ".json":
+        return path
+    alone = os.path.isdir(path) and os.path.isfile(path / CONFIG_FILE)
+    return path / CONFIG_FILE if alone and not any(n.endswith(WEIGHTS) for n in os.listdir(path)) else None
+
+
 def _download(
     name: str,
     revision: str | None,
@@ -142,15 +155,15 @@ def _download(
     return Path(folder)
 
 
-def read_config(folder: str | os.PathLike[str]) -> PreTrainedConfig:
-    """The model's configuration. Code that comes with a checkpoint is never run.
+def read_config(model: str | os.PathLike[str]) -> PreTrainedConfig:
+    """The configuration in a folder, or in a file. Code that comes with a checkpoint is never run.
 
     Raises CheckpointError if config.json is absent or damaged, UnsupportedModelError if transformers does not know the
     model.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    path = Path(folder) / "config.json"
+    path = Path(model) if os.path.isfile(model) else Path(model) / CONFIG_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -169,7 +182,7 @@ def read_config(folder: str | os.PathLike[str]) -> PreTrainedConfig:
             "use a newer transformers, if one knows it"
         )
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # each architecture's config has validators of its own
         raise CheckpointError(f"{path}: not a valid config of {known!r} ({error}); download it again") from error
     return config
@@ -208,12 +221,13 @@ def build_meta(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrain
 
     Raises CheckpointError if no such model can be made from it.
     """
+    name = Path(str(config.name_or_path))
     try:
         with torch.device("meta"):
             model = cls(copy.deepcopy(config))
     except Exception as error:  # sizes and names that contradict each other fail in any way, deep in an architecture
         raise CheckpointError(
-            f"{Path(str(config.name_or_path)) / 'config.json'}: does not describe a {cls.__name__} "
+            f"{name if name.suffix == '.json' else name / CONFIG_FILE}: does not describe a {cls.__name__} "
             f"({type(error).__name__}: {error}); download it again"
         ) from error
     model.eval()

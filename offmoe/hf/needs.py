@@ -6,7 +6,8 @@ attention), this is an upper bound. Must never be below what transformers alloca
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -28,12 +29,34 @@ yet.
 """
 
 
+class ExpertBytes(NamedTuple):
+    """Bytes of one expert of a layer. read: of the buffer that it is read into; cast: of a copy to compute with."""
+
+    at_rest: int
+    slot: int
+    read: int
+    cast: int
+
+
+def expert_bytes(catalog: ExpertCatalog, dtype: torch.dtype) -> tuple[ExpertBytes, ...]:
+    """Of each MoE layer, as the checkpoint's headers have it; computed in `dtype`."""
+    return tuple(
+        ExpertBytes(
+            at_rest=layer.records[0].nbytes,
+            slot=aligned(layer.layout.nbytes, PARAM_ALIGNMENT),
+            read=max(plan_reads(record).nbytes for record in layer.records),
+            cast=_cast_bytes(layer.layout, dtype),
+        )
+        for layer in catalog.layers
+    )
+
+
 def model_bytes(
-    meta_model: PreTrainedModel, catalog: ExpertCatalog, dtype: torch.dtype, *, staging_counts: bool
+    meta_model: PreTrainedModel, experts: Sequence[ExpertBytes], dtype: torch.dtype, *, staging_counts: bool
 ) -> ModelBytes:
     """Bytes of the dense part, of a token of KV cache, of a slot of each layer, of staging and of the workspace."""
     config = meta_model.config
-    buffer_bytes = max(plan_reads(record).nbytes for record in catalog.records.values())
+    buffer_bytes = max(expert.read for expert in experts)
     staging = staging_plan(buffer_bytes)[1] * buffer_bytes if staging_counts else 0
     text = config.get_text_config()
     limit = int(getattr(text, "max_position_embeddings", None) or 0)
@@ -42,9 +65,9 @@ def model_bytes(
         dense=dense_bytes(meta_model, dtype),
         kv_per_token=kv_bytes_per_token(config, dtype),
         context_limit=limit if limit > 0 else UNLIMITED_CONTEXT,
-        slot_bytes=tuple(aligned(layer.layout.nbytes, PARAM_ALIGNMENT) for layer in catalog.layers),
+        slot_bytes=tuple(expert.slot for expert in experts),
         staging=staging,
-        workspace=WORKSPACE_TOKENS * widest * 4 + max(_cast_bytes(layer.layout, dtype) for layer in catalog.layers),
+        workspace=WORKSPACE_TOKENS * widest * 4 + max(expert.cast for expert in experts),
     )
 
 
@@ -52,6 +75,19 @@ def _cast_bytes(layout: ExpertLayout, dtype: torch.dtype) -> int:
     """Of one expert in the dtype to compute in, if that is not the checkpoint's."""
     other = [p for p in layout.params if p.dtype != dtype]
     return sum(p.nbytes // p.dtype.itemsize * dtype.itemsize for p in other)
+
+
+class Parameters(NamedTuple):
+    """Numbers of a model: all of its parameters, and those that are not routed experts'."""
+
+    total: int
+    dense: int
+
+
+def count_parameters(meta_model: PreTrainedModel) -> Parameters:
+    """Of a model on the meta device; shared ones once."""
+    total = sum(p.numel() for p in meta_model.parameters())
+    return Parameters(total, total - sum(meta_model.get_parameter(p).numel() for p in expert_parameters(meta_model)))
 
 
 def dense_bytes(meta_model: PreTrainedModel, dtype: torch.dtype) -> int:

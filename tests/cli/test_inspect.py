@@ -37,6 +37,17 @@ def test_layers_without_experts_do_not_count(offmoe: Run, tmp_path: Path) -> Non
     assert (found["family"], found["layers"], found["moe_layers"]) == ("qwen3_moe", 3, 2)
 
 
+def test_a_configuration_alone(offmoe: Run, checkpoint: Path) -> None:
+    budget = ("--device", "cpu", "--device-memory", "3MiB")
+    headers = offmoe("inspect", checkpoint, "--json", *budget).json
+    config = offmoe("inspect", checkpoint / "config.json", "--json", *budget).json
+    assert (headers["source"], config["source"]) == ("headers", "config")
+    same = headers.keys() - {"source", "plan", "smallest_device_memory"}
+    assert {key: config[key] for key in same} == {key: headers[key] for key in same}
+    assert "config.json alone: no weights here" in offmoe("inspect", checkpoint / "config.json", *budget).out
+    assert "no weights here" not in offmoe("inspect", checkpoint, *budget).out
+
+
 def test_table_for_people(offmoe: Run, checkpoint: Path) -> None:
     outcome = offmoe("inspect", checkpoint, "--device", "cpu", "--device-memory", "3MiB")
     assert (outcome.status, outcome.err) == (0, "")
