@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from offmoe.config import Default, OffloadConfig
+from offmoe.config import Default, OffloadConfig, format_size
 from offmoe.errors import ConfigError
 from offmoe.hf import experts as hf_experts
 from offmoe.hf.adapters import find_experts
 from offmoe.hf.catalog import COMPUTABLE, ExpertCatalog, build_catalog
+from offmoe.hf.dense import ParkedLayers, dense_layers
 from offmoe.hf.estimate import estimate_experts, quantisation_method
 from offmoe.hf.load import (
     build_meta,
@@ -83,6 +84,8 @@ class Inspected(Survey):
 
     checkpoint: Checkpoint
     catalog: ExpertCatalog
+    meta: PreTrainedModel
+    """On the meta device, with its experts."""
 
 
 def survey(
@@ -102,8 +105,9 @@ def survey(
     method = quantisation_method(hf_config)
     # what is quantised is computed in bfloat16, whatever else a config forgets to say
     compute = _dtype(dtype, hf_config, torch.float32 if method is None else torch.bfloat16)
-    shape, experts = estimate_experts(meta, _dtype(None, hf_config, compute))
-    needs = model_bytes(meta, experts, compute, staging_counts=backend.staging_counts)
+    stored = _dtype(None, hf_config, compute)
+    shape, experts = estimate_experts(meta, stored)
+    needs = model_bytes(meta, experts, dense_layers(meta), compute, stored, staging_counts=backend.staging_counts)
     asked = 0 if config.device_memory == "auto" else int(config.device_memory)
     resolved, plan = _divide(config, shape, needs, backend, max(asked, backend.free_bytes()))
     return Survey(
@@ -129,7 +133,10 @@ def inspect(
     catalog = build_catalog(checkpoint, meta)
     compute = _dtype(dtype, hf_config, torch.float32)
     experts = expert_bytes(catalog, compute)
-    needs = model_bytes(meta, experts, compute, staging_counts=backend.staging_counts)
+    layers = dense_layers(meta)
+    # to be read as it is stored, or as transformers writes it once more, which is in the dtype to compute in
+    wider = max(compute, _dtype(None, hf_config, compute), key=lambda dtype: dtype.itemsize)
+    needs = model_bytes(meta, experts, layers, compute, wider, staging_counts=backend.staging_counts)
     resolved, plan = _divide(config, catalog.shape, needs, backend, backend.free_bytes())
     return Inspected(
         folder,
@@ -145,13 +152,14 @@ def inspect(
         backend,
         checkpoint,
         catalog,
+        meta,
     )
 
 
 def _divide(
     config: OffloadConfig, shape: CacheShape, needs: ModelBytes, backend: Backend, free: int
 ) -> tuple[OffloadConfig, MemoryPlan]:
-    plan = plan_memory(config, shape, needs, free=free, share=backend.auto_share)
+    plan = plan_memory(config, shape, needs, free=free, share=backend.auto_share, host_free=backend.host_free_bytes())
     slots = plan.slots_per_layer
     resolved = config.resolved(
         device=str(backend.device),
@@ -207,7 +215,16 @@ def from_pretrained(
     )
     hub = {name: hf_kwargs.pop(name) for name in HUB_OPTIONS if name in hf_kwargs}
     inspected = inspect(model, config, dtype=dtype, **hub)
-    logger.info("%s on %s", inspected.plan.describe(), inspected.config.device)
+    plan = inspected.plan
+    logger.info("%s on %s", plan.describe(), inspected.config.device)
+    if plan.parked_layers:
+        logger.warning(
+            "the dense part does not fit: %d decoder layers (%s) come from %s in every pass; device_memory=%d holds it",
+            plan.parked_layers,
+            format_size(plan.parked),
+            plan.parked_in,
+            plan.smallest_dense,
+        )
     return load(inspected, name=str(model), trace=trace, **hf_kwargs)
 
 
@@ -219,20 +236,23 @@ def load(
     layouts = [layer.layout for layer in catalog.layers]
     planner = build_planner(config.cache(), catalog.shape)
     writer = None if trace is None else TraceWriter(trace, name, catalog.shape, config.cache())
-    model = load_dense(
-        inspected.folder,
-        inspected.hf_config,
-        inspected.model_class,
-        catalog,
-        device=backend.device,
-        dtype=inspected.dtype,
-        experts_implementation=hf_experts.IMPLEMENTATION,
-        **hf_kwargs,
-    )
-    model.requires_grad_(False)
-    store = ExpertStore(inspected.checkpoint.shards, catalog.records)
-    closing = [store.close]
+    parked = _park(inspected)
+    closing = [] if parked is None else [parked.close]
     try:
+        model = load_dense(
+            inspected.folder,
+            inspected.hf_config,
+            inspected.model_class,
+            catalog,
+            device=backend.device,
+            dtype=inspected.dtype,
+            experts_implementation=hf_experts.IMPLEMENTATION,
+            parked=parked,
+            **hf_kwargs,
+        )
+        model.requires_grad_(False)
+        store = ExpertStore(inspected.checkpoint.shards, catalog.records)
+        closing.insert(0, store.close)
         inspected.checkpoint.check_unchanged()
         arena = SlotArena(backend.allocate, _slot_layouts(layouts, inspected.plan, config.scope))
         stats = CacheStats.for_layers(catalog.shape.layers)
@@ -251,6 +271,17 @@ def load(
             close()
         raise
     return model
+
+
+def _park(inspected: Inspected) -> ParkedLayers | None:
+    """The last decoder layers, as many as the plan has no room for."""
+    plan = inspected.plan
+    if plan.parked_in is None:
+        return None
+    layers = dense_layers(inspected.meta)[-plan.parked_layers :]
+    return ParkedLayers(
+        layers, plan.parked_in, inspected.meta, inspected.checkpoint, inspected.catalog.dense, inspected.backend
+    )
 
 
 def _slot_layouts(layouts: list[ExpertLayout], plan: MemoryPlan, scope: str) -> list[ExpertLayout]:

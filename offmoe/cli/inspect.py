@@ -66,8 +66,9 @@ def _facts(found: Survey) -> dict[str, object]:
         "quantisation": found.quantisation,
         "expert_bytes": plain(shape.expert_bytes),
         "expert_bytes_total": found.expert_bytes,
-        "dense_bytes": found.plan.dense,
+        "dense_bytes": found.plan.dense + found.plan.parked,
         "smallest_device_memory": found.plan.smallest,
+        "smallest_with_dense": found.plan.smallest_dense,
         "device": found.config.device,
         "dtype": str(found.dtype).removeprefix("torch."),
         "source": "config" if _from_config(found) else "headers",
@@ -77,17 +78,18 @@ def _facts(found: Survey) -> dict[str, object]:
 
 def _needs(name: str, found: Survey) -> Table:
     shape, dtype = found.shape, str(found.dtype).removeprefix("torch.")
-    share = percent(found.expert_bytes / (found.expert_bytes + found.plan.dense))
+    dense = found.plan.dense + found.plan.parked
+    share = percent(found.expert_bytes / (found.expert_bytes + dense))
     table = _two_columns(f"{name}: what it is")
     table.add_row("architecture", f"{found.model_class.__name__} ({found.hf_config.model_type})")
     table.add_row("layers", f"{_layers(found)}, of which {shape.layers} have experts")
-    total, dense = found.parameters
-    table.add_row("parameters", f"{_billions(total)}, of which {_billions(dense)} are not routed experts'")
+    counts = found.parameters
+    table.add_row("parameters", f"{_billions(counts.total)}, of which {_billions(counts.dense)} not of routed experts")
     table.add_row("experts per layer", f"{span(shape.experts)}, top_k {span(shape.top_k)}")
     stored = f", {found.quantisation}" if found.quantisation else ""
     table.add_row("one expert", f"{format_size(max(shape.expert_bytes))} ({max(shape.expert_bytes)} bytes){stored}")
     table.add_row("all experts", f"{format_size(found.expert_bytes)} in {sum(shape.experts)}, {share} of the model")
-    table.add_row("dense part", f"{format_size(found.plan.dense)} in {dtype}, always on the device")
+    table.add_row("dense part", f"{format_size(dense)} in {dtype}, needed for every token")
     if _from_config(found):
         table.add_row("known from", f"{found.folder.name} alone: no weights here, sizes follow from shapes and dtype")
     return table
@@ -109,7 +111,11 @@ def _fit(config: OffloadConfig, found: Survey) -> Table:
     asked = "free here, less a reserve" if config.device_memory == "auto" else "--device-memory"
     table = _two_columns(f"what fits on {found.config.device}")
     table.add_row("budget", format_size(plan.budget), asked)
-    table.add_row("dense part", format_size(plan.dense), "")
+    table.add_row("dense part", format_size(plan.dense), "" if not plan.parked_layers else "what stays")
+    if plan.parked_layers:
+        layers = f"{plan.parked_layers} of {_layers(found)} layers"
+        table.add_row("dense, elsewhere", format_size(plan.parked), f"{layers}, from {plan.parked_in} in every pass")
+        table.add_row("a dense layer", format_size(plan.in_flight), "in flight")
     table.add_row(
         "expert slots", format_size(plan.slots), f"{span(plan.slots_per_layer)} per layer, {resident} resident"
     )
@@ -117,9 +123,11 @@ def _fit(config: OffloadConfig, found: Survey) -> Table:
     if plan.staging:
         table.add_row("staging", format_size(plan.staging), "reads on their way")
     table.add_row("workspace", format_size(plan.workspace), "activations, logits")
-    table.add_row(
-        "smallest budget", format_size(plan.smallest), f"{span(shape.top_k)} slots per layer ({plan.smallest} bytes)"
-    )
+    slots = f"{span(shape.top_k)} slots per layer"
+    if plan.smallest < plan.smallest_dense:
+        table.add_row("smallest, all dense", format_size(plan.smallest_dense), f"{slots} ({plan.smallest_dense} bytes)")
+        slots += ", dense layers elsewhere"
+    table.add_row("smallest budget", format_size(plan.smallest), f"{slots} ({plan.smallest} bytes)")
     return table
 
 

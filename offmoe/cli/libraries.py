@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging as python_logging
 import sys
 import warnings
 
@@ -14,6 +15,7 @@ def quiet(verbose: bool) -> None:
         hide_bars()
     if not verbose:
         logging.set_verbosity_error()
+        python_logging.getLogger("accelerate").setLevel(python_logging.ERROR)
         warnings.simplefilter("ignore")
 
 

@@ -62,12 +62,14 @@ class CatalogLayer:
 class ExpertCatalog:
     """Every expert of a checkpoint. `layers` in module order.
 
-    keys: the checkpoint's tensors that belong to experts; parameters: the model's, by full name.
+    keys: the checkpoint's tensors that belong to experts; parameters: the model's, by full name. dense: the
+    checkpoint's tensor of every other parameter that is one as it is.
     """
 
     layers: tuple[CatalogLayer, ...]
     keys: frozenset[str]
     parameters: frozenset[str]
+    dense: dict[str, str] = field(default_factory=dict)
 
     @property
     def shape(self) -> CacheShape:
@@ -107,6 +109,7 @@ def build_catalog(checkpoint: Checkpoint, meta_model: PreTrainedModel) -> Expert
     groups: dict[str, dict[str, Group]] = {name: {} for name in modules}
     parameters = meta_model.state_dict()
     keys: set[str] = set()
+    dense: dict[str, str] = {}
     for mapped in map_names(meta_model, checkpoint.tensors):
         if mapped.target in owned:
             name, place = owned[mapped.target]
@@ -115,9 +118,10 @@ def build_catalog(checkpoint: Checkpoint, meta_model: PreTrainedModel) -> Expert
         elif mapped.converter is None and mapped.target in parameters:
             _check_shape(checkpoint, mapped.name, tuple(parameters[mapped.target].shape))
             _check_computable(checkpoint, mapped.name, parameters[mapped.target])
+            dense[mapped.target] = mapped.name
     builder = _Builder(checkpoint, meta_model, groups)
     layers = tuple(builder.layer(name, module) for name, module in modules.items())
-    return ExpertCatalog(layers, frozenset(keys), frozenset(owned))
+    return ExpertCatalog(layers, frozenset(keys), frozenset(owned), dense)
 
 
 def refuse_quantised(source: object, config: object) -> None:

@@ -26,6 +26,7 @@ import transformers
 from offmoe.errors import CapacityError, CheckpointError, ConfigError, MissingTensorError, UnsupportedModelError
 from offmoe.hf.adapters import adapter_of, find_experts
 from offmoe.hf.catalog import ExpertCatalog, refuse_quantised
+from offmoe.hf.dense import ParkedLayers
 from offmoe.hf.save import MODEL_FILES, attach_safe_save
 from offmoe.runtime.checkpoint import INDEX_FILE, PICKLES, SINGLE_FILE, Checkpoint
 
@@ -243,11 +244,13 @@ def load_dense(
     device: str | torch.device,
     dtype: torch.dtype | str | None = None,
     experts_implementation: str = "offmoe",
+    parked: ParkedLayers | None = None,
     **hf_kwargs: object,
 ) -> PreTrainedModel:
     """Load everything but the experts, in eval mode, as an instance of `cls` whose experts modules have no parameters.
 
-    dtype: of the dense weights; None is the checkpoint's own. hf_kwargs go to transformers' from_pretrained. Raises
+    dtype: of the dense weights; None is the checkpoint's own. parked: layers whose weights are to come and go; closing
+    it is the caller's. hf_kwargs go to transformers' from_pretrained. Raises
     ConfigError for an option that offmoe sets itself or cannot honour, MissingTensorError for weights that are not in
     the checkpoint, CheckpointError for weights that do not fit the model.
     """
@@ -257,12 +260,15 @@ def load_dense(
             raise ConfigError(f"option {option!r} of transformers: {why}; leave it out")
     refuse_quantised(folder, config)
     skeleton = _without_experts(cls, catalog.parameters)
+    if parked is not None:  # places are told per parameter; the loader's check, which this ends, expects modules' names
+        setattr(skeleton, "_no_placement_params", getattr(cls, "_no_placement_params", None) or [])  # noqa: B010
     load = cast("Callable[..., tuple[PreTrainedModel, Mapping[str, Iterable[str]]]]", skeleton.from_pretrained)
     try:
         model, report = load(
             folder,
             config=config,
-            device_map={"": torch.device(device)},
+            device_map={"": torch.device(device)} if parked is None else parked.device_map,
+            offload_folder=None if parked is None else parked.folder,
             dtype="auto" if dtype is None else dtype,
             experts_implementation=experts_implementation,
             output_loading_info=True,
@@ -291,7 +297,10 @@ def load_dense(
         raise MissingTensorError(
             f"{folder}: the checkpoint has no tensor for {missing[0]!r}{more}; complete the download"
         )
-    assert not any(t.is_meta for t in (*model.parameters(), *model.buffers())), "a weight was left on the meta device"
+    if parked is not None:
+        parked.take_over(model)
+    absent = {n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta}
+    assert absent == (parked.names if parked else set()), "a weight was left on the meta device"
     _own_memory(model)
     attach_safe_save(model, folder, catalog)
     model.eval()
@@ -304,7 +313,7 @@ def _own_memory(model: PreTrainedModel) -> None:
     A shard truncated under a mapping kills the process, and one rewritten changes the model that is running.
     """
     for tensor in (*model.parameters(), *model.buffers()):
-        if not tensor.untyped_storage().resizable():  # memory that is not torch's own
+        if not tensor.is_meta and not tensor.untyped_storage().resizable():  # memory that is not torch's own
             tensor.data = tensor.data.clone()
 
 

@@ -13,8 +13,10 @@ import torch
 
 from offmoe.hf.adapters import expert_parameters
 from offmoe.hf.catalog import ExpertCatalog
+from offmoe.hf.dense import DenseLayer
+from offmoe.runtime.arena import PAGE_BYTES
 from offmoe.runtime.formats import PARAM_ALIGNMENT, ExpertLayout, aligned
-from offmoe.runtime.memory import ModelBytes
+from offmoe.runtime.memory import DenseLayerBytes, ModelBytes
 from offmoe.runtime.store import plan_reads
 from offmoe.runtime.transfer import staging_plan
 
@@ -52,9 +54,18 @@ def expert_bytes(catalog: ExpertCatalog, dtype: torch.dtype) -> tuple[ExpertByte
 
 
 def model_bytes(
-    meta_model: PreTrainedModel, experts: Sequence[ExpertBytes], dtype: torch.dtype, *, staging_counts: bool
+    meta_model: PreTrainedModel,
+    experts: Sequence[ExpertBytes],
+    layers: Sequence[DenseLayer],
+    dtype: torch.dtype,
+    stored: torch.dtype,
+    *,
+    staging_counts: bool,
 ) -> ModelBytes:
-    """Bytes of the dense part, of a token of KV cache, of a slot of each layer, of staging and of the workspace."""
+    """Bytes of the dense part, of a token of KV cache, of a slot of each layer, of staging and of the workspace.
+
+    layers: those whose weights may leave the device; stored: the dtype of these at rest.
+    """
     config = meta_model.config
     buffer_bytes = max(expert.read for expert in experts)
     staging = staging_plan(buffer_bytes)[1] * buffer_bytes if staging_counts else 0
@@ -68,7 +79,16 @@ def model_bytes(
         slot_bytes=tuple(expert.slot for expert in experts),
         staging=staging,
         workspace=WORKSPACE_TOKENS * widest * 4 + max(expert.cast for expert in experts),
+        layers=tuple(_layer_bytes(layer, dtype, stored if staging_counts else None) for layer in layers),
     )
+
+
+def _layer_bytes(layer: DenseLayer, dtype: torch.dtype, stored: torch.dtype | None) -> DenseLayerBytes:
+    """stored: None if what is read is not on the device."""
+    sizes = [torch.Size(shape).numel() for shape in layer.shapes.values()]
+    # a window of whole pages, and a page more for where it begins
+    reading = 0 if stored is None else aligned(max(sizes) * stored.itemsize, PAGE_BYTES) + PAGE_BYTES
+    return DenseLayerBytes(sum(sizes) * dtype.itemsize, layer.layout(dtype).nbytes + PARAM_ALIGNMENT, reading)
 
 
 def _cast_bytes(layout: ExpertLayout, dtype: torch.dtype) -> int:
@@ -93,8 +113,11 @@ def count_parameters(meta_model: PreTrainedModel) -> Parameters:
 def dense_bytes(meta_model: PreTrainedModel, dtype: torch.dtype) -> int:
     """Parameters and buffers that are not experts', shared ones once; floating point ones in `dtype`."""
     experts = {id(meta_model.get_parameter(name)) for name in expert_parameters(meta_model)}
-    tensors = {id(t): t for t in [*meta_model.parameters(), *meta_model.buffers()] if id(t) not in experts}
-    return sum(t.numel() * (dtype.itemsize if t.is_floating_point() else t.element_size()) for t in tensors.values())
+    params = [t for t in meta_model.parameters() if id(t) not in experts]
+    size = sum(t.numel() * (dtype.itemsize if t.is_floating_point() else t.element_size()) for t in params)
+    # the loader casts some buffers and leaves others, such as the frequencies of rotary embeddings, as they were made
+    buffers = [t for t in meta_model.buffers() if id(t) not in experts]
+    return size + sum(t.numel() * max(dtype.itemsize, t.element_size()) for t in buffers)
 
 
 def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:

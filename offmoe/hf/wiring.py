@@ -48,6 +48,12 @@ class Route:
     extra: tuple[Tensor | None, ...]
     extra_by_name: dict[str, Tensor | None]
 
+    @property
+    def stays(self) -> bool:
+        """Whether its weights are there now."""
+        modules = (self.router,) if self.norm is None else (self.norm, self.router)
+        return not any(param.is_meta for module in modules for param in module.parameters())
+
     def ids(self, residual: Tensor) -> Tensor:
         """residual [..., hidden] -> int64 [tokens, top_k]."""
         # .forward: the recorders that transformers hooks onto routers must not see a prediction
@@ -154,12 +160,14 @@ class WiringRecorder:
                 self._handles.append(module.register_forward_hook(self._on_call, with_kwargs=True))
 
     def finish(self) -> RouterWiring:
-        """Remove all hooks and return what was found; a layer that was not called cannot be predicted."""
+        """Remove all hooks and return what was found; a layer that was not called cannot be predicted, nor one whose
+        router has no weights between passes."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self._calls.clear()
-        return RouterWiring(self._routes, self._taps)
+        routes = [None if route is None or not route.stays else route for route in self._routes]
+        return RouterWiring(routes, self._taps)
 
     def _on_call(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
         if self._trying or not self._unseen:
