@@ -158,11 +158,9 @@ class ExpertExecutor:
         groups = {} if single else _groups(top_k_index, demands)
         outputs: dict[int, torch.Tensor] = {}
         rows = None if single else hidden.new_zeros(top_k_index.numel(), hidden.shape[-1])
+        transfer.stream(plan.waves)
+        streaming = len(plan.waves) > 1
         for wave in plan.waves:
-            if wave.fetches:
-                transfer.fetch(wave.fetches)
-            slots = [slot for _, slot in wave.experts]
-            transfer.demand(slots)
             for expert, slot in wave.experts:
                 transfer.ready(slot)
                 weights = self._arena.views(slot, layout)
@@ -171,7 +169,10 @@ class ExpertExecutor:
                 else:
                     pairs = groups[expert]  # [n] positions in [T * k]
                     rows[pairs] = expert_ffn(math, weights, hidden[pairs // sharing])
-            transfer.computed(slots)
+                if streaming:
+                    transfer.computed((slot,))  # at once: an expert of a later wave may be waiting for this slot
+            if not streaming:
+                transfer.computed([slot for _, slot in wave.experts])
         if plan.prefetches:
             transfer.fetch(plan.prefetches, ahead=True)
         if rows is None:
