@@ -153,12 +153,16 @@ class WiringRecorder:
             else:
                 self._handles.append(module.register_forward_hook(self._on_call, with_kwargs=True))
 
-    def finish(self) -> RouterWiring:
-        """Remove all hooks and return what was found; a layer that was not called cannot be predicted."""
+    def pause(self) -> None:
+        """Remove all hooks until the next `start`: a model may run in parts."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self._calls.clear()
+
+    def finish(self) -> RouterWiring:
+        """Remove all hooks and return what was found; a layer that was not called cannot be predicted."""
+        self.pause()
         return RouterWiring(self._routes, self._taps)
 
     def _on_call(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
