@@ -171,4 +171,6 @@ def _rounded_up(size: int) -> str:
 
 
 def _layers(found: Survey) -> int:
-    return int(found.hf_config.get_text_config().num_hidden_layers)
+    from offmoe.hf.needs import num_layers
+
+    return num_layers(found.hf_config)

@@ -100,7 +100,8 @@ def _record(args: argparse.Namespace, out: Output) -> None:
     for prompt in asked:
         try:
             ids = prompts.encode(tokenizer, prompt.content, args.chat_template)
-            runs.append((ids, prompts.room(args.max_new_tokens, ids.shape[1], inspected.plan.max_context, out)))
+            taken = prompts.context_taken(inspected.hf_config, ids)
+            runs.append((ids, prompts.room(args.max_new_tokens, taken, inspected.plan.max_context, out)))
         except OffmoeError as error:
             raise type(error)(f"{prompt.where}: {error}") from error
     out.note(f"memory on {inspected.config.device}: {inspected.plan.describe()}")

@@ -60,6 +60,11 @@ def ids_as_they_are(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
 class ExpertsAdapter(ABC):
     """One kind of experts module. Methods but the first get a module that it claims."""
 
+    by_choice = False
+    """Whether its experts see all tokens' first choices before their second ones. The order decides the last bits on a
+    CPU: the end of a tensor goes through other code than the vectorised rest.
+    """
+
     @abstractmethod
     def claims(self, module: nn.Module) -> bool:
         """Whether `module` is of this kind; also after `strip`."""

@@ -28,7 +28,7 @@ def attach(module: nn.Module, executor: ExpertExecutor, layer: int) -> None:
             raise ConfigError(
                 "gradients do not pass through experts outside the device. Use torch.no_grad() or model.generate()."
             )
-        return executor.run(layer, math, hidden, ids)
+        return executor.run(layer, math, hidden, ids, adapter.by_choice)
 
     adapter.connect(module, rows)
 

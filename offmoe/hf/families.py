@@ -28,6 +28,7 @@ Activation = Callable[[Tensor], Tensor]
 class _Family(ExpertsAdapter):
     """What the classes below share: a module is known by its class, and keeps all experts in parameters of its own."""
 
+    by_choice = True  # torch.where on [k, T] gives choices first
     family: str
     """The package under transformers.models."""
     name: str
@@ -161,6 +162,7 @@ class JetMoe(_Family):
     every layer and are a small part of the model.
     """
 
+    by_choice = False
     family, name = "jetmoe", "JetMoeMoE"
     params = ("input_linear.weight", "output_linear.weight")
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from offmoe.errors import UnsupportedModelError
 from offmoe.hf.adapters import expert_parameters
 from offmoe.hf.catalog import ExpertCatalog
 from offmoe.hf.dense import DenseLayer
@@ -121,7 +122,15 @@ def dense_bytes(meta_model: PreTrainedModel, dtype: torch.dtype) -> int:
 
 
 def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
-    """Keys and values of all layers of one token."""
+    """Keys and values of all layers of one token.
+
+    With an encoder, a token of either side: the decoder's layers cache their own tokens and, for cross attention, the
+    encoder's.
+    """
+    if config.is_encoder_decoder:
+        heads = int(getattr(config, "decoder_attention_heads", None) or config.num_attention_heads)
+        head = int(getattr(config, "d_kv", None) or config.hidden_size // heads)
+        return _layers_of(config, "decoder") * 2 * heads * head * dtype.itemsize
     text = config.get_text_config()
     heads = int(text.num_attention_heads)
     head = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
@@ -132,3 +141,17 @@ def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
         kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
         per_layer = kv_heads * (head + int(getattr(text, "v_head_dim", None) or head))
     return int(text.num_hidden_layers) * per_layer * dtype.itemsize
+
+
+def num_layers(config: PretrainedConfig) -> int:
+    """Layers of the text part; of encoder and decoder together."""
+    if config.is_encoder_decoder:
+        return _layers_of(config, "encoder") + _layers_of(config, "decoder")
+    return int(config.get_text_config().num_hidden_layers)
+
+
+def _layers_of(config: PretrainedConfig, side: str) -> int:
+    for name in (f"{side}_layers", f"num_{side}_layers", "num_layers", "num_hidden_layers"):
+        if getattr(config, name, None) is not None:
+            return int(getattr(config, name))
+    raise UnsupportedModelError(f"config.json of model type {config.model_type!r} does not say how many layers it has")

@@ -159,13 +159,17 @@ class WiringRecorder:
             else:
                 self._handles.append(module.register_forward_hook(self._on_call, with_kwargs=True))
 
-    def finish(self) -> RouterWiring:
-        """Remove all hooks and return what was found; a layer that was not called cannot be predicted, nor one whose
-        router has no weights between passes."""
+    def pause(self) -> None:
+        """Remove all hooks until the next `start`: a model may run in parts."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self._calls.clear()
+
+    def finish(self) -> RouterWiring:
+        """Remove all hooks and return what was found; a layer that was not called cannot be predicted, nor one whose
+        router has no weights between passes."""
+        self.pause()
         routes = [None if route is None or not route.stays else route for route in self._routes]
         return RouterWiring(routes, self._taps)
 

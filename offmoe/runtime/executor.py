@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Protocol
 
@@ -86,24 +86,29 @@ class ExpertExecutor:
         self._sound = True
         """Whether slots hold what residency says; false while a layer runs, and after a failure cut short."""
 
-    def run(self, layer: int, math: ExpertMath, hidden: torch.Tensor, top_k_index: torch.Tensor) -> torch.Tensor:
+    def run(
+        self, layer: int, math: ExpertMath, hidden: torch.Tensor, top_k_index: torch.Tensor, by_choice: bool = False
+    ) -> torch.Tensor:
         """Experts of one layer: hidden [T, H], top_k_index [T, k] -> rows [T * k, H] in router order, unweighted.
 
         hidden may be [T * k, H], an input for each (token, expert) pair. A row whose id is no expert's is zero.
+        by_choice: an expert sees the tokens that chose it first before those that chose it second, not token by token.
         """
         with self.user:  # parts of a model can be called without the whole, past the lock around its forward
             if not self._sound:
                 self.forget()
             self._sound = False
             try:
-                rows = self._run(layer, math, hidden, top_k_index)
+                rows = self._run(layer, math, hidden, top_k_index, by_choice)
             except BaseException:
                 self.forget()
                 raise
             self._sound = True
             return rows
 
-    def _run(self, layer: int, math: ExpertMath, hidden: torch.Tensor, top_k_index: torch.Tensor) -> torch.Tensor:
+    def _run(
+        self, layer: int, math: ExpertMath, hidden: torch.Tensor, top_k_index: torch.Tensor, by_choice: bool
+    ) -> torch.Tensor:
         ids, predicted = self._routing(layer, top_k_index)
         if self.trace is not None:
             self.trace.record(layer, ids, predicted)
@@ -113,7 +118,8 @@ class ExpertExecutor:
         ahead = () if predicted is None else rank_predictions(predicted, self.shape.experts[layer + 1])
         plan = self._planner.plan(Access(layer, demands, tail, ahead))
         self.stats.add(plan, self.shape)
-        return self._execute(plan, math, hidden, top_k_index, ids, demands)
+        groups = {} if len(hidden) == 1 else _groups(top_k_index, demands, by_choice)
+        return self._execute(plan, math, hidden, top_k_index, ids, groups)
 
     def forget(self) -> None:
         """Start again from an empty cache; a recording ends here, since replay could not follow."""
@@ -149,13 +155,12 @@ class ExpertExecutor:
         hidden: torch.Tensor,
         top_k_index: torch.Tensor,
         ids: np.ndarray,
-        demands: Sequence[Demand],
+        groups: Mapping[int, torch.Tensor],
     ) -> torch.Tensor:
-        """Rows of every (token, expert) pair."""
+        """Rows of every (token, expert) pair. groups: of `_groups`, unless there is one token only."""
         transfer, layout = self._transfer, self._layouts[plan.layer]
         single = len(hidden) == 1
         sharing = top_k_index.numel() // len(hidden)  # pairs that have one input
-        groups = {} if single else _groups(top_k_index, demands)
         outputs: dict[int, torch.Tensor] = {}
         rows = None if single else hidden.new_zeros(top_k_index.numel(), hidden.shape[-1])
         transfer.stream(plan.waves)
@@ -184,9 +189,17 @@ class ExpertExecutor:
         return rows
 
 
-def _groups(top_k_index: torch.Tensor, demands: Sequence[Demand]) -> dict[int, torch.Tensor]:
-    """For each demanded expert, the positions of its (token, expert) pairs in the flattened [T * k], ascending."""
-    order = torch.argsort(top_k_index.reshape(-1), stable=True)
+def _groups(top_k_index: torch.Tensor, demands: Sequence[Demand], by_choice: bool) -> dict[int, torch.Tensor]:
+    """For each demanded expert, the positions of its (token, expert) pairs in the flattened [T * k].
+
+    Ascending, or by_choice with all first choices before all second ones.
+    """
+    if by_choice:
+        tokens, k = top_k_index.shape
+        order = torch.argsort(top_k_index.T.reshape(-1), stable=True)  # positions in [k * T]
+        order = order % tokens * k + order // tokens
+    else:
+        order = torch.argsort(top_k_index.reshape(-1), stable=True)
     start = 0
     if order.numel() > sum(d.tokens for d in demands):  # ids that are nobody's sort before 0 or behind the last expert
         start = int((top_k_index < 0).sum())
