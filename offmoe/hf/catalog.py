@@ -136,11 +136,15 @@ def refuse_quantised(source: object, config: object) -> None:
 
 
 def find_top_k(module: nn.Module, block: nn.Module, config: object) -> int:
-    """Experts per token of one layer, as its own modules say, or else a config.
+    """Experts per token of one layer, as its adapter or its own modules say, or else a config.
 
-    Asked in this order for any of TOP_K_NAMES: the experts module, the block it stands in, the block's other children
-    (one of them is the router), the layer's config, the model's config.
+    Asked in this order: the adapter, and for any of TOP_K_NAMES the experts module, the block it stands in, the block's
+    other children (one of them is the router), the layer's config, the model's config.
     """
+    adapter = adapter_of(module)
+    known = None if adapter is None else adapter.top_k(module)
+    if known is not None:
+        return known
     for source in (module, block, *block.children(), getattr(module, "config", None), config):
         for name in TOP_K_NAMES:
             value = getattr(source, name, None)
@@ -235,7 +239,7 @@ class _Builder:
             assembly = Assembly(convert=conversion)
         wanted = {param: (dtypes[param], shape) for param, shape in per_expert.items()}
         block = self.model.get_submodule(name.rpartition(".")[0])
-        top_k = adapter.top_k(module) or find_top_k(module, block, self.model.config)
+        top_k = find_top_k(module, block, self.model.config)
         if top_k > num_experts:
             raise CheckpointError(
                 f"{self.checkpoint.folder}: config.json asks for {top_k} experts per token of the {num_experts} that "
