@@ -20,7 +20,7 @@ from offmoe.hf import experts as hf_experts
 from offmoe.hf.adapters import find_experts
 from offmoe.hf.catalog import COMPUTABLE, ExpertCatalog, build_catalog
 from offmoe.hf.dense import ParkedLayers, dense_layers
-from offmoe.hf.estimate import estimate_experts, quantisation_method
+from offmoe.hf.estimate import estimate, quantisation_method
 from offmoe.hf.load import (
     build_meta,
     load_dense,
@@ -101,17 +101,24 @@ def survey(
     backend = select_backend(config.device)
     hf_config = read_config(source)
     cls = model_class(hf_config)
-    meta = build_meta(hf_config, cls)
     method = quantisation_method(hf_config)
     # what is quantised is computed in bfloat16, whatever else a config forgets to say
     compute = _dtype(dtype, hf_config, torch.float32 if method is None else torch.bfloat16)
-    stored = _dtype(None, hf_config, compute)
-    shape, experts = estimate_experts(meta, stored)
-    needs = model_bytes(meta, experts, dense_layers(meta), compute, stored, staging_counts=backend.staging_counts)
+    found = estimate(hf_config, cls, compute, _dtype(None, hf_config, compute), staging_counts=backend.staging_counts)
     asked = 0 if config.device_memory == "auto" else int(config.device_memory)
-    resolved, plan = _divide(config, shape, needs, backend, max(asked, backend.free_bytes()))
+    resolved, plan = _divide(config, found.shape, found.needs, backend, max(asked, backend.free_bytes()))
     return Survey(
-        source, hf_config, cls, shape, experts, count_parameters(meta), method, compute, resolved, plan, backend
+        source,
+        hf_config,
+        cls,
+        found.shape,
+        found.experts,
+        found.parameters,
+        method,
+        compute,
+        resolved,
+        plan,
+        backend,
     )
 
 

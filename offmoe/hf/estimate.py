@@ -9,19 +9,24 @@ What it must never do: pass for a checkpoint. It says how much there is, not whe
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import re
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
 
-from offmoe.errors import UnsupportedModelError
-from offmoe.hf.adapters import ExpertsAdapter, adapter_of, find_experts
+from offmoe.errors import CheckpointError, UnsupportedModelError
+from offmoe.hf.adapters import ExpertsAdapter, adapter_of, expert_parameters, find_experts
 from offmoe.hf.catalog import find_top_k
-from offmoe.hf.needs import ExpertBytes
+from offmoe.hf.dense import dense_layers
+from offmoe.hf.load import build_meta
+from offmoe.hf.needs import ExpertBytes, Parameters, count_parameters, model_bytes
 from offmoe.runtime.formats import PARAM_ALIGNMENT, ExpertLayout, aligned
+from offmoe.runtime.memory import DenseLayerBytes, ModelBytes
 from offmoe.runtime.store import ALIGNMENT
 from offmoe.types import CacheShape
 
@@ -30,6 +35,11 @@ if TYPE_CHECKING:
 
 MatrixBytes = Callable[[int, int], int]
 """(rows, columns) of one matrix as the checkpoint has it -> its bytes, scales included."""
+
+EXPERTS_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""What configurations call the number of experts."""
+MANY_MODULES = 64
+"""Experts of a layer above which making each as a module of its own takes long."""
 
 IGNORED_LISTS = ("modules_to_not_convert", "ignore", "ignored_layers", "llm_int8_skip_modules")
 """What quantisation methods call the modules that stay as they were."""
@@ -41,6 +51,79 @@ def quantisation_method(config: PretrainedConfig) -> str | None:
     return None if asked is None else str(getattr(asked, "value", asked))
 
 
+class Estimate(NamedTuple):
+    """What a plan needs to know of a model. experts: bytes of one in each MoE layer."""
+
+    shape: CacheShape
+    experts: tuple[ExpertBytes, ...]
+    parameters: Parameters
+    needs: ModelBytes
+
+
+def estimate(
+    config: PretrainedConfig,
+    cls: type[PreTrainedModel],
+    dtype: torch.dtype,
+    stored: torch.dtype,
+    *,
+    staging_counts: bool,
+) -> Estimate:
+    """What a model of this configuration takes, computed in `dtype`, its weights `stored` in that one.
+
+    Experts that are modules of their own cannot be counted by making them all: 2,048 of them in 30 layers are 200,000
+    modules and a minute. Such a model is made with two experts and with three, and what one more adds is added for the
+    rest. Raises UnsupportedModelError for a model without experts and for a quantisation whose bytes are not known,
+    CheckpointError if no such model can be made.
+    """
+
+    def measured(values: PretrainedConfig) -> Estimate:
+        meta = build_meta(values, cls)
+        shape, experts = estimate_experts(meta, stored)
+        needs = model_bytes(meta, experts, dense_layers(meta), dtype, stored, staging_counts=staging_counts)
+        return Estimate(shape, experts, count_parameters(meta), needs)
+
+    for name in EXPERTS_NAMES:
+        count = getattr(config.get_text_config(), name, None)
+        if not isinstance(count, int) or count < MANY_MODULES or not _apart(_with_experts(config, name, 2), cls):
+            continue
+        two, three = (measured(_with_experts(config, name, n)) for n in (2, 3))
+        if set(two.shape.experts) == {2} and set(three.shape.experts) == {3}:
+            return _continued(two, three, count)
+    return measured(config)
+
+
+def _with_experts(config: PretrainedConfig, name: str, count: int) -> PretrainedConfig:
+    config = copy.deepcopy(config)
+    setattr(config.get_text_config(), name, count)
+    return config
+
+
+def _apart(config: PretrainedConfig, cls: type[PreTrainedModel]) -> bool:
+    """Whether each expert has parameters of its own."""
+    try:
+        places = [place for _, place in expert_parameters(build_meta(config, cls)).values()]
+    except CheckpointError:  # so few experts are none of this architecture's
+        return False
+    return bool(places) and all(place.expert is not None for place in places)
+
+
+def _continued(two: Estimate, three: Estimate, count: int) -> Estimate:
+    """The values of two and of three experts, as a straight line, at `count`; that of one expert is the same in all."""
+
+    def line(a: int, b: int) -> int:
+        return a + (count - 2) * (b - a)
+
+    shape = replace(two.shape, experts=(count,) * two.shape.layers)
+    parameters = Parameters(*map(line, two.parameters, three.parameters))
+    layers = zip(two.needs.layers, three.needs.layers, strict=True)
+    needs = replace(
+        two.needs,
+        dense=line(two.needs.dense, three.needs.dense),
+        layers=tuple(DenseLayerBytes(*map(line, a, b)) for a, b in layers),
+    )
+    return Estimate(shape, two.experts, parameters, needs)
+
+
 def estimate_experts(meta_model: PreTrainedModel, dtype: torch.dtype) -> tuple[CacheShape, tuple[ExpertBytes, ...]]:
     """Shape and bytes of every MoE layer of a model on the meta device; weights at rest in `dtype` if not quantised.
 
@@ -50,7 +133,8 @@ def estimate_experts(meta_model: PreTrainedModel, dtype: torch.dtype) -> tuple[C
     if not modules:
         raise UnsupportedModelError(f"{type(meta_model).__name__} has no experts that offmoe can find")
     top_k = [
-        find_top_k(module, meta_model.get_submodule(name.rpartition(".")[0]), meta_model.config)
+        _adapter(module).top_k(module)
+        or find_top_k(module, meta_model.get_submodule(name.rpartition(".")[0]), meta_model.config)
         for name, module in modules.items()
     ]
     sizes = tuple(_expert(name, module, meta_model.config, dtype) for name, module in modules.items())

@@ -173,12 +173,16 @@ def _read_index(path: Path) -> dict[str, str]:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f'{path}: has no "weight_map" that names tensors and their shards; download it again')
+    files: set[str] = set()  # few, of very many tensors
     for name, file in weight_map.items():
+        if isinstance(file, str) and file in files:
+            continue
         if not isinstance(file, str) or not _stays_inside(file):
             raise CheckpointError(
                 f"{path}: places tensor {name!r} in {file!r}, which is not a safetensors file inside the folder; "
                 "do not trust this checkpoint"
             )
+        files.add(file)
     return weight_map
 
 

@@ -7,11 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 import offmoe
 from offmoe.api import Inspected, inspect, survey
 from offmoe.config import OffloadConfig
 from offmoe.errors import CheckpointError, MissingTensorError, UnsupportedModelError
+from offmoe.hf.dense import dense_layers
+from offmoe.hf.estimate import estimate, estimate_experts
+from offmoe.hf.load import build_meta, model_class
+from offmoe.hf.needs import count_parameters, model_bytes
 from tests import tiny
 
 CONFIGS = Path(__file__).parent.parent / "data" / "configs"
@@ -27,6 +32,7 @@ CPU = OffloadConfig(device="cpu", device_memory=1 << 50)
         ("deepseek-v3", 671.0, 17.1, 61, 58, 256, 8),
         ("qwen3-30b-a3b", 30.5, 1.5, 48, 48, 128, 8),
         ("gpt-oss-120b", 116.8, 2.1, 36, 36, 128, 4),
+        ("switch-c-2048", 1571.5, 1.1, 15, 30, 2048, 1),
     ],
 )
 def test_published_sizes(
@@ -108,6 +114,39 @@ def test_bytes_of_quantised_experts(tmp_path: Path, quantisation: dict[str, obje
     found = survey(_config(tmp_path, "mixtral", **quantisation), CPU)
     assert set(found.shape.expert_bytes) == {expert}
     assert found.quantisation == quantisation["quant_method"]
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("switch_transformers", {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 4, "num_decoder_layers": 2}),
+        ("nllb-moe", {"d_model": 32, "encoder_layers": 4, "decoder_layers": 2, "encoder_sparse_step": 2}),
+    ],
+)
+def test_many_experts_are_counted_without_making_them(family: str, sizes: dict[str, int]) -> None:
+    """What two and three experts say of 70 is what 70 say."""
+    config = AutoConfig.for_model(family, num_heads=4, vocab_size=97, num_experts=70, **sizes)
+    cls = model_class(config)
+    told = estimate(config, cls, torch.float32, torch.float32, staging_counts=True)
+    meta = build_meta(config, cls)
+    shape, experts = estimate_experts(meta, torch.float32)
+    layers = dense_layers(meta)
+    needs = model_bytes(meta, experts, layers, torch.float32, torch.float32, staging_counts=True)
+    assert told == (shape, experts, count_parameters(meta), needs)
+    assert set(shape.experts) == {70}
+
+
+def test_many_experts_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def counted(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrainedModel:
+        made.append(config.num_experts)
+        return build_meta(config, cls)
+
+    monkeypatch.setattr("offmoe.hf.estimate.build_meta", counted)
+    config = AutoConfig.for_model("switch_transformers", num_experts=2048)
+    estimate(config, model_class(config), torch.float32, torch.float32, staging_counts=True)
+    assert max(made) == 3
 
 
 def test_a_quantisation_of_unknown_size_is_refused(tmp_path: Path) -> None:
