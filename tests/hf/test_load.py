@@ -14,7 +14,7 @@ from transformers.utils import logging
 from offmoe.errors import CheckpointError, ConfigError, MissingTensorError, UnsupportedModelError
 from offmoe.hf.adapters import expert_parameters, find_experts
 from offmoe.hf.catalog import build_catalog
-from offmoe.hf.load import build_meta, load_dense, model_class, read_config, require_index, resolve_folder
+from offmoe.hf.load import build_meta, load_dense, model_class, read_config, require_index
 from offmoe.hf.upstream import ALL_EXPERTS_FUNCTIONS
 from offmoe.runtime.checkpoint import Checkpoint
 from tests import tiny
@@ -150,43 +150,6 @@ def test_option_that_transformers_does_not_know_is_a_config_error(tmp_path: Path
 def test_options_of_transformers_are_passed_on(tmp_path: Path) -> None:
     tiny.save(tiny.build("mixtral"), tmp_path)
     assert load(tmp_path, attn_implementation="eager").config._attn_implementation == "eager"
-
-
-def test_folder_is_taken_as_it_is(tmp_path: Path) -> None:
-    assert resolve_folder(tmp_path) == tmp_path
-    assert resolve_folder(str(tmp_path)) == tmp_path
-    assert resolve_folder("demo").parts[-3:] == ("offmoe", "demo", "model")
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["./nowhere", "/no/such/folder", "a/b/c", "", "white space/model", "~nobody-here/m", "a\0b", "./" + "a" * 5000],
-)
-def test_folder_that_is_not_there_is_a_config_error(name: str) -> None:
-    with pytest.raises(ConfigError, match="no such folder"):
-        resolve_folder(name)
-
-
-def test_file_is_not_a_folder(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(CheckpointError, match="a file, not a model"):
-        resolve_folder(tmp_path / "model.gguf")
-
-
-def test_hub_id_that_is_not_in_the_cache_is_a_config_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"owner/nothing.*local_files_only"):
-        resolve_folder("owner/nothing", cache_dir=tmp_path, local_files_only=True)
-
-
-def test_model_in_the_hub_cache_is_found_without_a_network(tmp_path: Path) -> None:
-    commit = "0" * 40
-    repository = tmp_path / "models--owner--model"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(commit)
-    snapshot = repository / "snapshots" / commit
-    snapshot.mkdir(parents=True)
-    (snapshot / "config.json").write_text("{}")
-    assert resolve_folder("owner/model", cache_dir=tmp_path, local_files_only=True) == snapshot
 
 
 @pytest.mark.parametrize(
