@@ -28,6 +28,7 @@ from offmoe.hf.adapters import adapter_of, find_experts
 from offmoe.hf.catalog import ExpertCatalog, refuse_quantised
 from offmoe.hf.dense import ParkedLayers
 from offmoe.hf.hub import resolve_folder
+from offmoe.hf.sanity import check_config, check_generation
 from offmoe.hf.save import attach_safe_save
 from offmoe.runtime.checkpoint import INDEX_FILE, PICKLES, SINGLE_FILE, Checkpoint
 
@@ -85,8 +86,8 @@ def lone_config(model: str | os.PathLike[str]) -> Path | None:
 def read_config(model: str | os.PathLike[str]) -> PreTrainedConfig:
     """The configuration in a folder, or in a file. Code that comes with a checkpoint is never run.
 
-    Raises CheckpointError if config.json is absent or damaged, UnsupportedModelError if transformers does not know the
-    model.
+    Raises CheckpointError if config.json is absent, or it or generation_config.json is damaged, UnsupportedModelError
+    if transformers does not know the model.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -108,6 +109,8 @@ def read_config(model: str | os.PathLike[str]) -> PreTrainedConfig:
             f"{path}: transformers {transformers.__version__} has no model type {known!r}{own_code}; "
             "use a newer transformers, if one knows it"
         )
+    check_config(values, path)
+    check_generation(path.parent)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # each architecture's config has validators of its own

@@ -263,8 +263,10 @@ def _parse_head(head: ShardHead, path: Path, shard: int) -> Iterator[tuple[str, 
 def _check_entries(entries: object, path: Path, shard: int, base: int, size: int) -> Iterator[tuple[str, TensorInfo]]:
     if not isinstance(entries, dict):
         raise ValueError("not an object")
-    metadata = entries.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    metadata = entries.pop("__metadata__", None)
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    ):
         raise ValueError("__metadata__ is not a map of strings")
     found: list[tuple[int, int, str, TensorInfo]] = []
     for name, entry in entries.items():

@@ -172,6 +172,53 @@ def test_bad_config_is_named(tmp_path: Path, text: str | None, error: type[Excep
         read_config(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "match"),
+    [
+        ("num_hidden_layers", 2**31, "'num_hidden_layers' is 2147483648, not a number up to 10000"),
+        ("num_hidden_layers", float("nan"), "'num_hidden_layers' is nan"),
+        ("num_local_experts", 10**30, "'num_local_experts' is 10{30}, not a number up to 100000"),
+        ("text_config", {"num_layers": 10**6}, "'num_layers' is 1000000"),
+        ("eos_token_id", "</s>", "'eos_token_id' is '</s>', not a token id or a list of them"),
+    ],
+)
+def test_config_beyond_any_model_builds_nothing(tmp_path: Path, name: str, value: object, match: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral", name: value}))
+    with pytest.raises(CheckpointError, match=match):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ('{"eos_token_id": "</s>"}', "'eos_token_id' is '</s>', not a token id or a list of them"),
+        ('{"eos_token_id": [2, [3]]}', "'eos_token_id' is"),
+        ('{"pad_token_id": [0]}', r"'pad_token_id' is \[0\], not a token id;"),
+        ('{"bos_token_id": 1e3}', "'bos_token_id' is 1000.0"),
+        ('{"eos_token_id": 99999999999999999999}', "'eos_token_id' is"),
+        ('{"suppress_tokens": ["a"]}', "not a list of token ids"),
+        ('{"num_beams": "4"}', "'num_beams' is '4', not a whole number"),
+        ('{"temperature": NaN}', "'temperature' is nan, not a number"),
+        ("[]", "not an object"),
+        ("{", "not JSON"),
+    ],
+)
+def test_generation_config_that_generate_could_not_use(tmp_path: Path, text: str, match: str) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=rf"generation_config\.json: .*{match}"):
+        read_config(tmp_path)
+
+
+def test_generation_config_of_real_models_passes(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
+    text = (
+        '{"eos_token_id": [2, 7], "pad_token_id": -1, "bos_token_id": null, "temperature": 1, "top_p": 0.9, "top_k": 0}'
+    )
+    (tmp_path / "generation_config.json").write_text(text)
+    assert read_config(tmp_path).model_type == "mixtral"
+
+
 def test_model_without_a_text_generating_class_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="ViTConfig"):
         model_class(ViTConfig())
