@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from offmoe.hf.adapters import find_experts
 from offmoe.hf.catalog import COMPUTABLE, ExpertCatalog, build_catalog
 from offmoe.hf.dense import ParkedLayers, dense_layers
 from offmoe.hf.estimate import estimate, quantisation_method
+from offmoe.hf.hub import Source, locate
 from offmoe.hf.load import (
     build_meta,
     load_dense,
@@ -28,7 +29,6 @@ from offmoe.hf.load import (
     model_class,
     read_config,
     require_index,
-    resolve_folder,
 )
 from offmoe.hf.needs import ExpertBytes, Parameters, count_parameters, expert_bytes, model_bytes
 from offmoe.offload import Offload
@@ -80,8 +80,9 @@ class Survey:
 
 @dataclass(frozen=True)
 class Inspected(Survey):
-    """A checkpoint whose headers have been read; nothing is loaded."""
+    """A checkpoint whose headers have been read; nothing is loaded, and of the Hub's shards nothing else downloaded."""
 
+    source: Source
     checkpoint: Checkpoint
     catalog: ExpertCatalog
     meta: PreTrainedModel
@@ -131,10 +132,10 @@ def inspect(
 ) -> Inspected:
     """Read headers and configuration, divide the memory; loads no weight. Raises what `from_pretrained` would."""
     backend = select_backend(config.device)
-    folder = resolve_folder(model, **hub)
-    hf_config = read_config(folder)
+    source = locate(model, **hub)
+    hf_config = read_config(source.folder)
     cls = model_class(hf_config)
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = source.checkpoint()
     require_index(checkpoint)
     meta = build_meta(hf_config, cls)
     catalog = build_catalog(checkpoint, meta)
@@ -146,7 +147,7 @@ def inspect(
     needs = model_bytes(meta, experts, layers, compute, wider, staging_counts=backend.staging_counts)
     resolved, plan = _divide(config, catalog.shape, needs, backend, backend.free_bytes())
     return Inspected(
-        folder,
+        source.folder,
         hf_config,
         cls,
         catalog.shape,
@@ -157,6 +158,7 @@ def inspect(
         resolved,
         plan,
         backend,
+        source,
         checkpoint,
         catalog,
         meta,
@@ -235,10 +237,16 @@ def from_pretrained(
     return load(inspected, name=str(model), trace=trace, **hf_kwargs)
 
 
+def fetch(inspected: Inspected) -> Inspected:
+    """The same with all shards here: downloads those that are not."""
+    return replace(inspected, checkpoint=inspected.source.fetch(inspected.checkpoint))
+
+
 def load(
     inspected: Inspected, *, name: str = "", trace: str | os.PathLike[str] | None = None, **hf_kwargs: Any
 ) -> PreTrainedModel:
-    """Load what `inspect` found."""
+    """Load what `inspect` found, and `fetch` what is not here yet."""
+    inspected = fetch(inspected)
     catalog, backend, config = inspected.catalog, inspected.backend, inspected.config
     layouts = [layer.layout for layer in catalog.layers]
     planner = build_planner(config.cache(), catalog.shape)

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
     from offmoe.api import survey
     from offmoe.cli.libraries import quiet
 
-    quiet(args.verbose)
+    quiet(args.verbose, args.json)
     try:
         found = survey(args.model, config, dtype=args.dtype, **hub)
     except CapacityError:

@@ -27,7 +27,9 @@ from offmoe.errors import CapacityError, CheckpointError, ConfigError, MissingTe
 from offmoe.hf.adapters import adapter_of, find_experts
 from offmoe.hf.catalog import ExpertCatalog, refuse_quantised
 from offmoe.hf.dense import ParkedLayers
-from offmoe.hf.save import MODEL_FILES, attach_safe_save
+from offmoe.hf.hub import resolve_folder
+from offmoe.hf.sanity import check_config, check_generation
+from offmoe.hf.save import attach_safe_save
 from offmoe.runtime.checkpoint import INDEX_FILE, PICKLES, SINGLE_FILE, Checkpoint
 
 if TYPE_CHECKING:
@@ -44,11 +46,9 @@ __all__ = [
     "resolve_folder",
 ]
 
-DEMO = "demo"
 CONFIG_FILE = "config.json"
 WEIGHTS = (".safetensors", INDEX_FILE, *PICKLES)
 """Endings of the files that make a folder more than a configuration."""
-REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 OURS = frozenset({"config", "device_map", "experts_implementation", "output_loading_info"})
 """Options of transformers' from_pretrained that load_dense sets itself."""
 UNUSABLE = frozenset(
@@ -74,31 +74,6 @@ UNUSABLE = frozenset(
 """Options that would change which weights are loaded, or where to, behind the catalog's back."""
 
 
-def resolve_folder(
-    model: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-) -> Path:
-    """The folder of a model: a folder as it is, "demo" the one in the package, else a Hub id, downloaded if need be.
-
-    Raises ConfigError if it is neither a folder nor a Hub id that can be reached, CheckpointError if it is a file.
-    """
-    name = os.fspath(model)
-    if name == DEMO:
-        return Path(__file__).parent.parent / "demo" / "model"
-    path = Path(os.path.expanduser(name))  # of os.path, because those of Path raise for names that no file can have
-    if name and os.path.isdir(path):
-        return path
-    if name and os.path.exists(path):
-        raise CheckpointError(f"{path}: a file, not a model; give the folder that holds config.json and the shards")
-    if not isinstance(model, str) or not REPOSITORY.fullmatch(name) or name.startswith("."):
-        raise ConfigError(f"model {name!r}: there is no such folder, and a Hub id looks like 'owner/name'")
-    return _download(name, revision, token, cache_dir, local_files_only)
-
-
 def lone_config(model: str | os.PathLike[str]) -> Path | None:
     """The configuration file that is all there is of a model: a .json file, or that of a folder without weights."""
     path = Path(os.path.expanduser(os.fspath(model)))
@@ -108,59 +83,11 @@ def lone_config(model: str | os.PathLike[str]) -> Path | None:
     return path / CONFIG_FILE if alone and not any(n.endswith(WEIGHTS) for n in os.listdir(path)) else None
 
 
-def _download(
-    name: str,
-    revision: str | None,
-    token: str | bool | None,
-    cache_dir: str | os.PathLike[str] | None,
-    local_files_only: bool,
-) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        folder = snapshot_download(
-            name,
-            revision=revision,
-            token=token,
-            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
-            local_files_only=local_files_only,
-            allow_patterns=list(MODEL_FILES),
-            # subfolders and consolidated.* hold the same weights again, in the publisher's own format
-            ignore_patterns=["*/*", "consolidated*"],
-        )
-    except GatedRepoError as error:
-        raise ConfigError(
-            f"model {name!r}: access is restricted; accept its terms on the Hub and pass token="
-        ) from error
-    except RevisionNotFoundError as error:
-        raise ConfigError(f"model {name!r} has no revision {revision!r}") from error
-    except LocalEntryNotFoundError as error:
-        reason = "local_files_only=True" if local_files_only else "the Hub cannot be reached"
-        raise ConfigError(
-            f"model {name!r}: not a folder here and not in the Hub cache ({reason}); give the path of a folder, "
-            "or download the model once with a network"
-        ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ConfigError(
-            f"model {name!r}: neither a folder here nor a repository on the Hub (or a token= is needed)"
-        ) from error
-    except Exception as error:  # the Hub client's releases use different transports, each with errors of its own
-        raise CheckpointError(f"model {name!r}: the download failed ({error}); try again, it resumes") from error
-    return Path(folder)
-
-
 def read_config(model: str | os.PathLike[str]) -> PreTrainedConfig:
     """The configuration in a folder, or in a file. Code that comes with a checkpoint is never run.
 
-    Raises CheckpointError if config.json is absent or damaged, UnsupportedModelError if transformers does not know the
-    model.
+    Raises CheckpointError if config.json is absent, or it or generation_config.json is damaged, UnsupportedModelError
+    if transformers does not know the model.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -182,6 +109,8 @@ def read_config(model: str | os.PathLike[str]) -> PreTrainedConfig:
             f"{path}: transformers {transformers.__version__} has no model type {known!r}{own_code}; "
             "use a newer transformers, if one knows it"
         )
+    check_config(values, path)
+    check_generation(path.parent)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # each architecture's config has validators of its own
@@ -210,7 +139,7 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 def require_index(checkpoint: Checkpoint) -> None:
     """MissingTensorError where transformers finds no weights: it takes model.safetensors or what an index names."""
-    if not any((checkpoint.folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
+    if checkpoint.shards[0].name != SINGLE_FILE and not (checkpoint.folder / INDEX_FILE).exists():
         raise MissingTensorError(
             f"{checkpoint.folder}: holds {checkpoint.shards[0].name}, but neither {SINGLE_FILE} nor {INDEX_FILE}, which"
             " says where each tensor is; complete the download (a single shard may simply be renamed)"

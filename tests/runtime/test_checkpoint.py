@@ -235,6 +235,7 @@ class TestHeader:
             ({"a": entry(0, 4)}, bytes(5), "truncated or was appended to"),
             ({"__metadata__": {"x": 1}}, b"", "__metadata__"),
             ({"__metadata__": [1]}, b"", "__metadata__"),
+            ({"__metadata__": []}, b"", "__metadata__"),
         ],
     )
     def test_what_safetensors_refuses_is_refused(self, tmp_path: Path, header: object, data: bytes, what: str) -> None:
