@@ -139,7 +139,7 @@ def inspect(
     require_index(checkpoint)
     meta = build_meta(hf_config, cls)
     catalog = build_catalog(checkpoint, meta)
-    compute = _dtype(dtype, hf_config, torch.float32)
+    compute = _dtype(dtype, hf_config, torch.bfloat16 if catalog.view.encoded else torch.float32)
     experts = expert_bytes(catalog, compute)
     layers = dense_layers(meta)
     # to be read as it is stored, or as transformers writes it once more, which is in the dtype to compute in
@@ -274,7 +274,8 @@ def load(
         assemblies = [layer.assembly for layer in catalog.layers]
         transfer = TransferEngine(store, arena, backend, layouts, assemblies, on_stall=stats.stalled)
         closing.insert(0, transfer.close)
-        executor = ExpertExecutor(planner, transfer, arena, backend, layouts, stats)
+        decodings = [layer.decode for layer in catalog.layers]
+        executor = ExpertExecutor(planner, transfer, arena, backend, layouts, stats, decodings)
         executor.trace = writer
         found = find_experts(model)
         modules = [found[layer.name] for layer in catalog.layers]

@@ -21,6 +21,7 @@ import torch
 from offmoe.errors import CheckpointError, UnsupportedModelError
 from offmoe.hf.upstream import Concat, Merge, Swap, WeightConverter, run_converter, steps
 from offmoe.runtime.formats import Part
+from offmoe.runtime.quantized import Encoding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,10 +71,14 @@ class Group:
 
 
 class Kind(NamedTuple):
-    """Shape (of one expert, without the experts' dimension) and dtype that all tensors of a pattern have."""
+    """Shape (of one expert, without the experts' dimension), dtype and encoding that all tensors of a pattern have.
+
+    encoding: if they are quantised; shape is what they are decoded to, dtype stands for any.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    encoding: Encoding | None = None
 
 
 class Block(NamedTuple):

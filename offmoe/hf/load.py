@@ -17,6 +17,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -25,7 +26,7 @@ import transformers
 
 from offmoe.errors import CapacityError, CheckpointError, ConfigError, MissingTensorError, UnsupportedModelError
 from offmoe.hf.adapters import adapter_of, find_experts
-from offmoe.hf.catalog import ExpertCatalog, refuse_quantised
+from offmoe.hf.catalog import ExpertCatalog
 from offmoe.hf.dense import ParkedLayers
 from offmoe.hf.hub import resolve_folder
 from offmoe.hf.sanity import check_config, check_generation
@@ -187,14 +188,19 @@ def load_dense(
         if option in OURS | UNUSABLE:
             why = "offmoe sets it itself" if option in OURS else "offmoe cannot honour it"
             raise ConfigError(f"option {option!r} of transformers: {why}; leave it out")
-    refuse_quantised(folder, config)
+    config, view = _as_dense(config), catalog.view
+    source: object = folder
+    if view.encoded:  # values by dense names, decoded when transformers takes them
+        names = [name for name in view.tensors if not catalog.keys.issuperset(view.raw_names(name))]
+        source, hf_kwargs["state_dict"] = None, view.lazy(names, torch.device(device))
+        dtype = dtype or config.dtype or torch.bfloat16
     skeleton = _without_experts(cls, catalog.parameters)
     if parked is not None:  # places are told per parameter; the loader's check, which this ends, expects modules' names
         setattr(skeleton, "_no_placement_params", getattr(cls, "_no_placement_params", None) or [])  # noqa: B010
     load = cast("Callable[..., tuple[PreTrainedModel, Mapping[str, Iterable[str]]]]", skeleton.from_pretrained)
     try:
         model, report = load(
-            folder,
+            source,
             config=config,
             device_map={"": torch.device(device)} if parked is None else parked.device_map,
             offload_folder=None if parked is None else parked.folder,
@@ -231,9 +237,28 @@ def load_dense(
     absent = {n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta}
     assert absent == (parked.names if parked else set()), "a weight was left on the meta device"
     _own_memory(model)
+    if source is None:
+        _name_source(model, folder, hf_kwargs)
     attach_safe_save(model, folder, catalog)
     model.eval()
     return model
+
+
+def _as_dense(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A config that does not say that the checkpoint is quantised, so that no quantizer of transformers takes part."""
+    config = copy.deepcopy(config)
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return config
+
+
+def _name_source(model: PreTrainedModel, folder: str | os.PathLike[str], options: Mapping[str, object]) -> None:
+    """What transformers does only for a model that it loads from a folder itself."""
+    model.config.name_or_path = model.name_or_path = str(folder)
+    if model.can_generate() and options.get("generation_config") is None:
+        with suppress(OSError):  # no file: what the class has made of the config
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
 
 
 def _own_memory(model: PreTrainedModel) -> None:

@@ -48,7 +48,7 @@ def expert_bytes(catalog: ExpertCatalog, dtype: torch.dtype) -> tuple[ExpertByte
             at_rest=layer.records[0].nbytes,
             slot=aligned(layer.layout.nbytes, PARAM_ALIGNMENT),
             read=max(plan_reads(record).nbytes for record in layer.records),
-            cast=_cast_bytes(layer.layout, dtype),
+            cast=_cast_bytes(layer.layout, dtype) if layer.decode is None else layer.decode.nbytes(dtype),
         )
         for layer in catalog.layers
     )

@@ -25,6 +25,7 @@ from offmoe.runtime.arena import SlotArena
 from offmoe.runtime.backend import Backend
 from offmoe.runtime.formats import ExpertLayout
 from offmoe.runtime.kernels import ExpertMath, expert_ffn
+from offmoe.runtime.quantized import ExpertDecoding
 from offmoe.runtime.transfer import TransferEngine
 from offmoe.trace import TraceWriter
 from offmoe.types import Access, CacheStats, Demand, Plan, count_demands, rank_predictions
@@ -75,9 +76,11 @@ class ExpertExecutor:
         backend: Backend,
         layouts: Sequence[ExpertLayout],
         stats: CacheStats,
+        decodings: Sequence[ExpertDecoding | None] | None = None,
     ):
         self._planner, self._transfer, self._arena, self._backend = planner, transfer, arena, backend
         self._layouts = layouts
+        self._decodings = decodings or [None] * len(layouts)
         self.shape = planner.shape
         self.stats = stats
         self.user = OneUser()
@@ -158,7 +161,7 @@ class ExpertExecutor:
         groups: Mapping[int, torch.Tensor],
     ) -> torch.Tensor:
         """Rows of every (token, expert) pair. groups: of `_groups`, unless there is one token only."""
-        transfer, layout = self._transfer, self._layouts[plan.layer]
+        transfer, layout, decode = self._transfer, self._layouts[plan.layer], self._decodings[plan.layer]
         single = len(hidden) == 1
         sharing = top_k_index.numel() // len(hidden)  # pairs that have one input
         outputs: dict[int, torch.Tensor] = {}
@@ -169,6 +172,8 @@ class ExpertExecutor:
             for expert, slot in wave.experts:
                 transfer.ready(slot)
                 weights = self._arena.views(slot, layout)
+                if decode is not None:
+                    weights = decode(weights, hidden.dtype)
                 if rows is None:
                     outputs[expert] = expert_ffn(math, weights, hidden)
                 else:

@@ -203,17 +203,6 @@ def test_two_formats_at_once_are_refused(tmp_path: Path) -> None:
         open_catalog(tmp_path)
 
 
-def test_quantised_checkpoints_are_refused(tmp_path: Path) -> None:
-    tiny.save(tiny.build("mixtral"), tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        UnsupportedModelError, match=r"quantised experts \(fp8\) cannot be run yet; use a bf16/fp16 checkpoint"
-    ):
-        open_catalog(tmp_path)
-
-
 def test_quantised_bytes_without_a_config_are_refused(tmp_path: Path) -> None:
     tiny.save(tiny.build("mixtral"), tmp_path)
     tiny.edit(tmp_path, {W1: torch.zeros(48, 32, dtype=torch.float8_e4m3fn)})

@@ -23,8 +23,8 @@ class Blockwise4Bit:
     """One weight of bitsandbytes: `dense` is its shape, `block` and `nested` count elements of a block.
 
     Components: weight (any dtype; a byte holds two codes, the first in the high half), absmax [blocks], quant_map
-    float32 [16]; and if `nested`, whose absmax is uint8, nested_absmax float32, nested_quant_map float32 [256] and
-    offset float32 []. stored: the dtype that was quantised.
+    float32 [16], offset float32 []; and if `nested`, whose absmax is uint8, nested_absmax float32 and nested_quant_map
+    float32 [256]. stored: the dtype that was quantised.
     """
 
     dense: tuple[int, ...]
@@ -39,8 +39,8 @@ class Blockwise4Bit:
 
     @property
     def required(self) -> frozenset[str]:
-        more = ("nested_absmax", "nested_quant_map", "offset") if self.nested else ()
-        return frozenset({"weight", "absmax", "quant_map", *more})
+        more = ("nested_absmax", "nested_quant_map") if self.nested else ()
+        return frozenset({"weight", "absmax", "quant_map", "offset", *more})
 
     def shape(self, specs: Mapping[str, Spec]) -> tuple[int, ...]:
         numel = torch.Size(self.dense).numel()
@@ -49,7 +49,7 @@ class Blockwise4Bit:
         blocks = -(-numel // self.block)
         expect(octets == -(-numel // 2), f"{octets} bytes do not hold {list(self.dense)} codes of 4 bits")
         wanted = {"absmax": Spec((blocks,), torch.uint8 if self.nested else torch.float32)}
-        wanted["quant_map"] = Spec((16,), torch.float32)
+        wanted |= {"quant_map": Spec((16,), torch.float32), "offset": Spec((), torch.float32)}
         if self.nested:
             wanted["nested_absmax"] = Spec((-(-blocks // self.nested),), torch.float32)
             wanted["nested_quant_map"] = Spec((256,), torch.float32)

@@ -39,6 +39,13 @@ class Codec(Protocol):
         """The dense matrix, contiguous, in `dtype`, on the device of `raw`."""
 
 
+class Encoding(NamedTuple):
+    """How one matrix is stored: equal encodings are decoded alike. parts: its components, in the order of a slot."""
+
+    codec: Codec
+    parts: tuple[tuple[str, Spec], ...]
+
+
 def codes_of_words(words: torch.Tensor, bits: int) -> torch.Tensor:
     """Unsigned codes in int32 words, lowest bits first: [..., n] -> uint8 [..., n * 32 / bits]; bits is 4 or 8."""
     octets = words.contiguous().view(torch.uint8)  # [..., 4n], little-endian as in the file

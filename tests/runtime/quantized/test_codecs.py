@@ -41,8 +41,7 @@ def golden(file: str, case: str) -> tuple[Codec, dict[str, torch.Tensor], torch.
     if file == "bitsandbytes":
         state = next(name for name in raw if name.startswith("quant_state"))
         codec, offset = read_state(bytes(raw.pop(state).tolist()))
-        if codec.nested:
-            raw["offset"] = torch.tensor(offset)
+        raw["offset"] = torch.tensor(offset)
         return codec, raw, dense
     kind = {"awq": Awq, "gptqmodel": Gptq}.get(file, PackedInt)
     return kind(**options), raw, dense
