@@ -300,13 +300,13 @@ class _Builder:
                 f"{self.view.where(names[0])}: tensor {names[0]!r} has shape {list(shape)}, the model "
                 f"expects [{num_experts}, ...], equal parts for all experts; {OTHER_MODEL}"
             )
+        encoding = self.view.common_encoding(names, None if group.per_expert else entries)
         for name, info in zip(names, infos, strict=True):
             _check_computable(self.view, name)
             if info.shape != shape:
                 _check_shape(self.view, name, shape)
             if info.dtype != dtype:
                 self._mixed(name, info.dtype, dtype)
-        encoding = self.view.common_encoding(names, None if group.per_expert else entries)
         if group.per_expert:
             return Kind(shape, dtype, encoding)
         return Kind(shape[1:] if shape[0] == entries else (shape[0] // entries, *shape[1:]), dtype, encoding)
