@@ -43,8 +43,11 @@ class CostModel:
                 least = "a positive number" if f.name.endswith("gb_s") else "a number of microseconds, 0 or more"
                 raise ConfigError(f"costs: {f.name}={value!r} must be {least}.")
 
-    def fetch_s(self, nbytes: int) -> float:
-        """Seconds that one expert of `nbytes` occupies the slower of disk and link, which overlap."""
+    def fetch_s(self, nbytes: int, *, read: bool = True) -> float:
+        """Seconds that one expert of `nbytes` occupies the slower of disk and link, which overlap; not `read`: the
+        link alone."""
+        if not read:
+            return 0.0 if self.h2d_gb_s is None else nbytes / (self.h2d_gb_s * 1e9)
         slowest = self.disk_gb_s if self.h2d_gb_s is None else min(self.disk_gb_s, self.h2d_gb_s)
         return nbytes / (slowest * 1e9) + self.read_latency_us * 1e-6
 
