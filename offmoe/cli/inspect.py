@@ -44,7 +44,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
         found = survey(args.model, config, dtype=args.dtype, **hub)
     except CapacityError:
         boundless = replace(config, device_memory=BOUNDLESS, slots_per_layer=None)
-        found = survey(args.model, boundless, dtype=args.dtype, **hub)
+        found = survey(args.model, boundless, dtype=args.dtype, free=BOUNDLESS, **hub)
         out.result(_needs(args.model, found))
         out.json({**_facts(found), "plan": None})
         raise

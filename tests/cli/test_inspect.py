@@ -8,6 +8,7 @@ import pytest
 
 from offmoe.cli.inspect import _rounded_up
 from offmoe.config import parse_size
+from offmoe.runtime.backend import CpuBackend
 from tests import tiny
 from tests.cli.conftest import Outcome
 
@@ -85,6 +86,15 @@ def test_facts_come_before_the_error_when_nothing_fits(offmoe: Run, checkpoint: 
     assert found.json["plan"] is None
     assert found.json["smallest_device_memory"] == int(smallest[1])
     assert offmoe("inspect", checkpoint, "--device-memory", smallest[1], "--device", "cpu").status == 0
+
+
+def test_facts_come_also_where_the_machine_is_too_small(
+    offmoe: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CpuBackend, "free_bytes", lambda self: 100_000)
+    found = offmoe("inspect", checkpoint, "--json", "--device", "cpu")
+    assert (found.status, found.json["plan"]) == (1, None)
+    assert found.json["smallest_device_memory"] > 100_000
 
 
 def test_dense_layers_that_are_elsewhere_are_said_so(offmoe: Run, checkpoint: Path) -> None:
