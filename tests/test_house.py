@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from offmoe.cli import VERBS
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "offmoe"
 
@@ -44,6 +46,7 @@ FLOORS = {
     "offmoe.hf": "3",
     "offmoe.offload": "3",
     "offmoe.api": "4",
+    "offmoe.doctor": "4",
     "offmoe.cli": "4",
     "offmoe.__main__": "4",
 }
@@ -241,7 +244,7 @@ def test_public_names() -> None:
         _ = offmoe.no_such_name
 
 
-@pytest.mark.parametrize("verb", [[], ["generate"], ["inspect"], ["report"], ["simulate"], ["trace"], ["tune"]])
+@pytest.mark.parametrize("verb", [[], *([verb] for verb in VERBS)])
 def test_help_starts_without_torch(verb: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "offmoe", *verb, "--help"],
