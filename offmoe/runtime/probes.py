@@ -60,7 +60,7 @@ class DiskProbe:
     def gb_s(self, seconds: float, meanwhile: Callable[[], object] | None = None) -> float:
         """GB/s of all readers together over some seconds, a read each at least.
 
-        meanwhile: called again and again in this thread while they read.
+        meanwhile: called in this thread, once at least, again and again while they read.
         """
         stop, done = threading.Event(), [0] * self.readers
         errors: list[BaseException] = []
@@ -85,6 +85,7 @@ class DiskProbe:
             if meanwhile is None:
                 stop.wait(seconds)
             else:
+                meanwhile()
                 while time.perf_counter() - began < seconds:
                     meanwhile()
         finally:
