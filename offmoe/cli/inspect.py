@@ -13,11 +13,13 @@ from offmoe.cli import options
 from offmoe.cli.output import Output, percent, plain, span
 from offmoe.config import OffloadConfig, format_size
 from offmoe.errors import CapacityError
+from offmoe.profile import Profile
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from offmoe.api import Survey
+    from offmoe.expectation import Expectation
 
 KNEE = 2
 """Slots per top_k where hit rates stop rising steeply: below it a layer evicts what its next token needs."""
@@ -48,8 +50,9 @@ def run(args: argparse.Namespace, out: Output) -> None:
         out.result(_needs(args.model, found))
         out.json({**_facts(found), "plan": None})
         raise
-    out.result(_needs(args.model, found), _fit(config, found), *_advice(config, found))
-    out.json({**_facts(found), "plan": found.plan.to_dict()})
+    speed = _speed(found)
+    out.result(_needs(args.model, found), _fit(config, found), *_advice(config, found), _in_words(speed))
+    out.json({**_facts(found), **_in_figures(speed), "plan": found.plan.to_dict()})
 
 
 def _facts(found: Survey) -> dict[str, object]:
@@ -72,8 +75,37 @@ def _facts(found: Survey) -> dict[str, object]:
         "device": found.config.device,
         "dtype": str(found.dtype).removeprefix("torch."),
         "source": "config" if _from_config(found) else "headers",
-        "tokens_per_s": None,
+        **_in_figures(None),
     }
+
+
+def _speed(found: Survey) -> Expectation | None:
+    """What the profile's costs let expect, if it has any."""
+    profile = found.config.profile
+    if not isinstance(profile, Profile) or profile.costs is None:
+        return None
+    from offmoe.expectation import expect
+
+    # The routing is made up, so there are no predictions that a prefetch could act on.
+    return expect(found.shape, replace(found.config.cache(), prefetch=0), profile)
+
+
+def _in_figures(speed: Expectation | None) -> dict[str, object]:
+    if speed is None:
+        return {"tokens_per_s": None}
+    return {"tokens_per_s": speed.likely, "tokens_per_s_bound": speed.bound, "tokens_per_s_uniform": speed.uniform}
+
+
+def _in_words(speed: Expectation | None) -> str:
+    if speed is None:
+        return "Expected tokens/s needs measured costs: offmoe calibrate MODEL -o FILE, then --profile FILE."
+    tuned = ""
+    if speed.tuned is not None and speed.tuned_hit_rate is not None:
+        tuned = f"about {speed.tuned:.1f} at the profile's hit rate of {percent(speed.tuned_hit_rate)}; "
+    return (
+        f"Expected tokens/s at the profile's costs: {tuned}{speed.uniform:.1f} if every expert were equally likely "
+        f"(hit rate {percent(speed.uniform_hit_rate)}), {speed.bound:.1f} at most, with nothing missed."
+    )
 
 
 def _needs(name: str, found: Survey) -> Table:
@@ -138,7 +170,7 @@ def _two_columns(title: str) -> Table:
 
 
 def _advice(config: OffloadConfig, found: Survey) -> list[str]:
-    """What to change, and what cannot be said yet."""
+    """What to change."""
     plan, shape = found.plan, found.shape
     knee = tuple(min(KNEE * k, e) for k, e in zip(shape.top_k, shape.experts, strict=True))
     where = f"the knee of {KNEE} x top_k = {span(knee)} slots per layer"
@@ -152,7 +184,7 @@ def _advice(config: OffloadConfig, found: Survey) -> list[str]:
         advice = f"At or above {where}: more slots help gradually; {to_it} would just reach it."
     else:
         advice = f"Below {where}, where hit rates fall steeply; use {to_it} if the device can."
-    return [advice, "Expected tokens/s needs measured costs: 'offmoe calibrate', which is not built yet."]
+    return [advice]
 
 
 def _budget_for(slots: tuple[int, ...], found: Survey) -> int:

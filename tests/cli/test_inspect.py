@@ -8,6 +8,7 @@ import pytest
 
 from offmoe.cli.inspect import _rounded_up
 from offmoe.config import parse_size
+from offmoe.profile import CostModel, Profile
 from offmoe.runtime.backend import CpuBackend
 from tests import tiny
 from tests.cli.conftest import Outcome
@@ -55,7 +56,26 @@ def test_table_for_people(offmoe: Run, checkpoint: Path) -> None:
     assert (outcome.status, outcome.err) == (0, "")
     for words in ("MixtralForCausalLM", "8, top_k 2", "18432 bytes", "smallest budget", "8 per layer, 100.0 %"):
         assert words in outcome.out
-    assert "'offmoe calibrate', which is not built yet" in outcome.out
+    assert "needs measured costs: offmoe calibrate" in outcome.out
+
+
+def test_measured_costs_let_it_tell_the_speed(offmoe: Run, checkpoint: Path, tmp_path: Path) -> None:
+    profile = tmp_path / "p.json"
+    costs = CostModel(disk_gb_s=0.018432, expert_us_device=500.0, dense_us_per_token=7000.0)  # 1 ms to read one
+    Profile(costs=costs).write(profile)
+    argv = ("inspect", checkpoint, "--device", "cpu", "--profile", profile)
+    found = offmoe(*argv, "--slots-per-layer", "4", "--json").json
+    assert found["tokens_per_s_bound"] == pytest.approx(100)
+    assert found["tokens_per_s"] == found["tokens_per_s_uniform"]
+    assert 1 / (10e-3 + 6 * 1e-3) < found["tokens_per_s"] < 1 / (10e-3 + 6 * 0.3e-3)
+    assert "100.0 at most" in offmoe(*argv, "--slots-per-layer", "4").out
+    Profile({"slots_per_layer": 4}, costs, {"test_hit_rate": 0.5}).write(profile)
+    assert offmoe(*argv, "--json").json["tokens_per_s"] == pytest.approx(1 / (10e-3 + 6 * 0.5e-3))
+    assert "at the profile's hit rate of 50.0 %" in offmoe(*argv).out
+    other = offmoe(*argv, "--json", "--slots-per-layer", "5").json
+    assert other["tokens_per_s"] == other["tokens_per_s_uniform"]
+    everything = offmoe(*argv, "--json", "--slots-per-layer", "8").json
+    assert everything["tokens_per_s_uniform"] == pytest.approx(100)
 
 
 @pytest.mark.parametrize("memory", ["3MiB", "620000", "800000"])
