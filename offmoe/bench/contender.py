@@ -69,12 +69,11 @@ class Contender:
     def __init__(self, task: Task):
         import torch
 
-        from offmoe.cli.libraries import hide_bars, quiet
+        from offmoe.cli.libraries import quiet
 
         if task.threads:
             torch.set_num_threads(task.threads)
-        quiet(verbose=False)
-        hide_bars()
+        quiet(verbose=False, json=True)
         self._task = task
         self._inspected = self._inspect()
         self._offload: Any = None

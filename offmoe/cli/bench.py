@@ -90,7 +90,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
     config, hub = options.offload_config(args), options.hub_options(args)
     from offmoe.cli.libraries import hide_bars, quiet
 
-    quiet(args.verbose)
+    quiet(args.verbose, args.json)
     found = _inspect(args, config, cap, hub)
     passes = _passes(args, found, out)
     hide_bars()

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
     from offmoe.calibration import calibrate
     from offmoe.cli.libraries import hide_bars, quiet
 
-    quiet(args.verbose)
+    quiet(args.verbose, args.json)
     inspected = inspect(args.model, config, dtype=args.dtype, **hub)
     hide_bars()
     costs = calibrate(inspected, args.seconds, lambda what: out.note(f"measuring: {what}"))
