@@ -31,6 +31,7 @@ from offmoe.hf.load import (
     require_index,
 )
 from offmoe.hf.needs import ExpertBytes, Parameters, count_parameters, expert_bytes, model_bytes
+from offmoe.hf.quantization import shapes_are_in_shards
 from offmoe.offload import Offload
 from offmoe.policy.planner import build_planner
 from offmoe.runtime.arena import SlotArena
@@ -138,13 +139,17 @@ def inspect(
 ) -> Inspected:
     """Read headers and configuration, divide the memory; loads no weight. Raises what `from_pretrained` would.
 
-    free: bytes of device memory to take for free; None is what is."""
+    free: bytes of device memory to take for free; None is what is. A model on the Hub is downloaded only if bitsandbytes
+    quantised it: its headers do not say the shapes of weights.
+    """
     backend = select_backend(config.device)
     source = locate(model, **hub)
     hf_config = read_config(source.folder)
     cls = model_class(hf_config)
     checkpoint = source.checkpoint()
     require_index(checkpoint)
+    if shapes_are_in_shards(hf_config):
+        checkpoint = source.fetch(checkpoint)
     meta = build_meta(hf_config, cls)
     catalog = build_catalog(checkpoint, meta)
     compute = _dtype(dtype, hf_config, torch.bfloat16 if catalog.view.encoded else torch.float32)

@@ -67,6 +67,7 @@ def _facts(found: Survey) -> dict[str, object]:
         "parameters": found.parameters.total,
         "dense_parameters": found.parameters.dense,
         "quantisation": found.quantisation,
+        "expert_formats": _formats(found),
         "expert_bytes": plain(shape.expert_bytes),
         "expert_bytes_total": found.expert_bytes,
         "dense_bytes": found.plan.dense + found.plan.parked,
@@ -118,13 +119,21 @@ def _needs(name: str, found: Survey) -> Table:
     counts = found.parameters
     table.add_row("parameters", f"{_billions(counts.total)}, of which {_billions(counts.dense)} not of routed experts")
     table.add_row("experts per layer", f"{span(shape.experts)}, top_k {span(shape.top_k)}")
-    stored = f", {found.quantisation}" if found.quantisation else ""
+    formats = _formats(found) or ([found.quantisation] if found.quantisation else [])
+    stored = f", {' and '.join(formats)}" if formats else ""
     table.add_row("one expert", f"{format_size(max(shape.expert_bytes))} ({max(shape.expert_bytes)} bytes){stored}")
     table.add_row("all experts", f"{format_size(found.expert_bytes)} in {sum(shape.experts)}, {share} of the model")
     table.add_row("dense part", f"{format_size(dense)} in {dtype}, needed for every token")
     if _from_config(found):
         table.add_row("known from", f"{found.folder.name} alone: no weights here, sizes follow from shapes and dtype")
     return table
+
+
+def _formats(found: Survey) -> list[str]:
+    """What the experts themselves are stored in, if quantised; a configuration alone does not say it."""
+    from offmoe.api import Inspected
+
+    return list(found.catalog.formats) if isinstance(found, Inspected) else []
 
 
 def _from_config(found: Survey) -> bool:

@@ -10,7 +10,7 @@ from offmoe.cli.inspect import _rounded_up
 from offmoe.config import parse_size
 from offmoe.profile import CostModel, Profile
 from offmoe.runtime.backend import CpuBackend
-from tests import tiny
+from tests import quantised, tiny
 from tests.cli.conftest import Outcome
 
 Run = Callable[..., Outcome]
@@ -38,6 +38,16 @@ def test_layers_without_experts_do_not_count(offmoe: Run, tmp_path: Path) -> Non
     folder = tiny.save(tiny.build("qwen3_moe"), tmp_path / "qwen")
     found = offmoe("inspect", folder, "--json", "--device", "cpu").json
     assert (found["family"], found["layers"], found["moe_layers"]) == ("qwen3_moe", 3, 2)
+
+
+def test_formats_of_quantised_experts(offmoe: Run, tmp_path: Path) -> None:
+    folder, _ = quantised.save(tmp_path, "qwen3_moe", "ct-int4")
+    found = offmoe("inspect", folder, "--json", "--device", "cpu").json
+    assert (found["quantisation"], found["expert_formats"]) == ("compressed-tensors", ["compressed-tensors int4"])
+    raw = 3 * 24 * 32 * 3 // 4  # half a byte and a scale of two bytes for 8 columns
+    assert (found["expert_bytes"], found["expert_bytes_total"]) == (raw, 16 * raw)
+    assert found["dtype"] == "bfloat16"
+    assert "(1728 bytes), compressed-tensors int4" in offmoe("inspect", folder, "--device", "cpu").out
 
 
 def test_a_configuration_alone(offmoe: Run, checkpoint: Path) -> None:
