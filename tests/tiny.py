@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from offmoe.hf.load import model_class
@@ -75,12 +75,16 @@ FAMILIES = tuple(CONFIGS)
 
 def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: object) -> PreTrainedModel:
     """A stock model in eval mode. All parameters random, also those that initialise to zeros and ones."""
-    config = AutoConfig.for_model(family, **{**COMMON, **CONFIGS[family], **overrides})
+    return random_model(AutoConfig.for_model(family, **{**COMMON, **CONFIGS[family], **overrides}), dtype, seed)
+
+
+def random_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+    """A stock model of any config, as `build` makes them."""
     model = model_class(config)(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in [*model.named_parameters(), *model.named_buffers()]:
-            if isinstance(weight, torch.nn.Parameter) or "correction_bias" in name:
+            if weight.is_floating_point() and (isinstance(weight, torch.nn.Parameter) or name.endswith("_bias")):
                 spread = 0.05 if weight.ndim < 2 else 0.25
                 centre = 1.0 if "norm" in name and weight.ndim == 1 else 0.0
                 weight.copy_(torch.randn(weight.shape, generator=generator) * spread + centre)
@@ -88,8 +92,9 @@ def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **over
 
 
 def save(model: PreTrainedModel, folder: Path, original_format: bool = True, max_shard_size: str = "60KB") -> Path:
-    """Write a sharded checkpoint: with the names of the family's published ones, or with the fused names of "
-    "transformers v5."""
+    """Write a sharded checkpoint: with the names of the family's published ones, or with the fused names of
+    transformers v5.
+    """
     model.save_pretrained(folder, save_original_format=original_format, max_shard_size=max_shard_size)
     return folder
 

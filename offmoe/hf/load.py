@@ -272,6 +272,9 @@ def load_dense(
             "config.json and the shards are probably not of the same model"
         ) from error
     model.__class__ = cls
+    for module in find_experts(model).values():
+        for param in expert_parameters(module):
+            delattr(module, param)
     missing = sorted(report["missing_keys"])
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -319,8 +322,8 @@ def _strip(model: PreTrainedModel) -> None:
         if module._non_persistent_buffers_set:
             raise UnsupportedModelError(f"experts {name!r} compute their own buffers, which offmoe does not run yet")
         for param in expert_parameters(module):
-            del module._parameters[param]  # not None: a None parameter would refuse plain tensors later
-        setattr(module, "_is_hf_initialized", True)  # noqa: B010 -- not an attribute of Module; the initialisation of missing weights looks the parameters up by name
+            # a plain attribute, which no state dict lists: initialisation looks it up by name, some on a whole block
+            setattr(module, param, module._parameters.pop(param).detach().to("meta"))  # type: ignore[union-attr]
 
 
 def _exactly(name: str, prefix: str) -> str:
