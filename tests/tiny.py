@@ -88,7 +88,9 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32, s
                 spread = 0.05 if weight.ndim < 2 else 0.25
                 centre = 1.0 if "norm" in name and weight.ndim == 1 else 0.0
                 weight.copy_(torch.randn(weight.shape, generator=generator) * spread + centre)
-    return model.to(dtype).eval()
+            if weight.is_floating_point():  # not model.to(dtype), which would cast complex buffers too
+                weight.data = weight.data.to(dtype)
+    return model.eval()
 
 
 def save(model: PreTrainedModel, folder: Path, original_format: bool = True, max_shard_size: str = "60KB") -> Path:

@@ -22,7 +22,7 @@ from torch import nn
 
 from offmoe.errors import CheckpointError, MissingTensorError, UnsupportedModelError
 from offmoe.hf.adapters import MappedName, expert_parameters, is_experts, map_names, steps
-from offmoe.hf.convert import ExpertConversion, Group, Kind, Value, parts_of, trace
+from offmoe.hf.convert import ExpertConversion, Group, Kind, Share, Value, parts_of, trace, trace_share
 from offmoe.runtime.checkpoint import Checkpoint
 from offmoe.runtime.formats import Assembly, ExpertLayout, ExpertRecord, Part
 from offmoe.types import CacheShape, ExpertKey
@@ -115,6 +115,7 @@ def build_catalog(checkpoint: Checkpoint, meta_model: PreTrainedModel) -> Expert
             _check_shape(checkpoint, mapped.name, tuple(parameters[mapped.target].shape))
             _check_computable(checkpoint, mapped.name, parameters[mapped.target])
     builder = _Builder(checkpoint, meta_model, groups)
+    builder.divide()
     return ExpertCatalog(tuple(builder.layer(name, module) for name, module in modules.items()), frozenset(keys))
 
 
@@ -186,6 +187,26 @@ class _Builder:
     groups: dict[str, dict[str, Group]]
     layouts: dict[object, ExpertLayout] = field(default_factory=dict)
     tried: dict[object, dict[str, torch.dtype]] = field(default_factory=dict)
+    traced: dict[object, Value] = field(default_factory=dict)
+
+    def divide(self) -> None:
+        """Give every module its own share of a list of experts that one converter divides among several modules."""
+        for name, groups in list(self.groups.items()):
+            for target, group in list(groups.items()):
+                owners = [made.rpartition(".")[0] for made in group.targets]
+                if len(set(owners)) == 1 or not all(owner in self.groups for owner in owners):
+                    continue
+                del self.groups[name][target]
+                for names in group.names.values():
+                    self._check_count(group, names, sum(self._num_experts(made) for made in group.targets))
+                for i, (owner, made) in enumerate(zip(owners, group.targets, strict=True)):
+                    number = self._num_experts(made)
+                    own = {pattern: names[i * number : (i + 1) * number] for pattern, names in group.names.items()}
+                    share = Share(i, group.targets)
+                    self.groups[owner][made] = Group(made, group.converter, own, share)
+
+    def _num_experts(self, param: str) -> int:
+        return self.model.get_parameter(param).shape[0]
 
     def layer(self, name: str, module: nn.Module) -> CatalogLayer:
         shapes = {param: tuple(module.get_parameter(param).shape) for param in expert_parameters(module)}
@@ -199,7 +220,7 @@ class _Builder:
         for group, kind in zip(groups, kinds, strict=True):
             param = group.target.rpartition(".")[2]
             dtypes[param] = self._one_dtype(group, kind)
-            value = trace(group, [k.shape for k in kind], (1, *per_expert[param]))
+            value = self._trace(group, kind, per_expert[param])
             if value is None:
                 break
             self._check_tiling(group, kind, value, per_expert[param], num_experts)
@@ -233,6 +254,14 @@ class _Builder:
             records=self._records(groups, num_experts),
         )
 
+    def _trace(self, group: Group, kinds: list[Kind], expected: tuple[int, ...]) -> Value | None:
+        if group.share is None:
+            return trace(group, [k.shape for k in kinds], (1, *expected))
+        structure = (id(group.converter), group.share.number, tuple(kinds), expected)
+        if structure not in self.traced:
+            self.traced[structure] = trace_share(group, kinds, expected, self.model)
+        return self.traced[structure]
+
     def _records(self, groups: Sequence[Group], num_experts: int) -> tuple[ExpertRecord, ...]:
         segment = self.checkpoint.segment
         sources = [(group.per_expert, names) for group in groups for names in group.names.values()]
@@ -259,7 +288,8 @@ class _Builder:
         infos = [self.checkpoint.tensors[name] for name in names]
         shape, dtype = Counter((info.shape, info.dtype) for info in infos).most_common(1)[0][0]
         if group.per_expert:
-            self._check_count(group, names, num_experts)
+            if group.share is None:
+                self._check_count(group, names, num_experts)
         elif shape[:1] != (num_experts,):
             raise CheckpointError(
                 f"{self.checkpoint.shards[infos[0].shard]}: tensor {names[0]!r} has shape {list(shape)}, the model "

@@ -28,6 +28,11 @@ from torch.utils.hooks import RemovableHandle
 Place = tuple[int, int, torch.dtype]
 """Address, number of elements and dtype: enough to recognise a tensor, or a view of the whole of it, while it lives."""
 
+NOT_CALLED = "its experts were not called"
+NO_ROUTER = "no module puts out its experts' ids"
+PER_CALL = "its router takes arguments that differ from call to call"
+NOT_PROVEN = "its router does not give the same ids from the residual alone"
+
 
 @dataclass(frozen=True)
 class Route:
@@ -56,12 +61,16 @@ class Route:
 class RouterWiring:
     """For each MoE layer, what predicts its experts from the residual of the layer before.
 
-    `routes[l]` is None where no prediction is possible; `taps[l]` is the module whose input is layer l's residual.
+    `routes[l]` is None where no prediction is possible, and `reasons[l]` says why; `taps[l]` is the module whose input
+    is layer l's residual.
     """
 
-    def __init__(self, routes: Sequence[Route | None], taps: Sequence[nn.Module | None]) -> None:
+    def __init__(
+        self, routes: Sequence[Route | None], taps: Sequence[nn.Module | None], reasons: Sequence[str | None]
+    ) -> None:
         self.routes = tuple(routes)
         self.taps = tuple(taps)
+        self.reasons = tuple(reasons)
 
     @classmethod
     def discover(cls, model: nn.Module, experts: Sequence[nn.Module], run: Callable[[], object]) -> RouterWiring:
@@ -133,6 +142,7 @@ class WiringRecorder:
         self._constants: dict[int, Tensor | _PerCall] = {id(t): t for t in (*model.parameters(), *model.buffers())}
         self._routes: list[Route | None] = [None] * len(experts)
         self._taps: list[nn.Module | None] = [None] * len(experts)
+        self._reasons: list[str | None] = [NOT_CALLED] * len(experts)
         self._unseen = set(range(len(experts)))
         self._calls: list[_Call] = []
         self._handles: list[RemovableHandle] = []
@@ -153,7 +163,7 @@ class WiringRecorder:
             handle.remove()
         self._handles.clear()
         self._calls.clear()
-        return RouterWiring(self._routes, self._taps)
+        return RouterWiring(self._routes, self._taps, self._reasons)
 
     def _on_call(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
         if self._trying or not self._unseen:
@@ -189,12 +199,11 @@ class WiringRecorder:
             return
         self._unseen.remove(layer)
         ids = next((t for t in _tensors((args, kwargs)) if not t.is_floating_point() and t.dtype != torch.bool), None)
-        if ids is None:
-            return
-        place = _place(ids)
+        place = None if ids is None else _place(ids)
         # the first to put it out is the innermost: callers that pass it on complete later
         at = next((i for i, call in enumerate(calls) if place in call.outputs), None)
-        if at is None:
+        if ids is None or place is None or at is None:
+            self._reasons[layer] = NO_ROUTER
             return
         router = calls[at]
         norm = _producer(calls[:at], router)
@@ -203,12 +212,14 @@ class WiringRecorder:
         route = _route(norm, router, router.outputs.index(place))
         residual = None if first.held is None else first.held()
         if route is None:
+            self._reasons[layer] = PER_CALL
             return
         if residual is not None:
             proven = self._reproduces(route, residual, ids)
         else:  # the model has dropped it; then the norm's output must live, or the router's input may be other memory
             normed = None if norm is None else norm.made[0]()
             proven = normed is not None and self._reproduces(replace(route, norm=None), normed, ids)
+        self._reasons[layer] = None if proven else NOT_PROVEN
         if proven:
             self._routes[layer] = route
 
