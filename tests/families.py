@@ -668,8 +668,3 @@ def inputs(family: str, batch: int = 2, length: int = 11, seed: int = 3) -> dict
     if family == "diffusion_gemma":
         out["decoder_input_ids"] = tiny.prompt(batch, 8, seed + 100)
     return out
-
-
-def generation(family: str) -> dict[str, object]:
-    """Options of generate() that a family needs."""
-    return {}

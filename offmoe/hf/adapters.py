@@ -57,6 +57,7 @@ __all__ = [
     "WeightConverter",
     "batched_mm_experts_forward",
     "expert_parameters",
+    "forget_tie",
     "grouped_mm_experts_forward",
     "is_experts",
     "map_names",
@@ -78,6 +79,11 @@ def expert_parameters(module: nn.Module) -> tuple[str, ...]:
     up = "gate_up_proj" if module.has_gate else "up_proj"
     names = (up, "down_proj")
     return (*names, *(f"{name}_bias" for name in names)) if module.has_bias else names
+
+
+def forget_tie(model: PreTrainedModel, param: str) -> None:
+    """Let the loader not tie a parameter that the model no longer has."""
+    model.all_tied_weights_keys.pop(param, None)
 
 
 class MappedName(NamedTuple):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -116,6 +116,7 @@ def build_catalog(checkpoint: Checkpoint, meta_model: PreTrainedModel) -> Expert
             _check_computable(checkpoint, mapped.name, parameters[mapped.target])
     builder = _Builder(checkpoint, meta_model, groups)
     builder.divide()
+    builder.repeat_tied(modules)
     return ExpertCatalog(tuple(builder.layer(name, module) for name, module in modules.items()), frozenset(keys))
 
 
@@ -204,6 +205,17 @@ class _Builder:
                     own = {pattern: names[i * number : (i + 1) * number] for pattern, names in group.names.items()}
                     share = Share(i, group.targets)
                     self.groups[owner][made] = Group(made, group.converter, own, share)
+
+    def repeat_tied(self, modules: dict[str, nn.Module]) -> None:
+        """A module whose parameters are those of another has the same experts; a checkpoint names them once."""
+        first: dict[int, str] = {}
+        for name, module in sorted(modules.items(), key=lambda item: not self.groups[item[0]]):
+            for param in expert_parameters(module):
+                source = first.setdefault(id(module.get_parameter(param)), f"{name}.{param}")
+                owner = source.rpartition(".")[0]
+                if owner != name and source in self.groups[owner]:
+                    target = f"{name}.{param}"
+                    self.groups[name][target] = replace(self.groups[owner][source], target=target)
 
     def _num_experts(self, param: str) -> int:
         return self.model.get_parameter(param).shape[0]

@@ -24,7 +24,7 @@ import torch
 import transformers
 
 from offmoe.errors import CapacityError, CheckpointError, ConfigError, MissingTensorError, UnsupportedModelError
-from offmoe.hf.adapters import expert_parameters
+from offmoe.hf.adapters import expert_parameters, forget_tie
 from offmoe.hf.catalog import ExpertCatalog, find_experts, refuse_quantised
 from offmoe.hf.save import MODEL_FILES, attach_safe_save
 from offmoe.runtime.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
@@ -324,6 +324,7 @@ def _strip(model: PreTrainedModel) -> None:
         for param in expert_parameters(module):
             # a plain attribute, which no state dict lists: initialisation looks it up by name, some on a whole block
             setattr(module, param, module._parameters.pop(param).detach().to("meta"))  # type: ignore[union-attr]
+            forget_tie(model, f"{name}.{param}")
 
 
 def _exactly(name: str, prefix: str) -> str:

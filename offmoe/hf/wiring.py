@@ -1,8 +1,8 @@
 """Which modules predict a layer's experts from the residual stream, found by watching one real forward.
 
-Nothing moves at discovery: for every module call of one forward the addresses of its input and outputs are noted, as
-integers, and forgotten at the next experts call. Weak references stand in for tensors, so a long prompt costs no
-memory. No names are used:
+Nothing moves at discovery: for every module call of one forward it is noted in which memory its input and outputs
+stood, and forgotten at the next experts call. Weak references stand in for tensors and their storage, so a long prompt
+costs no memory, and memory that is given back and taken again is told apart. No names are used:
 
     top_k_index of the experts call   -- same memory -->  the module that put it out             = router
     input of the router               -- same memory -->  the childless module that put it out   = norm
@@ -20,17 +20,27 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
 
-Place = tuple[int, int, torch.dtype]
-"""Address, number of elements and dtype: enough to recognise a tensor, or a view of the whole of it, while it lives."""
+
+class Place(NamedTuple):
+    """Enough to recognise a tensor, or a view of the whole of it, also after it is gone: no address is used twice."""
+
+    storage: StorageWeakRef
+    offset: int
+    numel: int
+    dtype: torch.dtype
+
 
 NOT_CALLED = "its experts were not called"
 NO_ROUTER = "no module puts out its experts' ids"
 PER_CALL = "its router takes arguments that differ from call to call"
+OTHER_WIDTH = "the residual of the layer before is of another width"
 NOT_PROVEN = "its router does not give the same ids from the residual alone"
 
 
@@ -124,6 +134,7 @@ class _Call:
     module: nn.Module
     source: Place | None
     dims: int
+    width: int
     held: weakref.ref[Tensor] | None
     outputs: tuple[Place, ...]
     made: tuple[weakref.ref[Tensor], ...]
@@ -142,6 +153,7 @@ class WiringRecorder:
         self._constants: dict[int, Tensor | _PerCall] = {id(t): t for t in (*model.parameters(), *model.buffers())}
         self._routes: list[Route | None] = [None] * len(experts)
         self._taps: list[nn.Module | None] = [None] * len(experts)
+        self._widths = [0] * len(experts)
         self._reasons: list[str | None] = [NOT_CALLED] * len(experts)
         self._unseen = set(range(len(experts)))
         self._calls: list[_Call] = []
@@ -158,7 +170,12 @@ class WiringRecorder:
                 self._handles.append(module.register_forward_hook(self._on_call, with_kwargs=True))
 
     def finish(self) -> RouterWiring:
-        """Remove all hooks and return what was found; a layer that was not called cannot be predicted."""
+        """Remove all hooks and return what was found; a layer that was not called cannot be predicted, nor one whose
+        residual is of another width than that of the layer before.
+        """
+        for layer in range(1, len(self._routes)):
+            if self._routes[layer] is not None and self._widths[layer - 1] not in (0, self._widths[layer]):
+                self._routes[layer], self._reasons[layer] = None, OTHER_WIDTH
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -180,6 +197,7 @@ class WiringRecorder:
                 module=module,
                 source=None if hidden is None else _place(hidden),
                 dims=0 if hidden is None else hidden.dim(),
+                width=0 if hidden is None or not hidden.dim() else hidden.shape[-1],
                 held=None if hidden is None else weakref.ref(hidden),
                 outputs=tuple(_place(t) for t in _tensors(output)),
                 made=tuple(weakref.ref(t) for t in _tensors(output)),
@@ -208,7 +226,7 @@ class WiringRecorder:
         router = calls[at]
         norm = _producer(calls[:at], router)
         first = norm or router
-        self._taps[layer] = first.module
+        self._taps[layer], self._widths[layer] = first.module, first.width
         route = _route(norm, router, router.outputs.index(place))
         residual = None if first.held is None else first.held()
         if route is None:
@@ -240,9 +258,9 @@ def _producer(calls: Sequence[_Call], router: _Call) -> _Call | None:
     for call in reversed(calls):
         leaf = next(call.module.children(), None) is None
         if leaf and router.source is not None and router.source in call.outputs and call.source is not None:
-            if call.source[0] == router.source[0]:
+            if call.source[:2] == router.source[:2]:
                 continue
-            if call.outputs == (router.source,) and call.source[1] == router.source[1]:
+            if call.outputs == (router.source,) and call.source.numel == router.source.numel:
                 return call
     return None
 
@@ -259,7 +277,7 @@ def _route(norm: _Call | None, router: _Call, index: int) -> Route | None:
 
 
 def _place(tensor: Tensor) -> Place:
-    return tensor.data_ptr(), tensor.numel(), tensor.dtype
+    return Place(StorageWeakRef(tensor.untyped_storage()), int(tensor.storage_offset()), tensor.numel(), tensor.dtype)
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
