@@ -6,6 +6,8 @@ Eight experts, two per token where a family can, one dense layer before the MoE 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -436,7 +438,12 @@ CONFIGS: dict[str, Config] = {
     "llama4": {
         "text_config": _LLAMA4 | {"vocab_size": VOCABULARY},
         "vision_config": dict(
-            VISION, vision_output_dim=32, image_size=56, projector_input_dim=32, projector_output_dim=32
+            VISION,
+            intermediate_size=128,
+            vision_output_dim=32,
+            image_size=56,
+            projector_input_dim=32,
+            projector_output_dim=32,
         ),
         "image_token_index": IMAGE,
         "boi_token_index": VISION_START,
@@ -644,10 +651,10 @@ REFUSED_CLASSES = ("OpenAIPrivacyFilterExperts", "Qwen3OmniMoeTalkerTextExperts"
 """Experts that occur in refused families only."""
 
 
-def marked() -> list[object]:
-    """FAMILIES as parameters of a test; those that await an adapter must fail until they have it."""
+def marked(families: Iterable[str]) -> list[object]:
+    """Families as parameters of a test; those that await an adapter must fail until they have it."""
     awaiting = pytest.mark.xfail(strict=True, raises=UnsupportedModelError, reason="awaits an adapter")
-    return [pytest.param(f, marks=awaiting) if f in AWAITING_ADAPTERS else f for f in FAMILIES]
+    return [pytest.param(f, marks=awaiting) if f in AWAITING_ADAPTERS else f for f in families]
 
 
 def config(family: str) -> PreTrainedConfig:
@@ -667,4 +674,60 @@ def inputs(family: str, batch: int = 2, length: int = 11, seed: int = 3) -> dict
         out["decoder_input_ids"] = tiny.prompt(batch, 5, seed + 100)
     if family == "diffusion_gemma":
         out["decoder_input_ids"] = tiny.prompt(batch, 8, seed + 100)
+    return out
+
+
+def _noise(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(5))
+
+
+def _patches(patch_size: int, temporal: int = 2) -> dict[str, torch.Tensor]:
+    """An image of 4 x 4 patches, as processors flatten it; merged 2 x 2 it takes the place of 4 tokens."""
+    pixels = _noise(16, 3 * temporal * patch_size**2)
+    return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 4]])}
+
+
+def _square(size: int) -> dict[str, torch.Tensor]:
+    return {"pixel_values": _noise(1, 3, size, size)}
+
+
+def _positioned(patches: int) -> dict[str, torch.Tensor]:
+    grid = torch.meshgrid(torch.arange(patches), torch.arange(patches), indexing="ij")
+    positions = torch.stack(grid, -1).reshape(1, patches**2, 2)
+    return {"pixel_values": _noise(1, patches**2, 3 * 16**2), "image_position_ids": positions}
+
+
+IMAGES: dict[str, tuple[int, dict[str, torch.Tensor]]] = {
+    "aria": (4, _square(56)),
+    "diffusion_gemma": (4, _positioned(6)),
+    "dots3_note": (4, _patches(14, temporal=1)),
+    "ernie4_5_vl_moe": (4, _patches(14, temporal=1)),
+    "gemma4": (4, _positioned(6)),
+    "glm4v_moe": (4, _patches(14)),
+    "glm5_next": (4, _patches(14)),
+    "kimi_k25": (4, {"pixel_values": _noise(16, 3, 14, 14), "image_grid_thw": torch.tensor([[1, 4, 4]])}),
+    "llama4": (4, _square(56)),
+    "minimax_m3_vl": (4, _patches(14)),
+    "mistral_large4": (4, _square(56) | {"image_sizes": torch.tensor([[56, 56]])}),
+    "muse_spark": (4, _patches(14)),
+    "qwen3_5_moe": (4, _patches(16)),
+    "qwen3_omni_moe_thinker": (4, _patches(16)),
+    "qwen3_vl_moe": (4, _patches(16)),
+    "qwen4_exp": (4, _patches(16)),
+    "step3p7": (1, _square(56)),
+    "unlimited_ocr": (3, _square(64)),
+}
+"""One image per family: the tokens it takes the place of, and what the model gets."""
+TYPED = frozenset({"ernie4_5_vl_moe", "glm4v_moe", "qwen3_5_moe", "qwen3_vl_moe", "qwen4_exp"})
+"""Models that must be told which tokens are the image's."""
+
+
+def image_inputs(family: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Some text, an image, more text."""
+    number, image = IMAGES[family]
+    placeholders = torch.tensor([[VISION_START, *[IMAGE] * number, VISION_END]])
+    out = inputs(family, batch=1) | {name: t.to(dtype) if t.is_floating_point() else t for name, t in image.items()}
+    out["input_ids"] = torch.cat([tiny.prompt(1, 3), placeholders, tiny.prompt(1, 4)], dim=1)
+    if family in TYPED:
+        out["mm_token_type_ids"] = (out["input_ids"] == IMAGE).long()
     return out

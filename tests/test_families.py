@@ -61,6 +61,15 @@ def logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
         return model(**inputs).logits
 
 
+def all_logits(stock: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of every implementation of stock; the first one stays set."""
+    out = {}
+    for name in reversed(IMPLEMENTATIONS):
+        set_implementation(stock, name)
+        out[name] = logits(stock, inputs)
+    return {name: out[name] for name in IMPLEMENTATIONS}
+
+
 def greedy(model: PreTrainedModel) -> Tensor:
     torch.manual_seed(0)  # one family starts from random tokens
     ids = tiny.prompt()
@@ -177,7 +186,7 @@ def shared_modules(model: PreTrainedModel) -> str:
     "ignore:`torch.jit.script_method` is deprecated"
 )  # diffusion_gemma imports torch's compiler
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", families.marked())
+@pytest.mark.parametrize("family", families.marked(families.FAMILIES))
 def test_family_equals_stock(tmp_path: Path, family: str, dtype: str, families_found: families_table.Found) -> None:
     folder = tiny.save(families.build(family, DTYPES[dtype]), tmp_path / "model")
     inputs = families.inputs(family)
@@ -194,11 +203,7 @@ def test_family_equals_stock(tmp_path: Path, family: str, dtype: str, families_f
 
     stock = stock_model(folder, DTYPES[dtype])
     assert type(ours) is type(stock)
-    by_implementation = {}
-    for name in IMPLEMENTATIONS:
-        set_implementation(stock, name)
-        by_implementation[name] = logits(stock, inputs)
-    set_implementation(stock, IMPLEMENTATIONS[0])
+    by_implementation = all_logits(stock, inputs)
     assert torch.equal(tokens, greedy(stock))
     inspected = offmoe.api.inspect(folder, ours.offload.config)
     check_expert_bytes(inspected.checkpoint.shards, inspected.catalog, stock)
@@ -215,6 +220,20 @@ def test_family_equals_stock(tmp_path: Path, family: str, dtype: str, families_f
             result=result,
         )
     )
+
+
+@pytest.mark.parametrize("family", families.marked(f for f in families.IMAGES if f in families.FAMILIES))
+def test_image_equals_stock(tmp_path: Path, family: str, families_found: families_table.Found) -> None:
+    folder = tiny.save(families.build(family, torch.bfloat16), tmp_path / "model")
+    inputs = families.image_inputs(family, torch.bfloat16)
+    ours = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=SLOTS)
+    with ours.offload:
+        found = logits(ours, inputs)
+    stock = stock_model(folder, torch.bfloat16)
+    by_implementation = all_logits(stock, inputs)
+    other = inputs | {"pixel_values": inputs["pixel_values"].flip(-1)}
+    assert distance(logits(stock, other), found) > 0, "the image makes no difference"
+    families_found.images[family] = judge(found, by_implementation)
 
 
 @pytest.mark.parametrize("family", sorted(families.REFUSED))
