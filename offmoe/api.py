@@ -18,6 +18,7 @@ from offmoe.config import Default, OffloadConfig
 from offmoe.errors import ConfigError
 from offmoe.hf import experts as hf_experts
 from offmoe.hf.catalog import COMPUTABLE, ExpertCatalog, build_catalog, find_experts
+from offmoe.hf.foresight import foresee
 from offmoe.hf.load import build_meta, load_dense, model_class, read_config, require_index, resolve_folder
 from offmoe.hf.needs import model_bytes
 from offmoe.offload import Offload
@@ -60,6 +61,12 @@ class Inspected:
     def expert_bytes(self) -> int:
         """All experts, at rest."""
         return sum(record.nbytes for record in self.catalog.records.values())
+
+    def unpredictable(self) -> tuple[str | None, ...] | None:
+        """For each MoE layer why its experts cannot be predicted, None where they can; None if only a run can tell."""
+        meta = build_meta(self.hf_config, self.model_class)
+        found = find_experts(meta)
+        return foresee(meta, [found[layer.name] for layer in self.catalog.layers])
 
 
 def inspect(

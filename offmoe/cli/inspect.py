@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from offmoe.api import Inspected
 
+Unpredictable = tuple[str | None, ...] | None
+"""For each MoE layer why its experts cannot be predicted, None where they can; None if only a run can tell."""
 KNEE = 2
 """Slots per top_k where hit rates stop rising steeply: below it a layer evicts what its next token needs."""
 BOUNDLESS = 1 << 60
@@ -40,14 +42,16 @@ def run(args: argparse.Namespace, out: Output) -> None:
     except CapacityError:
         boundless = replace(config, device_memory=BOUNDLESS, slots_per_layer=None)
         found = inspect(args.model, boundless, dtype=args.dtype, **hub)
-        out.result(_needs(args.model, found))
-        out.json({**_facts(found), "plan": None})
+        unpredictable = found.unpredictable()
+        out.result(_needs(args.model, found, unpredictable))
+        out.json({**_facts(found, unpredictable), "plan": None})
         raise
-    out.result(_needs(args.model, found), _fit(config, found), *_advice(config, found))
-    out.json({**_facts(found), "plan": found.plan.to_dict()})
+    unpredictable = found.unpredictable()
+    out.result(_needs(args.model, found, unpredictable), _fit(config, found), *_advice(config, found))
+    out.json({**_facts(found, unpredictable), "plan": found.plan.to_dict()})
 
 
-def _facts(found: Inspected) -> dict[str, object]:
+def _facts(found: Inspected, unpredictable: Unpredictable) -> dict[str, object]:
     shape = found.catalog.shape
     return {
         "family": found.hf_config.model_type,
@@ -62,11 +66,12 @@ def _facts(found: Inspected) -> dict[str, object]:
         "smallest_device_memory": found.plan.smallest,
         "device": found.config.device,
         "dtype": str(found.dtype).removeprefix("torch."),
+        "predictable": None if unpredictable is None else [reason is None for reason in unpredictable],
         "tokens_per_s": None,
     }
 
 
-def _needs(name: str, found: Inspected) -> Table:
+def _needs(name: str, found: Inspected, unpredictable: Unpredictable) -> Table:
     shape, total, dtype = found.catalog.shape, found.expert_bytes, str(found.dtype).removeprefix("torch.")
     share = percent(total / (total + found.plan.dense))
     table = _two_columns(f"{name}: what it is")
@@ -76,7 +81,18 @@ def _needs(name: str, found: Inspected) -> Table:
     table.add_row("one expert", f"{format_size(max(shape.expert_bytes))} ({max(shape.expert_bytes)} bytes)")
     table.add_row("all experts", f"{format_size(total)} in {sum(shape.experts)}, {share} of the model")
     table.add_row("dense part", f"{format_size(found.plan.dense)} in {dtype}, always on the device")
+    table.add_row("experts ahead", _predictable(unpredictable))
     return table
+
+
+def _predictable(unpredictable: Unpredictable) -> str:
+    if unpredictable is None:
+        return "whether they can be predicted shows when the model runs"
+    reasons = dict.fromkeys(reason for reason in unpredictable if reason)
+    number = sum(reason is None for reason in unpredictable)
+    if not reasons:
+        return "can be predicted in all layers"
+    return f"can be predicted in {number} of {len(unpredictable)} layers; else {', '.join(reasons)}"
 
 
 def _fit(config: OffloadConfig, found: Inspected) -> Table:

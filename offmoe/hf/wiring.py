@@ -143,9 +143,13 @@ class _Call:
 
 
 class WiringRecorder:
-    """Discovery inside a forward that happens anyway: `start()` before it, `finish()` after it, also when it failed."""
+    """Discovery inside a forward that happens anyway: `start()` before it, `finish()` after it, also when it failed.
 
-    def __init__(self, model: nn.Module, experts: Sequence[nn.Module]) -> None:
+    prove: try every route on the spot; without it a route is only what the architecture looks like.
+    """
+
+    def __init__(self, model: nn.Module, experts: Sequence[nn.Module], *, prove: bool = True) -> None:
+        self._prove = prove
         self._modules = [
             module for module in model.modules() if module is not model
         ]  # its own hooks call start and finish
@@ -232,7 +236,9 @@ class WiringRecorder:
         if route is None:
             self._reasons[layer] = PER_CALL
             return
-        if residual is not None:
+        if not self._prove:
+            proven = True
+        elif residual is not None:
             proven = self._reproduces(route, residual, ids)
         else:  # the model has dropped it; then the norm's output must live, or the router's input may be other memory
             normed = None if norm is None else norm.made[0]()
