@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,8 @@ from torch import nn
 
 from offmoe.errors import CheckpointError, MissingTensorError, UnsupportedModelError
 from offmoe.hf.adapters import MappedName, expert_parameters, is_experts, map_names, steps
-from offmoe.hf.convert import ExpertConversion, Group, Kind, Share, Value, parts_of, trace, trace_share
+from offmoe.hf.convert import ExpertConversion, Group, Kind, Value, parts_of, trace, trace_share
+from offmoe.hf.shares import divide, repeat_tied
 from offmoe.runtime.checkpoint import Checkpoint
 from offmoe.runtime.formats import Assembly, ExpertLayout, ExpertRecord, Part
 from offmoe.types import CacheShape, ExpertKey
@@ -115,8 +116,8 @@ def build_catalog(checkpoint: Checkpoint, meta_model: PreTrainedModel) -> Expert
             _check_shape(checkpoint, mapped.name, tuple(parameters[mapped.target].shape))
             _check_computable(checkpoint, mapped.name, parameters[mapped.target])
     builder = _Builder(checkpoint, meta_model, groups)
-    builder.divide()
-    builder.repeat_tied(modules)
+    divide(groups, meta_model, builder.check_count)
+    repeat_tied(groups, modules)
     return ExpertCatalog(tuple(builder.layer(name, module) for name, module in modules.items()), frozenset(keys))
 
 
@@ -189,36 +190,6 @@ class _Builder:
     layouts: dict[object, ExpertLayout] = field(default_factory=dict)
     tried: dict[object, dict[str, torch.dtype]] = field(default_factory=dict)
     traced: dict[object, Value] = field(default_factory=dict)
-
-    def divide(self) -> None:
-        """Give every module its own share of a list of experts that one converter divides among several modules."""
-        for name, groups in list(self.groups.items()):
-            for target, group in list(groups.items()):
-                owners = [made.rpartition(".")[0] for made in group.targets]
-                if len(set(owners)) == 1 or not all(owner in self.groups for owner in owners):
-                    continue
-                del self.groups[name][target]
-                for names in group.names.values():
-                    self._check_count(group, names, sum(self._num_experts(made) for made in group.targets))
-                for i, (owner, made) in enumerate(zip(owners, group.targets, strict=True)):
-                    number = self._num_experts(made)
-                    own = {pattern: names[i * number : (i + 1) * number] for pattern, names in group.names.items()}
-                    share = Share(i, group.targets)
-                    self.groups[owner][made] = Group(made, group.converter, own, share)
-
-    def repeat_tied(self, modules: dict[str, nn.Module]) -> None:
-        """A module whose parameters are those of another has the same experts; a checkpoint names them once."""
-        first: dict[int, str] = {}
-        for name, module in sorted(modules.items(), key=lambda item: not self.groups[item[0]]):
-            for param in expert_parameters(module):
-                source = first.setdefault(id(module.get_parameter(param)), f"{name}.{param}")
-                owner = source.rpartition(".")[0]
-                if owner != name and source in self.groups[owner]:
-                    target = f"{name}.{param}"
-                    self.groups[name][target] = replace(self.groups[owner][source], target=target)
-
-    def _num_experts(self, param: str) -> int:
-        return self.model.get_parameter(param).shape[0]
 
     def layer(self, name: str, module: nn.Module) -> CatalogLayer:
         shapes = {param: tuple(module.get_parameter(param).shape) for param in expert_parameters(module)}
@@ -301,7 +272,7 @@ class _Builder:
         shape, dtype = Counter((info.shape, info.dtype) for info in infos).most_common(1)[0][0]
         if group.per_expert:
             if group.share is None:
-                self._check_count(group, names, num_experts)
+                self.check_count(group, names, num_experts)
         elif shape[:1] != (num_experts,):
             raise CheckpointError(
                 f"{self.checkpoint.shards[infos[0].shard]}: tensor {names[0]!r} has shape {list(shape)}, the model "
@@ -319,7 +290,8 @@ class _Builder:
                 self._mixed(name, info.dtype, dtype)
         return Kind(shape if group.per_expert else shape[1:], dtype)
 
-    def _check_count(self, group: Group, names: list[str], num_experts: int) -> None:
+    def check_count(self, group: Group, names: list[str], num_experts: int) -> None:
+        """An error unless there is one tensor for each expert, in their order."""
         if len(names) > num_experts:
             assert group.converter is not None
             if steps(group.converter) is None:
