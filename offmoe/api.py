@@ -8,19 +8,30 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from offmoe.config import Default, OffloadConfig
+from offmoe.config import Default, OffloadConfig, format_size
 from offmoe.errors import ConfigError
 from offmoe.hf import experts as hf_experts
-from offmoe.hf.catalog import COMPUTABLE, ExpertCatalog, build_catalog, find_experts
+from offmoe.hf.adapters import find_experts
+from offmoe.hf.catalog import COMPUTABLE, ExpertCatalog, build_catalog
+from offmoe.hf.dense import ParkedLayers, dense_layers
+from offmoe.hf.estimate import estimate, quantisation_method
 from offmoe.hf.foresight import foresee
-from offmoe.hf.load import build_meta, load_dense, model_class, read_config, require_index, resolve_folder
-from offmoe.hf.needs import model_bytes
+from offmoe.hf.hub import Source, locate
+from offmoe.hf.load import (
+    build_meta,
+    load_dense,
+    lone_config,
+    model_class,
+    read_config,
+    require_index,
+)
+from offmoe.hf.needs import ExpertBytes, Parameters, count_parameters, expert_bytes, model_bytes
 from offmoe.offload import Offload
 from offmoe.policy.planner import build_planner
 from offmoe.runtime.arena import SlotArena
@@ -28,11 +39,11 @@ from offmoe.runtime.backend import Backend, select_backend
 from offmoe.runtime.checkpoint import Checkpoint
 from offmoe.runtime.executor import ExpertExecutor
 from offmoe.runtime.formats import ExpertLayout
-from offmoe.runtime.memory import MemoryPlan, plan_memory
+from offmoe.runtime.memory import MemoryPlan, ModelBytes, plan_memory
 from offmoe.runtime.store import ExpertStore
 from offmoe.runtime.transfer import TransferEngine
 from offmoe.trace import TraceWriter
-from offmoe.types import CacheStats
+from offmoe.types import CacheShape, CacheStats
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -43,14 +54,19 @@ HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 
 
 @dataclass(frozen=True)
-class Inspected:
-    """A checkpoint whose headers have been read; nothing is loaded."""
+class Survey:
+    """What a model needs and what fits, from its configuration; nothing is loaded."""
 
     folder: Path
+    """Of the model, or its configuration file where there is nothing else."""
     hf_config: PretrainedConfig
     model_class: type[PreTrainedModel]
-    checkpoint: Checkpoint
-    catalog: ExpertCatalog
+    shape: CacheShape
+    experts: tuple[ExpertBytes, ...]
+    """Of each MoE layer."""
+    parameters: Parameters
+    quantisation: str | None
+    """Method that the checkpoint is quantised by."""
     dtype: torch.dtype
     config: OffloadConfig
     """As asked, with device, slots, context and modes resolved."""
@@ -60,13 +76,57 @@ class Inspected:
     @property
     def expert_bytes(self) -> int:
         """All experts, at rest."""
-        return sum(record.nbytes for record in self.catalog.records.values())
+        return sum(n * size for n, size in zip(self.shape.experts, self.shape.expert_bytes, strict=True))
 
     def unpredictable(self) -> tuple[str | None, ...] | None:
         """For each MoE layer why its experts cannot be predicted, None where they can; None if only a run can tell."""
         meta = build_meta(self.hf_config, self.model_class)
-        found = find_experts(meta)
-        return foresee(meta, [found[layer.name] for layer in self.catalog.layers])
+        return foresee(meta, list(find_experts(meta).values()))
+
+
+@dataclass(frozen=True)
+class Inspected(Survey):
+    """A checkpoint whose headers have been read; nothing is loaded, and of the Hub's shards nothing else downloaded."""
+
+    source: Source
+    checkpoint: Checkpoint
+    catalog: ExpertCatalog
+    meta: PreTrainedModel
+    """On the meta device, with its experts."""
+
+
+def survey(
+    model: str | os.PathLike[str], config: OffloadConfig, *, dtype: str | torch.dtype | None = None, **hub: Any
+) -> Survey:
+    """`inspect`, but content with a configuration: a config.json, or a folder that holds nothing else of a model.
+
+    An explicit device_memory is then taken at its word, because the model may be meant for another machine.
+    """
+    source = lone_config(model)
+    if source is None:
+        return inspect(model, config, dtype=dtype, **hub)
+    backend = select_backend(config.device)
+    hf_config = read_config(source)
+    cls = model_class(hf_config)
+    method = quantisation_method(hf_config)
+    # what is quantised is computed in bfloat16, whatever else a config forgets to say
+    compute = _dtype(dtype, hf_config, torch.float32 if method is None else torch.bfloat16)
+    found = estimate(hf_config, cls, compute, _dtype(None, hf_config, compute), staging_counts=backend.staging_counts)
+    asked = 0 if config.device_memory == "auto" else int(config.device_memory)
+    resolved, plan = _divide(config, found.shape, found.needs, backend, max(asked, backend.free_bytes()))
+    return Survey(
+        source,
+        hf_config,
+        cls,
+        found.shape,
+        found.experts,
+        found.parameters,
+        method,
+        compute,
+        resolved,
+        plan,
+        backend,
+    )
 
 
 def inspect(
@@ -78,16 +138,43 @@ def inspect(
 ) -> Inspected:
     """Read headers and configuration, divide the memory; loads no weight. Raises what `from_pretrained` would."""
     backend = select_backend(config.device)
-    folder = resolve_folder(model, **hub)
-    hf_config = read_config(folder)
+    source = locate(model, **hub)
+    hf_config = read_config(source.folder)
     cls = model_class(hf_config)
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = source.checkpoint()
     require_index(checkpoint)
     meta = build_meta(hf_config, cls)
     catalog = build_catalog(checkpoint, meta)
-    compute = _dtype(dtype, hf_config)
-    needs = model_bytes(meta, catalog, compute, staging_counts=backend.staging_counts)
-    plan = plan_memory(config, catalog.shape, needs, free=backend.free_bytes(), share=backend.auto_share)
+    compute = _dtype(dtype, hf_config, torch.bfloat16 if catalog.view.encoded else torch.float32)
+    experts = expert_bytes(catalog, compute)
+    layers = dense_layers(meta)
+    # to be read as it is stored, or as transformers writes it once more, which is in the dtype to compute in
+    wider = max(compute, _dtype(None, hf_config, compute), key=lambda dtype: dtype.itemsize)
+    needs = model_bytes(meta, experts, layers, compute, wider, staging_counts=backend.staging_counts)
+    resolved, plan = _divide(config, catalog.shape, needs, backend, backend.free_bytes())
+    return Inspected(
+        source.folder,
+        hf_config,
+        cls,
+        catalog.shape,
+        experts,
+        count_parameters(meta),
+        quantisation_method(hf_config),
+        compute,
+        resolved,
+        plan,
+        backend,
+        source,
+        checkpoint,
+        catalog,
+        meta,
+    )
+
+
+def _divide(
+    config: OffloadConfig, shape: CacheShape, needs: ModelBytes, backend: Backend, free: int
+) -> tuple[OffloadConfig, MemoryPlan]:
+    plan = plan_memory(config, shape, needs, free=free, share=backend.auto_share, host_free=backend.host_free_bytes())
     slots = plan.slots_per_layer
     resolved = config.resolved(
         device=str(backend.device),
@@ -98,7 +185,7 @@ def inspect(
         on_miss="fetch",
         exactness="bitwise",
     )
-    return Inspected(folder, hf_config, cls, checkpoint, catalog, compute, resolved, plan, backend)
+    return resolved, plan
 
 
 def from_pretrained(
@@ -143,39 +230,58 @@ def from_pretrained(
     )
     hub = {name: hf_kwargs.pop(name) for name in HUB_OPTIONS if name in hf_kwargs}
     inspected = inspect(model, config, dtype=dtype, **hub)
-    logger.info("%s on %s", inspected.plan.describe(), inspected.config.device)
+    plan = inspected.plan
+    logger.info("%s on %s", plan.describe(), inspected.config.device)
+    if plan.parked_layers:
+        logger.warning(
+            "the dense part does not fit: %d decoder layers (%s) come from %s in every pass; device_memory=%d holds it",
+            plan.parked_layers,
+            format_size(plan.parked),
+            plan.parked_in,
+            plan.smallest_dense,
+        )
     return load(inspected, name=str(model), trace=trace, **hf_kwargs)
+
+
+def fetch(inspected: Inspected) -> Inspected:
+    """The same with all shards here: downloads those that are not."""
+    return replace(inspected, checkpoint=inspected.source.fetch(inspected.checkpoint))
 
 
 def load(
     inspected: Inspected, *, name: str = "", trace: str | os.PathLike[str] | None = None, **hf_kwargs: Any
 ) -> PreTrainedModel:
-    """Load what `inspect` found."""
+    """Load what `inspect` found, and `fetch` what is not here yet."""
+    inspected = fetch(inspected)
     catalog, backend, config = inspected.catalog, inspected.backend, inspected.config
     layouts = [layer.layout for layer in catalog.layers]
     planner = build_planner(config.cache(), catalog.shape)
     writer = None if trace is None else TraceWriter(trace, name, catalog.shape, config.cache())
-    model = load_dense(
-        inspected.folder,
-        inspected.hf_config,
-        inspected.model_class,
-        catalog,
-        device=backend.device,
-        dtype=inspected.dtype,
-        experts_implementation=hf_experts.IMPLEMENTATION,
-        **hf_kwargs,
-    )
-    model.requires_grad_(False)
-    store = ExpertStore(inspected.checkpoint.shards, catalog.records)
-    closing = [store.close]
+    parked = _park(inspected)
+    closing = [] if parked is None else [parked.close]
     try:
+        model = load_dense(
+            inspected.folder,
+            inspected.hf_config,
+            inspected.model_class,
+            catalog,
+            device=backend.device,
+            dtype=inspected.dtype,
+            experts_implementation=hf_experts.IMPLEMENTATION,
+            parked=parked,
+            **hf_kwargs,
+        )
+        model.requires_grad_(False)
+        store = ExpertStore(inspected.checkpoint.shards, catalog.records)
+        closing.insert(0, store.close)
         inspected.checkpoint.check_unchanged()
         arena = SlotArena(backend.allocate, _slot_layouts(layouts, inspected.plan, config.scope))
         stats = CacheStats.for_layers(catalog.shape.layers)
         assemblies = [layer.assembly for layer in catalog.layers]
         transfer = TransferEngine(store, arena, backend, layouts, assemblies, on_stall=stats.stalled)
         closing.insert(0, transfer.close)
-        executor = ExpertExecutor(planner, transfer, arena, backend, layouts, stats)
+        decodings = [layer.decode for layer in catalog.layers]
+        executor = ExpertExecutor(planner, transfer, arena, backend, layouts, stats, decodings)
         executor.trace = writer
         found = find_experts(model)
         modules = [found[layer.name] for layer in catalog.layers]
@@ -189,6 +295,17 @@ def load(
     return model
 
 
+def _park(inspected: Inspected) -> ParkedLayers | None:
+    """The last decoder layers, as many as the plan has no room for."""
+    plan = inspected.plan
+    if plan.parked_in is None:
+        return None
+    layers = dense_layers(inspected.meta)[-plan.parked_layers :]
+    return ParkedLayers(
+        layers, plan.parked_in, inspected.meta, inspected.checkpoint, inspected.catalog.dense, inspected.backend
+    )
+
+
 def _slot_layouts(layouts: list[ExpertLayout], plan: MemoryPlan, scope: str) -> list[ExpertLayout]:
     """The layout that sizes each slot: its layer's, or the largest where any layer may use it."""
     if scope == "model":
@@ -197,11 +314,11 @@ def _slot_layouts(layouts: list[ExpertLayout], plan: MemoryPlan, scope: str) -> 
     return [layout for layout, quota in zip(layouts, plan.slots_per_layer, strict=True) for _ in range(quota)]
 
 
-def _dtype(dtype: str | torch.dtype | None, hf_config: PretrainedConfig) -> torch.dtype:
-    """The dtype to compute in: as asked, else the checkpoint's own."""
+def _dtype(dtype: str | torch.dtype | None, hf_config: PretrainedConfig, unsaid: torch.dtype) -> torch.dtype:
+    """The dtype to compute in: as asked, else the checkpoint's own, else `unsaid`."""
     if dtype in (None, "auto"):
         own = getattr(hf_config, "dtype", None) or getattr(hf_config.get_text_config(), "dtype", None)
-        dtype = own or "float32"
+        dtype = own or unsaid
     found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype).removeprefix("torch."), None)
     if not isinstance(found, torch.dtype):
         raise ConfigError(f"dtype={dtype!r} is unknown. Use 'auto', 'bfloat16', 'float16' or 'float32'.")

@@ -13,7 +13,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -38,10 +38,13 @@ logger = logging.getLogger(__name__)
 
 class _Prediction:
     """Experts of a layer from the residual of the layer before it; knows nothing until a forward pass has been
-    watched.
+    watched. parts: an encoder and a decoder are watched one after the other, and neither predicts for the other.
     """
 
-    def __init__(self, model: nn.Module, experts: Sequence[nn.Module]):
+    def __init__(self, model: nn.Module, experts: Sequence[nn.Module], parts: Sequence[nn.Module]):
+        inside = [set(part.modules()) for part in parts]
+        part_of = [next((i for i, modules in enumerate(inside) if module in modules), -1) for module in experts]
+        self._starts = {i for i in range(1, len(part_of)) if part_of[i] != part_of[i - 1]}
         self._recorder: WiringRecorder | None = WiringRecorder(model, experts)
         self._wiring: RouterWiring | None = None
         self._residuals: dict[int, torch.Tensor] = {}  # the latest only: a long prompt's are large
@@ -51,12 +54,13 @@ class _Prediction:
             self._recorder.start()
 
     def end(self, complete: bool) -> None:
+        """complete: the last part of the model has run to its end."""
         self._residuals.clear()
         if self._recorder is not None:
-            wiring = self._recorder.finish()
+            self._recorder.pause()
             if complete:
-                self._recorder, self._wiring = None, wiring
-                wiring.install(self._keep)
+                self._wiring, self._recorder = self._recorder.finish(), None
+                self._wiring.install(self._keep)
 
     def _keep(self, layer: int, residual: torch.Tensor) -> None:
         self._residuals.clear()
@@ -65,7 +69,7 @@ class _Prediction:
     def predict(self, layer: int) -> torch.Tensor | None:
         """Expert ids [tokens, p] of `layer`, from the residual before the MoE block of `layer - 1`."""
         residual = self._residuals.get(layer - 1)
-        if residual is None or self._wiring is None or not self._wiring.can_predict(layer):
+        if residual is None or self._wiring is None or layer in self._starts or not self._wiring.can_predict(layer):
             return None
         return self._wiring.predict(layer, residual)
 
@@ -88,14 +92,17 @@ class Offload:
         self._executor = executor
         self._baseline = CacheStats.for_layers(executor.shape.layers)
         self._prediction: _Prediction | None = None
+        self._encoded = False
+        """Whether an encoder has run for requests that a decoder has not begun yet."""
+        parts = _parts(model)
         if config.prefetch != 0 and any(
             q < e for q, e in zip(plan.slots_per_layer, executor.shape.experts, strict=True)
         ):
-            self._prediction = _Prediction(model, experts)
+            self._prediction = _Prediction(model, experts, parts)
             executor.predictor = self._prediction
         # What ends the runtime must not hold the model, or the model would never be collected.
         self._finalizer = weakref.finalize(model, _close_all, os.getpid(), [executor.end_trace, *closing])
-        self._install(model)
+        self._install(model, parts)
 
     @property
     def trace(self) -> TraceWriter | None:
@@ -127,9 +134,12 @@ class Offload:
     ) -> None:
         self.close()
 
-    def _install(self, model: PreTrainedModel) -> None:
+    def _install(self, model: PreTrainedModel, parts: Sequence[nn.Module]) -> None:
         cls: Any = type(model)
         reference = weakref.ref(model)
+        parts_run = bool(parts)
+        for part in parts:
+            self._install_part(part, is_encoder=part is parts[0])
 
         @functools.wraps(cls.generate)
         def generate(*args: Any, **kwargs: Any) -> Any:
@@ -141,7 +151,7 @@ class Offload:
 
         @functools.wraps(cls.forward)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            with self._in_use(), self._step(args, kwargs):
+            with self._in_use(), nullcontext() if parts_run else self._step(args, kwargs):
                 return cls.forward(reference(), *args, **kwargs)
 
         def apply(convert: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module | None:
@@ -186,28 +196,43 @@ class Offload:
         with self._executor.user:
             yield
 
+    def _install_part(self, part: nn.Module, is_encoder: bool) -> None:
+        """Make each forward of an encoder or of a decoder a step; generate() runs the encoder by itself."""
+        cls: Any = type(part)
+        reference = weakref.ref(part)
+
+        @functools.wraps(cls.forward)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with self._in_use(), self._step(args, kwargs, is_encoder):
+                return cls.forward(reference(), *args, **kwargs)
+
+        object.__setattr__(part, "forward", forward)
+
     @contextmanager
-    def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-        """One forward pass: checked against the reserved context, announced to the recording, watched for
-        predictions.
+    def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any], is_encoder: bool = False) -> Iterator[None]:
+        """One forward pass, of the model or of its encoder or decoder: checked against the reserved context, announced
+        to the recording, watched for predictions.
         """
         ids = kwargs.get("input_ids", args[0] if args else None)
         rows = ids if isinstance(ids, torch.Tensor) else kwargs.get("inputs_embeds")
         batch, length = (int(rows.shape[0]), int(rows.shape[1])) if isinstance(rows, torch.Tensor) else (1, 0)
         cache: Any = kwargs.get("past_key_values")
         past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
-        if batch * (past + length) > self._plan.max_context:
+        encoded = kwargs.get("encoder_hidden_states")
+        whole = past + length + (int(encoded.shape[1]) if isinstance(encoded, torch.Tensor) else 0)
+        if batch * whole > self._plan.max_context:
             raise CapacityError(
-                f"{batch} x {past + length} tokens of context do not fit the {self._plan.max_context} that memory is "
-                f"reserved for. Load the model with max_context={batch * (past + length)} or more."
+                f"{batch} x {whole} tokens of context do not fit the {self._plan.max_context} that memory is "
+                f"reserved for. Load the model with max_context={batch * whole} or more."
             )
         trace = self._executor.trace
         if trace is not None:
-            if past == 0:
+            if past == 0 and (is_encoder or not self._encoded):
                 trace.next_requests()
             request = np.repeat(np.arange(batch, dtype=np.int32), length)
             token = ids.reshape(-1).cpu().numpy() if isinstance(ids, torch.Tensor) else None
             trace.begin_step(batch * length, request, token)
+        self._encoded = is_encoder
         if self._prediction is None:
             yield
             return
@@ -215,9 +240,16 @@ class Offload:
         complete = False
         try:
             yield
-            complete = True
+            complete = not is_encoder
         finally:
             self._prediction.end(complete)
+
+
+def _parts(model: PreTrainedModel) -> tuple[nn.Module, ...]:
+    """The encoder and the decoder of a model that has both."""
+    if not model.config.is_encoder_decoder:
+        return ()
+    return model.get_encoder(), model.get_decoder()
 
 
 def _close_all(process: int, closing: Sequence[Callable[[], None]]) -> None:

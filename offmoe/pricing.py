@@ -2,8 +2,9 @@
 
 Nothing is measured here; the costs come from a profile. Bound: some 2 us per (step, layer). The model: a layer computes
 what is resident first, then every expert as it arrives; one fetch at a time occupies the way in; demands go before
-prefetches that have not started; what computing does not cover is stall. Rough for prompts, where the dense part of
-many tokens costs less than that many times one token's. Must never influence a plan (rule R1)."""
+prefetches that have not started, and the fetches of all waves are asked for at once; what computing does not cover is
+stall. Rough for prompts, where the dense part of many tokens costs less than that many times one token's. Must never
+influence a plan (rule R1)."""
 
 from __future__ import annotations
 
@@ -30,18 +31,17 @@ class Clock:
         self.now_s += self._dense_s * rows
         tokens = {demand.expert: demand.tokens for demand in access.demands}
         self._start_prefetches()
-        for wave in plan.waves:
-            keys = [ExpertKey(layer, expert) for expert, _ in wave.experts]
-            fetched = {fetch.key for fetch in wave.fetches}
-            for key in keys:  # a prefetch that is demanded before it has started is a demand like the others
-                if self._queue.pop(key, None) is not None or key in fetched:
-                    self._fetch(key, self.now_s)
-            for key in keys:
-                lands = self._lands.pop(key, 0.0)
-                if lands > self.now_s:
-                    self.stall_s += lands - self.now_s
-                    self.now_s = lands
-                self.now_s += self._expert_s * tokens[key.expert]
+        keys = [ExpertKey(layer, expert) for wave in plan.waves for expert, _ in wave.experts]
+        fetched = {fetch.key for wave in plan.waves for fetch in wave.fetches}
+        for key in keys:  # a prefetch that is demanded before it has started is a demand like the others
+            if self._queue.pop(key, None) is not None or key in fetched:
+                self._fetch(key, self.now_s)
+        for key in keys:
+            lands = self._lands.pop(key, 0.0)
+            if lands > self.now_s:
+                self.stall_s += lands - self.now_s
+                self.now_s = lands
+            self.now_s += self._expert_s * tokens[key.expert]
         for fetch in plan.prefetches:
             self._queue[fetch.key] = self.now_s
 

@@ -60,6 +60,7 @@ class DeferredStream:
                     destination.copy_(source)
                 done[0] = True
 
+            land.done = done  # type: ignore[attr-defined]
             self.pending.append(land)
 
 

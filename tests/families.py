@@ -6,13 +6,9 @@ Eight experts, two per token where a family can, one dense layer before the MoE 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from offmoe.errors import UnsupportedModelError
 from tests import tiny
 
 VOCABULARY = tiny.VOCABULARY + 7
@@ -628,20 +624,6 @@ CONFIGS: dict[str, Config] = {
 FAMILIES = tuple(sorted(family for family in CONFIGS if family in CONFIG_MAPPING))
 """Those that the installed transformers knows."""
 
-AWAITING_ADAPTERS = frozenset(
-    {
-        "dbrx",
-        "jetmoe",
-        "llama4",
-        "llama4_text",
-        "longcat_flash",
-        "nllb-moe",
-        "step3p7",
-        "switch_transformers",
-    }
-)
-"""Outside transformers' experts registry and not loadable yet."""
-
 REFUSED: dict[str, str] = {
     "openai_privacy_filter": "labels tokens, and transformers has no class of it that generates text",
     "qwen3_omni_moe": "speaks and listens by a generate() of its own around two models; its thinker, the model that "
@@ -649,12 +631,6 @@ REFUSED: dict[str, str] = {
 }
 REFUSED_CLASSES = ("OpenAIPrivacyFilterExperts", "Qwen3OmniMoeTalkerTextExperts")
 """Experts that occur in refused families only."""
-
-
-def marked(families: Iterable[str]) -> list[object]:
-    """Families as parameters of a test; those that await an adapter must fail until they have it."""
-    awaiting = pytest.mark.xfail(strict=True, raises=UnsupportedModelError, reason="awaits an adapter")
-    return [pytest.param(f, marks=awaiting) if f in AWAITING_ADAPTERS else f for f in families]
 
 
 def config(family: str) -> PreTrainedConfig:

@@ -43,8 +43,9 @@ the family (transformers {version}, CPU, three expert slots per layer, or top_k 
   adapter: a class in `offmoe/hf/adapters.py`.
 * **layouts**: names of the experts' tensors in the family's own checkpoint format, and how one expert is read: per
   expert (tensors of its own) or slice (a row of a tensor of all experts); by block copies, or, where it says so, by a
-  conversion (transformers' own operations, one expert at a time). transposed, biased, interleaved, ungated, normed: as
-  the module computes with them. What one read brings was checked to be that expert's parameters, to the byte.
+  conversion (transformers' own operations, one expert at a time). transposed: turned on the way. [in, out], biased,
+  interleaved, ungated, normed: how the module keeps and computes what it has. What one read brings was checked to be
+  that expert's parameters, to the byte.
 * **shared**: modules beside the routed experts that every token uses; they stay on the device.
 * **prediction**: layers whose experts offmoe predicts exactly from the residual stream, tested on another prompt.
 * **fp32, bf16**: equal: logits bit-equal to stock's grouped_mm (or its only implementation). x (stock y): stock's own

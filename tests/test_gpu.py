@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import offmoe
 from offmoe.errors import CapacityError
-from offmoe.hf.catalog import find_experts
+from offmoe.hf.adapters import find_experts
 from offmoe.hf.load import resolve_folder
 from offmoe.runtime.backend import CudaBackend, _CudaEvent, _CudaStream, select_backend
 from offmoe.simulator import replay

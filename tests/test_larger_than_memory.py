@@ -13,6 +13,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from offmoe.api import inspect
+from offmoe.config import OffloadConfig
+
 EXPERTS, HIDDEN, INTERMEDIATE = 64, 1024, 4096
 EXPERT_BYTES = 3 * HIDDEN * INTERMEDIATE * 2
 
@@ -20,7 +23,8 @@ RUN = """
 import resource, sys
 import torch
 import offmoe
-model = offmoe.from_pretrained(sys.argv[1], device="cpu", slots_per_layer=2)
+options = {"slots_per_layer": 2} if len(sys.argv) < 3 else {"device_memory": int(sys.argv[2])}
+model = offmoe.from_pretrained(sys.argv[1], device="cpu", **options)
 with model.offload:
     ids = torch.arange(5, 11)[None]
     out = model.generate(input_ids=ids, max_new_tokens=3, do_sample=False)
@@ -81,3 +85,36 @@ def test_experts_larger_than_memory(tmp_path):
     assert misses >= 2 * layers
     libraries = 1 << 30  # torch and transformers themselves, generously
     assert peak < planned + libraries
+
+
+@pytest.mark.slow
+def test_a_dense_part_larger_than_the_budget(tmp_path):
+    """2 GB of attention, of which one layer's 42 MB are there at a time."""
+    config = MixtralConfig(
+        vocab_size=256,
+        hidden_size=1024,
+        head_dim=256,
+        intermediate_size=64,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=512,
+        dtype=torch.bfloat16,
+    )
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        skeleton = MixtralForCausalLM(config).state_dict()
+    total = sparse_shard(tmp_path / "model.safetensors", skeleton)
+    plan = inspect(tmp_path, OffloadConfig(device="cpu")).plan
+    assert plan.smallest_dense > 2_000_000_000 > 5 * plan.smallest
+
+    arguments = [str(tmp_path), str(plan.smallest)]
+    done = subprocess.run([sys.executable, "-c", RUN, *arguments], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    length, planned, _, peak = map(int, done.stdout.split())
+    assert length == 9
+    assert planned <= plan.smallest
+    libraries = 1 << 30
+    assert peak < planned + libraries < total

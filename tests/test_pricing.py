@@ -38,6 +38,11 @@ def test_misses_wait_for_the_one_way_in_and_computing_overlaps():
     assert clock.now_s == pytest.approx(0.2e-3 + 2e-3 + 0.1e-3)
 
 
+def test_later_waves_are_read_while_earlier_ones_compute():
+    eight = price([access(0, range(8))], costs=CostModel(0.001, expert_us_device=1000.0, dense_us_per_token=0.0))
+    assert eight.now_s == pytest.approx(1e-3 + 8e-3)  # computing hides every read but the first
+
+
 def test_a_prefetch_travels_while_others_compute():
     plain = price([access(0, [1]), access(1, [5])])
     ahead = price([access(0, [1], predicted=[5]), access(1, [5])], prefetch=1)

@@ -47,15 +47,17 @@ def run(args: argparse.Namespace, out: Output) -> None:
     prompt = _prompt(args)
     import torch
 
-    from offmoe.api import inspect, load
+    from offmoe.api import fetch, inspect, load
     from offmoe.cli.libraries import hide_bars, quiet
 
-    quiet(args.verbose)
+    quiet(args.verbose, args.json)
     inspected = inspect(args.model, config, dtype=args.dtype, **hub)
     tokenizer = prompts.load_tokenizer(inspected.folder)
     ids = prompts.encode(tokenizer, prompt, args.chat_template)
-    new_tokens = prompts.room(args.max_new_tokens, ids.shape[1], inspected.plan.max_context, out)
+    taken = prompts.context_taken(inspected.hf_config, ids)
+    new_tokens = prompts.room(args.max_new_tokens, taken, inspected.plan.max_context, out)
     out.note(f"memory on {inspected.config.device}: {inspected.plan.describe()}")
+    inspected = fetch(inspected)
     hide_bars()
     model = load(inspected, name=args.model, trace=args.trace)
     offload = cast("Offload", model.offload)

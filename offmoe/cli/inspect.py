@@ -1,4 +1,7 @@
-"""`offmoe inspect MODEL`: what a model needs and what fits here, from headers and configuration. No weight is read."""
+"""`offmoe inspect MODEL`: what a model needs and what fits here, from headers and configuration. No weight is read.
+
+MODEL may also be a config.json, or a folder with nothing else of a model: then bytes are what the shapes come to, and
+the output says so."""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from offmoe.errors import CapacityError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from offmoe.api import Inspected
+    from offmoe.api import Survey
 
 Unpredictable = tuple[str | None, ...] | None
 """For each MoE layer why its experts cannot be predicted, None where they can; None if only a run can tell."""
@@ -25,7 +28,9 @@ BOUNDLESS = 1 << 60
 
 
 def parser() -> options.Parser:
-    parser = options.Parser("inspect", "What a model needs and what fits here; reads headers, loads nothing.")
+    parser = options.Parser(
+        "inspect", "What a model needs and what fits here; reads headers (or config.json alone), loads nothing."
+    )
     options.add_loading(parser)
     options.add_cache(parser)
     return parser
@@ -33,15 +38,15 @@ def parser() -> options.Parser:
 
 def run(args: argparse.Namespace, out: Output) -> None:
     config, hub = options.offload_config(args), options.hub_options(args)
-    from offmoe.api import inspect
+    from offmoe.api import survey
     from offmoe.cli.libraries import quiet
 
-    quiet(args.verbose)
+    quiet(args.verbose, args.json)
     try:
-        found = inspect(args.model, config, dtype=args.dtype, **hub)
+        found = survey(args.model, config, dtype=args.dtype, **hub)
     except CapacityError:
         boundless = replace(config, device_memory=BOUNDLESS, slots_per_layer=None)
-        found = inspect(args.model, boundless, dtype=args.dtype, **hub)
+        found = survey(args.model, boundless, dtype=args.dtype, **hub)
         unpredictable = found.unpredictable()
         out.result(_needs(args.model, found, unpredictable))
         out.json({**_facts(found, unpredictable), "plan": None})
@@ -51,8 +56,8 @@ def run(args: argparse.Namespace, out: Output) -> None:
     out.json({**_facts(found, unpredictable), "plan": found.plan.to_dict()})
 
 
-def _facts(found: Inspected, unpredictable: Unpredictable) -> dict[str, object]:
-    shape = found.catalog.shape
+def _facts(found: Survey, unpredictable: Unpredictable) -> dict[str, object]:
+    shape = found.shape
     return {
         "family": found.hf_config.model_type,
         "architecture": found.model_class.__name__,
@@ -60,28 +65,39 @@ def _facts(found: Inspected, unpredictable: Unpredictable) -> dict[str, object]:
         "moe_layers": shape.layers,
         "experts": plain(shape.experts),
         "top_k": plain(shape.top_k),
+        "parameters": found.parameters.total,
+        "dense_parameters": found.parameters.dense,
+        "quantisation": found.quantisation,
         "expert_bytes": plain(shape.expert_bytes),
         "expert_bytes_total": found.expert_bytes,
-        "dense_bytes": found.plan.dense,
+        "dense_bytes": found.plan.dense + found.plan.parked,
         "smallest_device_memory": found.plan.smallest,
+        "smallest_with_dense": found.plan.smallest_dense,
         "device": found.config.device,
         "dtype": str(found.dtype).removeprefix("torch."),
         "predictable": None if unpredictable is None else [reason is None for reason in unpredictable],
+        "source": "config" if _from_config(found) else "headers",
         "tokens_per_s": None,
     }
 
 
-def _needs(name: str, found: Inspected, unpredictable: Unpredictable) -> Table:
-    shape, total, dtype = found.catalog.shape, found.expert_bytes, str(found.dtype).removeprefix("torch.")
-    share = percent(total / (total + found.plan.dense))
+def _needs(name: str, found: Survey, unpredictable: Unpredictable) -> Table:
+    shape, dtype = found.shape, str(found.dtype).removeprefix("torch.")
+    dense = found.plan.dense + found.plan.parked
+    share = percent(found.expert_bytes / (found.expert_bytes + dense))
     table = _two_columns(f"{name}: what it is")
     table.add_row("architecture", f"{found.model_class.__name__} ({found.hf_config.model_type})")
     table.add_row("layers", f"{_layers(found)}, of which {shape.layers} have experts")
+    counts = found.parameters
+    table.add_row("parameters", f"{_billions(counts.total)}, of which {_billions(counts.dense)} not of routed experts")
     table.add_row("experts per layer", f"{span(shape.experts)}, top_k {span(shape.top_k)}")
-    table.add_row("one expert", f"{format_size(max(shape.expert_bytes))} ({max(shape.expert_bytes)} bytes)")
-    table.add_row("all experts", f"{format_size(total)} in {sum(shape.experts)}, {share} of the model")
-    table.add_row("dense part", f"{format_size(found.plan.dense)} in {dtype}, always on the device")
+    stored = f", {found.quantisation}" if found.quantisation else ""
+    table.add_row("one expert", f"{format_size(max(shape.expert_bytes))} ({max(shape.expert_bytes)} bytes){stored}")
+    table.add_row("all experts", f"{format_size(found.expert_bytes)} in {sum(shape.experts)}, {share} of the model")
+    table.add_row("dense part", f"{format_size(dense)} in {dtype}, needed for every token")
     table.add_row("experts ahead", _predictable(unpredictable))
+    if _from_config(found):
+        table.add_row("known from", f"{found.folder.name} alone: no weights here, sizes follow from shapes and dtype")
     return table
 
 
@@ -95,13 +111,27 @@ def _predictable(unpredictable: Unpredictable) -> str:
     return f"can be predicted in {number} of {len(unpredictable)} layers; else {', '.join(reasons)}"
 
 
-def _fit(config: OffloadConfig, found: Inspected) -> Table:
-    plan, shape = found.plan, found.catalog.shape
+def _from_config(found: Survey) -> bool:
+    from offmoe.api import Inspected
+
+    return not isinstance(found, Inspected)
+
+
+def _billions(count: int) -> str:
+    return f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+
+
+def _fit(config: OffloadConfig, found: Survey) -> Table:
+    plan, shape = found.plan, found.shape
     resident = percent(sum(plan.slots_per_layer) / sum(shape.experts))
     asked = "free here, less a reserve" if config.device_memory == "auto" else "--device-memory"
     table = _two_columns(f"what fits on {found.config.device}")
     table.add_row("budget", format_size(plan.budget), asked)
-    table.add_row("dense part", format_size(plan.dense), "")
+    table.add_row("dense part", format_size(plan.dense), "" if not plan.parked_layers else "what stays")
+    if plan.parked_layers:
+        layers = f"{plan.parked_layers} of {_layers(found)} layers"
+        table.add_row("dense, elsewhere", format_size(plan.parked), f"{layers}, from {plan.parked_in} in every pass")
+        table.add_row("a dense layer", format_size(plan.in_flight), "in flight")
     table.add_row(
         "expert slots", format_size(plan.slots), f"{span(plan.slots_per_layer)} per layer, {resident} resident"
     )
@@ -109,9 +139,11 @@ def _fit(config: OffloadConfig, found: Inspected) -> Table:
     if plan.staging:
         table.add_row("staging", format_size(plan.staging), "reads on their way")
     table.add_row("workspace", format_size(plan.workspace), "activations, logits")
-    table.add_row(
-        "smallest budget", format_size(plan.smallest), f"{span(shape.top_k)} slots per layer ({plan.smallest} bytes)"
-    )
+    slots = f"{span(shape.top_k)} slots per layer"
+    if plan.smallest < plan.smallest_dense:
+        table.add_row("smallest, all dense", format_size(plan.smallest_dense), f"{slots} ({plan.smallest_dense} bytes)")
+        slots += ", dense layers elsewhere"
+    table.add_row("smallest budget", format_size(plan.smallest), f"{slots} ({plan.smallest} bytes)")
     return table
 
 
@@ -121,9 +153,9 @@ def _two_columns(title: str) -> Table:
     return Table(title=title, title_justify="left", show_header=False)
 
 
-def _advice(config: OffloadConfig, found: Inspected) -> list[str]:
+def _advice(config: OffloadConfig, found: Survey) -> list[str]:
     """What to change, and what cannot be said yet."""
-    plan, shape = found.plan, found.catalog.shape
+    plan, shape = found.plan, found.shape
     knee = tuple(min(KNEE * k, e) for k, e in zip(shape.top_k, shape.experts, strict=True))
     where = f"the knee of {KNEE} x top_k = {span(knee)} slots per layer"
     if config.slots_per_layer is None:
@@ -139,11 +171,9 @@ def _advice(config: OffloadConfig, found: Inspected) -> list[str]:
     return [advice, "Expected tokens/s needs measured costs: 'offmoe calibrate', which is not built yet."]
 
 
-def _budget_for(slots: tuple[int, ...], found: Inspected) -> int:
+def _budget_for(slots: tuple[int, ...], found: Survey) -> int:
     """Device memory in which the plan's context and these slots fit."""
-    from offmoe.runtime.formats import PARAM_ALIGNMENT, aligned
-
-    sizes = [aligned(layer.layout.nbytes, PARAM_ALIGNMENT) for layer in found.catalog.layers]
+    sizes = [expert.slot for expert in found.experts]
     return found.plan.used - found.plan.slots + sum(n * size for n, size in zip(slots, sizes, strict=True))
 
 
@@ -156,5 +186,7 @@ def _rounded_up(size: int) -> str:
     return str(size)
 
 
-def _layers(found: Inspected) -> int:
-    return int(found.hf_config.get_text_config().num_hidden_layers)
+def _layers(found: Survey) -> int:
+    from offmoe.hf.needs import num_layers
+
+    return num_layers(found.hf_config)

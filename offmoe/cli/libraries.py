@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging as python_logging
 import sys
 import warnings
 
+import huggingface_hub.utils.logging
 from transformers.utils import logging
 
 
-def quiet(verbose: bool) -> None:
-    """Leave stderr to offmoe: no bars where there is no terminal; warnings of libraries only with `verbose`."""
-    if sys.stderr is None or not sys.stderr.isatty():
+def quiet(verbose: bool, json: bool) -> None:
+    """Leave stderr to offmoe: no bars with `json` or without a terminal; warnings of libraries only with `verbose`."""
+    if json or sys.stderr is None or not sys.stderr.isatty():
         hide_bars()
     if not verbose:
         logging.set_verbosity_error()
+        python_logging.getLogger("accelerate").setLevel(python_logging.ERROR)
+        huggingface_hub.utils.logging.set_verbosity_error()
         warnings.simplefilter("ignore")
 
 

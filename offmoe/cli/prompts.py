@@ -19,7 +19,7 @@ from offmoe.errors import CapacityError, CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_NEW_TOKENS = 128
 COLDEST = 1e-6
@@ -170,6 +170,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]
     if ids.shape[1] == 0:
         raise ConfigError("PROMPT has no tokens; there is nothing to continue.")
     return ids.long()
+
+
+def context_taken(config: PretrainedConfig, ids: Tensor) -> int:
+    """Tokens of context that a prompt takes; behind an encoder, the decoder begins with a token of its own."""
+    return ids.shape[1] + int(config.is_encoder_decoder)
 
 
 def room(asked: int | None, prompt_tokens: int, context: int, out: Output) -> int:

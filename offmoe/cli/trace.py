@@ -90,20 +90,22 @@ def _record(args: argparse.Namespace, out: Output) -> None:
     asked = prompts.read_prompts(args.prompts, args.paragraphs)
     import torch
 
-    from offmoe.api import inspect, load
+    from offmoe.api import fetch, inspect, load
     from offmoe.cli.libraries import hide_bars, quiet
 
-    quiet(args.verbose)
+    quiet(args.verbose, args.json)
     inspected = inspect(args.model, config, dtype=args.dtype, **hub)
     tokenizer = prompts.load_tokenizer(inspected.folder)
     runs: list[tuple[Tensor, int]] = []
     for prompt in asked:
         try:
             ids = prompts.encode(tokenizer, prompt.content, args.chat_template)
-            runs.append((ids, prompts.room(args.max_new_tokens, ids.shape[1], inspected.plan.max_context, out)))
+            taken = prompts.context_taken(inspected.hf_config, ids)
+            runs.append((ids, prompts.room(args.max_new_tokens, taken, inspected.plan.max_context, out)))
         except OffmoeError as error:
             raise type(error)(f"{prompt.where}: {error}") from error
     out.note(f"memory on {inspected.config.device}: {inspected.plan.describe()}")
+    inspected = fetch(inspected)
     hide_bars()
     model = load(inspected, name=args.model, trace=args.output)
     offload = cast("Offload", model.offload)

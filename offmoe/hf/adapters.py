@@ -1,193 +1,47 @@
-"""The one place that knows transformers' semi-private interfaces; everything else in offmoe goes through these names.
+"""Which adapter knows a module, and what all adapters say about a whole model.
 
-Nothing moves here. Three things are borrowed: the registry of experts implementations, the attributes that its
-decorator sets on every experts module, and the renamings and conversions by which the loader maps a checkpoint's names
-to parameters. None of the three is promised to be stable, so a release that lacks one is refused by name, at import,
-rather than misread.
-
-The tests pass on 5.17.0 and on 5.23.0. What only the later ones set (`_is_expert_parallel`, `has_post_expert_norm`) is
-not relied on. This module must never touch a tensor's values.
+Nothing moves here. Must never name an architecture: those are in families.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
-
-import torch
-import transformers
 from torch import nn
 
-from offmoe.errors import ConfigError
-
-TESTED_VERSIONS = "5.17 to 5.23"
-
-try:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        Concatenate,
-        MergeModulelist,
-        Transpose,
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
-    )
-    from transformers.integrations.moe import (
-        ALL_EXPERTS_FUNCTIONS,
-        batched_mm_experts_forward,
-        grouped_mm_experts_forward,
-    )
-except ImportError as error:
-    raise ConfigError(
-        f"transformers {transformers.__version__} lacks something that offmoe builds on ({error}); "
-        f"install a tested version: pip install 'transformers>=5.17,<5.24' (tested: {TESTED_VERSIONS})"
-    ) from error
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from offmoe.hf.adapter import HANDLE, ExpertsAdapter, Place, RegistryExperts, Routing, Rows
+from offmoe.hf.families import FAMILIES
 
 __all__ = [
-    "ALL_EXPERTS_FUNCTIONS",
-    "TESTED_VERSIONS",
-    "Concat",
-    "MappedName",
-    "Merge",
-    "Swap",
-    "WeightConverter",
-    "batched_mm_experts_forward",
+    "ADAPTERS",
+    "HANDLE",
+    "ExpertsAdapter",
+    "Place",
+    "RegistryExperts",
+    "Routing",
+    "Rows",
+    "adapter_of",
     "expert_parameters",
-    "forget_tie",
-    "grouped_mm_experts_forward",
-    "is_experts",
-    "map_names",
-    "run_converter",
-    "steps",
+    "find_experts",
 ]
 
-REGISTRY_ATTRIBUTES = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
-"""Set by `use_experts_implementation` on every instance of a registered experts class."""
+
+ADAPTERS: tuple[ExpertsAdapter, ...] = (RegistryExperts(), *FAMILIES)
 
 
-def is_experts(module: nn.Module) -> bool:
-    """Whether `module` dispatches its forward through the registry of experts implementations."""
-    return all(hasattr(module, name) for name in REGISTRY_ATTRIBUTES)
+def adapter_of(module: nn.Module) -> ExpertsAdapter | None:
+    """The adapter that claims `module`, if one does."""
+    return next((adapter for adapter in ADAPTERS if adapter.claims(module)), None)
 
 
-def expert_parameters(module: nn.Module) -> tuple[str, ...]:
-    """Names of the parameters of a registered experts module that have the experts as their first dimension."""
-    up = "gate_up_proj" if module.has_gate else "up_proj"
-    names = (up, "down_proj")
-    return (*names, *(f"{name}_bias" for name in names)) if module.has_bias else names
+def find_experts(model: nn.Module) -> dict[str, nn.Module]:
+    """Experts modules of a model by module path, in module order, which is the order of a forward."""
+    return {name: module for name, module in model.named_modules() if adapter_of(module) is not None}
 
 
-def forget_tie(model: PreTrainedModel, param: str) -> None:
-    """Let the loader not tie a parameter that the model no longer has."""
-    model.all_tied_weights_keys.pop(param, None)
-
-
-class MappedName(NamedTuple):
-    """A checkpoint's tensor and the parameter it becomes, or becomes a part of.
-
-    `pattern` is the source pattern of `converter` that matched, None without a converter.
-    """
-
-    name: str
-    target: str
-    pattern: str | None
-    converter: WeightConverter | None
-
-
-def map_names(model: PreTrainedModel, names: Iterable[str]) -> Iterator[MappedName]:
-    """Map a checkpoint's names to parameters of `model` (meta device will do), exactly as transformers' loader does.
-
-    In the loader's order, because grouped renamings depend on it. Targets that the model does not have come out as they
-    are.
-    """
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    prefix, parameters = model.base_model_prefix, model.state_dict()
-    for name in sorted(names, key=dot_natural_key):
-        target, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
-        if target not in parameters and name in parameters:  # already the parameter's own name
-            target, pattern = rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=parameters)
-        yield MappedName(name, target, pattern, converter_of[pattern] if pattern is not None else None)
-
-
-class Merge(NamedTuple):
-    """Stack the tensors of one pattern, one per expert, along a new dimension."""
-
-    dim: int
-
-
-class Concat(NamedTuple):
-    """Join the tensors of all patterns, in the order of the converter's patterns."""
-
-    dim: int
-
-
-class Swap(NamedTuple):
-    """Exchange two dimensions; with `check`, only if the shape is not the parameter's own already."""
-
-    dim0: int
-    dim1: int
-    check: bool
-
-
-def steps(converter: WeightConverter) -> tuple[Merge | Concat | Swap, ...] | None:
-    """The operations of a converter as plain data; None if one of them is none of the three that only move blocks."""
-    out: list[Merge | Concat | Swap] = []
-    for op in converter.operations:
-        if type(op) is MergeModulelist:
-            out.append(Merge(op.dim))
-        elif type(op) is Concatenate:
-            out.append(Concat(op.dim))
-        elif type(op) is Transpose:
-            out.append(Swap(op.dim0, op.dim1, op.check_dims))
-        else:
-            return None
-    return tuple(out)
-
-
-def run_converter(
-    converter: WeightConverter,
-    tensors: Mapping[str, Sequence[torch.Tensor]],
-    target: str,
-    model: PreTrainedModel,
-    shapes: Mapping[str, tuple[int, ...]],
-) -> dict[str, torch.Tensor]:
-    """Run a converter's own operations on some experts' tensors -> tensors by full parameter name.
-
-    tensors: per source pattern. shapes: what operations that look up a parameter's size are told, by full parameter
-    name. Raises whatever the operations raise.
-    """
-    values: Mapping[str, torch.Tensor | list[torch.Tensor]] = {name: list(found) for name, found in tensors.items()}
-    for op in converter.operations:
-        values = op.convert(
-            dict(values),
-            source_patterns=converter.source_patterns,
-            target_patterns=converter.target_patterns,
-            full_layer_name=target,
-            model=_ResizedModel(model, shapes),
-            config=model.config,
-            missing_keys=None,
-        )
-    before, _, after = next((target.partition(name) for name in values if name in target), ("", "", ""))
-    return {before + name + after: v[0] if isinstance(v, list) else v for name, v in values.items()}
-
-
-class _ResizedModel:
-    """The model as operations see it, with some parameters cut down to the experts at hand."""
-
-    def __init__(self, model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self._model, self._shapes = model, shapes
-
-    def get_parameter(self, name: str) -> torch.Tensor:
-        if name in self._shapes:
-            return torch.empty(self._shapes[name], device="meta")
-        return self._model.get_parameter(name)
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._model, name)
+def expert_parameters(model: nn.Module) -> dict[str, tuple[str, Place]]:
+    """Experts' parameters of a whole model by full name -> (name of the experts module, what of whom it holds)."""
+    out: dict[str, tuple[str, Place]] = {}
+    for name, module in find_experts(model).items():
+        adapter = adapter_of(module)
+        assert adapter is not None
+        out |= {f"{name}.{param}": (name, place) for param, place in adapter.places(module).items()}
+    return out

@@ -1,9 +1,9 @@
 """Where every expert of a checkpoint is, and how its tensors become the parameters that its module computes with.
 
-Nothing moves: the input is the checkpoint's headers and a model on the meta device. No architecture is known by name.
-Experts modules are found by the attributes that transformers' registry sets; the checkpoint's names are mapped by the
-loader's own renamings and converters, and what a converter does is worked out once per layer (convert.py). Work is
-linear in the number of tensors: 90,000 names take seconds.
+Nothing moves: the input is the checkpoint's headers and a model on the meta device. No architecture is known by name:
+adapters say which parameters hold which experts; the checkpoint's names are mapped by the loader's own renamings and
+converters, and what a converter does is worked out once per layer (convert.py). Work is linear in the number of
+tensors: 90,000 names take seconds.
 
 What it must never do: guess. An expert that is absent, of another shape or of mixed dtype is an error here, before
 anything is loaded.
@@ -15,17 +15,21 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from offmoe.errors import CheckpointError, MissingTensorError, UnsupportedModelError
-from offmoe.hf.adapters import MappedName, expert_parameters, is_experts, map_names, steps
+from offmoe.hf.adapters import Place, adapter_of, expert_parameters, find_experts
 from offmoe.hf.convert import ExpertConversion, Group, Kind, Value, parts_of, trace, trace_share
-from offmoe.hf.shares import divide, repeat_tied
+from offmoe.hf.encoded import DenseView
+from offmoe.hf.shares import check_count, divide, repeat_tied
+from offmoe.hf.upstream import MappedName, map_names
 from offmoe.runtime.checkpoint import Checkpoint
 from offmoe.runtime.formats import Assembly, ExpertLayout, ExpertRecord, Part
+from offmoe.runtime.quantized import ExpertDecoding, RawSlot, raw_slot
 from offmoe.types import CacheShape, ExpertKey
 
 if TYPE_CHECKING:
@@ -56,14 +60,22 @@ class CatalogLayer:
     layout: ExpertLayout
     assembly: Assembly
     records: tuple[ExpertRecord, ...]
+    decode: ExpertDecoding | None = None  # from what slots hold to the parameters, if that is something else
 
 
 @dataclass(frozen=True)
 class ExpertCatalog:
-    """Every expert of a checkpoint. `layers` in module order; `keys`: all tensor names that belong to experts."""
+    """Every expert of a checkpoint. `layers` in module order.
+
+    keys: the checkpoint's tensors that belong to experts; parameters: the model's, by full name. dense: the tensor of
+    every other parameter that is one as it is. view: all tensors.
+    """
 
     layers: tuple[CatalogLayer, ...]
     keys: frozenset[str]
+    parameters: frozenset[str]
+    dense: dict[str, str]
+    view: DenseView
 
     @property
     def shape(self) -> CacheShape:
@@ -73,6 +85,12 @@ class ExpertCatalog:
             top_k=tuple(layer.top_k for layer in self.layers),
             expert_bytes=tuple(layer.records[0].nbytes for layer in self.layers),
         )
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Names of the quantised formats that experts are in."""
+        leaves = (leaf for layer in self.layers if layer.decode for leaf in layer.decode.leaves)
+        return tuple(sorted({leaf.codec.name for leaf in leaves if leaf.codec}))
 
     @cached_property
     def records(self) -> dict[ExpertKey, ExpertRecord]:
@@ -84,60 +102,53 @@ class ExpertCatalog:
         }
 
 
-def find_experts(model: nn.Module) -> dict[str, nn.Module]:
-    """Experts modules of a model by module path, in module order, which is the order of a forward."""
-    return {name: module for name, module in model.named_modules() if is_experts(module)}
-
-
 def build_catalog(checkpoint: Checkpoint, meta_model: PreTrainedModel) -> ExpertCatalog:
     """Locate every expert of `meta_model` (meta device, experts not stripped) in `checkpoint`.
 
-    Raises UnsupportedModelError (no experts, quantised, a conversion that mixes experts), MissingTensorError (naming
-    the tensor) or CheckpointError (a tensor of another shape or dtype; dense tensors are held to the model's shapes
-    too).
+    Raises UnsupportedModelError (no experts, an unknown quantisation, a conversion that mixes experts),
+    MissingTensorError (naming the tensor) or CheckpointError (a tensor of another shape or dtype, dense ones included).
     """
-    refuse_quantised(checkpoint.folder, meta_model.config)
+    view = DenseView.of(checkpoint, meta_model.config)
     modules = find_experts(meta_model)
     if not modules:
         raise UnsupportedModelError(
             f"{checkpoint.folder}: {type(meta_model).__name__} has no experts that offmoe can find (none of its "
-            "modules is in transformers' experts registry); use a Mixture-of-Experts model such as Mixtral, "
-            "Qwen-MoE, DeepSeek or gpt-oss"
+            "modules is in transformers' experts registry or known to an adapter); use a Mixture-of-Experts model such "
+            "as Mixtral, Qwen-MoE, DeepSeek or gpt-oss"
         )
-    owner = {f"{name}.{param}": name for name, module in modules.items() for param in expert_parameters(module)}
+    owned = expert_parameters(meta_model)
     groups: dict[str, dict[str, Group]] = {name: {} for name in modules}
     parameters = meta_model.state_dict()
     keys: set[str] = set()
-    for mapped in map_names(meta_model, checkpoint.tensors):
-        if mapped.target in owner:
-            _collect(groups[owner[mapped.target]], mapped, checkpoint)
-            keys.add(mapped.name)
+    dense: dict[str, str] = {}
+    for mapped in map_names(meta_model, view.tensors):
+        if mapped.target in owned:
+            name, place = owned[mapped.target]
+            _collect(groups[name], mapped, name, place, checkpoint)
+            keys.update(view.raw_names(mapped.name))
         elif mapped.converter is None and mapped.target in parameters:
-            _check_shape(checkpoint, mapped.name, tuple(parameters[mapped.target].shape))
-            _check_computable(checkpoint, mapped.name, parameters[mapped.target])
-    builder = _Builder(checkpoint, meta_model, groups)
-    divide(groups, meta_model, builder.check_count)
+            _check_shape(view, mapped.name, tuple(parameters[mapped.target].shape))
+            if parameters[mapped.target].is_floating_point():
+                _check_computable(view, mapped.name)
+            if mapped.name not in view.encoded:
+                dense[mapped.target] = mapped.name
+    divide(groups, meta_model, checkpoint.folder)
     repeat_tied(groups, modules)
-    return ExpertCatalog(tuple(builder.layer(name, module) for name, module in modules.items()), frozenset(keys))
-
-
-def refuse_quantised(source: object, config: object) -> None:
-    """Raise UnsupportedModelError if the config says that the checkpoint is quantised; `source` names it."""
-    quantisation = getattr(config, "quantization_config", None)
-    if quantisation is not None:
-        asked = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation.quant_method
-        method = getattr(asked, "value", asked)
-        raise UnsupportedModelError(
-            f"{source}: quantised experts ({method}) cannot be run yet; use a bf16/fp16 checkpoint of the model"
-        )
+    builder = _Builder(view, meta_model, groups)
+    layers = tuple(builder.layer(name, module) for name, module in modules.items())
+    return ExpertCatalog(layers, frozenset(keys), frozenset(owned), dense, view)
 
 
 def find_top_k(module: nn.Module, block: nn.Module, config: object) -> int:
-    """Experts per token of one layer, as its own modules say, or else a config.
+    """Experts per token of one layer, as its adapter or its own modules say, or else a config.
 
-    Asked in this order for any of TOP_K_NAMES: the experts module, the block it stands in, the block's other children
-    (one of them is the router), the layer's config, the model's config.
+    Asked in this order: the adapter, and for any of TOP_K_NAMES the experts module, the block it stands in, the block's
+    other children (one of them is the router), the layer's config, the model's config.
     """
+    adapter = adapter_of(module)
+    known = None if adapter is None else adapter.top_k(module)
+    if known is not None:
+        return known
     for source in (module, block, *block.children(), getattr(module, "config", None), config):
         for name in TOP_K_NAMES:
             value = getattr(source, name, None)
@@ -149,34 +160,44 @@ def find_top_k(module: nn.Module, block: nn.Module, config: object) -> int:
     )
 
 
-def _collect(groups: dict[str, Group], mapped: MappedName, checkpoint: Checkpoint) -> None:
-    group = groups.setdefault(mapped.target, Group(mapped.target, mapped.converter))
-    names = group.names.setdefault(mapped.pattern or mapped.name, [])
-    if group.converter is not mapped.converter or (group.converter is None and len(group.names) > 1):
-        first = next(iter(group.names.values()))[0]
+def _collect(groups: dict[str, Group], mapped: MappedName, layer: str, place: Place, checkpoint: Checkpoint) -> None:
+    """Put a tensor of the checkpoint to those that make the same parameter of `layer`."""
+    target, expert = f"{layer}.{place.param}", place.expert
+    group = groups.setdefault(target, Group(target, mapped.converter, entries=place.entries))
+    if expert is None:
+        source: str | int = mapped.pattern or mapped.name
+        first = next((names[0] for names in group.names.values()), None)
+        twice = group.converter is None and first is not None
+    else:
+        source, first = expert, group.owned.get(expert)
+        twice = first is not None
+    if twice or group.converter is not mapped.converter:
         raise CheckpointError(
             f"{checkpoint.folder}: tensors {first!r} and {mapped.name!r} both become {mapped.target!r}; "
             "keep one of the two formats in the checkpoint"
         )
-    names.append(mapped.name)
+    if isinstance(source, int):
+        group.owned[source] = mapped.name
+    else:
+        group.names.setdefault(source, []).append(mapped.name)
 
 
-def _check_shape(checkpoint: Checkpoint, name: str, expected: tuple[int, ...]) -> None:
-    info = checkpoint.tensors[name]
+def _check_shape(view: DenseView, name: str, expected: tuple[int, ...]) -> None:
+    info = view.tensors[name]
     if info.shape != expected:
         raise CheckpointError(
-            f"{checkpoint.shards[info.shard]}: tensor {name!r} has shape {list(info.shape)}, the model expects "
+            f"{view.where(name)}: tensor {name!r} has shape {list(info.shape)}, the model expects "
             f"{list(expected)}; {OTHER_MODEL}"
         )
 
 
-def _check_computable(checkpoint: Checkpoint, name: str, wanted: torch.Tensor) -> None:
+def _check_computable(view: DenseView, name: str) -> None:
     """transformers would cast whatever it finds, and compute with codes as if they were weights."""
-    info = checkpoint.tensors[name]
-    if wanted.is_floating_point() and info.dtype not in COMPUTABLE:
+    dtype = view.tensors[name].dtype
+    if dtype not in COMPUTABLE:
         raise UnsupportedModelError(
-            f"{checkpoint.shards[info.shard]}: tensor {name!r} is {info.dtype}, which is no dtype to compute in; use a "
-            "bf16/fp16 checkpoint of the model"
+            f"{view.where(name)}: tensor {name!r} is {dtype}, no dtype to compute in, and nothing in the checkpoint "
+            "says how to decode it; use a bf16/fp16 checkpoint of the model"
         )
 
 
@@ -184,24 +205,25 @@ def _check_computable(checkpoint: Checkpoint, name: str, wanted: torch.Tensor) -
 class _Builder:
     """Turns the collected names of each layer into its catalog entry; equal layers share a layout and one trial."""
 
-    checkpoint: Checkpoint
+    view: DenseView
     model: PreTrainedModel
     groups: dict[str, dict[str, Group]]
-    layouts: dict[object, ExpertLayout] = field(default_factory=dict)
+    layouts: dict[ExpertLayout, ExpertLayout] = field(default_factory=dict)
     tried: dict[object, dict[str, torch.dtype]] = field(default_factory=dict)
     traced: dict[object, Value] = field(default_factory=dict)
 
     def layer(self, name: str, module: nn.Module) -> CatalogLayer:
-        shapes = {param: tuple(module.get_parameter(param).shape) for param in expert_parameters(module)}
-        num_experts = next(iter(shapes.values()))[0]
-        per_expert = {param: shape[1:] for param, shape in shapes.items()}
-        groups = tuple(self.groups[name].values())
-        self._check_present(name, tuple(shapes), groups)
+        adapter = adapter_of(module)
+        assert adapter is not None
+        num_experts, per_expert = adapter.num_experts(module), adapter.shapes(module)
+        groups = tuple(group.settled(num_experts) for group in self.groups[name].values())
+        self._check_present(name, tuple(per_expert), groups)
         kinds = [[self._kind(group, names, num_experts) for names in group.names.values()] for group in groups]
+        flat = [k for kind in kinds for k in kind]
         parts: list[Part] = []
         dtypes: dict[str, torch.dtype] = {}
         for group, kind in zip(groups, kinds, strict=True):
-            param = group.target.rpartition(".")[2]
+            param = group.target.removeprefix(f"{name}.")
             dtypes[param] = self._one_dtype(group, kind)
             value = self._trace(group, kind, per_expert[param])
             if value is None:
@@ -215,26 +237,30 @@ class _Builder:
             assembly = Assembly(parts=tuple(parts))
         else:
             conversion = ExpertConversion(self.model, name, per_expert, groups)
-            flat = [k for kind in kinds for k in kind]
             structure = (tuple((id(g.converter), g.per_expert) for g in groups), tuple(flat), tuple(per_expert.items()))
             if structure not in self.tried:
                 self.tried[structure] = conversion.check(flat)
             dtypes = self.tried[structure]
             assembly = Assembly(convert=conversion)
         wanted = {param: (dtypes[param], shape) for param, shape in per_expert.items()}
-        top_k = find_top_k(module, self.model.get_submodule(name.rpartition(".")[0]), self.model.config)
+        slot = RawSlot(ExpertLayout.of(wanted), assembly, None)
+        if any(kind.encoding for kind in flat):
+            slot = raw_slot(flat, assembly, per_expert)
+        block = self.model.get_submodule(name.rpartition(".")[0])
+        top_k = find_top_k(module, block, self.model.config)
         if top_k > num_experts:
             raise CheckpointError(
-                f"{self.checkpoint.folder}: config.json asks for {top_k} experts per token of the {num_experts} that "
+                f"{self.view.folder}: config.json asks for {top_k} experts per token of the {num_experts} that "
                 f"{name!r} has; download config.json again"
             )
         return CatalogLayer(
             name=name,
             num_experts=num_experts,
             top_k=top_k,
-            layout=self.layouts.setdefault(tuple(wanted.items()), ExpertLayout.of(wanted)),
-            assembly=assembly,
+            layout=self.layouts.setdefault(slot.layout, slot.layout),
+            assembly=slot.assembly,
             records=self._records(groups, num_experts),
+            decode=slot.decode,
         )
 
     def _trace(self, group: Group, kinds: list[Kind], expected: tuple[int, ...]) -> Value | None:
@@ -246,12 +272,20 @@ class _Builder:
         return self.traced[structure]
 
     def _records(self, groups: Sequence[Group], num_experts: int) -> tuple[ExpertRecord, ...]:
-        segment = self.checkpoint.segment
-        sources = [(group.per_expert, names) for group in groups for names in group.names.values()]
-        return tuple(
-            ExpertRecord(tuple([segment(names[e]) if each else segment(names[0], e) for each, names in sources]))
-            for e in range(num_experts)
+        segments = self.view.segments
+        sources = [
+            (names, None if group.per_expert else self._entries(group, names[0], num_experts))
+            for group in groups
+            for names in group.names.values()
+        ]
+        by_expert = (
+            [segments(names[0], e, n) if n else segments(names[e]) for names, n in sources] for e in range(num_experts)
         )
+        return tuple(ExpertRecord(tuple(chain.from_iterable(found))) for found in by_expert)
+
+    def _entries(self, group: Group, name: str, num_experts: int) -> int:
+        """How many experts' rows follow each other in a tensor of all, those that are nobody's counted."""
+        return num_experts if self.view.tensors[name].shape[:1] != (group.entries,) else group.entries or 0
 
     def _check_present(self, name: str, params: Sequence[str], groups: Sequence[Group]) -> None:
         made = {target for group in groups for target in group.targets}
@@ -262,58 +296,33 @@ class _Builder:
             other = next(others, None)
             hint = f" (in another layer it is {next(iter(other.names.values()))[0]!r})" if other else ""
             raise MissingTensorError(
-                f"{self.checkpoint.folder}: no tensor of the checkpoint becomes {f'{name}.{param}'!r}{hint}; the "
+                f"{self.view.folder}: no tensor of the checkpoint becomes {f'{name}.{param}'!r}{hint}; the "
                 "download is incomplete, or the checkpoint is quantised or of another architecture"
             )
 
     def _kind(self, group: Group, names: list[str], num_experts: int) -> Kind:
         """What all tensors of one pattern are; an error if they are not one per expert, or not all alike."""
-        infos = [self.checkpoint.tensors[name] for name in names]
+        infos = [self.view.tensors[name] for name in names]
         shape, dtype = Counter((info.shape, info.dtype) for info in infos).most_common(1)[0][0]
+        entries = self._entries(group, names[0], num_experts)
         if group.per_expert:
             if group.share is None:
-                self.check_count(group, names, num_experts)
-        elif shape[:1] != (num_experts,):
+                check_count(self.view.folder, group, names, num_experts)
+        elif not shape or not shape[0] or shape[0] % entries:
             raise CheckpointError(
-                f"{self.checkpoint.shards[infos[0].shard]}: tensor {names[0]!r} has shape {list(shape)}, the model "
-                f"expects [{num_experts}, ...], one row per expert; {OTHER_MODEL}"
+                f"{self.view.where(names[0])}: tensor {names[0]!r} has shape {list(shape)}, the model "
+                f"expects [{num_experts}, ...], equal parts for all experts; {OTHER_MODEL}"
             )
         for name, info in zip(names, infos, strict=True):
-            if info.dtype not in COMPUTABLE:
-                raise UnsupportedModelError(
-                    f"{self.checkpoint.shards[info.shard]}: quantised experts ({name!r} is {info.dtype}) cannot be "
-                    "run yet; use a bf16/fp16 checkpoint of the model"
-                )
+            _check_computable(self.view, name)
             if info.shape != shape:
-                _check_shape(self.checkpoint, name, shape)
+                _check_shape(self.view, name, shape)
             if info.dtype != dtype:
                 self._mixed(name, info.dtype, dtype)
-        return Kind(shape if group.per_expert else shape[1:], dtype)
-
-    def check_count(self, group: Group, names: list[str], num_experts: int) -> None:
-        """An error unless there is one tensor for each expert, in their order."""
-        if len(names) > num_experts:
-            assert group.converter is not None
-            if steps(group.converter) is None:
-                raise UnsupportedModelError(
-                    f"{self.checkpoint.folder}: {len(names)} tensors like {names[0]!r} make the {num_experts} "
-                    f"experts of {group.target!r}, by a conversion that cannot be done one expert at a time; convert "
-                    "the checkpoint with save_pretrained(save_original_format=False) of transformers first"
-                )
-            raise CheckpointError(
-                f"{self.checkpoint.folder}: {len(names)} tensors like {names[-1]!r}, the model expects "
-                f"{num_experts}, one per expert; {OTHER_MODEL}"
-            )
-        numbered = _numbered_like(names, num_experts)
-        if len(names) < num_experts or (numbered and numbered != names):
-            found = set(names)
-            absent = [name for name in numbered if name not in found]
-            which = f"tensor {absent[0]!r}" if absent else f"one of the tensors like {names[0]!r}"
-            there = num_experts - len(absent) if absent else len(names)
-            raise MissingTensorError(
-                f"{self.checkpoint.folder}: the checkpoint has no {which} ({there} of {num_experts} experts there); "
-                "complete the download"
-            )
+        encoding = self.view.common_encoding(names, None if group.per_expert else entries)
+        if group.per_expert:
+            return Kind(shape, dtype, encoding)
+        return Kind(shape[1:] if shape[0] == entries else (shape[0] // entries, *shape[1:]), dtype, encoding)
 
     def _check_tiling(
         self, group: Group, kinds: Sequence[Kind], value: Value, expected: tuple[int, ...], num_experts: int
@@ -333,7 +342,7 @@ class _Builder:
             beside, tail = group.names[patterns[0]][0], patterns[0].rpartition("*")[2]
             name = beside.removesuffix(tail) + absent[0].rpartition("*")[2] if beside.endswith(tail) else absent[0]
             raise MissingTensorError(
-                f"{self.checkpoint.folder}: the checkpoint has no tensor {name!r}, which {group.target!r} is made of "
+                f"{self.view.folder}: the checkpoint has no tensor {name!r}, which {group.target!r} is made of "
                 f"beside {beside!r}; complete the download"
             )
         for block in value.blocks:
@@ -343,32 +352,26 @@ class _Builder:
             if block.swapped:
                 wanted[-2:] = wanted[:-3:-1]
             if kinds[block.source].shape != tuple(wanted):
-                rows = () if group.per_expert else (num_experts,)
-                _check_shape(self.checkpoint, group.names[patterns[block.source]][0], (*rows, *wanted))
+                name = group.names[patterns[block.source]][0]
+                if not group.per_expert and len(self.view.tensors[name].shape) == len(wanted):
+                    wanted[0] *= num_experts
+                elif not group.per_expert:
+                    wanted.insert(0, num_experts)
+                _check_shape(self.view, name, tuple(wanted))
         raise CheckpointError(
-            f"{self.checkpoint.folder}: the tensors of {group.target!r} make {list(value.shape[1:])} per expert, the "
+            f"{self.view.folder}: the tensors of {group.target!r} make {list(value.shape[1:])} per expert, the "
             f"model expects {list(expected)}; {OTHER_MODEL}"
         )
 
     def _one_dtype(self, group: Group, kinds: Sequence[Kind]) -> torch.dtype:
+        plain = [k for k in kinds if k.encoding is None] or kinds
         for names, kind in zip(group.names.values(), kinds, strict=True):
-            if kind.dtype != kinds[0].dtype:
-                self._mixed(names[0], kind.dtype, kinds[0].dtype)
-        return kinds[0].dtype
+            if kind.encoding is None and kind.dtype != plain[0].dtype:
+                self._mixed(names[0], kind.dtype, plain[0].dtype)
+        return plain[0].dtype
 
     def _mixed(self, name: str, found: torch.dtype, others: torch.dtype) -> None:
         raise CheckpointError(
-            f"{self.checkpoint.shards[self.checkpoint.tensors[name].shard]}: tensor {name!r} is {found}, but belongs "
+            f"{self.view.where(name)}: tensor {name!r} is {found}, but belongs "
             f"to a parameter of {others}; save the checkpoint in one dtype"
         )
-
-
-def _numbered_like(names: Sequence[str], num_experts: int) -> list[str]:
-    """Names of all experts' tensors, from those of some: the number in which they differ is the expert."""
-    split = [name.split(".") for name in names]
-    same_length = len({len(fields) for fields in split}) == 1
-    varying = [i for i, fields in enumerate(zip(*split, strict=False)) if len(set(fields)) > 1] if same_length else []
-    if len(varying) != 1 or not all(fields[varying[0]].isdigit() for fields in split):
-        return []
-    at = varying[0]
-    return [".".join((*split[0][:at], str(e), *split[0][at + 1 :])) for e in range(num_experts)]

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from offmoe.errors import CheckpointError, UnsupportedModelError
-from offmoe.hf.adapters import Concat, Merge, Swap, WeightConverter, run_converter, steps
+from offmoe.hf.upstream import Concat, Merge, Swap, WeightConverter, run_converter, steps
 from offmoe.runtime.formats import Part
+from offmoe.runtime.quantized import Encoding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,18 +38,33 @@ class Share(NamedTuple):
 class Group:
     """The checkpoint's tensors that one converter (or, without one, a renaming) turns into the parameter `target`.
 
-    names: per source pattern, in the loader's order: one tensor per expert, or a single one with a row per expert.
-    share: given if the converter makes the experts of several modules of one list; then names are this module's.
+    names: per source pattern, in the loader's order: one tensor per expert, or a single one with all experts' rows.
+    owned: expert -> its tensor, where the model itself has a parameter per expert; `settled` makes them names. entries:
+    experts that there may be tensors or rows of, if some are nobody's (behind the others). share: given if the
+    converter makes the experts of several modules of one list; then names are this module's.
     """
 
     target: str
     converter: WeightConverter | None
     names: dict[str, list[str]] = field(default_factory=dict)
+    owned: dict[int, str] = field(default_factory=dict)
+    entries: int | None = None
     share: Share | None = None
+
+    def settled(self, num_experts: int) -> Group:
+        """Once all tensors are known: with `owned` in expert order among the names, and without nobody's tensors."""
+        if self.owned:
+            self.names[self.target] = [self.owned[expert] for expert in sorted(self.owned)]
+        for pattern, names in self.names.items():
+            if len(names) == self.entries:
+                self.names[pattern] = names[:num_experts]
+        return self
 
     @property
     def per_expert(self) -> bool:
         """Whether each expert has tensors of its own."""
+        if self.owned:
+            return True
         if self.converter is None:
             return False
         known = steps(self.converter)
@@ -64,10 +80,14 @@ class Group:
 
 
 class Kind(NamedTuple):
-    """Shape (of one expert, without the experts' dimension) and dtype that all tensors of a pattern have."""
+    """Shape (of one expert, without the experts' dimension), dtype and encoding that all tensors of a pattern have.
+
+    encoding: if they are quantised; shape is what they are decoded to, dtype stands for any.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    encoding: Encoding | None = None
 
 
 class Block(NamedTuple):
@@ -100,7 +120,7 @@ def trace(group: Group, shapes: Sequence[tuple[int, ...]], expected: tuple[int, 
     order = list(group.names)
     values: dict[str, Value] = {}
     for i, pattern in enumerate(order):
-        shape = shapes[i] if group.per_expert else (1, *shapes[i])
+        shape = shapes[i] if group.per_expert and group.converter is not None else (1, *shapes[i])
         values[pattern] = Value(shape, (Block(i, (0,) * len(shape), shape),))
     if group.converter is None:
         return values[order[0]]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from offmoe.hf.adapters import adapter_of
 from offmoe.hf.wiring import WiringRecorder
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ def foresee(meta_model: PreTrainedModel, experts: Sequence[nn.Module]) -> tuple[
 
     meta_model: on the meta device, as built; experts: its experts modules by MoE layer.
     """
+    if any(map(_routes_itself, experts)):  # then the router is inside of what must do nothing
+        return None
     ids = torch.zeros((1, TOKENS), dtype=torch.int64, device="meta")
     inputs = (
         {"input_ids": ids, "decoder_input_ids": ids} if meta_model.config.is_encoder_decoder else {"input_ids": ids}
@@ -46,6 +49,12 @@ def foresee(meta_model: PreTrainedModel, experts: Sequence[nn.Module]) -> tuple[
             object.__delattr__(module, "forward")
         wiring = recorder.finish()
     return wiring.reasons
+
+
+def _routes_itself(module: nn.Module) -> bool:
+    adapter = adapter_of(module)
+    routing = None if adapter is None else adapter.routing(module)
+    return routing is not None and routing.router is not None
 
 
 def _nothing(hidden_states: torch.Tensor, *_: object, **__: object) -> torch.Tensor:

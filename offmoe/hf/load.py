@@ -17,6 +17,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -24,10 +25,14 @@ import torch
 import transformers
 
 from offmoe.errors import CapacityError, CheckpointError, ConfigError, MissingTensorError, UnsupportedModelError
-from offmoe.hf.adapters import expert_parameters, forget_tie
-from offmoe.hf.catalog import ExpertCatalog, find_experts, refuse_quantised
-from offmoe.hf.save import MODEL_FILES, attach_safe_save
-from offmoe.runtime.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
+from offmoe.hf.adapters import adapter_of, find_experts
+from offmoe.hf.catalog import ExpertCatalog
+from offmoe.hf.dense import ParkedLayers
+from offmoe.hf.hub import resolve_folder
+from offmoe.hf.sanity import check_config, check_generation
+from offmoe.hf.save import attach_safe_save
+from offmoe.hf.upstream import forget_tie
+from offmoe.runtime.checkpoint import INDEX_FILE, PICKLES, SINGLE_FILE, Checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -36,14 +41,16 @@ __all__ = [
     "attach_safe_save",
     "build_meta",
     "load_dense",
+    "lone_config",
     "model_class",
     "read_config",
     "require_index",
     "resolve_folder",
 ]
 
-DEMO = "demo"
-REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
+CONFIG_FILE = "config.json"
+WEIGHTS = (".safetensors", INDEX_FILE, *PICKLES)
+"""Endings of the files that make a folder more than a configuration."""
 OURS = frozenset({"config", "device_map", "experts_implementation", "output_loading_info"})
 """Options of transformers' from_pretrained that load_dense sets itself."""
 UNUSABLE = frozenset(
@@ -69,88 +76,24 @@ UNUSABLE = frozenset(
 """Options that would change which weights are loaded, or where to, behind the catalog's back."""
 
 
-def resolve_folder(
-    model: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-) -> Path:
-    """The folder of a model: a folder as it is, "demo" the one in the package, else a Hub id, downloaded if need be.
-
-    Raises ConfigError if it is neither a folder nor a Hub id that can be reached, CheckpointError if it is a file.
-    """
-    name = os.fspath(model)
-    if name == DEMO:
-        return Path(__file__).parent.parent / "demo" / "model"
-    path = Path(os.path.expanduser(name))  # of os.path, because those of Path raise for names that no file can have
-    if name and os.path.isdir(path):
+def lone_config(model: str | os.PathLike[str]) -> Path | None:
+    """The configuration file that is all there is of a model: a .json file, or that of a folder without weights."""
+    path = Path(os.path.expanduser(os.fspath(model)))
+    if os.path.isfile(path) and path.suffix == ".json":
         return path
-    if name and os.path.exists(path):
-        raise CheckpointError(f"{path}: a file, not a model; give the folder that holds config.json and the shards")
-    if not isinstance(model, str) or not REPOSITORY.fullmatch(name) or name.startswith("."):
-        raise ConfigError(f"model {name!r}: there is no such folder, and a Hub id looks like 'owner/name'")
-    return _download(name, revision, token, cache_dir, local_files_only)
+    alone = os.path.isdir(path) and os.path.isfile(path / CONFIG_FILE)
+    return path / CONFIG_FILE if alone and not any(n.endswith(WEIGHTS) for n in os.listdir(path)) else None
 
 
-def _download(
-    name: str,
-    revision: str | None,
-    token: str | bool | None,
-    cache_dir: str | os.PathLike[str] | None,
-    local_files_only: bool,
-) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+def read_config(model: str | os.PathLike[str]) -> PreTrainedConfig:
+    """The configuration in a folder, or in a file. Code that comes with a checkpoint is never run.
 
-    try:
-        folder = snapshot_download(
-            name,
-            revision=revision,
-            token=token,
-            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
-            local_files_only=local_files_only,
-            allow_patterns=list(MODEL_FILES),
-            # subfolders and consolidated.* hold the same weights again, in the publisher's own format
-            ignore_patterns=["*/*", "consolidated*"],
-        )
-    except GatedRepoError as error:
-        raise ConfigError(
-            f"model {name!r}: access is restricted; accept its terms on the Hub and pass token="
-        ) from error
-    except RevisionNotFoundError as error:
-        raise ConfigError(f"model {name!r} has no revision {revision!r}") from error
-    except LocalEntryNotFoundError as error:
-        reason = "local_files_only=True" if local_files_only else "the Hub cannot be reached"
-        raise ConfigError(
-            f"model {name!r}: not a folder here and not in the Hub cache ({reason}); give the path of a folder, "
-            "or download the model once with a network"
-        ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ConfigError(
-            f"model {name!r}: neither a folder here nor a repository on the Hub (or a token= is needed)"
-        ) from error
-    except Exception as error:  # the Hub client's releases use different transports, each with errors of its own
-        raise CheckpointError(f"model {name!r}: the download failed ({error}); try again, it resumes") from error
-    return Path(folder)
-
-
-def read_config(folder: str | os.PathLike[str]) -> PreTrainedConfig:
-    """The model's configuration. Code that comes with a checkpoint is never run.
-
-    Raises CheckpointError if config.json is absent or damaged, UnsupportedModelError if transformers does not know the
-    model.
+    Raises CheckpointError if config.json is absent, or it or generation_config.json is damaged, UnsupportedModelError
+    if transformers does not know the model.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    path = Path(folder) / "config.json"
+    path = Path(model) if os.path.isfile(model) else Path(model) / CONFIG_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -168,8 +111,10 @@ def read_config(folder: str | os.PathLike[str]) -> PreTrainedConfig:
             f"{path}: transformers {transformers.__version__} has no model type {known!r}{own_code}; "
             "use a newer transformers, if one knows it"
         )
+    check_config(values, path)
+    check_generation(path.parent)
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # each architecture's config has validators of its own
         raise CheckpointError(f"{path}: not a valid config of {known!r} ({error}); download it again") from error
     return config
@@ -196,7 +141,7 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 def require_index(checkpoint: Checkpoint) -> None:
     """MissingTensorError where transformers finds no weights: it takes model.safetensors or what an index names."""
-    if not any((checkpoint.folder / name).exists() for name in (SINGLE_FILE, INDEX_FILE)):
+    if checkpoint.shards[0].name != SINGLE_FILE and not (checkpoint.folder / INDEX_FILE).exists():
         raise MissingTensorError(
             f"{checkpoint.folder}: holds {checkpoint.shards[0].name}, but neither {SINGLE_FILE} nor {INDEX_FILE}, which"
             " says where each tensor is; complete the download (a single shard may simply be renamed)"
@@ -208,12 +153,13 @@ def build_meta(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrain
 
     Raises CheckpointError if no such model can be made from it.
     """
+    name = Path(str(config.name_or_path))
     try:
         with torch.device("meta"):
             model = cls(copy.deepcopy(config))
     except Exception as error:  # sizes and names that contradict each other fail in any way, deep in an architecture
         raise CheckpointError(
-            f"{Path(str(config.name_or_path)) / 'config.json'}: does not describe a {cls.__name__} "
+            f"{name if name.suffix == '.json' else name / CONFIG_FILE}: does not describe a {cls.__name__} "
             f"({type(error).__name__}: {error}); download it again"
         ) from error
     model.eval()
@@ -229,11 +175,13 @@ def load_dense(
     device: str | torch.device,
     dtype: torch.dtype | str | None = None,
     experts_implementation: str = "offmoe",
+    parked: ParkedLayers | None = None,
     **hf_kwargs: object,
 ) -> PreTrainedModel:
     """Load everything but the experts, in eval mode, as an instance of `cls` whose experts modules have no parameters.
 
-    dtype: of the dense weights; None is the checkpoint's own. hf_kwargs go to transformers' from_pretrained. Raises
+    dtype: of the dense weights; None is the checkpoint's own. parked: layers whose weights are to come and go; closing
+    it is the caller's. hf_kwargs go to transformers' from_pretrained. Raises
     ConfigError for an option that offmoe sets itself or cannot honour, MissingTensorError for weights that are not in
     the checkpoint, CheckpointError for weights that do not fit the model.
     """
@@ -241,15 +189,22 @@ def load_dense(
         if option in OURS | UNUSABLE:
             why = "offmoe sets it itself" if option in OURS else "offmoe cannot honour it"
             raise ConfigError(f"option {option!r} of transformers: {why}; leave it out")
-    refuse_quantised(folder, config)
-    expert_names = frozenset(f"{layer.name}.{param.name}" for layer in catalog.layers for param in layer.layout.params)
-    skeleton = _without_experts(cls, expert_names)
+    config, view = _as_dense(config), catalog.view
+    source: object = folder
+    if view.encoded:  # values by dense names, decoded when transformers takes them
+        names = [name for name in view.tensors if not catalog.keys.issuperset(view.raw_names(name))]
+        source, hf_kwargs["state_dict"] = None, view.lazy(names, torch.device(device))
+        dtype = dtype or config.dtype or torch.bfloat16
+    skeleton = _without_experts(cls, catalog.parameters)
+    if parked is not None:  # places are told per parameter; the loader's check, which this ends, expects modules' names
+        setattr(skeleton, "_no_placement_params", getattr(cls, "_no_placement_params", None) or [])  # noqa: B010
     load = cast("Callable[..., tuple[PreTrainedModel, Mapping[str, Iterable[str]]]]", skeleton.from_pretrained)
     try:
         model, report = load(
-            folder,
+            source,
             config=config,
-            device_map={"": torch.device(device)},
+            device_map={"": torch.device(device)} if parked is None else parked.device_map,
+            offload_folder=None if parked is None else parked.folder,
             dtype="auto" if dtype is None else dtype,
             experts_implementation=experts_implementation,
             output_loading_info=True,
@@ -273,19 +228,42 @@ def load_dense(
         ) from error
     model.__class__ = cls
     for module in find_experts(model).values():
-        for param in expert_parameters(module):
-            delattr(module, param)
+        adapter = adapter_of(module)
+        assert adapter is not None
+        adapter.settle(module)
     missing = sorted(report["missing_keys"])
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise MissingTensorError(
             f"{folder}: the checkpoint has no tensor for {missing[0]!r}{more}; complete the download"
         )
-    assert not any(t.is_meta for t in (*model.parameters(), *model.buffers())), "a weight was left on the meta device"
+    if parked is not None:
+        parked.take_over(model)
+    absent = {n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta}
+    assert absent == (parked.names if parked else set()), "a weight was left on the meta device"
     _own_memory(model)
+    if source is None:
+        _name_source(model, folder, hf_kwargs)
     attach_safe_save(model, folder, catalog)
     model.eval()
     return model
+
+
+def _as_dense(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A config that does not say that the checkpoint is quantised, so that no quantizer of transformers takes part."""
+    config = copy.deepcopy(config)
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return config
+
+
+def _name_source(model: PreTrainedModel, folder: str | os.PathLike[str], options: Mapping[str, object]) -> None:
+    """What transformers does only for a model that it loads from a folder itself."""
+    model.config.name_or_path = model.name_or_path = str(folder)
+    if model.can_generate() and options.get("generation_config") is None:
+        with suppress(OSError):  # no file: what the class has made of the config
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
 
 
 def _own_memory(model: PreTrainedModel) -> None:
@@ -294,7 +272,7 @@ def _own_memory(model: PreTrainedModel) -> None:
     A shard truncated under a mapping kills the process, and one rewritten changes the model that is running.
     """
     for tensor in (*model.parameters(), *model.buffers()):
-        if not tensor.untyped_storage().resizable():  # memory that is not torch's own
+        if not tensor.is_meta and not tensor.untyped_storage().resizable():  # memory that is not torch's own
             tensor.data = tensor.data.clone()
 
 
@@ -319,12 +297,13 @@ def _without_experts(cls: type[PreTrainedModel], expert_names: frozenset[str]) -
 def _strip(model: PreTrainedModel) -> None:
     """Delete experts' parameters. The loader then has no place for their tensors and leaves them in the shards."""
     for name, module in find_experts(model).items():
-        if module._non_persistent_buffers_set:
+        if any(part._non_persistent_buffers_set for part in module.modules()):
             raise UnsupportedModelError(f"experts {name!r} compute their own buffers, which offmoe does not run yet")
-        for param in expert_parameters(module):
-            # a plain attribute, which no state dict lists: initialisation looks it up by name, some on a whole block
-            setattr(module, param, module._parameters.pop(param).detach().to("meta"))  # type: ignore[union-attr]
+        adapter = adapter_of(module)
+        assert adapter is not None
+        for param in adapter.places(module):
             forget_tie(model, f"{name}.{param}")
+        adapter.strip(module)
 
 
 def _exactly(name: str, prefix: str) -> str:

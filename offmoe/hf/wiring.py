@@ -5,6 +5,7 @@ stood, and forgotten at the next experts call. Weak references stand in for tens
 costs no memory, and memory that is given back and taken again is told apart. No names are used:
 
     top_k_index of the experts call   -- same memory -->  the module that put it out             = router
+                                                          (or the module that the adapter says)
     input of the router               -- same memory -->  the childless module that put it out   = norm
     input of the norm                                                                            = residual stream
 
@@ -27,6 +28,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
 
+from offmoe.hf.adapter import Routing, ids_as_they_are
+from offmoe.hf.adapters import adapter_of
+
 
 class Place(NamedTuple):
     """Enough to recognise a tensor, or a view of the whole of it, also after it is gone: no address is used twice."""
@@ -41,6 +45,7 @@ NOT_CALLED = "its experts were not called"
 NO_ROUTER = "no module puts out its experts' ids"
 PER_CALL = "its router takes arguments that differ from call to call"
 OTHER_WIDTH = "the residual of the layer before is of another width"
+AWAY = "its router's weights are on the device only while it runs"
 NOT_PROVEN = "its router does not give the same ids from the residual alone"
 
 
@@ -48,24 +53,30 @@ NOT_PROVEN = "its router does not give the same ids from the residual alone"
 class Route:
     """How one layer's ids come from a residual. norm None: the router takes the residual itself.
 
-    index: which of the router's outputs are the ids. rows: the router wants [tokens, hidden], not [batch, length,
-    hidden]. extra, extra_by_name: its further arguments, parameters or buffers of the model.
+    read: the router's outputs -> the ids. rows: the router wants [tokens, hidden], not [batch, length, hidden]. extra,
+    extra_by_name: its further arguments, parameters or buffers of the model.
     """
 
     norm: nn.Module | None
     router: nn.Module
-    index: int
+    read: Callable[[Sequence[Tensor]], Tensor]
     rows: bool
     extra: tuple[Tensor | None, ...]
     extra_by_name: dict[str, Tensor | None]
+
+    @property
+    def stays(self) -> bool:
+        """Whether its weights are there now."""
+        modules = (self.router,) if self.norm is None else (self.norm, self.router)
+        return not any(param.is_meta for module in modules for param in module.parameters())
 
     def ids(self, residual: Tensor) -> Tensor:
         """residual [..., hidden] -> int64 [tokens, top_k]."""
         # .forward: the recorders that transformers hooks onto routers must not see a prediction
         hidden = residual if self.norm is None else self.norm.forward(residual)
         hidden = hidden.reshape(-1, hidden.shape[-1]) if self.rows else hidden
-        out = list(_tensors(self.router.forward(hidden, *self.extra, **self.extra_by_name)))[self.index]
-        return out.reshape(-1, out.shape[-1]).to(torch.int64)
+        out = self.router.forward(hidden, *self.extra, **self.extra_by_name)
+        return self.read(list(_tensors(out))).to(torch.int64)
 
 
 class RouterWiring:
@@ -154,6 +165,8 @@ class WiringRecorder:
             module for module in model.modules() if module is not model
         ]  # its own hooks call start and finish
         self._layer_of = {module: layer for layer, module in enumerate(experts)}
+        self._routing = [_routing_of(module) for module in experts]
+        self._routed_by = {r.router: (layer, r) for layer, r in enumerate(self._routing) if r and r.router is not None}
         self._constants: dict[int, Tensor | _PerCall] = {id(t): t for t in (*model.parameters(), *model.buffers())}
         self._routes: list[Route | None] = [None] * len(experts)
         self._taps: list[nn.Module | None] = [None] * len(experts)
@@ -173,18 +186,28 @@ class WiringRecorder:
             else:
                 self._handles.append(module.register_forward_hook(self._on_call, with_kwargs=True))
 
-    def finish(self) -> RouterWiring:
-        """Remove all hooks and return what was found; a layer that was not called cannot be predicted, nor one whose
-        residual is of another width than that of the layer before.
-        """
-        for layer in range(1, len(self._routes)):
-            if self._routes[layer] is not None and self._widths[layer - 1] not in (0, self._widths[layer]):
-                self._routes[layer], self._reasons[layer] = None, OTHER_WIDTH
+    def pause(self) -> None:
+        """Remove all hooks until the next `start`: a model may run in parts."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self._calls.clear()
-        return RouterWiring(self._routes, self._taps, self._reasons)
+
+    def finish(self) -> RouterWiring:
+        """Remove all hooks and return what was found.
+
+        A layer that was not called cannot be predicted, nor one whose router has no weights between passes, nor one
+        whose residual is of another width than that of the layer before.
+        """
+        self.pause()
+        routes, reasons = list(self._routes), list(self._reasons)
+        for layer, route in enumerate(routes):
+            before = self._widths[layer - 1] if layer else 0
+            if route is not None and before not in (0, self._widths[layer]):
+                routes[layer], reasons[layer] = None, OTHER_WIDTH
+            elif route is not None and self._prove and not route.stays:
+                routes[layer], reasons[layer] = None, AWAY
+        return RouterWiring(routes, self._taps, reasons)
 
     def _on_call(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
         if self._trying or not self._unseen:
@@ -209,6 +232,12 @@ class WiringRecorder:
                 extra_by_name={name: self._constant(v) for i, (name, v) in enumerate(named, len(args)) if i != at},
             )
         )
+        if module in self._routed_by:
+            layer, routing = self._routed_by[module]
+            calls, self._calls = self._calls, []
+            if layer in self._unseen:
+                self._unseen.remove(layer)
+                self._settle(layer, calls, routing.ids, routing.ids(list(_tensors(output))))
 
     def _constant(self, value: object) -> Tensor | _PerCall | None:
         """A parameter, a buffer or None as it is; anything else is per call."""
@@ -216,22 +245,34 @@ class WiringRecorder:
 
     def _on_experts(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         layer = self._layer_of[module]
+        routing = self._routing[layer]
+        if routing is not None and routing.router is not None:  # inside this module, and to come
+            return
         calls, self._calls = self._calls, []
         if layer not in self._unseen:
             return
         self._unseen.remove(layer)
-        ids = next((t for t in _tensors((args, kwargs)) if not t.is_floating_point() and t.dtype != torch.bool), None)
-        place = None if ids is None else _place(ids)
+        self._reasons[layer] = NO_ROUTER if routing is not None else PER_CALL
+        if routing is None:
+            return
+        given = next((t for t in _tensors((args, kwargs)) if not t.is_floating_point() and t.dtype != torch.bool), None)
+        if given is None:
+            return
+        place, read = _place(given), routing.ids
         # the first to put it out is the innermost: callers that pass it on complete later
         at = next((i for i, call in enumerate(calls) if place in call.outputs), None)
-        if ids is None or place is None or at is None:
-            self._reasons[layer] = NO_ROUTER
+        if at is None:
             return
-        router = calls[at]
-        norm = _producer(calls[:at], router)
+        index = calls[at].outputs.index(place)
+        self._settle(layer, calls[: at + 1], lambda outputs: read(outputs[index : index + 1]), read([given]))
+
+    def _settle(self, layer: int, calls: list[_Call], read: Callable[[Sequence[Tensor]], Tensor], ids: Tensor) -> None:
+        """Try the route of a layer through its router, the last of `calls`, which gave it `ids`."""
+        router = calls[-1]
+        norm = _producer(calls[:-1], router)
         first = norm or router
         self._taps[layer], self._widths[layer] = first.module, first.width
-        route = _route(norm, router, router.outputs.index(place))
+        route = _route(norm, router, read)
         residual = None if first.held is None else first.held()
         if route is None:
             self._reasons[layer] = PER_CALL
@@ -256,7 +297,12 @@ class WiringRecorder:
             return False
         finally:
             self._trying = False
-        return torch.equal(found, ids.reshape(-1, ids.shape[-1]).to(torch.int64))
+        return torch.equal(found, ids.to(torch.int64))
+
+
+def _routing_of(module: nn.Module) -> Routing | None:
+    adapter = adapter_of(module)
+    return Routing(None, ids_as_they_are) if adapter is None else adapter.routing(module)
 
 
 def _producer(calls: Sequence[_Call], router: _Call) -> _Call | None:
@@ -271,7 +317,7 @@ def _producer(calls: Sequence[_Call], router: _Call) -> _Call | None:
     return None
 
 
-def _route(norm: _Call | None, router: _Call, index: int) -> Route | None:
+def _route(norm: _Call | None, router: _Call, read: Callable[[Sequence[Tensor]], Tensor]) -> Route | None:
     """The route through these two calls, if the residual and the model's own tensors are all they need."""
     if norm is not None and any(value is not None for value in (*norm.extra, *norm.extra_by_name.values())):
         return None
@@ -279,7 +325,7 @@ def _route(norm: _Call | None, router: _Call, index: int) -> Route | None:
     by_name = {name: v for name, v in router.extra_by_name.items() if not isinstance(v, _PerCall)}
     if len(extra) < len(router.extra) or len(by_name) < len(router.extra_by_name):
         return None
-    return Route(None if norm is None else norm.module, router.module, index, router.dims == 2, tuple(extra), by_name)
+    return Route(None if norm is None else norm.module, router.module, read, router.dims == 2, tuple(extra), by_name)
 
 
 def _place(tensor: Tensor) -> Place:

@@ -119,7 +119,7 @@ class Planner:
             held = [key for key in best if pool.lookup(key) != Lookup.MISS]
             wave, order = order[: pool.capacity - len(held)], order[pool.capacity - len(held) :]
             waves.append(self._wave(layer, wave, self._admit(layer, wave, {*held, *wave})))
-        return tuple(waves)
+        return _victims_first(waves) if here else tuple(waves)
 
     def _prefetches(self, layer: int, predicted: Sequence[int]) -> tuple[Fetch, ...]:
         limit = self._prefetch.limit(layer)
@@ -150,6 +150,15 @@ class Planner:
         """Assert the invariants of every pool."""
         for pool in self._pools:
             pool.check()
+
+
+def _victims_first(waves: Sequence[Wave]) -> tuple[Wave, ...]:
+    """The residents of the first wave in the order in which later waves take their slots, so that what is read
+    meanwhile need not wait for them."""
+    residents, later = waves[0], waves[1:]
+    turns = [fetch.slot for wave in later for fetch in wave.fetches]
+    taken = {slot: -turn for turn, slot in enumerate(reversed(turns))}
+    return (Wave(tuple(sorted(residents.experts, key=lambda pair: taken.get(pair[1], 1))), ()), *later)
 
 
 def build_planner(options: CacheOptions, shape: CacheShape) -> Planner:

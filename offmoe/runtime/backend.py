@@ -65,6 +65,10 @@ class Backend(ABC):
     def free_bytes(self) -> int:
         """Memory of the device that could be allocated now."""
 
+    def host_free_bytes(self) -> int:
+        """Memory beside the device's own that weights may be kept in; 0 where the host's is the device's."""
+        return 0
+
     @abstractmethod
     def pin(self, address: int, nbytes: int) -> bool:
         """Make host memory reachable for asynchronous copies; False when refused or needless."""
@@ -125,8 +129,7 @@ class CpuBackend(Backend):
         return _Immediate()
 
     def free_bytes(self) -> int:
-        """What psutil calls available, or what the memory cgroup leaves if that is less."""
-        return min(int(psutil.virtual_memory().available), cgroup_available())
+        return available_memory()
 
     def pin(self, address: int, nbytes: int) -> bool:
         return False
@@ -185,6 +188,9 @@ class CudaBackend(Backend):
         cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return int(torch.cuda.mem_get_info(self.device)[0]) + cached
 
+    def host_free_bytes(self) -> int:
+        return int(available_memory() * CpuBackend.auto_share)
+
     def pin(self, address: int, nbytes: int) -> bool:
         if int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)) == 0:
             return True
@@ -217,6 +223,11 @@ def select_backend(device: str | None) -> Backend:
             raise ConfigError(f"device={device!r}: there are {torch.cuda.device_count()} CUDA devices, counted from 0.")
         return CudaBackend(wanted)
     raise ConfigError(f"device={device!r} is not supported. Use 'cpu', 'cuda' or 'cuda:N'.")
+
+
+def available_memory() -> int:
+    """Bytes of host memory: what psutil calls available, or what the memory cgroup leaves if that is less."""
+    return min(int(psutil.virtual_memory().available), cgroup_available())
 
 
 def cgroup_available(root: str = "/sys/fs/cgroup", of_process: str = "/proc/self/cgroup") -> int:

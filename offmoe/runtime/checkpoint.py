@@ -15,7 +15,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -45,10 +45,18 @@ SUB_BYTE_DTYPES = frozenset({"F4", "F6_E2M3", "F6_E3M2"})
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 LARGEST = 2**63 - 1
 MAX_DIMS = 64
+"""torch has no more, and the product of a million huge sizes would take for ever."""
 
 Identity = tuple[int, int, int, int]
 """Device, inode, size and time of change of a file."""
-"""torch has no more, and the product of a million huge sizes would take for ever."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardHead:
+    """A shard without its weights. data: its bytes up to the end of the header; size: of the whole file, in bytes."""
+
+    data: bytes
+    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,19 +78,21 @@ class Checkpoint:
     shards: tuple[Path, ...]
     tensors: dict[str, TensorInfo]
     identities: tuple[Identity | None, ...] = ()
-    """Of the shards when their headers were read."""
+    """Of the shards when their headers were read; None for one that is not in the folder."""
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> Checkpoint:
+    def open(cls, folder: str | os.PathLike[str], heads: Mapping[str, ShardHead] | None = None) -> Checkpoint:
         """Read the headers of a checkpoint folder.
 
         As transformers does, `model.safetensors` is taken first, then the index; without either, every `*.safetensors`.
-        Raises MissingTensorError (a shard or a tensor of the index is absent), UnsupportedModelError (pickles only, a
-        dtype without a torch equivalent) or CheckpointError (a header or the index is not what it claims).
+        heads: of shards that are not in the folder (yet), by file name; they count as if they were there. Raises
+        MissingTensorError (a shard or a tensor of the index is absent), UnsupportedModelError (pickles only, a dtype
+        without a torch equivalent) or CheckpointError (a header or the index is not what it claims).
         """
         folder = Path(folder).absolute()  # the shards stay where they are when the process goes elsewhere
+        heads = heads or {}
         weight_map: dict[str, str] | None = None
-        if os.path.lexists(folder / SINGLE_FILE):
+        if SINGLE_FILE in heads or os.path.lexists(folder / SINGLE_FILE):
             files = [SINGLE_FILE]
         elif os.path.lexists(folder / INDEX_FILE):
             weight_map = _read_index(folder / INDEX_FILE)
@@ -90,10 +100,19 @@ class Checkpoint:
         else:
             files = _safetensors_in(folder)
         shards = tuple(folder / name for name in files)
-        identities = tuple(_identity_of(path) for path in shards)
-        headers = [dict(_read_header(path, number)) for number, path in enumerate(shards)]
+        identities = tuple(None if name in heads else _identity_of(folder / name) for name in files)
+        headers = [
+            dict(_parse_head(heads[name] if name in heads else _read_head(path), path, number))
+            for number, (name, path) in enumerate(zip(files, shards, strict=True))
+        ]
         tensors = _merge(headers, files, folder) if weight_map is None else _pick(headers, files, weight_map, folder)
         return cls(folder, shards, tensors, identities)
+
+    @property
+    def shards_absent(self) -> tuple[str, ...]:
+        """File names of the shards that are known by their heads only."""
+        pairs = zip(self.shards, self.identities, strict=True)
+        return tuple(path.relative_to(self.folder).as_posix() for path, known in pairs if known is None)
 
     def check_unchanged(self) -> None:
         """ShardChangedError if a shard is not the file any more whose header was read."""
@@ -111,21 +130,23 @@ class Checkpoint:
                 "the download is incomplete or belongs to another architecture"
             ) from None
 
-    def segment(self, name: str, row: int | None = None) -> Segment:
-        """Bytes of a whole tensor, or of row `row` of its first dimension (which the segment's shape then drops).
+    def segment(self, name: str, part: int | None = None, parts: int = 1) -> Segment:
+        """Bytes of a whole tensor, or of part `part` of the `parts` equal ones that its first dimension is cut into.
 
-        Raises MissingTensorError for an unknown name, CheckpointError if the tensor has no such row.
+        A part of one row drops that dimension. Raises MissingTensorError for an unknown name, CheckpointError if the
+        tensor cannot be cut so.
         """
         info = self.info(name)
-        if row is None:
+        if part is None:
             return Segment(info.shard, info.offset, info.nbytes, info.dtype, info.shape, name)
-        if not info.shape or not 0 <= row < info.shape[0]:
+        if not info.shape or not 0 <= part < parts or info.shape[0] % parts or not info.shape[0]:
             raise CheckpointError(
-                f"{self.shards[info.shard]}: tensor {name!r} has shape {list(info.shape)} and therefore no row {row}; "
-                "config.json and the shards are not of the same model"
+                f"{self.shards[info.shard]}: tensor {name!r} has shape {list(info.shape)} and therefore no part {part} "
+                f"of {parts} equal ones; config.json and the shards are not of the same model"
             )
-        nbytes = info.nbytes // info.shape[0]
-        return Segment(info.shard, info.offset + row * nbytes, nbytes, info.dtype, info.shape[1:], name)
+        nbytes, rows = info.nbytes // parts, info.shape[0] // parts
+        shape = info.shape[1:] if rows == 1 else (rows, *info.shape[1:])
+        return Segment(info.shard, info.offset + part * nbytes, nbytes, info.dtype, shape, name)
 
 
 def identity(status: os.stat_result) -> Identity:
@@ -138,6 +159,11 @@ def _identity_of(path: Path) -> Identity | None:
         return identity(os.stat(path))
     except (OSError, ValueError):
         return None
+
+
+def indexed_files(folder: Path) -> list[str]:
+    """File names of the shards that the folder's index names, sorted. Raises CheckpointError for a damaged index."""
+    return sorted(set(_read_index(folder / INDEX_FILE).values()))
 
 
 def _safetensors_in(folder: Path) -> list[str]:
@@ -171,12 +197,16 @@ def _read_index(path: Path) -> dict[str, str]:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f'{path}: has no "weight_map" that names tensors and their shards; download it again')
+    files: set[str] = set()  # few, of very many tensors
     for name, file in weight_map.items():
+        if isinstance(file, str) and file in files:
+            continue
         if not isinstance(file, str) or not _stays_inside(file):
             raise CheckpointError(
                 f"{path}: places tensor {name!r} in {file!r}, which is not a safetensors file inside the folder; "
                 "do not trust this checkpoint"
             )
+        files.add(file)
     return weight_map
 
 
@@ -190,28 +220,38 @@ def _stays_inside(file: str) -> bool:
     return True
 
 
-def _read_header(path: Path, shard: int) -> Iterator[tuple[str, TensorInfo]]:
-    """Tensors of one shard in file order, after the safetensors reader's own checks.
+def header_end(prefix: bytes, size: int, path: Path) -> int:
+    """Bytes up to the end of the header. prefix: the first 8 or more bytes of a shard of `size`; path: for messages.
 
     The file is: 8 bytes little-endian N, N bytes of JSON, then the tensors back to back up to the end of the file.
     """
+    length = int.from_bytes(prefix[:8], "little")
+    if prefix[:8] == b"version " and size < 1024:
+        raise CheckpointError(f"{path}: a git-lfs pointer, not the weights; fetch them with `git lfs pull`")
+    if len(prefix) < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
+        raise CheckpointError(
+            f"{path}: its {size} bytes cannot hold the header they announce; the file is truncated or not "
+            "safetensors: download it again"
+        )
+    return 8 + length
+
+
+def _read_head(path: Path) -> ShardHead:
     try:
         size = _regular_size(path)
         with open(path, "rb", buffering=0) as file:
             prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            if prefix == b"version " and size < 1024:
-                raise CheckpointError(f"{path}: a git-lfs pointer, not the weights; fetch them with `git lfs pull`")
-            if len(prefix) < 8 or length > MAX_HEADER_BYTES or 8 + length > size:
-                raise CheckpointError(
-                    f"{path}: its {size} bytes cannot hold the header they announce; the file is truncated or not "
-                    "safetensors: download it again"
-                )
-            header = file.read(length)
+            return ShardHead(prefix + file.read(header_end(prefix, size, path) - 8), size)
     except FileNotFoundError:
         raise MissingTensorError(f"{path}: this shard of the checkpoint is missing; complete the download") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check file and disk") from error
+
+
+def _parse_head(head: ShardHead, path: Path, shard: int) -> Iterator[tuple[str, TensorInfo]]:
+    """Tensors of one shard in file order, after the safetensors reader's own checks."""
+    end = header_end(head.data, head.size, path)
+    header = head.data[8:end]
     try:
         if not header.startswith(b"{"):
             raise ValueError("it does not begin with '{'")
@@ -219,7 +259,7 @@ def _read_header(path: Path, shard: int) -> Iterator[tuple[str, TensorInfo]]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: the header is not JSON ({error}); download it again") from error
     try:
-        return _check_entries(entries, path, shard, 8 + length, size)
+        return _check_entries(entries, path, shard, end, head.size)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: the header is malformed ({error}); download it again") from error
 
@@ -227,8 +267,10 @@ def _read_header(path: Path, shard: int) -> Iterator[tuple[str, TensorInfo]]:
 def _check_entries(entries: object, path: Path, shard: int, base: int, size: int) -> Iterator[tuple[str, TensorInfo]]:
     if not isinstance(entries, dict):
         raise ValueError("not an object")
-    metadata = entries.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    metadata = entries.pop("__metadata__", None)
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    ):
         raise ValueError("__metadata__ is not a map of strings")
     found: list[tuple[int, int, str, TensorInfo]] = []
     for name, entry in entries.items():

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Protocol
 
@@ -24,7 +24,8 @@ from offmoe.policy.planner import Planner, build_planner
 from offmoe.runtime.arena import SlotArena
 from offmoe.runtime.backend import Backend
 from offmoe.runtime.formats import ExpertLayout
-from offmoe.runtime.kernels import ExpertMath, combine, expert_ffn
+from offmoe.runtime.kernels import ExpertMath, expert_ffn
+from offmoe.runtime.quantized import ExpertDecoding
 from offmoe.runtime.transfer import TransferEngine
 from offmoe.trace import TraceWriter
 from offmoe.types import Access, CacheStats, Demand, Plan, count_demands, rank_predictions
@@ -75,9 +76,11 @@ class ExpertExecutor:
         backend: Backend,
         layouts: Sequence[ExpertLayout],
         stats: CacheStats,
+        decodings: Sequence[ExpertDecoding | None] | None = None,
     ):
         self._planner, self._transfer, self._arena, self._backend = planner, transfer, arena, backend
         self._layouts = layouts
+        self._decodings = decodings or [None] * len(layouts)
         self.shape = planner.shape
         self.stats = stats
         self.user = OneUser()
@@ -87,45 +90,39 @@ class ExpertExecutor:
         """Whether slots hold what residency says; false while a layer runs, and after a failure cut short."""
 
     def run(
-        self,
-        layer: int,
-        math: ExpertMath,
-        hidden: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
+        self, layer: int, math: ExpertMath, hidden: torch.Tensor, top_k_index: torch.Tensor, by_choice: bool = False
     ) -> torch.Tensor:
-        """Experts of one layer: hidden [T, H], top_k_index [T, k], top_k_weights [T, k] -> [T, H] in hidden's dtype."""
+        """Experts of one layer: hidden [T, H], top_k_index [T, k] -> rows [T * k, H] in router order, unweighted.
+
+        hidden may be [T * k, H], an input for each (token, expert) pair. A row whose id is no expert's is zero.
+        by_choice: an expert sees the tokens that chose it first before those that chose it second, not token by token.
+        """
         with self.user:  # parts of a model can be called without the whole, past the lock around its forward
             if not self._sound:
                 self.forget()
             self._sound = False
             try:
-                out = self._run(layer, math, hidden, top_k_index, top_k_weights)
+                rows = self._run(layer, math, hidden, top_k_index, by_choice)
             except BaseException:
                 self.forget()
                 raise
             self._sound = True
-            return out
+            return rows
 
     def _run(
-        self,
-        layer: int,
-        math: ExpertMath,
-        hidden: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
+        self, layer: int, math: ExpertMath, hidden: torch.Tensor, top_k_index: torch.Tensor, by_choice: bool
     ) -> torch.Tensor:
         ids, predicted = self._routing(layer, top_k_index)
         if self.trace is not None:
             self.trace.record(layer, ids, predicted)
         demands, tail = count_demands(ids, self.shape.experts[layer])
         if not demands:
-            return torch.zeros_like(hidden)
+            return hidden.new_zeros(top_k_index.numel(), hidden.shape[-1])
         ahead = () if predicted is None else rank_predictions(predicted, self.shape.experts[layer + 1])
         plan = self._planner.plan(Access(layer, demands, tail, ahead))
         self.stats.add(plan, self.shape)
-        rows = self._execute(plan, math, hidden, top_k_index, ids, demands)
-        return combine(rows, top_k_weights, hidden.dtype)
+        groups = {} if len(hidden) == 1 else _groups(top_k_index, demands, by_choice)
+        return self._execute(plan, math, hidden, top_k_index, ids, groups)
 
     def forget(self) -> None:
         """Start again from an empty cache; a recording ends here, since replay could not follow."""
@@ -161,28 +158,31 @@ class ExpertExecutor:
         hidden: torch.Tensor,
         top_k_index: torch.Tensor,
         ids: np.ndarray,
-        demands: Sequence[Demand],
+        groups: Mapping[int, torch.Tensor],
     ) -> torch.Tensor:
-        """Rows [T * k, H] of every (token, expert) pair, not yet weighted."""
-        transfer, layout = self._transfer, self._layouts[plan.layer]
-        single = len(ids) == 1
-        groups = {} if single else _groups(top_k_index, demands)
+        """Rows of every (token, expert) pair. groups: of `_groups`, unless there is one token only."""
+        transfer, layout, decode = self._transfer, self._layouts[plan.layer], self._decodings[plan.layer]
+        single = len(hidden) == 1
+        sharing = top_k_index.numel() // len(hidden)  # pairs that have one input
         outputs: dict[int, torch.Tensor] = {}
         rows = None if single else hidden.new_zeros(top_k_index.numel(), hidden.shape[-1])
+        transfer.stream(plan.waves)
+        streaming = len(plan.waves) > 1
         for wave in plan.waves:
-            if wave.fetches:
-                transfer.fetch(wave.fetches)
-            slots = [slot for _, slot in wave.experts]
-            transfer.demand(slots)
             for expert, slot in wave.experts:
                 transfer.ready(slot)
                 weights = self._arena.views(slot, layout)
+                if decode is not None:
+                    weights = decode(weights, hidden.dtype)
                 if rows is None:
                     outputs[expert] = expert_ffn(math, weights, hidden)
                 else:
                     pairs = groups[expert]  # [n] positions in [T * k]
-                    rows[pairs] = expert_ffn(math, weights, hidden[pairs // top_k_index.shape[1]])
-            transfer.computed(slots)
+                    rows[pairs] = expert_ffn(math, weights, hidden[pairs // sharing])
+                if streaming:
+                    transfer.computed((slot,))  # at once: an expert of a later wave may be waiting for this slot
+            if not streaming:
+                transfer.computed([slot for _, slot in wave.experts])
         if plan.prefetches:
             transfer.fetch(plan.prefetches, ahead=True)
         if rows is None:
@@ -194,9 +194,17 @@ class ExpertExecutor:
         return rows
 
 
-def _groups(top_k_index: torch.Tensor, demands: Sequence[Demand]) -> dict[int, torch.Tensor]:
-    """For each demanded expert, the positions of its (token, expert) pairs in the flattened [T * k], ascending."""
-    order = torch.argsort(top_k_index.reshape(-1), stable=True)
+def _groups(top_k_index: torch.Tensor, demands: Sequence[Demand], by_choice: bool) -> dict[int, torch.Tensor]:
+    """For each demanded expert, the positions of its (token, expert) pairs in the flattened [T * k].
+
+    Ascending, or by_choice with all first choices before all second ones.
+    """
+    if by_choice:
+        tokens, k = top_k_index.shape
+        order = torch.argsort(top_k_index.T.reshape(-1), stable=True)  # positions in [k * T]
+        order = order % tokens * k + order // tokens
+    else:
+        order = torch.argsort(top_k_index.reshape(-1), stable=True)
     start = 0
     if order.numel() > sum(d.tokens for d in demands):  # ids that are nobody's sort before 0 or behind the last expert
         start = int((top_k_index < 0).sum())

@@ -1,14 +1,20 @@
 """Experts on their way: shard -> staging buffer -> device slot, in reader threads; and every wait of the package.
 
 What moves: one expert per fetch, read with one system call per extent and copied into its slot on the copy stream.
-Bound: the disk, then the link. Demands go before prefetches; a prefetch that is demanded while it queues becomes a
-demand; one whose slot is given away while it queues is dropped.
+Bound: the disk, then the link. The order is that of tickets.py. A layer that needs several waves of experts has all of
+them read one behind the other while it computes: a read does not wait for its slot, only its copy does, so that as
+many experts as there are staging buffers are ahead of computing even where one slot is left to pass through.
+
+A prefetch that is demanded becomes a demand; one whose slot is given away is dropped, and if the same expert is wanted
+again before its read has ended, that read goes there. Copies that nobody waits for go in pieces, two at a time, so that
+a demand's copy never stands behind more than two of them.
 
 The waits, and what goes wrong without each (tests/runtime/test_transfer.py removes them one by one):
   W1 compute waits `landed[slot]`       else it multiplies by weights that have not arrived
   W2 copies wait `last_read[slot]`      else an expert is overwritten while the device still computes with it
   W3 a staging buffer waits `staged[i]` else its next read changes bytes that are still being copied
-  W4 a fetch waits for the slot's earlier fetch, if that is under way, else the older expert may land last
+  W4 a fetch waits for the slot's earlier fetch, if that is copying, else the older expert may land last
+  W5 a copy waits for its turn          else it is not even marked yet what W2 has to wait for
 The host waits only where it must: at W1 for the copy to have been issued, and in reader threads.
 
 Must never leave a slot with an expert that nobody asked for: after any failure the caller forgets all residency.
@@ -16,24 +22,30 @@ Must never leave a slot with an expert that nobody asked for: after any failure 
 
 from __future__ import annotations
 
-import heapq
-import itertools
+import functools
 import logging
 import queue
 import threading
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
+
+import torch
 
 from offmoe.errors import OffmoeError, TransferError
 from offmoe.runtime.arena import HostBuffers, SlotArena
 from offmoe.runtime.backend import Backend
 from offmoe.runtime.formats import Assembly, ExpertLayout
 from offmoe.runtime.store import ExpertStore
-from offmoe.types import Fetch
+from offmoe.runtime.tickets import DEMAND, NEXT, Ticket, TicketQueue
+from offmoe.types import Fetch, Wave
 
 logger = logging.getLogger(__name__)
 
-DEMAND, AHEAD = 0, 1
+PIECE_BYTES = 16 << 20
+"""Of a copy that nobody waits for: 0.7 ms of a 24 GB/s link. The copy engine takes copies in order (io.md section 6:
+51 KB waited 12 ms behind 200 MB)."""
+PIECES_IN_FLIGHT = 2
 
 
 def staging_plan(buffer_bytes: int) -> tuple[int, int]:
@@ -46,31 +58,12 @@ def staging_plan(buffer_bytes: int) -> tuple[int, int]:
     return readers, readers + 1
 
 
-class Ticket:
-    """One fetch under way."""
-
-    __slots__ = ("error", "fetch", "issued", "order", "previous", "priority", "running")
-
-    def __init__(self, fetch: Fetch, priority: int, order: int, previous: Ticket | None):
-        self.fetch = fetch
-        self.priority = priority
-        self.order = order
-        self.previous = previous
-        self.running = False
-        self.issued = threading.Event()
-        """Set when the copy into the slot has been given to the copy stream, or has failed."""
-        self.error: BaseException | None = None
-
-    def __lt__(self, other: Ticket) -> bool:
-        return (self.priority, self.order) < (other.priority, other.order)
-
-
 class Reader(threading.Thread):
     """A reader thread. Collecting garbage may end a model inside one; it must not wait for itself then."""
 
 
 class TransferEngine:
-    """Moves experts into slots. `fetch` starts, `ready` waits, `computed` marks; one thread calls these."""
+    """Moves experts into slots. `stream` and `fetch` start, `ready` waits, `computed` marks; one thread calls these."""
 
     def __init__(
         self,
@@ -87,62 +80,72 @@ class TransferEngine:
         self._on_stall = on_stall
         self._landed = [backend.event() for _ in range(len(arena))]
         self._last_read = [backend.event() for _ in range(len(arena))]
+        self._uses = [0] * len(arena)
+        """How often each slot has been computed with."""
         readers, buffers = staging_plan(store.buffer_bytes)
         self._staging = HostBuffers(buffers, store.buffer_bytes, register=backend.pin, unregister=backend.unpin)
         self._staged = [backend.event() for _ in range(buffers)]
         self._idle: queue.SimpleQueue[int] = queue.SimpleQueue()
         for i in range(buffers):
             self._idle.put(i)
-        self.computed(range(len(arena)))  # the first copies come after whatever used this memory before
+        self._pieces = deque(backend.event() for _ in range(PIECES_IN_FLIGHT))
+        self._piece_order = threading.Lock()
         self._tickets: dict[int, Ticket] = {}
-        self._order = itertools.count()
-        self._work = threading.Condition()
-        self._queue: list[Ticket] = []
-        self._under_way: set[Ticket] = set()
+        """Per slot the next fetch to land in it; later ones follow by `next`."""
+        self.computed(range(len(arena)))  # the first copies come after whatever used this memory before
+        self._queue = TicketQueue(readers)
         self._stop = threading.Event()
         self._threads = [Reader(target=self._read, name=f"offmoe-reader-{i}", daemon=True) for i in range(readers)]
         for thread in self._threads:
             thread.start()
 
+    def stream(self, waves: Sequence[Wave]) -> None:
+        """Start every fetch of one access, in the order of its waves, which must be computed in that order. A copy into
+        a slot that earlier waves compute with comes after `computed` has been called for it by each of them.
+        """
+        self.fetch(waves[0].fetches)
+        self.demand([slot for _, slot in waves[0].experts])
+        if len(waves) == 1:
+            return
+        users = Counter(slot for _, slot in waves[0].experts)
+        with self._queue.lock:
+            for wave in waves[1:]:
+                for fetch in wave.fetches:
+                    self._start(fetch, DEMAND, users[fetch.slot])
+                users.update(slot for _, slot in wave.experts)
+
     def fetch(self, fetches: Sequence[Fetch], *, ahead: bool = False) -> None:
         """Start moving experts; `ahead` for those that nothing waits for yet."""
         if not fetches:
             return
-        with self._work:
-            if self._stop.is_set():
-                raise TransferError("the model was closed; load it again with from_pretrained.")
+        with self._queue.lock:
+            if ahead:
+                self._queue.age()
             for fetch in fetches:
-                previous = self._tickets.get(fetch.slot)
-                if previous is not None and not previous.running and not previous.issued.is_set():
-                    self._queue.remove(previous)
-                    heapq.heapify(self._queue)
-                    previous = previous.previous
-                ticket = Ticket(fetch, AHEAD if ahead else DEMAND, next(self._order), previous)
-                self._tickets[fetch.slot] = ticket
-                heapq.heappush(self._queue, ticket)
-            self._work.notify(len(fetches))
+                self._start(fetch, NEXT if ahead else DEMAND, 0)
 
     def demand(self, slots: Sequence[int]) -> None:
         """What was fetched ahead into these slots is wanted now: it goes before everything that still nobody wants."""
         if not self._tickets:
             return
-        with self._work:
-            queued = [t for s in slots if (t := self._tickets.get(s)) and not t.running and t.priority != DEMAND]
-            for ticket in queued:
-                ticket.priority = DEMAND
-            if queued:
-                heapq.heapify(self._queue)
+        with self._queue.lock:
+            found = [t for s in slots if (t := self._tickets.get(s)) and t.priority != DEMAND]
+            if found:
+                self._queue.promote(found)
 
     def ready(self, slot: int) -> None:
         """Make compute wait for what was fetched into `slot`; raises what went wrong with a fetch."""
         ticket = self._tickets.get(slot)
-        if ticket is None:
+        if ticket is None or ticket.uses > self._uses[slot]:
             return
         if not ticket.issued.is_set():
             began = time.perf_counter()
             ticket.issued.wait()
             self._on_stall(ticket.fetch.key.layer, time.perf_counter() - began)
-        del self._tickets[slot]
+        if ticket.next is None:
+            del self._tickets[slot]
+        else:
+            self._tickets[slot] = ticket.next
         if ticket.error is not None:
             raise _for_the_demand(ticket) from ticket.error
         self._backend.compute.wait(self._landed[slot])  # W1
@@ -152,18 +155,18 @@ class TransferEngine:
         compute = self._backend.compute
         for slot in slots:
             self._last_read[slot].record(compute)
+            self._uses[slot] += 1
+            ticket = self._tickets.get(slot)
+            if ticket is not None and ticket.turn is not None and ticket.uses == self._uses[slot]:
+                ticket.turn.set()
 
     def forget(self) -> None:
         """Drop what is queued and wait for what is under way, so that no slot changes afterwards; errors are dropped
         too.
         """
-        with self._work:
-            for ticket in self._queue:
-                ticket.error = TransferError("dropped")
-                ticket.issued.set()
-            self._queue.clear()
+        with self._queue.lock:
             self._tickets.clear()
-            under_way = list(self._under_way)  # not only those with a ticket: a read may be for a slot given away since
+            under_way = self._queue.clear()  # not only those with a ticket: a read may be for a slot given away since
         for ticket in under_way:
             ticket.issued.wait()
 
@@ -172,8 +175,9 @@ class TransferEngine:
         if self._stop.is_set():
             return
         self._stop.set()
-        with self._work:
-            self._work.notify_all()
+        with self._queue.lock:
+            self._queue.clear()
+            self._queue.close()
         for thread in self._threads:
             thread.join()
         self.forget()
@@ -181,44 +185,75 @@ class TransferEngine:
             event.synchronize()
         self._staging.close()
 
+    def _start(self, fetch: Fetch, priority: int, uses: int) -> None:
+        """Queue one fetch, to land after `uses` more times of computing with its slot; the lock is held."""
+        if self._stop.is_set():
+            raise TransferError("the model was closed; load it again with from_pretrained.")
+        slot = fetch.slot
+        ticket = self._queue.adopt(fetch, priority) or self._queue.push(Ticket(fetch, priority))
+        ticket.uses = self._uses[slot] + uses
+        before = self._tickets.get(slot)
+        if uses:
+            ticket.turn = threading.Event()
+        if before is None or not uses:
+            self._tickets[slot] = ticket
+        else:
+            while before.next is not None:
+                before = before.next
+            before.next = ticket
+        if before is not None and not uses:
+            self._queue.drop(before)
+            ticket.previous = before if before.landing else before.previous
+
     def _read(self) -> None:
-        while True:
-            with self._work:
-                while not self._queue and not self._stop.is_set():
-                    self._work.wait()
-                if self._stop.is_set():
-                    return
-                ticket = heapq.heappop(self._queue)
-                ticket.running = True
-                self._under_way.add(ticket)
+        while (ticket := self._queue.take()) is not None:
             try:
                 self._move(ticket)
             except BaseException as error:  # handed over to the demand that needs the expert
                 ticket.error = error
             finally:
-                ticket.previous = None
-                ticket.issued.set()
-                with self._work:
-                    self._under_way.discard(ticket)
+                self._queue.done(ticket)
 
     def _move(self, ticket: Ticket) -> None:
-        key, slot = ticket.fetch.key, ticket.fetch.slot
-        copies = self._backend.copies
         buffer = self._idle.get()
         try:
             self._staged[buffer].synchronize()  # W3
+            key = ticket.fetch.key
             self._store.read_into(key, self._staging.memory(buffer), self._stop)
             data = self._store.segments(key, self._staging.tensor(buffer))
+            self._queue.land(ticket)
+            slot = ticket.fetch.slot
+            if ticket.turn is not None:
+                ticket.turn.wait()  # W5
             if ticket.previous is not None:
                 ticket.previous.issued.wait()  # W4
+            if ticket.dropped:
+                return
+            copies = self._backend.copies
             copies.wait(self._last_read[slot])  # W2
             views = self._arena.views(slot, self._layouts[key.layer])
             segments = self._store.record(key).segments
-            self._assemblies[key.layer].place(segments, data, views, copies.copy)
+            self._assemblies[key.layer].place(segments, data, views, functools.partial(self._copy, ticket))
             self._landed[slot].record(copies)
             self._staged[buffer].record(copies)
         finally:
             self._idle.put(buffer)
+
+    def _copy(self, ticket: Ticket, destination: torch.Tensor, source: torch.Tensor) -> None:
+        """Into device memory: whole for a demand; in pieces, a few at a time, while nobody waits for it."""
+        copies = self._backend.copies
+        if ticket.priority == DEMAND or not destination.ndim:
+            copies.copy(destination, source)
+            return
+        rows = max(1, PIECE_BYTES * len(destination) // max(1, destination.nbytes))
+        for into, data in zip(destination.split(rows), source.split(rows), strict=True):
+            with self._piece_order:
+                event = self._pieces.popleft()
+                if ticket.priority != DEMAND:
+                    event.synchronize()
+                copies.copy(into, data)
+                event.record(copies)
+                self._pieces.append(event)
 
 
 def _for_the_demand(ticket: Ticket) -> OffmoeError:

@@ -30,12 +30,24 @@ def test_json(offmoe: Run, checkpoint: Path) -> None:
     assert found["plan"]["slots_per_layer"] == [8, 8, 8]
     assert found["predictable"] == [True] * 3
     assert found["tokens_per_s"] is None
+    assert (found["plan"]["parked_layers"], found["plan"]["parked_in"]) == (0, None)
 
 
 def test_layers_without_experts_do_not_count(offmoe: Run, tmp_path: Path) -> None:
     folder = tiny.save(tiny.build("qwen3_moe"), tmp_path / "qwen")
     found = offmoe("inspect", folder, "--json", "--device", "cpu").json
     assert (found["family"], found["layers"], found["moe_layers"]) == ("qwen3_moe", 3, 2)
+
+
+def test_a_configuration_alone(offmoe: Run, checkpoint: Path) -> None:
+    budget = ("--device", "cpu", "--device-memory", "3MiB")
+    headers = offmoe("inspect", checkpoint, "--json", *budget).json
+    config = offmoe("inspect", checkpoint / "config.json", "--json", *budget).json
+    assert (headers["source"], config["source"]) == ("headers", "config")
+    same = headers.keys() - {"source", "plan", "smallest_device_memory", "smallest_with_dense"}
+    assert {key: config[key] for key in same} == {key: headers[key] for key in same}
+    assert "config.json alone: no weights here" in offmoe("inspect", checkpoint / "config.json", *budget).out
+    assert "no weights here" not in offmoe("inspect", checkpoint, *budget).out
 
 
 def test_table_for_people(offmoe: Run, checkpoint: Path) -> None:
@@ -91,6 +103,22 @@ def test_facts_come_before_the_error_when_nothing_fits(offmoe: Run, checkpoint: 
     assert found.json["plan"] is None
     assert found.json["smallest_device_memory"] == int(smallest[1])
     assert offmoe("inspect", checkpoint, "--device-memory", smallest[1], "--device", "cpu").status == 0
+
+
+def test_dense_layers_that_are_elsewhere_are_said_so(offmoe: Run, checkpoint: Path) -> None:
+    known = offmoe("inspect", checkpoint, "--json", "--device", "cpu").json
+    budget = ("--device", "cpu", "--device-memory", known["smallest_device_memory"])
+    found = offmoe("inspect", checkpoint, "--json", *budget).json
+    plan = found["plan"]
+    assert (plan["parked_layers"], plan["parked_in"]) == (3, "disk")
+    assert plan["dense"] + plan["parked"] == found["dense_bytes"] == known["dense_bytes"]
+    assert plan["used"] <= plan["budget"] < found["smallest_with_dense"]
+    out = offmoe("inspect", checkpoint, *budget).out
+    assert re.search(r"dense, elsewhere .* 3 of 3 layers, from disk in every pass", out)
+    assert f"({found['smallest_with_dense']} bytes)" in out
+    assert "elsewhere" not in offmoe("inspect", checkpoint, "--device", "cpu", "--device-memory", "30MiB").out.replace(
+        "dense layers elsewhere", ""
+    )
 
 
 def test_slots_below_top_k(offmoe: Run, checkpoint: Path) -> None:

@@ -10,9 +10,9 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.core_model_loading import Concatenate, ConversionOps, Interleave, MergeModulelist, Transpose
 
 from offmoe.errors import CheckpointError, UnsupportedModelError
-from offmoe.hf.adapters import Concat, Merge, Swap, WeightConverter, steps
 from offmoe.hf.convert import Block, ExpertConversion, Group, Kind, Share, parts_of, trace, trace_share
 from offmoe.hf.load import build_meta, model_class
+from offmoe.hf.upstream import Concat, Merge, Swap, WeightConverter, steps
 from offmoe.runtime.formats import Assembly, ExpertLayout, Part, Segment
 from tests import tiny
 
@@ -155,7 +155,7 @@ def shared_group(operation: ConversionOps, number: int) -> tuple[Group, PreTrain
     made = WeightConverter(["*.w1", "*.w3"], [t.removeprefix("model.") for t in targets], [operation])
     config = AutoConfig.for_model("mixtral", **{**tiny.COMMON, **tiny.CONFIGS["mixtral"]})
     meta = build_meta(config, model_class(config))
-    return Group(targets[number], made, {"*.w1": ["x"], "*.w3": ["y"]}, Share(number, targets)), meta
+    return Group(targets[number], made, {"*.w1": ["x"], "*.w3": ["y"]}, share=Share(number, targets)), meta
 
 
 @pytest.mark.parametrize("number", [0, 1])

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel, Qwen3VLMoeConfig, ViTConfig, core_mode
 from transformers.utils import logging
 
 from offmoe.errors import CheckpointError, ConfigError, MissingTensorError, UnsupportedModelError
-from offmoe.hf.adapters import ALL_EXPERTS_FUNCTIONS, expert_parameters
-from offmoe.hf.catalog import build_catalog, find_experts
-from offmoe.hf.load import build_meta, load_dense, model_class, read_config, require_index, resolve_folder
+from offmoe.hf.adapters import expert_parameters, find_experts
+from offmoe.hf.catalog import build_catalog
+from offmoe.hf.load import build_meta, load_dense, model_class, read_config, require_index
+from offmoe.hf.upstream import ALL_EXPERTS_FUNCTIONS
 from offmoe.runtime.checkpoint import Checkpoint
 from tests import tiny
 
@@ -55,10 +56,9 @@ def test_everything_but_the_experts_is_as_in_stock(tmp_path: Path, family: str, 
 
     assert type(model) is cls
     assert not model.training
-    experts = {f"{name}.{p}" for name, module in find_experts(model).items() for p in expert_parameters(module)}
     there, wanted = model.state_dict(), stock.state_dict()
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
-    assert there.keys() == wanted.keys() - experts
+    assert there.keys() == wanted.keys() - expert_parameters(stock).keys()
     for name, tensor in there.items():
         assert tensor.dtype == wanted[name].dtype
         assert torch.equal(tensor, wanted[name]), name
@@ -152,43 +152,6 @@ def test_options_of_transformers_are_passed_on(tmp_path: Path) -> None:
     assert load(tmp_path, attn_implementation="eager").config._attn_implementation == "eager"
 
 
-def test_folder_is_taken_as_it_is(tmp_path: Path) -> None:
-    assert resolve_folder(tmp_path) == tmp_path
-    assert resolve_folder(str(tmp_path)) == tmp_path
-    assert resolve_folder("demo").parts[-3:] == ("offmoe", "demo", "model")
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["./nowhere", "/no/such/folder", "a/b/c", "", "white space/model", "~nobody-here/m", "a\0b", "./" + "a" * 5000],
-)
-def test_folder_that_is_not_there_is_a_config_error(name: str) -> None:
-    with pytest.raises(ConfigError, match="no such folder"):
-        resolve_folder(name)
-
-
-def test_file_is_not_a_folder(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(CheckpointError, match="a file, not a model"):
-        resolve_folder(tmp_path / "model.gguf")
-
-
-def test_hub_id_that_is_not_in_the_cache_is_a_config_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"owner/nothing.*local_files_only"):
-        resolve_folder("owner/nothing", cache_dir=tmp_path, local_files_only=True)
-
-
-def test_model_in_the_hub_cache_is_found_without_a_network(tmp_path: Path) -> None:
-    commit = "0" * 40
-    repository = tmp_path / "models--owner--model"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(commit)
-    snapshot = repository / "snapshots" / commit
-    snapshot.mkdir(parents=True)
-    (snapshot / "config.json").write_text("{}")
-    assert resolve_folder("owner/model", cache_dir=tmp_path, local_files_only=True) == snapshot
-
-
 @pytest.mark.parametrize(
     ("text", "error", "match"),
     [
@@ -207,6 +170,53 @@ def test_bad_config_is_named(tmp_path: Path, text: str | None, error: type[Excep
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(error, match=match):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "match"),
+    [
+        ("num_hidden_layers", 2**31, "'num_hidden_layers' is 2147483648, not a number up to 10000"),
+        ("num_hidden_layers", float("nan"), "'num_hidden_layers' is nan"),
+        ("num_local_experts", 10**30, "'num_local_experts' is 10{30}, not a number up to 100000"),
+        ("text_config", {"num_layers": 10**6}, "'num_layers' is 1000000"),
+        ("eos_token_id", "</s>", "'eos_token_id' is '</s>', not a token id or a list of them"),
+    ],
+)
+def test_config_beyond_any_model_builds_nothing(tmp_path: Path, name: str, value: object, match: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral", name: value}))
+    with pytest.raises(CheckpointError, match=match):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ('{"eos_token_id": "</s>"}', "'eos_token_id' is '</s>', not a token id or a list of them"),
+        ('{"eos_token_id": [2, [3]]}', "'eos_token_id' is"),
+        ('{"pad_token_id": [0]}', r"'pad_token_id' is \[0\], not a token id;"),
+        ('{"bos_token_id": 1e3}', "'bos_token_id' is 1000.0"),
+        ('{"eos_token_id": 99999999999999999999}', "'eos_token_id' is"),
+        ('{"suppress_tokens": ["a"]}', "not a list of token ids"),
+        ('{"num_beams": "4"}', "'num_beams' is '4', not a whole number"),
+        ('{"temperature": NaN}', "'temperature' is nan, not a number"),
+        ("[]", "not an object"),
+        ("{", "not JSON"),
+    ],
+)
+def test_generation_config_that_generate_could_not_use(tmp_path: Path, text: str, match: str) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=rf"generation_config\.json: .*{match}"):
+        read_config(tmp_path)
+
+
+def test_generation_config_of_real_models_passes(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
+    text = (
+        '{"eos_token_id": [2, 7], "pad_token_id": -1, "bos_token_id": null, "temperature": 1, "top_p": 0.9, "top_k": 0}'
+    )
+    (tmp_path / "generation_config.json").write_text(text)
+    assert read_config(tmp_path).model_type == "mixtral"
 
 
 def test_model_without_a_text_generating_class_is_refused() -> None:

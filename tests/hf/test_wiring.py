@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from offmoe.hf.catalog import find_experts
+from offmoe.hf.adapters import find_experts
 from offmoe.hf.wiring import OTHER_WIDTH, RouterWiring, WiringRecorder
 from tests import tiny
 

@@ -102,6 +102,17 @@ def test_waves_start_with_the_residents_and_leave_the_best():
     assert after.misses == 0
 
 
+def test_residents_that_make_room_are_computed_first():
+    planner = build_planner(CacheOptions("lru", slots_per_layer=4), CacheShape((9,), (2,), (1,)))
+    for experts in ([0, 1], [2, 3]):
+        planner.plan(access(0, experts))
+    plan = planner.plan(access(0, range(9), tail=64))
+    in_place = [slot for _, slot in plan.waves[0].experts]
+    turns = [fetch.slot for wave in plan.waves[1:] for fetch in wave.fetches]
+    assert len(in_place) == 4
+    assert in_place[: len(set(turns))] == list(dict.fromkeys(turns))
+
+
 def test_pending_counts_once():
     planner = build_planner(CacheOptions(slots_per_layer=3, prefetch=2), SHAPE)
     plan = planner.plan(access(0, [0, 1], predicted=[4, 5]))

@@ -84,21 +84,25 @@ class TestReading:
         (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"a.weight": FIRST}}))
         assert set(Checkpoint.open(tmp_path).tensors) == {"a.weight"}
 
-    def test_segment_is_a_tensor_or_one_row_of_it(self, tmp_path: Path) -> None:
+    def test_segment_is_a_tensor_or_an_equal_part_of_it(self, tmp_path: Path) -> None:
         tensors = write_two_shards(tmp_path)
         checkpoint = Checkpoint.open(tmp_path)
         whole = checkpoint.segment("c.fused")
         assert (whole.shape, whole.dtype, whole.name) == ((4, 2, 3), torch.float16, "c.fused")
-        for row in range(4):
-            segment = checkpoint.segment("c.fused", row)
-            assert segment.shape == (2, 3)
-            assert bytes_at(checkpoint, segment) == raw_bytes(tensors["c.fused"][row])
+        for parts, shape in ((4, (2, 3)), (2, (2, 2, 3)), (1, (4, 2, 3))):
+            for part, expected in enumerate(tensors["c.fused"].chunk(parts)):
+                segment = checkpoint.segment("c.fused", part, parts)
+                assert segment.shape == shape
+                assert bytes_at(checkpoint, segment) == raw_bytes(expected)
 
-    @pytest.mark.parametrize(("name", "row"), [("c.fused", 4), ("c.fused", -1), ("d.scalar", 0), ("e.empty", 0)])
-    def test_row_that_a_tensor_does_not_have(self, tmp_path: Path, name: str, row: int) -> None:
+    @pytest.mark.parametrize(
+        ("name", "part", "parts"),
+        [("c.fused", 4, 4), ("c.fused", -1, 4), ("c.fused", 0, 3), ("d.scalar", 0, 1), ("e.empty", 0, 1)],
+    )
+    def test_part_that_a_tensor_does_not_have(self, tmp_path: Path, name: str, part: int, parts: int) -> None:
         write_two_shards(tmp_path)
-        with pytest.raises(CheckpointError, match=f"{name}.*no row {row}"):
-            Checkpoint.open(tmp_path).segment(name, row)
+        with pytest.raises(CheckpointError, match=f"{name}.*no part {part} of {parts}"):
+            Checkpoint.open(tmp_path).segment(name, part, parts)
 
     def test_unknown_tensor_is_named(self, tmp_path: Path) -> None:
         write_two_shards(tmp_path)
@@ -231,6 +235,7 @@ class TestHeader:
             ({"a": entry(0, 4)}, bytes(5), "truncated or was appended to"),
             ({"__metadata__": {"x": 1}}, b"", "__metadata__"),
             ({"__metadata__": [1]}, b"", "__metadata__"),
+            ({"__metadata__": []}, b"", "__metadata__"),
         ],
     )
     def test_what_safetensors_refuses_is_refused(self, tmp_path: Path, header: object, data: bytes, what: str) -> None:

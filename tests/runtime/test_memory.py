@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from offmoe.config import OffloadConfig
 from offmoe.errors import CapacityError, ConfigError
-from offmoe.runtime.memory import ModelBytes, plan_memory
+from offmoe.runtime.memory import DISK, HOST, DenseLayerBytes, ModelBytes, plan_memory
 from offmoe.types import CacheShape
 
 SHAPE = CacheShape((8, 8, 4), (2, 2, 1), (100, 100, 300))
@@ -70,3 +72,41 @@ def test_a_budget_beyond_what_is_free_is_cut_to_it():
 def test_a_pool_sizes_every_slot_for_the_largest_expert():
     plan = plan_memory(OffloadConfig(scope="model", slots_per_layer=2), SHAPE, MODEL, free=10**6)
     assert plan.slots == 3 * 2 * 300
+
+
+LAYERED = replace(MODEL, layers=(DenseLayerBytes(300, 470, 40), *[DenseLayerBytes(150, 160, 20)] * 4))
+"""Four layers save 600 for 180 in flight; the first one is large and would cost more than it saves."""
+NEEDED = 1000 + 600 + 50 + 2 * 256 + 2 * 100 + 2 * 100 + 300
+
+
+def test_dense_layers_leave_only_as_far_as_they_must():
+    found = {}
+    for budget in range(NEEDED - 600 + 180, NEEDED + 1):
+        plan = plan_memory(OffloadConfig(device_memory=budget), SHAPE, LAYERED, free=10**9)
+        assert plan.used <= budget
+        assert (plan.dense + plan.parked, plan.smallest, plan.smallest_dense) == (1000, NEEDED - 420, NEEDED)
+        assert plan.parked == 150 * plan.parked_layers
+        assert plan.in_flight == (180 if plan.parked_layers else 0)
+        found.setdefault(plan.parked_layers, []).append(budget)
+    assert list(found) == [4, 3, 2, 0], "one alone comes back to as much room as it left"
+    assert all(budgets == list(range(budgets[0], budgets[-1] + 1)) for budgets in found.values())
+    with pytest.raises(CapacityError, match=f"works for this model is {NEEDED - 420} bytes"):
+        plan_memory(OffloadConfig(device_memory=NEEDED - 421), SHAPE, LAYERED, free=10**9)
+
+
+def test_dense_layers_make_room_for_what_was_asked_for():
+    enough = plan_memory(OffloadConfig(slots_per_layer=3, device_memory=NEEDED + 500), SHAPE, LAYERED, free=10**9)
+    assert (enough.slots_per_layer, enough.parked_layers) == ((3, 3, 3), 4)
+    longer = plan_memory(OffloadConfig(max_context=500, device_memory=NEEDED + 100), SHAPE, LAYERED, free=10**9)
+    assert (longer.max_context, longer.parked_layers > 0) == (500, True)
+
+
+@pytest.mark.parametrize(("host_free", "place"), [(0, DISK), (599, DISK), (600, HOST)])
+def test_dense_layers_go_to_the_host_if_it_has_room(host_free, place):
+    config = OffloadConfig(device_memory=NEEDED - 420)
+    plan = plan_memory(config, SHAPE, LAYERED, free=10**9, host_free=host_free)
+    assert (plan.parked, plan.parked_in) == (600, place)
+    assert f"4 layers, 600 B, come from {place}" in plan.describe()
+    roomy = plan_memory(OffloadConfig(), SHAPE, LAYERED, free=10**6, host_free=host_free)
+    assert (roomy.parked_in, roomy.in_flight) == (None, 0)
+    assert "come from" not in roomy.describe()

@@ -19,7 +19,7 @@ from offmoe.runtime.backend import CpuBackend
 from offmoe.runtime.checkpoint import Checkpoint
 from offmoe.runtime.formats import Assembly, ExpertLayout, ExpertRecord, Part
 from offmoe.runtime.store import ExpertStore
-from offmoe.types import ExpertKey, Fetch
+from offmoe.types import ExpertKey, Fetch, Wave
 from tests.doubles import DeferredBackend
 
 EXPERTS, ROWS, COLUMNS = 24, 16, 96
@@ -116,25 +116,60 @@ def several_waves(rig):
     return True
 
 
-def a_slot_given_away_while_its_read_is_under_way(checkpoint, module):
-    """Expert 0 is being read ahead into slot 3 when the slot is given to expert 9: needs W4."""
-    reads = GatedReads()
-    reads.hold(start_of(checkpoint, 0))
-    rig = Rig(checkpoint, module, read_at=reads)
-    (block,) = reads.gates
+class HeldCopies(DeferredBackend):
+    """The first copy waits in its reader until the test lets it go."""
+
+    def __init__(self):
+        super().__init__()
+        self.begun, self.gate = threading.Event(), threading.Event()
+        copy = self.copies.copy
+
+        def held(destination, source):
+            if not self.begun.is_set():
+                self.begun.set()
+                assert self.gate.wait(20)
+            copy(destination, source)
+
+        self.copies.copy = held
+
+
+def a_slot_given_away_while_it_is_copied_into(checkpoint, module):
+    """Expert 0 is on its way from staging into slot 3 when the slot is given to expert 9: needs W4."""
+    backend = HeldCopies()
+    rig = Rig(checkpoint, module, backend)
     try:
         rig.fetch((0, 3), ahead=True)
-        assert reads.started[block].wait(20)
+        assert backend.begun.wait(20)
         earlier = rig.engine._tickets[3]
         rig.fetch((9, 3))
         later = rig.engine._tickets[3]
         later.issued.wait(0.3)  # without W4 it is issued in this time, with W4 it cannot be
-        reads.gates[block].set()
+        backend.gate.set()
         assert earlier.issued.wait(20)
         assert later.issued.wait(20)
         return rig.use((9, 3))
     finally:
+        backend.gate.set()
         rig.close()
+
+
+def waves_through_one_slot(rig):
+    """Expert 0 is resident; 1, 2 and 3 pass through its slot one after the other, read before it is free: needs W5."""
+    rig.fetch((0, 0))
+    if not rig.use((0, 0)):
+        return False
+    waves = [Wave(((0, 0),), ())] + [Wave(((e, 0),), (Fetch(ExpertKey(0, e), 0, None),)) for e in (1, 2, 3)]
+    rig.engine.stream(waves)
+    under_way = list(rig.engine._queue.under_way)
+    right = True
+    for wave in waves:
+        for ticket in under_way:
+            ticket.issued.wait(0.1)  # without W5 they are all copied in this time
+        ((expert, slot),) = wave.experts
+        rig.engine.ready(slot)
+        right &= rig.sees(expert, slot)
+        rig.engine.computed([slot])
+    return right
 
 
 def without(wait):
@@ -160,7 +195,16 @@ def test_every_wave_computes_with_its_own_experts(checkpoint, backend):
 
 
 def test_a_slot_given_away_holds_the_later_expert(checkpoint):
-    assert a_slot_given_away_while_its_read_is_under_way(checkpoint, transfer_module)
+    assert a_slot_given_away_while_it_is_copied_into(checkpoint, transfer_module)
+
+
+@pytest.mark.parametrize("backend", [DeferredBackend, CpuBackend])
+def test_experts_that_pass_through_one_slot_land_one_after_the_other(checkpoint, backend):
+    rig = Rig(checkpoint, backend=backend())
+    try:
+        assert waves_through_one_slot(rig)
+    finally:
+        rig.close()
 
 
 @pytest.mark.parametrize("wait", ["W1", "W2", "W3"])
@@ -173,27 +217,155 @@ def test_without_the_wait_weights_are_wrong(checkpoint, wait):
 
 
 def test_without_w4_the_earlier_expert_lands_last(checkpoint):
-    assert not a_slot_given_away_while_its_read_is_under_way(checkpoint, without("W4"))
+    assert not a_slot_given_away_while_it_is_copied_into(checkpoint, without("W4"))
 
 
-def test_a_demand_overtakes_what_is_read_ahead(checkpoint):
+def test_without_w5_an_expert_lands_on_one_that_is_still_needed(checkpoint):
+    rig = Rig(checkpoint, without("W5"))
+    try:
+        assert not waves_through_one_slot(rig)
+    finally:
+        rig.close()
+
+
+def test_later_waves_are_read_while_their_slot_is_busy(checkpoint):
     reads = GatedReads()
-    for expert in range(4):
+    rig = Rig(checkpoint, read_at=reads)
+    for expert in (1, 2, 3):
+        reads.hold(start_of(checkpoint, expert))
+        reads.gates[start_of(checkpoint, expert) // 4096].set()
+    try:
+        rig.engine.stream([Wave(((e, 0),), (Fetch(ExpertKey(0, e), 0, None),)) for e in (0, 1, 2, 3)])
+        for started in reads.started.values():
+            assert started.wait(20), "nothing has been computed so far"
+        for expert in range(4):
+            assert rig.use((expert, 0))
+        assert not rig.engine._tickets
+    finally:
+        rig.close()
+
+
+@pytest.mark.parametrize("end", ["forget", "close"])
+def test_what_waits_for_its_turn_does_not_hold_up_the_end(checkpoint, end):
+    rig = Rig(checkpoint)
+    try:
+        rig.engine.stream([Wave(((e, 0),), (Fetch(ExpertKey(0, e), 0, None),)) for e in range(8)])
+        rig.engine.ready(0)
+        ending = threading.Thread(target=getattr(rig.engine, end), daemon=True)
+        ending.start()
+        ending.join(20)
+        assert not ending.is_alive()
+        if end == "forget":
+            rig.fetch((9, 0))
+            assert rig.use((9, 0))
+    finally:
+        rig.close()
+
+
+def started_of(reads, checkpoint, *experts):
+    return [reads.started[start_of(checkpoint, e) // 4096] for e in experts]
+
+
+def test_a_demand_behind_thirty_prefetches_is_read_at_once(checkpoint):
+    """Half of the readers is what prefetches may occupy: it waits for none of them, whatever becomes of those."""
+    reads = GatedReads()
+    for expert in (0, 1):
+        reads.hold(start_of(checkpoint, expert))
+    rig = Rig(checkpoint, read_at=reads, slots=31)
+    try:
+        rig.fetch(*[(e % 22, e) for e in range(30)], ahead=True)
+        for started in started_of(reads, checkpoint, 0, 1):
+            assert started.wait(20)
+        rig.fetch((23, 30))
+        assert rig.use((23, 30)), "while both reads for prefetches are held"
+        assert [o // 4096 for o in reads.offsets[2:]] == [start_of(checkpoint, 23) // 4096]
+        for gate in reads.gates.values():
+            gate.set()
+        assert rig.use(*[(e % 22, e) for e in range(30)])
+    finally:
+        for gate in reads.gates.values():
+            gate.set()
+        rig.close()
+
+
+def test_newer_prefetches_go_before_older_ones(checkpoint):
+    reads = GatedReads()
+    for expert in (0, 1):
         reads.hold(start_of(checkpoint, expert))
     rig = Rig(checkpoint, read_at=reads, slots=16)
     try:
-        rig.fetch(*[(e, e) for e in range(4)], ahead=True)  # occupies all readers
-        for started in reads.started.values():
+        rig.fetch(*[(e, e) for e in range(6)], ahead=True)
+        for started in started_of(reads, checkpoint, 0, 1):
             assert started.wait(20)
-        rig.fetch(*[(e, e) for e in range(4, 10)], ahead=True)
-        rig.fetch((20, 10))
+        rig.fetch((20, 10), (21, 11), ahead=True)
+        reads.gates[start_of(checkpoint, 0) // 4096].set()  # one reader goes on, in the order of the queue
+        for slot in (10, 11, 2, 3, 4, 5):
+            assert rig.engine._tickets[slot].issued.wait(20)
+        order = [o // 4096 for o in reads.offsets[2:]]
+        assert order == [start_of(checkpoint, e) // 4096 for e in (20, 21, 2, 3, 4, 5)]
+    finally:
         for gate in reads.gates.values():
             gate.set()
-        assert rig.use((20, 10))
-        assert rig.use(*[(e, e) for e in range(10)])
-        want = start_of(checkpoint, 20) // 4096
-        later = [o // 4096 for o in reads.offsets if o // 4096 not in reads.gates]
-        assert want in later[:4], "the first each of the four readers took next, in whatever order they say so"
+        rig.close()
+
+
+def test_a_read_whose_slot_was_given_away_goes_nowhere_or_where_it_is_wanted_again(checkpoint):
+    reads = GatedReads()
+    for expert in (0, 1):
+        reads.hold(start_of(checkpoint, expert))
+    rig = Rig(checkpoint, read_at=reads)
+    try:
+        rig.fetch((0, 0), (1, 1), ahead=True)
+        for started in started_of(reads, checkpoint, 0, 1):
+            assert started.wait(20)
+        lost, moved = (rig.engine._tickets[slot] for slot in (0, 1))
+        rig.fetch((5, 0), (6, 1))
+        rig.fetch((1, 2))
+        assert rig.engine._tickets[2] is moved
+        for gate in reads.gates.values():
+            gate.set()
+        assert rig.use((5, 0), (6, 1), (1, 2))
+        assert lost.issued.wait(20)
+        assert rig.sees(5, 0)
+        assert [o // 4096 for o in reads.offsets].count(start_of(checkpoint, 1) // 4096) == 1
+    finally:
+        for gate in reads.gates.values():
+            gate.set()
+        rig.close()
+
+
+class CountedCopies(DeferredBackend):
+    """Sizes of the copies, and the most that were given to the device before it was known to be done with earlier
+    ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.most = [], 0
+        copy = self.copies.copy
+
+        def counted(destination, source):
+            self.sizes.append(destination.nbytes)
+            copy(destination, source)
+            self.most = max(self.most, sum(not land.done[0] for land in self.copies.pending))
+
+        self.copies.copy = counted
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_copies_that_nobody_waits_for_go_in_pieces_two_at_a_time(checkpoint, ahead, monkeypatch):
+    monkeypatch.setattr(transfer_module, "PIECE_BYTES", 1000)
+    backend = CountedCopies()
+    rig = Rig(checkpoint, backend=backend)
+    try:
+        rig.fetch((3, 2), ahead=ahead)
+        assert rig.engine._tickets[2].issued.wait(20)
+        if ahead:
+            assert max(backend.sizes) <= 1000
+            assert backend.most == 2
+        else:
+            assert backend.sizes == [ROWS * COLUMNS * 4] * 2
+        assert sum(backend.sizes) == 2 * ROWS * COLUMNS * 4
+        assert rig.use((3, 2))
     finally:
         rig.close()
 
@@ -298,7 +470,7 @@ def test_forget_waits_for_a_read_behind_which_another_was_queued(checkpoint):
         reads.hold(start_of(checkpoint, expert))
     rig = Rig(checkpoint, read_at=reads)
     try:
-        rig.fetch(*[(e, e) for e in range(4)], ahead=True)
+        rig.fetch(*[(e, e) for e in range(4)])
         for started in reads.started.values():
             assert started.wait(20)
         rig.fetch((9, 3))  # queued: all readers are busy, one of them with this slot

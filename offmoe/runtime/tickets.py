@@ -1,0 +1,157 @@
+"""The order in which readers take fetches: demands, then the newest prefetches, then what prefetches are left over.
+
+Nothing moves here. Bound: the lock, some microseconds per fetch. A prefetch of a layer that has run meanwhile is no
+longer what comes next, so newer ones go before it. At most half of the readers read for nobody in particular: however
+many prefetches are queued or running, a demand finds a reader free and shares the disk with that half only, which
+bounds both the bytes in flight for prefetching and what a demand loses by it.
+
+Must never hand out a ticket after `close`, nor wait for anything but work."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+from collections.abc import Iterable
+
+from offmoe.types import Fetch
+
+DEMAND, NEXT, LATER = 0, 1, 2
+"""Somebody waits for it; the layer that comes next may want it; a layer that has run did not."""
+
+
+class Ticket:
+    """One fetch on its way."""
+
+    __slots__ = (
+        "dropped",
+        "error",
+        "fetch",
+        "issued",
+        "landing",
+        "next",
+        "order",
+        "previous",
+        "priority",
+        "turn",
+        "uses",
+    )
+
+    def __init__(self, fetch: Fetch, priority: int, uses: int = 0, turn: threading.Event | None = None):
+        self.fetch = fetch
+        self.priority = priority
+        self.order = 0
+        self.uses = uses
+        """How often the slot will have been computed with before this expert may land in it."""
+        self.turn = turn
+        """Set when that has happened; None if it has already."""
+        self.previous: Ticket | None = None
+        """Nobody waits for this one, but it was copying into the same slot when this was asked for."""
+        self.next: Ticket | None = None
+        """What lands in the same slot after this one has been computed with."""
+        self.landing = False
+        """Whether it is past its read and going into its slot: it can no longer be dropped or sent elsewhere."""
+        self.dropped = False
+        self.issued = threading.Event()
+        """Set when the copy into the slot has been given to the copy stream, has failed, or will not be."""
+        self.error: BaseException | None = None
+
+    def __lt__(self, other: Ticket) -> bool:
+        return (self.priority, self.order) < (other.priority, other.order)
+
+    def drop(self) -> None:
+        """It goes nowhere any more; a reader that waits for its turn need not."""
+        self.dropped = True
+        if self.turn is not None:
+            self.turn.set()
+
+
+class TicketQueue:
+    """What readers do next. Callers hold `lock`, but not for `take`, `land` and `done`, which readers call."""
+
+    def __init__(self, readers: int):
+        self.lock = threading.Condition()
+        self.under_way: list[Ticket] = []
+        self._ahead = max(1, readers // 2)
+        self._waiting: list[Ticket] = []
+        self._order = itertools.count()
+        self._closed = False
+
+    def push(self, ticket: Ticket) -> Ticket:
+        ticket.order = next(self._order)
+        heapq.heappush(self._waiting, ticket)
+        self.lock.notify()
+        return ticket
+
+    def adopt(self, fetch: Fetch, priority: int) -> Ticket | None:
+        """A read of the same expert that was dropped while under way, sent where this fetch wants it; None if there is
+        no such read."""
+        for ticket in self.under_way:
+            if ticket.fetch.key == fetch.key and ticket.dropped and not ticket.landing:
+                ticket.fetch, ticket.priority, ticket.dropped = fetch, priority, False
+                ticket.turn = ticket.previous = None
+                self.lock.notify()
+                return ticket
+        return None
+
+    def promote(self, tickets: Iterable[Ticket]) -> None:
+        """Somebody waits for these now, whether they are queued or under way."""
+        for ticket in tickets:
+            ticket.priority = DEMAND
+        heapq.heapify(self._waiting)
+        self.lock.notify_all()
+
+    def age(self) -> None:
+        """Prefetches that no reader has taken so far come after those that are pushed from now on."""
+        for ticket in self._waiting:
+            if ticket.priority == NEXT:
+                ticket.priority = LATER
+        heapq.heapify(self._waiting)
+
+    def drop(self, ticket: Ticket) -> None:
+        """Nobody waits for this any more: take it off the queue, or keep its reader from giving it its slot."""
+        ticket.drop()
+        if ticket in self._waiting:
+            self._waiting.remove(ticket)
+            heapq.heapify(self._waiting)
+            ticket.issued.set()
+
+    def clear(self) -> list[Ticket]:
+        """Drop everything; what readers are still busy with."""
+        for ticket in self._waiting:
+            ticket.issued.set()
+        self._waiting.clear()
+        for ticket in self.under_way:
+            ticket.drop()
+        return list(self.under_way)
+
+    def close(self) -> None:
+        self._closed = True
+        self.lock.notify_all()
+
+    def take(self) -> Ticket | None:
+        """The ticket that a reader does next, waiting for one; None once closed."""
+        with self.lock:
+            self.lock.wait_for(lambda: self._closed or self._may_take())
+            if self._closed:
+                return None
+            ticket = heapq.heappop(self._waiting)
+            self.under_way.append(ticket)
+            return ticket
+
+    def land(self, ticket: Ticket) -> None:
+        """Its read is over: from now on it goes into its slot, or nowhere."""
+        with self.lock:
+            ticket.landing = True
+
+    def done(self, ticket: Ticket) -> None:
+        with self.lock:
+            self.under_way.remove(ticket)
+            ticket.previous = None
+            ticket.issued.set()
+            self.lock.notify()
+
+    def _may_take(self) -> bool:
+        if not self._waiting:
+            return False
+        return self._waiting[0].priority == DEMAND or sum(t.priority != DEMAND for t in self.under_way) < self._ahead
