@@ -21,6 +21,7 @@ from offmoe.hf.adapters import find_experts
 from offmoe.hf.catalog import COMPUTABLE, ExpertCatalog, build_catalog
 from offmoe.hf.dense import ParkedLayers, dense_layers
 from offmoe.hf.estimate import estimate, quantisation_method
+from offmoe.hf.foresight import foresee
 from offmoe.hf.hub import Source, locate
 from offmoe.hf.load import (
     build_meta,
@@ -77,6 +78,11 @@ class Survey:
     def expert_bytes(self) -> int:
         """All experts, at rest."""
         return sum(n * size for n, size in zip(self.shape.experts, self.shape.expert_bytes, strict=True))
+
+    def unpredictable(self) -> tuple[str | None, ...] | None:
+        """For each MoE layer why its experts cannot be predicted, None where they can; None if only a run can tell."""
+        meta = build_meta(self.hf_config, self.model_class)
+        return foresee(meta, list(find_experts(meta).values()))
 
 
 @dataclass(frozen=True)
@@ -139,8 +145,8 @@ def inspect(
 ) -> Inspected:
     """Read headers and configuration, divide the memory; loads no weight. Raises what `from_pretrained` would.
 
-    free: bytes of device memory to take for free; None is what is. A model on the Hub is downloaded only if bitsandbytes
-    quantised it: its headers do not say the shapes of weights.
+    free: bytes of device memory to take for free; None is what is. A model on the Hub is downloaded only if
+    bitsandbytes quantised it: its headers do not say the shapes of weights.
     """
     backend = select_backend(config.device)
     source = locate(model, **hub)

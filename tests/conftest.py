@@ -7,6 +7,8 @@ import torch
 import transformers
 from hypothesis import settings
 
+from tests import families_table
+
 settings.register_profile("shared machine", deadline=None)  # how long an example takes says nothing here
 settings.load_profile("shared machine")
 
@@ -17,3 +19,26 @@ def _small_matrices_on_one_thread():
     torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
+
+
+FOUND = pytest.StashKey[families_table.Found]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-families", action="store_true", help="write docs/families.md from what the tests find")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[FOUND] = families_table.Found()
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A page is written from a complete run only: a family that failed must not fall out of it silently."""
+    if session.config.getoption("--write-families") and exitstatus == pytest.ExitCode.OK:
+        families_table.PATH.write_text(families_table.render(session.config.stash[FOUND]))
+
+
+@pytest.fixture
+def families_found(request: pytest.FixtureRequest) -> families_table.Found:
+    """Where tests put what they found out about a family."""
+    return request.config.stash[FOUND]

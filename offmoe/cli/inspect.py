@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from offmoe.api import Survey
     from offmoe.expectation import Expectation
 
+Unpredictable = tuple[str | None, ...] | None
+"""For each MoE layer why its experts cannot be predicted, None where they can; None if only a run can tell."""
 KNEE = 2
 """Slots per top_k where hit rates stop rising steeply: below it a layer evicts what its next token needs."""
 BOUNDLESS = 1 << 60
@@ -47,15 +49,17 @@ def run(args: argparse.Namespace, out: Output) -> None:
     except CapacityError:
         boundless = replace(config, device_memory=BOUNDLESS, slots_per_layer=None)
         found = survey(args.model, boundless, dtype=args.dtype, free=BOUNDLESS, **hub)
-        out.result(_needs(args.model, found))
-        out.json({**_facts(found), "plan": None})
+        unpredictable = found.unpredictable()
+        out.result(_needs(args.model, found, unpredictable))
+        out.json({**_facts(found, unpredictable), "plan": None})
         raise
-    speed = _speed(found)
-    out.result(_needs(args.model, found), _fit(config, found), *_advice(config, found), _in_words(speed))
-    out.json({**_facts(found), **_in_figures(speed), "plan": found.plan.to_dict()})
+    speed, unpredictable = _speed(found), found.unpredictable()
+    tables = _needs(args.model, found, unpredictable), _fit(config, found)
+    out.result(*tables, *_advice(config, found), _in_words(speed))
+    out.json({**_facts(found, unpredictable), **_in_figures(speed), "plan": found.plan.to_dict()})
 
 
-def _facts(found: Survey) -> dict[str, object]:
+def _facts(found: Survey, unpredictable: Unpredictable) -> dict[str, object]:
     shape = found.shape
     return {
         "family": found.hf_config.model_type,
@@ -75,6 +79,7 @@ def _facts(found: Survey) -> dict[str, object]:
         "smallest_with_dense": found.plan.smallest_dense,
         "device": found.config.device,
         "dtype": str(found.dtype).removeprefix("torch."),
+        "predictable": None if unpredictable is None else [reason is None for reason in unpredictable],
         "source": "config" if _from_config(found) else "headers",
         **_in_figures(None),
     }
@@ -109,7 +114,7 @@ def _in_words(speed: Expectation | None) -> str:
     )
 
 
-def _needs(name: str, found: Survey) -> Table:
+def _needs(name: str, found: Survey, unpredictable: Unpredictable) -> Table:
     shape, dtype = found.shape, str(found.dtype).removeprefix("torch.")
     dense = found.plan.dense + found.plan.parked
     share = percent(found.expert_bytes / (found.expert_bytes + dense))
@@ -124,6 +129,7 @@ def _needs(name: str, found: Survey) -> Table:
     table.add_row("one expert", f"{format_size(max(shape.expert_bytes))} ({max(shape.expert_bytes)} bytes){stored}")
     table.add_row("all experts", f"{format_size(found.expert_bytes)} in {sum(shape.experts)}, {share} of the model")
     table.add_row("dense part", f"{format_size(dense)} in {dtype}, needed for every token")
+    table.add_row("experts ahead", _predictable(unpredictable))
     if _from_config(found):
         table.add_row("known from", f"{found.folder.name} alone: no weights here, sizes follow from shapes and dtype")
     return table
@@ -134,6 +140,16 @@ def _formats(found: Survey) -> list[str]:
     from offmoe.api import Inspected
 
     return list(found.catalog.formats) if isinstance(found, Inspected) else []
+
+
+def _predictable(unpredictable: Unpredictable) -> str:
+    if unpredictable is None:
+        return "whether they can be predicted shows when the model runs"
+    reasons = dict.fromkeys(reason for reason in unpredictable if reason)
+    number = sum(reason is None for reason in unpredictable)
+    if not reasons:
+        return "can be predicted in all layers"
+    return f"can be predicted in {number} of {len(unpredictable)} layers; else {', '.join(reasons)}"
 
 
 def _from_config(found: Survey) -> bool:

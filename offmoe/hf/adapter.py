@@ -86,13 +86,22 @@ class ExpertsAdapter(ABC):
         holders = {module}
         for name in self.places(module):
             owner, _, param = name.rpartition(".")
-            del module.get_submodule(owner)._parameters[param]  # not None: that would refuse plain tensors later
+            weight = module.get_submodule(owner)._parameters.pop(param)  # not None: that would refuse plain tensors
+            assert weight is not None
+            # a plain attribute is in no state dict; some blocks initialise their experts and look for it by name
+            setattr(module.get_submodule(owner), param, weight.detach().to("meta"))
             while owner:
                 holders.add(module.get_submodule(owner))
                 owner = owner.rpartition(".")[0]
         for holder in holders:
             # not an attribute of Module; the initialisation of missing weights looks parameters up by name
             setattr(holder, "_is_hf_initialized", True)  # noqa: B010
+
+    def settle(self, module: nn.Module) -> None:
+        """End what `strip` left for the time of loading."""
+        for part in module.modules():
+            for name in [n for n, value in vars(part).items() if isinstance(value, torch.Tensor) and value.is_meta]:
+                delattr(part, name)
 
     def top_k(self, module: nn.Module) -> int | None:
         """Experts per token; None: as the modules around it or the configuration say."""

@@ -23,9 +23,10 @@ from torch import nn
 
 from offmoe.errors import CheckpointError, MissingTensorError, UnsupportedModelError
 from offmoe.hf.adapters import Place, adapter_of, expert_parameters, find_experts, find_top_k
-from offmoe.hf.convert import ExpertConversion, Group, Kind, Value, parts_of, trace
+from offmoe.hf.convert import ExpertConversion, Group, Kind, Value, parts_of, trace, trace_share
 from offmoe.hf.encoded import DenseView
-from offmoe.hf.upstream import MappedName, map_names, steps
+from offmoe.hf.shares import check_count, divide, repeat_tied
+from offmoe.hf.upstream import MappedName, map_names
 from offmoe.runtime.checkpoint import Checkpoint
 from offmoe.runtime.formats import Assembly, ExpertLayout, ExpertRecord, Part
 from offmoe.runtime.quantized import ExpertDecoding, RawSlot, raw_slot
@@ -120,6 +121,8 @@ def build_catalog(checkpoint: Checkpoint, meta_model: PreTrainedModel) -> Expert
                 _check_computable(view, mapped.name)
             if mapped.name not in view.encoded:
                 dense[mapped.target] = mapped.name
+    divide(groups, meta_model, checkpoint.folder)
+    repeat_tied(groups, modules)
     builder = _Builder(view, meta_model, groups)
     layers = tuple(builder.layer(name, module) for name, module in modules.items())
     return ExpertCatalog(layers, frozenset(keys), frozenset(owned), dense, view)
@@ -175,6 +178,7 @@ class _Builder:
     groups: dict[str, dict[str, Group]]
     layouts: dict[ExpertLayout, ExpertLayout] = field(default_factory=dict)
     tried: dict[object, dict[str, torch.dtype]] = field(default_factory=dict)
+    traced: dict[object, Value] = field(default_factory=dict)
 
     def layer(self, name: str, module: nn.Module) -> CatalogLayer:
         adapter = adapter_of(module)
@@ -189,7 +193,7 @@ class _Builder:
         for group, kind in zip(groups, kinds, strict=True):
             param = group.target.removeprefix(f"{name}.")
             dtypes[param] = self._one_dtype(group, kind)
-            value = trace(group, [k.shape for k in kind], (1, *per_expert[param]))
+            value = self._trace(group, kind, per_expert[param])
             if value is None:
                 break
             self._check_tiling(group, kind, value, per_expert[param], num_experts)
@@ -227,6 +231,14 @@ class _Builder:
             decode=slot.decode,
         )
 
+    def _trace(self, group: Group, kinds: list[Kind], expected: tuple[int, ...]) -> Value | None:
+        if group.share is None:
+            return trace(group, [k.shape for k in kinds], (1, *expected))
+        structure = (id(group.converter), group.share.number, tuple(kinds), expected)
+        if structure not in self.traced:
+            self.traced[structure] = trace_share(group, kinds, expected, self.model)
+        return self.traced[structure]
+
     def _records(self, groups: Sequence[Group], num_experts: int) -> tuple[ExpertRecord, ...]:
         segments = self.view.segments
         sources = [
@@ -262,7 +274,8 @@ class _Builder:
         shape, dtype = Counter((info.shape, info.dtype) for info in infos).most_common(1)[0][0]
         entries = self._entries(group, names[0], num_experts)
         if group.per_expert:
-            self._check_count(group, names, num_experts)
+            if group.share is None:
+                check_count(self.view.folder, group, names, num_experts)
         elif not shape or not shape[0] or shape[0] % entries:
             raise CheckpointError(
                 f"{self.view.where(names[0])}: tensor {names[0]!r} has shape {list(shape)}, the model "
@@ -278,30 +291,6 @@ class _Builder:
         if group.per_expert:
             return Kind(shape, dtype, encoding)
         return Kind(shape[1:] if shape[0] == entries else (shape[0] // entries, *shape[1:]), dtype, encoding)
-
-    def _check_count(self, group: Group, names: list[str], num_experts: int) -> None:
-        if len(names) > num_experts:
-            assert group.converter is not None
-            if steps(group.converter) is None:
-                raise UnsupportedModelError(
-                    f"{self.view.folder}: {len(names)} tensors like {names[0]!r} make the {num_experts} "
-                    f"experts of {group.target!r}, by a conversion that cannot be done one expert at a time; convert "
-                    "the checkpoint with save_pretrained(save_original_format=False) of transformers first"
-                )
-            raise CheckpointError(
-                f"{self.view.folder}: {len(names)} tensors like {names[-1]!r}, the model expects "
-                f"{num_experts}, one per expert; {OTHER_MODEL}"
-            )
-        numbered = _numbered_like(names, num_experts)
-        if len(names) < num_experts or (numbered and numbered != names):
-            found = set(names)
-            absent = [name for name in numbered if name not in found]
-            which = f"tensor {absent[0]!r}" if absent else f"one of the tensors like {names[0]!r}"
-            there = num_experts - len(absent) if absent else len(names)
-            raise MissingTensorError(
-                f"{self.view.folder}: the checkpoint has no {which} ({there} of {num_experts} experts there); "
-                "complete the download"
-            )
 
     def _check_tiling(
         self, group: Group, kinds: Sequence[Kind], value: Value, expected: tuple[int, ...], num_experts: int
@@ -354,18 +343,3 @@ class _Builder:
             f"{self.view.where(name)}: tensor {name!r} is {found}, but belongs "
             f"to a parameter of {others}; save the checkpoint in one dtype"
         )
-
-
-def _numbered_like(names: Sequence[str], num_experts: int) -> list[str]:
-    """Names of all experts' tensors, from those of some: the number in which they differ is the expert."""
-    split = [name.split(".") for name in names]
-    same_length = len({len(fields) for fields in split}) == 1
-    varying = [i for i, fields in enumerate(zip(*split, strict=False)) if len(set(fields)) > 1] if same_length else []
-    if len(varying) != 1:
-        return []
-    at = varying[0]
-    before, after = split[0][:at], split[0][at + 1 :]
-    label = split[0][at].rstrip("0123456789")
-    if not all(fields[at].startswith(label) and fields[at][len(label) :].isdigit() for fields in split):
-        return []
-    return [".".join((*before, f"{label}{e}", *after)) for e in range(num_experts)]

@@ -27,13 +27,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+class Share(NamedTuple):
+    """One of the equal shares into which a converter divides a list of experts; targets: the parameters, in order."""
+
+    number: int
+    targets: tuple[str, ...]
+
+
 @dataclass
 class Group:
     """The checkpoint's tensors that one converter (or, without one, a renaming) turns into the parameter `target`.
 
     names: per source pattern, in the loader's order: one tensor per expert, or a single one with all experts' rows.
     owned: expert -> its tensor, where the model itself has a parameter per expert; `settled` makes them names. entries:
-    experts that there may be tensors or rows of, if some are nobody's (behind the others).
+    experts that there may be tensors or rows of, if some are nobody's (behind the others). share: given if the
+    converter makes the experts of several modules of one list; then names are this module's.
     """
 
     target: str
@@ -41,6 +49,7 @@ class Group:
     names: dict[str, list[str]] = field(default_factory=dict)
     owned: dict[int, str] = field(default_factory=dict)
     entries: int | None = None
+    share: Share | None = None
 
     def settled(self, num_experts: int) -> Group:
         """Once all tensors are known: with `owned` in expert order among the names, and without nobody's tensors."""
@@ -64,7 +73,7 @@ class Group:
     @property
     def targets(self) -> tuple[str, ...]:
         """Full names of all parameters this group makes; `target` is the first."""
-        if self.converter is None:
+        if self.converter is None or self.share is not None:
             return (self.target,)
         patterns = self.converter.target_patterns
         return tuple(self.target.replace(patterns[0], pattern) for pattern in patterns)
@@ -141,6 +150,43 @@ def trace(group: Group, shapes: Sequence[tuple[int, ...]], expected: tuple[int, 
     return next(iter(values.values())) if len(values) == 1 else None
 
 
+def trace_share(group: Group, kinds: Sequence[Kind], expected: tuple[int, ...], model: PreTrainedModel) -> Value:
+    """What the group makes of one expert of its share, [1, ...], found by trying the converter on made-up experts.
+
+    Two per share, all different: each must come out in its own share, as its sources one behind the other. kinds: per
+    pattern. expected: the parameter's shape for one expert, [...]. Raises UnsupportedModelError if it is otherwise.
+    """
+    assert group.converter is not None
+    assert group.share is not None
+    generator = torch.Generator().manual_seed(0)
+    made_up = {
+        pattern: [_random(kind, generator) for _ in range(2 * len(group.share.targets))]
+        for pattern, kind in zip(group.names, kinds, strict=True)
+    }
+    pairs = {target: (2, *model.get_parameter(target).shape[1:]) for target in group.share.targets}
+    try:
+        made = run_converter(group.converter, made_up, group.share.targets[0], model, pairs)[group.target]
+    except Exception as error:  # whatever an operation of transformers raises on these shapes
+        raise _not_one_by_one(group.target, f"{type(error).__name__}: {error}") from error
+    sources = [[tensors[2 * group.share.number + i] for tensors in made_up.values()] for i in range(2)]
+    wholes = [
+        Value((1, *kind.shape), (Block(i, (0,) * (1 + len(kind.shape)), (1, *kind.shape)),))
+        for i, kind in enumerate(kinds)
+    ]
+    for dim in range(len(expected)):
+        joinable = len({(*kind.shape[:dim], *kind.shape[dim + 1 :]) for kind in kinds}) == 1
+        if joinable and len(made) == 2 and all(_same_bytes(made[i], torch.cat(sources[i], dim)) for i in range(2)):
+            return _joined(wholes, dim + 1)
+    raise _not_one_by_one(group.target, "an expert is not made of its own tensors alone")
+
+
+def _not_one_by_one(name: str, why: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"the conversion of {name!r} cannot be done one expert at a time ({why}); convert the checkpoint with "
+        "save_pretrained(save_original_format=False) of transformers first"
+    )
+
+
 def _stacked(value: Value) -> Value:
     blocks = (b._replace(start=(0, *b.start), shape=(1, *b.shape)) for b in value.blocks)
     return Value((1, *value.shape), tuple(blocks))
@@ -209,11 +255,7 @@ class ExpertConversion:
             both = self._run([list(pair) for pair in zip(first, second, strict=True)])
             alone = [self(first), self(second)]
         except Exception as error:  # whatever an operation of transformers raises on these shapes
-            raise UnsupportedModelError(
-                f"the conversion of {self.name!r} cannot be done one expert at a time ({type(error).__name__}: "
-                f"{error}); convert the checkpoint with save_pretrained(save_original_format=False) of transformers "
-                "first"
-            ) from error
+            raise _not_one_by_one(self.name, f"{type(error).__name__}: {error}") from error
         for param, shape in self.shapes.items():
             together = both[f"{self.name}.{param}"]
             if tuple(together.shape) != (2, *shape):

@@ -32,6 +32,7 @@ from offmoe.hf.dense import ParkedLayers
 from offmoe.hf.hub import resolve_folder
 from offmoe.hf.sanity import check_config, check_generation
 from offmoe.hf.save import attach_safe_save
+from offmoe.hf.upstream import forget_tie
 from offmoe.runtime.checkpoint import INDEX_FILE, PICKLES, SINGLE_FILE, Checkpoint
 
 if TYPE_CHECKING:
@@ -239,6 +240,10 @@ def load_dense(
             "config.json and the shards are probably not of the same model"
         ) from error
     model.__class__ = cls
+    for module in find_experts(model).values():
+        adapter = adapter_of(module)
+        assert adapter is not None
+        adapter.settle(module)
     missing = sorted(report["missing_keys"])
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -309,6 +314,8 @@ def _strip(model: PreTrainedModel) -> None:
             raise UnsupportedModelError(f"experts {name!r} compute their own buffers, which offmoe does not run yet")
         adapter = adapter_of(module)
         assert adapter is not None
+        for param in adapter.places(module):
+            forget_tie(model, f"{name}.{param}")
         adapter.strip(module)
 
 

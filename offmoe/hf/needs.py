@@ -131,16 +131,18 @@ def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
         heads = int(getattr(config, "decoder_attention_heads", None) or config.num_attention_heads)
         head = int(getattr(config, "d_kv", None) or config.hidden_size // heads)
         return _layers_of(config, "decoder") * 2 * heads * head * dtype.itemsize
-    text = config.get_text_config()
-    heads = int(text.num_attention_heads)
-    head = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
-    if getattr(text, "kv_lora_rank", None):  # multi-head latent attention: transformers caches expanded keys and values
-        key = int(text.qk_nope_head_dim) + int(text.qk_rope_head_dim)
-        per_layer = heads * (key + int(text.v_head_dim))
-    else:
-        kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
-        per_layer = kv_heads * (head + int(getattr(text, "v_head_dim", None) or head))
-    return int(text.num_hidden_layers) * per_layer * dtype.itemsize
+    return sum(_cached_elements(layer) for layer in config.get_text_config().per_layer_config) * dtype.itemsize
+
+
+def _cached_elements(layer: PretrainedConfig) -> int:
+    """Of one token in one decoder layer; layers may differ."""
+    heads = int(layer.num_attention_heads)
+    head = int(getattr(layer, "head_dim", None) or layer.hidden_size // heads)
+    if getattr(layer, "kv_lora_rank", None):  # multi-head latent attention: transformers caches expanded keys, values
+        key = int(layer.qk_nope_head_dim) + int(layer.qk_rope_head_dim)
+        return heads * (key + int(layer.v_head_dim))
+    kv_heads = int(getattr(layer, "num_key_value_heads", None) or heads)
+    return kv_heads * (head + int(getattr(layer, "v_head_dim", None) or head))
 
 
 def num_layers(config: PretrainedConfig) -> int:

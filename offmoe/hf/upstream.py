@@ -51,11 +51,17 @@ __all__ = [
     "Swap",
     "WeightConverter",
     "batched_mm_experts_forward",
+    "forget_tie",
     "grouped_mm_experts_forward",
     "map_names",
     "run_converter",
     "steps",
 ]
+
+
+def forget_tie(model: PreTrainedModel, param: str) -> None:
+    """Let the loader not tie a parameter that the model no longer has."""
+    model.all_tied_weights_keys.pop(param, None)
 
 
 class MappedName(NamedTuple):

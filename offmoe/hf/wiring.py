@@ -1,8 +1,8 @@
 """Which modules predict a layer's experts from the residual stream, found by watching one real forward.
 
-Nothing moves at discovery: for every module call of one forward the addresses of its input and outputs are noted, as
-integers, and forgotten at the next experts call. Weak references stand in for tensors, so a long prompt costs no
-memory. No names are used:
+Nothing moves at discovery: for every module call of one forward it is noted in which memory its input and outputs
+stood, and forgotten at the next experts call. Weak references stand in for tensors and their storage, so a long prompt
+costs no memory, and memory that is given back and taken again is told apart. No names are used:
 
     top_k_index of the experts call   -- same memory -->  the module that put it out             = router
                                                           (or the module that the adapter says)
@@ -21,16 +21,32 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
 
 from offmoe.hf.adapter import Routing, ids_as_they_are
 from offmoe.hf.adapters import adapter_of
 
-Place = tuple[int, int, torch.dtype]
-"""Address, number of elements and dtype: enough to recognise a tensor, or a view of the whole of it, while it lives."""
+
+class Place(NamedTuple):
+    """Enough to recognise a tensor, or a view of the whole of it, also after it is gone: no address is used twice."""
+
+    storage: StorageWeakRef
+    offset: int
+    numel: int
+    dtype: torch.dtype
+
+
+NOT_CALLED = "its experts were not called"
+NO_ROUTER = "no module puts out its experts' ids"
+PER_CALL = "its router takes arguments that differ from call to call"
+OTHER_WIDTH = "the residual of the layer before is of another width"
+AWAY = "its router's weights are on the device only while it runs"
+NOT_PROVEN = "its router does not give the same ids from the residual alone"
 
 
 @dataclass(frozen=True)
@@ -66,12 +82,16 @@ class Route:
 class RouterWiring:
     """For each MoE layer, what predicts its experts from the residual of the layer before.
 
-    `routes[l]` is None where no prediction is possible; `taps[l]` is the module whose input is layer l's residual.
+    `routes[l]` is None where no prediction is possible, and `reasons[l]` says why; `taps[l]` is the module whose input
+    is layer l's residual.
     """
 
-    def __init__(self, routes: Sequence[Route | None], taps: Sequence[nn.Module | None]) -> None:
+    def __init__(
+        self, routes: Sequence[Route | None], taps: Sequence[nn.Module | None], reasons: Sequence[str | None]
+    ) -> None:
         self.routes = tuple(routes)
         self.taps = tuple(taps)
+        self.reasons = tuple(reasons)
 
     @classmethod
     def discover(cls, model: nn.Module, experts: Sequence[nn.Module], run: Callable[[], object]) -> RouterWiring:
@@ -125,6 +145,7 @@ class _Call:
     module: nn.Module
     source: Place | None
     dims: int
+    width: int
     held: weakref.ref[Tensor] | None
     outputs: tuple[Place, ...]
     made: tuple[weakref.ref[Tensor], ...]
@@ -133,9 +154,13 @@ class _Call:
 
 
 class WiringRecorder:
-    """Discovery inside a forward that happens anyway: `start()` before it, `finish()` after it, also when it failed."""
+    """Discovery inside a forward that happens anyway: `start()` before it, `finish()` after it, also when it failed.
 
-    def __init__(self, model: nn.Module, experts: Sequence[nn.Module]) -> None:
+    prove: try every route on the spot; without it a route is only what the architecture looks like.
+    """
+
+    def __init__(self, model: nn.Module, experts: Sequence[nn.Module], *, prove: bool = True) -> None:
+        self._prove = prove
         self._modules = [
             module for module in model.modules() if module is not model
         ]  # its own hooks call start and finish
@@ -145,6 +170,8 @@ class WiringRecorder:
         self._constants: dict[int, Tensor | _PerCall] = {id(t): t for t in (*model.parameters(), *model.buffers())}
         self._routes: list[Route | None] = [None] * len(experts)
         self._taps: list[nn.Module | None] = [None] * len(experts)
+        self._widths = [0] * len(experts)
+        self._reasons: list[str | None] = [NOT_CALLED] * len(experts)
         self._unseen = set(range(len(experts)))
         self._calls: list[_Call] = []
         self._handles: list[RemovableHandle] = []
@@ -167,11 +194,20 @@ class WiringRecorder:
         self._calls.clear()
 
     def finish(self) -> RouterWiring:
-        """Remove all hooks and return what was found; a layer that was not called cannot be predicted, nor one whose
-        router has no weights between passes."""
+        """Remove all hooks and return what was found.
+
+        A layer that was not called cannot be predicted, nor one whose router has no weights between passes, nor one
+        whose residual is of another width than that of the layer before.
+        """
         self.pause()
-        routes = [None if route is None or not route.stays else route for route in self._routes]
-        return RouterWiring(routes, self._taps)
+        routes, reasons = list(self._routes), list(self._reasons)
+        for layer, route in enumerate(routes):
+            before = self._widths[layer - 1] if layer else 0
+            if route is not None and before not in (0, self._widths[layer]):
+                routes[layer], reasons[layer] = None, OTHER_WIDTH
+            elif route is not None and self._prove and not route.stays:
+                routes[layer], reasons[layer] = None, AWAY
+        return RouterWiring(routes, self._taps, reasons)
 
     def _on_call(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
         if self._trying or not self._unseen:
@@ -188,6 +224,7 @@ class WiringRecorder:
                 module=module,
                 source=None if hidden is None else _place(hidden),
                 dims=0 if hidden is None else hidden.dim(),
+                width=0 if hidden is None or not hidden.dim() else hidden.shape[-1],
                 held=None if hidden is None else weakref.ref(hidden),
                 outputs=tuple(_place(t) for t in _tensors(output)),
                 made=tuple(weakref.ref(t) for t in _tensors(output)),
@@ -215,6 +252,7 @@ class WiringRecorder:
         if layer not in self._unseen:
             return
         self._unseen.remove(layer)
+        self._reasons[layer] = NO_ROUTER if routing is not None else PER_CALL
         if routing is None:
             return
         given = next((t for t in _tensors((args, kwargs)) if not t.is_floating_point() and t.dtype != torch.bool), None)
@@ -233,16 +271,20 @@ class WiringRecorder:
         router = calls[-1]
         norm = _producer(calls[:-1], router)
         first = norm or router
-        self._taps[layer] = first.module
+        self._taps[layer], self._widths[layer] = first.module, first.width
         route = _route(norm, router, read)
         residual = None if first.held is None else first.held()
         if route is None:
+            self._reasons[layer] = PER_CALL
             return
-        if residual is not None:
+        if not self._prove:
+            proven = True
+        elif residual is not None:
             proven = self._reproduces(route, residual, ids)
         else:  # the model has dropped it; then the norm's output must live, or the router's input may be other memory
             normed = None if norm is None else norm.made[0]()
             proven = normed is not None and self._reproduces(replace(route, norm=None), normed, ids)
+        self._reasons[layer] = None if proven else NOT_PROVEN
         if proven:
             self._routes[layer] = route
 
@@ -268,9 +310,9 @@ def _producer(calls: Sequence[_Call], router: _Call) -> _Call | None:
     for call in reversed(calls):
         leaf = next(call.module.children(), None) is None
         if leaf and router.source is not None and router.source in call.outputs and call.source is not None:
-            if call.source[0] == router.source[0]:
+            if call.source[:2] == router.source[:2]:
                 continue
-            if call.outputs == (router.source,) and call.source[1] == router.source[1]:
+            if call.outputs == (router.source,) and call.source.numel == router.source.numel:
                 return call
     return None
 
@@ -287,7 +329,7 @@ def _route(norm: _Call | None, router: _Call, read: Callable[[Sequence[Tensor]],
 
 
 def _place(tensor: Tensor) -> Place:
-    return tensor.data_ptr(), tensor.numel(), tensor.dtype
+    return Place(StorageWeakRef(tensor.untyped_storage()), int(tensor.storage_offset()), tensor.numel(), tensor.dtype)
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

@@ -10,7 +10,7 @@ from offmoe.cli.inspect import _rounded_up
 from offmoe.config import parse_size
 from offmoe.profile import CostModel, Profile
 from offmoe.runtime.backend import CpuBackend
-from tests import quantised, tiny
+from tests import families, quantised, tiny
 from tests.cli.conftest import Outcome
 
 Run = Callable[..., Outcome]
@@ -30,6 +30,7 @@ def test_json(offmoe: Run, checkpoint: Path) -> None:
     assert found["dense_bytes"] == found["plan"]["dense"] == total - 24 * expert
     assert found["plan"]["budget"] == 3 << 20
     assert found["plan"]["slots_per_layer"] == [8, 8, 8]
+    assert found["predictable"] == [True] * 3
     assert found["tokens_per_s"] is None
     assert (found["plan"]["parked_layers"], found["plan"]["parked_in"]) == (0, None)
 
@@ -98,6 +99,23 @@ def test_the_advice_reaches_the_knee(offmoe: Run, checkpoint: Path, memory: str)
         "inspect", checkpoint, "--json", "--device-memory", advised[1], "--max-context", advised[2], "--device", "cpu"
     )
     assert again.json["plan"]["slots_per_layer"] == [4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("family", "predictable", "words"),
+    [
+        ("mixtral", [True] * 3, "can be predicted in all layers"),
+        ("zaya", [True, False, False], "can be predicted in 1 of 3 layers"),
+        ("glm5_next", None, "shows when the model runs"),
+    ],
+)
+def test_which_layers_can_be_predicted(
+    offmoe: Run, tmp_path: Path, family: str, predictable: list[bool] | None, words: str
+) -> None:
+    folder = tiny.save(families.build(family), tmp_path / "model")
+    outcome = offmoe("inspect", folder, "--json", "--device", "cpu")
+    assert outcome.json["predictable"] == predictable
+    assert words in " ".join(outcome.err.split()) + " ".join(outcome.out.split())
 
 
 def test_the_advice_for_explicit_slots(offmoe: Run, checkpoint: Path) -> None:

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 from transformers.core_model_loading import Concatenate, ConversionOps, Interleave, MergeModulelist, Transpose
 
 from offmoe.errors import CheckpointError, UnsupportedModelError
-from offmoe.hf.convert import Block, ExpertConversion, Group, Kind, parts_of, trace
+from offmoe.hf.convert import Block, ExpertConversion, Group, Kind, Share, parts_of, trace, trace_share
 from offmoe.hf.load import build_meta, model_class
 from offmoe.hf.upstream import Concat, Merge, Swap, WeightConverter, steps
 from offmoe.runtime.formats import Assembly, ExpertLayout, Part, Segment
@@ -126,3 +126,54 @@ def test_conversion_to_another_shape_is_an_error() -> None:
     group = Group(UP, converter(["w"], [Interleave(dim=1)]), {"w": ["x"]})
     with pytest.raises(CheckpointError, match=r"\[6, 4\] per expert, the model expects \[4, 6\]"):
         conversion(group, (4, 6)).check([Kind((6, 4), torch.float32)])
+
+
+class Divided(ConversionOps):
+    """An operation that gives each target every so many-th, or (as ernie4_5_vl_moe's) its own run of the experts."""
+
+    supports_many_to_many = True
+
+    def __init__(self, runs: bool, dim: int = 1) -> None:
+        self.runs, self.dim = runs, dim
+
+    def convert(
+        self, input_dict: Mapping[str, list[torch.Tensor]], target_patterns: list[str], **_: object
+    ) -> dict[str, torch.Tensor]:
+        number = len(target_patterns)
+        out = {}
+        for i, target in enumerate(target_patterns):
+            lists = [list(tensors) for tensors in input_dict.values()]
+            size = len(lists[0]) // number
+            own = [t[i * size : (i + 1) * size] if self.runs else t[i::number] for t in lists]
+            out[target] = torch.cat([torch.stack(t) for t in own], dim=self.dim)
+        return out
+
+
+def shared_group(operation: ConversionOps, number: int) -> tuple[Group, PreTrainedModel]:
+    """The up projections of two modules' experts, made of one list."""
+    targets = tuple(f"model.layers.{i}.mlp.experts.gate_up_proj" for i in range(2))
+    made = WeightConverter(["*.w1", "*.w3"], [t.removeprefix("model.") for t in targets], [operation])
+    config = AutoConfig.for_model("mixtral", **{**tiny.COMMON, **tiny.CONFIGS["mixtral"]})
+    meta = build_meta(config, model_class(config))
+    return Group(targets[number], made, {"*.w1": ["x"], "*.w3": ["y"]}, share=Share(number, targets)), meta
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize(("dim", "shape"), [(1, (8, 4)), (2, (4, 8))])
+def test_share_of_a_divided_list_is_blocks(number: int, dim: int, shape: tuple[int, int]) -> None:
+    group, meta = shared_group(Divided(runs=True, dim=dim), number)
+    value = trace_share(group, [Kind((4, 4), torch.bfloat16)] * 2, shape, meta)
+    assert value.shape == (1, *shape)
+    assert parts_of("p", value) == [Part("p", dim - 1, 0), Part("p", dim - 1, 4)]
+
+
+def test_list_divided_otherwise_is_refused() -> None:
+    group, meta = shared_group(Divided(runs=False), 1)
+    with pytest.raises(UnsupportedModelError, match=r"one expert at a time \(an expert is not made of its own tensors"):
+        trace_share(group, [Kind((4, 4), torch.bfloat16)] * 2, (8, 4), meta)
+
+
+def test_division_that_fails_is_refused_with_its_reason() -> None:
+    group, meta = shared_group(Divided(runs=True), 0)
+    with pytest.raises(UnsupportedModelError, match=r"one expert at a time.*Sizes of tensors"):
+        trace_share(group, [Kind((4, 4), torch.bfloat16), Kind((4, 5), torch.bfloat16)], (8, 4), meta)

@@ -6,13 +6,14 @@ import gc
 import weakref
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from offmoe.hf.adapters import find_experts
-from offmoe.hf.wiring import RouterWiring, WiringRecorder
+from offmoe.hf.wiring import OTHER_WIDTH, RouterWiring, WiringRecorder
 from tests import tiny
 
 
@@ -201,3 +202,46 @@ def test_residual_that_the_model_drops_is_still_wired() -> None:
     wiring = RouterWiring.discover(block, [block.experts], lambda: block(torch.randn(6, 8)))
     assert wiring.can_predict(0)
     assert wiring.taps[0] is block.norm
+
+
+def test_memory_that_was_given_back_is_not_taken_for_a_norm() -> None:
+    """The router reads the residual itself, which stands where a leaf's output stood before."""
+    memory = np.zeros((6, 8), np.float32)
+
+    def placed(tensor: Tensor) -> Tensor:
+        memory[:] = tensor.numpy()
+        return torch.from_numpy(memory)
+
+    class Leaf(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return placed(x + 1)
+
+    class Reused(Block):
+        def forward(self, residual: Tensor) -> Tensor:
+            self.norm(residual)
+            hidden = placed(residual * 2)
+            return hidden + self.experts(hidden, self.router(hidden)[1])
+
+    torch.manual_seed(0)
+    block = Reused("")
+    block.norm = Leaf()
+    with torch.no_grad():
+        wiring = RouterWiring.discover(block, [block.experts], lambda: block(torch.randn(6, 8)))
+    assert wiring.routes[0] is not None
+    assert wiring.routes[0].norm is None
+    assert wiring.taps[0] is block.router
+
+
+def test_residuals_of_two_widths_predict_nothing_from_each_other() -> None:
+    class PerHead(Block):
+        def forward(self, residual: Tensor) -> Tensor:
+            hidden = self.norm(residual.view(-1, 2, 4)).view(-1, 8)
+            return residual + self.experts(hidden, self.router(hidden)[1])
+
+    torch.manual_seed(0)
+    first, second = PerHead(""), Block("none")
+    first.norm = nn.LayerNorm(4)
+    model = nn.Sequential(first, second)
+    wiring = RouterWiring.discover(model, [first.experts, second.experts], lambda: model(torch.randn(6, 8)))
+    assert not wiring.can_predict(1)
+    assert wiring.reasons[1] == OTHER_WIDTH
