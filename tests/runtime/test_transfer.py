@@ -151,7 +151,7 @@ def a_slot_given_away_while_it_is_copied_into(checkpoint, module):
         rig.close()
 
 
-def waves_through_one_slot(rig):
+def waves_through_one_slot(rig, patience=0.1):
     """Expert 0 is resident; 1, 2 and 3 pass through its slot one after the other, read before it is free: needs W5."""
     rig.fetch((0, 0))
     if not rig.use((0, 0)):
@@ -162,7 +162,7 @@ def waves_through_one_slot(rig):
     right = True
     for wave in waves:
         for ticket in under_way:
-            ticket.issued.wait(0.1)  # without W5 they are all copied in this time
+            ticket.issued.wait(patience)  # without W5 they are all copied in this time
         ((expert, slot),) = wave.experts
         rig.engine.ready(slot)
         right &= rig.sees(expert, slot)
@@ -208,7 +208,7 @@ def test_without_w4_the_earlier_expert_lands_last(checkpoint):
 def test_without_w5_an_expert_lands_on_one_that_is_still_needed(checkpoint):
     rig = Rig(checkpoint, without("W5"))
     try:
-        assert not waves_through_one_slot(rig)
+        assert not waves_through_one_slot(rig, patience=30)
     finally:
         rig.close()
 
