@@ -11,6 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, Mxfp4Config
 
 import offmoe
+from offmoe.api import inspect, load
+from offmoe.cli.trace import _parameters
+from offmoe.config import OffloadConfig
 from offmoe.errors import CapacityError, MissingTensorError
 from offmoe.simulator import replay
 from offmoe.trace import read_trace
@@ -118,6 +121,18 @@ def test_only_raw_bytes_move_and_stand_in_slots(tmp_path: Path) -> None:
     assert sizes[dense] == (weights * 4, 3 * 3 * weights * 4)
     assert sizes[folder][0] == weights * 0.75
     assert sizes[folder][1] == 3 * 3 * weights * 0.75
+
+
+def test_parameters_are_counted_as_if_nothing_were_quantised(tmp_path: Path) -> None:
+    folder, dense = quantised.save(tmp_path, "mixtral", "gptq")
+    counts = []
+    for path in (folder, dense):
+        inspected = inspect(path, OffloadConfig(device="cpu", slots_per_layer=2), dtype=torch.bfloat16)
+        model = load(inspected)
+        with model.offload:
+            counts.append(_parameters(model, inspected))
+    assert counts[0] == counts[1]
+    assert counts[0].expert == (3 * 32 * 48,) * 3
 
 
 def test_workspace_holds_the_expert_that_is_decoded(tmp_path: Path) -> None:

@@ -182,5 +182,9 @@ def _parameters(model: PreTrainedModel, inspected: Inspected) -> Parameters:
     looked_up, output = model.get_input_embeddings(), model.get_output_embeddings()
     if output is not None and looked_up.weight is not output.weight:
         weights.pop(id(looked_up.weight), None)
-    experts = tuple(sum(math.prod(p.shape) for p in layer.layout.params) for layer in inspected.catalog.layers)
+    shapes = [
+        layer.decode.shapes.values() if layer.decode else [p.shape for p in layer.layout.params]
+        for layer in inspected.catalog.layers
+    ]
+    experts = tuple(sum(map(math.prod, layer)) for layer in shapes)
     return Parameters(sum(weights.values()), experts)
