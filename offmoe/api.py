@@ -32,6 +32,7 @@ from offmoe.hf.load import (
     require_index,
 )
 from offmoe.hf.needs import ExpertBytes, Parameters, count_parameters, expert_bytes, model_bytes
+from offmoe.hf.quantization import shapes_are_in_shards
 from offmoe.offload import Offload
 from offmoe.policy.planner import build_planner
 from offmoe.runtime.arena import SlotArena
@@ -96,7 +97,12 @@ class Inspected(Survey):
 
 
 def survey(
-    model: str | os.PathLike[str], config: OffloadConfig, *, dtype: str | torch.dtype | None = None, **hub: Any
+    model: str | os.PathLike[str],
+    config: OffloadConfig,
+    *,
+    dtype: str | torch.dtype | None = None,
+    free: int | None = None,
+    **hub: Any,
 ) -> Survey:
     """`inspect`, but content with a configuration: a config.json, or a folder that holds nothing else of a model.
 
@@ -104,7 +110,7 @@ def survey(
     """
     source = lone_config(model)
     if source is None:
-        return inspect(model, config, dtype=dtype, **hub)
+        return inspect(model, config, dtype=dtype, free=free, **hub)
     backend = select_backend(config.device)
     hf_config = read_config(source)
     cls = model_class(hf_config)
@@ -134,15 +140,22 @@ def inspect(
     config: OffloadConfig,
     *,
     dtype: str | torch.dtype | None = None,
+    free: int | None = None,
     **hub: Any,
 ) -> Inspected:
-    """Read headers and configuration, divide the memory; loads no weight. Raises what `from_pretrained` would."""
+    """Read headers and configuration, divide the memory; loads no weight. Raises what `from_pretrained` would.
+
+    free: bytes of device memory to take for free; None is what is. A model on the Hub is downloaded only if
+    bitsandbytes quantised it: its headers do not say the shapes of weights.
+    """
     backend = select_backend(config.device)
     source = locate(model, **hub)
     hf_config = read_config(source.folder)
     cls = model_class(hf_config)
     checkpoint = source.checkpoint()
     require_index(checkpoint)
+    if shapes_are_in_shards(hf_config):
+        checkpoint = source.fetch(checkpoint)
     meta = build_meta(hf_config, cls)
     catalog = build_catalog(checkpoint, meta)
     compute = _dtype(dtype, hf_config, torch.bfloat16 if catalog.view.encoded else torch.float32)
@@ -151,7 +164,7 @@ def inspect(
     # to be read as it is stored, or as transformers writes it once more, which is in the dtype to compute in
     wider = max(compute, _dtype(None, hf_config, compute), key=lambda dtype: dtype.itemsize)
     needs = model_bytes(meta, experts, layers, compute, wider, staging_counts=backend.staging_counts)
-    resolved, plan = _divide(config, catalog.shape, needs, backend, backend.free_bytes())
+    resolved, plan = _divide(config, catalog.shape, needs, backend, backend.free_bytes() if free is None else free)
     return Inspected(
         source.folder,
         hf_config,

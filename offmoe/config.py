@@ -63,6 +63,7 @@ class CacheOptions:
     prefetch: 0 = off, n = at most n experts per layer, "auto" = as long as it pays.
     half_life: accesses of a layer after which a use counts half (aged-lfu); flat optimum 8-32 on real routing.
     popularity: one number per expert and MoE layer, higher stays (static); counted by `offmoe tune`.
+    host_slots: experts that RAM holds between disk and device, of each MoE layer; one int, or one per layer.
     """
 
     eviction: str = "aged-lfu"
@@ -71,12 +72,14 @@ class CacheOptions:
     prefetch: int | str = 0
     half_life: float = 16.0
     popularity: tuple[tuple[float, ...], ...] | None = None
+    host_slots: int | tuple[int, ...] = 0
 
     def __post_init__(self) -> None:
         _one_of("eviction", self.eviction, EVICTIONS)
         _one_of("scope", self.scope, SCOPES)
         _check_prefetch(self.prefetch)
         _check_slots(self.slots_per_layer)
+        _check_slots(self.host_slots, "host_slots", least=0)
         if isinstance(self.half_life, bool) or not isinstance(self.half_life, (int, float)) or not self.half_life > 0:
             raise ConfigError(f"half_life={self.half_life!r} must be a positive number of accesses.")
         if (self.eviction == "static") != (self.popularity is not None):
@@ -110,11 +113,21 @@ class CacheOptions:
                 )
         return tuple(min(n, e) for n, e in zip(wanted, shape.experts, strict=True))
 
+    def host_quotas(self, shape: CacheShape) -> tuple[int, ...]:
+        """Slots in RAM of each MoE layer, at most its experts."""
+        slots = self.host_slots
+        wanted = (slots,) * shape.layers if isinstance(slots, int) else tuple(slots)
+        if len(wanted) != shape.layers:
+            raise ConfigError(f"host_slots has {len(wanted)} values, but the model has {shape.layers} MoE layers.")
+        return tuple(min(n, e) for n, e in zip(wanted, shape.experts, strict=True))
+
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; what only some policies have is left out where it is not set."""
+        """For JSON; what only some policies or machines have is left out where it is not set."""
         values = asdict(self)
         if self.popularity is None:
             del values["popularity"]
+        if self.host_slots == 0:
+            del values["host_slots"]
         return values
 
     @classmethod
@@ -128,6 +141,8 @@ class CacheOptions:
         slots, popularity = values.get("slots_per_layer"), values.get("popularity")
         if isinstance(slots, list):
             values = {**values, "slots_per_layer": tuple(slots)}
+        if isinstance(values.get("host_slots"), list):
+            values = {**values, "host_slots": tuple(values["host_slots"])}
         if popularity is not None:
             try:
                 popularity = tuple(tuple(map(float, layer)) for layer in popularity)
@@ -241,11 +256,9 @@ def _check_prefetch(value: int | str) -> None:
         raise ConfigError(f"prefetch={value!r} must be 'auto' or a number of experts per layer (0 = off).")
 
 
-def _check_slots(slots: object) -> None:
-    if isinstance(slots, (list, tuple)):
-        if not slots or not all(isinstance(n, int) and not isinstance(n, bool) for n in slots):
-            raise ConfigError(f"slots_per_layer={slots!r} must be an int or one int per MoE layer.")
-    elif not isinstance(slots, int):
-        raise ConfigError(f"slots_per_layer={slots!r} must be an int or one int per MoE layer.")
-    elif isinstance(slots, bool) or slots < 1:
-        raise ConfigError(f"slots_per_layer={slots!r} must be a positive int.")
+def _check_slots(slots: object, option: str = "slots_per_layer", least: int = 1) -> None:
+    values = slots if isinstance(slots, (list, tuple)) and slots else (slots,)
+    if not all(isinstance(n, int) and not isinstance(n, bool) for n in values):
+        raise ConfigError(f"{option}={slots!r} must be an int or one int per MoE layer.")
+    if not isinstance(slots, (list, tuple)) and values[0] < least:
+        raise ConfigError(f"{option}={slots!r} must be a {'positive' if least else 'non-negative'} int.")

@@ -24,7 +24,7 @@ from torch import nn
 from offmoe.config import OffloadConfig
 from offmoe.errors import CapacityError, ConfigError, OffmoeError
 from offmoe.hf.wiring import RouterWiring, WiringRecorder
-from offmoe.runtime.executor import ExpertExecutor
+from offmoe.runtime.executor import ExpertExecutor, Predictor
 from offmoe.runtime.memory import MemoryPlan
 from offmoe.runtime.transfer import Reader
 from offmoe.trace import TraceWriter
@@ -115,6 +115,11 @@ class Offload:
 
     def reset_stats(self) -> None:
         self._baseline = self._executor.stats.copy()
+
+    def predict_with(self, predictor: Predictor) -> None:
+        """Let `predictor` say what the next layer will want, in place of that layer's own router."""
+        self._prediction = None
+        self._executor.predictor = predictor
 
     def memory(self) -> MemoryPlan:
         """The ledger: bytes of each tier, as planned before loading and held to."""

@@ -18,11 +18,14 @@ class Clock:
     def __init__(self, costs: CostModel, shape: CacheShape):
         self.now_s = 0.0
         self.stall_s = 0.0
-        self._fetch_s = [costs.fetch_s(nbytes) for nbytes in shape.expert_bytes]
+        self._fetch_s = {
+            read: [costs.fetch_s(nbytes, read=read) for nbytes in shape.expert_bytes] for read in (True, False)
+        }
         self._expert_s = costs.expert_us_device * 1e-6
         self._dense_s = costs.dense_us_per_token * 1e-6 / shape.layers
         self._free_at = 0.0
-        self._queue: dict[ExpertKey, float] = {}  # prefetches that have not started, and when they were asked for
+        # Prefetches that have not started: when they were asked for, and whether they are to be read from disk.
+        self._queue: dict[ExpertKey, tuple[float, bool]] = {}
         self._lands: dict[ExpertKey, float] = {}
 
     def add(self, access: Access, plan: Plan, rows: int) -> None:
@@ -32,10 +35,12 @@ class Clock:
         tokens = {demand.expert: demand.tokens for demand in access.demands}
         self._start_prefetches()
         keys = [ExpertKey(layer, expert) for wave in plan.waves for expert, _ in wave.experts]
-        fetched = {fetch.key for wave in plan.waves for fetch in wave.fetches}
+        fetched = {fetch.key: fetch.read for wave in plan.waves for fetch in wave.fetches}
         for key in keys:  # a prefetch that is demanded before it has started is a demand like the others
-            if self._queue.pop(key, None) is not None or key in fetched:
-                self._fetch(key, self.now_s)
+            _, read = self._queue.pop(key, (0.0, None))
+            read = fetched.get(key, read)
+            if read is not None:
+                self._fetch(key, self.now_s, read)
         for key in keys:
             lands = self._lands.pop(key, 0.0)
             if lands > self.now_s:
@@ -43,16 +48,16 @@ class Clock:
                 self.now_s = lands
             self.now_s += self._expert_s * tokens[key.expert]
         for fetch in plan.prefetches:
-            self._queue[fetch.key] = self.now_s
+            self._queue[fetch.key] = self.now_s, fetch.read
 
-    def _fetch(self, key: ExpertKey, asked_at: float) -> None:
-        self._free_at = max(self._free_at, asked_at) + self._fetch_s[key.layer]
+    def _fetch(self, key: ExpertKey, asked_at: float, read: bool) -> None:
+        self._free_at = max(self._free_at, asked_at) + self._fetch_s[read][key.layer]
         self._lands[key] = self._free_at
 
     def _start_prefetches(self) -> None:
         """Those for which the way in was free before now."""
-        for key, asked_at in list(self._queue.items()):
+        for key, (asked_at, read) in list(self._queue.items()):
             if max(self._free_at, asked_at) >= self.now_s:
                 break
             del self._queue[key]
-            self._fetch(key, asked_at)
+            self._fetch(key, asked_at, read)

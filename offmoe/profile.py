@@ -1,8 +1,8 @@
 """Profiles: what was tuned and what was measured, in one JSON file, so that a run needs no options.
 
 {"cache": {cache options}, "costs": {measured costs}, "expected": {what the tuned cache did on its trace}}, every part
-optional. `offmoe tune` writes "cache", calibration "costs". Nothing moves and nothing decides here: an explicit option
-wins over a profile, a profile over a default, and config.py applies that."""
+optional. `offmoe tune` writes "cache", `offmoe calibrate` "costs". Nothing moves and nothing decides here: an explicit
+option wins over a profile, a profile over a default, and config.py applies that."""
 
 from __future__ import annotations
 
@@ -25,26 +25,37 @@ class CostModel:
 
     disk_gb_s: reading experts, GB/s (10^9). h2d_gb_s: host to device; None: slots are in RAM, nothing is copied.
     read_latency_us: of one fetch, beside its bytes. expert_us_device: one expert on one token. dense_us_per_token:
-    everything but the experts, all layers together."""
+    everything but the experts, all layers together. The rest prices nothing and is for people: ram_gb_s, copies within
+    RAM; expert_us_device_4, one expert on four tokens; expert_us_host, one expert on one token on the CPU;
+    ..._overlapped, the same while experts are read (and copied) and computed at once."""
 
     disk_gb_s: float
     expert_us_device: float
     dense_us_per_token: float
     h2d_gb_s: float | None = None
     read_latency_us: float = 0.0
+    ram_gb_s: float | None = None
+    expert_us_device_4: float | None = None
+    expert_us_host: float | None = None
+    disk_gb_s_overlapped: float | None = None
+    h2d_gb_s_overlapped: float | None = None
+    expert_us_device_overlapped: float | None = None
 
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name == "h2d_gb_s" and value is None:
+            if value is None and f.default is None:
                 continue
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if not number or value < 0 or (value == 0 and f.name.endswith("gb_s")):
-                least = "a positive number" if f.name.endswith("gb_s") else "a number of microseconds, 0 or more"
+            if not number or value < 0 or (value == 0 and "gb_s" in f.name):
+                least = "a positive number" if "gb_s" in f.name else "a number of microseconds, 0 or more"
                 raise ConfigError(f"costs: {f.name}={value!r} must be {least}.")
 
-    def fetch_s(self, nbytes: int) -> float:
-        """Seconds that one expert of `nbytes` occupies the slower of disk and link, which overlap."""
+    def fetch_s(self, nbytes: int, *, read: bool = True) -> float:
+        """Seconds that one expert of `nbytes` occupies the slower of disk and link, which overlap; not `read`: the
+        link alone."""
+        if not read:
+            return 0.0 if self.h2d_gb_s is None else nbytes / (self.h2d_gb_s * 1e9)
         slowest = self.disk_gb_s if self.h2d_gb_s is None else min(self.disk_gb_s, self.h2d_gb_s)
         return nbytes / (slowest * 1e9) + self.read_latency_us * 1e-6
 
@@ -62,7 +73,8 @@ class CostModel:
         return cls(**values)  # type: ignore[arg-type]  # checked in __post_init__
 
     def to_dict(self) -> dict[str, object]:
-        return asdict(self)
+        """For JSON; what was not measured is left out."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -102,7 +114,9 @@ def read_profile(path: str | os.PathLike[str]) -> Profile:
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{name}: cannot be read ({error.strerror}); write one with 'offmoe tune'.") from error
+        raise ConfigError(
+            f"{name}: cannot be read ({error.strerror}); write one with 'offmoe tune' or 'offmoe calibrate'."
+        ) from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{name}: not JSON ({error}).") from error
     if not isinstance(values, dict) or not set(values) & {"cache", "costs"}:

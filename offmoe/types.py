@@ -57,11 +57,15 @@ class Access(NamedTuple):
 
 
 class Fetch(NamedTuple):
-    """One movement of one expert into a device slot, forgetting what the slot held (`evicted`, None if it was free)."""
+    """One movement of one expert into a device slot, forgetting what the slot held (`evicted`, None if it was free).
+
+    It comes from RAM slot `host`; `read`: after having been read there from disk. No host: it is read past RAM."""
 
     key: ExpertKey
     slot: int
     evicted: ExpertKey | None
+    host: int | None = None
+    read: bool = True
 
 
 class Wave(NamedTuple):
@@ -110,8 +114,8 @@ class CacheStats:
     """Counts of what a cache did, folded from plans; the same class for one layer and for a whole model.
 
     hits + pending + misses == demands. Bytes are those of fetches and prefetches. `h2d_bytes` arrived in device slots
-    (on a CPU the slots are RAM), `disk_bytes` were read from disk for it. `stall_s` is time and no part of `==`:
-    seconds that computing waited for an expert. Snapshots subtract."""
+    (on a CPU the slots are RAM), `disk_bytes` of them were read from disk for it, the rest came from the host tier.
+    `stall_s` is time and no part of `==`: seconds that computing waited for an expert. Snapshots subtract."""
 
     hits: int = 0
     pending: int = 0
@@ -141,12 +145,13 @@ class CacheStats:
     def add(self, plan: Plan, shape: CacheShape) -> None:
         """Fold one plan into the totals and its layers (a prefetch counts for the layer it fetches)."""
         layer = plan.layer
-        fetched = evicted = 0
+        fetched = read = evicted = 0
         for wave in plan.waves:
             if wave.fetches:
                 fetched += len(wave.fetches)
+                read += sum([fetch.read for fetch in wave.fetches])
                 evicted += sum([fetch.evicted is not None for fetch in wave.fetches])
-        moved = fetched * shape.expert_bytes[layer]
+        nbytes = shape.expert_bytes[layer]
         for stats in (self, self.by_layer[layer]):
             stats.hits += plan.hits
             stats.pending += plan.pending
@@ -154,15 +159,15 @@ class CacheStats:
             stats.host_computed += plan.host_computed
             stats.prefetched_used += plan.pending
             stats.evictions += evicted
-            stats.h2d_bytes += moved
-            stats.disk_bytes += moved
+            stats.h2d_bytes += fetched * nbytes
+            stats.disk_bytes += read * nbytes
         for fetch in plan.prefetches:
             target = fetch.key.layer
             for stats in (self, self.by_layer[target]):
                 stats.prefetched += 1
                 stats.evictions += fetch.evicted is not None
                 stats.h2d_bytes += shape.expert_bytes[target]
-                stats.disk_bytes += shape.expert_bytes[target]
+                stats.disk_bytes += shape.expert_bytes[target] * fetch.read
 
     def stalled(self, layer: int, seconds: float) -> None:
         self.stall_s += seconds

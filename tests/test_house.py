@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from offmoe.cli import VERBS
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "offmoe"
 
@@ -30,6 +32,7 @@ FLOORS = {
     "offmoe.runtime": "2 mechanism",
     "offmoe.runtime.executor": "3",
     "offmoe.trace": "2 offline",
+    "offmoe.expectation": "2 offline",
     "offmoe.coactivation": "2 offline",
     "offmoe.merge": "2 offline",
     "offmoe.report": "2 offline",
@@ -44,6 +47,9 @@ FLOORS = {
     "offmoe.hf": "3",
     "offmoe.offload": "3",
     "offmoe.api": "4",
+    "offmoe.bench": "4",
+    "offmoe.calibration": "4",
+    "offmoe.doctor": "4",
     "offmoe.cli": "4",
     "offmoe.__main__": "4",
 }
@@ -241,7 +247,7 @@ def test_public_names() -> None:
         _ = offmoe.no_such_name
 
 
-@pytest.mark.parametrize("verb", [[], ["generate"], ["inspect"], ["report"], ["simulate"], ["trace"], ["tune"]])
+@pytest.mark.parametrize("verb", [[], *([verb] for verb in VERBS)])
 def test_help_starts_without_torch(verb: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "offmoe", *verb, "--help"],

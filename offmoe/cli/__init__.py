@@ -23,8 +23,11 @@ VERBS = {
     "report": "what a recorded routing says about the model: balance, specialisation, memory; needs no torch",
     "tune": "find the best expert cache for a recorded routing and write it as a profile; needs no torch",
     "simulate": "replay a recorded routing trace under one cache configuration; needs no torch",
+    "bench": "time per token against the hardware's limits, and against accelerate's offload",
+    "calibrate": "measure what moving and computing a model costs on this machine; writes a profile",
+    "doctor": "what this machine can do: device, link, pinning, disk, versions; says what to change",
 }
-NOT_BUILT = ("bench", "calibrate", "chat", "doctor", "pack", "serve")
+NOT_BUILT = ("chat", "pack", "serve")
 
 HELP = f"""usage: offmoe VERB [options]
 

@@ -13,11 +13,13 @@ from offmoe.cli import options
 from offmoe.cli.output import Output, percent, plain, span
 from offmoe.config import OffloadConfig, format_size
 from offmoe.errors import CapacityError
+from offmoe.profile import Profile
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from offmoe.api import Survey
+    from offmoe.expectation import Expectation
 
 Unpredictable = tuple[str | None, ...] | None
 """For each MoE layer why its experts cannot be predicted, None where they can; None if only a run can tell."""
@@ -46,14 +48,15 @@ def run(args: argparse.Namespace, out: Output) -> None:
         found = survey(args.model, config, dtype=args.dtype, **hub)
     except CapacityError:
         boundless = replace(config, device_memory=BOUNDLESS, slots_per_layer=None)
-        found = survey(args.model, boundless, dtype=args.dtype, **hub)
+        found = survey(args.model, boundless, dtype=args.dtype, free=BOUNDLESS, **hub)
         unpredictable = found.unpredictable()
         out.result(_needs(args.model, found, unpredictable))
         out.json({**_facts(found, unpredictable), "plan": None})
         raise
-    unpredictable = found.unpredictable()
-    out.result(_needs(args.model, found, unpredictable), _fit(config, found), *_advice(config, found))
-    out.json({**_facts(found, unpredictable), "plan": found.plan.to_dict()})
+    speed, unpredictable = _speed(found), found.unpredictable()
+    tables = _needs(args.model, found, unpredictable), _fit(config, found)
+    out.result(*tables, *_advice(config, found), _in_words(speed))
+    out.json({**_facts(found, unpredictable), **_in_figures(speed), "plan": found.plan.to_dict()})
 
 
 def _facts(found: Survey, unpredictable: Unpredictable) -> dict[str, object]:
@@ -68,6 +71,7 @@ def _facts(found: Survey, unpredictable: Unpredictable) -> dict[str, object]:
         "parameters": found.parameters.total,
         "dense_parameters": found.parameters.dense,
         "quantisation": found.quantisation,
+        "expert_formats": _formats(found),
         "expert_bytes": plain(shape.expert_bytes),
         "expert_bytes_total": found.expert_bytes,
         "dense_bytes": found.plan.dense + found.plan.parked,
@@ -77,8 +81,37 @@ def _facts(found: Survey, unpredictable: Unpredictable) -> dict[str, object]:
         "dtype": str(found.dtype).removeprefix("torch."),
         "predictable": None if unpredictable is None else [reason is None for reason in unpredictable],
         "source": "config" if _from_config(found) else "headers",
-        "tokens_per_s": None,
+        **_in_figures(None),
     }
+
+
+def _speed(found: Survey) -> Expectation | None:
+    """What the profile's costs let expect, if it has any."""
+    profile = found.config.profile
+    if not isinstance(profile, Profile) or profile.costs is None:
+        return None
+    from offmoe.expectation import expect
+
+    # The routing is made up, so there are no predictions that a prefetch could act on.
+    return expect(found.shape, replace(found.config.cache(), prefetch=0), profile)
+
+
+def _in_figures(speed: Expectation | None) -> dict[str, object]:
+    if speed is None:
+        return {"tokens_per_s": None}
+    return {"tokens_per_s": speed.likely, "tokens_per_s_bound": speed.bound, "tokens_per_s_uniform": speed.uniform}
+
+
+def _in_words(speed: Expectation | None) -> str:
+    if speed is None:
+        return "Expected tokens/s needs measured costs: offmoe calibrate MODEL -o FILE, then --profile FILE."
+    tuned = ""
+    if speed.tuned is not None and speed.tuned_hit_rate is not None:
+        tuned = f"about {speed.tuned:.1f} at the profile's hit rate of {percent(speed.tuned_hit_rate)}; "
+    return (
+        f"Expected tokens/s at the profile's costs: {tuned}{speed.uniform:.1f} if every expert were equally likely "
+        f"(hit rate {percent(speed.uniform_hit_rate)}), {speed.bound:.1f} at most, with nothing missed."
+    )
 
 
 def _needs(name: str, found: Survey, unpredictable: Unpredictable) -> Table:
@@ -91,7 +124,8 @@ def _needs(name: str, found: Survey, unpredictable: Unpredictable) -> Table:
     counts = found.parameters
     table.add_row("parameters", f"{_billions(counts.total)}, of which {_billions(counts.dense)} not of routed experts")
     table.add_row("experts per layer", f"{span(shape.experts)}, top_k {span(shape.top_k)}")
-    stored = f", {found.quantisation}" if found.quantisation else ""
+    formats = _formats(found) or ([found.quantisation] if found.quantisation else [])
+    stored = f", {' and '.join(formats)}" if formats else ""
     table.add_row("one expert", f"{format_size(max(shape.expert_bytes))} ({max(shape.expert_bytes)} bytes){stored}")
     table.add_row("all experts", f"{format_size(found.expert_bytes)} in {sum(shape.experts)}, {share} of the model")
     table.add_row("dense part", f"{format_size(dense)} in {dtype}, needed for every token")
@@ -99,6 +133,13 @@ def _needs(name: str, found: Survey, unpredictable: Unpredictable) -> Table:
     if _from_config(found):
         table.add_row("known from", f"{found.folder.name} alone: no weights here, sizes follow from shapes and dtype")
     return table
+
+
+def _formats(found: Survey) -> list[str]:
+    """What the experts themselves are stored in, if quantised; a configuration alone does not say it."""
+    from offmoe.api import Inspected
+
+    return list(found.catalog.formats) if isinstance(found, Inspected) else []
 
 
 def _predictable(unpredictable: Unpredictable) -> str:
@@ -154,7 +195,7 @@ def _two_columns(title: str) -> Table:
 
 
 def _advice(config: OffloadConfig, found: Survey) -> list[str]:
-    """What to change, and what cannot be said yet."""
+    """What to change."""
     plan, shape = found.plan, found.shape
     knee = tuple(min(KNEE * k, e) for k, e in zip(shape.top_k, shape.experts, strict=True))
     where = f"the knee of {KNEE} x top_k = {span(knee)} slots per layer"
@@ -168,7 +209,7 @@ def _advice(config: OffloadConfig, found: Survey) -> list[str]:
         advice = f"At or above {where}: more slots help gradually; {to_it} would just reach it."
     else:
         advice = f"Below {where}, where hit rates fall steeply; use {to_it} if the device can."
-    return [advice, "Expected tokens/s needs measured costs: 'offmoe calibrate', which is not built yet."]
+    return [advice]
 
 
 def _budget_for(slots: tuple[int, ...], found: Survey) -> int:

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from offmoe.errors import CheckpointError, MissingTensorError, UnsupportedModelError
-from offmoe.hf.adapters import Place, adapter_of, expert_parameters, find_experts
+from offmoe.hf.adapters import Place, adapter_of, expert_parameters, find_experts, find_top_k
 from offmoe.hf.convert import ExpertConversion, Group, Kind, Value, parts_of, trace, trace_share
 from offmoe.hf.encoded import DenseView
 from offmoe.hf.shares import check_count, divide, repeat_tied
@@ -34,17 +34,6 @@ from offmoe.types import CacheShape, ExpertKey
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-TOP_K_NAMES = (
-    "top_k",
-    "num_experts_per_tok",
-    "num_experts_per_token",
-    "moe_topk",
-    "moe_top_k",
-    "top_k_experts",
-    "moe_k",
-)
-"""What architectures call the number of experts per token, as attributes of modules and of configs."""
 
 COMPUTABLE = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 OTHER_MODEL = "config.json and the shards are not of the same model"
@@ -137,27 +126,6 @@ def build_catalog(checkpoint: Checkpoint, meta_model: PreTrainedModel) -> Expert
     builder = _Builder(view, meta_model, groups)
     layers = tuple(builder.layer(name, module) for name, module in modules.items())
     return ExpertCatalog(layers, frozenset(keys), frozenset(owned), dense, view)
-
-
-def find_top_k(module: nn.Module, block: nn.Module, config: object) -> int:
-    """Experts per token of one layer, as its adapter or its own modules say, or else a config.
-
-    Asked in this order: the adapter, and for any of TOP_K_NAMES the experts module, the block it stands in, the block's
-    other children (one of them is the router), the layer's config, the model's config.
-    """
-    adapter = adapter_of(module)
-    known = None if adapter is None else adapter.top_k(module)
-    if known is not None:
-        return known
-    for source in (module, block, *block.children(), getattr(module, "config", None), config):
-        for name in TOP_K_NAMES:
-            value = getattr(source, name, None)
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                return value
-    raise UnsupportedModelError(
-        f"cannot tell how many experts per token {type(block).__name__} uses: neither its modules nor config.json "
-        f"have any of {', '.join(TOP_K_NAMES)}"
-    )
 
 
 def _collect(groups: dict[str, Group], mapped: MappedName, layer: str, place: Place, checkpoint: Checkpoint) -> None:
@@ -313,13 +281,13 @@ class _Builder:
                 f"{self.view.where(names[0])}: tensor {names[0]!r} has shape {list(shape)}, the model "
                 f"expects [{num_experts}, ...], equal parts for all experts; {OTHER_MODEL}"
             )
+        encoding = self.view.common_encoding(names, None if group.per_expert else entries)
         for name, info in zip(names, infos, strict=True):
             _check_computable(self.view, name)
             if info.shape != shape:
                 _check_shape(self.view, name, shape)
             if info.dtype != dtype:
                 self._mixed(name, info.dtype, dtype)
-        encoding = self.view.common_encoding(names, None if group.per_expert else entries)
         if group.per_expert:
             return Kind(shape, dtype, encoding)
         return Kind(shape[1:] if shape[0] == entries else (shape[0] // entries, *shape[1:]), dtype, encoding)

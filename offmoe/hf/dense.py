@@ -84,7 +84,11 @@ def _routers(model: nn.Module, experts: Mapping[str, nn.Module]) -> set[str]:
         adapter = adapter_of(module)
         assert adapter is not None
         count, block = adapter.num_experts(module), name.rpartition(".")[0]
-        out |= {f"{block}.{n}" for n, p in model.get_submodule(block).named_parameters() if count in p.shape}
+        out |= {
+            f"{block}.{n}"
+            for n, p in model.get_submodule(block).named_parameters()
+            if p.dim() == 2 and count in p.shape
+        }
     return out
 
 

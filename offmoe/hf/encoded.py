@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -30,13 +31,15 @@ from offmoe.runtime.quantized.placing import OFFSET, STATE, offset_of
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """A quantised weight of the checkpoint. names: of its components. stacked: it has a row for every expert."""
+class Encoded(NamedTuple):
+    """A quantised weight of the checkpoint. names: of its components. stacked: it has a row for every expert. shape: of
+    one matrix, decoded.
+    """
 
     encoding: Encoding
     names: Mapping[str, str]
     stacked: int | None
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,8 @@ class _Reading:
     checkpoint: Checkpoint
     method: Method
     known: dict[object, Codec] = field(default_factory=dict)
+    checked: dict[Encoding, tuple[Encoding, tuple[int, ...]]] = field(default_factory=dict)
+    """Encodings that make a matrix -> the one object of each, and the shape of the matrix."""
 
     def view(self) -> DenseView:
         plain: dict[str, TensorInfo] = {}
@@ -190,7 +195,7 @@ class _Reading:
                 activations[0],
             )
         encoded = {name: self._encoded(name, names) for name, names in components.items()}
-        tensors = plain | {name: self._info(name, found) for name, found in encoded.items()}
+        tensors = plain | {name: self._info(found) for name, found in encoded.items()}
         return DenseView(self.checkpoint, tensors, encoded)
 
     def _add(self, names: dict[str, str], dense: str, component: str, name: str) -> None:
@@ -222,23 +227,28 @@ class _Reading:
             codec = self._codec(name, names, specs)
             if STATE in specs:
                 specs[STATE] = OFFSET
-            absent, unknown = sorted(codec.required - specs.keys()), sorted(specs.keys() - codec.required)
-            if absent:
-                raise MissingTensorError(
-                    f"{self.checkpoint.folder}: quantised weight {name!r} ({codec.name}) lacks its {absent[0]}, it has "
-                    f"only {', '.join(repr(n) for n in sorted(names.values()))}; complete the download"
-                )
-            if unknown:
-                raise ValueError(f"{names[unknown[0]]!r} is no part of {codec.name}")
-            codec.shape(specs)
+            # sorted, so that equal weights have equal slots, in whatever order the checkpoint has their parts
+            encoding = Encoding(codec, tuple(sorted(specs.items())))
+            if encoding not in self.checked:
+                self._check(name, names, codec, specs)
+                self.checked[encoding] = encoding, codec.shape(specs)
         except ValueError as error:
             raise CheckpointError(
                 f"{self._shard(next(iter(names.values())))}: quantised weight {name!r} cannot be decoded: {error}; "
                 "config.json and the shards are not of the same model, or the download is damaged"
             ) from error
-        # the order of a slot is the codec's, not the checkpoint's, so that equal weights have equal layouts
-        parts = tuple(sorted(specs.items()))
-        return Encoded(Encoding(codec, parts), {component: names[component] for component, _ in parts}, stacked)
+        encoding, shape = self.checked[encoding]
+        return Encoded(encoding, {part: names[part] for part, _ in encoding.parts}, stacked, shape)
+
+    def _check(self, name: str, names: Mapping[str, str], codec: Codec, specs: Mapping[str, Spec]) -> None:
+        absent, unknown = sorted(codec.required - specs.keys()), sorted(specs.keys() - codec.required)
+        if absent:
+            raise MissingTensorError(
+                f"{self.checkpoint.folder}: quantised weight {name!r} ({codec.name}) lacks its {absent[0]}, it has "
+                f"only {', '.join(repr(n) for n in sorted(names.values()))}; complete the download"
+            )
+        if unknown:
+            raise ValueError(f"{names[unknown[0]]!r} is no part of {codec.name}")
 
     def _codec(self, name: str, names: Mapping[str, str], specs: Mapping[str, Spec]) -> Codec:
         """bitsandbytes' is in a file: read once for weights that look alike, but for the numbers in their names."""
@@ -253,11 +263,9 @@ class _Reading:
             self.known[alike] = self.method.codec(name, specs, read)
         return self.known[alike]
 
-    def _info(self, name: str, found: Encoded) -> TensorInfo:
+    def _info(self, found: Encoded) -> TensorInfo:
         first = self.checkpoint.tensors[next(iter(found.names.values()))]
-        shape = found.encoding.codec.shape(dict(found.encoding.parts))
-        if found.stacked is not None:
-            shape = (found.stacked, *shape)
+        shape = found.shape if found.stacked is None else (found.stacked, *found.shape)
         return TensorInfo(first.shard, first.offset, first.nbytes, DECODED, shape)
 
     def _shard(self, name: str) -> str:

@@ -20,8 +20,7 @@ import torch
 from torch import nn
 
 from offmoe.errors import CheckpointError, UnsupportedModelError
-from offmoe.hf.adapters import ExpertsAdapter, adapter_of, expert_parameters, find_experts
-from offmoe.hf.catalog import find_top_k
+from offmoe.hf.adapters import ExpertsAdapter, adapter_of, expert_parameters, find_experts, find_top_k
 from offmoe.hf.dense import dense_layers
 from offmoe.hf.load import build_meta
 from offmoe.hf.needs import ExpertBytes, Parameters, count_parameters, model_bytes

@@ -19,10 +19,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
+from torch.overrides import TorchFunctionMode
 
 from offmoe.errors import CapacityError, CheckpointError, ConfigError, MissingTensorError, UnsupportedModelError
 from offmoe.hf.adapters import adapter_of, find_experts
@@ -148,6 +149,18 @@ def require_index(checkpoint: Checkpoint) -> None:
         )
 
 
+class _NoInitialisation(TorchFunctionMode):
+    """Leaves as they are tensors that have no values: initialising them costs more than making 60,000 experts."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else named["tensor"]
+        return func(*args, **named)
+
+
 def build_meta(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrainedModel:
     """The whole model on the meta device, experts included: shapes without bytes. `config` is not changed.
 
@@ -155,7 +168,7 @@ def build_meta(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrain
     """
     name = Path(str(config.name_or_path))
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _NoInitialisation():
             model = cls(copy.deepcopy(config))
     except Exception as error:  # sizes and names that contradict each other fail in any way, deep in an architecture
         raise CheckpointError(

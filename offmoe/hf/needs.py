@@ -107,18 +107,18 @@ class Parameters(NamedTuple):
 
 def count_parameters(meta_model: PreTrainedModel) -> Parameters:
     """Of a model on the meta device; shared ones once."""
-    total = sum(p.numel() for p in meta_model.parameters())
-    return Parameters(total, total - sum(meta_model.get_parameter(p).numel() for p in expert_parameters(meta_model)))
+    experts = expert_parameters(meta_model)
+    sizes = [(name not in experts, p.numel()) for name, p in meta_model.named_parameters()]
+    return Parameters(sum(n for _, n in sizes), sum(n for dense, n in sizes if dense))
 
 
 def dense_bytes(meta_model: PreTrainedModel, dtype: torch.dtype) -> int:
     """Parameters and buffers that are not experts', shared ones once; floating point ones in `dtype`."""
-    experts = {id(meta_model.get_parameter(name)) for name in expert_parameters(meta_model)}
-    params = [t for t in meta_model.parameters() if id(t) not in experts]
+    experts = expert_parameters(meta_model)
+    params = [t for name, t in meta_model.named_parameters() if name not in experts]
     size = sum(t.numel() * (dtype.itemsize if t.is_floating_point() else t.element_size()) for t in params)
     # the loader casts some buffers and leaves others, such as the frequencies of rotary embeddings, as they were made
-    buffers = [t for t in meta_model.buffers() if id(t) not in experts]
-    return size + sum(t.numel() * max(dtype.itemsize, t.element_size()) for t in buffers)
+    return size + sum(t.numel() * max(dtype.itemsize, t.element_size()) for t in meta_model.buffers())
 
 
 def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:

@@ -215,6 +215,11 @@ def read_method(source: object, config: object) -> Method | None:
         ) from error
 
 
+def shapes_are_in_shards(config: object) -> bool:
+    """Whether headers alone do not say what the weights of a checkpoint are, because of how it is quantised."""
+    return (_values(config) or {}).get("quant_method") == "bitsandbytes"
+
+
 def _values(config: object) -> Mapping[str, Any] | None:
     """`quantization_config` of a model or of its text part, as plain data."""
     text = getattr(config, "get_text_config", lambda: None)()

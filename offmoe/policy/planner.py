@@ -14,6 +14,7 @@ from itertools import accumulate, chain
 
 from offmoe.config import CacheOptions
 from offmoe.policy.eviction import LRU, LRU2, AgedLFU, EvictionPolicy, Static
+from offmoe.policy.host import HostTier
 from offmoe.policy.prefetch import PrefetchPolicy, build_prefetch
 from offmoe.policy.queues import S3FIFO, Sieve
 from offmoe.policy.residency import Admission, Residency
@@ -48,11 +49,22 @@ class Planner:
             policy = make_policy(0, keys)
             self._policies = [policy] * shape.layers
             self._pools = [Residency(keys, range(sum(quotas)), policy)] * shape.layers
+        in_ram = options.host_quotas(shape)
+        first_host = [0, *accumulate(in_ram)]
+        self._host = [
+            HostTier(
+                experts, range(first, first + n), self._pools[layer], self._policies[layer], self._first_key[layer]
+            )
+            if n
+            else None
+            for layer, (experts, n, first) in enumerate(zip(shape.experts, in_ram, first_host, strict=False))
+        ]
         self._key_of = [ExpertKey(layer, e) for layer in range(shape.layers) for e in range(shape.experts[layer])]
         # Where a pool's keys begin among all experts: keys of a layer's own pool count from 0.
         self._base = [0, *accumulate(shape.experts)] if options.scope == "layer" else [0] * shape.layers
         self._prefetch: PrefetchPolicy = build_prefetch(options.prefetch, shape.top_k)
         self.num_slots = sum(quotas)
+        self.num_host_slots = sum(in_ram)
         self.may_prefetch = options.prefetch != 0
 
     def wants_prediction(self, layer: int) -> bool:
@@ -78,7 +90,7 @@ class Planner:
             pool.demanded(key)
         if len(keys) <= pool.capacity:
             fetches = self._admit(layer, missing, keys) if missing else ()
-            waves: tuple[Wave, ...] = (self._wave(layer, here + missing, fetches),)
+            waves: tuple[Wave, ...] = (self._wave(layer, here, fetches),)
         else:
             waves = self._waves(layer, here, missing)
         prefetches = self._prefetches(layer + 1, access.predicted) if access.predicted else ()
@@ -93,17 +105,25 @@ class Planner:
             admission = pool.admit(key, protected)
             assert admission is not None, "a wave is never larger than its pool"
             fetches.append(self._fetch(layer, key, admission))
+        if self._host[layer] is not None:
+            fetches.sort(key=lambda fetch: fetch.read)  # what only the link brings is there first
         return tuple(fetches)
 
     def _fetch(self, layer: int, key: int, admission: Admission) -> Fetch:
         base, (slot, evicted) = self._base[layer], admission
-        return Fetch(self._key_of[base + key], slot, None if evicted is None else self._key_of[base + evicted])
+        wanted = self._key_of[base + key]
+        forgotten = None if evicted is None else self._key_of[base + evicted]
+        host = self._host[layer]
+        if host is None:
+            return Fetch(wanted, slot, forgotten)
+        return Fetch(wanted, slot, forgotten, *host.place(wanted.expert))
 
-    def _wave(self, layer: int, keys: Sequence[int], fetches: tuple[Fetch, ...]) -> Wave:
+    def _wave(self, layer: int, here: Sequence[int], fetches: tuple[Fetch, ...]) -> Wave:
+        """Residents `here`, then what is fetched."""
         pool, first = self._pools[layer], self._first_key[layer]
-        slots = pool.slots_of(keys)
-        experts = [key - first for key in keys] if first else keys
-        return Wave(tuple(zip(experts, slots, strict=True)), fetches)
+        experts = [key - first for key in here] if first else here
+        residents = zip(experts, pool.slots_of(here), strict=True)
+        return Wave((*residents, *[(fetch.key.expert, fetch.slot) for fetch in fetches]), fetches)
 
     def _waves(self, layer: int, here: Sequence[int], missing: Sequence[int]) -> tuple[Wave, ...]:
         pool, policy = self._pools[layer], self._policies[layer]
@@ -118,7 +138,7 @@ class Planner:
             # Residents worth keeping hold their slots; everything else makes room.
             held = [key for key in best if pool.lookup(key) != Lookup.MISS]
             wave, order = order[: pool.capacity - len(held)], order[pool.capacity - len(held) :]
-            waves.append(self._wave(layer, wave, self._admit(layer, wave, {*held, *wave})))
+            waves.append(self._wave(layer, (), self._admit(layer, wave, {*held, *wave})))
         return _victims_first(waves) if here else tuple(waves)
 
     def _prefetches(self, layer: int, predicted: Sequence[int]) -> tuple[Fetch, ...]:
@@ -150,6 +170,9 @@ class Planner:
         """Assert the invariants of every pool."""
         for pool in self._pools:
             pool.check()
+        for host in self._host:
+            if host is not None:
+                host.check()
 
 
 def _victims_first(waves: Sequence[Wave]) -> tuple[Wave, ...]:

@@ -94,6 +94,11 @@ class Residency:
         return sum(self._slot_of[key] != EMPTY for key in set(protected)) == self._residents
 
     @property
+    def full(self) -> bool:
+        """Every slot is taken."""
+        return not self._free
+
+    @property
     def complete(self) -> bool:
         """Every key is resident: nothing will ever miss."""
         return self._residents == len(self._slot_of)

@@ -12,16 +12,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import psutil
 import torch
 
 from offmoe.errors import CapacityError, ConfigError
+from offmoe.runtime.cgroup import memory_left
 from offmoe.runtime.formats import PARAM_ALIGNMENT
-
-UNLIMITED = 1 << 62
 
 
 class Event(Protocol):
@@ -75,6 +74,10 @@ class Backend(ABC):
 
     @abstractmethod
     def unpin(self, address: int) -> None: ...
+
+    def peak_bytes(self) -> int | None:
+        """The most that torch has held on the device so far; None where that is the process's own memory."""
+        return None
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """uint8 [nbytes] on the device, aligned to PARAM_ALIGNMENT; CapacityError when there is no room."""
@@ -191,6 +194,9 @@ class CudaBackend(Backend):
     def host_free_bytes(self) -> int:
         return int(available_memory() * CpuBackend.auto_share)
 
+    def peak_bytes(self) -> int | None:
+        return int(torch.cuda.max_memory_reserved(self.device))
+
     def pin(self, address: int, nbytes: int) -> bool:
         if int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)) == 0:
             return True
@@ -227,53 +233,22 @@ def select_backend(device: str | None) -> Backend:
 
 def available_memory() -> int:
     """Bytes of host memory: what psutil calls available, or what the memory cgroup leaves if that is less."""
-    return min(int(psutil.virtual_memory().available), cgroup_available())
+    return min(int(psutil.virtual_memory().available), memory_left())
 
 
-def cgroup_available(root: str = "/sys/fs/cgroup", of_process: str = "/proc/self/cgroup") -> int:
-    """Bytes that the memory cgroups around this process (v2, then v1) still allow; very many without a limit.
+class CudaDevice(NamedTuple):
+    """One device that torch can use. capability: of computing, "9.0". total, free: bytes."""
 
-    Page cache counts as available: the kernel gives it back before it refuses memory.
-    """
-    least = UNLIMITED
-    for controller, path in _cgroups(of_process):
-        if controller == "":
-            folder, limit, used, cache = root, "memory.max", "memory.current", "inactive_file"
-        else:
-            folder, limit, used, cache = (
-                f"{root}/memory",
-                "memory.limit_in_bytes",
-                "memory.usage_in_bytes",
-                "total_inactive_file",
-            )
-        parts = [part for part in path.split("/") if part]
-        for depth in range(len(parts) + 1):
-            here = "/".join([folder, *parts[:depth]])
-            least = min(least, _left(here, limit, used, cache))
-    return least
+    name: str
+    capability: str
+    total: int
+    free: int
 
 
-def _cgroups(of_process: str) -> list[tuple[str, str]]:
-    """(controller, path) of the process's memory cgroups; controller "" is v2. A container may show its as the root."""
-    found = [("", "/"), ("memory", "/")]
-    with suppress(OSError, ValueError), open(of_process) as lines:  # absent where there are no cgroups
-        for line in lines:
-            _, controllers, path = line.rstrip("\n").split(":", 2)
-            if controllers == "" or "memory" in controllers.split(","):
-                found.append(("" if controllers == "" else "memory", path))
+def cuda_devices() -> list[CudaDevice]:
+    """Every CUDA device that torch can use, in its order."""
+    found = []
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        about, (free, total) = torch.cuda.get_device_properties(i), torch.cuda.mem_get_info(i)
+        found.append(CudaDevice(about.name, f"{about.major}.{about.minor}", total, free))
     return found
-
-
-def _left(folder: str, limit: str, used: str, cache: str) -> int:
-    try:
-        with open(f"{folder}/{limit}") as file:
-            text = file.read().strip()
-        if text == "max":
-            return UNLIMITED
-        with open(f"{folder}/{used}") as file:
-            taken = int(file.read())
-        with open(f"{folder}/memory.stat") as file:
-            stat = dict(line.split() for line in file)
-        return max(0, int(text) - taken + int(stat.get(cache, 0)))
-    except (OSError, ValueError):
-        return UNLIMITED

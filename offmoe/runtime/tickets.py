@@ -14,7 +14,7 @@ import itertools
 import threading
 from collections.abc import Iterable
 
-from offmoe.types import Fetch
+from offmoe.types import ExpertKey, Fetch
 
 DEMAND, NEXT, LATER = 0, 1, 2
 """Somebody waits for it; the layer that comes next may want it; a layer that has run did not."""
@@ -24,6 +24,7 @@ class Ticket:
     """One fetch on its way."""
 
     __slots__ = (
+        "behind",
         "dropped",
         "error",
         "fetch",
@@ -47,6 +48,8 @@ class Ticket:
         """Set when that has happened; None if it has already."""
         self.previous: Ticket | None = None
         """Nobody waits for this one, but it was copying into the same slot when this was asked for."""
+        self.behind: Ticket | None = None
+        """What uses the same RAM slot before this one."""
         self.next: Ticket | None = None
         """What lands in the same slot after this one has been computed with."""
         self.landing = False
@@ -83,21 +86,23 @@ class TicketQueue:
         self.lock.notify()
         return ticket
 
-    def adopt(self, fetch: Fetch, priority: int) -> Ticket | None:
-        """A read of the same expert that was dropped while under way, sent where this fetch wants it; None if there is
-        no such read."""
-        for ticket in self.under_way:
-            if ticket.fetch.key == fetch.key and ticket.dropped and not ticket.landing:
-                ticket.fetch, ticket.priority, ticket.dropped = fetch, priority, False
-                ticket.turn = ticket.previous = None
-                self.lock.notify()
-                return ticket
-        return None
+    def waits(self, ticket: Ticket) -> bool:
+        """Whether no reader has taken it yet."""
+        return ticket in self._waiting
 
-    def promote(self, tickets: Iterable[Ticket]) -> None:
-        """Somebody waits for these now, whether they are queued or under way."""
+    def lost(self, key: ExpertKey) -> Ticket | None:
+        """A ticket for this expert that was dropped but is still going to be read, or is being read."""
+        return next(
+            (t for t in (*self.under_way, *self._waiting) if t.dropped and t.fetch.key == key and not t.landing), None
+        )
+
+    def promote(self, tickets: Iterable[Ticket], priority: int = DEMAND) -> None:
+        """These come at least as soon, whether they are queued or under way, and so does what they stand behind."""
         for ticket in tickets:
-            ticket.priority = DEMAND
+            behind: Ticket | None = ticket
+            while behind is not None and behind.priority > priority:
+                behind.priority = priority
+                behind = behind.behind
         heapq.heapify(self._waiting)
         self.lock.notify_all()
 
@@ -109,12 +114,17 @@ class TicketQueue:
         heapq.heapify(self._waiting)
 
     def drop(self, ticket: Ticket) -> None:
-        """Nobody waits for this any more: take it off the queue, or keep its reader from giving it its slot."""
+        """Nobody waits for this any more: it gets no device slot. What is to stay in RAM is read all the same, or what
+        stands behind it would find nothing there."""
         ticket.drop()
-        if ticket in self._waiting:
-            self._waiting.remove(ticket)
-            heapq.heapify(self._waiting)
-            ticket.issued.set()
+        if ticket.fetch.host is None and ticket in self._waiting:
+            self.remove(ticket)
+
+    def remove(self, ticket: Ticket) -> None:
+        """Take a ticket off the queue."""
+        self._waiting.remove(ticket)
+        heapq.heapify(self._waiting)
+        ticket.issued.set()
 
     def clear(self) -> list[Ticket]:
         """Drop everything; what readers are still busy with."""
@@ -147,7 +157,7 @@ class TicketQueue:
     def done(self, ticket: Ticket) -> None:
         with self.lock:
             self.under_way.remove(ticket)
-            ticket.previous = None
+            ticket.previous = ticket.behind = None
             ticket.issued.set()
             self.lock.notify()
 

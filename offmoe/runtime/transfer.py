@@ -1,6 +1,7 @@
-"""Experts on their way: shard -> staging buffer -> device slot, in reader threads; and every wait of the package.
+"""Experts on their way: shard -> staging or RAM slot -> device slot, in reader threads; and every wait of the package.
 
-What moves: one expert per fetch, read with one system call per extent and copied into its slot on the copy stream.
+What moves: one expert per fetch, read with one system call per extent and copied into its slot on the copy stream. What
+the plan keeps in RAM is read into its slot there and copied from it, then and later; the rest passes through staging.
 Bound: the disk, then the link. The order is that of tickets.py. A layer that needs several waves of experts has all of
 them read one behind the other while it computes: a read does not wait for its slot, only its copy does, so that as
 many experts as there are staging buffers are ahead of computing even where one slot is left to pass through.
@@ -15,6 +16,8 @@ The waits, and what goes wrong without each (tests/runtime/test_transfer.py remo
   W3 a staging buffer waits `staged[i]` else its next read changes bytes that are still being copied
   W4 a fetch waits for the slot's earlier fetch, if that is copying, else the older expert may land last
   W5 a copy waits for its turn          else it is not even marked yet what W2 has to wait for
+  W6 a fetch waits for what its RAM slot was asked for before, else it copies what has not been read
+  W7 a RAM slot waits `copied[host]`    as W3
 The host waits only where it must: at W1 for the copy to have been issued, and in reader threads.
 
 Must never leave a slot with an expert that nobody asked for: after any failure the caller forgets all residency.
@@ -28,13 +31,14 @@ import queue
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
 from offmoe.errors import OffmoeError, TransferError
 from offmoe.runtime.arena import HostBuffers, SlotArena
-from offmoe.runtime.backend import Backend
+from offmoe.runtime.backend import Backend, Event
 from offmoe.runtime.formats import Assembly, ExpertLayout
 from offmoe.runtime.store import ExpertStore
 from offmoe.runtime.tickets import DEMAND, NEXT, Ticket, TicketQueue
@@ -73,8 +77,10 @@ class TransferEngine:
         layouts: Sequence[ExpertLayout],
         assemblies: Sequence[Assembly],
         *,
+        host: HostBuffers | None = None,
         on_stall: Callable[[int, float], None] = lambda layer, seconds: None,
     ):
+        """host: the slots in RAM that plans name; they must outlive the engine."""
         self._store, self._arena, self._backend = store, arena, backend
         self._layouts, self._assemblies = layouts, assemblies
         self._on_stall = on_stall
@@ -88,6 +94,10 @@ class TransferEngine:
         self._idle: queue.SimpleQueue[int] = queue.SimpleQueue()
         for i in range(buffers):
             self._idle.put(i)
+        self._host = host
+        self._copied = [backend.event() for _ in range(len(host) if host else 0)]
+        self._last_on: list[Ticket | None] = [None] * len(self._copied)
+        """Per RAM slot, the ticket that was the last to be told to use it."""
         self._pieces = deque(backend.event() for _ in range(PIECES_IN_FLIGHT))
         self._piece_order = threading.Lock()
         self._tickets: dict[int, Ticket] = {}
@@ -169,6 +179,7 @@ class TransferEngine:
             under_way = self._queue.clear()  # not only those with a ticket: a read may be for a slot given away since
         for ticket in under_way:
             ticket.issued.wait()
+        self._last_on = [None] * len(self._copied)
 
     def close(self) -> None:
         """Stop the readers and release buffers; idempotent, bounded by one read of one expert."""
@@ -181,7 +192,7 @@ class TransferEngine:
         for thread in self._threads:
             thread.join()
         self.forget()
-        for event in self._staged:
+        for event in (*self._staged, *self._copied):
             event.synchronize()
         self._staging.close()
 
@@ -190,7 +201,7 @@ class TransferEngine:
         if self._stop.is_set():
             raise TransferError("the model was closed; load it again with from_pretrained.")
         slot = fetch.slot
-        ticket = self._queue.adopt(fetch, priority) or self._queue.push(Ticket(fetch, priority))
+        ticket = self._adopted(fetch, priority) or self._new(fetch, priority)
         ticket.uses = self._uses[slot] + uses
         before = self._tickets.get(slot)
         if uses:
@@ -205,6 +216,35 @@ class TransferEngine:
             self._queue.drop(before)
             ticket.previous = before if before.landing else before.previous
 
+    def _adopted(self, fetch: Fetch, priority: int) -> Ticket | None:
+        """A dropped read of the same expert to the same place, sent on to where this fetch wants it."""
+        ticket = self._queue.lost(fetch.key)
+        if ticket is None or ticket.fetch.host != fetch.host:
+            return None
+        if fetch.host is not None and self._last_on[fetch.host] is not ticket:
+            return None
+        ticket.fetch = fetch._replace(read=ticket.fetch.read)
+        ticket.dropped = False
+        ticket.turn = ticket.previous = None
+        self._queue.promote([ticket], priority)
+        return ticket
+
+    def _new(self, fetch: Fetch, priority: int) -> Ticket:
+        ticket = Ticket(fetch, priority)
+        if fetch.host is not None:
+            before = self._last_on[fetch.host]
+            if before is not None and fetch.read and before.fetch.read and self._queue.waits(before):
+                # It has not begun, and its place in RAM is another's: it is read past RAM, if anybody still wants it.
+                ticket.behind, before.behind = before.behind, None
+                before.fetch = before.fetch._replace(host=None)
+                if before.dropped:
+                    self._queue.remove(before)
+            elif before is not None:
+                ticket.behind = before
+                self._queue.promote([before], priority)
+            self._last_on[fetch.host] = ticket
+        return self._queue.push(ticket)
+
     def _read(self) -> None:
         while (ticket := self._queue.take()) is not None:
             try:
@@ -215,29 +255,54 @@ class TransferEngine:
                 self._queue.done(ticket)
 
     def _move(self, ticket: Ticket) -> None:
-        buffer = self._idle.get()
+        key, host, read = ticket.fetch.key, ticket.fetch.host, ticket.fetch.read
+        behind = ticket.behind
+        if behind is not None:
+            behind.issued.wait()  # W6
+            if not read and behind.error is not None:
+                raise behind.error
+        if host is None:
+            with self._staging_buffer() as i:
+                self._store.read_into(key, self._staging.memory(i), self._stop)
+                self._land(ticket, self._staging.tensor(i), self._staged[i])
+            return
+        assert self._host is not None
+        if read:
+            self._copied[host].synchronize()  # W7
+            self._store.read_into(key, self._host.memory(host), self._stop)
+        if self._host.pinned(host) or not self._staging.pinned(0):
+            self._land(ticket, self._host.tensor(host), self._copied[host])
+            return
+        with self._staging_buffer() as i:  # a copy from memory that is not pinned would hold up the stream
+            self._staging.tensor(i).copy_(self._host.tensor(host))
+            self._land(ticket, self._staging.tensor(i), self._staged[i])
+
+    @contextmanager
+    def _staging_buffer(self) -> Iterator[int]:
+        i = self._idle.get()
         try:
-            self._staged[buffer].synchronize()  # W3
-            key = ticket.fetch.key
-            self._store.read_into(key, self._staging.memory(buffer), self._stop)
-            data = self._store.segments(key, self._staging.tensor(buffer))
-            self._queue.land(ticket)
-            slot = ticket.fetch.slot
-            if ticket.turn is not None:
-                ticket.turn.wait()  # W5
-            if ticket.previous is not None:
-                ticket.previous.issued.wait()  # W4
-            if ticket.dropped:
-                return
-            copies = self._backend.copies
-            copies.wait(self._last_read[slot])  # W2
-            views = self._arena.views(slot, self._layouts[key.layer])
-            segments = self._store.record(key).segments
-            self._assemblies[key.layer].place(segments, data, views, functools.partial(self._copy, ticket))
-            self._landed[slot].record(copies)
-            self._staged[buffer].record(copies)
+            self._staged[i].synchronize()  # W3
+            yield i
         finally:
-            self._idle.put(buffer)
+            self._idle.put(i)
+
+    def _land(self, ticket: Ticket, buffer: torch.Tensor, copied: Event) -> None:
+        """From a buffer (uint8 [bytes]) that the expert was read into to its slot; `copied` marks when that is done."""
+        self._queue.land(ticket)
+        key, slot = ticket.fetch.key, ticket.fetch.slot
+        if ticket.turn is not None:
+            ticket.turn.wait()  # W5
+        if ticket.previous is not None:
+            ticket.previous.issued.wait()  # W4
+        if ticket.dropped:
+            return
+        copies = self._backend.copies
+        copies.wait(self._last_read[slot])  # W2
+        views = self._arena.views(slot, self._layouts[key.layer])
+        segments, data = self._store.record(key).segments, self._store.segments(key, buffer)
+        self._assemblies[key.layer].place(segments, data, views, functools.partial(self._copy, ticket))
+        self._landed[slot].record(copies)
+        copied.record(copies)
 
     def _copy(self, ticket: Ticket, destination: torch.Tensor, source: torch.Tensor) -> None:
         """Into device memory: whole for a demand; in pieces, a few at a time, while nobody waits for it."""

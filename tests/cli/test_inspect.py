@@ -8,7 +8,9 @@ import pytest
 
 from offmoe.cli.inspect import _rounded_up
 from offmoe.config import parse_size
-from tests import families, tiny
+from offmoe.profile import CostModel, Profile
+from offmoe.runtime.backend import CpuBackend
+from tests import families, quantised, tiny
 from tests.cli.conftest import Outcome
 
 Run = Callable[..., Outcome]
@@ -39,6 +41,16 @@ def test_layers_without_experts_do_not_count(offmoe: Run, tmp_path: Path) -> Non
     assert (found["family"], found["layers"], found["moe_layers"]) == ("qwen3_moe", 3, 2)
 
 
+def test_formats_of_quantised_experts(offmoe: Run, tmp_path: Path) -> None:
+    folder, _ = quantised.save(tmp_path, "qwen3_moe", "ct-int4")
+    found = offmoe("inspect", folder, "--json", "--device", "cpu").json
+    assert (found["quantisation"], found["expert_formats"]) == ("compressed-tensors", ["compressed-tensors int4"])
+    raw = 3 * 24 * 32 * 3 // 4  # half a byte and a scale of two bytes for 8 columns
+    assert (found["expert_bytes"], found["expert_bytes_total"]) == (raw, 16 * raw)
+    assert found["dtype"] == "bfloat16"
+    assert "(1728 bytes), compressed-tensors int4" in offmoe("inspect", folder, "--device", "cpu").out
+
+
 def test_a_configuration_alone(offmoe: Run, checkpoint: Path) -> None:
     budget = ("--device", "cpu", "--device-memory", "3MiB")
     headers = offmoe("inspect", checkpoint, "--json", *budget).json
@@ -55,7 +67,26 @@ def test_table_for_people(offmoe: Run, checkpoint: Path) -> None:
     assert (outcome.status, outcome.err) == (0, "")
     for words in ("MixtralForCausalLM", "8, top_k 2", "18432 bytes", "smallest budget", "8 per layer, 100.0 %"):
         assert words in outcome.out
-    assert "'offmoe calibrate', which is not built yet" in outcome.out
+    assert "needs measured costs: offmoe calibrate" in outcome.out
+
+
+def test_measured_costs_let_it_tell_the_speed(offmoe: Run, checkpoint: Path, tmp_path: Path) -> None:
+    profile = tmp_path / "p.json"
+    costs = CostModel(disk_gb_s=0.018432, expert_us_device=500.0, dense_us_per_token=7000.0)  # 1 ms to read one
+    Profile(costs=costs).write(profile)
+    argv = ("inspect", checkpoint, "--device", "cpu", "--profile", profile)
+    found = offmoe(*argv, "--slots-per-layer", "4", "--json").json
+    assert found["tokens_per_s_bound"] == pytest.approx(100)
+    assert found["tokens_per_s"] == found["tokens_per_s_uniform"]
+    assert 1 / (10e-3 + 6 * 1e-3) < found["tokens_per_s"] < 1 / (10e-3 + 6 * 0.3e-3)
+    assert "100.0 at most" in offmoe(*argv, "--slots-per-layer", "4").out
+    Profile({"slots_per_layer": 4}, costs, {"test_hit_rate": 0.5}).write(profile)
+    assert offmoe(*argv, "--json").json["tokens_per_s"] == pytest.approx(1 / (10e-3 + 6 * 0.5e-3))
+    assert "at the profile's hit rate of 50.0 %" in offmoe(*argv).out
+    other = offmoe(*argv, "--json", "--slots-per-layer", "5").json
+    assert other["tokens_per_s"] == other["tokens_per_s_uniform"]
+    everything = offmoe(*argv, "--json", "--slots-per-layer", "8").json
+    assert everything["tokens_per_s_uniform"] == pytest.approx(100)
 
 
 @pytest.mark.parametrize("memory", ["3MiB", "620000", "800000"])
@@ -103,6 +134,15 @@ def test_facts_come_before_the_error_when_nothing_fits(offmoe: Run, checkpoint: 
     assert found.json["plan"] is None
     assert found.json["smallest_device_memory"] == int(smallest[1])
     assert offmoe("inspect", checkpoint, "--device-memory", smallest[1], "--device", "cpu").status == 0
+
+
+def test_facts_come_also_where_the_machine_is_too_small(
+    offmoe: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CpuBackend, "free_bytes", lambda self: 100_000)
+    found = offmoe("inspect", checkpoint, "--json", "--device", "cpu")
+    assert (found.status, found.json["plan"]) == (1, None)
+    assert found.json["smallest_device_memory"] > 100_000
 
 
 def test_dense_layers_that_are_elsewhere_are_said_so(offmoe: Run, checkpoint: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +15,8 @@ from hypothesis import strategies as st
 from offmoe.config import EVICTIONS, CacheOptions
 from offmoe.errors import ConfigError
 from offmoe.policy.planner import build_planner
+from offmoe.simulator import replay
+from offmoe.trace import read_trace
 from offmoe.types import Access, CacheShape, CacheStats, Demand, ExpertKey, count_demands
 
 SHAPE = CacheShape(experts=(6, 6, 8), top_k=(2, 2, 2), expert_bytes=(10, 10, 20))
@@ -160,3 +165,57 @@ def test_fewer_slots_than_top_k_are_refused(slots):
 def test_one_value_per_layer_is_asked_for():
     with pytest.raises(ConfigError, match="2 values, but the model has 3"):
         build_planner(CacheOptions(slots_per_layer=(2, 2)), SHAPE)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    accesses(),
+    st.sampled_from(EVICTIONS),
+    st.sampled_from(["layer", "model"]),
+    st.sampled_from([1, 2, 6, (0, 3, 8)]),
+    st.sampled_from([0, 2]),
+)
+def test_ram_holds_what_plans_say(steps, eviction, scope, host_slots, prefetch):
+    """Mirror what is read into a dict of RAM slots: what a plan copies without reading must be there."""
+    popularity = tuple(tuple(float(e % 4) for e in range(n)) for n in SHAPE.experts) if eviction == "static" else None
+    options = CacheOptions(eviction, scope, 3, prefetch, popularity=popularity, host_slots=host_slots)
+    planner, bare = build_planner(options, SHAPE), build_planner(dataclasses.replace(options, host_slots=0), SHAPE)
+    held: dict[int, ExpertKey] = {}
+    stats = CacheStats.for_layers(3)
+    for step in steps:
+        plan, without = planner.plan(step), bare.plan(step)
+        assert plan.hits == without.hits, "RAM has no say in what the device holds"
+        for fetch in [f for wave in plan.waves for f in wave.fetches] + list(plan.prefetches):
+            if not fetch.read:
+                assert held[fetch.host] == fetch.key
+            elif fetch.host is not None:
+                assert fetch.key not in held.values()
+                held[fetch.host] = fetch.key
+        assert len(held) <= planner.num_host_slots
+        planner.check()
+        stats.add(plan, SHAPE)
+    assert stats.disk_bytes <= stats.h2d_bytes
+
+
+def test_ram_keeps_what_the_device_does_not_have():
+    planner = build_planner(CacheOptions(slots_per_layer=2, host_slots=2), CacheShape((6,), (2,), (1,)))
+    for pair in ([0, 1], [2, 3], [0, 1], [2, 3]):
+        reads = [fetch.read for fetch in planner.plan(access(0, pair)).waves[0].fetches]
+    assert reads == [False, True], "four experts in two slots and two in RAM: what has no copy there was on the device"
+
+
+@pytest.mark.parametrize(("slots", "host_slots", "most"), [(8, 8, 0.55), (6, 12, 0.36), (8, 24, 0.1)])
+def test_ram_on_real_routing(slots, host_slots, most):
+    """Share of gpt-oss-20b's misses that go to the disk; the best that could write back would need 0.30 at 8 and 8."""
+    trace = read_trace(Path(__file__).parents[1] / "data" / "gptoss20b_6req.npz")
+    stats = replay(trace, CacheOptions(slots_per_layer=slots, host_slots=host_slots)).stats
+    assert stats.disk_bytes < most * stats.h2d_bytes
+
+
+def test_host_slots_are_checked():
+    with pytest.raises(ConfigError, match="host_slots has 2 values, but the model has 3"):
+        build_planner(CacheOptions(host_slots=(2, 2)), SHAPE)
+    with pytest.raises(ConfigError, match="host_slots=-1"):
+        CacheOptions(host_slots=-1)
+    options = CacheOptions(host_slots=(1, 0, 2))
+    assert CacheOptions.from_dict(json.loads(json.dumps(options.to_dict()))) == options

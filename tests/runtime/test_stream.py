@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import offmoe.runtime.transfer as transfer_module
 from offmoe.config import CacheOptions
+from offmoe.errors import TransferError
 from offmoe.policy.planner import build_planner
-from offmoe.runtime.arena import SlotArena
+from offmoe.runtime.arena import HostBuffers, SlotArena
 from offmoe.runtime.backend import CpuBackend
 from offmoe.runtime.checkpoint import Checkpoint
 from offmoe.runtime.formats import Assembly, ExpertLayout, ExpertRecord, Part
 from offmoe.runtime.store import ExpertStore, positional_read
-from offmoe.runtime.transfer import TransferEngine
-from offmoe.types import Access, CacheShape, CacheStats, Demand, ExpertKey
-from tests.doubles import DeferredBackend
+from offmoe.types import Access, CacheShape, CacheStats, Demand, ExpertKey, Fetch
+from tests.doubles import DeferredBackend, without
 
 LAYERS, EXPERTS, VALUES = 3, 12, 700
 SHAPE = CacheShape((EXPERTS,) * LAYERS, (2,) * LAYERS, (VALUES * 4,) * LAYERS)
@@ -38,15 +40,26 @@ def checkpoint(tmp_path_factory):
 class Rig:
     """Planner and engine of three layers; `run` says how many uses saw another expert than theirs."""
 
-    def __init__(self, checkpoint, backend, options, read_at=None):
+    def __init__(self, checkpoint, backend, options, read_at=None, pins=0, module=transfer_module):
         keys = [ExpertKey(k, e) for k in range(LAYERS) for e in range(EXPERTS)]
         records = {key: ExpertRecord((checkpoint.segment(f"{key.layer}.{key.expert}"),)) for key in keys}
         self.backend = backend
         self.planner = build_planner(options, SHAPE)
         self.store = ExpertStore(checkpoint.shards, records, read_at=read_at)
         self.arena = SlotArena(backend.allocate, [LAYOUT] * self.planner.num_slots)
-        self.engine = TransferEngine(
-            self.store, self.arena, backend, [LAYOUT] * LAYERS, [Assembly((Part("weight", 0, 0),))] * LAYERS
+        host = None
+        if self.planner.num_host_slots:
+            backend.pin = lambda *_: backend.pins_left.pop() if backend.pins_left else False
+            backend.pins_left = [True] * pins
+            host = HostBuffers(self.planner.num_host_slots, self.store.buffer_bytes, register=backend.pin)
+            backend.pins_left = [True] * 99 * bool(pins)  # for the staging buffers
+        self.engine = module.TransferEngine(
+            self.store,
+            self.arena,
+            backend,
+            [LAYOUT] * LAYERS,
+            [Assembly((Part("weight", 0, 0),))] * LAYERS,
+            host=host,
         )
         if isinstance(backend, DeferredBackend):
             for slot in range(self.planner.num_slots):
@@ -105,4 +118,126 @@ def test_every_use_sees_its_expert(checkpoint, backend, scope, slots):
         assert rig.stats.prefetched_used
         assert rig.stats.misses > 100
     finally:
+        rig.close()
+
+
+@pytest.mark.parametrize("pins", [0, 3, 99], ids=["pageable", "some pinned", "pinned"])
+@pytest.mark.parametrize("scope", ["layer", "model"])
+@pytest.mark.parametrize(("slots", "host_slots"), [(3, 2), (4, 7), (3, (0, 3, 12))])
+def test_every_use_sees_its_expert_through_ram(checkpoint, scope, slots, host_slots, pins):
+    reads, slow = [], slow_at_random(slots)
+
+    def counted(descriptor, buffer, offset):
+        reads.append(offset)
+        return slow(descriptor, buffer, offset)
+
+    options = CacheOptions("aged-lfu", scope, slots, prefetch=2, host_slots=host_slots)
+    rig = Rig(checkpoint, DeferredBackend(), options, counted, pins)
+    try:
+        wrong = sum(rig.run(access) for access in random_accesses(7, 50))
+        rig.planner.check()
+        assert wrong == 0
+        assert 0 < rig.stats.disk_bytes < rig.stats.h2d_bytes
+        rig.engine.forget()
+        assert len(reads) <= rig.stats.disk_bytes // SHAPE.expert_bytes[0], "only what plans say is read, or less"
+    finally:
+        rig.close()
+
+
+def test_with_room_for_everything_in_ram_each_expert_is_read_once(checkpoint):
+    rig = Rig(checkpoint, DeferredBackend(), CacheOptions("lru", slots_per_layer=3, host_slots=EXPERTS))
+    try:
+        wrong = sum(rig.run(access) for access in random_accesses(5, 60))
+        assert wrong == 0
+        assert rig.stats.disk_bytes == sum(SHAPE.expert_bytes) * EXPERTS
+    finally:
+        rig.close()
+
+
+def test_what_could_not_be_read_into_ram_is_an_error_where_it_is_wanted(checkpoint):
+    def fails(descriptor, buffer, offset):
+        raise OSError(5, "Input/output error")
+
+    rig = Rig(checkpoint, DeferredBackend(), CacheOptions("lru", slots_per_layer=3, host_slots=EXPERTS), fails)
+    try:
+        rig.engine.fetch([Fetch(ExpertKey(1, 4), 5, None, 3)], ahead=True)
+        rig.engine.fetch([Fetch(ExpertKey(1, 2), 5, None, 2)], ahead=True)  # nobody learns of the first failure
+        rig.engine.fetch([Fetch(ExpertKey(1, 4), 6, None, 3, read=False)])
+        with pytest.raises(TransferError, match="expert 4 of MoE layer 1"):
+            rig.engine.ready(6)
+    finally:
+        rig.close()
+
+
+class Gate:
+    """Reads that wait until the test lets them go on."""
+
+    def __init__(self):
+        self.open, self.begun, self.read = threading.Event(), threading.Event(), positional_read()
+
+    def __call__(self, *arguments):
+        self.begun.set()
+        assert self.open.wait(20)
+        return self.read(*arguments)
+
+
+def a_copy_of_what_is_being_read(checkpoint, module):
+    """Expert 4 is being read into RAM for a slot that is given away meanwhile, then copied to another: needs W6."""
+    gate = Gate()
+    options = CacheOptions("lru", slots_per_layer=3, host_slots=EXPERTS)
+    rig = Rig(checkpoint, CpuBackend(), options, gate, module=module)
+    try:
+        rig.engine.fetch([Fetch(ExpertKey(0, 4), 0, None, 0)], ahead=True)
+        assert gate.begun.wait(20)
+        rig.engine._queue.under_way[0].landing = True  # too late to be sent elsewhere
+        rig.engine.fetch([Fetch(ExpertKey(0, 4), 1, None, 0, read=False)])
+        rig.engine._tickets[1].issued.wait(0.3)  # without W6 it is issued in this time
+        gate.open.set()
+        rig.engine.ready(1)
+        return bool((rig.arena.views(1, LAYOUT)["weight"] == 4.0).all())
+    finally:
+        gate.open.set()
+        rig.close()
+
+
+def a_ram_slot_read_into_again(checkpoint, module):
+    """Expert 4 is still being copied out of the RAM slot that expert 11 is read into: needs W7."""
+    options = CacheOptions("lru", slots_per_layer=3, host_slots=EXPERTS)
+    rig = Rig(checkpoint, DeferredBackend(), options, module=module)
+    fetches = [Fetch(ExpertKey(0, 4), 1, None, 0), Fetch(ExpertKey(0, 11), 2, None, 0)]
+    try:
+        for fetch in fetches:
+            rig.engine.fetch([fetch])
+            assert rig.engine._tickets[fetch.slot].issued.wait(20)
+        for fetch in fetches:
+            rig.engine.ready(fetch.slot)
+        seen = [rig.arena.views(fetch.slot, LAYOUT)["weight"] for fetch in fetches]
+        return all(bool((s == float(f.key.expert)).all()) for s, f in zip(seen, fetches, strict=True))
+    finally:
+        rig.close()
+
+
+@pytest.mark.parametrize(("wait", "scene"), [("W6", a_copy_of_what_is_being_read), ("W7", a_ram_slot_read_into_again)])
+def test_without_the_wait_weights_are_wrong(checkpoint, wait, scene):
+    assert scene(checkpoint, transfer_module)
+    assert not scene(checkpoint, without(wait))
+
+
+def test_a_read_that_lost_its_slot_still_fills_ram_or_makes_way(checkpoint):
+    gate = Gate()
+    options = CacheOptions("lru", slots_per_layer=3, host_slots=EXPERTS)
+    rig = Rig(checkpoint, DeferredBackend(), options, gate)
+    views = lambda slot: rig.arena.views(slot, LAYOUT)["weight"]  # noqa: E731
+    try:
+        rig.engine.fetch([Fetch(ExpertKey(0, e), e, None, e) for e in range(5)], ahead=True)  # two are read, three wait
+        assert gate.begun.wait(20)
+        rig.engine.fetch([Fetch(ExpertKey(0, 7), 3, None, 7), Fetch(ExpertKey(0, 8), 4, None, 8)])  # 3, 4 lose slots
+        rig.engine.fetch([Fetch(ExpertKey(0, 3), 5, None, 3, read=False)])  # in RAM, as the plan knows
+        rig.engine.fetch([Fetch(ExpertKey(0, 9), 6, None, 4)])  # and this one takes the other's place in RAM
+        gate.open.set()
+        for expert, slot in ((7, 3), (8, 4), (3, 5), (9, 6)):
+            rig.engine.ready(slot)
+            assert bool((views(slot) == float(expert)).all())
+    finally:
+        gate.open.set()
         rig.close()

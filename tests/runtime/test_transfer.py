@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import threading
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +18,7 @@ from offmoe.runtime.checkpoint import Checkpoint
 from offmoe.runtime.formats import Assembly, ExpertLayout, ExpertRecord, Part
 from offmoe.runtime.store import ExpertStore
 from offmoe.types import ExpertKey, Fetch, Wave
-from tests.doubles import DeferredBackend
+from tests.doubles import DeferredBackend, without
 
 EXPERTS, ROWS, COLUMNS = 24, 16, 96
 LAYOUT = ExpertLayout.of({"up": (torch.float32, (ROWS, COLUMNS)), "down": (torch.float32, (COLUMNS, ROWS))})
@@ -170,19 +168,6 @@ def waves_through_one_slot(rig):
         right &= rig.sees(expert, slot)
         rig.engine.computed([slot])
     return right
-
-
-def without(wait):
-    """transfer.py with the line of one wait taken out."""
-    source = Path(transfer_module.__file__).read_text()
-    lines = source.splitlines()
-    found = [i for i, line in enumerate(lines) if line.endswith(f"  # {wait}")]
-    assert len(found) == 1, f"{wait} must stand in transfer.py exactly once"
-    lines[found[0]] = lines[found[0]][: len(lines[found[0]]) - len(lines[found[0]].lstrip())] + "pass"
-    spec = importlib.util.spec_from_loader(f"transfer_without_{wait}", loader=None)
-    module = importlib.util.module_from_spec(spec)
-    exec(compile("\n".join(lines), f"transfer without {wait}", "exec"), module.__dict__)
-    return module
 
 
 @pytest.mark.parametrize("backend", [DeferredBackend, CpuBackend])

@@ -7,7 +7,6 @@ trained model: it asks for nearly random experts, so the hit rates say nothing, 
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from pathlib import Path
@@ -16,12 +15,12 @@ from typing import Any
 import read
 import torch
 from gpu_section import MIB, SPARE_BYTES, WRITE_BYTES_PER_S, Section, copy_gb_s, reads_directly
-from safetensors.torch import save_file
+from synthetic import write_mixtral
 
 import offmoe
 from offmoe.runtime.arena import HostBuffers
 from offmoe.runtime.backend import Backend, select_backend
-from offmoe.runtime.checkpoint import INDEX_FILE, Checkpoint
+from offmoe.runtime.checkpoint import Checkpoint
 
 SHAPES = ((4096, 14336), (2048, 7168), (1024, 3584), (256, 896))
 """Hidden and intermediate size, Mixtral 8x7B's first; the largest that disk, device and time allow is taken."""
@@ -37,7 +36,7 @@ def decode(section: Section) -> None:
     hidden, intermediate = _largest(section, backend)
     folder = section.work / "mixtral"
     began = time.perf_counter()
-    _write_mixtral(folder, hidden, intermediate)
+    write_mixtral(folder, hidden, intermediate, layers=LAYERS, experts=EXPERTS, top_k=TOP_K, vocabulary=VOCABULARY)
     expert_bytes = 3 * 2 * hidden * intermediate
     section.note(
         hidden=hidden,
@@ -139,53 +138,6 @@ def _largest(section: Section, backend: Backend) -> tuple[int, int]:
             return hidden, intermediate
         section.skip(f"hidden {hidden}, intermediate {intermediate} ({nbytes / 1e9:.1f} GB): for {', '.join(lacks)}")
     raise AssertionError("SHAPES is empty")
-
-
-def _write_mixtral(folder: Path, hidden: int, intermediate: int) -> None:
-    """A checkpoint with Mixtral's own names, bf16, two experts per shard."""
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    heads = max(2, hidden // 128)
-    config = MixtralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=heads,
-        num_key_value_heads=max(1, heads // 4),
-        num_local_experts=EXPERTS,
-        num_experts_per_tok=TOP_K,
-        max_position_embeddings=4096,
-        dtype=torch.bfloat16,
-    )
-    folder.mkdir()
-    config.save_pretrained(folder)
-    with torch.device("meta"):
-        skeleton = MixtralForCausalLM(config).state_dict()
-    dense = {}
-    for name, weight in skeleton.items():
-        if "experts" not in name:
-            value = torch.ones(weight.shape) if weight.ndim == 1 else torch.randn(weight.shape) * hidden**-0.5
-            dense[name] = value.bfloat16()
-    weight_map = dict.fromkeys(dense, "dense.safetensors")
-    save_file(dense, folder / "dense.safetensors", metadata={"format": "pt"})
-    # One random array; every tensor is a window of it that begins elsewhere: drawing them all would take minutes.
-    drawn = (torch.randn(hidden * intermediate + 65536) * hidden**-0.5).bfloat16()
-    tensors: dict[str, torch.Tensor] = {}
-    number = 0
-    for layer in range(LAYERS):
-        for expert in range(EXPERTS):
-            for part in ("w1", "w2", "w3"):
-                start = 997 * (3 * (layer * EXPERTS + expert) + int(part[1])) % 65536
-                shape = (hidden, intermediate) if part == "w2" else (intermediate, hidden)
-                name = f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{part}.weight"
-                tensors[name] = drawn[start : start + hidden * intermediate].clone().view(shape)
-            if expert % 2:
-                file = f"experts-{number:03d}.safetensors"
-                save_file(tensors, folder / file, metadata={"format": "pt"})
-                weight_map |= dict.fromkeys(tensors, file)
-                tensors, number = {}, number + 1
-    (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def _disk_gb_s(folder: Path) -> tuple[float, str]:

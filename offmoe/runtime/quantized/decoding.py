@@ -15,8 +15,8 @@ import torch
 from offmoe.runtime.formats import Assembly
 from offmoe.runtime.quantized.codec import Codec
 
-WORKING_BYTES = 8
-"""Per weight of the matrix being decoded, beside the result: its codes and their products in float32."""
+WORKING_BYTES = 10
+"""Per weight of the matrix being decoded, beside the result: codes as bytes and as indices, products in float32."""
 
 
 @dataclass(frozen=True)

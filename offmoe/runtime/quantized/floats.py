@@ -87,9 +87,10 @@ class Mxfp4:
 
     def decode(self, raw: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         codes = nibbles(raw["blocks"])  # [out, groups, 32]
-        # E2M1 as E4M3: same sign, exponent and mantissa in other places, and 2**6 between the two biases
-        eight = ((codes & 8) << 4) | ((codes & 7) << 2)
-        weight = eight.view(torch.float8_e4m3fn).float().mul_(64)
+        # E2M1 as float16: same sign, exponent and mantissa in other places, and 2**14 between the two biases
+        half = ((codes.short() & 8) << 12) | ((codes.short() & 7) << 9)
+        weight = half.view(torch.float16).float().mul_(2**14)
         exponents = raw["scales"].int() - 127
-        weight = torch.ldexp(weight, exponents.unsqueeze(-1)).to(dtype)  # [out, groups, 32]
+        powers = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)  # as the reference makes them
+        weight = weight.mul_(powers.unsqueeze(-1)).to(dtype)  # [out, groups, 32]
         return weight.flatten(1).mT.contiguous()

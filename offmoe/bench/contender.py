@@ -1,0 +1,257 @@
+"""A contender: a process of its own that loads one model with offmoe or with accelerate's offload, and does passes.
+
+What moves: what its runtime moves. It answers JSON lines on the stdout that it was started with; whatever libraries
+print goes to stderr. Nothing heavy is imported before the task has come. Both runtimes go through the same generate()
+of transformers, watched and forced by one logits processor, so that nothing but the weights' way differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, TextIO
+
+from offmoe.bench.task import OFFMOE, Costs, Outcome, Pass, Peak, Task, from_line, restore, to_line
+from offmoe.errors import ConfigError, OffmoeError
+
+if TYPE_CHECKING:
+    import torch
+
+    from offmoe.api import Inspected
+
+COMPUTE_SECONDS = 2.0
+LINK_BYTES = 64 << 20
+
+
+def main() -> None:
+    """Serve the process that started this one until it closes the pipe."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    try:
+        _serve(sys.stdin, answers)
+    except OffmoeError as error:
+        _answer(answers, f'{{"error": {_quoted(error)}}}\n')
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        _answer(answers, f'{{"error": {_quoted(error)}}}\n')
+    except KeyboardInterrupt:
+        pass  # the process that started this one was interrupted too, and says so
+
+
+def _serve(requests: TextIO, answers: TextIO) -> None:
+    _, values = from_line(requests.readline())
+    contender = Contender(restore(Task, values))
+    try:
+        _answer(answers, to_line("ready", None))
+        for line in requests:
+            kind, values = from_line(line)
+            if kind == "pass":
+                _answer(answers, to_line("outcome", contender.run(restore(Pass, values))))
+            elif kind == "costs":
+                _answer(answers, to_line("costs", contender.costs()))
+            else:
+                assert kind == "peak"
+                _answer(answers, to_line("peak", contender.peak()))
+    finally:
+        contender.close()
+
+
+class Contender:
+    """One loaded model."""
+
+    def __init__(self, task: Task):
+        import torch
+
+        from offmoe.cli.libraries import quiet
+
+        if task.threads:
+            torch.set_num_threads(task.threads)
+        quiet(verbose=False, json=True)
+        self._task = task
+        self._inspected = self._inspect()
+        self._offload: Any = None
+        self.model: Any = self._ours() if task.runtime == OFFMOE else self._stock()
+        self._replayed = None if not task.routing else self._replay()
+        self._watch = _Watch()
+
+    def run(self, work: Pass) -> Outcome:
+        """One pass; its cache of keys and values is gone afterwards, experts stay where they are."""
+        import torch
+
+        if self._replayed is not None:
+            self._replayed.seek(work.row)
+        ids = torch.tensor([work.prompt], device=self._inspected.backend.device)
+        before = self._offload.stats if self._offload is not None else lambda: None
+        self._watch.begin(work.forced, before)
+        read = _read_bytes()
+        self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=work.new_tokens,
+            min_new_tokens=work.new_tokens,
+            logits_processor=[self._watch],
+            disable_compile=True,
+        )
+        times = self._watch.times
+        after = before()
+        return Outcome(
+            tokens=tuple(self._watch.tokens),
+            digest=self._watch.digest.hexdigest(),
+            ttft_s=times[1] - times[0],
+            token_s=tuple(b - a for a, b in pairwise(times[1:])),
+            stats=None if after is None else (after - self._watch.prefilled).to_dict(),
+            read_bytes=None if read is None else (_read_bytes() or 0) - read,
+        )
+
+    def costs(self) -> Costs:
+        """Time of computing alone, with the routing fixed to experts in slots, and of copies to the device."""
+        from offmoe.calibration import Steps
+        from offmoe.runtime.probes import copy_gb_s
+
+        if self._offload is None:
+            return Costs(None, None)
+        if self._replayed is not None:
+            self._replayed.detach()
+        empty, extra = Steps(self.model, self._inspected).measure(1, COMPUTE_SECONDS)
+        if self._replayed is not None:
+            self._replayed.attach(self._experts())
+        backend = self._inspected.backend
+        link = None if backend.staging_counts else copy_gb_s(backend, LINK_BYTES)
+        return Costs(empty + max(0.0, extra), link)
+
+    def peak(self) -> Peak:
+        """The most memory so far."""
+        return Peak(_rss_peak(), self._inspected.backend.peak_bytes())
+
+    def close(self) -> None:
+        if self._offload is not None:
+            self._offload.close()
+
+    def _inspect(self) -> Inspected:
+        from offmoe.api import inspect
+        from offmoe.config import OffloadConfig
+
+        task = self._task
+        config = OffloadConfig(device=task.device, device_memory=task.device_memory, **task.options)
+        return inspect(task.model, config, dtype=task.dtype)
+
+    def _ours(self) -> Any:
+        from offmoe.api import load
+
+        model: Any = load(self._inspected)
+        self._offload = model.offload
+        return model
+
+    def _stock(self) -> Any:
+        """transformers with accelerate's offload: what fits on the device there, then RAM, then disk."""
+        import psutil
+
+        found, task = self._inspected, self._task
+        budget: dict[int | str, int] = {"cpu": task.device_memory}
+        if not found.backend.staging_counts:
+            ram = int(psutil.virtual_memory().available * 0.7)
+            budget = {found.backend.device.index: task.device_memory, "cpu": ram}
+        load: Callable[..., Any] = found.model_class.from_pretrained
+        model = load(
+            found.folder,
+            config=found.hf_config,
+            dtype=found.dtype,
+            device_map="auto",
+            max_memory=budget,
+            offload_folder=task.scratch,
+        )
+        # As offmoe's are: for one row of bf16 on a CPU, torch takes another kernel, with other last bits, for weights
+        # that could have a gradient, even where none is computed.
+        model.requires_grad_(False)
+        model.eval()
+        return model
+
+    def _experts(self) -> list[Any]:
+        from offmoe.hf.adapters import find_experts
+
+        modules = find_experts(self.model)
+        return [modules[layer.name] for layer in self._inspected.catalog.layers]
+
+    def _replay(self) -> Any:
+        from offmoe.hf.replayed import ReplayedRouting
+        from offmoe.trace import read_trace
+
+        replayed = ReplayedRouting(read_trace(self._task.routing), self._inspected.catalog.shape)
+        replayed.attach(self._experts())
+        if self._offload is not None:
+            self._offload.predict_with(replayed)
+        return replayed
+
+
+class _Watch:
+    """Logits processor that takes the time, the likeliest token and a digest of the logits, and may force another."""
+
+    def begin(self, forced: tuple[int, ...], stats: Callable[[], Any]) -> None:
+        self._forced, self._stats = forced, stats
+        self.digest = hashlib.sha256()
+        self.tokens: list[int] = []
+        self.prefilled: Any = None
+        self.times = [time.perf_counter()]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        host = scores.float().cpu()  # on a GPU this is where the logits are waited for
+        self.times.append(time.perf_counter())
+        if self.prefilled is None:
+            self.prefilled = self._stats()
+        self.digest.update(host.numpy().tobytes())
+        self.tokens.append(int(host.argmax()))
+        token = len(self.times) - 2
+        if token < len(self._forced):
+            scores = scores.new_full(scores.shape, -float("inf"))
+            scores[:, self._forced[token]] = 0
+        return scores
+
+
+def _read_bytes() -> int | None:
+    """Of this process, from the disk; None where the system does not tell."""
+    import psutil
+
+    try:
+        return int(psutil.Process().io_counters().read_bytes)
+    except (AttributeError, psutil.Error):
+        return None
+
+
+def _rss_peak() -> int:
+    with suppress(ImportError):
+        import resource
+
+        scale = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def _quoted(error: Exception) -> str:
+    import json
+
+    text = " ".join(str(error).split())
+    return json.dumps([text if isinstance(error, OffmoeError) else f"{type(error).__name__}: {text}", _status(error)])
+
+
+def _status(error: Exception) -> int:
+    return 2 if isinstance(error, ConfigError) else 1
+
+
+def _answer(answers: TextIO, line: str) -> None:
+    answers.write(line)
+    answers.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""Paired rounds of contenders on the same work, and what the hardware would allow.
+
+What moves: nothing in this process but the probe of the disk between rounds. Contenders are processes that stay
+loaded, each in a memory cgroup of its own if a cap is asked for; one works at a time, and who begins changes with every
+round, so that what drifts on the machine hits both. Figures are medians over rounds of ratios within a round.
+Must never leave a process or a cgroup behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import offmoe
+from offmoe.bench.task import Costs, Outcome, Pass, Peak, Task, restore, to_line
+from offmoe.config import format_size
+from offmoe.errors import CapacityError, ConfigError, OffmoeError
+from offmoe.runtime.cgroup import MemoryCap
+
+T = TypeVar("T")
+
+START = "import sys; sys.path.insert(0, sys.argv[1]); from offmoe.bench.contender import main; main()"
+"""The same offmoe as here, wherever it stands."""
+
+
+class Opponent:
+    """One contender's process. cap: bytes of its memory cgroup; None: no cgroup."""
+
+    def __init__(self, name: str, task: Task, cap: int | None = None):
+        self.name, self.task, self.cap = name, task, cap
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the process
+        self._cgroup = None if cap is None else MemoryCap.create(cap, f"offmoe-{os.getpid()}-{name}")
+        command = [sys.executable, "-c", START, str(Path(offmoe.__file__).parents[1])]
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, text=True
+            )
+        except BaseException:
+            self._close_cgroup()
+            raise
+        try:
+            if self._cgroup is not None:
+                self._cgroup.add(self._process.pid)
+            self._ask(to_line("task", task), "ready")
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, work: Pass) -> Outcome:
+        return restore(Outcome, self._ask(to_line("pass", work), "outcome"))
+
+    def costs(self) -> Costs:
+        return restore(Costs, self._ask(to_line("costs", None), "costs"))
+
+    def peak(self) -> dict[str, int | None]:
+        """Bytes: of the process (rss), of its cgroup with page cache, of the device."""
+        own = restore(Peak, self._ask(to_line("peak", None), "peak"))
+        return {
+            "rss": own.rss,
+            "cgroup": None if self._cgroup is None else self._cgroup.peak_bytes,
+            "device": own.device,
+        }
+
+    def close(self) -> None:
+        """End the process; idempotent."""
+        process = self._process
+        if process.stdin is not None and not process.stdin.closed:
+            try:
+                process.stdin.close()
+                process.wait(timeout=20)
+            except (OSError, subprocess.TimeoutExpired):
+                process.kill()
+                process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+        self._close_cgroup()
+        self._stderr.close()
+
+    def __enter__(self) -> Opponent:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._process.kill()  # it may be in the middle of anything
+        self.close()
+
+    def _close_cgroup(self) -> None:
+        if self._cgroup is not None:
+            self._cgroup.close()
+
+    def _ask(self, line: str, expected: str) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(line)
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            raise self._ended()
+        ((kind, value),) = json.loads(answer).items()
+        if kind == "error":
+            text, status = value
+            raise (ConfigError if status == ConfigError.exit_status else OffmoeError)(f"{self.name}: {text}")
+        assert kind == expected
+        return value
+
+    def _ended(self) -> OffmoeError:
+        status = self._process.wait()
+        if self._cgroup is not None and self._cgroup.kills:
+            assert self.cap is not None
+            return CapacityError(
+                f"{self.name} was ended by the kernel: it needed more than the memory cap of {format_size(self.cap)}. "
+                "Lower --device-memory or raise the cap."
+            )
+        self._stderr.seek(0)
+        said = self._stderr.read().decode(errors="replace").strip().splitlines()
+        last = f": {said[-1]}" if said else ""
+        return OffmoeError(f"{self.name} ended with status {status}{last}")
+
+
+@dataclass
+class Record:
+    """What one contender did over all rounds."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    peak: Mapping[str, int | None] = field(default_factory=dict)
+
+    def token_s(self) -> float:
+        """Median over rounds of the mean seconds per token after the first."""
+        return statistics.median(mean_s(outcome) for outcome in self.outcomes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON. Bytes and stall are per decoded token, medians over rounds; read_bytes are of prompt and tokens."""
+        token_s = self.token_s()
+        out: dict[str, Any] = {
+            "ttft_s": statistics.median(outcome.ttft_s for outcome in self.outcomes),
+            "ms_per_token": token_s * 1e3,
+            "tokens_per_s": 1 / token_s,
+            "hit_rate": self._counted(lambda stats, tokens: stats["hit_rate"]),
+            "disk_bytes_per_token": self._counted(lambda stats, tokens: stats["disk_bytes"] / tokens),
+            "h2d_bytes_per_token": self._counted(lambda stats, tokens: stats["h2d_bytes"] / tokens),
+            "stall_ms_per_token": self._counted(lambda stats, tokens: stats["stall_s"] * 1e3 / tokens),
+            "read_bytes_per_round": self._median([outcome.read_bytes for outcome in self.outcomes]),
+            "peak": dict(self.peak),
+        }
+        return out
+
+    def _counted(self, figure: Callable[[Mapping[str, Any], int], float]) -> float | None:
+        return self._median(
+            [None if o.stats is None else figure(o.stats, max(1, len(o.token_s))) for o in self.outcomes]
+        )
+
+    @staticmethod
+    def _median(values: Sequence[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return statistics.median(known) if known else None
+
+
+def mean_s(outcome: Outcome) -> float:
+    """Seconds per token after the first."""
+    return max(1e-9, statistics.fmean(outcome.token_s))
+
+
+def paired(
+    opponents: Sequence[Opponent],
+    passes: Sequence[Pass],
+    between: Callable[[], object] = lambda: None,
+    progress: Callable[[int], object] = lambda rounds: None,
+) -> list[Record]:
+    """Every pass by every opponent, the order turning with each; the first pass warms up and is not recorded.
+
+    between: done before each recorded round.
+    """
+    records = [Record() for _ in opponents]
+    for number, work in enumerate(passes):
+        turn = number % len(opponents)
+        if number:
+            between()
+        for i in [*range(turn, len(opponents)), *range(turn)]:
+            outcome = opponents[i].run(work)
+            if number:
+                records[i].outcomes.append(outcome)
+        progress(1)
+    for record, opponent in zip(records, opponents, strict=True):
+        record.peak = opponent.peak()
+    return records
+
+
+def ratio(slower: Record, faster: Record, of: Callable[[Outcome], float] = mean_s) -> dict[str, float]:
+    """How many times as long the first took, per round: median, least and most."""
+    pairs = zip(slower.outcomes, faster.outcomes, strict=True)
+    found = [of(a) / max(of(b), 1e-9) for a, b in pairs]
+    return {"median": statistics.median(found), "least": min(found), "most": max(found)}
+
+
+def same(a: Record, b: Record) -> dict[str, bool]:
+    """Whether both gave the same tokens, and the very same logits."""
+    pairs = list(zip(a.outcomes, b.outcomes, strict=True))
+    return {
+        "tokens": all(x.tokens == y.tokens for x, y in pairs),
+        "logits": all(x.digest == y.digest for x, y in pairs),
+    }
+
+
+def roofline(record: Record, costs: Costs, disk_gb_s: float) -> dict[str, float | None]:
+    """What disk, link and computing would need for the bytes that were missed, and the share of the slowest in the
+    time that a token took."""
+    measured = record.to_dict()
+    disk_s = (measured["disk_bytes_per_token"] or 0.0) / (disk_gb_s * 1e9)
+    link_s = None
+    if costs.link_gb_s is not None:
+        link_s = (measured["h2d_bytes_per_token"] or 0.0) / (costs.link_gb_s * 1e9)
+    bound = max(disk_s, link_s or 0.0, costs.compute_s or 0.0)
+    return {
+        "disk_gb_s": disk_gb_s,
+        "link_gb_s": costs.link_gb_s,
+        "disk_ms": disk_s * 1e3,
+        "link_ms": None if link_s is None else link_s * 1e3,
+        "compute_ms": None if costs.compute_s is None else costs.compute_s * 1e3,
+        "bound_ms": bound * 1e3,
+        "share": bound / record.token_s(),
+    }

@@ -1,0 +1,185 @@
+"""What moving and computing cost here with one model: the costs that `simulate`, `tune` and `inspect` price with.
+
+What moves: experts at random, from the shards through the staging buffers, for as long as the caller gives; on CUDA
+copies to the device. Computing is timed in the loaded model, with the routing fixed to experts that are in slots
+and to none at all: the difference is the experts', with all that the runtime does around them; the rest is the dense
+part. So nothing is estimated from sizes. Bound: the seconds given, after the dense part is loaded.
+
+Must never leave the model that it measured open.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+
+from offmoe.api import Inspected, load
+from offmoe.hf.adapters import find_experts
+from offmoe.hf.replayed import ReplayedRouting
+from offmoe.profile import CostModel
+from offmoe.runtime.backend import CpuBackend
+from offmoe.runtime.probes import DiskProbe, copy_gb_s, host_expert_us
+from offmoe.runtime.store import ExpertStore
+from offmoe.trace import NONE, Trace
+from offmoe.types import CacheShape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from offmoe.offload import Offload
+
+FEW = 4
+"""Tokens of the second figure of an expert; the field of the profile is named after it."""
+COPY_BYTES = 64 << 20
+DISK_SHARE, COMPUTE_SHARE = 0.35, 0.25
+"""Of the time: reading alone, computing alone; the rest is for both at once and what lies between."""
+LEAST_ROUNDS, MOST_LONE_READS, WINDOWS = 3, 100, 5
+Progress = Callable[[str], None]
+
+
+def calibrate(inspected: Inspected, seconds: float, progress: Progress = lambda what: None) -> CostModel:
+    """Measure for about `seconds`, loading apart; a few rounds of everything are always done.
+
+    inspected: without prefetch, since only what is resident is computed with. progress: told what comes next.
+    """
+    backend, catalog = inspected.backend, inspected.catalog
+    linked = not backend.staging_counts
+    progress("copying")
+    ram = copy_gb_s(CpuBackend(), COPY_BYTES)
+    link = copy_gb_s(backend, COPY_BYTES) if linked else None
+    progress("computing on the host")
+    host = host_expert_us(max((layer.layout for layer in catalog.layers), key=lambda layout: layout.nbytes), tokens=1)
+    store = ExpertStore(inspected.checkpoint.shards, catalog.records)
+    try:
+        with DiskProbe(store, catalog.records, inspected.checkpoint.shards) as disk:
+            progress("reading experts")
+            alone, latency_s = _reading(disk, max(catalog.shape.expert_bytes), seconds * DISK_SHARE)
+            progress("loading the dense part")
+            model = load(inspected)
+            with cast("Offload", model.offload):
+                steps = Steps(model, inspected)
+                progress("computing")
+                empty, extra = steps.measure(1, seconds * COMPUTE_SHARE / 2)
+                _, extra_few = steps.measure(FEW, seconds * COMPUTE_SHARE / 2)
+                progress("reading and computing at once")
+                left = seconds * (1 - DISK_SHARE - COMPUTE_SHARE) / (2 if linked else 1)
+                with steps.resident(1) as step:
+                    beside: list[float] = []
+                    busy = disk.gb_s(left, meanwhile=lambda: beside.append(step()))
+                    link_busy = None if link is None else _copying(inspected, step, left, link)
+    finally:
+        store.close()
+    per_token = sum(catalog.shape.top_k)
+
+    def expert_us(step_s: float) -> float:
+        return round(max(0.0, step_s) / per_token * 1e6, 3)
+
+    return CostModel(
+        disk_gb_s=_figure(alone),
+        expert_us_device=expert_us(extra),
+        dense_us_per_token=round(empty * 1e6, 3),
+        h2d_gb_s=None if link is None else _figure(link),
+        read_latency_us=round(latency_s * 1e6, 1),
+        ram_gb_s=_figure(ram),
+        expert_us_device_4=expert_us(extra_few),
+        expert_us_host=None if host is None else round(host, 3),
+        disk_gb_s_overlapped=_figure(busy),
+        h2d_gb_s_overlapped=None if link_busy is None else _figure(link_busy),
+        expert_us_device_overlapped=expert_us(statistics.median(beside) - empty),
+    )
+
+
+class Steps:
+    """Forward passes of a loaded model over some tokens, with the routing fixed, so that nothing has to move."""
+
+    def __init__(self, model: PreTrainedModel, inspected: Inspected):
+        self._model: Any = model
+        self._backend = inspected.backend
+        self._modules = [find_experts(model)[layer.name] for layer in inspected.catalog.layers]
+        shape = inspected.catalog.shape
+        self._fixed = {some: ReplayedRouting(_fixed(shape, some), shape, dropped=True) for some in (True, False)}
+
+    def measure(self, tokens: int, seconds: float) -> tuple[float, float]:
+        """Median seconds of a pass without experts, and of what the same with experts in slots takes more."""
+        without: list[float] = []
+        more: list[float] = []
+        for some in (True, False):  # slots filled, allocator and caches warm
+            with self._routed(some):
+                self._pass(tokens)
+        deadline = time.perf_counter() + seconds
+        while len(more) < LEAST_ROUNDS or time.perf_counter() < deadline:
+            for some in (False, True):
+                with self._routed(some):
+                    took = self._pass(tokens)
+                if some:
+                    more.append(took - without[-1])
+                else:
+                    without.append(took)
+        return statistics.median(without), statistics.median(more)
+
+    @contextmanager
+    def resident(self, tokens: int) -> Iterator[Callable[[], float]]:
+        """What makes one pass with experts that are in slots, and gives its seconds."""
+        with self._routed(True):
+            self._pass(tokens)
+            yield lambda: self._pass(tokens)
+
+    @contextmanager
+    def _routed(self, some: bool) -> Iterator[None]:
+        self._fixed[some].attach(self._modules)
+        try:
+            yield
+        finally:
+            self._fixed[some].detach()
+
+    def _pass(self, tokens: int) -> float:
+        ids = torch.zeros(1, tokens, dtype=torch.int64, device=self._backend.device)
+        both = {"decoder_input_ids": ids} if self._model.config.is_encoder_decoder else {}
+        done = self._backend.event()
+        began = time.perf_counter()
+        with torch.no_grad():
+            self._model(input_ids=ids, use_cache=False, **both)
+        done.record(self._backend.compute)
+        done.synchronize()
+        return time.perf_counter() - began
+
+
+def _fixed(shape: CacheShape, some: bool) -> Trace:
+    """One row: the first top_k experts of every layer, or none."""
+    width = max(shape.top_k)
+    experts = np.full((1, shape.layers, width), NONE, np.int16)
+    for layer, top_k in enumerate(shape.top_k if some else ()):
+        experts[0, layer, :top_k] = np.arange(top_k)
+    return Trace("", shape, experts, request=np.zeros(1, np.int32), step=np.zeros(1, np.int32))
+
+
+def _reading(disk: DiskProbe, expert_bytes: int, seconds: float) -> tuple[float, float]:
+    """(GB/s of all readers, seconds that a lone read takes beyond its bytes at that rate)."""
+    lone: list[float] = []
+    deadline = time.perf_counter() + seconds / 3
+    while len(lone) < LEAST_ROUNDS or (time.perf_counter() < deadline and len(lone) < MOST_LONE_READS):
+        lone.append(disk.lone_s())
+    rate = statistics.median(disk.gb_s(seconds * 2 / 3 / WINDOWS) for _ in range(WINDOWS))
+    return rate, max(0.0, statistics.median(lone) - expert_bytes / (rate * 1e9))
+
+
+def _copying(inspected: Inspected, step: Callable[[], float], seconds: float, alone: float) -> float:
+    """GB/s of copies to the device while it computes."""
+    rounds = max(LEAST_ROUNDS, int(seconds * alone * 1e9 / COPY_BYTES))
+    with ThreadPoolExecutor(1) as pool:
+        copies = pool.submit(copy_gb_s, inspected.backend, COPY_BYTES, rounds)
+        while not copies.done():
+            step()
+        return copies.result()
+
+
+def _figure(value: float) -> float:
+    """Four digits, and never 0."""
+    return float(f"{value:.4g}")

@@ -1,0 +1,95 @@
+"""`offmoe calibrate MODEL -o PROFILE`: measure what moving and computing this model costs here, for prices.
+
+Bound: `--seconds`, and loading the dense part. What else the profile holds stays in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from offmoe.cli import options
+from offmoe.cli.output import Output
+from offmoe.errors import ConfigError
+from offmoe.profile import CostModel, Profile, read_profile
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+DEFAULT_SECONDS = 30
+FIGURES = {
+    "disk_gb_s": ("reading experts, all readers", "GB/s"),
+    "disk_gb_s_overlapped": ("the same beside computing", "GB/s"),
+    "read_latency_us": ("one read beyond its bytes", "us"),
+    "ram_gb_s": ("copies within RAM", "GB/s"),
+    "h2d_gb_s": ("copies to the device", "GB/s"),
+    "h2d_gb_s_overlapped": ("the same beside computing", "GB/s"),
+    "expert_us_device": ("one expert, one token", "us"),
+    "expert_us_device_4": ("one expert, four tokens", "us"),
+    "expert_us_device_overlapped": ("one expert, one token, beside reading", "us"),
+    "expert_us_host": ("one expert, one token, on the CPU", "us"),
+    "dense_us_per_token": ("all but the experts, per token", "us"),
+}
+
+
+def parser() -> options.Parser:
+    parser = options.Parser(
+        "calibrate",
+        "Measure disk, RAM, link and expert times of a model on this machine, alone and at once, and write them into a "
+        "profile, with which simulate, tune and inspect can tell tokens/s.",
+    )
+    options.add_loading(parser)
+    options.add_cache(parser)
+    parser.add_argument("-o", "--output", metavar="PROFILE", help="write the costs into this profile, new or not")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=DEFAULT_SECONDS,
+        metavar="S",
+        help=f"to measure, loading apart (default: {DEFAULT_SECONDS})",
+    )
+    return parser
+
+
+def run(args: argparse.Namespace, out: Output) -> None:
+    if not 0 <= args.seconds <= 3600:
+        raise ConfigError(f"--seconds {args.seconds} must be from 0 to 3600.")
+    config, hub = replace(options.offload_config(args), prefetch=0), options.hub_options(args)
+    profile = Profile()
+    if args.output is not None:
+        output = Path(args.output)
+        if output.exists():
+            profile = read_profile(output)
+        elif not output.parent.is_dir():
+            raise ConfigError(f"-o {args.output}: the folder does not exist; create it first.")
+    from offmoe.api import inspect
+    from offmoe.calibration import calibrate
+    from offmoe.cli.libraries import hide_bars, quiet
+
+    quiet(args.verbose, args.json)
+    inspected = inspect(args.model, config, dtype=args.dtype, **hub)
+    hide_bars()
+    costs = calibrate(inspected, args.seconds, lambda what: out.note(f"measuring: {what}"))
+    out.result(_table(args.model, str(inspected.config.device), costs))
+    if args.output is not None:
+        replace(profile, costs=costs).write(args.output)
+        out.note(
+            f"written to {args.output}; next: offmoe simulate TRACE --profile {args.output}, offmoe inspect "
+            f"{args.model} --profile {args.output}"
+        )
+    out.json({"costs": costs.to_dict()})
+
+
+def _table(model: str, device: str, costs: CostModel) -> Table:
+    from rich.table import Table
+
+    table = Table(title=f"costs of {model} on {device}, medians", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, (what, unit) in FIGURES.items():
+        value = getattr(costs, name)
+        if value is not None:
+            table.add_row(what, f"{value:,.2f} {unit}" if unit == "GB/s" else f"{value:,.1f} {unit}")
+    return table

@@ -1,0 +1,55 @@
+"""`offmoe doctor [FOLDER]`: what this machine can do, and what to change. Loads no model; a few seconds."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from offmoe.cli import options
+from offmoe.cli.output import Output
+from offmoe.errors import ConfigError, OffmoeError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from offmoe.doctor import Check
+
+COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
+
+
+def parser() -> options.Parser:
+    parser = options.Parser("doctor", "What this machine can do for offmoe, and what to change.")
+    parser.add_argument(
+        "folder", metavar="FOLDER", nargs="?", default=".", help="a folder on the disk that holds models (default: .)"
+    )
+    return parser
+
+
+def run(args: argparse.Namespace, out: Output) -> None:
+    folder = Path(args.folder)
+    if not folder.is_dir():
+        raise ConfigError(f"FOLDER {args.folder!r} is no folder; give one on the disk that holds your models.")
+    from offmoe.doctor import examine
+
+    checks = []
+    with out.progress("checking", 11, "checks") as advance:
+        for check in examine(folder.resolve()):
+            checks.append(check)
+            advance(1)
+    advice = [f"{check.name}: {check.advice}" for check in checks if check.advice]
+    out.result(_table(checks), *(advice or ["Nothing needs to change."]))
+    out.json({"checks": [check.to_dict() for check in checks]})
+    failed = [check.name for check in checks if check.verdict == "fail"]
+    if failed:
+        raise OffmoeError(f"offmoe will not run here before this is mended: {', '.join(failed)}.")
+
+
+def _table(checks: list[Check]) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title="this machine", title_justify="left", show_header=False)
+    for check in checks:
+        table.add_row(f"[{COLOURS[check.verdict]}]{check.verdict}[/]", check.name, escape(check.found))
+    return table

@@ -1,0 +1,1 @@
+"""C sources of the CPU kernels, what compiles them (build.py), and the library that an installation compiled."""

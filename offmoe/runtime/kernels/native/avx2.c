@@ -1,0 +1,8 @@
+/* Kernels for avx2; build.py says with which flags this is compiled. */
+#include <string.h>
+#include "offmoe.h"
+#include "constants.h"
+#include "vectors_avx2.h"
+#define VARIANT_TABLE kernels_avx2
+#define VARIANT_NAME "avx2"
+#include "variant.h"

@@ -1,0 +1,8 @@
+/* Kernels for avx512vnni; build.py says with which flags this is compiled. */
+#include <string.h>
+#include "offmoe.h"
+#include "constants.h"
+#include "vectors_avx512.h"
+#define VARIANT_TABLE kernels_avx512vnni
+#define VARIANT_NAME "avx512vnni"
+#include "variant.h"

@@ -1,0 +1,8 @@
+/* Kernels for avxvnni; build.py says with which flags this is compiled. */
+#include <string.h>
+#include "offmoe.h"
+#include "constants.h"
+#include "vectors_avx2.h"
+#define VARIANT_TABLE kernels_avxvnni
+#define VARIANT_NAME "avxvnni"
+#include "variant.h"

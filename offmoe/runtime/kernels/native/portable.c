@@ -1,0 +1,8 @@
+/* Kernels for portable; build.py says with which flags this is compiled. */
+#include <string.h>
+#include "offmoe.h"
+#include "constants.h"
+#include "vectors_portable.h"
+#define VARIANT_TABLE kernels_portable
+#define VARIANT_NAME "portable"
+#include "variant.h"

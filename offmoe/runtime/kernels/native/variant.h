@@ -1,0 +1,13 @@
+/* The end of every variant's file: its table. E2M1_PLUS_12 stands before the vectors that look it up. */
+#include "tiles.h"
+#include "activations.h"
+
+const struct kernels VARIANT_TABLE = {
+    .name = VARIANT_NAME,
+    .max_block = LARGEST_BLOCK,
+    .tile = TILES,
+    .pair = PAIRS,
+    .pack = pack,
+    .activate = activate,
+    .read = read_all,
+};

@@ -1,0 +1,110 @@
+/* Sixteen lanes as two AVX2 registers; byte products by maddubs, or by dpbusd where the target has it. See tiles.h. */
+#include <immintrin.h>
+typedef struct { __m256i a, b; } lanes;
+typedef struct { __m256 a, b; } floats;
+typedef lanes runs;
+
+#define PAIR_TOKENS 2
+#define LARGEST_BLOCK 4
+#define LANES(...) ((lanes){__VA_ARGS__})
+#define FLOATS(...) ((floats){__VA_ARGS__})
+
+static inline lanes lanes_load(const void *p) {
+    return LANES(_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)p + 1));
+}
+static inline lanes lanes_set(int32_t x) { __m256i v = _mm256_set1_epi32(x); return LANES(v, v); }
+static inline __m256i low(__m256i v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
+static inline lanes lanes_low(lanes v) { return LANES(low(v.a), low(v.b)); }
+static inline lanes lanes_high(lanes v) { return LANES(low(_mm256_srli_epi16(v.a, 4)), low(_mm256_srli_epi16(v.b, 4))); }
+static inline lanes lanes_add(lanes x, lanes y) { return LANES(_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)); }
+static inline __m256i e2m1_table(void) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)E2M1_PLUS_12)); }
+static inline lanes lanes_e2m1(lanes v) {
+    return LANES(_mm256_shuffle_epi8(e2m1_table(), v.a), _mm256_shuffle_epi8(e2m1_table(), v.b));
+}
+
+#if defined(__AVXVNNI__) || (defined(__AVX512VNNI__) && defined(__AVX512VL__))
+#ifdef __AVXVNNI__
+#define DPBUSD _mm256_dpbusd_avx_epi32
+#else
+#define DPBUSD _mm256_dpbusd_epi32
+#endif
+enum { S8_ZERO = 128 };
+static inline int run_words(int words, int mxfp4) { (void)mxfp4; return words; }
+static inline runs runs_dot(runs sum, lanes w, int32_t x) {
+    __m256i v = _mm256_set1_epi32(x);
+    return LANES(DPBUSD(sum.a, w.a, v), DPBUSD(sum.b, w.b, v));
+}
+static inline lanes runs_add(lanes sum, runs v) { return lanes_add(sum, v); }
+static inline lanes lanes_dot_s8(lanes sum, lanes w, int32_t x) {
+    __m256i flip = _mm256_set1_epi8(-128);
+    return runs_dot(sum, LANES(_mm256_xor_si256(w.a, flip), _mm256_xor_si256(w.b, flip)), x);
+}
+#else
+/* Products are summed in 16 bits as long as they fit: 2 * 15 * 127 eight times, 2 * 24 * 127 four times. */
+enum { S8_ZERO = 0 };
+static inline int run_words(int words, int mxfp4) { (void)words; return mxfp4 ? 2 : 4; }
+static inline runs runs_dot(runs sum, lanes w, int32_t x) {
+    __m256i v = _mm256_set1_epi32(x);
+    return LANES(_mm256_add_epi16(sum.a, _mm256_maddubs_epi16(w.a, v)), _mm256_add_epi16(sum.b, _mm256_maddubs_epi16(w.b, v)));
+}
+static inline lanes runs_add(lanes sum, runs v) {
+    __m256i one = _mm256_set1_epi16(1);
+    return lanes_add(sum, LANES(_mm256_madd_epi16(v.a, one), _mm256_madd_epi16(v.b, one)));
+}
+static inline __m256i dot_s8(__m256i w, __m256i x) { /* |w| times x with w's sign: at most 2 * 128 * 127, no saturation */
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)), _mm256_set1_epi16(1));
+}
+static inline lanes lanes_dot_s8(lanes sum, lanes w, int32_t x) {
+    __m256i v = _mm256_set1_epi32(x);
+    return lanes_add(sum, LANES(dot_s8(w.a, v), dot_s8(w.b, v)));
+}
+#endif
+static inline runs runs_zero(void) { return lanes_set(0); }
+
+static inline floats floats_zero(void) { return FLOATS(_mm256_setzero_ps(), _mm256_setzero_ps()); }
+static inline floats floats_set(float x) { __m256 v = _mm256_set1_ps(x); return FLOATS(v, v); }
+static inline floats floats_load(const float *p) { return FLOATS(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)); }
+static inline void floats_store(float *p, floats v) { _mm256_storeu_ps(p, v.a); _mm256_storeu_ps(p + 8, v.b); }
+static inline floats floats_of(lanes v) { return FLOATS(_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)); }
+static inline floats floats_add(floats x, floats y) { return FLOATS(_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)); }
+static inline floats floats_mul(floats x, floats y) { return FLOATS(_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)); }
+static inline floats floats_fma(floats x, floats y, floats z) {
+    return FLOATS(_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b));
+}
+static inline float floats_sum(floats v) {
+    __m256 s = _mm256_add_ps(v.a, v.b);
+    __m128 t = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    t = _mm_add_ps(t, _mm_movehl_ps(t, t));
+    return _mm_cvtss_f32(_mm_add_ss(t, _mm_movehdup_ps(t)));
+}
+static inline __m256 nibble(__m256i v, int i) {
+    return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(v, 4 * i), _mm256_set1_epi32(15)));
+}
+static inline floats floats_nibble(lanes v, int i) { return FLOATS(nibble(v.a, i), nibble(v.b, i)); }
+static inline __m256 signed_byte(__m256i v, int i) { return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(v, 24 - 8 * i), 24)); }
+static inline floats floats_byte(lanes v, int i) { return FLOATS(signed_byte(v.a, i), signed_byte(v.b, i)); }
+static inline __m256 e2m1(__m256i v, int i) {
+    __m256i code = _mm256_and_si256(_mm256_srli_epi32(v, 4 * i), _mm256_set1_epi32(15));
+    __m256i byte = _mm256_and_si256(_mm256_shuffle_epi8(e2m1_table(), code), _mm256_set1_epi32(255));
+    return _mm256_cvtepi32_ps(_mm256_sub_epi32(byte, _mm256_set1_epi32(12)));
+}
+static inline floats floats_e2m1(lanes v, int i) { return FLOATS(e2m1(v.a, i), e2m1(v.b, i)); }
+static inline floats floats_bits(lanes v) { return FLOATS(_mm256_castsi256_ps(v.a), _mm256_castsi256_ps(v.b)); }
+static inline floats floats_even_bf16(lanes v) { return floats_bits(LANES(_mm256_slli_epi32(v.a, 16), _mm256_slli_epi32(v.b, 16))); }
+static inline floats floats_odd_bf16(lanes v) {
+    __m256i top = _mm256_set1_epi32((int32_t)0xffff0000);
+    return floats_bits(LANES(_mm256_and_si256(v.a, top), _mm256_and_si256(v.b, top)));
+}
+static inline __m256i widen(const uint16_t *p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)); }
+static inline floats floats_bf16(const uint16_t *p) { return floats_even_bf16(LANES(widen(p), widen(p + 8))); }
+static inline floats floats_fp16(const uint16_t *p) {
+    return FLOATS(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p + 1)));
+}
+static inline lanes lanes_u8(const uint8_t *p) {
+    __m128i v = _mm_loadu_si128((const __m128i *)p);
+    return LANES(_mm256_cvtepu8_epi32(v), _mm256_cvtepu8_epi32(_mm_srli_si128(v, 8)));
+}
+static inline floats floats_power2(const uint8_t *p) {
+    lanes v = lanes_u8(p);
+    return floats_bits(LANES(_mm256_slli_epi32(v.a, 23), _mm256_slli_epi32(v.b, 23)));
+}

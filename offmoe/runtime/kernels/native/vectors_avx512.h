@@ -1,0 +1,55 @@
+/* Sixteen lanes as one AVX-512 register, byte products by dpbusd. See tiles.h. */
+#include <immintrin.h>
+typedef __m512i lanes;
+typedef __m512 floats;
+typedef lanes runs;
+
+#define PAIR_TOKENS 8
+#define LARGEST_BLOCK 8
+enum { S8_ZERO = 128 };
+static inline int run_words(int words, int mxfp4) { (void)mxfp4; return words; }
+
+static inline lanes lanes_load(const void *p) { return _mm512_loadu_si512(p); }
+static inline lanes lanes_set(int32_t x) { return _mm512_set1_epi32(x); }
+static inline lanes lanes_low(lanes v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
+static inline lanes lanes_high(lanes v) { return lanes_low(_mm512_srli_epi16(v, 4)); }
+static inline __m512i e2m1_table(void) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)E2M1_PLUS_12)); }
+static inline lanes lanes_e2m1(lanes v) { return _mm512_shuffle_epi8(e2m1_table(), v); }
+static inline runs runs_zero(void) { return _mm512_setzero_si512(); }
+static inline runs runs_dot(runs sum, lanes w, int32_t x) { return _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(x)); }
+static inline lanes runs_add(lanes sum, runs v) { return _mm512_add_epi32(sum, v); }
+static inline lanes lanes_dot_s8(lanes sum, lanes w, int32_t x) {
+    return runs_dot(sum, _mm512_xor_si512(w, _mm512_set1_epi8(-128)), x);
+}
+
+static inline floats floats_zero(void) { return _mm512_setzero_ps(); }
+static inline floats floats_set(float x) { return _mm512_set1_ps(x); }
+static inline floats floats_load(const float *p) { return _mm512_loadu_ps(p); }
+static inline void floats_store(float *p, floats v) { _mm512_storeu_ps(p, v); }
+static inline floats floats_of(lanes v) { return _mm512_cvtepi32_ps(v); }
+static inline floats floats_add(floats a, floats b) { return _mm512_add_ps(a, b); }
+static inline floats floats_mul(floats a, floats b) { return _mm512_mul_ps(a, b); }
+static inline floats floats_fma(floats a, floats b, floats c) { return _mm512_fmadd_ps(a, b, c); }
+static inline float floats_sum(floats v) { return _mm512_reduce_add_ps(v); }
+/* permutexvar reads the lowest four bits of a lane: a table of sixteen floats is the conversion. */
+static inline floats floats_nibble(lanes v, int i) {
+    floats table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(v, 4 * i), table);
+}
+static inline floats floats_e2m1(lanes v, int i) { /* doubled, as in E2M1_PLUS_12 */
+    floats table = _mm512_setr_ps(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(v, 4 * i), table);
+}
+static inline floats floats_byte(lanes v, int i) {
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(v, 24 - 8 * i), 24));
+}
+static inline floats floats_even_bf16(lanes v) { return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16)); }
+static inline floats floats_odd_bf16(lanes v) {
+    return _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32((int32_t)0xffff0000)));
+}
+static inline floats floats_bf16(const uint16_t *p) {
+    return floats_even_bf16(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)));
+}
+static inline floats floats_fp16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+static inline lanes lanes_u8(const uint8_t *p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
+static inline floats floats_power2(const uint8_t *p) { return _mm512_castsi512_ps(_mm512_slli_epi32(lanes_u8(p), 23)); }

@@ -1,0 +1,74 @@
+/* Sixteen lanes as vectors of the C compiler, which it cuts into whatever registers the target has. See tiles.h. */
+typedef int32_t lanes __attribute__((vector_size(64)));
+typedef float floats __attribute__((vector_size(64)));
+typedef lanes runs;
+
+#define PAIR_TOKENS 1
+#define LARGEST_BLOCK 4
+enum { S8_ZERO = 0 };
+static inline int run_words(int words, int mxfp4) { (void)mxfp4; return words; }
+#define EACH for (int l = 0; l < TILE; l++)
+
+static inline lanes lanes_load(const void *p) { lanes a; memcpy(&a, p, sizeof a); return a; }
+static inline lanes lanes_set(int32_t x) { return x - (lanes){0}; }
+static inline lanes lanes_low(lanes a) { return a & 0x0f0f0f0f; }
+static inline lanes lanes_high(lanes a) { return a >> 4 & 0x0f0f0f0f; }
+static inline lanes lanes_byte(lanes a, int i) { return a << (24 - 8 * i) >> 24; }
+/* Twice the value of a nibble: 0 1 2 3 4 6 8 12, or less than 0. A comparison that holds is -1. */
+static inline lanes e2m1(lanes code) {
+    lanes m = code & 7, v = m - ((m > 4) & (4 - m)) - ((m > 6) & -2);
+    return (v ^ -(code >> 3 & 1)) + (code >> 3 & 1);
+}
+static inline lanes lanes_e2m1(lanes a) {
+    lanes out = {0};
+    for (int i = 0; i < 4; i++) out |= (e2m1(a >> 8 * i & 15) + 12) << 8 * i;
+    return out;
+}
+static inline lanes lanes_dot_s8(lanes sum, lanes w, int32_t x) {
+    for (int i = 0; i < 4; i++) sum += lanes_byte(w, i) * (int32_t)(int8_t)((uint32_t)x >> 8 * i);
+    return sum;
+}
+static inline runs runs_zero(void) { return (lanes){0}; }
+static inline runs runs_dot(runs sum, lanes w, int32_t x) { return lanes_dot_s8(sum, w, x); }
+static inline lanes runs_add(lanes sum, runs a) { return sum + a; }
+
+static inline floats floats_zero(void) { return (floats){0}; }
+static inline floats floats_set(float x) { return x - (floats){0}; }
+static inline floats floats_load(const float *p) { floats a; memcpy(&a, p, sizeof a); return a; }
+static inline void floats_store(float *p, floats a) { memcpy(p, &a, sizeof a); }
+static inline floats floats_of(lanes a) { return __builtin_convertvector(a, floats); }
+static inline floats floats_add(floats a, floats b) { return a + b; }
+static inline floats floats_mul(floats a, floats b) { return a * b; }
+static inline floats floats_fma(floats a, floats b, floats c) { return a * b + c; }
+static inline float floats_sum(floats a) {
+    float s = 0;
+    EACH s += a[l];
+    return s;
+}
+static inline floats floats_nibble(lanes a, int i) { return floats_of(a >> 4 * i & 15); }
+static inline floats floats_e2m1(lanes a, int i) { return floats_of(e2m1(a >> 4 * i & 15)); }
+static inline floats floats_byte(lanes a, int i) { return floats_of(lanes_byte(a, i)); }
+static inline floats floats_bits(lanes a) { floats f; memcpy(&f, &a, sizeof f); return f; }
+static inline floats floats_even_bf16(lanes a) { return floats_bits(a << 16); }
+static inline floats floats_odd_bf16(lanes a) { return floats_bits(a & (int32_t)0xffff0000); }
+static inline floats floats_bf16(const uint16_t *p) {
+    lanes a;
+    EACH a[l] = p[l];
+    return floats_even_bf16(a);
+}
+/* Half precision: its bits are those of a float with 112 less in the exponent; subnormals lose a leading one again. */
+static inline floats floats_fp16(const uint16_t *p) {
+    lanes h, magnitude, special, small;
+    EACH h[l] = p[l];
+    magnitude = (h & 0x7fff) << 13;
+    special = (magnitude >= 0x0f800000) & 0x38000000;
+    small = magnitude < 0x00800000;
+    floats normal = floats_bits(magnitude + 0x38000000 + special);
+    floats subnormal = floats_bits(magnitude + 0x38800000) - 6.103515625e-05f;
+    lanes n, s;
+    memcpy(&n, &normal, sizeof n);
+    memcpy(&s, &subnormal, sizeof s);
+    return floats_bits((n & ~small) | (s & small) | (h & 0x8000) << 16);
+}
+static inline lanes lanes_u8(const uint8_t *p) { lanes a; EACH a[l] = p[l]; return a; }
+static inline floats floats_power2(const uint8_t *p) { return floats_bits(lanes_u8(p) << 23); }

@@ -1,0 +1,8 @@
+/* Kernels for vnni256; build.py says with which flags this is compiled. */
+#include <string.h>
+#include "offmoe.h"
+#include "constants.h"
+#include "vectors_avx2.h"
+#define VARIANT_TABLE kernels_vnni256
+#define VARIANT_NAME "vnni256"
+#include "variant.h"

@@ -1,0 +1,47 @@
+"""Calibration of a tiny model: every figure is there, the time is bounded, and nothing is left open."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from offmoe import calibration
+from offmoe.api import inspect, load
+from offmoe.config import OffloadConfig
+from tests import tiny
+
+
+@pytest.fixture
+def inspected(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(calibration, "COPY_BYTES", 1 << 16)
+    folder = tiny.save(tiny.build("deepseek_v2"), tmp_path / "model")
+    return inspect(folder, OffloadConfig(device="cpu", slots_per_layer=3, prefetch=0))
+
+
+def test_figures(inspected) -> None:
+    said: list[str] = []
+    costs = calibration.calibrate(inspected, 0.0, said.append)
+    found = costs.to_dict()
+    assert {"h2d_gb_s", "h2d_gb_s_overlapped"} == set(type(costs).__dataclass_fields__) - set(found)
+    for name, value in found.items():
+        assert value > 0 or name not in ("disk_gb_s", "dense_us_per_token", "ram_gb_s", "disk_gb_s_overlapped"), name
+    assert said[0] == "copying"
+    assert said[-1] == "reading and computing at once"
+    assert not [t for t in threading.enumerate() if t.name.startswith("offmoe")]
+
+
+def test_steps_compute_with_what_is_in_slots(inspected) -> None:
+    model = load(inspected)
+    with model.offload:
+        steps = calibration.Steps(model, inspected)
+        steps.measure(4, 0.0)
+        first = model.offload.stats()
+        assert (first.misses, first.prefetched) == (4, 0)  # two experts of two layers, once
+        assert first.hits == 4 * (calibration.LEAST_ROUNDS)
+        with steps.resident(1) as step:
+            assert step() > 0
+        assert (model.offload.stats() - first).misses == 0
+        model(input_ids=tiny.prompt(1, 5))
+        assert (model.offload.stats() - first).demands > 2 * 4  # its own routing again

@@ -1,0 +1,242 @@
+"""How close experts computed on the CPU come to the memory that feeds them: C kernels against a read probe beside them.
+
+What moves: the weights of one expert after the other, cold, in huge pages as in offmoe's slots; experts are
+Mixtral's (4096 x 14336) and Qwen3-30B-A3B's (2048 x 768), int4 in groups of 64 and bf16. Rounds alternate between
+experts and a probe that only reads memory; the figure is the median of the rounds' ratios, with its quartiles. One
+thread is timed by its own CPU time, so that what others do on the machine counts only through the memory they use.
+
+shared_core_slowdown: wall time per Mixtral expert with one thread per core while a foreign process spins on every core,
+relative to without, alternating. It says what it should only on a machine that has nothing else to do.
+
+Prints a table; with --json one last line {"int4_mixtral_m1", "int4_mixtral_m4", "int4_qwen3_m1", "int4_qwen3_m4",
+"bf16_mixtral_m1", "vs_torch_int4", "shared_core_slowdown"}. Exit status 1 where there are no C kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from offmoe.runtime.arena import SlotArena, map_pages
+from offmoe.runtime.formats import ExpertLayout
+from offmoe.runtime.kernels.cpu import GatedExpert, Glu, NativeKernels, Rows, physical_cores
+from offmoe.runtime.kernels.library import status
+from offmoe.runtime.packing import PackedWeight, int4, record_layout
+
+GROUP = 64
+PROBE_BYTES = 32 * 2**20
+PROBE_BUFFER_BYTES = 256 * 2**20
+MIN_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An expert's sizes, and how many of them are more than any cache holds."""
+
+    name: str
+    hidden: int
+    ff: int
+    experts: int
+
+
+MIXTRAL = Shape("mixtral", 4096, 14336, 2)
+QWEN3 = Shape("qwen3", 2048, 768, 64)
+
+
+def int4_experts(shape: Shape) -> tuple[list[GatedExpert], int]:
+    """Random experts, and the bytes of one."""
+    how = int4(GROUP)
+    sizes = {"gate_up_proj": (2 * shape.ff, shape.hidden), "down_proj": (shape.hidden, shape.ff)}
+    layout = record_layout(sizes, how)
+    experts = []
+    for record in _slots(layout, shape.experts):
+        views = layout.views(record)
+        for name in sizes:
+            views[name].random_(-(2**31), 2**31 - 1)
+            views[f"{name}.scales"].uniform_(1e-3, 2e-3)
+        gate_up, down = (PackedWeight.of(how, name, views) for name in sizes)
+        experts.append(GatedExpert.stacked(gate_up, down))
+    return experts, layout.nbytes
+
+
+def bf16_experts(shape: Shape) -> tuple[list[GatedExpert], int]:
+    sizes = {"gate_up_proj": (2 * shape.ff, shape.hidden), "down_proj": (shape.hidden, shape.ff)}
+    layout = ExpertLayout.of({name: (torch.bfloat16, size) for name, size in sizes.items()})
+    experts = []
+    for record in _slots(layout, shape.experts):
+        views = layout.views(record)
+        for view in views.values():
+            view.uniform_(-0.02, 0.02)
+        experts.append(GatedExpert.stacked(views["gate_up_proj"], views["down_proj"]))
+    return experts, layout.nbytes
+
+
+def torch_int4_experts(shape: Shape) -> list[Rows]:
+    """The same work by torch's own int4 operator, with the weights in its layout."""
+
+    def weight(rows: int, cols: int) -> tuple[torch.Tensor, torch.Tensor]:
+        q = torch.randint(0, 16, (rows, cols), dtype=torch.int32)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
+        return packed, torch.full((cols // GROUP, rows, 2), 1e-3, dtype=torch.bfloat16)
+
+    def expert() -> Rows:
+        gate, up = weight(shape.ff, shape.hidden), weight(shape.ff, shape.hidden)
+        down = weight(shape.hidden, shape.ff)
+
+        def linear(x: torch.Tensor, w: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+            return torch.ops.aten._weight_int4pack_mm_for_cpu(x, w[0], GROUP, w[1])  # type: ignore[no-any-return]
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            x = x.bfloat16()
+            return linear(F.silu(linear(x, gate)) * linear(x, up), down)
+
+        return run
+
+    return [expert() for _ in range(shape.experts)]
+
+
+def _slots(layout: ExpertLayout, count: int) -> list[torch.Tensor]:
+    arena = SlotArena(lambda nbytes: torch.frombuffer(map_pages(nbytes), dtype=torch.uint8), [layout] * count)
+    return [arena.bytes(i) for i in range(count)]
+
+
+class Probe:
+    """Reads memory that no cache holds, a window further at every call."""
+
+    def __init__(self, kernels: NativeKernels) -> None:
+        self._kernels, self._start = kernels, 0
+        self._memory = torch.frombuffer(map_pages(PROBE_BUFFER_BYTES), dtype=torch.uint8).fill_(1)
+
+    def __call__(self) -> None:
+        self._kernels.read(self._memory[self._start : self._start + PROBE_BYTES])
+        self._start = (self._start + PROBE_BYTES) % PROBE_BUFFER_BYTES
+
+
+def seconds(work: Callable[[], object], clock: Callable[[], float]) -> float:
+    began = clock()
+    work()
+    return clock() - began
+
+
+def against_probe(runs: list[Rows], nbytes: int, x: torch.Tensor, probe: Probe, budget_s: float) -> list[float]:
+    """Per round: bytes per CPU second of experts, relative to the probe before and after them."""
+    ratios: list[float] = []
+    end = time.perf_counter() + budget_s
+    runs[0](x)
+    while len(ratios) < MIN_ROUNDS or time.perf_counter() < end:
+        reads = seconds(probe, time.thread_time)
+        ours = sum(seconds(lambda run=run: run(x), time.thread_time) for run in runs)  # type: ignore[misc]
+        reads += seconds(probe, time.thread_time)
+        ratios.append(nbytes * len(runs) / ours / (2 * PROBE_BYTES / reads))
+    return ratios
+
+
+def against_torch(runs: list[Rows], theirs: list[Rows], x: torch.Tensor, budget_s: float) -> list[float]:
+    """Per round: CPU seconds of torch's experts relative to ours, on the same tokens."""
+    ratios: list[float] = []
+    end = time.perf_counter() + budget_s
+    runs[0](x), theirs[0](x)
+    while len(ratios) < MIN_ROUNDS or time.perf_counter() < end:
+        ours = sum(seconds(lambda run=run: run(x), time.thread_time) for run in runs)  # type: ignore[misc]
+        other = sum(seconds(lambda run=run: run(x), time.thread_time) for run in theirs)  # type: ignore[misc]
+        ratios.append(other / ours)
+    return ratios
+
+
+@contextmanager
+def busy_cores() -> Iterator[None]:
+    """A foreign process spins on every core."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    spin = "import sys\nprint(flush=True)\nwhile True: pass"
+    processes = [subprocess.Popen([sys.executable, "-c", spin], stdout=subprocess.PIPE) for _ in range(cores)]
+    try:
+        for process in processes:
+            assert process.stdout is not None
+            process.stdout.readline()  # it spins
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def shared_cores(runs: list[Rows], x: torch.Tensor, budget_s: float) -> list[float]:
+    """Per round: wall time per expert beside spinning processes, relative to without them."""
+    ratios: list[float] = []
+    end = time.perf_counter() + budget_s
+
+    def mean_s() -> float:
+        began, n = time.perf_counter(), 0
+        while n < 2 * len(runs) or time.perf_counter() - began < 1.0:  # many of the scheduler's time slices
+            runs[n % len(runs)](x)
+            n += 1
+        return (time.perf_counter() - began) / n
+
+    while len(ratios) < 3 or time.perf_counter() < end:
+        alone = mean_s()
+        with busy_cores():
+            shared = mean_s()
+        ratios.append(2 * shared / (alone + mean_s()))
+    return ratios
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Experts on the CPU against the bandwidth of the memory.")
+    parser.add_argument("--seconds", type=float, default=6.0, help="of measuring per figure (default: 6)")
+    parser.add_argument("--variant", help="of the kernels (default: the fastest here)")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    arguments = parser.parse_args()
+    found = status()
+    if found.library is None:
+        sys.exit(f"kernels.py: {found.message}")
+    torch.set_num_threads(1)
+    print(f"{found.message}; one thread, CPU time; load average {os.getloadavg()[0]:.1f}")
+    print("                     ratio  quartiles      rounds")
+    results: dict[str, float] = {}
+
+    def report(name: str, ratios: list[float]) -> None:
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        results[name] = round(middle, 3)
+        print(f"{name:20} {middle:6.2f}  {low:.2f} to {high:.2f}   {len(ratios):6d}", flush=True)
+
+    generator = torch.Generator().manual_seed(0)
+    with NativeKernels(found.library, 1, arguments.variant) as kernels:
+        probe = Probe(kernels)
+        for shape in (MIXTRAL, QWEN3):
+            experts, nbytes = int4_experts(shape)
+            runs = [kernels.expert(expert, Glu()) for expert in experts]
+            for tokens in (1, 4):
+                x = torch.randn(tokens, shape.hidden, generator=generator)
+                report(f"int4_{shape.name}_m{tokens}", against_probe(runs, nbytes, x, probe, arguments.seconds))
+        experts, nbytes = bf16_experts(MIXTRAL)
+        runs = [kernels.expert(expert, Glu()) for expert in experts]
+        x = torch.randn(1, MIXTRAL.hidden, generator=generator)
+        report("bf16_mixtral_m1", against_probe(runs, nbytes, x, probe, arguments.seconds))
+        del experts, runs
+        experts, _ = int4_experts(MIXTRAL)
+        runs = [kernels.expert(expert, Glu()) for expert in experts]
+        report("vs_torch_int4", against_torch(runs, torch_int4_experts(MIXTRAL), x, arguments.seconds))
+    with NativeKernels(found.library, physical_cores(), arguments.variant) as kernels:
+        runs = [kernels.expert(expert, Glu()) for expert in experts]
+        report("shared_core_slowdown", shared_cores(runs, x, 2 * arguments.seconds))
+    print(
+        "targets: int4 m1 at least 0.88 (mixtral), 0.75 (qwen3); m4 at least 0.65, 0.40; bf16 at least 0.75; "
+        "torch at least 1.5; shared at most 2.5"
+    )
+    if arguments.json:
+        print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+#!/usr/bin/env python3
+"""Whether memory, descriptors and threads stay flat while the demo model generates for minutes.
+
+What moves: the demo's experts, over and over, with four of eight slots and prefetch; prompts of all lengths, sampled
+continuations, a model closed and loaded again now and then, since that is where things are left behind. Growth is the
+median of the last quarter of the samples less that of the second: the first one fills allocators and caches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import threading
+import time
+from typing import Any
+
+import psutil
+import torch
+
+import offmoe
+
+SLOTS, LONGEST_PROMPT, NEW_TOKENS, RUNS_PER_MODEL = 4, 200, 48, 20
+
+
+def sample(process: psutil.Process) -> tuple[int, int, int]:
+    """(bytes resident, open descriptors, threads) of this process."""
+    return process.memory_info().rss, process.num_fds(), threading.active_count()
+
+
+def growth(values: list[int]) -> int:
+    quarter = max(1, len(values) // 4)
+    return round(statistics.median(values[-quarter:]) - statistics.median(values[quarter : 2 * quarter]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    chance = random.Random(0)
+    process = psutil.Process()
+    samples: list[tuple[int, int, int]] = []
+    tokens = 0
+    deadline = time.monotonic() + args.minutes * 60
+    while time.monotonic() < deadline or len(samples) < 8:
+        model: Any = offmoe.from_pretrained("demo", device="cpu", slots_per_layer=SLOTS)
+        vocabulary = model.config.vocab_size
+        with model.offload:
+            for _ in range(RUNS_PER_MODEL):
+                length = chance.randint(1, LONGEST_PROMPT)
+                ids = torch.tensor([[chance.randrange(3, vocabulary) for _ in range(length)]])
+                out = model.generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, max_new_tokens=NEW_TOKENS
+                )
+                tokens += out.shape[1] - length
+                samples.append(sample(process))
+                if time.monotonic() >= deadline and len(samples) >= 8:
+                    break
+    columns = list(zip(*samples, strict=True))
+    found = dict(zip(("rss_growth_bytes", "fd_growth", "thread_growth"), map(growth, map(list, columns)), strict=True))
+    found["tokens"] = tokens
+    print(f"{args.minutes:g} minutes, {len(samples)} samples, resident {columns[0][0] / 1e6:.0f} MB at first")
+    print(", ".join(f"{name} {value}" for name, value in found.items()))
+    if args.json:
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

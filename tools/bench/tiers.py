@@ -1,0 +1,127 @@
+#!/usr/bin/env python3
+"""A model larger than its memory: offmoe against accelerate's disk offload under one cap that counts page cache.
+
+What moves: a checkpoint of Mixtral's shape with random weights (7 layers x 8 experts of 69 MB, 3.9 GB), written once;
+then, per token, the experts that each contender had not in memory. Bounded by the disk. `offmoe bench` does the
+measuring, each contender in a memory cgroup of its own, in paired rounds: on random tokens with the routers' own
+routing, and on a routing with a trained model's locality, recorded on the spot from the demo model (or --routing). The
+same tokens must come out of both, bit for bit.
+
+Prints a table; with --json one last line: the figures on random tokens, and under "replayed" those on the recording.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from synthetic import write_mixtral
+
+import offmoe
+from offmoe.cli.bench import LIBRARIES_BYTES, TEXTS
+from offmoe.config import parse_size
+
+LAYERS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, VOCABULARY = 7, 8, 2, 2048, 5632, 32000
+TINY = (256, 352)
+SPARE_BYTES = 2 * 10**9
+RECORDED_TOKENS = 96
+
+
+def bench(model: Path, arguments: list[str]) -> dict[str, Any]:
+    """One run of `offmoe bench`; its table goes to stderr as it does."""
+    command = [sys.executable, "-m", "offmoe", "bench", str(model), "--device", "cpu", "--json", *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, cwd=Path(offmoe.__file__).parents[1])
+    if done.returncode:
+        sys.exit(f"tiers.py: offmoe bench ended with status {done.returncode}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def record_demo(path: Path) -> None:
+    """The routing of the demo model on some texts, with what was predicted."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from offmoe.hf.load import resolve_folder
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve_folder("demo"))
+    model: Any = offmoe.from_pretrained("demo", device="cpu", slots_per_layer=4, prefetch="auto", trace=path)
+    torch.manual_seed(0)
+    with model.offload:
+        for text in TEXTS:
+            inputs = tokenizer(text, return_tensors="pt")
+            model.generate(**inputs, max_new_tokens=RECORDED_TOKENS, min_new_tokens=RECORDED_TOKENS, do_sample=True)
+
+
+def figures(against: dict[str, Any], prefetch: dict[str, Any], cap: int) -> dict[str, Any]:
+    """What is reported of one kind of work."""
+    ours, baseline = against["ours"], against["baseline"]
+    return {
+        "tokens_per_s": round(ours["tokens_per_s"], 3),
+        "accelerate_tokens_per_s": round(baseline["tokens_per_s"], 3),
+        "vs_accelerate": round(against["ratio"]["median"], 3),
+        "vs_bound": round(1 / against["roofline"]["share"], 3),
+        "hit_rate": round(ours["hit_rate"], 4),
+        "peak_bytes": ours["peak"]["cgroup"],
+        "accelerate_peak_bytes": baseline["peak"]["cgroup"],
+        "cap_bytes": cap,
+        "prefetch_gain": round(prefetch["ratio"]["median"] - 1, 4),
+        "prefetch_gain_range": [round(prefetch["ratio"][end] - 1, 4) for end in ("least", "most")],
+        "same": against["same"],
+        "disk_gb_s": round(against["roofline"]["disk_gb_s"], 3),
+        "compute_ms": round(against["roofline"]["compute_ms"], 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, help="a folder with 10 GB of room for a few minutes (default: temporary)")
+    parser.add_argument("--cap", default="2.5GB", help="memory of each contender, page cache included")
+    parser.add_argument("--routing", type=Path, help="replay this trace (8 experts, top-2) instead of the demo's")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=8, help="new ones per round")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="tiny experts and no cap: does everything run?")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the files are removed
+    hidden, intermediate = TINY if args.quick else (HIDDEN, INTERMEDIATE)
+    nbytes = LAYERS * EXPERTS * 6 * hidden * intermediate
+    cap = parse_size(args.cap, "--cap")
+    with tempfile.TemporaryDirectory(prefix="offmoe-tiers-", dir=args.work) as scratch:
+        free = shutil.disk_usage(scratch).free
+        if free < 2 * nbytes + SPARE_BYTES:  # accelerate writes the experts once more
+            sys.exit(f"tiers.py: {scratch} has {free / 1e9:.1f} GB free, {2 * nbytes / 1e9 + 2:.1f} are needed: --work")
+        model, routing = Path(scratch, "model"), args.routing or Path(scratch, "demo.npz")
+        write_mixtral(model, hidden, intermediate, layers=LAYERS, experts=EXPERTS, top_k=TOP_K, vocabulary=VOCABULARY)
+        if args.routing is None:
+            record_demo(routing)
+        common = ["--rounds", str(args.rounds), "--new-tokens", str(args.tokens), "--threads", str(args.threads)]
+        common += ["--scratch", scratch, "--max-context", "512"]
+        if not args.quick:
+            common += ["--memory-cap", str(cap), "--device-memory", str(cap - LIBRARIES_BYTES)]
+        found = {}
+        for name, work in (
+            ("random", ["--random-tokens"]),
+            ("replayed", ["--random-tokens", "--replay-routing", str(routing.resolve())]),
+        ):
+            print(f"--- {name} routing", file=sys.stderr, flush=True)
+            against = bench(model, [*common, *work, "--against", "accelerate"])
+            prefetch = bench(model, [*common, *work, "--against", "no-prefetch"])
+            found[name] = figures(against, prefetch, cap)
+    print(f"{LAYERS} layers x {EXPERTS} experts of {nbytes / LAYERS / EXPERTS / 1e6:.0f} MB, {args.cap} of memory each")
+    for name, values in found.items():
+        print(f"{name:9} " + ", ".join(f"{key} {value}" for key, value in values.items()))
+    if args.json:
+        print(json.dumps({**found["random"], "replayed": found["replayed"]}))
+
+
+if __name__ == "__main__":
+    main()
