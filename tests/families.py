@@ -706,4 +706,6 @@ def image_inputs(family: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     out["input_ids"] = torch.cat([tiny.prompt(1, 3), placeholders, tiny.prompt(1, 4)], dim=1)
     if family in TYPED:
         out["mm_token_type_ids"] = (out["input_ids"] == IMAGE).long()
+    if family == "ernie4_5_vl_moe":  # which tokens go to the images' experts
+        out["moe_mm_token_type_ids"] = out["mm_token_type_ids"]
     return out
