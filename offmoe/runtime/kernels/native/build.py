@@ -28,6 +28,11 @@ COMMON_FLAGS = (
     "-Wall",
     "-Wextra",
 )
+GCC_FLAGS = ("-fno-tree-coalesce-vars",)
+"""Where the compiler has them. With it GCC 12 keeps sums in their registers; without, a third of the instructions of a
+kernel's inner loop are moves between registers.
+"""
+
 AVX2_FLAGS = ("-O3", "-mavx2", "-mfma", "-mf16c")
 AVX512_FLAGS = (*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
 REQUIRED = {"portable.c": ("-O2", "-Wno-psabi"), "pool.c": ("-O2",)}
@@ -72,11 +77,16 @@ def build(library: Path = LIBRARY, compiler: str | None = None) -> None:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="offmoe-build-", dir=library.parent) as folder:
+        probe = Path(folder, "probe.c")
+        probe.write_text("int nothing;\n")
+        known_flags = [
+            flag for flag in GCC_FLAGS if _run(compiler, "-Werror", flag, "-c", str(probe), "-o", f"{probe}.o") is None
+        ]
 
         def compile_one(source: str, *flags: str) -> Path | str:
             """The object, or what the compiler said."""
             out = Path(folder, source).with_suffix(".o")
-            said = _run(compiler, *COMMON_FLAGS, *flags, "-c", str(SOURCES / source), "-o", str(out))
+            said = _run(compiler, *COMMON_FLAGS, *known_flags, *flags, "-c", str(SOURCES / source), "-o", str(out))
             return out if said is None else said
 
         with ThreadPoolExecutor(2) as pool:

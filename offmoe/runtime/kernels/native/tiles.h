@@ -1,9 +1,10 @@
 /* The kernels, once for all instruction sets: a file that includes this has chosen its sixteen lanes.
  *
  *   lanes   16 x 32 bits: the 16 rows of one word        floats  16 x float
- *   runs    sums of byte products that are not widened yet (AVX2 keeps 16 bits as long as they fit), else lanes
+ *   runs    sums of byte products that are not widened yet (AVX2 keeps 16 bits as long as they fit), else lanes: with
+ *           WIDE_RUNS they can begin with a sum of 32 bits
  *
- * What moves: every word of the weight once, in address order, prefetched 6 KB ahead; a core's share of memory bandwidth
+ * What moves: every word of the weight once, in address order, prefetched 2 KB ahead; a core's share of memory bandwidth
  * bounds one token, arithmetic bounds four or more. Integer sums are exact within a group; groups are added in float32.
  * All functions below are one inlined body per kind with constant token and tile counts.
  */
@@ -11,7 +12,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
-enum { AHEAD = 6144, BF16_AHEAD = 1024, BF16_ROWS = 4 };
+enum { AHEAD = 2048, BF16_AHEAD = 1024, SCALES_AHEAD = 512, BF16_ROWS = 4 };
 
 /* Scales of one group, 16 rows. */
 INLINE floats scales_at(const struct weight *w, size_t index) {
@@ -52,7 +53,10 @@ INLINE void int8_tiles(const struct weight *const *w, const int *tile, const str
         } else {
             for (int done = 0; done < words; done += run) {
                 runs r[MAX_BLOCK][2][2];
-                UNROLL for (int t = 0; t < NT; t++) UNROLL for (int m = 0; m < M; m++) r[m][t][0] = r[m][t][1] = runs_zero();
+                UNROLL for (int t = 0; t < NT; t++) UNROLL for (int m = 0; m < M; m++) {
+                    r[m][t][0] = WIDE_RUNS ? c[m][t] : runs_zero();
+                    r[m][t][1] = runs_zero();
+                }
                 for (int j = 0; j < run; j++, a += 2 * M) {
                     UNROLL for (int t = 0; t < NT; t++) {
                         lanes v = lanes_load(p[t]), even = lanes_low(v), odd = lanes_high(v);
@@ -66,7 +70,7 @@ INLINE void int8_tiles(const struct weight *const *w, const int *tile, const str
                     }
                 }
                 UNROLL for (int t = 0; t < NT; t++) UNROLL for (int m = 0; m < M; m++) {
-                    c[m][t] = runs_add(c[m][t], r[m][t][0]);
+                    c[m][t] = WIDE_RUNS ? r[m][t][0] : runs_add(c[m][t], r[m][t][0]);
                     if (split) c[m][t] = runs_add(c[m][t], r[m][t][1]);
                 }
             }
@@ -78,6 +82,7 @@ INLINE void int8_tiles(const struct weight *const *w, const int *tile, const str
                 continue;
             }
             floats s = scales_at(w[t], at);
+            __builtin_prefetch((const uint8_t *)w[t]->scales + 2 * at + SCALES_AHEAD);
             if (kind == KIND_INT4 && w[t]->zeros) {
                 floats z = floats_of(lanes_u8(w[t]->zeros + at));
                 UNROLL for (int m = 0; m < M; m++) {

@@ -28,6 +28,7 @@ static inline lanes lanes_e2m1(lanes v) {
 #else
 #define DPBUSD _mm256_dpbusd_epi32
 #endif
+#define WIDE_RUNS 1
 enum { S8_ZERO = 128 };
 static inline int run_words(int words, int mxfp4) { (void)mxfp4; return words; }
 static inline runs runs_dot(runs sum, lanes w, int32_t x) {
@@ -41,6 +42,7 @@ static inline lanes lanes_dot_s8(lanes sum, lanes w, int32_t x) {
 }
 #else
 /* Products are summed in 16 bits as long as they fit: 2 * 15 * 127 eight times, 2 * 24 * 127 four times. */
+#define WIDE_RUNS 0
 enum { S8_ZERO = 0 };
 static inline int run_words(int words, int mxfp4) { (void)words; return mxfp4 ? 2 : 4; }
 static inline runs runs_dot(runs sum, lanes w, int32_t x) {

@@ -6,6 +6,7 @@ typedef lanes runs;
 
 #define PAIR_TOKENS 8
 #define LARGEST_BLOCK 8
+#define WIDE_RUNS 1
 enum { S8_ZERO = 128 };
 static inline int run_words(int words, int mxfp4) { (void)mxfp4; return words; }
 

@@ -5,6 +5,7 @@ typedef lanes runs;
 
 #define PAIR_TOKENS 1
 #define LARGEST_BLOCK 4
+#define WIDE_RUNS 1
 enum { S8_ZERO = 0 };
 static inline int run_words(int words, int mxfp4) { (void)mxfp4; return words; }
 #define EACH for (int l = 0; l < TILE; l++)
