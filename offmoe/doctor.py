@@ -77,6 +77,7 @@ def examine(folder: Path) -> Iterator[Check]:
         "disk": lambda: disk(folder),
         "compiler": compiler,
         "device": device,
+        "kernels": kernels,
         "pinning": pinning,
         "link": link,
     }
@@ -256,10 +257,10 @@ def _read_rate(path: str, flags: int, buffer: mmap.mmap) -> float:
 
 
 def compiler() -> Check:
-    """What could compile kernels. offmoe itself needs none."""
+    """What could compile kernels; whether that is needed, "kernels" says."""
     found = {name: shutil.which(name) for name in ("cc", "clang", "nvcc")}
     have = ", ".join(f"{name} ({path})" for name, path in found.items() if path)
-    return _check("compiler", "ok", have or "none; offmoe needs none", "", **found)
+    return _check("compiler", "ok", have or "none", "", **found)
 
 
 def device() -> Check:
@@ -277,6 +278,17 @@ def device() -> Check:
     advice = "There is an NVIDIA driver, but this torch cannot use it: install a CUDA build of torch from pytorch.org."
     text = f"the CPU; torch {metadata.version('torch')} finds no GPU"
     return _check("device", "warn" if unused else "ok", text, advice, cuda=[])
+
+
+def kernels() -> Check:
+    """What experts are computed with where they are computed on the CPU."""
+    from offmoe.runtime.kernels.library import status
+
+    found = status()
+    if found.library is not None:
+        return _check("kernels", "ok", found.message, "", variant=found.variant)
+    fact, _, remedy = found.message.partition(": ")
+    return _check("kernels", "warn", fact, remedy, variant=None)
 
 
 def pinning() -> Check:

@@ -13,6 +13,7 @@ import pytest
 
 from offmoe import doctor
 from offmoe.runtime import backend
+from offmoe.runtime.kernels import library
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -111,6 +112,14 @@ def test_a_gpu_is_described(monkeypatch) -> None:
     check = doctor.device()
     assert "cuda:0 Some GPU, 70.0 GiB of 80.0 GiB free" in check.found
     assert check.values["cuda"][0]["total"] == 80 << 30
+
+
+def test_kernels_that_are_not_built(monkeypatch) -> None:
+    missing = library.KernelStatus(None, "the CPU kernels were not built: install a compiler")
+    monkeypatch.setattr(library, "status", lambda: missing)
+    check = doctor.kernels()
+    assert (check.verdict, check.found) == ("warn", "the CPU kernels were not built")
+    assert check.advice == "install a compiler"
 
 
 def test_what_cannot_be_checked_stops_nothing(tmp_path: Path, monkeypatch) -> None:

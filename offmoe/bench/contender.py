@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -141,7 +142,9 @@ class Contender:
         from offmoe.config import OffloadConfig
 
         task = self._task
-        config = OffloadConfig(device=task.device, device_memory=task.device_memory, **task.options)
+        config = OffloadConfig(device=task.device)
+        if task.runtime == OFFMOE:
+            config = replace(config, device_memory=task.device_memory, **task.options)
         return inspect(task.model, config, dtype=task.dtype)
 
     def _ours(self) -> Any:

@@ -59,6 +59,7 @@ def parser() -> options.Parser:
         help="let this recording say which experts are asked, for weights that are random; results are no model's then",
     )
     group.add_argument("--prompt", metavar="TEXT", help="continue this in every round (default: another text each)")
+    group.add_argument("--prompt-tokens", type=options.positive, metavar="N", help="continue N random tokens instead")
     group.add_argument(
         "--random-tokens", action="store_true", help="continue with random tokens instead of the model's"
     )
@@ -84,6 +85,8 @@ def parser() -> options.Parser:
 def run(args: argparse.Namespace, out: Output) -> None:
     if args.against is not None and args.against not in AGAINST:
         raise ConfigError(f"--against {args.against!r} is unknown. Use: {', '.join(AGAINST)}.")
+    if args.prompt is not None and args.prompt_tokens is not None:
+        raise ConfigError("--prompt and --prompt-tokens are both given; use one of them.")
     if args.new_tokens < 2:
         raise ConfigError("--new-tokens 1: the time per token needs a second one; use 2 or more.")
     cap = None if args.memory_cap is None else parse_size(args.memory_cap, "memory_cap")
@@ -102,14 +105,14 @@ def run(args: argparse.Namespace, out: Output) -> None:
 
 def _inspect(args: argparse.Namespace, config: OffloadConfig, cap: int | None, hub: dict[str, Any]) -> Inspected:
     """With "auto" memory made to fit the cap, or two contenders at once."""
-    from offmoe.api import inspect
+    from offmoe.api import fetch, inspect
 
     if config.device_memory == "auto" and cap is not None:
         config = replace(config, device_memory=max(1, cap - LIBRARIES_BYTES))
     found = inspect(args.model, config, dtype=args.dtype, **hub)
     if config.device_memory == "auto" and args.against is not None:
         found = inspect(args.model, replace(config, device_memory=found.plan.budget // 2), dtype=args.dtype, **hub)
-    return found
+    return fetch(found)
 
 
 def _passes(args: argparse.Namespace, found: Inspected, out: Output) -> list[Pass]:
@@ -119,13 +122,15 @@ def _passes(args: argparse.Namespace, found: Inspected, out: Output) -> list[Pas
     vocabulary = int(found.hf_config.get_text_config().vocab_size)
     chance = random.Random(0)
     encoded: list[tuple[int, ...]]
-    if args.prompt is not None or (found.folder / "tokenizer.json").is_file():
+    has_text = args.prompt is not None or (found.folder / "tokenizer.json").is_file()
+    if args.prompt_tokens is None and has_text:
         tokenizer = prompts.load_tokenizer(found.folder)
         texts = TEXTS if args.prompt is None else (args.prompt,)
         encoded = [tuple(prompts.encode(tokenizer, text, None)[0].tolist()) for text in texts]
     else:
-        out.note("the model has no tokenizer: prompts are random tokens")
-        encoded = [tuple(chance.choices(range(vocabulary), k=RANDOM_PROMPT_TOKENS)) for _ in TEXTS]
+        length = args.prompt_tokens or RANDOM_PROMPT_TOKENS
+        out.note(f"prompts are {length} random tokens")
+        encoded = [tuple(chance.choices(range(vocabulary), k=length)) for _ in TEXTS]
     passes = []
     row = 0
     for i in range(args.rounds + 1):
@@ -145,6 +150,7 @@ def _measure(
     from offmoe.runtime.probes import DiskProbe, drop_page_cache
     from offmoe.runtime.store import ExpertStore
 
+    scratch_in = _scratch(args, found) if args.against == ACCELERATE else None
     shards = found.checkpoint.shards
     drop_page_cache(shards)  # or a contender would read what another process's cgroup pays for
     config = found.config
@@ -165,7 +171,7 @@ def _measure(
         other = replace(task, options={**task.options, "prefetch": 0})
         opponents.append(stack.enter_context(duel.Opponent(NO_PREFETCH, other, cap)))
     elif args.against == ACCELERATE:
-        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="offmoe-bench-", dir=_scratch(args, found)))
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="offmoe-bench-", dir=scratch_in))
         out.note("loading the model with accelerate's offload, which may write the experts once more")
         stock = replace(task, runtime=tasks.ACCELERATE, options={}, scratch=scratch)
         opponents.append(stack.enter_context(duel.Opponent(ACCELERATE, stock, cap)))

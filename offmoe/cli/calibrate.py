@@ -64,12 +64,12 @@ def run(args: argparse.Namespace, out: Output) -> None:
             profile = read_profile(output)
         elif not output.parent.is_dir():
             raise ConfigError(f"-o {args.output}: the folder does not exist; create it first.")
-    from offmoe.api import inspect
+    from offmoe.api import fetch, inspect
     from offmoe.calibration import calibrate
     from offmoe.cli.libraries import hide_bars, quiet
 
     quiet(args.verbose, args.json)
-    inspected = inspect(args.model, config, dtype=args.dtype, **hub)
+    inspected = fetch(inspect(args.model, config, dtype=args.dtype, **hub))
     hide_bars()
     costs = calibrate(inspected, args.seconds, lambda what: out.note(f"measuring: {what}"))
     out.result(_table(args.model, str(inspected.config.device), costs))

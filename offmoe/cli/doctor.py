@@ -33,7 +33,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
     from offmoe.doctor import examine
 
     checks = []
-    with out.progress("checking", 11, "checks") as advance:
+    with out.progress("checking", 12, "checks") as advance:
         for check in examine(folder.resolve()):
             checks.append(check)
             advance(1)

@@ -20,6 +20,7 @@ NAMES = [
     "disk",
     "compiler",
     "device",
+    "kernels",
     "pinning",
     "link",
 ]

@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--routing", type=Path, help="replay this trace (8 experts, top-2) instead of the demo's")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=8, help="new ones per round")
+    parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="tiny experts and no cap: does everything run?")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
@@ -104,7 +105,7 @@ def main() -> None:
         if args.routing is None:
             record_demo(routing)
         common = ["--rounds", str(args.rounds), "--new-tokens", str(args.tokens), "--threads", str(args.threads)]
-        common += ["--scratch", scratch, "--max-context", "512"]
+        common += ["--prompt-tokens", str(args.prompt_tokens), "--scratch", scratch, "--max-context", "512"]
         if not args.quick:
             common += ["--memory-cap", str(cap), "--device-memory", str(cap - LIBRARIES_BYTES)]
         found = {}
