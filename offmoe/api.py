@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,8 @@ from offmoe.runtime.backend import Backend, select_backend
 from offmoe.runtime.checkpoint import Checkpoint
 from offmoe.runtime.executor import ExpertExecutor
 from offmoe.runtime.formats import ExpertLayout
-from offmoe.runtime.memory import MemoryPlan, ModelBytes, plan_memory
+from offmoe.runtime.memory import HOST, MemoryPlan, ModelBytes, plan_memory
+from offmoe.runtime.ram import plan_host
 from offmoe.runtime.store import ExpertStore
 from offmoe.runtime.transfer import TransferEngine
 from offmoe.trace import TraceWriter
@@ -113,7 +115,8 @@ def survey(
     compute = _dtype(dtype, hf_config, torch.float32 if method is None else torch.bfloat16)
     found = estimate(hf_config, cls, compute, _dtype(None, hf_config, compute), staging_counts=backend.staging_counts)
     asked = 0 if config.device_memory == "auto" else int(config.device_memory)
-    resolved, plan = _divide(config, found.shape, found.needs, backend, max(asked, backend.free_bytes()))
+    free = max(asked, backend.free_bytes())
+    resolved, plan = _divide(config, found.shape, found.experts, found.needs, backend, free)
     return Survey(
         source,
         hf_config,
@@ -139,8 +142,8 @@ def inspect(
 ) -> Inspected:
     """Read headers and configuration, divide the memory; loads no weight. Raises what `from_pretrained` would.
 
-    free: bytes of device memory to take for free; None is what is. A model on the Hub is downloaded only if bitsandbytes
-    quantised it: its headers do not say the shapes of weights.
+    free: bytes of device memory to take for free; None is what is. A model on the Hub is downloaded only if
+    bitsandbytes quantised it: its headers do not say the shapes of weights.
     """
     backend = select_backend(config.device)
     source = locate(model, **hub)
@@ -158,7 +161,8 @@ def inspect(
     # to be read as it is stored, or as transformers writes it once more, which is in the dtype to compute in
     wider = max(compute, _dtype(None, hf_config, compute), key=lambda dtype: dtype.itemsize)
     needs = model_bytes(meta, experts, layers, compute, wider, staging_counts=backend.staging_counts)
-    resolved, plan = _divide(config, catalog.shape, needs, backend, backend.free_bytes() if free is None else free)
+    free = backend.free_bytes() if free is None else free
+    resolved, plan = _divide(config, catalog.shape, experts, needs, backend, free)
     return Inspected(
         source.folder,
         hf_config,
@@ -179,20 +183,35 @@ def inspect(
 
 
 def _divide(
-    config: OffloadConfig, shape: CacheShape, needs: ModelBytes, backend: Backend, free: int
+    config: OffloadConfig,
+    shape: CacheShape,
+    experts: Sequence[ExpertBytes],
+    needs: ModelBytes,
+    backend: Backend,
+    free: int,
 ) -> tuple[OffloadConfig, MemoryPlan]:
-    plan = plan_memory(config, shape, needs, free=free, share=backend.auto_share, host_free=backend.host_free_bytes())
+    beside = backend.host_free_bytes()
+    plan = plan_memory(config, shape, needs, free=free, share=backend.auto_share, host_free=beside)
     slots = plan.slots_per_layer
+    host = plan_host(
+        config,
+        shape,
+        slots,
+        read_bytes=max(expert.read for expert in experts),
+        free=beside,
+        taken=plan.parked if plan.parked_in == HOST else 0,
+    )
     resolved = config.resolved(
         device=str(backend.device),
         device_memory=plan.budget,
-        host_memory=0,
+        host_memory=0 if host is None else host.budget,
+        host_slots=0 if host is None else host.slots_per_layer,
         slots_per_layer=slots[0] if len(set(slots)) == 1 else slots,
         max_context=plan.max_context,
         on_miss="fetch",
         exactness="bitwise",
     )
-    return resolved, plan
+    return resolved, replace(plan, host=host)
 
 
 def from_pretrained(
@@ -285,7 +304,15 @@ def load(
         arena = SlotArena(backend.allocate, _slot_layouts(layouts, inspected.plan, config.scope))
         stats = CacheStats.for_layers(catalog.shape.layers)
         assemblies = [layer.assembly for layer in catalog.layers]
-        transfer = TransferEngine(store, arena, backend, layouts, assemblies, on_stall=stats.stalled)
+        transfer = TransferEngine(
+            store,
+            arena,
+            backend,
+            layouts,
+            assemblies,
+            host_slots=planner.num_host_slots,
+            on_stall=stats.stalled,
+        )
         closing.insert(0, transfer.close)
         decodings = [layer.decode for layer in catalog.layers]
         executor = ExpertExecutor(planner, transfer, arena, backend, layouts, stats, decodings)

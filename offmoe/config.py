@@ -181,6 +181,8 @@ class OffloadConfig:
     profile: str | os.PathLike[str] | Profile | None = None
     half_life: float | None = None
     popularity: tuple[tuple[float, ...], ...] | None = None
+    host_slots: int | tuple[int, ...] = 0
+    """Of what host_memory gives; worked out, not asked for."""
 
     def __post_init__(self) -> None:
         self._apply_profile()
@@ -193,10 +195,7 @@ class OffloadConfig:
         if self.device_memory != "auto":
             object.__setattr__(self, "device_memory", parse_size(self.device_memory, "device_memory"))
         if self.host_memory not in ("auto", 0):
-            raise ConfigError(
-                f"host_memory={self.host_memory!r}: the host tier is not built yet; misses are read from disk. "
-                "Leave it at 'auto' or set 0."
-            )
+            object.__setattr__(self, "host_memory", parse_size(self.host_memory, "host_memory"))
         if self.slots_per_layer is not None:
             _check_slots(self.slots_per_layer)
             if not isinstance(self.slots_per_layer, int):
@@ -222,6 +221,7 @@ class OffloadConfig:
             "scope": self.scope,
             "slots_per_layer": slots,
             "prefetch": self.prefetch,
+            "host_slots": self.host_slots,
         }
         if self.half_life is not None:
             values["half_life"] = self.half_life

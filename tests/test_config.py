@@ -54,7 +54,7 @@ def test_sizes_are_readable():
         ({"experts": "int3"}, "unknown"),
         ({"on_miss": "cpu"}, "not built yet"),
         ({"exactness": "numeric"}, "not built yet"),
-        ({"host_memory": "10GiB"}, "not built yet"),
+        ({"host_memory": "ten"}, "is not a size"),
         ({"scope": "galaxy"}, "scope"),
         ({"prefetch": -1}, "prefetch"),
         ({"prefetch": "some"}, "prefetch"),

@@ -82,7 +82,7 @@ def add_loading(parser: argparse.ArgumentParser, *, always: bool = True) -> None
         "--host-memory",
         type=_size,
         metavar="SIZE",
-        help="cap for experts in RAM: auto or 0 for now",
+        help="cap for experts in RAM beside the device: 32GiB (default: auto)",
     )
     group.add_argument("--max-context", type=positive, metavar="TOKENS", help="tokens of KV cache to reserve")
     group = parser.add_argument_group("computing")

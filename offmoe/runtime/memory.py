@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from offmoe.config import OffloadConfig, format_size
 from offmoe.errors import CapacityError
+from offmoe.runtime.ram import HostPlan
 from offmoe.types import CacheShape
 
 MIN_CONTEXT = 256
@@ -83,6 +84,8 @@ class MemoryPlan:
     parked: int = 0
     parked_layers: int = 0
     parked_in: str | None = None
+    host: HostPlan | None = None
+    """RAM that experts are kept in beside the device; None where RAM is the device."""
 
     @property
     def used(self) -> int:
@@ -100,6 +103,8 @@ class MemoryPlan:
         if self.parked_layers:
             text += f"; dense weights of {self.parked_layers} layers, {format_size(self.parked)}, come from "
             text += f"{self.parked_in} in every pass"
+        if self.host is not None:
+            text += f"; {self.host.describe()}"
         return f"{format_size(self.budget)}: {text}"
 
 

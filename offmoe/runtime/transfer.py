@@ -77,10 +77,10 @@ class TransferEngine:
         layouts: Sequence[ExpertLayout],
         assemblies: Sequence[Assembly],
         *,
-        host: HostBuffers | None = None,
+        host_slots: int = 0,
         on_stall: Callable[[int, float], None] = lambda layer, seconds: None,
     ):
-        """host: the slots in RAM that plans name; they must outlive the engine."""
+        """host_slots: those in RAM that plans name."""
         self._store, self._arena, self._backend = store, arena, backend
         self._layouts, self._assemblies = layouts, assemblies
         self._on_stall = on_stall
@@ -94,8 +94,12 @@ class TransferEngine:
         self._idle: queue.SimpleQueue[int] = queue.SimpleQueue()
         for i in range(buffers):
             self._idle.put(i)
-        self._host = host
-        self._copied = [backend.event() for _ in range(len(host) if host else 0)]
+        try:  # after staging: where little can be pinned, that little is what everything passes through
+            self._host = _host_slots(host_slots, store.buffer_bytes, backend) if host_slots else None
+        except BaseException:
+            self._staging.close()
+            raise
+        self._copied = [backend.event() for _ in range(host_slots)]
         self._last_on: list[Ticket | None] = [None] * len(self._copied)
         """Per RAM slot, the ticket that was the last to be told to use it."""
         self._pieces = deque(backend.event() for _ in range(PIECES_IN_FLIGHT))
@@ -195,6 +199,8 @@ class TransferEngine:
         for event in (*self._staged, *self._copied):
             event.synchronize()
         self._staging.close()
+        if self._host is not None:
+            self._host.close()
 
     def _start(self, fetch: Fetch, priority: int, uses: int) -> None:
         """Queue one fetch, to land after `uses` more times of computing with its slot; the lock is held."""
@@ -319,6 +325,20 @@ class TransferEngine:
                 copies.copy(into, data)
                 event.record(copies)
                 self._pieces.append(event)
+
+
+def _host_slots(count: int, nbytes: int, backend: Backend) -> HostBuffers:
+    slots = HostBuffers(count, nbytes, register=backend.pin, unregister=backend.unpin)
+    pinned = sum(slots.pinned(i) for i in range(count))
+    if pinned < count:
+        logger.warning(
+            "only %d of %d expert slots in RAM could be pinned for %s: what is in the others is copied once more on "
+            "its way there, and more slowly. A lower host_memory, or a higher limit of the system, avoids it.",
+            pinned,
+            count,
+            backend.device,
+        )
+    return slots
 
 
 def _for_the_demand(ticket: Ticket) -> OffmoeError:

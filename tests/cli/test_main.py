@@ -62,7 +62,7 @@ def test_verbs_that_are_not_built(offmoe: Run, verb: str) -> None:
         (["generate", "m", "p", "--eviction", "static"], "use a profile"),
         (["generate", "m", "p", "--experts", "int4"], "not built yet"),
         (["generate", "m", "p", "--device-memory", "much"], "'10GiB'"),
-        (["generate", "m", "p", "--host-memory", "1GiB"], "not built yet"),
+        (["generate", "m", "p", "--host-memory", "some"], "not a size"),
         (["generate", "m", "p", "--max-context", "0"], "--max-context: '0' is not a positive whole number"),
         (["generate", "m", "p", "--profile", "/no/p.json"], "profile='/no/p.json': cannot be read"),
         (["simulate", "t", "--profile", "/no/p.json"], "cannot be read"),

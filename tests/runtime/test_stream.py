@@ -14,7 +14,7 @@ import offmoe.runtime.transfer as transfer_module
 from offmoe.config import CacheOptions
 from offmoe.errors import TransferError
 from offmoe.policy.planner import build_planner
-from offmoe.runtime.arena import HostBuffers, SlotArena
+from offmoe.runtime.arena import SlotArena
 from offmoe.runtime.backend import CpuBackend
 from offmoe.runtime.checkpoint import Checkpoint
 from offmoe.runtime.formats import Assembly, ExpertLayout, ExpertRecord, Part
@@ -47,19 +47,15 @@ class Rig:
         self.planner = build_planner(options, SHAPE)
         self.store = ExpertStore(checkpoint.shards, records, read_at=read_at)
         self.arena = SlotArena(backend.allocate, [LAYOUT] * self.planner.num_slots)
-        host = None
-        if self.planner.num_host_slots:
-            backend.pin = lambda *_: backend.pins_left.pop() if backend.pins_left else False
-            backend.pins_left = [True] * pins
-            host = HostBuffers(self.planner.num_host_slots, self.store.buffer_bytes, register=backend.pin)
-            backend.pins_left = [True] * 99 * bool(pins)  # for the staging buffers
+        left = [True] * pins
+        backend.pin = lambda *_: left.pop() if left else False
         self.engine = module.TransferEngine(
             self.store,
             self.arena,
             backend,
             [LAYOUT] * LAYERS,
             [Assembly((Part("weight", 0, 0),))] * LAYERS,
-            host=host,
+            host_slots=self.planner.num_host_slots,
         )
         if isinstance(backend, DeferredBackend):
             for slot in range(self.planner.num_slots):
@@ -121,7 +117,7 @@ def test_every_use_sees_its_expert(checkpoint, backend, scope, slots):
         rig.close()
 
 
-@pytest.mark.parametrize("pins", [0, 3, 99], ids=["pageable", "some pinned", "pinned"])
+@pytest.mark.parametrize("pins", [0, 8, 99], ids=["pageable", "some pinned", "pinned"])
 @pytest.mark.parametrize("scope", ["layer", "model"])
 @pytest.mark.parametrize(("slots", "host_slots"), [(3, 2), (4, 7), (3, (0, 3, 12))])
 def test_every_use_sees_its_expert_through_ram(checkpoint, scope, slots, host_slots, pins):

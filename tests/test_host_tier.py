@@ -1,0 +1,137 @@
+"""A device with memory of its own, experts in RAM beside it: same tokens, replay follows, what does not fit is said.
+
+The device is the double on which copies land only when they are waited for; its memory is the CPU's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import offmoe
+import offmoe.api
+from offmoe.errors import CapacityError, ConfigError, OffmoeError
+from offmoe.simulator import replay
+from offmoe.trace import read_trace
+from tests import tiny
+from tests.doubles import DeferredBackend
+
+
+class Device(DeferredBackend):
+    """With so much RAM beside it, of which so many buffers can be pinned."""
+
+    staging_counts = False
+    ram, pins = 1 << 24, 1000
+
+    def __init__(self):
+        super().__init__()
+        self.pinned = set()
+
+    def host_free_bytes(self):
+        return self.ram
+
+    def pin(self, address, nbytes):
+        if len(self.pinned) >= self.pins:
+            return False
+        self.pinned.add(address)
+        return True
+
+    def unpin(self, address):
+        self.pinned.remove(address)
+
+
+@pytest.fixture
+def device(monkeypatch):
+    made = Device()
+    monkeypatch.setattr(offmoe.api, "select_backend", lambda name: made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.save(tiny.build("mixtral"), tmp_path_factory.mktemp("host") / "model")
+
+
+def generate(model):
+    return model.generate(input_ids=tiny.prompt(), max_new_tokens=12, min_new_tokens=12, do_sample=False)
+
+
+def reads_of(folder):
+    return max(e.read for e in offmoe.api.inspect(folder, offmoe.OffloadConfig(slots_per_layer=3)).experts)
+
+
+@pytest.mark.parametrize(("slots_in_ram", "scope", "pins"), [(0, "layer", 99), (3, "layer", 99), (8, "model", 7)])
+def test_tokens_are_stocks_and_replay_follows(tmp_path, folder, device, slots_in_ram, scope, pins, caplog):
+    stock = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="grouped_mm").eval()
+    with torch.no_grad():
+        expected = generate(stock)
+    read = reads_of(folder)
+    device.pins = pins
+    layers = 3
+    path = tmp_path / "run.npz"
+    model = offmoe.from_pretrained(
+        folder,
+        slots_per_layer=3,
+        scope=scope,
+        prefetch=1,
+        host_memory=5 * read + layers * slots_in_ram * read,
+        trace=path,
+    )
+    with model.offload:
+        assert torch.equal(generate(model), expected)
+        stats, plan = model.offload.stats(), model.offload.memory()
+        assert plan.host.slots_per_layer == (slots_in_ram,) * layers
+        assert model.offload.config.host_memory == 5 * read + layers * slots_in_ram * read
+    assert not device.pinned, "everything is unpinned"
+    trace = read_trace(path)
+    assert trace.options.host_slots == plan.host.slots_per_layer
+    assert replay(trace, trace.options).stats == stats
+    if slots_in_ram == 0:
+        assert stats.disk_bytes == stats.h2d_bytes
+    elif slots_in_ram == 8:
+        assert stats.disk_bytes <= 8 * layers * trace.shape.expert_bytes[0]
+    else:
+        assert stats.disk_bytes < stats.h2d_bytes
+    assert ("could be pinned" in caplog.text) == (pins < 5 + layers * slots_in_ram)
+
+
+def test_auto_takes_what_there_is_and_no_more(folder, device):
+    read = reads_of(folder)
+    device.ram = 5 * read + 7 * read
+    plan = offmoe.api.inspect(folder, offmoe.OffloadConfig(slots_per_layer=3)).plan
+    assert plan.host.slots_per_layer == (3, 2, 2)
+    assert plan.host.slots + plan.host.staging <= plan.host.budget == device.ram
+    assert "slots of 7 experts" in plan.describe()
+    whole = offmoe.api.inspect(folder, offmoe.OffloadConfig(slots_per_layer=(8, 8, 3))).plan
+    assert whole.host.slots_per_layer == (0, 0, 7), "a layer that is whole on the device needs no RAM"
+
+
+def test_too_little_ram_is_refused_with_the_numbers(folder, device):
+    with pytest.raises(CapacityError, match=rf"\({5 * reads_of(folder)} bytes\), the smallest host_memory that works"):
+        offmoe.from_pretrained(folder, slots_per_layer=3, host_memory=1000)
+
+
+def test_ram_of_a_cpu_is_device_memory(folder):
+    with pytest.raises(ConfigError, match="device_memory"):
+        offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3, host_memory="1MiB")
+
+
+def test_a_failed_read_leaves_an_empty_cache_that_works(folder, device):
+    model = offmoe.from_pretrained(folder, slots_per_layer=3, prefetch=1)
+    store = model.offload._executor._transfer._store
+    with model.offload:
+        expected = generate(model)
+        right, calls = store._read_at, []
+
+        def fails_later(*arguments):
+            calls.append(arguments)
+            if len(calls) == 5:
+                raise OSError(28, "No such luck")
+            return right(*arguments)
+
+        model.offload._executor.forget()
+        store._read_at = fails_later
+        with pytest.raises(OffmoeError, match="No such luck"):
+            generate(model)
+        assert torch.equal(generate(model), expected)
+        model.offload._executor._planner.check()
