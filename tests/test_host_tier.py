@@ -10,39 +10,16 @@ from transformers import AutoModelForCausalLM
 
 import offmoe
 import offmoe.api
-from offmoe.errors import CapacityError, ConfigError, OffmoeError
+from offmoe.errors import CapacityError, ConfigError
 from offmoe.simulator import replay
 from offmoe.trace import read_trace
 from tests import tiny
-from tests.doubles import DeferredBackend
-
-
-class Device(DeferredBackend):
-    """With so much RAM beside it, of which so many buffers can be pinned."""
-
-    staging_counts = False
-    ram, pins = 1 << 24, 1000
-
-    def __init__(self):
-        super().__init__()
-        self.pinned = set()
-
-    def host_free_bytes(self):
-        return self.ram
-
-    def pin(self, address, nbytes):
-        if len(self.pinned) >= self.pins:
-            return False
-        self.pinned.add(address)
-        return True
-
-    def unpin(self, address):
-        self.pinned.remove(address)
+from tests.doubles import DeviceBesideRam
 
 
 @pytest.fixture
 def device(monkeypatch):
-    made = Device()
+    made = DeviceBesideRam()
     monkeypatch.setattr(offmoe.api, "select_backend", lambda name: made)
     return made
 
@@ -114,24 +91,3 @@ def test_too_little_ram_is_refused_with_the_numbers(folder, device):
 def test_ram_of_a_cpu_is_device_memory(folder):
     with pytest.raises(ConfigError, match="device_memory"):
         offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3, host_memory="1MiB")
-
-
-def test_a_failed_read_leaves_an_empty_cache_that_works(folder, device):
-    model = offmoe.from_pretrained(folder, slots_per_layer=3, prefetch=1)
-    store = model.offload._executor._transfer._store
-    with model.offload:
-        expected = generate(model)
-        right, calls = store._read_at, []
-
-        def fails_later(*arguments):
-            calls.append(arguments)
-            if len(calls) == 5:
-                raise OSError(28, "No such luck")
-            return right(*arguments)
-
-        model.offload._executor.forget()
-        store._read_at = fails_later
-        with pytest.raises(OffmoeError, match="No such luck"):
-            generate(model)
-        assert torch.equal(generate(model), expected)
-        model.offload._executor._planner.check()

@@ -198,7 +198,10 @@ class CudaBackend(Backend):
         return int(torch.cuda.max_memory_reserved(self.device))
 
     def pin(self, address: int, nbytes: int) -> bool:
-        if int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0)) == 0:
+        register = getattr(torch.cuda.cudart(), "cudaHostRegister", None)
+        if register is None:  # a build of torch that does not offer it
+            return False
+        if int(register(address, nbytes, 0)) == 0:
             return True
         # A refused registration leaves a sticky error that torch would report at the next unrelated call (io.md
         # section 5).

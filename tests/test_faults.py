@@ -1,0 +1,144 @@
+"""Faults injected while a model runs: a typed error or the right tokens, and nothing left behind either way."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import offmoe
+import offmoe.api
+from offmoe.errors import OffmoeError, ShardChangedError, TransferError
+from offmoe.runtime.backend import CpuBackend
+from offmoe.runtime.transfer import Reader
+from offmoe.types import ExpertKey, Fetch
+from tests import tiny
+from tests.doubles import DeviceBesideRam
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.save(tiny.build("mixtral"), tmp_path_factory.mktemp("faults") / "model")
+
+
+@pytest.fixture(params=[CpuBackend, DeviceBesideRam])
+def model(request, folder, monkeypatch):
+    """Few slots, so that prompts come in waves; some experts in RAM where the device is another."""
+    backend = request.param()
+    monkeypatch.setattr(offmoe.api, "select_backend", lambda name: backend)
+    if isinstance(backend, DeviceBesideRam):
+        read = max(e.read for e in offmoe.api.inspect(folder, offmoe.OffloadConfig(slots_per_layer=3)).experts)
+        backend.ram = (5 + 3 * 3) * read
+    loaded = offmoe.from_pretrained(folder, slots_per_layer=3, prefetch=2)
+    yield loaded
+    engine = loaded.offload._executor._transfer
+    loaded.offload.close()
+    assert not [t for t in threading.enumerate() if isinstance(t, Reader)]
+    assert engine._idle.qsize() == len(engine._staged), "every staging buffer is back"
+    assert not getattr(backend, "pinned", None)
+
+
+def generate(model):
+    return model.generate(input_ids=tiny.prompt(), max_new_tokens=10, min_new_tokens=10, do_sample=False)
+
+
+class Faulty:
+    """Reads of which those from the n-th on go wrong, `times` of them."""
+
+    def __init__(self, store, nth, times, fault):
+        self.read, self.nth, self.times, self.fault = store._read_at, nth, times, fault
+        self.calls, self.lock = 0, threading.Lock()
+
+    def __call__(self, descriptor, buffer, offset):
+        with self.lock:
+            self.calls += 1
+            wrong = self.nth <= self.calls < self.nth + self.times
+        return self.fault(self.read, descriptor, buffer, offset) if wrong else self.read(descriptor, buffer, offset)
+
+
+def eio(read, *arguments):
+    raise OSError(5, "Input/output error")
+
+
+def short(read, descriptor, buffer, offset):
+    return read(descriptor, buffer[: max(1, len(buffer) // 3)], offset)
+
+
+def nothing(read, *arguments):
+    return 0
+
+
+def broken(read, *arguments):
+    raise RuntimeError("a bug in a thread")
+
+
+FAULTS = {
+    "one EIO": (1, eio, None),
+    "EIO for good": (10**9, eio, TransferError),
+    "short reads": (10**9, short, None),
+    "truncated": (10**9, nothing, ShardChangedError),
+    "a bug in a reader": (1, broken, TransferError),
+}
+
+
+@pytest.mark.parametrize("nth", [1, 2, 7, 20])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_typed_error_or_the_right_tokens(model, fault, nth):
+    times, what, expected = FAULTS[fault]
+    want = generate(model)
+    executor = model.offload._executor
+    executor.forget()
+    store = executor._transfer._store
+    right = store._read_at
+    store._read_at = Faulty(store, nth, times, what)
+    raised = got = None
+    try:
+        got = generate(model)
+    except OffmoeError as error_of_ours:
+        raised = error_of_ours
+    if raised is None:  # nothing to notice, or the fault has struck a prefetch that nobody wanted
+        assert torch.equal(got, want)
+    else:
+        assert expected is not None
+        assert isinstance(raised, expected)
+    assert store._read_at.calls >= nth
+    store._read_at = right
+    executor._planner.check()
+    assert torch.equal(generate(model), want), "and again as if nothing had been"
+
+
+def test_closing_while_prefetches_are_read(model):
+    generate(model)
+    store = model.offload._executor._transfer._store
+    begun, go_on, read = threading.Event(), threading.Event(), store._read_at
+
+    def slow(*arguments):
+        begun.set()
+        assert go_on.wait(20)
+        return read(*arguments)
+
+    store._read_at = slow
+    engine = model.offload._executor._transfer
+    engine.fetch([Fetch(ExpertKey(0, e), e % 3, None) for e in range(6)], ahead=True)
+    assert begun.wait(20)
+    closing = threading.Thread(target=model.offload.close)
+    closing.start()
+    go_on.set()
+    closing.join(20)
+    assert not closing.is_alive()
+
+
+def test_what_cannot_be_pinned_is_said_and_still_right(folder, monkeypatch, caplog):
+    made = {}
+    for pins in (1000, 6, 0):
+        backend = DeviceBesideRam()
+        backend.pins = pins
+        monkeypatch.setattr(offmoe.api, "select_backend", lambda name, backend=backend: backend)
+        caplog.clear()
+        model = offmoe.from_pretrained(folder, slots_per_layer=3)
+        with model.offload:
+            made[pins] = generate(model)
+        assert ("could be pinned" in caplog.text) == (pins < 1000)
+    assert torch.equal(made[6], made[1000])
+    assert torch.equal(made[0], made[1000])
