@@ -1,4 +1,4 @@
-"""How slots in RAM are shared out among layers."""
+"""How slots in RAM are shared out; what they are taken from is tested in tests/test_host_tier.py."""
 
 from __future__ import annotations
 
