@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from offmoe.config import Default, OffloadConfig, format_size
-from offmoe.errors import ConfigError
+from offmoe.errors import CapacityError, ConfigError
 from offmoe.hf import experts as hf_experts
 from offmoe.hf.adapters import find_experts
 from offmoe.hf.catalog import COMPUTABLE, ExpertCatalog, build_catalog
@@ -54,11 +54,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
+BOUNDLESS = 1 << 60
+"""Bytes that any model fits into."""
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What a model needs and what fits, from its configuration; nothing is loaded."""
+    """What a model needs and what fits, from its configuration; nothing is loaded.
+
+    refusal: why it cannot run here as asked; `plan` is then for a device that is large enough.
+    """
 
     folder: Path
     """Of the model, or its configuration file where there is nothing else."""
@@ -74,7 +79,10 @@ class Survey:
     config: OffloadConfig
     """As asked, with device, slots, context and modes resolved."""
     plan: MemoryPlan
+    refusal: CapacityError | None
     backend: Backend
+    meta: PreTrainedModel
+    """On the meta device. Of a configuration with a great many expert modules, one that has but two per layer."""
 
     @property
     def expert_bytes(self) -> int:
@@ -83,8 +91,7 @@ class Survey:
 
     def unpredictable(self) -> tuple[str | None, ...] | None:
         """For each MoE layer why its experts cannot be predicted, None where they can; None if only a run can tell."""
-        meta = build_meta(self.hf_config, self.model_class)
-        return foresee(meta, list(find_experts(meta).values()))
+        return foresee(self.meta, list(find_experts(self.meta).values()))
 
 
 @dataclass(frozen=True)
@@ -94,25 +101,19 @@ class Inspected(Survey):
     source: Source
     checkpoint: Checkpoint
     catalog: ExpertCatalog
-    meta: PreTrainedModel
-    """On the meta device, with its experts."""
 
 
 def survey(
-    model: str | os.PathLike[str],
-    config: OffloadConfig,
-    *,
-    dtype: str | torch.dtype | None = None,
-    free: int | None = None,
-    **hub: Any,
+    model: str | os.PathLike[str], config: OffloadConfig, *, dtype: str | torch.dtype | None = None, **hub: Any
 ) -> Survey:
-    """`inspect`, but content with a configuration: a config.json, or a folder that holds nothing else of a model.
+    """What `inspect` finds, also where the model does not fit, and also of a configuration alone: a config.json, or a
+    folder that holds nothing else of a model.
 
-    An explicit device_memory is then taken at its word, because the model may be meant for another machine.
+    Of a configuration, an explicit device_memory is taken at its word: the model may be meant for another machine.
     """
     source = lone_config(model)
     if source is None:
-        return inspect(model, config, dtype=dtype, free=free, **hub)
+        return _read_headers(model, config, dtype, **hub)
     backend = select_backend(config.device)
     hf_config = read_config(source)
     cls = model_class(hf_config)
@@ -122,7 +123,6 @@ def survey(
     found = estimate(hf_config, cls, compute, _dtype(None, hf_config, compute), staging_counts=backend.staging_counts)
     asked = 0 if config.device_memory == "auto" else int(config.device_memory)
     free = max(asked, backend.free_bytes())
-    resolved, plan = _divide(config, found.shape, found.experts, found.needs, backend, free)
     return Survey(
         source,
         hf_config,
@@ -132,25 +132,28 @@ def survey(
         found.parameters,
         method,
         compute,
-        resolved,
-        plan,
+        *_divide_or_say(config, found.shape, found.experts, found.needs, backend, free),
         backend,
+        found.meta,
     )
 
 
 def inspect(
-    model: str | os.PathLike[str],
-    config: OffloadConfig,
-    *,
-    dtype: str | torch.dtype | None = None,
-    free: int | None = None,
-    **hub: Any,
+    model: str | os.PathLike[str], config: OffloadConfig, *, dtype: str | torch.dtype | None = None, **hub: Any
 ) -> Inspected:
     """Read headers and configuration, divide the memory; loads no weight. Raises what `from_pretrained` would.
 
-    free: bytes of device memory to take for free; None is what is. A model on the Hub is downloaded only if
-    bitsandbytes quantised it: its headers do not say the shapes of weights.
+    A model on the Hub is downloaded only if bitsandbytes quantised it: its headers do not say the shapes of weights.
     """
+    found = _read_headers(model, config, dtype, **hub)
+    if found.refusal is not None:
+        raise found.refusal
+    return found
+
+
+def _read_headers(
+    model: str | os.PathLike[str], config: OffloadConfig, dtype: str | torch.dtype | None, **hub: Any
+) -> Inspected:
     backend = select_backend(config.device)
     source = locate(model, **hub)
     hf_config = read_config(source.folder)
@@ -167,8 +170,6 @@ def inspect(
     # to be read as it is stored, or as transformers writes it once more, which is in the dtype to compute in
     wider = max(compute, _dtype(None, hf_config, compute), key=lambda dtype: dtype.itemsize)
     needs = model_bytes(meta, experts, layers, compute, wider, staging_counts=backend.staging_counts)
-    free = backend.free_bytes() if free is None else free
-    resolved, plan = _divide(config, catalog.shape, experts, needs, backend, free)
     return Inspected(
         source.folder,
         hf_config,
@@ -178,14 +179,29 @@ def inspect(
         count_parameters(meta),
         quantisation_method(hf_config),
         compute,
-        resolved,
-        plan,
+        *_divide_or_say(config, catalog.shape, experts, needs, backend, backend.free_bytes()),
         backend,
+        meta,
         source,
         checkpoint,
         catalog,
-        meta,
     )
+
+
+def _divide_or_say(
+    config: OffloadConfig,
+    shape: CacheShape,
+    experts: Sequence[ExpertBytes],
+    needs: ModelBytes,
+    backend: Backend,
+    free: int,
+) -> tuple[OffloadConfig, MemoryPlan, CapacityError | None]:
+    """`_divide`; where nothing fits, the plan of a device that is large enough, and the refusal."""
+    try:
+        return (*_divide(config, shape, experts, needs, backend, free), None)
+    except CapacityError as refusal:
+        boundless = replace(config, device_memory=BOUNDLESS, host_memory="auto", slots_per_layer=None)
+        return (*_divide(boundless, shape, experts, needs, backend, BOUNDLESS), refusal)
 
 
 def _divide(

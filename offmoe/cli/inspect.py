@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from offmoe.cli import options
 from offmoe.cli.output import Output, percent, plain, span
 from offmoe.config import OffloadConfig, format_size
-from offmoe.errors import CapacityError
 from offmoe.profile import Profile
 
 if TYPE_CHECKING:
@@ -25,8 +24,6 @@ Unpredictable = tuple[str | None, ...] | None
 """For each MoE layer why its experts cannot be predicted, None where they can; None if only a run can tell."""
 KNEE = 2
 """Slots per top_k where hit rates stop rising steeply: below it a layer evicts what its next token needs."""
-BOUNDLESS = 1 << 60
-"""Bytes that any model fits into."""
 
 
 def parser() -> options.Parser:
@@ -44,19 +41,16 @@ def run(args: argparse.Namespace, out: Output) -> None:
     from offmoe.cli.libraries import quiet
 
     quiet(args.verbose, args.json)
-    try:
-        found = survey(args.model, config, dtype=args.dtype, **hub)
-    except CapacityError:
-        boundless = replace(config, device_memory=BOUNDLESS, slots_per_layer=None)
-        found = survey(args.model, boundless, dtype=args.dtype, free=BOUNDLESS, **hub)
-        unpredictable = found.unpredictable()
-        out.result(_needs(args.model, found, unpredictable))
-        out.json({**_facts(found, unpredictable), "plan": None})
-        raise
+    found = survey(args.model, config, dtype=args.dtype, **hub)
     speed, unpredictable = _speed(found), found.unpredictable()
+    facts = _facts(found, unpredictable)
+    if found.refusal is not None:
+        out.result(_needs(args.model, found, unpredictable))
+        out.json({**facts, "plan": None})
+        raise found.refusal
     tables = _needs(args.model, found, unpredictable), _fit(config, found)
     out.result(*tables, *_advice(config, found), _in_words(speed))
-    out.json({**_facts(found, unpredictable), **_in_figures(speed), "plan": found.plan.to_dict()})
+    out.json({**facts, **_in_figures(speed), "plan": found.plan.to_dict()})
 
 
 def _facts(found: Survey, unpredictable: Unpredictable) -> dict[str, object]:

@@ -51,12 +51,15 @@ def quantisation_method(config: PretrainedConfig) -> str | None:
 
 
 class Estimate(NamedTuple):
-    """What a plan needs to know of a model. experts: bytes of one in each MoE layer."""
+    """What a plan needs to know of a model. experts: bytes of one in each MoE layer. meta: the model that was measured,
+    which may have fewer experts.
+    """
 
     shape: CacheShape
     experts: tuple[ExpertBytes, ...]
     parameters: Parameters
     needs: ModelBytes
+    meta: PreTrainedModel
 
 
 def estimate(
@@ -79,7 +82,7 @@ def estimate(
         meta = build_meta(values, cls)
         shape, experts = estimate_experts(meta, stored)
         needs = model_bytes(meta, experts, dense_layers(meta), dtype, stored, staging_counts=staging_counts)
-        return Estimate(shape, experts, count_parameters(meta), needs)
+        return Estimate(shape, experts, count_parameters(meta), needs, meta)
 
     for name in EXPERTS_NAMES:
         count = getattr(config.get_text_config(), name, None)
@@ -120,7 +123,7 @@ def _continued(two: Estimate, three: Estimate, count: int) -> Estimate:
         dense=line(two.needs.dense, three.needs.dense),
         layers=tuple(DenseLayerBytes(*map(line, a, b)) for a, b in layers),
     )
-    return Estimate(shape, two.experts, parameters, needs)
+    return Estimate(shape, two.experts, parameters, needs, two.meta)
 
 
 def estimate_experts(meta_model: PreTrainedModel, dtype: torch.dtype) -> tuple[CacheShape, tuple[ExpertBytes, ...]]:

@@ -132,7 +132,7 @@ def test_many_experts_are_counted_without_making_them(family: str, sizes: dict[s
     shape, experts = estimate_experts(meta, torch.float32)
     layers = dense_layers(meta)
     needs = model_bytes(meta, experts, layers, torch.float32, torch.float32, staging_counts=True)
-    assert told == (shape, experts, count_parameters(meta), needs)
+    assert told[:4] == (shape, experts, count_parameters(meta), needs)
     assert set(shape.experts) == {70}
 
 
