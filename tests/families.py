@@ -580,6 +580,7 @@ CONFIGS: dict[str, Config] = {
             n_routed_experts=tiny.NUM_EXPERTS,
             head_dim=8,
             share_expert_dim=40,
+            swiglu_limits=[0.0, 0.0, 0.5],
             layer_types=["full_attention"] * 3,
             num_sliding_attention_heads=4,
             sliding_window=64,

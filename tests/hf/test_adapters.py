@@ -18,116 +18,21 @@ from offmoe.hf.needs import kv_bytes_per_token, num_layers
 from offmoe.hf.wiring import RouterWiring
 from offmoe.simulator import replay
 from offmoe.trace import Trace, read_trace
-from tests import tiny
+from tests import families, tiny
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SLOTS = 3
 NEW_TOKENS = 8
-IMAGE = tiny.VOCABULARY
 
-COMMON = {name: value for name, value in tiny.COMMON.items() if name != "num_experts_per_tok"}
-LLAMA4 = COMMON | {
-    "num_local_experts": 8,
-    "num_experts_per_tok": 1,
-    "intermediate_size": 24,
-    "intermediate_size_mlp": 48,
-    "interleave_moe_layer_step": 1,
-    "head_dim": 8,
-    "attention_chunk_size": 64,
-}
-VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
 CONFIGS: dict[str, dict[str, object]] = {
-    "llama4_text": LLAMA4,
-    "llama4": {
-        "text_config": LLAMA4 | {"vocab_size": tiny.VOCABULARY + 3},
-        "vision_config": VISION
-        | {"vision_output_dim": 32, "image_size": 56, "projector_input_dim": 32, "projector_output_dim": 32},
-        "image_token_index": IMAGE,
-        "boi_token_index": IMAGE + 1,
-        "eoi_token_index": IMAGE + 2,
-    },
-    "dbrx": {
-        "vocab_size": tiny.VOCABULARY,
-        "d_model": 32,
-        "n_heads": 4,
-        "n_layers": 3,
-        "max_seq_len": 512,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
-        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 8, "moe_top_k": 2, "hidden_size": 32},
-    },
-    "jetmoe": COMMON | {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 24, "kv_channels": 8},
-    "longcat_flash": {name: value for name, value in COMMON.items() if name != "num_hidden_layers"}
-    | {
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8,
-        "v_head_dim": 8,
-        "num_key_value_heads": 4,
-        "num_layers": 2,
-        "head_dim": 8,
-        "ffn_hidden_size": 48,
-        "expert_ffn_hidden_size": 24,
-        "n_routed_experts": 8,
-        "moe_topk": 3,
-        "zero_expert_num": 4,
-    },
-    "step3p7": {
-        "text_config": COMMON
-        | {
-            "num_experts_per_tok": 2,
-            "intermediate_size": 48,
-            "moe_intermediate_size": 24,
-            "mlp_layer_types": ["dense", "sparse", "sparse"],
-            "n_routed_experts": 8,
-            "head_dim": 8,
-            "share_expert_dim": 40,
-            "layer_types": ["full_attention"] * 3,
-            "num_sliding_attention_heads": 4,
-            "sliding_window": 64,
-            "swiglu_limits": [0.0, 0.0, 0.5],
-        },
-        "vision_config": VISION | {"image_size": 56, "max_position_embeddings": 16},
-        "image_token_id": tiny.VOCABULARY - 1,
-    },
-    "switch_transformers": {
-        "vocab_size": tiny.VOCABULARY,
-        "d_model": 32,
-        "d_kv": 8,
-        "d_ff": 48,
-        "num_layers": 4,
-        "num_decoder_layers": 2,
-        "num_heads": 4,
-        "num_experts": 8,
-        "num_sparse_encoder_layers": 2,
-        "num_sparse_decoder_layers": 1,
-        "expert_capacity": 16,
-        "pad_token_id": 0,
-        "eos_token_id": 2,
-        "decoder_start_token_id": 0,
-    },
-    "nllb-moe": {
-        "vocab_size": tiny.VOCABULARY,
-        "d_model": 32,
-        "encoder_layers": 4,
-        "decoder_layers": 2,
-        "encoder_ffn_dim": 48,
-        "decoder_ffn_dim": 48,
-        "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4,
-        "num_experts": 8,
-        "expert_capacity": 32,
-        "encoder_sparse_step": 2,
-        "decoder_sparse_step": 2,
-        "max_position_embeddings": 128,
-        "pad_token_id": 1,
-        "bos_token_id": 0,
-        "eos_token_id": 2,
-        "decoder_start_token_id": 2,
-    },
+    family: dict(families.CONFIGS[family])
+    for family in ("dbrx", "jetmoe", "llama4", "llama4_text", "longcat_flash", "nllb-moe", "step3p7")
+}
+CONFIGS["nllb-moe"]["decoder_layers"] = 2
+CONFIGS["switch_transformers"] = {
+    **families.CONFIGS["switch_transformers"],
+    "num_decoder_layers": 2,
+    "num_sparse_decoder_layers": 1,
 }
 PREDICTED = sorted(CONFIGS.keys() - {"nllb-moe"})
 ENCODERS = ("switch_transformers", "nllb-moe")
