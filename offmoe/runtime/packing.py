@@ -19,6 +19,7 @@ import torch
 
 from offmoe.errors import ConfigError, UnsupportedModelError
 from offmoe.runtime.formats import ExpertLayout
+from offmoe.runtime.quantized.codec import codes_of_words
 
 TILE_ROWS = 16
 """Rows per tile: the lanes of one AVX-512 register, two of AVX2, four of NEON."""
@@ -171,10 +172,8 @@ def pack_words(q: torch.Tensor, how: WeightFormat) -> torch.Tensor:
 
 def unpack_words(words: torch.Tensor, how: WeightFormat) -> torch.Tensor:
     """words int32 [N, C] -> uint8 nibbles or int8 [N, C * values of a word]."""
-    if how.bits == 8:
-        return words.view(torch.int8)
-    pairs = words.view(torch.uint8)  # [N, K / 2]
-    return torch.stack([pairs & 15, pairs >> 4], dim=-1).view(words.shape[0], -1)
+    codes = codes_of_words(words, how.bits)
+    return codes.view(torch.int8) if how.bits == 8 else codes
 
 
 def to_tiles(part: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,130 @@
+"""What int8 and int4 experts cost in perplexity: the demo model on held-out text, its experts' weights quantised.
+
+What moves: nothing but the demo model, in float32, so that only the weights differ. Text: quality.txt, 180 kB of
+documents that training held out (tools/train_demo.py, every fiftieth): the King James Bible, statements of Metamath's
+set.mm, the Jargon File and the Devil's Dictionary, all in the public domain (set.mm: CC0). The second half of every
+window of 512 tokens is scored, so that each scored token has a context; windows overlap by half.
+int4 is in groups of 64; "rtn" rounds to nearest with
+symmetric absmax scales, without the search of offmoe/runtime/quantise.py.
+
+Perplexity of a small text moves by chance too, in either direction; the divergence from the native model does not, and
+says the same more reliably.
+
+Prints a table; with --json one last line {"ppl_native", "ppl_int8", "ppl_int4", "ppl_int4_rtn"}. Exit status 1 if the
+figures miss what is promised: int8 at most 0.3 % worse than native, and the search recovers at least a quarter of what
+rounding to nearest loses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
+
+from offmoe.runtime.packing import INT8, WeightFormat, int4
+from offmoe.runtime.quantise import quantise
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = ROOT / "offmoe" / "demo" / "model"
+TEXT = Path(__file__).with_suffix(".txt")
+WINDOW, BATCH = 512, 8
+INT8_AT_MOST, SEARCH_RECOVERS = 0.003, 0.25
+
+Quantiser = Callable[[torch.Tensor], torch.Tensor]
+"""weight [rows, cols] -> what it is once quantised, float32."""
+
+
+def quantiser(how: WeightFormat, search: bool = True) -> Quantiser:
+    return lambda weight: quantise(weight, how, search=search).values()
+
+
+def windows() -> torch.Tensor:
+    """Token ids [n, WINDOW] that overlap by half."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    ids = tokenizer(TEXT.read_text("utf-8"), return_tensors="pt", verbose=False)["input_ids"][0]
+    return ids.unfold(0, WINDOW, WINDOW // 2)
+
+
+def changed_model(change: Quantiser | None) -> MixtralForCausalLM:
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for stacked in (layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj):  # [experts, rows, cols]
+                for expert in stacked if change else ():
+                    expert.copy_(change(expert))  # type: ignore[misc]
+    return model
+
+
+class Score(NamedTuple):
+    """Perplexity, and the mean divergence KL(native, this) in nats per token, which chance moves less."""
+
+    perplexity: float
+    divergence: float
+
+
+@torch.inference_mode()
+def scores(models: dict[str, MixtralForCausalLM], ids: torch.Tensor) -> dict[str, Score]:
+    """All models on the same windows; the first is what divergence is measured from."""
+    losses, divergences, scored = dict.fromkeys(models, 0.0), dict.fromkeys(models, 0.0), 0
+    for batch in ids.split(BATCH):
+        targets = batch[:, WINDOW // 2 :].flatten()
+        native: torch.Tensor | None = None
+        for name, model in models.items():
+            logits = model(batch).logits[:, WINDOW // 2 - 1 : -1].flatten(0, 1)  # [b * WINDOW / 2, vocabulary]
+            logs = logits.log_softmax(-1)
+            native = logs if native is None else native
+            losses[name] += F.nll_loss(logs, targets, reduction="sum").item()
+            divergences[name] += F.kl_div(logs, native, reduction="sum", log_target=True).item()
+        scored += targets.numel()
+    return {name: Score(math.exp(losses[name] / scored), divergences[name] / scored) for name in models}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Perplexity of the demo model with quantised experts.")
+    parser.add_argument("--all", action="store_true", help="also other groups, and zero points")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    arguments = parser.parse_args()
+    rows: dict[str, Quantiser | None] = {
+        "native": None,
+        "int8": quantiser(INT8),
+        "int4": quantiser(int4(64)),
+        "int4_rtn": quantiser(int4(64), search=False),
+    }
+    if arguments.all:
+        rows |= {
+            "int4 in groups of 32": quantiser(int4(32)),
+            "int4 in groups of 128": quantiser(int4(128)),
+            "int4 with zero points": quantiser(int4(64, zero_points=True)),
+        }
+    transformers.logging.disable_progress_bar()
+    ids = windows()
+    print(f"{len(ids)} windows of {WINDOW} tokens, {len(ids) * WINDOW // 2} tokens scored")
+    found = scores({name: changed_model(change) for name, change in rows.items()}, ids)
+    native, rtn = found["native"], found["int4_rtn"]
+    print("                         perplexity           divergence")
+    for name, score in found.items():
+        worse = 100 * (score.perplexity / native.perplexity - 1)
+        print(f"{name:24} {score.perplexity:10.4f}  {worse:+.3f} %  {score.divergence:10.6f}")
+    recovered = (rtn.perplexity - found["int4"].perplexity) / (rtn.perplexity - native.perplexity)
+    print(
+        f"of what rounding to nearest loses the search recovers {recovered:.2f} of the perplexity "
+        f"(at least {SEARCH_RECOVERS}), {1 - found['int4'].divergence / rtn.divergence:.2f} of the divergence"
+    )
+    if arguments.json:
+        names = ("native", "int8", "int4", "int4_rtn")
+        print(json.dumps({f"ppl_{name}": round(found[name].perplexity, 4) for name in names}))
+    if found["int8"].perplexity > native.perplexity * (1 + INT8_AT_MOST) or recovered < SEARCH_RECOVERS:
+        sys.exit("quality.py: worse than promised")
+
+
+if __name__ == "__main__":
+    main()
