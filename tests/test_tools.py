@@ -145,10 +145,10 @@ def test_the_test_tools_are_added_to_what_is_there_and_serve_offmoe_too(machine:
 @pytest.mark.parametrize(
     ("gpu", "arguments", "passed_on"),
     [
-        (False, [], "<-m> <not slow and not gpu>"),
-        (True, [], "<-m> <not slow and not gpu>"),
-        (False, ["--all"], "<-m> <not gpu>"),
-        (True, ["tests/a b.py", "--all", "-x"], "<-m> <> <tests/a b.py> <-x>"),
+        (False, [], "<-m> <not slow and not gpu> <-n> <2>"),
+        (True, [], "<-m> <not slow and not gpu> <-n> <2>"),
+        (False, ["--all"], "<-m> <not gpu> <-n> <0>"),
+        (True, ["tests/a b.py", "--all", "-x"], "<-m> <> <-n> <0> <tests/a b.py> <-x>"),
     ],
 )
 def test_which_tests_run(machine: Machine, gpu: bool, arguments: list[str], passed_on: str) -> None:
