@@ -15,7 +15,7 @@ from itertools import accumulate, chain
 from offmoe.config import CacheOptions
 from offmoe.policy.eviction import LRU, LRU2, AgedLFU, EvictionPolicy, Static
 from offmoe.policy.host import HostTier
-from offmoe.policy.prefetch import PrefetchPolicy, build_prefetch
+from offmoe.policy.prefetch import Candidate, PrefetchPolicy, build_prefetch
 from offmoe.policy.queues import S3FIFO, Sieve
 from offmoe.policy.residency import Admission, Residency
 from offmoe.types import Access, CacheShape, ExpertKey, Fetch, Lookup, Plan, Wave
@@ -72,7 +72,7 @@ class Planner:
         return (
             self.may_prefetch
             and layer < self.shape.layers
-            and self._prefetch.limit(layer) > 0
+            and self._prefetch.wants_prediction(layer)
             and not self._pools[layer].complete
         )
 
@@ -84,7 +84,7 @@ class Planner:
         keys = [first + e for e in experts] if first else experts
         here, missing, pending = pool.split(keys)
         if self.may_prefetch:
-            self._prefetch.demanded(layer, experts)
+            self._prefetch.demanded(layer, experts, len(missing))
         policy.used(keys, demands, access.tail)
         for key in here[len(here) - pending :]:
             pool.demanded(key)
@@ -93,7 +93,7 @@ class Planner:
             waves: tuple[Wave, ...] = (self._wave(layer, here, fetches),)
         else:
             waves = self._waves(layer, here, missing)
-        prefetches = self._prefetches(layer + 1, access.predicted) if access.predicted else ()
+        prefetches = self._prefetches(layer + 1, access) if access.predicted else ()
         return Plan(layer, waves, prefetches, len(here) - pending, pending, len(missing))
 
     def _admit(self, layer: int, missing: Sequence[int], protected: Collection[int]) -> tuple[Fetch, ...]:
@@ -141,24 +141,28 @@ class Planner:
             waves.append(self._wave(layer, (), self._admit(layer, wave, {*held, *wave})))
         return _victims_first(waves) if here else tuple(waves)
 
-    def _prefetches(self, layer: int, predicted: Sequence[int]) -> tuple[Fetch, ...]:
-        limit = self._prefetch.limit(layer)
-        if limit == 0:
+    def _prefetches(self, layer: int, access: Access) -> tuple[Fetch, ...]:
+        """Of what `access`, of the layer before, predicts for `layer`."""
+        if not self._prefetch.wants_prediction(layer):
             return ()
         pool, first = self._pools[layer], self._first_key[layer]
-        wanted = [first + e for e in predicted[: pool.capacity]]
-        protected = set(wanted)
+        predicted = access.predicted[: pool.capacity]
+        missing = pool.split([first + e for e in predicted])[1]
+        if not missing:
+            return ()
+        away = frozenset(missing)
+        candidates = [Candidate(rank, e) for rank, e in enumerate(predicted) if first + e in away]
+        chosen = self._prefetch.choose(layer, candidates, single=access.tail == 1)
+        if not chosen:
+            return ()
+        protected = {first + e for e in predicted}
         fetches: list[Fetch] = []
-        for key in wanted:
-            if len(fetches) == limit:
+        for _, expert in chosen:
+            admission = pool.admit(first + expert, protected, pending=True)
+            if admission is None:
                 break
-            if pool.lookup(key) == Lookup.MISS:
-                admission = pool.admit(key, protected, pending=True)
-                if admission is None:
-                    break
-                fetches.append(self._fetch(layer, key, admission))
-        if fetches:
-            self._prefetch.issued(layer, [f.key.expert for f in fetches])
+            fetches.append(self._fetch(layer, first + expert, admission))
+        self._prefetch.issued(len(fetches))
         return tuple(fetches)
 
     def missing(self, layer: int, experts: Sequence[int]) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 from pathlib import Path
 
@@ -125,26 +124,6 @@ def test_pending_counts_once():
     first, second = planner.plan(access(1, [4, 5])), planner.plan(access(1, [4, 5]))
     assert (first.pending, first.hits, first.misses) == (2, 0, 0)
     assert (second.pending, second.hits, second.misses) == (0, 2, 0)
-
-
-def test_auto_prefetch_pauses_when_predictions_are_wrong():
-    planner = build_planner(CacheOptions(slots_per_layer=2, prefetch="auto"), SHAPE)
-    wrong = itertools.cycle([[4, 5], [2, 3]])
-    issued = 0
-    for _ in range(200):
-        issued += len(planner.plan(access(0, [0, 1], predicted=next(wrong))).prefetches)
-        planner.plan(access(1, [0, 1]))
-    assert 0 < issued < 150
-    assert not planner.wants_prediction(1)
-
-
-def test_auto_prefetch_goes_on_when_predictions_are_right():
-    planner = build_planner(CacheOptions(slots_per_layer=2, prefetch="auto"), SHAPE)
-    pairs = itertools.cycle([[4, 5], [2, 3], [0, 1]])
-    for _ in range(200):
-        pair = next(pairs)
-        planner.plan(access(0, [0, 1], predicted=pair))
-        assert planner.plan(access(1, pair)).misses == 0
 
 
 def test_no_prediction_is_wanted_where_everything_is_resident():

@@ -1,0 +1,124 @@
+"""prefetch="auto": what it learns from, when it reads ahead, and how much it may read for nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from offmoe.config import CacheOptions
+from offmoe.policy.planner import Planner, build_planner
+from offmoe.policy.prefetch import AutoPrefetch, Candidate
+from offmoe.types import Access, CacheShape, CacheStats, Demand
+
+SHAPE = CacheShape((16, 16), (2, 2), (1, 1))
+
+
+def access(layer: int, experts, predicted=(), tail: int = 1) -> Access:
+    return Access(layer, tuple(Demand(e, 1, 1) for e in sorted(experts)), tail, tuple(predicted))
+
+
+def routing(steps: int, seed: int = 0) -> list[list[int]]:
+    """Two of 16 experts for each step, in router order."""
+    chance = np.random.default_rng(seed)
+    return [chance.permutation(16)[:2].tolist() for _ in range(steps)]
+
+
+def run(planner: Planner, wanted: list[list[int]], predict) -> CacheStats:
+    """Layer 0 never misses after its first step, layer 1 wants what it is told. predict: of (step, experts)."""
+    stats = CacheStats.for_layers(2)
+    for step, experts in enumerate(wanted):
+        stats.add(planner.plan(access(0, [0, 1], predict(step, experts))), SHAPE)
+        stats.add(planner.plan(access(1, experts)), SHAPE)
+        planner.check()
+    return stats
+
+
+def auto() -> Planner:
+    return build_planner(CacheOptions(slots_per_layer=4, prefetch="auto"), SHAPE)
+
+
+def wrong(experts: list[int]) -> list[int]:
+    return [e for e in range(16) if e not in experts][:2]
+
+
+def test_right_predictions_are_acted_on():
+    stats = run(auto(), routing(600), lambda _, experts: experts)
+    assert stats.prefetched == stats.prefetched_used
+    assert stats.prefetched_used > 0.8 * (stats.prefetched_used + stats.misses)
+
+
+def test_learning_that_predictions_are_wrong_reads_nothing():
+    planner = auto()
+    stats = run(planner, routing(600), lambda _, experts: wrong(experts))
+    assert stats.prefetched == 0
+    assert not planner.wants_prediction(1)
+
+
+def test_pauses_grow_and_end():
+    planner, asked = auto(), []
+    for experts in routing(20_000):
+        asked.append(planner.wants_prediction(1))
+        planner.plan(access(0, [0, 1], wrong(experts)))
+        planner.plan(access(1, experts))
+    edges = np.flatnonzero(np.diff(np.array(asked, np.int8)))
+    pauses = np.diff(edges)[::2].tolist()
+    assert pauses[:5] == [128, 256, 512, 1024, 2048]
+    assert set(pauses[5:]) == {2048}
+
+
+def test_a_new_good_place_starts_the_pauses_anew():
+    planner = auto()
+    run(planner, routing(1500), lambda _, experts: wrong(experts))
+    good = run(planner, routing(4000, seed=1), lambda _, experts: experts)
+    assert good.prefetched_used > 1000
+    run(planner, routing(200, seed=2), lambda _, experts: wrong(experts))  # no place is trusted any more
+    asked = 0
+    for experts in routing(AutoPrefetch.PAUSE + 1, seed=3):
+        asked += planner.wants_prediction(1)
+        planner.plan(access(0, [0, 1], wrong(experts)))
+        planner.plan(access(1, experts))
+    assert asked
+
+
+def test_only_the_places_that_are_precise_are_fetched():
+    fetched = [0, 0]
+    planner = auto()
+    for experts in routing(800):
+        predicted = [experts[0], wrong(experts)[0]]
+        plan = planner.plan(access(0, [0, 1], predicted))
+        for fetch in plan.prefetches:
+            fetched[predicted.index(fetch.key.expert)] += 1
+        planner.plan(access(1, experts))
+    assert fetched[0] > 300
+    assert fetched[1] == 0
+
+
+@pytest.mark.parametrize("period", [10, 60, 200, 1000])
+def test_reads_for_nothing_stay_below_their_share(period):
+    """Predictions that earn trust and then betray it, at any rhythm."""
+    stats = run(auto(), routing(4000), lambda step, experts: experts if step // period % 2 == 0 else wrong(experts))
+    needed = stats.misses + stats.prefetched_used
+    assert stats.prefetched > 0 or period == 10
+    assert stats.prefetched - stats.prefetched_used <= needed / AutoPrefetch.READS_PER_WASTE + 2
+
+
+def test_prefetches_under_way_count_as_read_for_nothing():
+    policy = AutoPrefetch((2, 2))
+    both = [Candidate(0, 4), Candidate(1, 5)]
+    for _ in range(AutoPrefetch.EVIDENCE):
+        assert not policy.choose(1, both, single=True)
+        policy.demanded(1, [4, 5], 2)
+    policy.demanded(0, [0], 2 * AutoPrefetch.READS_PER_WASTE - 2 * AutoPrefetch.EVIDENCE - 1)
+    assert list(policy.choose(1, both, single=True)) == both[:1]
+    policy.issued(1)
+    assert not policy.choose(1, both, single=True)
+
+
+def test_many_tokens_are_judged_apart_from_one():
+    policy = AutoPrefetch((2, 2))
+    candidates = [Candidate(0, 4)]
+    for _ in range(AutoPrefetch.EVIDENCE):
+        policy.choose(1, candidates, single=False)
+        policy.demanded(1, [4], 50)
+    assert not policy.choose(1, candidates, single=True)
+    assert list(policy.choose(1, candidates, single=False)) == candidates
