@@ -24,10 +24,11 @@ VERBS = {
     "tune": "find the best expert cache for a recorded routing and write it as a profile; needs no torch",
     "simulate": "replay a recorded routing trace under one cache configuration; needs no torch",
     "bench": "time per token against the hardware's limits, and against accelerate's offload",
+    "pack": "quantise a model's experts once; writes a folder that loads like any model",
     "calibrate": "measure what moving and computing a model costs on this machine; writes a profile",
     "doctor": "what this machine can do: device, link, pinning, disk, versions; says what to change",
 }
-NOT_BUILT = ("chat", "pack", "serve")
+NOT_BUILT = ("chat", "serve")
 
 HELP = f"""usage: offmoe VERB [options]
 

@@ -59,6 +59,26 @@ class Output:
             task = bar.add_task(what, total=total)
             yield lambda units: bar.advance(task, units)
 
+    @contextmanager
+    def transfer(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """A bar in bytes on stderr, silent with `json`; yields what takes (bytes done, bytes in all)."""
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        console = Console(file=sys.stderr, highlight=False)
+        hidden = self._json or sys.stderr is None or not console.is_terminal
+        columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True, disable=hidden, refresh_per_second=4) as bar:
+            task = bar.add_task(what, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+
     def json(self, values: Mapping[str, object]) -> None:
         """The last line of stdout, if it was asked for."""
         if self._json:

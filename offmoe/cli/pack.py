@@ -1,0 +1,85 @@
+"""`offmoe pack MODEL OUT`: the model with int4 or int8 experts as a folder that loads like any other, made once.
+
+Bound by the quantiser, else by the disk. Can be interrupted and goes on with the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from offmoe.cli import options
+from offmoe.cli.output import Output
+from offmoe.config import format_size
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from offmoe.pack import Packed
+
+
+def parser() -> options.Parser:
+    parser = options.Parser(
+        "pack",
+        "Quantise the experts of a model and write it to a folder that every verb and from_pretrained take as a model "
+        "(safetensors in the layout of compressed-tensors). The rest is copied as it is. After an interruption the "
+        "same command goes on where it was.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a folder, a Hub id, or 'demo'; not quantised yet")
+    parser.add_argument("output", metavar="OUT", help="a new or empty folder, or one that an earlier run began")
+    parser.add_argument("--experts", metavar="FORM", default="int4", help="int4 (default) or int8")
+    parser.add_argument(
+        "--group", type=options.positive, metavar="N", help="int4: weights per scale, 32, 64 (default) or 128"
+    )
+    parser.add_argument("--zero-points", action="store_true", help="int4: a zero point beside every scale")
+    group = parser.add_argument_group("Hugging Face Hub")
+    group.add_argument("--revision", metavar="NAME", help="branch, tag or commit")
+    group.add_argument("--local-files-only", action="store_true", help="never use the network")
+    return parser
+
+
+def run(args: argparse.Namespace, out: Output) -> None:
+    from offmoe.cli.libraries import quiet
+    from offmoe.pack import pack, weight_format
+
+    how = weight_format(args.experts, args.group, args.zero_points)
+    quiet(args.verbose, args.json)
+    with out.transfer("packing") as progress:
+        done = pack(args.model, args.output, how, progress=progress, **options.hub_options(args))
+    out.result(_table(done, str(how)))
+    if done.kept:
+        out.note(f"finished by an earlier run: {done.kept} of {done.shards} shards")
+    out.note(f"next: offmoe generate {args.output} PROMPT")
+    out.json(
+        {
+            "bytes_in": done.bytes_in,
+            "bytes_out": done.bytes_out,
+            "seconds": done.seconds,
+            "max_error": done.max_error,
+            "layers": [
+                {
+                    "name": name,
+                    "max_error": loss.max_error,
+                    "mean_error": loss.mean_error,
+                    "relative_error": loss.relative_error,
+                }
+                for name, loss in done.layers.items()
+            ],
+        }
+    )
+
+
+def _table(done: Packed, how: str) -> Table:
+    from rich.table import Table
+
+    table = Table(
+        title=f"experts as {how}: {format_size(done.bytes_in)} became {format_size(done.bytes_out)} in "
+        f"{done.seconds:,.0f} s",
+        title_justify="left",
+    )
+    table.add_column("experts of")
+    for name in ("max error", "mean error", "relative, %"):
+        table.add_column(name, justify="right")
+    for name, loss in done.layers.items():
+        table.add_row(name, f"{loss.max_error:.3g}", f"{loss.mean_error:.3g}", f"{100 * loss.relative_error:.2f}")
+    return table

@@ -1,0 +1,344 @@
+"""A checkpoint with its experts as int4 or int8, written once: what `offmoe pack` does.
+
+What moves: every tensor of the checkpoint, once, disk to disk; experts through the quantiser, one matrix at a time, so
+memory is bounded by one matrix. Bound by the quantiser (11 MB/s of bf16 for int4, 26 for int8 on one busy core),
+by the disk for what is copied. Shards get their names when they are on the disk and were read back; a manifest says
+which are finished, so that an interrupted run goes on where it was. Index and config.json come last: without a config
+nobody takes the folder for a model.
+
+What it must never do: write into another model's folder, take shards of another source for its own, or say less about
+what quantising lost than it knows: every matrix is decoded as it will be and compared with the original.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offmoe.config import format_size
+from offmoe.errors import CapacityError, ConfigError, UnsupportedModelError
+from offmoe.hf.catalog import build_catalog
+from offmoe.hf.encoded import read_tensor
+from offmoe.hf.estimate import quantisation_method
+from offmoe.hf.hub import locate
+from offmoe.hf.load import CONFIG_FILE, build_meta, model_class, read_config, require_index
+from offmoe.hf.packed import Item, NewShard, check_loads, codec, encode, plan_shards, quantization_config
+from offmoe.hf.save import MODEL_FILES
+from offmoe.runtime.checkpoint import INDEX_FILE, Checkpoint
+from offmoe.runtime.packing import INT8, PackedWeight, WeightFormat, int4
+from offmoe.runtime.quantise import quantise
+from offmoe.runtime.shards import digest_of, octets, read_chunks, write_file
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "offmoe-pack.json"
+VERSION = 1
+SHARD_BYTES = 1 << 30
+"""Tensors of a shard: what an interrupted run does again at most."""
+COMPARED_VALUES = 1 << 20
+"""Values decoded and compared at once."""
+DEFAULT_GROUP = 64
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What quantising changed, over `values` values: the largest |error|, sums of |error|, error^2 and value^2."""
+
+    max_error: float = 0.0
+    total_error: float = 0.0
+    total_squared: float = 0.0
+    total_square: float = 0.0
+    values: int = 0
+
+    def __add__(self, other: Loss) -> Loss:
+        return Loss(
+            max(self.max_error, other.max_error),
+            self.total_error + other.total_error,
+            self.total_squared + other.total_squared,
+            self.total_square + other.total_square,
+            self.values + other.values,
+        )
+
+    @property
+    def mean_error(self) -> float:
+        """Mean |error|."""
+        return self.total_error / max(1, self.values)
+
+    @property
+    def relative_error(self) -> float:
+        """Norm of the error over the norm of the weights."""
+        return math.sqrt(self.total_squared / self.total_square) if self.total_square else 0.0
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What was done. bytes_in: of the source's tensors; bytes_out: of all shards; kept: of these, finished earlier."""
+
+    folder: Path
+    bytes_in: int
+    bytes_out: int
+    seconds: float
+    shards: int
+    kept: int
+    layers: dict[str, Loss]
+
+    @property
+    def max_error(self) -> float:
+        """The largest |error| of any weight."""
+        return max(loss.max_error for loss in self.layers.values())
+
+
+def weight_format(experts: str, group: int | None = None, zero_points: bool = False) -> WeightFormat:
+    """The format that options name; ConfigError for what cannot be."""
+    if experts == "int4":
+        return int4(DEFAULT_GROUP if group is None else group, zero_points)
+    if experts != "int8":
+        raise ConfigError(f"experts={experts!r} cannot be packed; use 'int4' or 'int8'")
+    if group is not None or zero_points:
+        raise ConfigError("int8 has one scale per row: leave group and zero points out, or use experts='int4'")
+    return INT8
+
+
+def pack(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    how: WeightFormat,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+    **hub: Any,
+) -> Packed:
+    """Write `model` with quantised experts to the folder `out`, which `from_pretrained` then loads.
+
+    progress(done, total): bytes of the source. Raises UnsupportedModelError (quantised already, experts not stored one
+    by one, other multiples), ConfigError (`out` holds something else), CapacityError (the disk is too small or full),
+    CheckpointError (NaN or infinity) or TransferError (the disk failed); what is finished is kept for the next run.
+    """
+    started = time.perf_counter()
+    source = locate(model, **hub)
+    folder = Path(os.path.expanduser(os.fspath(out))).absolute()
+    _refuse_place(folder, source.folder)
+    hf_config = read_config(source.folder)
+    method = quantisation_method(hf_config)
+    if method is not None:
+        raise UnsupportedModelError(
+            f"{source.folder}: quantised by {method!r} already, and would only lose more; offmoe runs it as it is, "
+            "or pack the bf16 checkpoint of the model"
+        )
+    checkpoint = source.checkpoint()
+    require_index(checkpoint)
+    meta = build_meta(hf_config, model_class(hf_config))
+    catalog = build_catalog(checkpoint, meta)
+    shards = plan_shards(catalog, how, shard_bytes)
+    quantisation = quantization_config(catalog, meta, how)
+    planned = check_loads(folder, shards, hf_config, quantisation)
+    checkpoint = source.fetch(checkpoint)
+    job = _Job(folder, checkpoint, shards, tuple(layer.name for layer in catalog.layers), progress)
+    manifest = _Manifest.of(folder, _identity(checkpoint), how, shard_bytes)
+    kept = job.finished(manifest)
+    job.check_space(kept)
+    job.write(manifest, kept)
+    _write_rest(checkpoint.folder, folder, shards, quantisation)
+    assert Checkpoint.open(folder).tensors == planned.tensors
+    losses = [Loss()] * len(job.layers)
+    for record in manifest.shards.values():
+        for layer, loss in record["layers"].items():
+            losses[int(layer)] += Loss(*loss)
+    return Packed(
+        folder,
+        job.bytes_in,
+        sum(shard.nbytes for shard in shards),
+        time.perf_counter() - started,
+        len(shards),
+        len(kept),
+        dict(zip(job.layers, losses, strict=True)),
+    )
+
+
+@dataclass
+class _Manifest:
+    """What a folder is going to hold, and which shards are finished: file -> {"digest", "layers": {number: Loss}}."""
+
+    path: Path
+    plan: dict[str, object]
+    shards: dict[str, dict[str, Any]]
+
+    @classmethod
+    def of(cls, folder: Path, source: dict[str, object], how: WeightFormat, shard_bytes: int) -> _Manifest:
+        """That of a folder, begun if there is nothing yet; ConfigError if it is of something else."""
+        options = {"experts": how.kind, "group": how.group, "zero_points": how.zero_points, "shard_bytes": shard_bytes}
+        plan = {"format": "offmoe-pack", "version": VERSION, "source": source, "options": options}
+        path = folder / MANIFEST
+        if not os.path.lexists(folder) or not os.listdir(folder):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"{folder}: cannot be created ({error.strerror}); give another folder") from error
+            manifest = cls(path, plan, {})
+            manifest.write()
+            return manifest
+        remedy = f"give an empty folder, or delete {folder} and pack again"
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            shards = found.pop("shards")
+            names = [key for key in plan if found.get(key) != plan[key]]
+            records = {
+                str(file): {"digest": str(r["digest"]), "layers": dict(r["layers"])} for file, r in shards.items()
+            }
+        except FileNotFoundError:
+            raise ConfigError(f"{folder}: holds other files ({min(os.listdir(folder))}); {remedy}") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ConfigError(f"{path}: not a manifest of offmoe pack ({error!r}); {remedy}") from error
+        if names:
+            other = {
+                "source": "from another model, or the model has changed since",
+                "options": f"with other options ({found.get('options')})",
+            }
+            raise ConfigError(f"{folder}: was packed {other.get(names[0], 'by another version of offmoe')}; {remedy}")
+        return cls(path, plan, records)
+
+    def write(self) -> None:
+        text = json.dumps({**self.plan, "shards": self.shards}, indent=1)
+        write_file(self.path, [text.encode()])
+
+
+@dataclass
+class _Job:
+    """One run over the shards of a plan."""
+
+    folder: Path
+    checkpoint: Checkpoint
+    shards: tuple[NewShard, ...]
+    layers: tuple[str, ...]
+    progress: Callable[[int, int], object]
+    done: int = 0
+
+    @property
+    def bytes_in(self) -> int:
+        return sum(info.nbytes for info in self.checkpoint.tensors.values())
+
+    def finished(self, manifest: _Manifest) -> frozenset[str]:
+        """Files that an earlier run finished and that still are what it wrote."""
+        kept = set()
+        for shard in self.shards:
+            record, path = manifest.shards.get(shard.file), self.folder / shard.file
+            if record is not None and path.is_file() and digest_of(path) == record["digest"]:
+                kept.add(shard.file)
+                self._advance(shard.items)
+        if kept:
+            logger.info("%s: %d of %d shards are finished", self.folder, len(kept), len(self.shards))
+        return frozenset(kept)
+
+    def check_space(self, kept: frozenset[str]) -> None:
+        """CapacityError unless the disk has room for what is still to be written."""
+        needed = sum(shard.nbytes for shard in self.shards if shard.file not in kept)
+        needed -= sum(
+            p.stat().st_size for s in self.shards if s.file not in kept and (p := self.folder / s.file).exists()
+        )
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise CapacityError(
+                f"{self.folder}: {format_size(needed)} are to be written, and {format_size(free)} are free; make room, "
+                "or pack to another disk"
+            )
+
+    def write(self, manifest: _Manifest, kept: frozenset[str]) -> None:
+        for shard in self.shards:
+            if shard.file in kept:
+                continue
+            losses: dict[int, Loss] = {}
+            digest = write_file(self.folder / shard.file, self._pieces(shard, losses))
+            manifest.shards[shard.file] = {"digest": digest, "layers": {str(n): astuple(v) for n, v in losses.items()}}
+            manifest.write()
+            logger.info("%s: written, %d of %d", self.folder / shard.file, len(manifest.shards), len(self.shards))
+
+    def _pieces(self, shard: NewShard, losses: dict[int, Loss]) -> Iterator[bytes | memoryview]:
+        yield shard.head
+        for item in shard.items:
+            if item.how is None or item.layer is None:
+                info = self.checkpoint.tensors[item.source]
+                yield from read_chunks(self.checkpoint.shards[info.shard], info.offset, info.nbytes)
+            else:
+                weight = read_tensor(self.checkpoint, item.source)
+                path = self.checkpoint.shards[self.checkpoint.tensors[item.source].shard]
+                packed = quantise(weight, item.how, f"{path}: {item.source}")
+                tensors = encode(packed)
+                losses[item.layer] = losses.get(item.layer, Loss()) + compare(weight, packed, item, tensors)
+                yield from map(octets, tensors)
+            self._advance((item,))
+        self.checkpoint.check_unchanged()
+
+    def _advance(self, items: tuple[Item, ...]) -> None:
+        self.done += sum(self.checkpoint.tensors[item.source].nbytes for item in items)
+        self.progress(self.done, self.bytes_in)
+
+
+def compare(weight: torch.Tensor, packed: PackedWeight, item: Item, tensors: list[torch.Tensor]) -> Loss:
+    """What `tensors`, decoded as they will be, lose of weight [N, K]; they must be what the quantiser chose."""
+    assert item.how is not None
+    raw = {
+        tensor.name.removeprefix(f"{item.source}_"): made for tensor, made in zip(item.tensors, tensors, strict=True)
+    }
+    rows = max(16, COMPARED_VALUES // packed.cols // 16 * 16)
+    loss = Loss()
+    for start in range(0, packed.rows, rows):
+        stop = min(start + rows, packed.rows)
+        part = {"packed": raw["packed"][start:stop], "scale": raw["scale"][start:stop]}
+        if packed.zeros is not None:
+            per_word = item.how.word_values
+            part["zero"] = raw["zero_point"][start // per_word : stop // per_word]
+        decoded = codec(item.how).decode(part, torch.float32)
+        chosen = packed.row_range(start, stop).values()
+        assert torch.equal(decoded, chosen.to(item.how.scale_dtype).float()), item.source
+        block = weight[start:stop].double()
+        error = block - decoded
+        sums = (float(error.abs().sum()), float(error.square().sum()), float(block.square().sum()))
+        loss += Loss(float(error.abs().max()), *sums, block.numel())
+    return loss
+
+
+def _refuse_place(folder: Path, source: Path) -> None:
+    """ConfigError for an output that is the source, a part of it or around it, or no folder."""
+    place, origin = folder.resolve(), source.resolve()
+    if place == origin or origin in place.parents or place in origin.parents:
+        raise ConfigError(f"{folder}: is the model's own folder, in it or around it; give a folder elsewhere")
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ConfigError(f"{folder}: is not a folder; give a folder that is empty or not there yet")
+
+
+def _identity(checkpoint: Checkpoint) -> dict[str, object]:
+    """What tells this source from another, or from what it was before; not where it is."""
+    config = (checkpoint.folder / CONFIG_FILE).read_bytes()
+    files = {}
+    for path in checkpoint.shards:
+        status = path.stat()
+        files[path.relative_to(checkpoint.folder).as_posix()] = [status.st_size, status.st_mtime_ns]
+    return {"config": hashlib.blake2b(config, digest_size=16).hexdigest(), "shards": files}
+
+
+def _write_rest(source: Path, folder: Path, shards: tuple[NewShard, ...], quantisation: dict[str, object]) -> None:
+    """Tokenizer and other small files, the index, and last what makes the folder a model."""
+    for name in sorted(os.listdir(source)):
+        ours = name in (CONFIG_FILE, MANIFEST) or name.endswith((".safetensors", ".index.json"))
+        if not ours and any(fnmatch.fnmatch(name, pattern) for pattern in MODEL_FILES) and (source / name).is_file():
+            write_file(folder / name, read_chunks(source / name, 0, (source / name).stat().st_size))
+    index = {
+        "metadata": {"total_size": sum(item.nbytes for shard in shards for item in shard.items)},
+        "weight_map": {tensor.name: shard.file for shard in shards for tensor in shard.tensors},
+    }
+    write_file(folder / INDEX_FILE, [json.dumps(index, indent=1, sort_keys=True).encode()])
+    values = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))
+    values["quantization_config"] = quantisation
+    write_file(folder / CONFIG_FILE, [json.dumps(values, indent=2).encode()])

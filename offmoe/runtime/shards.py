@@ -1,0 +1,141 @@
+"""Writing safetensors shards: whole, on the disk and read back, or not there at all.
+
+What moves: the bytes of a shard to the disk and, once it has them, back to be compared; bounded by the disk. The header
+is known before the first weight, so bytes are written as they come and nothing is held. A shard gets its name when it
+is complete (temporary name, fsync, rename), so whoever finds the name finds all of it.
+
+What it must never do: leave a file under its final name that is not what was meant, or a temporary one after an error.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from offmoe.errors import CapacityError, TransferError
+from offmoe.runtime.checkpoint import FILE_DTYPES
+from offmoe.runtime.formats import aligned
+
+CHUNK_BYTES = 16 << 20
+"""Read at once when a file is copied or compared."""
+
+DTYPE_NAMES = {dtype: name for name, dtype in FILE_DTYPES.items()}
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class NewTensor(NamedTuple):
+    """A tensor that is to be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def head_of(tensors: Sequence[NewTensor]) -> bytes:
+    """A shard's bytes up to its first tensor; these follow in the order given, which must keep them aligned."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for tensor in tensors:
+        header[tensor.name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + tensor.nbytes],
+        }
+        at += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (aligned(len(text), 8) - len(text))
+    return len(text).to_bytes(8, "little") + text
+
+
+def octets(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor in host memory; copied only if it is not contiguous."""
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
+    """Write `pieces` to a new or existing file, all or nothing -> digest of the file.
+
+    Raises CapacityError (the disk is full) or TransferError (it failed, or holds something else than was written).
+    """
+    partial, hashed = path.with_name(f"{path.name}.partial"), _hash()
+    try:
+        with _said(path), open(partial, "wb", buffering=0) as file:
+            for piece in pieces:
+                hashed.update(piece)
+                rest = memoryview(piece)
+                while rest.nbytes:
+                    rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+        with _said(path):
+            if digest_of(partial) != hashed.hexdigest():
+                raise TransferError(f"{path}: what is on the disk is not what was written; check disk and memory")
+            os.replace(partial, path)
+            _sync_folder(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+    return hashed.hexdigest()
+
+
+def digest_of(path: Path) -> str:
+    """Of the bytes that the disk has, where the system lets go of its cached ones. Raises OSError."""
+    hashed = _hash()
+    with open(path, "rb", buffering=0) as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while chunk := file.read(CHUNK_BYTES):
+            hashed.update(chunk)
+    return hashed.hexdigest()
+
+
+def read_chunks(path: Path, offset: int, nbytes: int) -> Iterator[bytes]:
+    """A run of bytes of a file, piece by piece; TransferError if the disk fails or the file ends before."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(offset)
+            while nbytes:
+                chunk = file.read(min(nbytes, CHUNK_BYTES))
+                if not chunk:
+                    raise TransferError(f"{path}: ended while it was being read; it was truncated, restore it")
+                nbytes -= len(chunk)
+                yield chunk
+    except OSError as error:
+        raise TransferError(f"{path}: reading failed ({error.strerror}); check the disk") from error
+
+
+def _hash() -> hashlib.blake2b:
+    return hashlib.blake2b(digest_size=16)
+
+
+def _sync_folder(folder: Path) -> None:
+    """The rename itself must outlive a power cut; only POSIX can open a folder to say so."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _said(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise CapacityError(
+                f"{path}: the disk is full ({error.strerror}); make room and do it again, finished shards are kept"
+            ) from error
+        raise TransferError(f"{path}: cannot be written ({error.strerror}); check the disk and permissions") from error
