@@ -12,6 +12,7 @@ are, and never decide from anything but scores and what is resident (rule R1).""
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Collection, Sequence
 
 from offmoe.policy.eviction import EvictionPolicy
@@ -53,31 +54,33 @@ class _Worth:
 
     def __init__(self, device: Residency, policy: EvictionPolicy, first_key: int):
         self._device, self._policy, self._first = device, policy, first_key
-        self._resident: set[int] = set()
+        self._keys: list[int] = []  # of the device's pool, ascending
         self._chosen = -1
 
     def choose(self, newcomer: int) -> bool:
-        """Choose the copy to drop for another; False if that is worth no more than any."""
-        score, lookup, first = self._policy.score, self._device.lookup, self._first
+        """Choose the copy to drop for another, ties the lowest expert; False if that is worth no more than any."""
+        score = self._policy.score
         threshold = score(self._policy.victim(()))  # of what the device would forget first
 
-        def worth(expert: int) -> float:
-            own = score(first + expert)
-            if lookup(first + expert) == Lookup.MISS:
-                return own
-            return threshold - DISTANCE * (own - threshold) if own > threshold else threshold
+        def worths(keys: Sequence[int]) -> list[float]:
+            return [
+                own if not held else threshold - DISTANCE * (own - threshold) if own > threshold else threshold
+                for own, held in zip(map(score, keys), self._device.holds(keys), strict=True)
+            ]
 
-        least, self._chosen = min([(worth(expert), expert) for expert in self._resident])
-        return least < worth(newcomer)
+        of_copies = worths(self._keys)
+        least = min(of_copies)
+        self._chosen = self._keys[of_copies.index(least)] - self._first
+        return least < worths((self._first + newcomer,))[0]
 
     def victim(self, protected: Collection[int]) -> int:
         return self._chosen
 
     def admitted(self, key: int) -> None:
-        self._resident.add(key)
+        insort(self._keys, self._first + key)
 
     def forgotten(self, key: int) -> None:
-        self._resident.remove(key)
+        self._keys.remove(self._first + key)
 
     def used(self, keys: Sequence[int], demands: Sequence[Demand], tail: int) -> None:
         """Uses are told to the device's policy."""

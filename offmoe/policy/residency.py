@@ -53,6 +53,11 @@ class Residency:
             here = [key for key in here if not waiting[key]] + late
         return here, missing, len(late)
 
+    def holds(self, keys: Iterable[int]) -> list[bool]:
+        """For each key whether it is resident."""
+        slot_of = self._slot_of
+        return [slot_of[key] >= 0 for key in keys]
+
     def slot(self, key: int) -> int:
         """Slot of a resident key."""
         slot = self._slot_of[key]
