@@ -127,9 +127,9 @@ def test_what_was_lost_is_what_is_reported(tmp_path: Path) -> None:
         mine = [key for key in decoded if f".layers.{number}." in key]
         error = torch.stack([(decoded[key] - weights[key]).abs() for key in mine])
         square = torch.stack([weights[key].double().square() for key in mine]).sum()
-        assert loss.max_error == error.max()
-        assert loss.mean_error == pytest.approx(float(error.mean()))
-        assert loss.relative_error == pytest.approx(float((error.square().sum() / square).sqrt()))
+        assert loss.max_error == pytest.approx(float(error.max()))
+        assert loss.mean_error == pytest.approx(float(error.mean()), rel=1e-4)
+        assert loss.relative_error == pytest.approx(float((error.square().sum() / square).sqrt()), rel=1e-4)
         assert 0.05 < loss.relative_error < 0.12
     assert done.max_error == max(loss.max_error for loss in done.layers.values())
     assert done.bytes_in == sum(t.nbytes for t in weights.values())
