@@ -1,7 +1,7 @@
 """A checkpoint with its experts as int4 or int8, written once: what `offmoe pack` does.
 
 What moves: every tensor of the checkpoint, once, disk to disk; experts through the quantiser, one matrix at a time, so
-memory is bounded by one matrix. Bound by the quantiser (11 MB/s of bf16 for int4, 26 for int8 on one busy core),
+memory is bounded by one matrix. Bound by the quantiser (11 MB/s of bf16 for int4, 26 for int8 on one busy core), and
 by the disk for what is copied. Shards get their names when they are on the disk and were read back; a manifest says
 which are finished, so that an interrupted run goes on where it was. Index and config.json come last: without a config
 nobody takes the folder for a model.
@@ -16,28 +16,27 @@ import fnmatch
 import hashlib
 import json
 import logging
-import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from offmoe.config import format_size
 from offmoe.errors import CapacityError, ConfigError, UnsupportedModelError
 from offmoe.hf.catalog import build_catalog
-from offmoe.hf.encoded import read_tensor
 from offmoe.hf.estimate import quantisation_method
 from offmoe.hf.hub import locate
 from offmoe.hf.load import CONFIG_FILE, build_meta, model_class, read_config, require_index
-from offmoe.hf.packed import Item, NewShard, check_loads, codec, encode, plan_shards, quantization_config
+from offmoe.hf.packed import Item, Loss, NewShard, check_loads, compare, encode, plan_shards, quantization_config
 from offmoe.hf.save import MODEL_FILES
 from offmoe.runtime.checkpoint import INDEX_FILE, Checkpoint
-from offmoe.runtime.packing import INT8, PackedWeight, WeightFormat, int4
+from offmoe.runtime.formats import Segment
+from offmoe.runtime.packing import INT8, WeightFormat, int4
 from offmoe.runtime.quantise import quantise
 from offmoe.runtime.shards import digest_of, octets, read_chunks, write_file
 
@@ -47,39 +46,7 @@ MANIFEST = "offmoe-pack.json"
 VERSION = 1
 SHARD_BYTES = 1 << 30
 """Tensors of a shard: what an interrupted run does again at most."""
-COMPARED_VALUES = 1 << 20
-"""Values decoded and compared at once."""
 DEFAULT_GROUP = 64
-
-
-@dataclass(frozen=True)
-class Loss:
-    """What quantising changed, over `values` values: the largest |error|, sums of |error|, error^2 and value^2."""
-
-    max_error: float = 0.0
-    total_error: float = 0.0
-    total_squared: float = 0.0
-    total_square: float = 0.0
-    values: int = 0
-
-    def __add__(self, other: Loss) -> Loss:
-        return Loss(
-            max(self.max_error, other.max_error),
-            self.total_error + other.total_error,
-            self.total_squared + other.total_squared,
-            self.total_square + other.total_square,
-            self.values + other.values,
-        )
-
-    @property
-    def mean_error(self) -> float:
-        """Mean |error|."""
-        return self.total_error / max(1, self.values)
-
-    @property
-    def relative_error(self) -> float:
-        """Norm of the error over the norm of the weights."""
-        return math.sqrt(self.total_squared / self.total_square) if self.total_square else 0.0
 
 
 @dataclass(frozen=True)
@@ -141,7 +108,7 @@ def pack(
     require_index(checkpoint)
     meta = build_meta(hf_config, model_class(hf_config))
     catalog = build_catalog(checkpoint, meta)
-    shards = plan_shards(catalog, how, shard_bytes)
+    shards = plan_shards(catalog, meta, how, shard_bytes)
     quantisation = quantization_config(catalog, meta, how)
     planned = check_loads(folder, shards, hf_config, quantisation)
     checkpoint = source.fetch(checkpoint)
@@ -153,9 +120,9 @@ def pack(
     _write_rest(checkpoint.folder, folder, shards, quantisation)
     assert Checkpoint.open(folder).tensors == planned.tensors
     losses = [Loss()] * len(job.layers)
-    for record in manifest.shards.values():
-        for layer, loss in record["layers"].items():
-            losses[int(layer)] += Loss(*loss)
+    for shard in shards:
+        for layer, loss in manifest.shards[shard.file].losses.items():
+            losses[layer] += loss
     return Packed(
         folder,
         job.bytes_in,
@@ -167,13 +134,20 @@ def pack(
     )
 
 
+class _Finished(NamedTuple):
+    """A shard that is on the disk; what its experts lost, by number of their layer."""
+
+    digest: str
+    losses: dict[int, Loss]
+
+
 @dataclass
 class _Manifest:
-    """What a folder is going to hold, and which shards are finished: file -> {"digest", "layers": {number: Loss}}."""
+    """What a folder is going to hold, and which shards are finished, by file name."""
 
     path: Path
     plan: dict[str, object]
-    shards: dict[str, dict[str, Any]]
+    shards: dict[str, _Finished]
 
     @classmethod
     def of(cls, folder: Path, source: dict[str, object], how: WeightFormat, shard_bytes: int) -> _Manifest:
@@ -181,37 +155,41 @@ class _Manifest:
         options = {"experts": how.kind, "group": how.group, "zero_points": how.zero_points, "shard_bytes": shard_bytes}
         plan = {"format": "offmoe-pack", "version": VERSION, "source": source, "options": options}
         path = folder / MANIFEST
-        if not os.path.lexists(folder) or not os.listdir(folder):
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ConfigError(f"{folder}: cannot be created ({error.strerror}); give another folder") from error
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            holds = sorted(os.listdir(folder))
+        except OSError as error:
+            raise ConfigError(f"{folder}: cannot be used ({error.strerror}); give another folder") from error
+        if not holds:
             manifest = cls(path, plan, {})
             manifest.write()
             return manifest
         remedy = f"give an empty folder, or delete {folder} and pack again"
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            shards = found.pop("shards")
-            names = [key for key in plan if found.get(key) != plan[key]]
-            records = {
-                str(file): {"digest": str(r["digest"]), "layers": dict(r["layers"])} for file, r in shards.items()
+            shards = {
+                str(file): _Finished(str(shard["digest"]), {int(n): Loss(*v) for n, v in shard["layers"].items()})
+                for file, shard in found["shards"].items()
             }
         except FileNotFoundError:
-            raise ConfigError(f"{folder}: holds other files ({min(os.listdir(folder))}); {remedy}") from None
+            raise ConfigError(f"{folder}: holds other files ({holds[0]}); {remedy}") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(f"{path}: not a manifest of offmoe pack ({error!r}); {remedy}") from error
+        names = [key for key in plan if found.get(key) != plan[key]]
         if names:
             other = {
                 "source": "from another model, or the model has changed since",
                 "options": f"with other options ({found.get('options')})",
             }
             raise ConfigError(f"{folder}: was packed {other.get(names[0], 'by another version of offmoe')}; {remedy}")
-        return cls(path, plan, records)
+        return cls(path, plan, shards)
 
     def write(self) -> None:
-        text = json.dumps({**self.plan, "shards": self.shards}, indent=1)
-        write_file(self.path, [text.encode()])
+        shards = {
+            file: {"digest": shard.digest, "layers": {str(n): astuple(loss) for n, loss in shard.losses.items()}}
+            for file, shard in self.shards.items()
+        }
+        write_file(self.path, [json.dumps({**self.plan, "shards": shards}, indent=1).encode()])
 
 
 @dataclass
@@ -233,8 +211,8 @@ class _Job:
         """Files that an earlier run finished and that still are what it wrote."""
         kept = set()
         for shard in self.shards:
-            record, path = manifest.shards.get(shard.file), self.folder / shard.file
-            if record is not None and path.is_file() and digest_of(path) == record["digest"]:
+            found, path = manifest.shards.get(shard.file), self.folder / shard.file
+            if found is not None and path.is_file() and digest_of(path) == found.digest:
                 kept.add(shard.file)
                 self._advance(shard.items)
         if kept:
@@ -260,20 +238,20 @@ class _Job:
                 continue
             losses: dict[int, Loss] = {}
             digest = write_file(self.folder / shard.file, self._pieces(shard, losses))
-            manifest.shards[shard.file] = {"digest": digest, "layers": {str(n): astuple(v) for n, v in losses.items()}}
+            manifest.shards[shard.file] = _Finished(digest, losses)
             manifest.write()
             logger.info("%s: written, %d of %d", self.folder / shard.file, len(manifest.shards), len(self.shards))
 
     def _pieces(self, shard: NewShard, losses: dict[int, Loss]) -> Iterator[bytes | memoryview]:
         yield shard.head
         for item in shard.items:
+            path = self.checkpoint.shards[item.source.shard]
+            chunks = read_chunks(path, item.source.offset, item.source.nbytes)
             if item.how is None or item.layer is None:
-                info = self.checkpoint.tensors[item.source]
-                yield from read_chunks(self.checkpoint.shards[info.shard], info.offset, info.nbytes)
+                yield from chunks
             else:
-                weight = read_tensor(self.checkpoint, item.source)
-                path = self.checkpoint.shards[self.checkpoint.tensors[item.source].shard]
-                packed = quantise(weight, item.how, f"{path}: {item.source}")
+                weight = _typed(chunks, item.source)
+                packed = quantise(weight, item.how, f"{path}: {item.source.name}")
                 tensors = encode(packed)
                 losses[item.layer] = losses.get(item.layer, Loss()) + compare(weight, packed, item, tensors)
                 yield from map(octets, tensors)
@@ -281,32 +259,18 @@ class _Job:
         self.checkpoint.check_unchanged()
 
     def _advance(self, items: tuple[Item, ...]) -> None:
-        self.done += sum(self.checkpoint.tensors[item.source].nbytes for item in items)
+        self.done += sum(item.source.nbytes for item in items)
         self.progress(self.done, self.bytes_in)
 
 
-def compare(weight: torch.Tensor, packed: PackedWeight, item: Item, tensors: list[torch.Tensor]) -> Loss:
-    """What `tensors`, decoded as they will be, lose of weight [N, K]; they must be what the quantiser chose."""
-    assert item.how is not None
-    raw = {
-        tensor.name.removeprefix(f"{item.source}_"): made for tensor, made in zip(item.tensors, tensors, strict=True)
-    }
-    rows = max(16, COMPARED_VALUES // packed.cols // 16 * 16)
-    loss = Loss()
-    for start in range(0, packed.rows, rows):
-        stop = min(start + rows, packed.rows)
-        part = {"packed": raw["packed"][start:stop], "scale": raw["scale"][start:stop]}
-        if packed.zeros is not None:
-            per_word = item.how.word_values
-            part["zero"] = raw["zero_point"][start // per_word : stop // per_word]
-        decoded = codec(item.how).decode(part, torch.float32)
-        chosen = packed.row_range(start, stop).values()
-        assert torch.equal(decoded, chosen.to(item.how.scale_dtype).float()), item.source
-        block = weight[start:stop].double()
-        error = block - decoded
-        sums = (float(error.abs().sum()), float(error.square().sum()), float(block.square().sum()))
-        loss += Loss(float(error.abs().max()), *sums, block.numel())
-    return loss
+def _typed(chunks: Iterator[bytes], source: Segment) -> torch.Tensor:
+    """A tensor in memory of its own, from its bytes."""
+    data = torch.empty(source.nbytes, dtype=torch.uint8)
+    done = 0
+    for chunk in chunks:
+        data.numpy()[done : done + len(chunk)] = memoryview(chunk)
+        done += len(chunk)
+    return data.view(source.dtype).view(source.shape)
 
 
 def _refuse_place(folder: Path, source: Path) -> None:

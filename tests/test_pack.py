@@ -98,6 +98,24 @@ def test_a_packed_model_computes_what_the_quantised_weights_do(
     assert torch.equal(tokens, stock[1])
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_fused_experts_are_cut_into_the_same_matrices(tmp_path: Path, family: str) -> None:
+    own = {"moe_intermediate_size": 64} if family != "mixtral" else {}
+    model = tiny.build(family, torch.bfloat16, **SIZES, **own)
+    packed = []
+    for original in (True, False):
+        source, out = tmp_path / f"source{original}", tmp_path / f"out{original}"
+        tiny.save(model, source, original_format=original)
+        done = pack(source, out, INT4)
+        ours = offmoe.from_pretrained(out, device="cpu", slots_per_layer=3)
+        with ours.offload:
+            packed.append((done.bytes_in, done.layers, *run(ours)))
+    (size, losses, logits, tokens), other = packed
+    assert (size, losses) == other[:2]
+    assert torch.equal(logits, other[2])
+    assert torch.equal(tokens, other[3])
+
+
 def test_what_was_lost_is_what_is_reported(tmp_path: Path) -> None:
     source, out = save(tmp_path / "source"), tmp_path / "out"
     seen: list[tuple[int, int]] = []
@@ -109,9 +127,9 @@ def test_what_was_lost_is_what_is_reported(tmp_path: Path) -> None:
         mine = [key for key in decoded if f".layers.{number}." in key]
         error = torch.stack([(decoded[key] - weights[key]).abs() for key in mine])
         square = torch.stack([weights[key].double().square() for key in mine]).sum()
-        assert loss.max_error == error.max()
-        assert loss.mean_error == pytest.approx(float(error.mean()))
-        assert loss.relative_error == pytest.approx(float((error.square().sum() / square).sqrt()))
+        assert loss.max_error == pytest.approx(float(error.max()))
+        assert loss.mean_error == pytest.approx(float(error.mean()), rel=1e-4)
+        assert loss.relative_error == pytest.approx(float((error.square().sum() / square).sqrt()), rel=1e-4)
         assert 0.05 < loss.relative_error < 0.12
     assert done.max_error == max(loss.max_error for loss in done.layers.values())
     assert done.bytes_in == sum(t.nbytes for t in weights.values())
@@ -248,10 +266,9 @@ def test_models_that_cannot_be_packed_are_refused_before_anything_is_written(tmp
     already, _ = quantised.save(tmp_path, "mixtral", "ct-int4")
     refused(UnsupportedModelError, "quantised by 'compressed-tensors' already", already, out)
     transposed = save(tmp_path / "a", "gpt_oss")
-    refused(UnsupportedModelError, "'model.layers.0.mlp.experts' cannot be packed.*in one tensor", transposed, out)
-    fused = tiny.save(tiny.build("mixtral", **SIZES), tmp_path / "b", original_format=False)
-    refused(UnsupportedModelError, "in one tensor.*save_original_format=True", fused, out)
-    refused(UnsupportedModelError, "cannot be packed", save(tmp_path / "c", "granitemoe"), out)
+    refused(UnsupportedModelError, "'model.layers.0.mlp.experts' cannot be packed.*in 'model", transposed, out)
+    nameless = save(tmp_path / "c", "granitemoe")
+    refused(UnsupportedModelError, "cannot be packed.*no names for single ones", nameless, out)
     odd = save(tmp_path / "d", intermediate_size=72)
     refused(
         UnsupportedModelError, r"w1.weight is \[72, 64\]; int4 in groups of 64 needs multiples of \[16, 64\]", odd, out
@@ -283,7 +300,7 @@ def test_places_that_are_something_else_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("mine")
     refused(ConfigError, "is not a folder", source, file)
-    refused(ConfigError, "cannot be created", source, file / "out")
+    refused(ConfigError, "cannot be used", source, file / "out")
     other = tmp_path / "other"
     other.mkdir()
     (other / "notes.txt").write_text("mine")

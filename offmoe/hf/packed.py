@@ -1,7 +1,7 @@
 """A dense checkpoint's experts as int4 or int8 in compressed-tensors' layout pack-quantized: names, order, config.
 
-Nothing moves here. Experts get the names that they have in the dense checkpoint, one matrix each, and everything else
-stays as it is, so that what loads the dense checkpoint loads the packed one: transformers' own renamings for offmoe,
+Nothing moves here. Experts get the names of the architecture's published checkpoints, one matrix each, and everything
+else stays as it is, so that what loads the dense checkpoint loads the packed one: transformers' renamings for offmoe,
 compressed-tensors for others. The plan is made from headers, complete with sizes and offsets, and tried on the catalog
 before a byte is written. On disk an expert is one run of bytes, its matrices one behind the other.
 
@@ -12,8 +12,9 @@ else.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ from offmoe.errors import CheckpointError, UnsupportedModelError
 from offmoe.hf.adapters import find_experts
 from offmoe.hf.catalog import CatalogLayer, ExpertCatalog, build_catalog
 from offmoe.hf.load import build_meta, model_class
+from offmoe.hf.upstream import expert_names
 from offmoe.runtime.checkpoint import Checkpoint, TensorInfo
 from offmoe.runtime.formats import Part, Segment
 from offmoe.runtime.packing import PackedWeight, WeightFormat
@@ -40,20 +42,57 @@ FLIPPED = {4: 0, 8: -0x7F7F7F80}
 """Xor of a word: codes at rest have 2**(bits - 1) added; ours of int4 have it already, of int8 not (0x80808080)."""
 
 
+COMPARED_VALUES = 1 << 18
+"""Values decoded and compared at once: they stay in a core's cache."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What quantising changed, over `values` values: the largest |error|, sums of |error|, error^2 and value^2."""
+
+    max_error: float = 0.0
+    total_error: float = 0.0
+    total_squared: float = 0.0
+    total_square: float = 0.0
+    values: int = 0
+
+    def __add__(self, other: Loss) -> Loss:
+        return Loss(
+            max(self.max_error, other.max_error),
+            self.total_error + other.total_error,
+            self.total_squared + other.total_squared,
+            self.total_square + other.total_square,
+            self.values + other.values,
+        )
+
+    @property
+    def mean_error(self) -> float:
+        """Mean |error|."""
+        return self.total_error / max(1, self.values)
+
+    @property
+    def relative_error(self) -> float:
+        """Norm of the error over the norm of the weights."""
+        return math.sqrt(self.total_squared / self.total_square) if self.total_square else 0.0
+
+
 @dataclass(frozen=True)
 class Item:
-    """A tensor `source` of the dense checkpoint and those that it becomes. how: None if it is copied.
+    """Bytes of the dense checkpoint and the tensors that they become. how: None if they are copied.
 
-    layer: the MoE layer it belongs to, counted as the catalog does.
+    name: of the tensor, or that an expert's matrix has where every expert has tensors of its own. layer: the MoE layer
+    it belongs to, counted as the catalog does.
     """
 
-    source: str
+    name: str
+    source: Segment
     tensors: tuple[NewTensor, ...]
     how: WeightFormat | None = None
     layer: int | None = None
 
     @property
     def nbytes(self) -> int:
+        """Of the new tensors."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
@@ -79,31 +118,30 @@ class NewShard:
         return len(self.head) + sum(item.nbytes for item in self.items)
 
 
-def plan_shards(catalog: ExpertCatalog, how: WeightFormat, shard_bytes: int) -> tuple[NewShard, ...]:
+def plan_shards(
+    catalog: ExpertCatalog, meta: PreTrainedModel, how: WeightFormat, shard_bytes: int
+) -> tuple[NewShard, ...]:
     """Shards of at most `shard_bytes` bytes of tensors, or of one expert: all that is copied first, then the experts.
 
-    how: scales become the dtype of the weights. Raises UnsupportedModelError for experts that are not stored one matrix
-    at a time, or whose shape is no multiple of tiles and groups.
+    how: scales become the dtype of the weights. Raises UnsupportedModelError for experts that are neither stored one
+    matrix at a time nor can be cut into such, or whose shape is no multiple of tiles and groups.
     """
     checkpoint = catalog.view.checkpoint
-    experts = [_expert_items(checkpoint, layer, i, how) for i, layer in enumerate(catalog.layers)]
-    quantised: dict[str, list[Item]] = {}
-    seen: set[str] = set()
-    for expert in (expert for layer in experts for expert in layer):
-        new = [item for item in expert if item.source not in seen]  # several modules may share one list of experts
-        if new:
-            quantised[new[0].source] = new
-            seen.update(item.source for item in new)
+    experts: list[list[Item]] = []
+    names: set[str] = set()
+    for number, layer in enumerate(catalog.layers):
+        for items in _Cut(checkpoint, meta, layer, number, how).experts():
+            new = [item for item in items if item.name not in names]  # several modules may share one list of experts
+            experts.append(new)
+            names.update(item.name for item in new)
+    quantised = {item.source.name for expert in experts for item in expert}
     copied = [
-        Item(name, (NewTensor(name, info.dtype, info.shape),))
-        for name, info in checkpoint.tensors.items()
-        if name not in seen
-    ]
-    groups = [
+        [Item(name, checkpoint.segment(name), (NewTensor(name, info.dtype, info.shape),))]
         # the widest dtype first keeps all of a shard aligned
-        *_filled([[item] for item in sorted(copied, key=lambda i: -i.tensors[0].dtype.itemsize)], shard_bytes),
-        *_filled(list(quantised.values()), shard_bytes),
+        for name, info in sorted(checkpoint.tensors.items(), key=lambda entry: -entry[1].dtype.itemsize)
+        if name not in quantised
     ]
+    groups = [*_filled(copied, shard_bytes), *_filled(experts, shard_bytes)]
     return tuple(
         NewShard(f"model-{number:05}-of-{len(groups):05}.safetensors", tuple(group))
         for number, group in enumerate(groups, 1)
@@ -125,50 +163,72 @@ def _filled(units: Sequence[Sequence[Item]], shard_bytes: int) -> Iterator[list[
         yield shard
 
 
-def _expert_items(checkpoint: Checkpoint, layer: CatalogLayer, number: int, how: WeightFormat) -> list[list[Item]]:
-    parts = layer.assembly.parts
-    if layer.assembly.convert is not None:
-        raise _refusal(checkpoint, layer, "interleaves the rows of its matrices")
-    return [
-        [
-            _item(checkpoint, layer, number, segment, part, how)
-            for segment, part in zip(record.segments, parts, strict=True)
-            if len(segment.shape) > 1  # biases stay as they are
+@dataclass(frozen=True)
+class _Cut:
+    """Cuts the experts of one layer into matrices of linear layers."""
+
+    checkpoint: Checkpoint
+    meta: PreTrainedModel
+    layer: CatalogLayer
+    number: int
+    how: WeightFormat
+
+    def experts(self) -> list[list[Item]]:
+        parts = self.layer.assembly.parts
+        if self.layer.assembly.convert is not None:
+            raise self._refusal("rearranges the rows of their matrices when it is loaded")
+        names = {part.param: expert_names(self.meta, f"{self.layer.name}.{part.param}") for part in parts}
+        return [
+            [
+                self._item(name, source)
+                for segment, part in zip(record.segments, parts, strict=True)
+                if len(segment.shape) > 1  # biases stay as they are
+                for name, source in self._matrices(segment, part, expert, names[part.param])
+            ]
+            for expert, record in enumerate(self.layer.records)
         ]
-        for record in layer.records
-    ]
 
+    def _matrices(
+        self, segment: Segment, part: Part, expert: int, names: tuple[str, ...] | None
+    ) -> Iterator[tuple[str, Segment]]:
+        if part.transposed:
+            raise self._refusal(f"has {segment.name!r} transposed")
+        if self.checkpoint.tensors[segment.name].shape == segment.shape:
+            yield segment.name, segment
+            return
+        if names is None or len(segment.shape) != 2 or segment.shape[0] % len(names):
+            raise self._refusal(f"has all of them in {segment.name!r}, and there are no names for single ones")
+        rows, nbytes = segment.shape[0] // len(names), segment.nbytes // len(names)
+        for i, name in enumerate(names):
+            offset = segment.offset + i * nbytes
+            shape = (rows, segment.shape[1])
+            yield (
+                name.replace("*", str(expert)),
+                Segment(segment.shard, offset, nbytes, segment.dtype, shape, segment.name),
+            )
 
-def _item(
-    checkpoint: Checkpoint, layer: CatalogLayer, number: int, segment: Segment, part: Part, how: WeightFormat
-) -> Item:
-    name = segment.name
-    if checkpoint.tensors[name].shape != segment.shape:
-        raise _refusal(checkpoint, layer, f"holds all of them in one tensor, {name!r}")
-    if part.transposed:
-        raise _refusal(checkpoint, layer, f"stores {name!r} transposed")
-    if len(segment.shape) != 2 or not name.endswith(".weight"):
-        raise _refusal(checkpoint, layer, f"has {name!r}, which is not the matrix of a linear layer")
-    how = WeightFormat(how.kind, how.group, how.zero_points, SCALE_DTYPES.get(segment.dtype, segment.dtype))
-    rows, cols = segment.shape
-    how.check(f"{checkpoint.folder}: {name}", rows, cols)
-    groups = how.groups(cols)
-    tensors = [
-        NewTensor(f"{name}_packed", torch.int32, (rows, cols // how.word_values)),
-        NewTensor(f"{name}_scale", how.scale_dtype, (rows, groups)),
-        NewTensor(f"{name}_shape", torch.int64, (2,)),
-    ]
-    if how.zero_points:
-        tensors.insert(2, NewTensor(f"{name}_zero_point", torch.int32, (rows // how.word_values, groups)))
-    return Item(name, tuple(tensors), how, number)
+    def _item(self, name: str, source: Segment) -> Item:
+        if len(source.shape) != 2 or not name.endswith(".weight"):
+            raise self._refusal(f"has {name!r}, which is not the matrix of a linear layer")
+        how = replace(self.how, scale_dtype=SCALE_DTYPES.get(source.dtype, source.dtype))
+        rows, cols = source.shape
+        how.check(f"{self.checkpoint.folder}: {name}", rows, cols)
+        groups = how.groups(cols)
+        tensors = [
+            NewTensor(f"{name}_packed", torch.int32, (rows, cols // how.word_values)),
+            NewTensor(f"{name}_scale", how.scale_dtype, (rows, groups)),
+            NewTensor(f"{name}_shape", torch.int64, (2,)),
+        ]
+        if how.zero_points:
+            tensors.insert(2, NewTensor(f"{name}_zero_point", torch.int32, (rows // how.word_values, groups)))
+        return Item(name, source, tuple(tensors), how, self.number)
 
-
-def _refusal(checkpoint: Checkpoint, layer: CatalogLayer, why: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"{checkpoint.folder}: the experts of {layer.name!r} cannot be packed, because the checkpoint {why}; only "
-        "experts with matrices of their own can be (for most architectures transformers writes these with "
-        "save_pretrained(save_original_format=True))"
-    )
+    def _refusal(self, why: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"{self.checkpoint.folder}: the experts of {self.layer.name!r} cannot be packed, because the checkpoint "
+            f"{why}; only experts with matrices of their own, rows first, can be. Use a quantised checkpoint of the "
+            "model, if there is one"
+        )
 
 
 def encode(packed: PackedWeight) -> list[torch.Tensor]:
@@ -185,6 +245,28 @@ def encode(packed: PackedWeight) -> list[torch.Tensor]:
 def codec(how: WeightFormat) -> PackedInt:
     """What will read a weight of this format."""
     return PackedInt(how.bits, how.group, symmetric=not how.zero_points)
+
+
+def compare(weight: torch.Tensor, packed: PackedWeight, item: Item, tensors: list[torch.Tensor]) -> Loss:
+    """What `tensors`, decoded as they will be, lose of weight [N, K]; they must be what the quantiser chose."""
+    assert item.how is not None
+    raw = {tensor.name.removeprefix(f"{item.name}_"): made for tensor, made in zip(item.tensors, tensors, strict=True)}
+    rows = max(16, COMPARED_VALUES // packed.cols // 16 * 16)
+    loss = Loss()
+    for start in range(0, packed.rows, rows):
+        stop = min(start + rows, packed.rows)
+        part = {"packed": raw["packed"][start:stop], "scale": raw["scale"][start:stop]}
+        if packed.zeros is not None:
+            per_word = item.how.word_values
+            part["zero"] = raw["zero_point"][start // per_word : stop // per_word]
+        decoded = codec(item.how).decode(part, torch.float32)
+        chosen = packed.row_range(start, stop).values()
+        assert torch.equal(decoded, chosen.to(item.how.scale_dtype).float()), item.name
+        block = weight[start:stop].float().view(-1)
+        error = decoded.view(-1).sub_(block).abs_()
+        largest, total = float(error.max()), float(error.sum())
+        loss += Loss(largest, total, float(error.dot(error)), float(block.dot(block)), block.numel())
+    return loss
 
 
 def quantization_config(catalog: ExpertCatalog, meta: PreTrainedModel, how: WeightFormat) -> dict[str, object]:

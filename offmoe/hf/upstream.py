@@ -7,6 +7,7 @@ one is refused by name, at import, rather than misread. This module must never t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,6 +17,8 @@ import transformers
 from offmoe.errors import ConfigError
 
 TESTED_VERSIONS = "5.17 to 5.23"
+PLAIN_NAME = re.compile(r"[\w.]*\.\*\.[\w.]+")
+"""A pattern that is a name but for the number of the expert."""
 
 try:
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -51,6 +54,7 @@ __all__ = [
     "Swap",
     "WeightConverter",
     "batched_mm_experts_forward",
+    "expert_names",
     "forget_tie",
     "grouped_mm_experts_forward",
     "map_names",
@@ -127,6 +131,21 @@ def steps(converter: WeightConverter) -> tuple[Merge | Concat | Swap, ...] | Non
         else:
             return None
     return tuple(out)
+
+
+def expert_names(model: PreTrainedModel, parameter: str) -> tuple[str, ...] | None:
+    """What the equal blocks of rows of one expert in a parameter of all are called where every expert has tensors of
+    its own, "*" for its number; None if transformers does not make that parameter so.
+    """
+    for converter in get_model_conversion_mapping(model):
+        if not isinstance(converter, WeightConverter) or len(converter.target_patterns) > 1:
+            continue
+        pattern, sources = converter.target_patterns[0], converter.source_patterns
+        known = steps(converter)
+        joined = (Merge(0),) if len(sources) == 1 else (Merge(0), Concat(1))
+        if pattern in parameter and known == joined and all(PLAIN_NAME.fullmatch(source) for source in sources):
+            return tuple(parameter.replace(pattern, source) for source in sources)
+    return None
 
 
 def run_converter(
