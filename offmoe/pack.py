@@ -222,9 +222,6 @@ class _Job:
     def check_space(self, kept: frozenset[str]) -> None:
         """CapacityError unless the disk has room for what is still to be written."""
         needed = sum(shard.nbytes for shard in self.shards if shard.file not in kept)
-        needed -= sum(
-            p.stat().st_size for s in self.shards if s.file not in kept and (p := self.folder / s.file).exists()
-        )
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise CapacityError(
