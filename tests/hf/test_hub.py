@@ -217,7 +217,7 @@ def test_interrupted_download_ends_at_once_and_is_completed_later(
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=20)
     whole.go_on.set()
-    assert (process.returncode, out) == (130, "")
+    assert (process.returncode, out) == (130, ""), err
     assert err in ("", "offmoe: interrupted\n")  # nothing, where a reading thread had to be left behind
     done = {file for file, sent in hub.fetched(before).items() if sent > HEAD_BYTES and file != whole.stall}
     before = len(hub.requests)
