@@ -350,7 +350,7 @@ def test_a_model_collected_by_a_reader_closes_without_waiting_for_itself(folder)
 
 
 def test_a_failed_first_forward_does_not_end_prediction(folder):
-    model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3)
+    model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3, prefetch=1)
     with model.offload:
         with pytest.raises(IndexError):
             model(torch.tensor([[10_000]]))

@@ -97,7 +97,7 @@ def test_logits_and_tokens_are_those_of_stock(tmp_path: Path, family: str, dtype
     folder = save(tmp_path / "model", family, DTYPES[dtype])
     stock = stock_of(folder, DTYPES[dtype])
     model = offmoe.from_pretrained(
-        folder, device="cpu", dtype=DTYPES[dtype], slots_per_layer=SLOTS, trace=tmp_path / "trace.npz"
+        folder, device="cpu", dtype=DTYPES[dtype], slots_per_layer=SLOTS, prefetch=1, trace=tmp_path / "trace.npz"
     )
     assert type(model) is type(stock)
     for inputs in prompts(stock):
