@@ -23,6 +23,7 @@ __all__ = [
     "expert_parameters",
     "find_experts",
     "find_top_k",
+    "require_adapter",
 ]
 
 
@@ -43,6 +44,13 @@ ADAPTERS: tuple[ExpertsAdapter, ...] = (RegistryExperts(), *FAMILIES)
 def adapter_of(module: nn.Module) -> ExpertsAdapter | None:
     """The adapter that claims `module`, if one does."""
     return next((adapter for adapter in ADAPTERS if adapter.claims(module)), None)
+
+
+def require_adapter(module: nn.Module) -> ExpertsAdapter:
+    """The adapter of an experts module, such as `find_experts` gives."""
+    adapter = adapter_of(module)
+    assert adapter is not None, f"{type(module).__name__} is no experts module"
+    return adapter
 
 
 def find_experts(model: nn.Module) -> dict[str, nn.Module]:
@@ -67,8 +75,7 @@ def expert_parameters(model: nn.Module) -> dict[str, tuple[str, Place]]:
     """Experts' parameters of a whole model by full name -> (name of the experts module, what of whom it holds)."""
     out: dict[str, tuple[str, Place]] = {}
     for name, module in find_experts(model).items():
-        adapter = adapter_of(module)
-        assert adapter is not None
+        adapter = require_adapter(module)
         out |= {f"{name}.{param}": (name, place) for param, place in adapter.places(module).items()}
     return out
 

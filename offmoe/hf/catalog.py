@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from offmoe.errors import CheckpointError, MissingTensorError, UnsupportedModelError
-from offmoe.hf.adapters import Place, adapter_of, expert_parameters, find_experts, find_top_k
+from offmoe.hf.adapters import Place, expert_parameters, find_experts, find_top_k, require_adapter
 from offmoe.hf.convert import ExpertConversion, Group, Kind, Value, parts_of, trace, trace_share
 from offmoe.hf.encoded import DenseView
 from offmoe.hf.shares import check_count, divide, repeat_tied
@@ -181,8 +181,7 @@ class _Builder:
     traced: dict[object, Value] = field(default_factory=dict)
 
     def layer(self, name: str, module: nn.Module) -> CatalogLayer:
-        adapter = adapter_of(module)
-        assert adapter is not None
+        adapter = require_adapter(module)
         num_experts, per_expert = adapter.num_experts(module), adapter.shapes(module)
         groups = tuple(group.settled(num_experts) for group in self.groups[name].values())
         self._check_present(name, tuple(per_expert), groups)

@@ -27,7 +27,7 @@ from accelerate.hooks import remove_hook_from_module
 from torch import nn
 
 from offmoe.errors import MissingTensorError, OffmoeError
-from offmoe.hf.adapters import adapter_of, expert_parameters, find_experts
+from offmoe.hf.adapters import expert_parameters, find_experts, require_adapter
 from offmoe.runtime.backend import Backend
 from offmoe.runtime.checkpoint import Checkpoint
 from offmoe.runtime.formats import ExpertLayout, Segment
@@ -81,8 +81,7 @@ def _routers(model: nn.Module, experts: Mapping[str, nn.Module]) -> set[str]:
     """Matrices with a row or a column per expert, in the block that the experts stand in."""
     out = set()
     for name, module in experts.items():
-        adapter = adapter_of(module)
-        assert adapter is not None
+        adapter = require_adapter(module)
         count, block = adapter.num_experts(module), name.rpartition(".")[0]
         out |= {
             f"{block}.{n}"

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from offmoe.errors import CheckpointError, UnsupportedModelError
-from offmoe.hf.adapters import ExpertsAdapter, adapter_of, expert_parameters, find_experts, find_top_k
+from offmoe.hf.adapters import expert_parameters, find_experts, find_top_k, require_adapter
 from offmoe.hf.dense import dense_layers
 from offmoe.hf.load import build_meta
 from offmoe.hf.needs import ExpertBytes, Parameters, count_parameters, model_bytes
@@ -135,24 +135,18 @@ def estimate_experts(meta_model: PreTrainedModel, dtype: torch.dtype) -> tuple[C
     if not modules:
         raise UnsupportedModelError(f"{type(meta_model).__name__} has no experts that offmoe can find")
     top_k = [
-        _adapter(module).top_k(module)
+        require_adapter(module).top_k(module)
         or find_top_k(module, meta_model.get_submodule(name.rpartition(".")[0]), meta_model.config)
         for name, module in modules.items()
     ]
     sizes = tuple(_expert(name, module, meta_model.config, dtype) for name, module in modules.items())
-    experts = tuple(_adapter(module).num_experts(module) for module in modules.values())
+    experts = tuple(require_adapter(module).num_experts(module) for module in modules.values())
     return CacheShape(experts, tuple(top_k), tuple(size.at_rest for size in sizes)), sizes
-
-
-def _adapter(module: nn.Module) -> ExpertsAdapter:
-    adapter = adapter_of(module)
-    assert adapter is not None
-    return adapter
 
 
 def _expert(name: str, module: nn.Module, config: PretrainedConfig, dtype: torch.dtype) -> ExpertBytes:
     """Bytes of one expert of a layer; its matrices as the checkpoint has them, one after the other."""
-    shapes = _adapter(module).shapes(module)
+    shapes = require_adapter(module).shapes(module)
     of_matrix = _matrix_bytes(config, name)
     dense = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
     if of_matrix is None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from offmoe.errors import ConfigError
-from offmoe.hf.adapters import HANDLE, adapter_of
+from offmoe.hf.adapters import HANDLE, require_adapter
 from offmoe.hf.upstream import ALL_EXPERTS_FUNCTIONS
 from offmoe.runtime.executor import ExpertExecutor
 from offmoe.runtime.kernels import ExpertMath
@@ -20,8 +20,7 @@ IMPLEMENTATION = "offmoe"
 
 def attach(module: nn.Module, executor: ExpertExecutor, layer: int) -> None:
     """Let an experts module of MoE layer `layer` compute through `executor`."""
-    adapter = adapter_of(module)
-    assert adapter is not None
+    adapter = require_adapter(module)
 
     def rows(math: ExpertMath, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() and hidden.requires_grad:

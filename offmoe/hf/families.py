@@ -11,6 +11,7 @@ architecture computes: quirks of transformers 5.23 that are reproduced here are 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,9 +50,9 @@ class _Family(ExpertsAdapter):
     def connect(self, module: nn.Module, rows: Rows) -> None:
         module.forward = self.forward(module, rows)
 
+    @abstractmethod
     def forward(self, module: Any, rows: Rows) -> Callable[..., Any]:
         """The module's forward, its experts computed by `rows`."""
-        raise NotImplementedError
 
 
 class Llama4(_Family):

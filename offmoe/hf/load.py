@@ -26,7 +26,7 @@ import transformers
 from torch.overrides import TorchFunctionMode
 
 from offmoe.errors import CapacityError, CheckpointError, ConfigError, MissingTensorError, UnsupportedModelError
-from offmoe.hf.adapters import adapter_of, find_experts
+from offmoe.hf.adapters import find_experts, require_adapter
 from offmoe.hf.catalog import ExpertCatalog
 from offmoe.hf.dense import ParkedLayers
 from offmoe.hf.hub import resolve_folder
@@ -241,8 +241,7 @@ def load_dense(
         ) from error
     model.__class__ = cls
     for module in find_experts(model).values():
-        adapter = adapter_of(module)
-        assert adapter is not None
+        adapter = require_adapter(module)
         adapter.settle(module)
     missing = sorted(report["missing_keys"])
     if missing:
@@ -312,8 +311,7 @@ def _strip(model: PreTrainedModel) -> None:
     for name, module in find_experts(model).items():
         if any(part._non_persistent_buffers_set for part in module.modules()):
             raise UnsupportedModelError(f"experts {name!r} compute their own buffers, which offmoe does not run yet")
-        adapter = adapter_of(module)
-        assert adapter is not None
+        adapter = require_adapter(module)
         for param in adapter.places(module):
             forget_tie(model, f"{name}.{param}")
         adapter.strip(module)

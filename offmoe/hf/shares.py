@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from offmoe.errors import CheckpointError, MissingTensorError, UnsupportedModelError
-from offmoe.hf.adapters import adapter_of
+from offmoe.hf.adapters import require_adapter
 from offmoe.hf.convert import Group, Share
 from offmoe.hf.upstream import steps
 
@@ -46,8 +46,7 @@ def repeat_tied(groups: Groups, modules: Mapping[str, nn.Module]) -> None:
     """A module whose parameters are those of another has the same experts; a checkpoint names them once."""
     first: dict[int, tuple[str, str]] = {}
     for name in sorted(modules, key=lambda name: not groups[name]):
-        adapter = adapter_of(modules[name])
-        assert adapter is not None
+        adapter = require_adapter(modules[name])
         for param, place in adapter.places(modules[name]).items():
             target = f"{name}.{place.param}"
             owner, source = first.setdefault(id(modules[name].get_parameter(param)), (name, target))
