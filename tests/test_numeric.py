@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import offmoe
-from offmoe import api
 from offmoe.api import inspect
 from offmoe.config import OffloadConfig
 from offmoe.errors import CheckpointError, OffmoeError
+from offmoe.hf import catalog
 from offmoe.pack import pack, weight_format
 from offmoe.runtime.arena import SlotArena
 from offmoe.runtime.backend import CpuBackend
@@ -194,7 +194,7 @@ def test_formats_without_kernels(tmp_path: Path, kind: str, why: str) -> None:
 def test_without_the_library_torch_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "packed"
     pack(dense(tmp_path, "mixtral"), folder, weight_format("int4"))
-    monkeypatch.setattr(api, "status", lambda: KernelStatus(None, "not built"))
+    monkeypatch.setattr(catalog, "status", lambda: KernelStatus(None, "not built"))
     got, right = run(folder, experts="int4"), run(folder)
     assert torch.equal(got[0], right[0])
 
