@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,29 +20,24 @@ from offmoe.config import Default, OffloadConfig, format_size
 from offmoe.errors import CapacityError, ConfigError
 from offmoe.hf import experts as hf_experts
 from offmoe.hf.adapters import find_experts
-from offmoe.hf.catalog import COMPUTABLE, ExpertCatalog, build_catalog
+from offmoe.hf.catalog import ExpertCatalog, build_catalog
 from offmoe.hf.dense import ParkedLayers, dense_layers
 from offmoe.hf.estimate import estimate, quantisation_method
 from offmoe.hf.foresight import foresee
 from offmoe.hf.hub import Source, locate
-from offmoe.hf.load import (
-    build_meta,
-    load_dense,
-    lone_config,
-    model_class,
-    read_config,
-    require_index,
-)
+from offmoe.hf.load import build_meta, compute_dtype, load_dense, lone_config, model_class, read_config, require_index
 from offmoe.hf.needs import ExpertBytes, Parameters, count_parameters, expert_bytes, model_bytes
 from offmoe.hf.quantization import shapes_are_in_shards
+from offmoe.hf.requantised import planned, to_quantise, with_experts, write
 from offmoe.offload import Offload
 from offmoe.policy.planner import build_planner
-from offmoe.runtime.arena import SlotArena
+from offmoe.runtime.arena import SlotArena, slot_layouts
 from offmoe.runtime.backend import Backend, select_backend
 from offmoe.runtime.checkpoint import Checkpoint
+from offmoe.runtime.computing import build_compute
 from offmoe.runtime.executor import ExpertExecutor
-from offmoe.runtime.formats import ExpertLayout
 from offmoe.runtime.memory import HOST, MemoryPlan, ModelBytes, plan_memory
+from offmoe.runtime.packing import WeightFormat
 from offmoe.runtime.ram import plan_host
 from offmoe.runtime.store import ExpertStore
 from offmoe.runtime.transfer import TransferEngine
@@ -100,7 +96,18 @@ class Inspected(Survey):
 
     source: Source
     checkpoint: Checkpoint
+    """Of `source`; once quantised, what was written."""
     catalog: ExpertCatalog
+    """With experts as they will be loaded."""
+    quantise: WeightFormat | None = None
+    """What experts are still to be made, which `fetch` does."""
+    temporary: TemporaryDirectory[str] | None = None
+    """Where that is, if it was done; removed with the model."""
+
+    def release(self) -> None:
+        """Remove what `fetch` has written, where no model does; idempotent."""
+        if self.temporary is not None:
+            self.temporary.cleanup()
 
 
 def survey(
@@ -119,8 +126,9 @@ def survey(
     cls = model_class(hf_config)
     method = quantisation_method(hf_config)
     # what is quantised is computed in bfloat16, whatever else a config forgets to say
-    compute = _dtype(dtype, hf_config, torch.float32 if method is None else torch.bfloat16)
-    found = estimate(hf_config, cls, compute, _dtype(None, hf_config, compute), staging_counts=backend.staging_counts)
+    compute = compute_dtype(dtype, hf_config, torch.float32 if method is None else torch.bfloat16)
+    stored, counts = compute_dtype(None, hf_config, compute), backend.staging_counts
+    found = estimate(with_experts(hf_config, config.experts), cls, compute, stored, staging_counts=counts)
     asked = 0 if config.device_memory == "auto" else int(config.device_memory)
     free = max(asked, backend.free_bytes())
     return Survey(
@@ -164,11 +172,16 @@ def _read_headers(
         checkpoint = source.fetch(checkpoint)
     meta = build_meta(hf_config, cls)
     catalog = build_catalog(checkpoint, meta)
-    compute = _dtype(dtype, hf_config, torch.bfloat16 if catalog.view.encoded else torch.float32)
+    how = None if config.experts == "native" else to_quantise(catalog, hf_config, config.experts)
+    if how is not None:
+        catalog, _ = planned(catalog, meta, hf_config, how)
+    if config.is_numeric and backend.slots_in_ram:
+        catalog = catalog.for_kernels(meta)
+    compute = compute_dtype(dtype, hf_config, torch.bfloat16 if catalog.view.encoded else torch.float32)
     experts = expert_bytes(catalog, compute)
     layers = dense_layers(meta)
     # to be read as it is stored, or as transformers writes it once more, which is in the dtype to compute in
-    wider = max(compute, _dtype(None, hf_config, compute), key=lambda dtype: dtype.itemsize)
+    wider = max(compute, compute_dtype(None, hf_config, compute), key=lambda dtype: dtype.itemsize)
     needs = model_bytes(meta, experts, layers, compute, wider, staging_counts=backend.staging_counts)
     return Inspected(
         source.folder,
@@ -185,6 +198,7 @@ def _read_headers(
         source,
         checkpoint,
         catalog,
+        how,
     )
 
 
@@ -231,7 +245,7 @@ def _divide(
         slots_per_layer=slots[0] if len(set(slots)) == 1 else slots,
         max_context=plan.max_context,
         on_miss="fetch",
-        exactness="bitwise",
+        exactness="numeric" if config.is_numeric else "bitwise",
     )
     return resolved, replace(plan, host=host)
 
@@ -249,6 +263,7 @@ def from_pretrained(
     on_miss: str = "auto",
     prefetch: int | str = Default("auto"),
     exactness: str = "auto",
+    activations: str = "float",
     profile: str | os.PathLike[str] | None = None,
     trace: str | os.PathLike[str] | None = None,
     dtype: str | torch.dtype | None = None,
@@ -274,6 +289,7 @@ def from_pretrained(
         on_miss=on_miss,
         prefetch=prefetch,
         exactness=exactness,
+        activations=activations,
         profile=profile,
     )
     hub = {name: hf_kwargs.pop(name) for name in HUB_OPTIONS if name in hf_kwargs}
@@ -292,8 +308,22 @@ def from_pretrained(
 
 
 def fetch(inspected: Inspected) -> Inspected:
-    """The same with all shards here: downloads those that are not."""
-    return replace(inspected, checkpoint=inspected.source.fetch(inspected.checkpoint))
+    """The same with all shards here: downloads those that are not, and quantises experts that are to be.
+
+    What that writes is removed with the model that `load` makes, or by `release`.
+    """
+    found = replace(inspected, checkpoint=inspected.source.fetch(inspected.checkpoint))
+    if found.quantise is None:
+        return found
+    made = write(found.catalog, found.folder, found.quantise, str(found.folder))
+    return replace(
+        found,
+        folder=made.checkpoint.folder,
+        checkpoint=made.checkpoint,
+        catalog=made.catalog,
+        quantise=None,
+        temporary=made.folder,
+    )
 
 
 def load(
@@ -303,11 +333,13 @@ def load(
     inspected = fetch(inspected)
     catalog, backend, config = inspected.catalog, inspected.backend, inspected.config
     layouts = [layer.layout for layer in catalog.layers]
-    planner = build_planner(config.cache(), catalog.shape)
-    writer = None if trace is None else TraceWriter(trace, name, catalog.shape, config.cache())
-    parked = _park(inspected)
-    closing = [] if parked is None else [parked.close]
+    closing = [inspected.release]
     try:
+        planner = build_planner(config.cache(), catalog.shape)
+        writer = None if trace is None else TraceWriter(trace, name, catalog.shape, config.cache())
+        parked = _park(inspected)
+        if parked is not None:
+            closing.insert(0, parked.close)
         model = load_dense(
             inspected.folder,
             inspected.hf_config,
@@ -317,13 +349,14 @@ def load(
             dtype=inspected.dtype,
             experts_implementation=hf_experts.IMPLEMENTATION,
             parked=parked,
+            called=inspected.source.folder,
             **hf_kwargs,
         )
         model.requires_grad_(False)
         store = ExpertStore(inspected.checkpoint.shards, catalog.records)
         closing.insert(0, store.close)
         inspected.checkpoint.check_unchanged()
-        arena = SlotArena(backend.allocate, _slot_layouts(layouts, inspected.plan, config.scope))
+        arena = SlotArena(backend.allocate, slot_layouts(layouts, inspected.plan.slots_per_layer, config.scope))
         stats = CacheStats.for_layers(catalog.shape.layers)
         assemblies = [layer.assembly for layer in catalog.layers]
         transfer = TransferEngine(
@@ -336,8 +369,10 @@ def load(
             on_stall=stats.stalled,
         )
         closing.insert(0, transfer.close)
-        decodings = [layer.decode for layer in catalog.layers]
-        executor = ExpertExecutor(planner, transfer, arena, backend, layouts, stats, decodings)
+        decodings, slots = [layer.decode for layer in catalog.layers], [layer.kernel for layer in catalog.layers]
+        compute = build_compute(arena, layouts, decodings, slots, int8_activations=config.activations == "int8")
+        closing.insert(0, compute.close)
+        executor = ExpertExecutor(planner, transfer, compute, backend, stats)
         executor.trace = writer
         found = find_experts(model)
         modules = [found[layer.name] for layer in catalog.layers]
@@ -360,24 +395,3 @@ def _park(inspected: Inspected) -> ParkedLayers | None:
     return ParkedLayers(
         layers, plan.parked_in, inspected.meta, inspected.checkpoint, inspected.catalog.dense, inspected.backend
     )
-
-
-def _slot_layouts(layouts: list[ExpertLayout], plan: MemoryPlan, scope: str) -> list[ExpertLayout]:
-    """The layout that sizes each slot: its layer's, or the largest where any layer may use it."""
-    if scope == "model":
-        largest = max(layouts, key=lambda layout: layout.nbytes)
-        return [largest] * sum(plan.slots_per_layer)
-    return [layout for layout, quota in zip(layouts, plan.slots_per_layer, strict=True) for _ in range(quota)]
-
-
-def _dtype(dtype: str | torch.dtype | None, hf_config: PretrainedConfig, unsaid: torch.dtype) -> torch.dtype:
-    """The dtype to compute in: as asked, else the checkpoint's own, else `unsaid`."""
-    if dtype in (None, "auto"):
-        own = getattr(hf_config, "dtype", None) or getattr(hf_config.get_text_config(), "dtype", None)
-        dtype = own or unsaid
-    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype).removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
-        raise ConfigError(f"dtype={dtype!r} is unknown. Use 'auto', 'bfloat16', 'float16' or 'float32'.")
-    if found not in COMPUTABLE:
-        raise ConfigError(f"dtype={dtype!r} is not one to compute in. Use 'bfloat16', 'float16' or 'float32'.")
-    return found
