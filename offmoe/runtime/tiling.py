@@ -81,11 +81,17 @@ class TilePlacement:
         tensors = [tensor.view(shape) for tensor, shape in zip(tensors, self.shapes, strict=True)]
         out: dict[str, torch.Tensor] = {}
         known: dict[int, dict[str, torch.Tensor]] = {}
+        pairs: dict[int, torch.Tensor] = {}
         for name, take in self.takes.items():
             source = self.sources[take.source]
             how = self.formats.get(name)
             if how is None:
                 tensor = tensors[source.components["weight"]]
+                if take.source in self.swapped and take.step == 2:
+                    if take.source not in pairs:
+                        pairs[take.source] = _transposed_pairs(tensor)
+                    out[name] = _half(pairs[take.source], take.first)
+                    continue
                 out[name] = take.of(tensor.mT if take.source in self.swapped else tensor)
                 continue
             if take.source not in known:
@@ -96,6 +102,21 @@ class TilePlacement:
                 tiles = take.of(rows).unflatten(0, (-1, TILE_ROWS))  # [N / 16, 16, C]
                 out[name + suffix] = tiles.transpose(1, 2)
         return out
+
+
+def _transposed_pairs(both: torch.Tensor) -> torch.Tensor:
+    """bf16 [in, 2 out], two outputs' columns by turns -> int32 [out, in], the first in the low half.
+
+    Four times as fast as picking every other column of the transpose (0.6 against 0.14 GB/s of one core).
+    """
+    if both.data_ptr() % 4:
+        both = both.clone()
+    return both.view(torch.int32).mT.contiguous()
+
+
+def _half(pairs: torch.Tensor, which: int) -> torch.Tensor:
+    """bf16 of the low (0) or high (1) halves."""
+    return (pairs >> 16 if which else pairs).to(torch.int16).view(torch.bfloat16)
 
 
 @dataclass(frozen=True)
