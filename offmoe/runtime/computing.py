@@ -59,6 +59,7 @@ class ExpertCompute(ABC):
     ) -> Iterator[torch.Tensor]:
         """Rows [n, H] of each of `experts` ((expert, slot)), in their order. ready(slot) waits for what is to be there.
 
+        Of the dtype of hidden; for one token it may be a wider one, since whoever puts the rows together casts them.
         A slot may be given to another expert as soon as the next rows are asked for.
         """
         for expert, slot in experts:
@@ -119,6 +120,22 @@ class KernelCompute(ExpertCompute):
                 weights = form.expert(self._arena.views(slot, form.layout))
                 run = self._prepared[id(form), slot] = self._kernels.expert(weights, form.glu)
             return run(x)
+
+    def wave(
+        self,
+        layer: int,
+        math: ExpertMath,
+        experts: Sequence[tuple[int, int]],
+        work: Work,
+        ready: Callable[[int], object],
+    ) -> Iterator[torch.Tensor]:
+        if self._slots[layer] is None:
+            yield from self._otherwise.wave(layer, math, experts, work, ready)
+            return
+        # Converted once, not by every expert: a conversion of one row takes as long as a tenth of a small expert.
+        dtype, work = work.hidden.dtype, work._replace(hidden=work.hidden.float())
+        for rows in super().wave(layer, math, experts, work, ready):
+            yield rows if work.pairs is None else rows.to(dtype)
 
     def close(self) -> None:
         with self._calling:
