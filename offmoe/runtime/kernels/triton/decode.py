@@ -66,6 +66,7 @@ def gate_up_rows(
     BW: tl.constexpr,
 ):
     """h [pairs, I] float32 = glu(gate, up) of x [pairs / SHARING, H]. grid: (pairs, blocks of BN rows)."""
+    VALUES: tl.constexpr = GATE.values
     pair, block = tl.program_id(0), tl.program_id(1)
     start = place_of(place, tl.load(ids + pair), EXPERTS)
     if start >= 0:
@@ -81,7 +82,7 @@ def gate_up_rows(
             gate_part = tl.zeros([BN, BW], dtype=tl.float32)
             up_part = tl.zeros([BN, BW], dtype=tl.float32)
             total = tl.zeros([BW], dtype=tl.float32)
-            for i in tl.static_range(GATE.values):
+            for i in tl.static_range(VALUES):
                 value = inputs(x, at, i, GATE, BW)
                 gate_part += lane(gate, i, GATE) * value[None, :]
                 up_part += lane(up, i, UP) * value[None, :]
@@ -108,6 +109,7 @@ def down_rows(
     BW: tl.constexpr,
 ):
     """out [pairs, H] = h [pairs, I] times down. grid: (pairs, blocks of BN rows)."""
+    VALUES: tl.constexpr = DOWN.values
     pair, block = tl.program_id(0), tl.program_id(1)
     start = place_of(place, tl.load(ids + pair), EXPERTS)
     if start >= 0:
@@ -120,7 +122,7 @@ def down_rows(
             down = elements(slot, DOWN, rows, at, BW)
             part = tl.zeros([BN, BW], dtype=tl.float32)
             total = tl.zeros([BW], dtype=tl.float32)
-            for i in tl.static_range(DOWN.values):
+            for i in tl.static_range(VALUES):
                 value = inputs(h, at, i, DOWN, BW)
                 part += lane(down, i, DOWN) * value[None, :]
                 total += value

@@ -66,6 +66,7 @@ def gate_up_blocks(
     blocks int32 [n, 3]: where the slot starts, in units of 256 bytes; the first of up to BM consecutive places in
     `order`; the place after the last. order int64: pairs by expert. x: [pairs / SHARING, H], lane by lane.
     """
+    VALUES: tl.constexpr = GATE.values
     block = blocks + tl.program_id(0) * 3
     slot = slab + tl.load(block).to(tl.int64) * 256
     place = tl.load(block + 1) + tl.arange(0, BM)
@@ -80,7 +81,7 @@ def gate_up_blocks(
         gate = elements(slot, GATE, gate_rows, at, BW)
         up = elements(slot, UP, up_rows, at, BW)
         groups = group_of(first, at, GATE, BW)
-        for i in tl.static_range(GATE.values):
+        for i in tl.static_range(VALUES):
             value = inputs(x, token, inside, at, i, GATE, BW)
             gate_weights = weights(gate, i, slot, GATE, gate_rows, groups, x)
             up_weights = weights(up, i, slot, UP, up_rows, groups, x)
@@ -105,6 +106,7 @@ def down_blocks(
     BW: tl.constexpr,
 ):
     """out [pairs, H] = h times down; h as `gate_up_blocks` makes it. grid: (blocks, blocks of BN rows)."""
+    VALUES: tl.constexpr = DOWN.values
     block = blocks + tl.program_id(0) * 3
     slot = slab + tl.load(block).to(tl.int64) * 256
     place = tl.load(block + 1) + tl.arange(0, BM)
@@ -117,7 +119,7 @@ def down_blocks(
         at = first + tl.arange(0, BW)
         down = elements(slot, DOWN, rows, at, BW)
         groups = group_of(first, at, DOWN, BW)
-        for i in tl.static_range(DOWN.values):
+        for i in tl.static_range(VALUES):
             value = inputs(h, place.to(tl.int64), inside, at, i, DOWN, BW)
             down_weights = weights(down, i, slot, DOWN, rows, groups, h)
             made = tl.dot(value, tl.trans(down_weights), made, input_precision="ieee")
