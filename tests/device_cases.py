@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from offmoe.runtime.formats import PARAM_ALIGNMENT, ExpertLayout, aligned
 from offmoe.runtime.kernels.cpu import Glu
+from offmoe.runtime.kernels.device import Pairs
 from offmoe.runtime.kernels.operands import GatedOperands, coded_operand, float_operand, packed_operand
 from offmoe.runtime.packing import INT8, MXFP4, PackedWeight, WeightFormat, int4, record_layout
 from offmoe.runtime.quantise import quantise
@@ -133,12 +133,12 @@ def gpt_oss(hidden: int, inner: int) -> Format:
     return Format(layout, GatedOperands.stacked(gate_up, down, interleaved=True), fill)
 
 
-def compressed_tensors(group: int | None, hidden: int, inner: int) -> Format:
-    """int4 in rows, as compressed-tensors stores it: words and scales of gate, up and down apart."""
-    codec = PackedInt(4, group)
+def compressed_tensors(bits: int, group: int | None, hidden: int, inner: int) -> Format:
+    """Integers in rows, as compressed-tensors stores them: words and scales of gate, up and down apart."""
+    codec = PackedInt(bits, group)
     wanted = {}
     for name, (rows, cols) in {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}.items():
-        wanted[name + ".packed"] = torch.int32, (rows, cols // 8)
+        wanted[name + ".packed"] = torch.int32, (rows, cols * bits // 32)
         wanted[name + ".scale"] = torch.float16, (rows, cols // group if group else 1)
     layout = ExpertLayout.of(wanted)
     params = {param.name: param for param in layout.params}
@@ -149,7 +149,7 @@ def compressed_tensors(group: int | None, hidden: int, inner: int) -> Format:
             if name.endswith("packed"):
                 view.random_(-(2**31), 2**31 - 1)
             else:
-                view.copy_(torch.rand(view.shape) * 0.01 + 0.001)
+                view.copy_((torch.rand(view.shape) + 0.1) * 2.0 ** (-3 - bits))
         parts = ({c: views[f"{name}.{c}"] for c in ("packed", "scale")} for name in names)
         return Expert(*(codec.decode(part | {"scale": part["scale"].float()}, torch.float32) for part in parts))
 
@@ -166,8 +166,8 @@ FORMATS: dict[str, Callable[[int, int], Format]] = {
     "int4-g128": lambda h, i: packed(int4(128), h, i),
     "int4-g64-zeros": lambda h, i: packed(int4(64, zero_points=True), h, i),
     "int4-g64-rows": lambda h, i: packed(int4(64), h, i, tiled=False),
-    "int4-ct-g32": lambda h, i: compressed_tensors(32, h, i),
-    "int4-ct-row": lambda h, i: compressed_tensors(None, h, i),
+    "int4-ct-g32": lambda h, i: compressed_tensors(4, 32, h, i),
+    "int8-ct-row": lambda h, i: compressed_tensors(8, None, h, i),
     "mxfp4": lambda h, i: packed(MXFP4, h, i),
     "mxfp4-gpt-oss": gpt_oss,
     "fp8-blocks": lambda h, i: fp8((128, 128), h, i),
@@ -194,14 +194,23 @@ def fill_slots(form: Format, count: int, seed: int = 0) -> Slots:
     return Slots(memory, starts, experts)
 
 
-def reference(
-    slots: Slots, where: dict[int, int], glu: Glu, hidden: torch.Tensor, ids: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows [T * k, H] in float32, and which of them are computed at all: bool [T * k]."""
-    sharing = ids.numel() // len(hidden)
-    rows, there = [], np.zeros(ids.numel(), dtype=bool)
-    for pair, expert in enumerate(ids.reshape(-1).tolist()):
-        there[pair] = expert in where
-        if there[pair]:
-            rows.append(slots.experts[where[expert]](hidden[pair // sharing : pair // sharing + 1], glu))
-    return torch.cat(rows), torch.from_numpy(there)
+def reference(slots: Slots, pairs: Pairs, glu: Glu, hidden: torch.Tensor) -> torch.Tensor:
+    """What `DeviceKernels.compute` has to give, in float32."""
+    order = torch.zeros(sum(pairs.counts), dtype=torch.int64) if pairs.order is None else pairs.order
+    inputs = hidden[order // pairs.sharing].split(list(pairs.counts))
+    return torch.cat([slots.experts[slot](x, glu) for slot, x in zip(pairs.slots, inputs, strict=True)])
+
+
+def interpret_quickly() -> None:
+    """Prepare triton.language for the interpreter once, in a process that only interprets.
+
+    The interpreter does it anew for every call of one function by another, which takes 5 ms: most of a test's time.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    from offmoe.runtime.kernels.triton.elements import lane
+
+    interpreter._patch_lang(lane.fn)
+    interpreter._patch_lang(tl.zeros.fn)
+    interpreter._patch_lang = lambda fn: interpreter._LangPatchScope()

@@ -5,8 +5,8 @@ whose); the rest moves in the kernels. Few tokens go to `decode`, which memory b
 cores do; the number in between, and the sizes of blocks, were reasoned from published figures of GPUs. **None of this
 has run on a GPU**: it was checked in Triton's interpreter and compiled for sm_80 and sm_90 (docs/measurements.md).
 
-Numbers are those of `exactness="numeric"`: sums run in another order than torch's. What it must never do: write a row
-whose expert it was not given.
+Numbers are those of `exactness="numeric"`: sums run in another order than torch's. What it must never do: read a slot
+that it was not given.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from offmoe.errors import UnsupportedModelError
@@ -41,12 +40,16 @@ Launch = Callable[[Any, tuple[int, int], tuple[object, ...], Mapping[str, int]],
 """launch(kernel, grid, arguments, options): how a kernel is started; tests compile or count instead."""
 
 
-class Routing(NamedTuple):
-    """What one layer is asked in one step: hidden [T, H] or [T * k, H]; ids int64 [T, k], also on the host."""
+class Pairs(NamedTuple):
+    """(token, expert) pairs of some experts, one expert's after the other's. slots, counts: of each expert, where it is
+    and how many pairs it has. order: int64 [n] on the device, pair i has row order[i] // sharing of the inputs; None:
+    every expert has one pair, and there is one input.
+    """
 
-    hidden: torch.Tensor
-    top_k_index: torch.Tensor
-    ids: np.ndarray
+    slots: Sequence[int]
+    counts: Sequence[int]
+    order: torch.Tensor | None = None
+    sharing: int = 1
 
 
 class DeviceKernels:
@@ -56,7 +59,6 @@ class DeviceKernels:
         self,
         operands: GatedOperands,
         glu: Glu,
-        experts: int,
         memory: torch.Tensor,
         starts: Sequence[int],
         full_grid: int = FULL_GRID,
@@ -73,72 +75,61 @@ class DeviceKernels:
             )
         assert memory.dtype == torch.uint8
         assert all(start % PARAM_ALIGNMENT == 0 for start in starts)
-        self._operands, self._glu, self._experts, self._memory = operands, glu, experts, memory
+        self._operands, self._glu, self._memory = operands, glu, memory
         self._starts = [start // PARAM_ALIGNMENT for start in starts]
         self._full_grid, self._launch = full_grid, launch or _launch
         self._decode, self._grouped = _modules()
 
-    def compute(self, slots: Sequence[tuple[int, int]], routing: Routing, rows: torch.Tensor) -> None:
-        """Experts of some slots on their tokens: rows [T * k, H], in router order, unweighted, written in place.
-
-        slots: (expert, slot). Rows of other experts stay as they are.
-        """
-        hidden = routing.hidden.contiguous()
+    def compute(self, pairs: Pairs, hidden: torch.Tensor) -> torch.Tensor:
+        """Experts on their inputs: hidden [m, H] -> rows [n, H] in the order of `pairs`, unweighted, of its dtype."""
         assert hidden.dtype in (torch.bfloat16, torch.float16, torch.float32), hidden.dtype
-        assert rows.is_contiguous()
-        assert rows.shape == (routing.ids.size, self._operands.hidden), rows.shape
-        if not slots or not routing.ids.size:
-            return
-        routing = routing._replace(hidden=hidden)
+        assert hidden.shape[1] == self._operands.hidden, hidden.shape
+        hidden = hidden.contiguous()
         with torch.accelerator.device_index(hidden.device.index):  # kernels start on the current device
-            if routing.ids.size <= DECODE_PAIRS:
-                self.compute_pairs(slots, routing, rows)
-            else:
-                self.compute_groups(slots, routing, rows)
+            if sum(pairs.counts) == 0:
+                return hidden.new_empty(0, hidden.shape[1])
+            if pairs.order is None or sum(pairs.counts) <= DECODE_PAIRS:
+                return self.by_pair(pairs, hidden)
+            return self.by_group(pairs, hidden)
 
-    def compute_pairs(self, slots: Sequence[tuple[int, int]], routing: Routing, rows: torch.Tensor) -> None:
+    def by_pair(self, pairs: Pairs, hidden: torch.Tensor) -> torch.Tensor:
         """`compute` by the kernels for few tokens."""
-        pairs, o = routing.ids.size, self._operands
-        table = np.full(self._experts, -1, dtype=np.int32)
-        for expert, slot in slots:
-            table[expert] = self._starts[slot]
-        place = torch.from_numpy(table).to(rows.device)
-        ids = routing.top_k_index.reshape(-1)
-        h = torch.empty(pairs, o.inner, dtype=torch.float32, device=rows.device)
-        sharing = pairs // len(routing.hidden)
-        sizes = decode_blocks(o.gate, pairs, self._full_grid)
-        up = self._memory, place, ids, routing.hidden, h, self._experts, sharing, o.gate, o.up, self._glu
-        self._launch(self._decode.gate_up_rows, (pairs, -(-o.inner // sizes["BN"])), up, sizes)
-        sizes = decode_blocks(o.down, pairs, self._full_grid)
-        down = self._memory, place, ids, h, rows, self._experts, o.down
-        self._launch(self._decode.down_rows, (pairs, -(-o.hidden // sizes["BN"])), down, sizes)
-
-    def compute_groups(self, slots: Sequence[tuple[int, int]], routing: Routing, rows: torch.Tensor) -> None:
-        """`compute` by the kernels for many tokens."""
-        o, hidden = self._operands, routing.hidden
-        flat = routing.ids.reshape(-1)
-        known = flat[(flat >= 0) & (flat < self._experts)]
-        counts = np.bincount(known, minlength=self._experts)
-        tokens = group_tokens(len(known) / max(1, int(np.count_nonzero(counts))))
-        ends = np.cumsum(counts) + np.count_nonzero(flat < 0)  # ids that are nobody's sort first, or behind all others
-        table = [
-            (self._starts[slot], first, int(ends[expert]))
-            for expert, slot in slots
-            for first in range(int(ends[expert] - counts[expert]), int(ends[expert]), tokens)
+        n, o = sum(pairs.counts), self._operands
+        starts = [
+            self._starts[slot] for slot, count in zip(pairs.slots, pairs.counts, strict=True) for _ in range(count)
         ]
-        if not table:
-            return
-        blocks = torch.tensor(table, dtype=torch.int32).to(rows.device)
-        order = torch.argsort(routing.top_k_index.reshape(-1), stable=True)
-        x = lane_by_lane(hidden, o.gate)
-        h = torch.empty(len(flat), o.inner, dtype=hidden.dtype, device=rows.device)
-        sharing = len(flat) // len(hidden)
+        places = torch.tensor(starts, dtype=torch.int32).to(hidden.device)
+        h = torch.empty(n, o.inner, dtype=torch.float32, device=hidden.device)
+        out = hidden.new_empty(n, o.hidden)
+        sizes = decode_blocks(o.gate, n, self._full_grid)
+        up = self._memory, places, pairs.order, hidden, h, pairs.sharing, o.gate, o.up, self._glu
+        self._launch(self._decode.gate_up_rows, (n, -(-o.inner // sizes["BN"])), up, sizes)
+        sizes = decode_blocks(o.down, n, self._full_grid)
+        self._launch(
+            self._decode.down_rows, (n, -(-o.hidden // sizes["BN"])), (self._memory, places, h, out, o.down), sizes
+        )
+        return out
+
+    def by_group(self, pairs: Pairs, hidden: torch.Tensor) -> torch.Tensor:
+        """`compute` by the kernels for many tokens."""
+        assert pairs.order is not None
+        n, o = sum(pairs.counts), self._operands
+        tokens = group_tokens(n / len(pairs.counts))
+        table, end = [], 0
+        for slot, count in zip(pairs.slots, pairs.counts, strict=True):
+            first, end = end, end + count
+            table += [(self._starts[slot], start, end) for start in range(first, end, tokens)]
+        blocks = torch.tensor(table, dtype=torch.int32).to(hidden.device)
+        h = hidden.new_empty(n, o.inner)
+        out = hidden.new_empty(n, o.hidden)
         sizes = grouped_blocks(o.gate, tokens)
-        up = self._memory, blocks, order, x, h, sharing, o.gate, o.up, o.down, self._glu
+        x = lane_by_lane(hidden, o.gate)
+        up = self._memory, blocks, pairs.order, x, h, pairs.sharing, o.gate, o.up, o.down, self._glu
         self._launch(self._grouped.gate_up_blocks, (len(table), -(-o.inner // sizes["BN"])), up, sizes)
         sizes = grouped_blocks(o.down, tokens)
-        down = self._memory, blocks, order, h, rows, o.down
+        down = self._memory, blocks, h, out, o.down
         self._launch(self._grouped.down_blocks, (len(table), -(-o.hidden // sizes["BN"])), down, sizes)
+        return out
 
 
 def available() -> bool:
@@ -160,8 +151,11 @@ def decode_blocks(weight: Operand, pairs: int, full_grid: int = FULL_GRID) -> di
 
 
 def grouped_blocks(weight: Operand, tokens: int) -> dict[str, int]:
-    """Tokens, rows and elements that a program of `grouped` takes at a time."""
-    return {"BM": tokens, "BN": 64, "BW": 64 if weight.values == 1 else 32, **COMPILER}
+    """Tokens, rows and elements that a program of `grouped` takes at a time.
+
+    Two stages of int4 fit into the 99 KB of shared memory that GPUs for desktops have, three do not.
+    """
+    return {"BM": tokens, "BN": 64, "BW": 64 if weight.values == 1 else 32, "num_stages": 2, **COMPILER}
 
 
 def group_tokens(mean: float) -> int:

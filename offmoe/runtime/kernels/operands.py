@@ -31,8 +31,8 @@ ELEMENTS = {
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
-VALUES = {"float": 1, "fp8": 1, "int8": 4, "int4": 8, "mxfp4": 8}
-"""Weights in one element: a number, a byte, or an int32 word."""
+VALUES = {"float": 1, "fp8": 1, "int8": 4, "uint8": 4, "int4": 8, "mxfp4": 8}
+"""Weights in one element: a number, a byte, or an int32 word. uint8 is int8 with 128 added."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,11 @@ class Operand:
     def values(self) -> int:
         """Weights per element."""
         return VALUES[self.kind]
+
+    @property
+    def has_offset(self) -> bool:
+        """Whether its numbers are integers, some zero point away from what they stand for."""
+        return self.kind in ("int8", "uint8", "int4")
 
     @property
     def width(self) -> int:
@@ -207,16 +212,17 @@ def coded_operand(codec: Codec, parts: Mapping[str, Param]) -> Operand:
             scale_rows=scale_rows,
             group=group,
         )
-    if isinstance(codec, PackedInt) and codec.bits == 4 and codec.symmetric and not codec.ordered:
+    if isinstance(codec, PackedInt) and codec.symmetric and not codec.ordered:
         words, scale = parts["packed"], parts["scale"]
         rows, width = words.shape
-        group = codec.group or width * 8
-        if group % 8 == 0 and width * 8 % group == 0:
+        cols = width * (32 // codec.bits)
+        group = codec.group or cols
+        if group % 8 == 0 and cols % group == 0:
             return Operand(
-                kind="int4",
+                kind="int4" if codec.bits == 4 else "uint8",
                 element="int32",
                 rows=rows,
-                cols=width * 8,
+                cols=cols,
                 at=words.offset,
                 row_stride=width,
                 scale=_element(scale),

@@ -8,6 +8,7 @@ leaves are taken out once per group, not once per weight.
 
     int4    16 + nibble           in the four high bits of the mantissa of 16.0
     int8    384 + value           the byte, its sign flipped, in the eight high bits of the mantissa of 256.0
+    uint8   256 + byte            the byte
     mxfp4   value * 2**-126       E2M1 as float32: same fields, subnormals included, another bias
     fp8     value * 2**-120       E4M3 alike; its NaN, 0x7F, reads as 480
 
@@ -45,6 +46,9 @@ def lane(block, i: tl.constexpr, W: tl.constexpr):
         weight = (((nibble & 8) << 28) | ((nibble & 7) << 22)).to(tl.float32, bitcast=True)
     elif W.kind == "int8":
         byte = ((block >> (8 * i)) & 0xFF) ^ 0x80
+        weight = ((byte << 15) | 0x43800000).to(tl.float32, bitcast=True)
+    elif W.kind == "uint8":
+        byte = (block >> (8 * i)) & 0xFF
         weight = ((byte << 15) | 0x43800000).to(tl.float32, bitcast=True)
     else:
         nibble = (block >> (4 * i)) & 15
@@ -99,7 +103,7 @@ def scales(slot, W: tl.constexpr, rows, groups):
 @triton.jit
 def offsets(slot, W: tl.constexpr, rows, groups):
     """What `lane` of a weight that is zero gives: float32 [1, 1], or [BN, n] where there are zero points."""
-    if W.kind == "int8":
+    if W.values == 4:
         zero = tl.full([1, 1], 384.0, tl.float32)
     elif W.zero_at < 0:
         zero = tl.full([1, 1], 24.0, tl.float32)

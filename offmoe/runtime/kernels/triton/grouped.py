@@ -5,7 +5,7 @@ dtype of the inputs and rounded as loading them dequantised would have; arithmet
 per expert on. Inputs stand lane by lane, [rows, weights per element, elements]: then the numbers that the i-th weights
 of consecutive words meet are consecutive too, and words are taken apart without moving anything between threads.
 
-What it must never do: touch the row of a pair that is in no block.
+What it must never do: let one expert's tokens meet another's weights, which blocks that cross an end would.
 """
 
 import triton
@@ -28,7 +28,7 @@ from offmoe.runtime.kernels.triton.elements import (
 def weights(block, i: tl.constexpr, slot, W: tl.constexpr, rows, groups, like):
     """Weight i of every element, dequantised: [BN, BW] of the dtype of the pointer `like`."""
     value = lane(block, i, W)
-    if W.kind == "int4" or W.kind == "int8":
+    if W.has_offset:
         value -= offsets(slot, W, rows, groups)
     if W.kind != "float":
         value = in_half_units(value, W) * scales(slot, W, rows, groups)
@@ -64,7 +64,8 @@ def gate_up_blocks(
     """h [pairs in order, I], lane by lane as DOWN wants it, = glu(gate, up). grid: (blocks, blocks of BN rows).
 
     blocks int32 [n, 3]: where the slot starts, in units of 256 bytes; the first of up to BM consecutive places in
-    `order`; the place after the last. order int64: pairs by expert. x: [pairs / SHARING, H], lane by lane.
+    `order`; the place after the expert's last. order int64 [pairs]: the input of a pair is row order // SHARING of x
+    [n, H], which stands lane by lane.
     """
     VALUES: tl.constexpr = GATE.values
     block = blocks + tl.program_id(0) * 3
@@ -97,7 +98,6 @@ def gate_up_blocks(
 def down_blocks(
     slab,
     blocks,
-    order,
     h,
     out,
     DOWN: tl.constexpr,
@@ -105,13 +105,12 @@ def down_blocks(
     BN: tl.constexpr,
     BW: tl.constexpr,
 ):
-    """out [pairs, H] = h times down; h as `gate_up_blocks` makes it. grid: (blocks, blocks of BN rows)."""
+    """out [pairs in order, H] = h times down; h as `gate_up_blocks` makes it. grid: (blocks, blocks of BN rows)."""
     VALUES: tl.constexpr = DOWN.values
     block = blocks + tl.program_id(0) * 3
     slot = slab + tl.load(block).to(tl.int64) * 256
     place = tl.load(block + 1) + tl.arange(0, BM)
     inside = place < tl.load(block + 2)
-    pair = tl.load(order + place, mask=inside, other=0)
     first_row = tl.program_id(1) * BN
     rows = row_numbers(first_row, DOWN, BN)
     made = tl.zeros([BM, BN], dtype=tl.float32)
@@ -125,5 +124,5 @@ def down_blocks(
             made = tl.dot(value, tl.trans(down_weights), made, input_precision="ieee")
     made += bias(slot, DOWN, rows)[None, :]
     row = first_row + tl.arange(0, BN)
-    where = (pair * DOWN.rows)[:, None] + row[None, :]
+    where = (place.to(tl.int64) * DOWN.rows)[:, None] + row[None, :]
     tl.store(out + where, made.to(out.dtype.element_ty), mask=inside[:, None] & (row < DOWN.rows)[None, :])
