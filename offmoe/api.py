@@ -19,7 +19,7 @@ import torch
 from offmoe.config import Default, OffloadConfig, format_size
 from offmoe.errors import CapacityError, ConfigError
 from offmoe.hf import experts as hf_experts
-from offmoe.hf.adapters import find_experts
+from offmoe.hf.adapters import find_experts, require_adapter
 from offmoe.hf.catalog import ExpertCatalog, build_catalog
 from offmoe.hf.dense import ParkedLayers, dense_layers
 from offmoe.hf.estimate import estimate, quantisation_method
@@ -34,7 +34,7 @@ from offmoe.policy.planner import build_planner
 from offmoe.runtime.arena import SlotArena, slot_layouts
 from offmoe.runtime.backend import Backend, select_backend
 from offmoe.runtime.checkpoint import Checkpoint
-from offmoe.runtime.computing import build_compute
+from offmoe.runtime.computing import build_compute, device_compute
 from offmoe.runtime.executor import ExpertExecutor
 from offmoe.runtime.memory import HOST, MemoryPlan, ModelBytes, plan_memory
 from offmoe.runtime.packing import WeightFormat
@@ -372,10 +372,12 @@ def load(
         decodings, slots = [layer.decode for layer in catalog.layers], [layer.kernel for layer in catalog.layers]
         compute = build_compute(arena, layouts, decodings, slots, int8_activations=config.activations == "int8")
         closing.insert(0, compute.close)
-        executor = ExpertExecutor(planner, transfer, compute, backend, stats)
-        executor.trace = writer
         found = find_experts(model)
         modules = [found[layer.name] for layer in catalog.layers]
+        if config.is_numeric and backend.has_device_kernels:
+            compute = device_compute(catalog.layers, [require_adapter(m).math(m) for m in modules], arena, compute)
+        executor = ExpertExecutor(planner, transfer, compute, backend, stats)
+        executor.trace = writer
         for layer, module in enumerate(modules):
             hf_experts.attach(module, executor, layer)
         Offload(model, config, inspected.plan, executor, modules, closing)

@@ -43,6 +43,10 @@ class SlotArena:
         assert base.dtype is torch.uint8
         assert base.shape == (self.nbytes,)
         assert base.data_ptr() % PARAM_ALIGNMENT == 0, "the backend must allocate slots aligned to PARAM_ALIGNMENT"
+        self.memory = base
+        """All slots: uint8 [nbytes]."""
+        self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        """Where in it each begins."""
         self._slots: list[torch.Tensor] = list(base.split(sizes)) if sizes else []
         # Keyed by the layout's id, because hashing a layout walks all of its parameters; _layouts keeps the ids alive.
         self._views: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
