@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,8 +42,8 @@ def model(request, folder, monkeypatch):
     assert not getattr(backend, "pinned", None)
 
 
-def generate(model):
-    return model.generate(input_ids=tiny.prompt(), max_new_tokens=10, min_new_tokens=10, do_sample=False)
+def generate(model, tokens=10):
+    return model.generate(input_ids=tiny.prompt(), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
 
 
 class Faulty:
@@ -106,6 +109,53 @@ def test_a_typed_error_or_the_right_tokens(model, fault, nth):
     store._read_at = right
     executor._planner.check()
     assert torch.equal(generate(model), want), "and again as if nothing had been"
+
+
+class CtrlC:
+    """Raises KeyboardInterrupt before the n-th line of offmoe that this thread runs, as a signal would; None: counts.
+
+    Once it was raised no more lines are watched: whatever cleans up runs undisturbed.
+    """
+
+    PACKAGE = str(Path(offmoe.__file__).parent)
+
+    def __init__(self, nth=None):
+        self.nth, self.lines = nth, 0
+
+    def _trace(self, frame, event, _):
+        if not frame.f_code.co_filename.startswith(self.PACKAGE):
+            return None
+        if event == "line":
+            self.lines += 1
+            if self.lines == self.nth:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self._trace
+
+    def __enter__(self):
+        self._before = sys.gettrace()
+        sys.settrace(self._trace)
+        return self
+
+    def __exit__(self, *_):
+        sys.settrace(self._before)
+
+
+@pytest.mark.parametrize("points", [10, pytest.param(200, marks=pytest.mark.slow)])
+def test_ctrl_c_at_random_points(model, points):
+    """An interrupt while experts are planned, fetched and computed: the next run is right, and all slots are there."""
+    executor = model.offload._executor
+    generate(model)  # the first forward looks for routers
+    executor.forget()
+    with CtrlC() as whole:
+        want = generate(model, tokens=3)
+    chance = random.Random(points)
+    for point in chance.sample(range(1, whole.lines * 9 // 10), points):  # how many there are depends on who waits
+        executor.forget()
+        with pytest.raises(KeyboardInterrupt), CtrlC(point):
+            generate(model, tokens=3)
+        executor._planner.check()
+        assert torch.equal(generate(model, tokens=3), want), f"after an interrupt at line {point} of {whole.lines}"
 
 
 def test_closing_while_prefetches_are_read(model):
