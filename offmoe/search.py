@@ -84,15 +84,18 @@ def search(
     evictions: Sequence[str] = EVICTIONS,
     scopes: Sequence[str] | None = None,
     prefetches: Sequence[int | str] | None = None,
+    host_sizes: Sequence[int] | None = None,
 ) -> Found:
     """Replay what is worth it. sizes: slots per layer to sweep. slots: the capacity to choose for; None: the knee.
 
     scopes, prefetches: what to cross with every policy and size; None: scope "layer" and no prefetch everywhere, the
-    rest in the second round. Raises ConfigError for what the trace cannot answer."""
+    rest in the second round. host_sizes: slots per layer in RAM behind the device's; the most everywhere, fewer in the
+    second round; None: those of the recorded run, and half of them. ConfigError for what the trace cannot answer."""
     if trace.predicted is None and any(prefetch != 0 for prefetch in prefetches or ()):
         raise ConfigError("--prefetch: the trace holds no predictions; record one with 'offmoe generate --prefetch N'.")
     sizes = sorted({*sizes, *([slots] if slots else [])})
-    candidates = grid(trace, sizes, evictions, scopes or ("layer",), prefetches or (0,), settings.test_requests)
+    in_ram, fewer = _host_sizes(trace, host_sizes)
+    candidates = grid(trace, sizes, evictions, scopes or ("layer",), prefetches or (0,), settings.test_requests, in_ram)
     outcomes, bounds = sweep(candidates, [CacheOptions(slots_per_layer=n) for n in sizes])
     if slots is None:
         best: dict[int, float] = {}
@@ -101,13 +104,19 @@ def search(
             best[options.slots_per_layer] = max(best.get(options.slots_per_layer, 0.0), outcome.train.stats.hit_rate)
         slots = knee(best)
     here = rank(outcome for outcome in outcomes if outcome.options.slots_per_layer == slots)
-    refined = _refinements(trace, outcomes, here, slots, scopes is None, prefetches is None)
+    refined = _refinements(trace, outcomes, here, slots, scopes is None, prefetches is None, fewer)
     second, _ = sweep(refined, [])
     return Found(trace, settings, outcomes, bounds, slots, rank([*here, *second]))
 
 
 def _refinements(
-    trace: Trace, outcomes: list[Outcome], here: list[Outcome], slots: int, scopes: bool, prefetches: bool
+    trace: Trace,
+    outcomes: list[Outcome],
+    here: list[Outcome],
+    slots: int,
+    scopes: bool,
+    prefetches: bool,
+    host_sizes: Sequence[int],
 ) -> list[CacheOptions]:
     """What the best policies have not been tried with at the chosen capacity."""
     refined = []
@@ -119,11 +128,22 @@ def _refinements(
         if prefetches and trace.predicted is not None:
             ahead: list[int | str] = list(dict.fromkeys([1, max(trace.shape.top_k), "auto"]))
             refined += [replace(base, prefetch=n) for n in ahead]
+        refined += [replace(base, host_slots=n) for n in host_sizes]
         if len(curve) > 1:
             fitted = fit_quotas(curve, slots, trace.shape)
             if len(set(fitted)) > 1:
                 refined.append(replace(base, scope="layer", prefetch=0, slots_per_layer=fitted))
     return refined
+
+
+def _host_sizes(trace: Trace, sizes: Sequence[int] | None) -> tuple[int | tuple[int, ...], tuple[int, ...]]:
+    """Slots per layer in RAM to try everything with, and fewer to try the best with."""
+    if sizes is not None:
+        in_order = sorted({*sizes}, reverse=True)
+        return in_order[0], tuple(in_order[1:])
+    own = 0 if trace.options is None else trace.options.host_slots
+    half = (own if isinstance(own, int) else max(own)) // 2
+    return own, (half, 0) if half else ()
 
 
 def _equal_quotas(outcomes: Sequence[Outcome], eviction: str) -> dict[int, Outcome]:
