@@ -10,4 +10,5 @@ const struct kernels VARIANT_TABLE = {
     .pack = pack,
     .activate = activate,
     .read = read_all,
+    .encode = ENCODE,
 };
