@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import ctypes
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import NamedTuple
 
@@ -26,7 +26,8 @@ import torch
 
 from offmoe.errors import CapacityError, CheckpointError
 from offmoe.runtime.kernels.cpu import physical_cores
-from offmoe.runtime.kernels.library import SCALE_TYPES, EncodingStruct, Library, Threads, status
+from offmoe.runtime.kernels.library import SCALE_TYPES, EncodedStruct, EncodingStruct, Library, Threads, status
+from offmoe.runtime.loss import Loss, loss_of
 from offmoe.runtime.packing import SYMMETRIC_ZERO, TILE_ROWS, PackedWeight, WeightFormat, pack_words
 
 BLOCK_VALUES = 1 << 18
@@ -54,11 +55,15 @@ NOT_FINITE = 3
 
 
 class Quantiser(ABC):
-    """Quantises one weight after the other; a context manager."""
+    """Quantises one weight after the other, and says what that lost; a context manager. Threads take turns."""
 
     @abstractmethod
     def __call__(self, weight: torch.Tensor, how: WeightFormat, name: str = "weight") -> PackedWeight:
         """As `quantise`."""
+
+    @abstractmethod
+    def loss(self, weight: torch.Tensor, how: WeightFormat, raw: Mapping[str, torch.Tensor]) -> Loss:
+        """As `loss_of`: of weight [N, K] once it is decoded from `raw`."""
 
     @abstractmethod
     def close(self) -> None:
@@ -75,14 +80,12 @@ class NativeQuantiser(Quantiser):
     """The C encoder with a pool of threads of its own, one per core unless told."""
 
     def __init__(self, library: Library, threads: int | None = None, variant: str | None = None) -> None:
-        self._encode, self._variant = library.calls.offmoe_encode, library.variant(variant)
+        self._calls, self._variant = library.calls, library.variant(variant)
         self._threads = Threads(library, physical_cores() if threads is None else threads)
 
     def __call__(self, weight: torch.Tensor, how: WeightFormat, name: str = "weight") -> PackedWeight:
         rows, cols = _checked(weight, how, name)
-        if weight.dtype not in (torch.bfloat16, torch.float16):
-            weight = weight.float()
-        weight = weight.contiguous()
+        weight = _readable(weight)
         out = _empty(rows, cols, how)
         tried = FACTORS if how.bits == 4 else INT8_FACTORS
         factors = (ctypes.c_float * MAX_FACTORS)(*tried)
@@ -101,12 +104,35 @@ class NativeQuantiser(Quantiser):
             candidates=len(tried),
             refits=REFITS,
         )
-        said = self._encode(self._threads.handle, self._variant, ctypes.byref(encoding))
+        said = self._calls.offmoe_encode(self._threads.handle, self._variant, ctypes.byref(encoding))
         if said == NOT_FINITE:
             raise _not_finite(name)
         if said:
             raise CapacityError(f"no memory to quantise {name}; use fewer threads")
         return out
+
+    def loss(self, weight: torch.Tensor, how: WeightFormat, raw: Mapping[str, torch.Tensor]) -> Loss:
+        weight, (rows, cols) = _readable(weight), weight.shape
+        assert all(part.is_contiguous() for part in raw.values())
+        assert raw["packed"].shape == (rows, cols // how.word_values)
+        assert raw["scale"].shape == (rows, how.groups(cols))
+        out = torch.empty(rows, 4)
+        encoded = EncodedStruct(
+            weight=weight.data_ptr(),
+            words=raw["packed"].data_ptr(),
+            scales=raw["scale"].data_ptr(),
+            zeros=raw["zero"].data_ptr() if how.zero_points else None,
+            out=out.data_ptr(),
+            rows=rows,
+            cols=cols,
+            group=how.group or cols,
+            bits=how.bits,
+            weight_type=_type_number(weight.dtype),
+            scale_type=_type_number(raw["scale"].dtype),
+        )
+        self._calls.offmoe_compare(self._threads.handle, self._variant, ctypes.byref(encoded))
+        total, squared, square = out[:, 1:].double().sum(0).tolist()
+        return Loss(float(out[:, 0].max()), total, squared, square, rows * cols)
 
     def close(self) -> None:
         self._threads.close()
@@ -117,6 +143,9 @@ class TorchQuantiser(Quantiser):
 
     def __call__(self, weight: torch.Tensor, how: WeightFormat, name: str = "weight") -> PackedWeight:
         return _by_blocks(weight, how, name, _fit_asymmetric if how.zero_points else _fit_symmetric)
+
+    def loss(self, weight: torch.Tensor, how: WeightFormat, raw: Mapping[str, torch.Tensor]) -> Loss:
+        return loss_of(weight, how, raw)
 
     def close(self) -> None:
         pass
@@ -270,6 +299,11 @@ def _empty(rows: int, cols: int, how: WeightFormat) -> PackedWeight:
     words = torch.empty(rows, cols // how.word_values, dtype=torch.int32)
     zeros = torch.empty(rows, groups, dtype=torch.uint8) if how.zero_points else None
     return PackedWeight(how, words, torch.empty(rows, groups, dtype=how.scale_dtype), zeros)
+
+
+def _readable(weight: torch.Tensor) -> torch.Tensor:
+    """Rows of a dtype that the library reads."""
+    return (weight if weight.dtype in (torch.bfloat16, torch.float16) else weight.float()).contiguous()
 
 
 def _type_number(dtype: torch.dtype) -> int:

@@ -7,6 +7,7 @@ import torch
 
 import offmoe.runtime.quantise
 from offmoe.errors import CapacityError, CheckpointError, UnsupportedModelError
+from offmoe.runtime.loss import Loss, codec
 from offmoe.runtime.packing import INT8, PackedWeight, WeightFormat, int4, unpack_words
 from offmoe.runtime.quantise import NativeQuantiser, Quantiser, TorchQuantiser, quantise, quantiser
 from tests.native import VARIANTS, library, library_with
@@ -27,6 +28,15 @@ def same(a: PackedWeight, b: PackedWeight) -> None:
     """Bit for bit, the sign of zeros included."""
     for x, y in zip(a.params("w").values(), b.params("w").values(), strict=True):
         assert torch.equal(x.view(torch.uint8), y.view(torch.uint8))
+
+
+def at_rest(packed: PackedWeight) -> dict[str, torch.Tensor]:
+    """As compressed-tensors has it."""
+    raw = {"packed": packed.words ^ (0 if packed.format.bits == 4 else -0x7F7F7F80), "scale": packed.scales}
+    if packed.zeros is not None:
+        nibbles = packed.zeros.view(-1, 8, packed.zeros.shape[1]).int()  # [rows / 8, 8, groups]
+        raw["zero"] = sum((nibbles[:, i] << 4 * i for i in range(8)), torch.zeros((), dtype=torch.int32))
+    return raw
 
 
 @pytest.fixture(params=["torch", *VARIANTS])
@@ -173,3 +183,29 @@ def test_close_twice_and_use_after() -> None:
     if isinstance(native, NativeQuantiser):
         with pytest.raises(AssertionError, match="used after close"):
             native(gaussian(16, 64), int4())
+
+
+# --- what was lost
+
+
+@pytest.mark.parametrize("how", ENCODED, ids=lambda how: f"{how} {how.zero_points} {how.scale_dtype}")
+def test_the_loss_is_that_of_what_is_written(each: Quantiser, how: WeightFormat) -> None:
+    weight = gaussian(48, 384).to(how.scale_dtype)
+    raw = at_rest(each(weight, how))
+    loss = each.loss(weight, how, raw)
+    error = (codec(how).decode(raw, torch.float64) - weight).abs()
+    assert loss.values == weight.numel()
+    assert loss.max_error == float(error.max())
+    assert loss.total_error == pytest.approx(float(error.sum()), rel=1e-5)
+    assert loss.total_squared == pytest.approx(float(error.square().sum()), rel=1e-5)
+    assert loss.total_square == pytest.approx(float(weight.double().square().sum()), rel=1e-5)
+    raw["packed"][47, -1] ^= 0x11 << 24  # one wrong code shows
+    assert each.loss(weight, how, raw).total_squared > loss.total_squared + 1e-8
+
+
+def test_losses_add_up() -> None:
+    parts = [Loss(1.0, 2.0, 3.0, 4.0, 2), Loss(0.5, 1.0, 9.0, 8.0, 4)]
+    assert sum(parts, Loss()) == Loss(1.0, 3.0, 12.0, 12.0, 6)
+    assert sum(parts, Loss()).mean_error == 0.5
+    assert sum(parts, Loss()).relative_error == 1.0
+    assert Loss().mean_error == Loss().relative_error == 0.0

@@ -58,6 +58,24 @@ class EncodingStruct(ctypes.Structure):
     )
 
 
+class EncodedStruct(ctypes.Structure):
+    """`struct encoded` of offmoe.h."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("words", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("rows", ctypes.c_int32),
+        ("cols", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+        ("bits", ctypes.c_int32),
+        ("weight_type", ctypes.c_int32),
+        ("scale_type", ctypes.c_int32),
+    )
+
+
 class Library:
     """A loaded library. OSError if `path` is none, or was built from other sources."""
 
@@ -79,6 +97,8 @@ class Library:
         c.offmoe_read.argtypes = (pointer, pointer, pointer, ctypes.c_size_t)
         c.offmoe_read.restype = ctypes.c_uint64
         c.offmoe_encode.argtypes = (pointer, pointer, ctypes.POINTER(EncodingStruct))
+        c.offmoe_compare.argtypes = (pointer, pointer, ctypes.POINTER(EncodedStruct))
+        c.offmoe_compare.restype = None
         self.calls = c
         self._variants: dict[str, int] = {}
         while handle := c.offmoe_variant(len(self._variants)):

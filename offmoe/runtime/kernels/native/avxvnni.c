@@ -6,4 +6,5 @@
 #define VARIANT_TABLE kernels_avxvnni
 #define VARIANT_NAME "avxvnni"
 #define ENCODE encode_avx2
+#define COMPARE compare_avx2
 #include "variant.h"

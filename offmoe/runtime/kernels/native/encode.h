@@ -204,3 +204,38 @@ int ENCODE(const struct encoding *e, int row, float *w) {
     }
     return 0;
 }
+
+INLINE float scale_at(const struct encoded *e, size_t index) {
+    if (e->scale_type == SCALE_FP32) return ((const float *)e->scales)[index];
+    const uint16_t stored = ((const uint16_t *)e->scales)[index];
+    if (e->scale_type == SCALE_FP16) return of_half(stored);
+    const uint32_t bits = (uint32_t)stored << 16;
+    float scale;
+    memcpy(&scale, &bits, 4);
+    return scale;
+}
+
+void COMPARE(const struct encoded *e, int row) {
+    const int groups = e->cols / e->group;
+    floats most = floats_zero(), total = floats_zero(), squared = floats_zero(), square = floats_zero();
+    for (int g = 0; g < groups; g++) {
+        const size_t at = (size_t)row * groups + g;
+        const float scale = scale_at(e, at);
+        float zero = e->bits == 8 ? 128 : 8;
+        if (e->zeros) zero = (float)(e->zeros[(size_t)(row / 8) * groups + g] >> 4 * (row % 8) & 15);
+        for (int i = g * e->group; i < (g + 1) * e->group; i += TILE) {
+            const size_t value = (size_t)row * e->cols + i;
+            floats x = values_at(e->weight, value, e->weight_type);
+            lanes codes = e->bits == 8 ? lanes_u8(e->words + value) : lanes_nibbles(e->words + value / 2);
+            floats decoded = floats_mul(floats_sub(floats_of(codes), floats_set(zero)), floats_set(scale));
+            floats d = floats_sub(floats_as(decoded, e->scale_type), x);
+            floats magnitude = floats_max(d, floats_sub(floats_zero(), d));
+            most = floats_max(most, magnitude), total = floats_add(total, magnitude);
+            squared = floats_add(squared, floats_mul(d, d)), square = floats_add(square, floats_mul(x, x));
+        }
+    }
+    float *out = e->out + (size_t)row * 4, largest[TILE];
+    floats_store(largest, most);
+    for (int l = 1; l < TILE; l++) largest[0] = largest[l] > largest[0] ? largest[l] : largest[0];
+    out[0] = largest[0], out[1] = floats_sum(total), out[2] = floats_sum(squared), out[3] = floats_sum(square);
+}

@@ -4,4 +4,5 @@
 #include "constants.h"
 #include "vectors_avx2.h"
 #define ENCODE encode_avx2
+#define COMPARE compare_avx2
 #include "encode.h"

@@ -4,4 +4,5 @@
 #include "constants.h"
 #include "vectors_avx512.h"
 #define ENCODE encode_avx512
+#define COMPARE compare_avx512
 #include "encode.h"

@@ -4,4 +4,5 @@
 #include "constants.h"
 #include "vectors_portable.h"
 #define ENCODE encode_portable
+#define COMPARE compare_portable
 #include "encode.h"

@@ -18,4 +18,22 @@ static inline uint16_t half_of(float x) {
     }
     return (uint16_t)(sign | (b + 0xfff + (b >> 13 & 1) - 0x38000000) >> 13);
 }
+
+static inline float of_half(uint16_t h) {
+    uint32_t b = (uint32_t)(h & 0x7fff) << 13, sign = (uint32_t)(h & 0x8000) << 16;
+    float x;
+    if (b >= 0x0f800000)
+        b += 0x70000000; /* infinite, or not a number */
+    else if (b >= 0x00800000)
+        b += 0x38000000;
+    else { /* subnormal: it loses a leading one again */
+        b += 0x38800000;
+        memcpy(&x, &b, 4);
+        x -= 6.103515625e-05f;
+        memcpy(&b, &x, 4);
+    }
+    b |= sign;
+    memcpy(&x, &b, 4);
+    return x;
+}
 #endif

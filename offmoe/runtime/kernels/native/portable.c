@@ -6,4 +6,5 @@
 #define VARIANT_TABLE kernels_portable
 #define VARIANT_NAME "portable"
 #define ENCODE encode_portable
+#define COMPARE compare_portable
 #include "variant.h"

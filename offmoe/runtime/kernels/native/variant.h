@@ -11,4 +11,5 @@ const struct kernels VARIANT_TABLE = {
     .activate = activate,
     .read = read_all,
     .encode = ENCODE,
+    .compare = COMPARE,
 };

@@ -132,3 +132,11 @@ static inline void bytes_store(uint8_t *p, floats v) { /* -128 to 127 */
     pairs = _mm256_permute4x64_epi64(pairs, 0xd8);
     _mm_storeu_si128((__m128i *)p, _mm_packs_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1)));
 }
+static inline __m128i nibbles(const uint8_t *p) { /* of eight bytes, the low one first */
+    __m128i v = _mm_loadl_epi64((const __m128i *)p), mask = _mm_set1_epi8(15);
+    return _mm_unpacklo_epi8(_mm_and_si128(v, mask), _mm_and_si128(_mm_srli_epi16(v, 4), mask));
+}
+static inline lanes lanes_nibbles(const uint8_t *p) {
+    __m128i v = nibbles(p);
+    return LANES(_mm256_cvtepu8_epi32(v), _mm256_cvtepu8_epi32(_mm_srli_si128(v, 8)));
+}

@@ -75,3 +75,7 @@ static inline floats floats_round_fp16(floats v) { return _mm512_cvtph_ps(_mm512
 static inline void bytes_store(uint8_t *p, floats v) { /* -128 to 127 */
     _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
 }
+static inline lanes lanes_nibbles(const uint8_t *p) { /* of eight bytes, the low one first */
+    __m128i v = _mm_loadl_epi64((const __m128i *)p), mask = _mm_set1_epi8(15);
+    return _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(_mm_and_si128(v, mask), _mm_and_si128(_mm_srli_epi16(v, 4), mask)));
+}

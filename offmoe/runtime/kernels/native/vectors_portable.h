@@ -94,3 +94,8 @@ static inline floats floats_round_fp16(floats a) {
 static inline void bytes_store(uint8_t *p, floats a) { /* -128 to 127 */
     EACH p[l] = (uint8_t)(int32_t)a[l];
 }
+static inline lanes lanes_nibbles(const uint8_t *p) { /* of eight bytes, the low one first */
+    lanes a;
+    EACH a[l] = p[l / 2] >> 4 * (l % 2) & 15;
+    return a;
+}

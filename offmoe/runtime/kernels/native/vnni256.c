@@ -6,4 +6,5 @@
 #define VARIANT_TABLE kernels_vnni256
 #define VARIANT_NAME "vnni256"
 #define ENCODE encode_avx2
+#define COMPARE compare_avx2
 #include "variant.h"
