@@ -47,6 +47,7 @@ FLOORS = {
     "offmoe.hf": "3",
     "offmoe.offload": "3",
     "offmoe.pack": "3",
+    "offmoe.perplexity": "3",
     "offmoe.api": "4",
     "offmoe.bench": "4",
     "offmoe.calibration": "4",
