@@ -41,7 +41,7 @@ from offmoe.runtime.backend import Backend, select_backend
 from offmoe.runtime.checkpoint import Checkpoint
 from offmoe.runtime.executor import ExpertExecutor
 from offmoe.runtime.formats import ExpertLayout
-from offmoe.runtime.memory import HOST, MemoryPlan, ModelBytes, plan_memory
+from offmoe.runtime.memory import HOST, MemoryPlan, ModelBytes, plan_memory, plan_on_miss
 from offmoe.runtime.ram import plan_host
 from offmoe.runtime.store import ExpertStore
 from offmoe.runtime.transfer import TransferEngine
@@ -213,7 +213,11 @@ def _divide(
     free: int,
 ) -> tuple[OffloadConfig, MemoryPlan]:
     beside = backend.host_free_bytes()
-    plan = plan_memory(config, shape, needs, free=free, share=backend.auto_share, host_free=beside)
+    if backend.staging_counts:
+        on_miss, plan = plan_on_miss(config, shape, needs, free=free, share=backend.auto_share)
+    else:
+        on_miss = "fetch"
+        plan = plan_memory(config, shape, needs, free=free, share=backend.auto_share, host_free=beside)
     slots = plan.slots_per_layer
     host = plan_host(
         config,
@@ -230,7 +234,7 @@ def _divide(
         host_slots=0 if host is None else host.slots_per_layer,
         slots_per_layer=slots[0] if len(set(slots)) == 1 else slots,
         max_context=plan.max_context,
-        on_miss="fetch",
+        on_miss=on_miss,
         exactness="bitwise",
     )
     return resolved, replace(plan, host=host)
@@ -246,7 +250,7 @@ def from_pretrained(
     eviction: str = Default("aged-lfu"),
     scope: str = Default("layer"),
     max_context: int | None = None,
-    on_miss: str = "auto",
+    on_miss: str = Default("auto"),
     prefetch: int | str = Default("auto"),
     exactness: str = "auto",
     profile: str | os.PathLike[str] | None = None,
@@ -323,7 +327,8 @@ def load(
         store = ExpertStore(inspected.checkpoint.shards, catalog.records)
         closing.insert(0, store.close)
         inspected.checkpoint.check_unchanged()
-        arena = SlotArena(backend.allocate, _slot_layouts(layouts, inspected.plan, config.scope))
+        slots = _slot_layouts(layouts, inspected.plan, config.scope, planner.num_scratch)
+        arena = SlotArena(backend.allocate, slots)
         stats = CacheStats.for_layers(catalog.shape.layers)
         assemblies = [layer.assembly for layer in catalog.layers]
         transfer = TransferEngine(
@@ -362,12 +367,13 @@ def _park(inspected: Inspected) -> ParkedLayers | None:
     )
 
 
-def _slot_layouts(layouts: list[ExpertLayout], plan: MemoryPlan, scope: str) -> list[ExpertLayout]:
-    """The layout that sizes each slot: its layer's, or the largest where any layer may use it."""
+def _slot_layouts(layouts: list[ExpertLayout], plan: MemoryPlan, scope: str, scratch: int) -> list[ExpertLayout]:
+    """The layout that sizes each slot: its layer's, or the largest where any layer may use it, as scratch slots are."""
+    largest = max(layouts, key=lambda layout: layout.nbytes)
     if scope == "model":
-        largest = max(layouts, key=lambda layout: layout.nbytes)
-        return [largest] * sum(plan.slots_per_layer)
-    return [layout for layout, quota in zip(layouts, plan.slots_per_layer, strict=True) for _ in range(quota)]
+        return [largest] * (sum(plan.slots_per_layer) + scratch)
+    own = [layout for layout, quota in zip(layouts, plan.slots_per_layer, strict=True) for _ in range(quota)]
+    return own + [largest] * scratch
 
 
 def _dtype(dtype: str | torch.dtype | None, hf_config: PretrainedConfig, unsaid: torch.dtype) -> torch.dtype:

@@ -18,6 +18,7 @@ from offmoe.types import CacheShape
 
 EVICTIONS = ("aged-lfu", "lru", "lru-2", "s3-fifo", "sieve", "static")
 SCOPES = ("layer", "model")
+ON_MISS = ("fetch", "cpu", "auto")
 LARGEST = 2**63 - 1
 """Bytes or tokens; more is a slip of the finger, and no float could hold what is worked out from it."""
 
@@ -64,6 +65,8 @@ class CacheOptions:
     half_life: accesses of a layer after which a use counts half (aged-lfu); flat optimum 8-32 on real routing.
     popularity: one number per expert and MoE layer, higher stays (static); counted by `offmoe tune`.
     host_slots: experts that RAM holds between disk and device, of each MoE layer; one int, or one per layer.
+    on_miss: "fetch": what is missed gets a slot. "cpu": while there are free ones; the rest is computed without.
+    "auto": what is likelier to come back than what it would replace gets one.
     """
 
     eviction: str = "aged-lfu"
@@ -73,10 +76,12 @@ class CacheOptions:
     half_life: float = 16.0
     popularity: tuple[tuple[float, ...], ...] | None = None
     host_slots: int | tuple[int, ...] = 0
+    on_miss: str = "fetch"
 
     def __post_init__(self) -> None:
         _one_of("eviction", self.eviction, EVICTIONS)
         _one_of("scope", self.scope, SCOPES)
+        _one_of("on_miss", self.on_miss, ON_MISS)
         _check_prefetch(self.prefetch)
         _check_slots(self.slots_per_layer)
         _check_slots(self.host_slots, "host_slots", least=0)
@@ -175,7 +180,7 @@ class OffloadConfig:
     eviction: str = Default("aged-lfu")
     scope: str = Default("layer")
     max_context: int | None = None
-    on_miss: str = "auto"
+    on_miss: str = Default("auto")
     prefetch: int | str = Default("auto")
     exactness: str = "auto"
     profile: str | os.PathLike[str] | Profile | None = None
@@ -189,7 +194,7 @@ class OffloadConfig:
         _one_of("experts", self.experts, ("native",), ("int8", "int4"))
         _one_of("eviction", self.eviction, EVICTIONS)
         _one_of("scope", self.scope, SCOPES)
-        _one_of("on_miss", self.on_miss, ("auto", "fetch"), ("cpu",))
+        _one_of("on_miss", self.on_miss, ON_MISS)
         _one_of("exactness", self.exactness, ("auto", "bitwise"), ("numeric",))
         _check_prefetch(self.prefetch)
         if self.device_memory != "auto":
@@ -222,6 +227,7 @@ class OffloadConfig:
             "slots_per_layer": slots,
             "prefetch": self.prefetch,
             "host_slots": self.host_slots,
+            "on_miss": self.on_miss,
         }
         if self.half_life is not None:
             values["half_life"] = self.half_life

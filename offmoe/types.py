@@ -81,8 +81,8 @@ class Wave(NamedTuple):
 class Plan(NamedTuple):
     """What to do for one access. Waves run in order; prefetches (of the next layer) start after the last one.
 
-    `hits`, `pending` and `misses` count demands; `host_computed` of the misses are computed on the host, without a
-    slot."""
+    `hits`, `pending` and `misses` count demands; `host_computed` of the misses get no slot. On a device whose memory is
+    the host's they pass through scratch slots, in waves like the others."""
 
     layer: int
     waves: tuple[Wave, ...]

@@ -52,7 +52,7 @@ def test_sizes_are_readable():
         ({"profile": "/no/such/profile.json"}, "cannot be read"),
         ({"experts": "int4"}, "not built yet"),
         ({"experts": "int3"}, "unknown"),
-        ({"on_miss": "cpu"}, "not built yet"),
+        ({"on_miss": "swap"}, "on_miss='swap' is unknown. Use one of: fetch, cpu, auto"),
         ({"exactness": "numeric"}, "not built yet"),
         ({"host_memory": "ten"}, "is not a size"),
         ({"scope": "galaxy"}, "scope"),
@@ -71,5 +71,5 @@ def test_refusals_name_the_option(options, message):
 
 
 def test_cache_options_survive_json():
-    options = CacheOptions("lru", "model", (2, 3, 4), "auto")
+    options = CacheOptions("lru", "model", (2, 3, 4), "auto", on_miss="cpu")
     assert CacheOptions.from_dict({**options.to_dict(), "slots_per_layer": [2, 3, 4]}) == options

@@ -180,6 +180,8 @@ def _fit(config: OffloadConfig, found: Survey) -> Table:
         "expert slots", format_size(plan.slots), f"{span(plan.slots_per_layer)} per layer, {resident} resident"
     )
     table.add_row("KV cache", format_size(plan.kv), f"{plan.max_context} tokens of context")
+    if plan.scratch:
+        table.add_row("scratch", format_size(plan.scratch), "experts that are computed without a slot")
     if plan.staging:
         table.add_row("staging", format_size(plan.staging), "reads on their way")
     table.add_row("workspace", format_size(plan.workspace), "activations, logits")

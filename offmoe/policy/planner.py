@@ -5,7 +5,10 @@ tools/bench/overhead.py). Every expert that an access needs is protected before 
 see a tensor, a stream, a clock or a file (rule R1), and never lets the order of Python sets decide anything.
 
 A layer that demands more experts than it has slots runs in waves: residents first, then the missing ones in ascending
-id; those that the policy would rather keep come last, so that they and the best residents are what stays."""
+id; those that the policy would rather keep come last, so that they and the best residents are what stays.
+
+Where not all that is missed gets a slot (on_miss), the rest passes through scratch slots, which belong to no layer and
+hold nothing from one access to the next. Their numbers follow those of the slots."""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from collections.abc import Callable, Collection, Sequence
 from itertools import accumulate, chain
 
 from offmoe.config import CacheOptions
+from offmoe.policy.admission import AdmissionPolicy, build_admission
 from offmoe.policy.eviction import LRU, LRU2, AgedLFU, EvictionPolicy, Static
 from offmoe.policy.host import HostTier
 from offmoe.policy.prefetch import Candidate, PrefetchPolicy, build_prefetch
@@ -25,6 +29,8 @@ MakePolicy = Callable[[int, int], EvictionPolicy]
 
 FEW = 16
 """Keys that are searched as fast in a list as in a set."""
+SCRATCH_SLOTS = 2
+"""One is computed with while the next expert lands in the other."""
 
 
 class Planner:
@@ -35,6 +41,7 @@ class Planner:
         self.options = options
         quotas = options.quotas(shape)
         self._first_key: Sequence[int]
+        pool_keys = shape.experts if options.scope == "layer" else (sum(shape.experts),)
         if options.scope == "layer":
             first_slot = [0, *accumulate(quotas)]
             self._first_key = [0] * shape.layers
@@ -44,11 +51,10 @@ class Planner:
                 for layer in range(shape.layers)
             ]
         else:
-            keys = sum(shape.experts)
             self._first_key = [0, *accumulate(shape.experts)][:-1]
-            policy = make_policy(0, keys)
+            policy = make_policy(0, pool_keys[0])
             self._policies = [policy] * shape.layers
-            self._pools = [Residency(keys, range(sum(quotas)), policy)] * shape.layers
+            self._pools = [Residency(pool_keys[0], range(sum(quotas)), policy)] * shape.layers
         in_ram = options.host_quotas(shape)
         first_host = [0, *accumulate(in_ram)]
         self._host = [
@@ -65,6 +71,10 @@ class Planner:
         self._prefetch: PrefetchPolicy = build_prefetch(options.prefetch, shape.top_k)
         self.num_slots = sum(quotas)
         self.num_host_slots = sum(in_ram)
+        self.num_scratch = num_scratch(options, shape)
+        self._scratch = range(self.num_slots, self.num_slots + self.num_scratch)
+        admissions = [build_admission(options.on_miss) for _ in pool_keys]
+        self._admissions = admissions if options.scope == "layer" else admissions * shape.layers
         self.may_prefetch = options.prefetch != 0
 
     def wants_prediction(self, layer: int) -> bool:
@@ -88,13 +98,75 @@ class Planner:
         policy.used(keys, demands, access.tail)
         for key in here[len(here) - pending :]:
             pool.demanded(key)
-        if len(keys) <= pool.capacity:
-            fetches = self._admit(layer, missing, keys) if missing else ()
-            waves: tuple[Wave, ...] = (self._wave(layer, here, fetches),)
+        admission, passing = self._admissions[layer], 0
+        waves: tuple[Wave, ...]
+        if admission is not None:
+            admission.demanded(keys)
+            waves, passing = self._selective(layer, admission, here, missing, keys)
+        elif len(keys) <= pool.capacity:
+            waves = (self._wave(layer, here, self._admit(layer, missing, keys) if missing else ()),)
         else:
             waves = self._waves(layer, here, missing)
         prefetches = self._prefetches(layer + 1, access) if access.predicted else ()
-        return Plan(layer, waves, prefetches, len(here) - pending, pending, len(missing))
+        return Plan(layer, waves, prefetches, len(here) - pending, pending, len(missing), passing)
+
+    def _selective(
+        self, layer: int, admission: AdmissionPolicy, here: Sequence[int], missing: Sequence[int], keys: Sequence[int]
+    ) -> tuple[tuple[Wave, ...], int]:
+        """Waves of an access some of whose missing experts get no slot, and how many do not."""
+        pool = self._pools[layer]
+        if len(keys) <= pool.capacity:
+            fetches, passing = self._select(layer, admission, missing, keys) if missing else ((), ())
+            waves = [self._wave(layer, here, fetches)]
+        else:
+            keep = self._worth_keeping(layer, missing, admission.replaces, pool.capacity)
+            kept, passing = [key for key in missing if key in keep], [key for key in missing if key not in keep]
+            held = [key for key in keep if pool.lookup(key) != Lookup.MISS]
+            waves = [self._wave(layer, here, ())] if here else []
+            if kept:
+                waves.append(self._wave(layer, (), self._admit(layer, kept, {*held, *kept})))
+                waves = list(_victims_first(waves)) if here else waves
+        if passing:
+            first, *more = self._through_scratch(layer, passing)
+            if waves:  # which leave the scratch slots alone
+                before = waves.pop()
+                first = Wave(before.experts + first.experts, before.fetches + first.fetches)
+            waves += [first, *more]
+        return tuple(waves), len(passing)
+
+    def _through_scratch(self, layer: int, passing: Sequence[int]) -> list[Wave]:
+        waves = []
+        for i in range(0, len(passing), self.num_scratch):
+            slots = zip(passing[i : i + self.num_scratch], self._scratch, strict=False)
+            waves.append(self._wave(layer, (), tuple(self._fetch(layer, key, Admission(s, None)) for key, s in slots)))
+        return waves
+
+    def _select(
+        self, layer: int, admission: AdmissionPolicy, missing: Sequence[int], protected: Collection[int]
+    ) -> tuple[tuple[Fetch, ...], Sequence[int]]:
+        """Fetches of those that are worth the slot of another, the best first to choose; and those that are not."""
+        pool, score = self._pools[layer], self._policies[layer].score
+        if len(protected) > FEW:
+            protected = frozenset(protected)
+        fetches, passing = [], []
+        for key in sorted(missing, key=lambda key: (-score(key), key)):
+            victim = pool.victim(protected)
+            if victim is not None and not admission.admits(key, victim, score(key), score(victim)):
+                passing.append(key)
+                continue
+            admitted = pool.admit(key, protected)
+            assert admitted is not None, "a wave is never larger than its pool"
+            fetches.append(self._fetch(layer, key, admitted))
+        fetches.sort(key=lambda fetch: (fetch.read, fetch.key))
+        return tuple(fetches), sorted(passing)
+
+    def _worth_keeping(self, layer: int, missing: Sequence[int], replaces: bool, count: int) -> set[int]:
+        """The best of all that is demanded or resident. replaces: residents need not stay."""
+        pool, score = self._pools[layer], self._policies[layer].score
+        residents = pool.resident_keys()
+        stay: Sequence[int] = () if replaces else residents
+        candidates = {*missing, *residents}.difference(stay)
+        return {*stay, *sorted(candidates, key=lambda key: (-score(key), -key))[: count - len(stay)]}
 
     def _admit(self, layer: int, missing: Sequence[int], protected: Collection[int]) -> tuple[Fetch, ...]:
         pool = self._pools[layer]
@@ -186,6 +258,12 @@ def _victims_first(waves: Sequence[Wave]) -> tuple[Wave, ...]:
     turns = [fetch.slot for wave in later for fetch in wave.fetches]
     taken = {slot: -turn for turn, slot in enumerate(reversed(turns))}
     return (Wave(tuple(sorted(residents.experts, key=lambda pair: taken.get(pair[1], 1))), ()), *later)
+
+
+def num_scratch(options: CacheOptions, shape: CacheShape) -> int:
+    """Scratch slots that a run needs: none where every miss gets a slot, or nothing can be missed twice."""
+    short = any(n < e for n, e in zip(options.quotas(shape), shape.experts, strict=True))
+    return SCRATCH_SLOTS if short and options.on_miss != "fetch" else 0
 
 
 def build_planner(options: CacheOptions, shape: CacheShape) -> Planner:

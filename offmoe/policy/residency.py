@@ -95,6 +95,10 @@ class Residency:
         self._policy.admitted(key)
         return Admission(slot, evicted)
 
+    def victim(self, protected: Collection[int]) -> int | None:
+        """What the next admission would forget; None if a slot is free. Not everything may be protected."""
+        return None if self._free else self._policy.victim(protected)
+
     def _all_protected(self, protected: Collection[int]) -> bool:
         return sum(self._slot_of[key] != EMPTY for key in set(protected)) == self._residents
 

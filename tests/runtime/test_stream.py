@@ -46,7 +46,7 @@ class Rig:
         self.backend = backend
         self.planner = build_planner(options, SHAPE)
         self.store = ExpertStore(checkpoint.shards, records, read_at=read_at)
-        self.arena = SlotArena(backend.allocate, [LAYOUT] * self.planner.num_slots)
+        self.arena = SlotArena(backend.allocate, [LAYOUT] * (self.planner.num_slots + self.planner.num_scratch))
         left = [True] * pins
         backend.pin = lambda *_: left.pop() if left else False
         self.engine = module.TransferEngine(
@@ -58,7 +58,7 @@ class Rig:
             host_slots=self.planner.num_host_slots,
         )
         if isinstance(backend, DeferredBackend):
-            for slot in range(self.planner.num_slots):
+            for slot in range(len(self.arena)):
                 backend.guard(self.arena.bytes(slot), self.engine._last_read[slot])
         self.stats = CacheStats.for_layers(LAYERS)
 
