@@ -39,6 +39,7 @@ from offmoe.policy.planner import build_planner
 from offmoe.runtime.arena import SlotArena
 from offmoe.runtime.backend import Backend, select_backend
 from offmoe.runtime.checkpoint import Checkpoint
+from offmoe.runtime.computing import TorchCompute
 from offmoe.runtime.executor import ExpertExecutor
 from offmoe.runtime.formats import ExpertLayout
 from offmoe.runtime.memory import HOST, MemoryPlan, ModelBytes, plan_memory
@@ -336,8 +337,8 @@ def load(
             on_stall=stats.stalled,
         )
         closing.insert(0, transfer.close)
-        decodings = [layer.decode for layer in catalog.layers]
-        executor = ExpertExecutor(planner, transfer, arena, backend, layouts, stats, decodings)
+        compute = TorchCompute(arena, layouts, [layer.decode for layer in catalog.layers])
+        executor = ExpertExecutor(planner, transfer, compute, backend, stats)
         executor.trace = writer
         found = find_experts(model)
         modules = [found[layer.name] for layer in catalog.layers]
