@@ -18,7 +18,7 @@ import torch
 from offmoe.config import Default, OffloadConfig, format_size
 from offmoe.errors import CapacityError, ConfigError
 from offmoe.hf import experts as hf_experts
-from offmoe.hf.adapters import find_experts
+from offmoe.hf.adapters import find_experts, require_adapter
 from offmoe.hf.catalog import COMPUTABLE, ExpertCatalog, build_catalog
 from offmoe.hf.dense import ParkedLayers, dense_layers
 from offmoe.hf.estimate import estimate, quantisation_method
@@ -39,8 +39,11 @@ from offmoe.policy.planner import build_planner
 from offmoe.runtime.arena import SlotArena
 from offmoe.runtime.backend import Backend, select_backend
 from offmoe.runtime.checkpoint import Checkpoint
+from offmoe.runtime.computing import ExpertCompute, KernelCompute, TorchCompute
 from offmoe.runtime.executor import ExpertExecutor
 from offmoe.runtime.formats import ExpertLayout
+from offmoe.runtime.kernels.cpu import cpu_kernels, physical_cores
+from offmoe.runtime.kernels.library import status
 from offmoe.runtime.memory import HOST, MemoryPlan, ModelBytes, plan_memory, plan_on_miss
 from offmoe.runtime.ram import plan_host
 from offmoe.runtime.store import ExpertStore
@@ -164,6 +167,8 @@ def _read_headers(
         checkpoint = source.fetch(checkpoint)
     meta = build_meta(hf_config, cls)
     catalog = build_catalog(checkpoint, meta)
+    if config.is_numeric and backend.slots_in_ram:
+        catalog = _for_kernels(catalog, meta)
     compute = _dtype(dtype, hf_config, torch.bfloat16 if catalog.view.encoded else torch.float32)
     experts = expert_bytes(catalog, compute)
     layers = dense_layers(meta)
@@ -235,7 +240,7 @@ def _divide(
         slots_per_layer=slots[0] if len(set(slots)) == 1 else slots,
         max_context=plan.max_context,
         on_miss=on_miss,
-        exactness="bitwise",
+        exactness="numeric" if config.is_numeric else "bitwise",
     )
     return resolved, replace(plan, host=host)
 
@@ -253,6 +258,7 @@ def from_pretrained(
     on_miss: str = Default("auto"),
     prefetch: int | str = Default("auto"),
     exactness: str = "auto",
+    activations: str = "float",
     profile: str | os.PathLike[str] | None = None,
     trace: str | os.PathLike[str] | None = None,
     dtype: str | torch.dtype | None = None,
@@ -278,6 +284,7 @@ def from_pretrained(
         on_miss=on_miss,
         prefetch=prefetch,
         exactness=exactness,
+        activations=activations,
         profile=profile,
     )
     hub = {name: hf_kwargs.pop(name) for name in HUB_OPTIONS if name in hf_kwargs}
@@ -341,8 +348,9 @@ def load(
             on_stall=stats.stalled,
         )
         closing.insert(0, transfer.close)
-        decodings = [layer.decode for layer in catalog.layers]
-        executor = ExpertExecutor(planner, transfer, arena, backend, layouts, stats, decodings)
+        compute = _compute(catalog, arena, config)
+        closing.append(compute.close)
+        executor = ExpertExecutor(planner, transfer, compute, backend, stats)
         executor.trace = writer
         found = find_experts(model)
         modules = [found[layer.name] for layer in catalog.layers]
@@ -354,6 +362,24 @@ def load(
             close()
         raise
     return model
+
+
+def _for_kernels(catalog: ExpertCatalog, meta: PreTrainedModel) -> ExpertCatalog:
+    """With slots as the CPU's kernels read them, if there are kernels."""
+    if status().library is None:
+        return catalog
+    return catalog.for_kernels([require_adapter(module).math(module) for module in find_experts(meta).values()])
+
+
+def _compute(catalog: ExpertCatalog, arena: SlotArena, config: OffloadConfig) -> ExpertCompute:
+    """What computes experts in these slots; to be closed."""
+    layouts, slots = [layer.layout for layer in catalog.layers], [layer.kernel for layer in catalog.layers]
+    by_torch = TorchCompute(arena, layouts, [layer.decode for layer in catalog.layers])
+    if not any(slots):
+        return by_torch
+    # torch's threads are what the user has set; above the physical cores, more of them do not read memory faster
+    kernels = cpu_kernels(min(torch.get_num_threads(), physical_cores()), config.activations == "int8")
+    return KernelCompute(kernels, arena, slots, by_torch)
 
 
 def _park(inspected: Inspected) -> ParkedLayers | None:

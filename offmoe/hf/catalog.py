@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -29,7 +29,9 @@ from offmoe.hf.shares import check_count, divide, repeat_tied
 from offmoe.hf.upstream import MappedName, map_names
 from offmoe.runtime.checkpoint import Checkpoint
 from offmoe.runtime.formats import Assembly, ExpertLayout, ExpertRecord, Part
+from offmoe.runtime.kernels import ExpertMath
 from offmoe.runtime.quantized import ExpertDecoding, RawSlot, raw_slot
+from offmoe.runtime.tiling import KernelSlot, kernel_slot
 from offmoe.types import CacheShape, ExpertKey
 
 if TYPE_CHECKING:
@@ -41,7 +43,11 @@ OTHER_MODEL = "config.json and the shards are not of the same model"
 
 @dataclass(frozen=True)
 class CatalogLayer:
-    """One MoE layer: `name` is the module path of its experts module, `records[e]` is expert e at rest."""
+    """One MoE layer: `name` is the module path of its experts module, `records[e]` is expert e at rest.
+
+    decode: from what slots hold to the parameters, if that is something else. kernel: how slots stand for kernels, if
+    they do; without_kernel: why they do not, once that was asked.
+    """
 
     name: str
     num_experts: int
@@ -49,7 +55,9 @@ class CatalogLayer:
     layout: ExpertLayout
     assembly: Assembly
     records: tuple[ExpertRecord, ...]
-    decode: ExpertDecoding | None = None  # from what slots hold to the parameters, if that is something else
+    decode: ExpertDecoding | None = None
+    kernel: KernelSlot | None = None
+    without_kernel: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,19 @@ class ExpertCatalog:
     def formats(self) -> tuple[str, ...]:
         """Names of the quantised formats that experts are in."""
         leaves = (leaf for layer in self.layers if layer.decode for leaf in layer.decode.leaves)
-        return tuple(sorted({leaf.codec.name for leaf in leaves if leaf.codec}))
+        stored = {name for layer in self.layers if layer.kernel for name in layer.kernel.stored}
+        return tuple(sorted(stored | {leaf.codec.name for leaf in leaves if leaf.codec}))
+
+    def for_kernels(self, maths: Sequence[ExpertMath]) -> ExpertCatalog:
+        """The same with slots that kernels read, where they can. maths: what each layer's module computes."""
+        layers = []
+        for layer, math in zip(self.layers, maths, strict=True):
+            found = kernel_slot(layer.layout, layer.assembly, layer.decode, layer.records[0].segments, math)
+            if isinstance(found, str):
+                layers.append(replace(layer, without_kernel=found))
+            else:
+                layers.append(replace(layer, layout=found.layout, assembly=found.assembly, decode=None, kernel=found))
+        return replace(self, layers=tuple(layers))
 
     @cached_property
     def records(self) -> dict[ExpertKey, ExpertRecord]:

@@ -13,7 +13,7 @@ import torch
 
 from offmoe.errors import UnsupportedModelError
 from offmoe.hf.adapters import expert_parameters
-from offmoe.hf.catalog import ExpertCatalog
+from offmoe.hf.catalog import CatalogLayer, ExpertCatalog
 from offmoe.hf.dense import DenseLayer
 from offmoe.runtime.arena import PAGE_BYTES
 from offmoe.runtime.formats import PARAM_ALIGNMENT, ExpertLayout, aligned
@@ -33,7 +33,9 @@ yet.
 
 
 class ExpertBytes(NamedTuple):
-    """Bytes of one expert of a layer. read: of the buffer that it is read into; cast: of a copy to compute with."""
+    """Bytes of one expert of a layer. read: of the buffer that it is read into; cast: of what computing takes beside
+    the slot, such as a copy to compute with.
+    """
 
     at_rest: int
     slot: int
@@ -48,7 +50,7 @@ def expert_bytes(catalog: ExpertCatalog, dtype: torch.dtype) -> tuple[ExpertByte
             at_rest=layer.records[0].nbytes,
             slot=aligned(layer.layout.nbytes, PARAM_ALIGNMENT),
             read=max(plan_reads(record).nbytes for record in layer.records),
-            cast=_cast_bytes(layer.layout, dtype) if layer.decode is None else layer.decode.nbytes(dtype),
+            cast=_computing_bytes(layer, dtype),
         )
         for layer in catalog.layers
     )
@@ -90,6 +92,12 @@ def _layer_bytes(layer: DenseLayer, dtype: torch.dtype, stored: torch.dtype | No
     # a window of whole pages, and a page more for where it begins
     reading = 0 if stored is None else aligned(max(sizes) * stored.itemsize, PAGE_BYTES) + PAGE_BYTES
     return DenseLayerBytes(sum(sizes) * dtype.itemsize, layer.layout(dtype).nbytes + PARAM_ALIGNMENT, reading)
+
+
+def _computing_bytes(layer: CatalogLayer, dtype: torch.dtype) -> int:
+    if layer.kernel is not None:
+        return layer.kernel.working_bytes()
+    return _cast_bytes(layer.layout, dtype) if layer.decode is None else layer.decode.nbytes(dtype)
 
 
 def _cast_bytes(layout: ExpertLayout, dtype: torch.dtype) -> int:

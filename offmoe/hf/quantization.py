@@ -109,7 +109,8 @@ class GptqMethod(Method):
             bits = specs["qweight"].shape[0] * 32 // index.shape[0]
         if bits not in (4, 8):
             raise UnsupportedModelError(f"tensor {name!r} is GPTQ in {bits} bits, which offmoe cannot decode; {REMEDY}")
-        return Gptq(bits, self.group, index is not None, self.minus_one)
+        reordered = index is not None and (self.needs_index or not self.uniform)
+        return Gptq(bits, self.group, index is not None, self.minus_one, reordered)
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,8 @@ class Backend(ABC):
     """Share of the free memory that "auto" takes; the rest is for what nobody can foresee."""
     staging_counts: bool
     """Whether host staging buffers live in the device's own memory."""
+    slots_in_ram: bool
+    """Whether the CPU's own kernels can read slots."""
 
     @property
     @abstractmethod
@@ -119,6 +121,7 @@ class CpuBackend(Backend):
 
     auto_share = 0.7  # io.md section 7: other processes and the page cache want some too
     staging_counts = True
+    slots_in_ram = True
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
@@ -174,6 +177,7 @@ class CudaBackend(Backend):
 
     auto_share = 0.9
     staging_counts = False
+    slots_in_ram = False
 
     def __init__(self, device: torch.device):
         index = torch.cuda.current_device() if device.index is None else device.index

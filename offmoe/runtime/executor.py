@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Protocol
 
@@ -21,11 +21,9 @@ import torch
 
 from offmoe.errors import OffmoeError, TraceError
 from offmoe.policy.planner import Planner, build_planner
-from offmoe.runtime.arena import SlotArena
 from offmoe.runtime.backend import Backend
-from offmoe.runtime.formats import ExpertLayout
-from offmoe.runtime.kernels import ExpertMath, expert_ffn
-from offmoe.runtime.quantized import ExpertDecoding
+from offmoe.runtime.computing import ExpertCompute, Work
+from offmoe.runtime.kernels import ExpertMath
 from offmoe.runtime.transfer import TransferEngine
 from offmoe.trace import TraceWriter
 from offmoe.types import Access, CacheStats, Demand, Plan, count_demands, rank_predictions
@@ -72,15 +70,11 @@ class ExpertExecutor:
         self,
         planner: Planner,
         transfer: TransferEngine,
-        arena: SlotArena,
+        compute: ExpertCompute,
         backend: Backend,
-        layouts: Sequence[ExpertLayout],
         stats: CacheStats,
-        decodings: Sequence[ExpertDecoding | None] | None = None,
     ):
-        self._planner, self._transfer, self._arena, self._backend = planner, transfer, arena, backend
-        self._layouts = layouts
-        self._decodings = decodings or [None] * len(layouts)
+        self._planner, self._transfer, self._compute, self._backend = planner, transfer, compute, backend
         self.shape = planner.shape
         self.stats = stats
         self.user = OneUser()
@@ -121,8 +115,9 @@ class ExpertExecutor:
         ahead = () if predicted is None else rank_predictions(predicted, self.shape.experts[layer + 1])
         plan = self._planner.plan(Access(layer, demands, tail, ahead))
         self.stats.add(plan, self.shape)
-        groups = {} if len(hidden) == 1 else _groups(top_k_index, demands, by_choice)
-        return self._execute(plan, math, hidden, top_k_index, ids, groups)
+        groups = None if len(hidden) == 1 else _groups(top_k_index, demands, by_choice)
+        work = Work(hidden, groups, top_k_index.numel() // len(hidden))
+        return self._execute(plan, math, work, ids)
 
     def forget(self) -> None:
         """Start again from an empty cache; a recording ends here, since replay could not follow."""
@@ -151,34 +146,20 @@ class ExpertExecutor:
                 return ids, ahead
         return self._backend.to_host([top_k_index])[0], None
 
-    def _execute(
-        self,
-        plan: Plan,
-        math: ExpertMath,
-        hidden: torch.Tensor,
-        top_k_index: torch.Tensor,
-        ids: np.ndarray,
-        groups: Mapping[int, torch.Tensor],
-    ) -> torch.Tensor:
-        """Rows of every (token, expert) pair. groups: of `_groups`, unless there is one token only."""
-        transfer, layout, decode = self._transfer, self._layouts[plan.layer], self._decodings[plan.layer]
-        single = len(hidden) == 1
-        sharing = top_k_index.numel() // len(hidden)  # pairs that have one input
+    def _execute(self, plan: Plan, math: ExpertMath, work: Work, ids: np.ndarray) -> torch.Tensor:
+        """Rows of every (token, expert) pair."""
+        transfer, hidden, pairs = self._transfer, work.hidden, work.pairs
         outputs: dict[int, torch.Tensor] = {}
-        rows = None if single else hidden.new_zeros(top_k_index.numel(), hidden.shape[-1])
+        rows = None if pairs is None else hidden.new_zeros(ids.size, hidden.shape[-1])
         transfer.stream(plan.waves)
         streaming = len(plan.waves) > 1
         for wave in plan.waves:
-            for expert, slot in wave.experts:
-                transfer.ready(slot)
-                weights = self._arena.views(slot, layout)
-                if decode is not None:
-                    weights = decode(weights, hidden.dtype)
-                if rows is None:
-                    outputs[expert] = expert_ffn(math, weights, hidden)
+            made = self._compute.wave(plan.layer, math, wave.experts, work, transfer.ready)
+            for (expert, slot), out in zip(wave.experts, made, strict=True):
+                if rows is None or pairs is None:
+                    outputs[expert] = out
                 else:
-                    pairs = groups[expert]  # [n] positions in [T * k]
-                    rows[pairs] = expert_ffn(math, weights, hidden[pairs // sharing])
+                    rows[pairs[expert]] = out
                 if streaming:
                     transfer.computed((slot,))  # at once: an expert of a later wave may be waiting for this slot
             if not streaming:

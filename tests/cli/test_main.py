@@ -60,7 +60,7 @@ def test_verbs_that_are_not_built(offmoe: Run, verb: str) -> None:
         (["generate", "m", "p", "--prefetch", "many"], "must be 'auto' or a number"),
         (["generate", "m", "p", "--eviction", "fifo"], "aged-lfu, lru"),
         (["generate", "m", "p", "--eviction", "static"], "use a profile"),
-        (["generate", "m", "p", "--experts", "int4"], "not built yet"),
+        (["generate", "m", "p", "--experts", "int3"], "native, int8, int4"),
         (["generate", "m", "p", "--device-memory", "much"], "'10GiB'"),
         (["generate", "m", "p", "--host-memory", "some"], "not a size"),
         (["generate", "m", "p", "--max-context", "0"], "--max-context: '0' is not a positive whole number"),

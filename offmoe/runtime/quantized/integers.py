@@ -107,13 +107,15 @@ class Gptq:
     32], scales [groups, out] and, if `ordered`, g_idx int [in] -> [out, in].
 
     group: columns of a group where there is no index. minus_one: format v1, whose zeros were lessened by one, as words:
-    adding it back word by word undoes that also where a zero of 0 had borrowed from its neighbour.
+    adding it back word by word undoes that also where a zero of 0 had borrowed from its neighbour. reordered: whether
+    the index, if there is one, may say anything else than runs of `group` columns.
     """
 
     bits: int
     group: int | None
     ordered: bool
     minus_one: bool = True
+    reordered: bool = True
 
     @property
     def name(self) -> str:
@@ -143,13 +145,15 @@ class Gptq:
         return rows, cols
 
     def decode(self, raw: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        zeros = raw["qzeros"]
-        if self.minus_one:
-            zeros = zeros + (0x11111111 if self.bits == 4 else 0x01010101)
         scales = raw["scales"].mT.contiguous()  # [out, groups]
-        zeros = codes_of_words(zeros, self.bits)[:, : len(scales)].mT.to(scales.dtype)  # [out, groups]
+        zeros = codes_of_words(self.true_zeros(raw["qzeros"]), self.bits)[:, : len(scales)]
+        zeros = zeros.mT.to(scales.dtype)  # [out, groups]
         codes = codes_of_words(raw["qweight"].mT, self.bits)  # [out, in]
         return _apply(codes, zeros, scales, raw["g_idx"].long() if self.ordered else None).to(dtype)
+
+    def true_zeros(self, qzeros: torch.Tensor) -> torch.Tensor:
+        """Words of zeros as they are meant."""
+        return qzeros + (0x11111111 if self.bits == 4 else 0x01010101) if self.minus_one else qzeros
 
 
 @dataclass(frozen=True)
@@ -179,12 +183,12 @@ class Awq:
 
     def decode(self, raw: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         scales = raw["scales"].mT.contiguous()  # [out, groups]
-        zeros = _in_order(raw["qzeros"]).mT.to(scales.dtype)  # [out, groups]
-        codes = _in_order(raw["qweight"]).mT.contiguous()  # [out, in]
+        zeros = in_order(raw["qzeros"]).mT.to(scales.dtype)  # [out, groups]
+        codes = in_order(raw["qweight"]).mT.contiguous()  # [out, in]
         return _apply(codes, zeros, scales, None).to(dtype)
 
 
-def _in_order(words: torch.Tensor) -> torch.Tensor:
+def in_order(words: torch.Tensor) -> torch.Tensor:
     """Codes of AWQ's words by column: int32 [n, out / 8] -> uint8 [n, out]."""
     codes = codes_of_words(words, 4).view(len(words), -1, 2, 2, 2)  # place in a word, in binary: h m l
     return codes.permute(0, 1, 3, 4, 2).reshape(len(words), -1)  # is column m l h

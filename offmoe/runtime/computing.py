@@ -1,0 +1,127 @@
+"""What computes the experts of a model where they stand in slots; chosen once, when the model is loaded.
+
+What moves: nothing between memories; weights of the experts asked for are read in their slots. Bound: the device's
+memory for few tokens, arithmetic for many. `TorchCompute` is the bitwise one, `KernelCompute` the C kernels' on a CPU.
+A compute object that takes all resident experts of a layer in one launch overrides `wave`.
+
+What it must never do: read a slot before `ready` was called for it, or let an output depend on what else was computed
+in the same wave.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from offmoe.errors import OffmoeError
+from offmoe.runtime.arena import SlotArena
+from offmoe.runtime.formats import ExpertLayout
+from offmoe.runtime.kernels import ExpertMath, expert_ffn
+from offmoe.runtime.kernels.cpu import CpuKernels, Rows
+from offmoe.runtime.quantized import ExpertDecoding
+from offmoe.runtime.tiling import KernelSlot
+
+
+class Work(NamedTuple):
+    """What the experts of one layer get. hidden: [T, H], or [T * k, H] an input for each (token, expert) pair.
+
+    pairs: per expert, the positions of its pairs in the flattened [T * k]; None: one token, the input of them all.
+    sharing: pairs that have one input.
+    """
+
+    hidden: torch.Tensor
+    pairs: Mapping[int, torch.Tensor] | None
+    sharing: int
+
+    def inputs(self, expert: int) -> torch.Tensor:
+        """x [n, H] of one expert."""
+        return self.hidden if self.pairs is None else self.hidden[self.pairs[expert] // self.sharing]
+
+
+class ExpertCompute(ABC):
+    """Computes experts of all layers of one model; one thread at a time."""
+
+    @abstractmethod
+    def expert(self, layer: int, slot: int, math: ExpertMath, x: torch.Tensor) -> torch.Tensor:
+        """The expert of `layer` that stands in `slot` on its tokens: x [n, H] -> [n, H]."""
+
+    def wave(
+        self,
+        layer: int,
+        math: ExpertMath,
+        experts: Sequence[tuple[int, int]],
+        work: Work,
+        ready: Callable[[int], object],
+    ) -> Iterator[torch.Tensor]:
+        """Rows [n, H] of each of `experts` ((expert, slot)), in their order. ready(slot) waits for what is to be there.
+
+        A slot may be given to another expert as soon as the next rows are asked for.
+        """
+        for expert, slot in experts:
+            ready(slot)
+            yield self.expert(layer, slot, math, work.inputs(expert))
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the threads that it has, once no call is under way; idempotent. Nothing is computed afterwards."""
+
+
+class TorchCompute(ExpertCompute):
+    """torch's operators, in the order of stock transformers; quantised weights are decoded first, at every call."""
+
+    def __init__(
+        self,
+        arena: SlotArena,
+        layouts: Sequence[ExpertLayout],
+        decodings: Sequence[ExpertDecoding | None],
+    ) -> None:
+        self._arena, self._layouts, self._decodings = arena, layouts, decodings
+
+    def expert(self, layer: int, slot: int, math: ExpertMath, x: torch.Tensor) -> torch.Tensor:
+        weights = self._arena.views(slot, self._layouts[layer])
+        decode = self._decodings[layer]
+        return expert_ffn(math, weights if decode is None else decode(weights, x.dtype), x)
+
+    def close(self) -> None:
+        pass  # torch's threads are the process's
+
+
+class KernelCompute(ExpertCompute):
+    """The CPU's own kernels for layers whose slots are made for them, another way for the rest.
+
+    Slots never move, so an expert's place is prepared once and kept, whichever expert stands there.
+    """
+
+    def __init__(
+        self, kernels: CpuKernels, arena: SlotArena, slots: Sequence[KernelSlot | None], otherwise: ExpertCompute
+    ) -> None:
+        """slots: how each layer's experts stand; None: `otherwise` computes them. kernels: closed with this."""
+        self._kernels, self._arena, self._otherwise = kernels, arena, otherwise
+        # Layers with equal slots share what is prepared: a pool of all layers would hold slots x layers of it.
+        self._slots = [None if slot is None else slots[slots.index(slot)] for slot in slots]
+        self._prepared: dict[tuple[int, int], Rows] = {}
+        self._calling = threading.Lock()
+        self._closed = False
+
+    def expert(self, layer: int, slot: int, math: ExpertMath, x: torch.Tensor) -> torch.Tensor:
+        form = self._slots[layer]
+        if form is None:
+            return self._otherwise.expert(layer, slot, math, x)
+        with self._calling:  # `close` may come from another thread
+            if self._closed:
+                raise OffmoeError("the model was closed; load it again with from_pretrained.")
+            run = self._prepared.get((id(form), slot))
+            if run is None:
+                weights = form.expert(self._arena.views(slot, form.layout))
+                run = self._prepared[id(form), slot] = self._kernels.expert(weights, form.glu)
+            return run(x)
+
+    def close(self) -> None:
+        with self._calling:
+            self._closed = True
+            self._prepared.clear()
+            self._kernels.close()
