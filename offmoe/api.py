@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ import torch
 
 from offmoe.config import Default, OffloadConfig, format_size
 from offmoe.errors import CapacityError, ConfigError
+from offmoe.fit import divide_or_say
 from offmoe.hf import experts as hf_experts
 from offmoe.hf.adapters import find_experts, require_adapter
 from offmoe.hf.catalog import COMPUTABLE, ExpertCatalog, build_catalog
@@ -40,12 +40,12 @@ from offmoe.runtime.arena import SlotArena
 from offmoe.runtime.backend import Backend, select_backend
 from offmoe.runtime.checkpoint import Checkpoint
 from offmoe.runtime.computing import ExpertCompute, KernelCompute, TorchCompute
+from offmoe.runtime.exchange import HostExchange, HostPart
 from offmoe.runtime.executor import ExpertExecutor
 from offmoe.runtime.formats import ExpertLayout
 from offmoe.runtime.kernels.cpu import cpu_kernels, physical_cores
 from offmoe.runtime.kernels.library import status
-from offmoe.runtime.memory import HOST, MemoryPlan, ModelBytes, plan_memory, plan_on_miss
-from offmoe.runtime.ram import plan_host
+from offmoe.runtime.memory import MemoryPlan
 from offmoe.runtime.store import ExpertStore
 from offmoe.runtime.transfer import TransferEngine
 from offmoe.trace import TraceWriter
@@ -57,8 +57,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
-BOUNDLESS = 1 << 60
-"""Bytes that any model fits into."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,7 @@ def survey(
         found.parameters,
         method,
         compute,
-        *_divide_or_say(config, found.shape, found.experts, found.needs, backend, free),
+        *divide_or_say(config, found.shape, found.experts, found.needs, backend, free),
         backend,
         found.meta,
     )
@@ -184,65 +182,13 @@ def _read_headers(
         count_parameters(meta),
         quantisation_method(hf_config),
         compute,
-        *_divide_or_say(config, catalog.shape, experts, needs, backend, backend.free_bytes()),
+        *divide_or_say(config, catalog.shape, experts, needs, backend, backend.free_bytes()),
         backend,
         meta,
         source,
         checkpoint,
         catalog,
     )
-
-
-def _divide_or_say(
-    config: OffloadConfig,
-    shape: CacheShape,
-    experts: Sequence[ExpertBytes],
-    needs: ModelBytes,
-    backend: Backend,
-    free: int,
-) -> tuple[OffloadConfig, MemoryPlan, CapacityError | None]:
-    """`_divide`; where nothing fits, the plan of a device that is large enough, and the refusal."""
-    try:
-        return (*_divide(config, shape, experts, needs, backend, free), None)
-    except CapacityError as refusal:
-        boundless = replace(config, device_memory=BOUNDLESS, host_memory="auto", slots_per_layer=None)
-        return (*_divide(boundless, shape, experts, needs, backend, BOUNDLESS), refusal)
-
-
-def _divide(
-    config: OffloadConfig,
-    shape: CacheShape,
-    experts: Sequence[ExpertBytes],
-    needs: ModelBytes,
-    backend: Backend,
-    free: int,
-) -> tuple[OffloadConfig, MemoryPlan]:
-    beside = backend.host_free_bytes()
-    if backend.staging_counts:
-        on_miss, plan = plan_on_miss(config, shape, needs, free=free, share=backend.auto_share)
-    else:
-        on_miss = "fetch"
-        plan = plan_memory(config, shape, needs, free=free, share=backend.auto_share, host_free=beside)
-    slots = plan.slots_per_layer
-    host = plan_host(
-        config,
-        shape,
-        slots,
-        read_bytes=max(expert.read for expert in experts),
-        free=beside,
-        taken=plan.parked if plan.parked_in == HOST else 0,
-    )
-    resolved = config.resolved(
-        device=str(backend.device),
-        device_memory=plan.budget,
-        host_memory=0 if host is None else host.budget,
-        host_slots=0 if host is None else host.slots_per_layer,
-        slots_per_layer=slots[0] if len(set(slots)) == 1 else slots,
-        max_context=plan.max_context,
-        on_miss=on_miss,
-        exactness="numeric" if config.is_numeric else "bitwise",
-    )
-    return resolved, replace(plan, host=host)
 
 
 def from_pretrained(
@@ -334,8 +280,11 @@ def load(
         store = ExpertStore(inspected.checkpoint.shards, catalog.records)
         closing.insert(0, store.close)
         inspected.checkpoint.check_unchanged()
-        slots = _slot_layouts(layouts, inspected.plan, config.scope, planner.num_scratch)
-        arena = SlotArena(backend.allocate, slots)
+        slots, scratch = _slot_layouts(layouts, inspected.plan, config.scope, planner.num_scratch)
+        if backend.staging_counts:
+            arena = SlotArena(backend.allocate, slots + scratch)
+        else:
+            arena = SlotArena(backend.allocate, slots, in_ram=scratch)
         stats = CacheStats.for_layers(catalog.shape.layers)
         assemblies = [layer.assembly for layer in catalog.layers]
         transfer = TransferEngine(
@@ -350,7 +299,12 @@ def load(
         closing.insert(0, transfer.close)
         compute = _compute(catalog, arena, config)
         closing.append(compute.close)
-        executor = ExpertExecutor(planner, transfer, compute, backend, stats)
+        host = None
+        if scratch and not backend.staging_counts:
+            exchange = HostExchange(backend)
+            closing.append(exchange.close)
+            host = HostPart(compute if backend.slots_in_ram else _by_torch(catalog, arena), exchange)
+        executor = ExpertExecutor(planner, transfer, compute, backend, stats, host)
         executor.trace = writer
         found = find_experts(model)
         modules = [found[layer.name] for layer in catalog.layers]
@@ -373,13 +327,16 @@ def _for_kernels(catalog: ExpertCatalog, meta: PreTrainedModel) -> ExpertCatalog
 
 def _compute(catalog: ExpertCatalog, arena: SlotArena, config: OffloadConfig) -> ExpertCompute:
     """What computes experts in these slots; to be closed."""
-    layouts, slots = [layer.layout for layer in catalog.layers], [layer.kernel for layer in catalog.layers]
-    by_torch = TorchCompute(arena, layouts, [layer.decode for layer in catalog.layers])
+    slots, by_torch = [layer.kernel for layer in catalog.layers], _by_torch(catalog, arena)
     if not any(slots):
         return by_torch
     # torch's threads are what the user has set; above the physical cores, more of them do not read memory faster
     kernels = cpu_kernels(min(torch.get_num_threads(), physical_cores()), config.activations == "int8")
     return KernelCompute(kernels, arena, slots, by_torch)
+
+
+def _by_torch(catalog: ExpertCatalog, arena: SlotArena) -> TorchCompute:
+    return TorchCompute(arena, [layer.layout for layer in catalog.layers], [layer.decode for layer in catalog.layers])
 
 
 def _park(inspected: Inspected) -> ParkedLayers | None:
@@ -393,13 +350,15 @@ def _park(inspected: Inspected) -> ParkedLayers | None:
     )
 
 
-def _slot_layouts(layouts: list[ExpertLayout], plan: MemoryPlan, scope: str, scratch: int) -> list[ExpertLayout]:
-    """The layout that sizes each slot: its layer's, or the largest where any layer may use it, as scratch slots are."""
+def _slot_layouts(
+    layouts: list[ExpertLayout], plan: MemoryPlan, scope: str, scratch: int
+) -> tuple[list[ExpertLayout], list[ExpertLayout]]:
+    """The layouts that size slots and scratch slots: its layer's, or the largest where any layer may use it."""
     largest = max(layouts, key=lambda layout: layout.nbytes)
     if scope == "model":
-        return [largest] * (sum(plan.slots_per_layer) + scratch)
+        return [largest] * sum(plan.slots_per_layer), [largest] * scratch
     own = [layout for layout, quota in zip(layouts, plan.slots_per_layer, strict=True) for _ in range(quota)]
-    return own + [largest] * scratch
+    return own, [largest] * scratch
 
 
 def _dtype(dtype: str | torch.dtype | None, hf_config: PretrainedConfig, unsaid: torch.dtype) -> torch.dtype:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from offmoe.errors import ConfigError
-from offmoe.profile import CACHE_OPTIONS, Profile, read_profile
+from offmoe.profile import CACHE_OPTIONS, MissCosts, Profile, read_profile
 from offmoe.types import CacheShape
 
 EVICTIONS = ("aged-lfu", "lru", "lru-2", "s3-fifo", "sieve", "static")
@@ -70,6 +70,8 @@ class CacheOptions:
     host_slots: experts that RAM holds between disk and device, of each MoE layer; one int, or one per layer.
     on_miss: "fetch": what is missed gets a slot. "cpu": while there are free ones; the rest is computed without.
     "auto": what is likelier to come back than what it would replace gets one.
+    miss_costs: of a device with memory of its own, where the host computes what gets no slot; recorded, so that replay
+    weighs the same. None: the device's memory is the host's, and so is what computes.
     """
 
     eviction: str = "aged-lfu"
@@ -80,6 +82,7 @@ class CacheOptions:
     popularity: tuple[tuple[float, ...], ...] | None = None
     host_slots: int | tuple[int, ...] = 0
     on_miss: str = "fetch"
+    miss_costs: MissCosts | None = None
 
     def __post_init__(self) -> None:
         _one_of("eviction", self.eviction, EVICTIONS)
@@ -136,6 +139,8 @@ class CacheOptions:
             del values["popularity"]
         if self.host_slots == 0:
             del values["host_slots"]
+        if self.miss_costs is None:
+            del values["miss_costs"]
         return values
 
     @classmethod
@@ -151,6 +156,11 @@ class CacheOptions:
             values = {**values, "slots_per_layer": tuple(slots)}
         if isinstance(values.get("host_slots"), list):
             values = {**values, "host_slots": tuple(values["host_slots"])}
+        if isinstance(values.get("miss_costs"), dict):
+            try:
+                values = {**values, "miss_costs": MissCosts(**values["miss_costs"])}
+            except TypeError as error:
+                raise ConfigError(f"miss_costs: {error}.") from None
         if popularity is not None:
             try:
                 popularity = tuple(tuple(map(float, layer)) for layer in popularity)
@@ -194,6 +204,8 @@ class OffloadConfig:
     popularity: tuple[tuple[float, ...], ...] | None = None
     host_slots: int | tuple[int, ...] = 0
     """Of what host_memory gives; worked out, not asked for."""
+    miss_costs: MissCosts | None = None
+    """Of a profile, or assumed; worked out, not asked for."""
 
     def __post_init__(self) -> None:
         self._apply_profile()
@@ -251,6 +263,7 @@ class OffloadConfig:
             "prefetch": self.prefetch,
             "host_slots": self.host_slots,
             "on_miss": self.on_miss,
+            "miss_costs": self.miss_costs,
         }
         if self.half_life is not None:
             values["half_life"] = self.half_life

@@ -27,6 +27,9 @@ class AdmissionPolicy(Protocol):
     def admits(self, newcomer: int, victim: int, worth: float, given_up: float) -> bool:
         """Whether the newcomer should have the victim's slot. worth, given_up: their scores."""
 
+    def chance(self, newcomer: int, victim: int, worth: float, given_up: float) -> float:
+        """The share of such newcomers that are demanded before their victim."""
+
 
 class WhileFree:
     """Slots are given away while there are free ones; nothing is forgotten for a newcomer."""
@@ -38,6 +41,9 @@ class WhileFree:
 
     def admits(self, newcomer: int, victim: int, worth: float, given_up: float) -> bool:
         return False
+
+    def chance(self, newcomer: int, victim: int, worth: float, given_up: float) -> float:
+        return 0.0
 
 
 class FirstDemanded:
@@ -77,12 +83,15 @@ class FirstDemanded:
                     self._learn(at, 0.0)
 
     def admits(self, newcomer: int, victim: int, worth: float, given_up: float) -> bool:
+        return self.chance(newcomer, victim, worth, given_up) >= self.ENOUGH
+
+    def chance(self, newcomer: int, victim: int, worth: float, given_up: float) -> float:
         at = self._bin(0.0 if worth == given_up else worth - given_up)  # both may be minus infinity
         if newcomer in self._awaited:  # by another newcomer of the same access, or forgotten undemanded
             self._against[self._awaited[newcomer][0]].remove(newcomer)
         self._awaited[newcomer] = victim, at
         self._against.setdefault(victim, []).append(newcomer)
-        return self._newcomers_first[at] >= self.ENOUGH * self._outcomes[at]
+        return self._newcomers_first[at] / self._outcomes[at]
 
     def _learn(self, at: int, newcomer_first: float) -> None:
         self._newcomers_first[at] += newcomer_first

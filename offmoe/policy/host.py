@@ -15,7 +15,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Collection, Sequence
 
-from offmoe.policy.eviction import EvictionPolicy
+from offmoe.policy.eviction import NEVER, EvictionPolicy
 from offmoe.policy.residency import Residency
 from offmoe.types import Demand, Lookup
 
@@ -44,6 +44,10 @@ class HostTier:
         assert admission is not None, "nothing is protected here"
         return admission.slot, True
 
+    def holds(self, expert: int) -> bool:
+        """Whether there is a copy."""
+        return self._residency.lookup(expert) != Lookup.MISS
+
     def check(self) -> None:
         """Assert the invariants."""
         self._residency.check()
@@ -60,7 +64,8 @@ class _Worth:
     def choose(self, newcomer: int) -> bool:
         """Choose the copy to drop for another, ties the lowest expert; False if that is worth no more than any."""
         score = self._policy.score
-        threshold = score(self._policy.victim(()))  # of what the device would forget first
+        first = self._device.victim(())  # what the device would forget first
+        threshold = NEVER if first is None else score(first)
 
         def worths(keys: Sequence[int]) -> list[float]:
             return [

@@ -8,11 +8,13 @@ A layer that demands more experts than it has slots runs in waves: residents fir
 id; those that the policy would rather keep come last, so that they and the best residents are what stays.
 
 Where not all that is missed gets a slot (on_miss), the rest passes through scratch slots, which belong to no layer and
-hold nothing from one access to the next. Their numbers follow those of the slots."""
+hold nothing from one access to the next. Their numbers follow those of the slots. Beside a device with memory of its
+own they are in RAM, and the host computes what stands there; the likeliest of it to be wanted again is fetched
+afterwards, while the link is idle."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import accumulate, chain
 
 from offmoe.config import CacheOptions
@@ -22,6 +24,8 @@ from offmoe.policy.host import HostTier
 from offmoe.policy.prefetch import Candidate, PrefetchPolicy, build_prefetch
 from offmoe.policy.queues import S3FIFO, Sieve
 from offmoe.policy.residency import Admission, Residency
+from offmoe.policy.split import Missed, on_host
+from offmoe.profile import MissCosts
 from offmoe.types import Access, CacheShape, ExpertKey, Fetch, Lookup, Plan, Wave
 
 MakePolicy = Callable[[int, int], EvictionPolicy]
@@ -29,6 +33,8 @@ MakePolicy = Callable[[int, int], EvictionPolicy]
 
 FEW = 16
 """Keys that are searched as fast in a list as in a set."""
+FILL_CHANCE = 0.6
+"""From which on an expert that the host has computed is worth a fetch that nobody waits for."""
 SCRATCH_SLOTS = 2
 """One is computed with while the next expert lands in the other."""
 
@@ -75,6 +81,9 @@ class Planner:
         self._scratch = range(self.num_slots, self.num_slots + self.num_scratch)
         admissions = [build_admission(options.on_miss) for _ in pool_keys]
         self._admissions = admissions if options.scope == "layer" else admissions * shape.layers
+        self._costs = options.miss_costs
+        largest = max(shape.expert_bytes)
+        self._scales = [nbytes / largest for nbytes in shape.expert_bytes]
         self.may_prefetch = options.prefetch != 0
 
     def wants_prediction(self, layer: int) -> bool:
@@ -100,6 +109,9 @@ class Planner:
             pool.demanded(key)
         admission, passing = self._admissions[layer], 0
         waves: tuple[Wave, ...]
+        if admission is not None and self._costs is not None:
+            admission.demanded(keys)
+            return self._divided(access, admission, self._costs, keys, here, missing, pending)
         if admission is not None:
             admission.demanded(keys)
             waves, passing = self._selective(layer, admission, here, missing, keys)
@@ -141,6 +153,59 @@ class Planner:
             waves.append(self._wave(layer, (), tuple(self._fetch(layer, key, Admission(s, None)) for key, s in slots)))
         return waves
 
+    def _divided(
+        self,
+        access: Access,
+        admission: AdmissionPolicy,
+        costs: MissCosts,
+        keys: Sequence[int],
+        here: Sequence[int],
+        missing: Sequence[int],
+        pending: int,
+    ) -> Plan:
+        """The plan of an access whose missing experts are divided between the link and the host."""
+        layer, pool, score = access.layer, self._pools[access.layer], self._policies[access.layer].score
+        protected = frozenset(keys)
+        tokens = dict(zip(keys, [demand.tokens for demand in access.demands], strict=True))
+        best_first = sorted(missing, key=lambda key: (-score(key), key))
+        chances = {}
+        for key in best_first[pool.free :]:
+            victim = pool.victim(protected)
+            chances[key] = 0.5 if victim is None else admission.chance(key, victim, score(key), score(victim))
+        left = list(chances)
+        if admission.replaces:
+            missed = [Missed(key, tokens[key], chances[key]) for key in left]
+            left = on_host(missed, len(here), costs, self._scales[layer])
+        computed = frozenset(left)
+        through = tuple(self._through_scratch(layer, sorted(computed)))
+        fetched = [key for key in missing if key not in computed]
+        waves: tuple[Wave, ...]
+        if len(here) + len(fetched) > pool.capacity:
+            waves = self._waves(layer, here, fetched)
+        else:
+            waves = (self._wave(layer, here, self._admit(layer, fetched, keys) if fetched else ()),)
+        if through and waves[0].fetches:  # what is there already is computed beside the host
+            first, fetches = waves[0].experts, waves[0].fetches
+            waves = (Wave(first[: -len(fetches)], ()), Wave(first[-len(fetches) :], fetches), *waves[1:])
+        prefetches = self._prefetches(layer + 1, access) if access.predicted else ()
+        if access.tail == 1 and through and admission.replaces:
+            prefetches += self._fill(layer, through, chances, protected)
+        hits = len(here) - pending
+        return Plan(layer, waves, prefetches, hits, pending, len(missing), len(computed), through)
+
+    def _fill(
+        self, layer: int, through: Sequence[Wave], chances: Mapping[int, float], protected: Collection[int]
+    ) -> tuple[Fetch, ...]:
+        """The best of what the host computes, if it is in RAM and worth a slot."""
+        pool, first, ram = self._pools[layer], self._first_key[layer], self._host[layer]
+        experts = [fetch.key.expert for wave in through for fetch in wave.fetches]
+        in_ram = [first + expert for expert in experts if ram is not None and ram.holds(expert)]
+        best = max(in_ram, key=lambda key: (chances[key], -key), default=-1)
+        if best < 0 or chances[best] < FILL_CHANCE:
+            return ()
+        admitted = pool.admit(best, protected, pending=True)
+        return () if admitted is None else (self._fetch(layer, best, admitted),)
+
     def _select(
         self, layer: int, admission: AdmissionPolicy, missing: Sequence[int], protected: Collection[int]
     ) -> tuple[tuple[Fetch, ...], Sequence[int]]:
@@ -150,7 +215,7 @@ class Planner:
             protected = frozenset(protected)
         fetches, passing = [], []
         for key in sorted(missing, key=lambda key: (-score(key), key)):
-            victim = pool.victim(protected)
+            victim = pool.victim(protected) if pool.full else None
             if victim is not None and not admission.admits(key, victim, score(key), score(victim)):
                 passing.append(key)
                 continue

@@ -96,11 +96,18 @@ class Residency:
         return Admission(slot, evicted)
 
     def victim(self, protected: Collection[int]) -> int | None:
-        """What the next admission would forget; None if a slot is free. Not everything may be protected."""
-        return None if self._free else self._policy.victim(protected)
+        """What an admission would forget if no slot were free; None if it could forget nothing."""
+        if self._residents <= len(protected) and self._all_protected(protected):
+            return None
+        return self._policy.victim(protected)
 
     def _all_protected(self, protected: Collection[int]) -> bool:
         return sum(self._slot_of[key] != EMPTY for key in set(protected)) == self._residents
+
+    @property
+    def free(self) -> int:
+        """Slots that nobody has."""
+        return len(self._free)
 
     @property
     def full(self) -> bool:

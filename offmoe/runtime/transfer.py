@@ -117,6 +117,8 @@ class TransferEngine:
         """Start every fetch of one access, in the order of its waves, which must be computed in that order. A copy into
         a slot that earlier waves compute with comes after `computed` has been called for it by each of them.
         """
+        if not waves:
+            return
         self.fetch(waves[0].fetches)
         self.demand([slot for _, slot in waves[0].experts])
         if len(waves) == 1:
@@ -302,10 +304,13 @@ class TransferEngine:
             ticket.previous.issued.wait()  # W4
         if ticket.dropped:
             return
-        copies = self._backend.copies
-        copies.wait(self._last_read[slot])  # W2
         views = self._arena.views(slot, self._layouts[key.layer])
         segments, data = self._store.record(key).segments, self._store.segments(key, buffer)
+        if slot >= self._arena.on_device:  # in RAM, where only the host reads it, and is done when it says so
+            self._assemblies[key.layer].place(segments, data, views, torch.Tensor.copy_)
+            return
+        copies = self._backend.copies
+        copies.wait(self._last_read[slot])  # W2
         self._assemblies[key.layer].place(segments, data, views, functools.partial(self._copy, ticket))
         self._landed[slot].record(copies)
         copied.record(copies)
