@@ -35,9 +35,10 @@ def on_host(missed: Sequence[Missed], hits: int, costs: MissCosts, scale: float)
             regret += later_miss * (1.0 - 2.0 * order[cut - 1].chance)
         link_us = cut * costs.link_us * scale
         device_s = (hits + cut) * costs.device_us * scale * 1e-6
+        last_s = costs.device_us * scale * 1e-6 if cut else 0.0  # is computed once it and the host's results are there
         left = order[cut:]
         host_s = costs.host_s([m.tokens for m in left], link_us, scale) if left else 0.0
-        cost = max(device_s, link_us * 1e-6, host_s) + regret
+        cost = max(device_s, max(link_us * 1e-6, host_s) + last_s) + regret
         if cut == 0 or cost <= best_cost:
             best, best_cost = cut, cost
     return sorted(m.key for m in order[best:])

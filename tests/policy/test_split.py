@@ -17,7 +17,8 @@ DESKTOP = MissCosts(link_us=106, read_us=0, host_us=69, host_shared_us=69, host_
 def makespan_us(missed, hits, costs, left):
     travelling = len(missed) - len(left)
     host = costs.host_s([m.tokens for m in missed if m.key in left], travelling * costs.link_us, 1.0) * 1e6
-    return max((hits + travelling) * costs.device_us, travelling * costs.link_us, host if left else 0.0)
+    last = costs.device_us if travelling else 0.0
+    return max((hits + travelling) * costs.device_us, max(travelling * costs.link_us, host if left else 0.0) + last)
 
 
 @given(st.integers(0, 7), st.integers(0, 4), st.floats(1, 200), st.floats(1, 200), st.floats(1, 3))
