@@ -10,6 +10,7 @@ import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,34 +19,26 @@ from offmoe.config import Default, OffloadConfig, format_size
 from offmoe.errors import CapacityError, ConfigError
 from offmoe.fit import divide_or_say
 from offmoe.hf import experts as hf_experts
-from offmoe.hf.adapters import find_experts, require_adapter
-from offmoe.hf.catalog import COMPUTABLE, ExpertCatalog, build_catalog
+from offmoe.hf.adapters import find_experts
+from offmoe.hf.catalog import ExpertCatalog, build_catalog
 from offmoe.hf.dense import ParkedLayers, dense_layers
 from offmoe.hf.estimate import estimate, quantisation_method
 from offmoe.hf.foresight import foresee
 from offmoe.hf.hub import Source, locate
-from offmoe.hf.load import (
-    build_meta,
-    load_dense,
-    lone_config,
-    model_class,
-    read_config,
-    require_index,
-)
+from offmoe.hf.load import build_meta, compute_dtype, load_dense, lone_config, model_class, read_config, require_index
 from offmoe.hf.needs import ExpertBytes, Parameters, count_parameters, expert_bytes, model_bytes
 from offmoe.hf.quantization import shapes_are_in_shards
+from offmoe.hf.requantised import planned, to_quantise, with_experts, write
 from offmoe.offload import Offload
 from offmoe.policy.planner import build_planner
-from offmoe.runtime.arena import SlotArena
+from offmoe.runtime.arena import SlotArena, slot_layouts
 from offmoe.runtime.backend import Backend, select_backend
 from offmoe.runtime.checkpoint import Checkpoint
-from offmoe.runtime.computing import ExpertCompute, KernelCompute, TorchCompute
+from offmoe.runtime.computing import TorchCompute, build_compute
 from offmoe.runtime.exchange import HostExchange, HostPart
 from offmoe.runtime.executor import ExpertExecutor
-from offmoe.runtime.formats import ExpertLayout
-from offmoe.runtime.kernels.cpu import cpu_kernels, physical_cores
-from offmoe.runtime.kernels.library import status
 from offmoe.runtime.memory import MemoryPlan
+from offmoe.runtime.packing import WeightFormat
 from offmoe.runtime.store import ExpertStore
 from offmoe.runtime.transfer import TransferEngine
 from offmoe.trace import TraceWriter
@@ -101,7 +94,18 @@ class Inspected(Survey):
 
     source: Source
     checkpoint: Checkpoint
+    """Of `source`; once quantised, what was written."""
     catalog: ExpertCatalog
+    """With experts as they will be loaded."""
+    quantise: WeightFormat | None = None
+    """What experts are still to be made, which `fetch` does."""
+    temporary: TemporaryDirectory[str] | None = None
+    """Where that is, if it was done; removed with the model."""
+
+    def release(self) -> None:
+        """Remove what `fetch` has written, where no model does; idempotent."""
+        if self.temporary is not None:
+            self.temporary.cleanup()
 
 
 def survey(
@@ -120,8 +124,9 @@ def survey(
     cls = model_class(hf_config)
     method = quantisation_method(hf_config)
     # what is quantised is computed in bfloat16, whatever else a config forgets to say
-    compute = _dtype(dtype, hf_config, torch.float32 if method is None else torch.bfloat16)
-    found = estimate(hf_config, cls, compute, _dtype(None, hf_config, compute), staging_counts=backend.staging_counts)
+    compute = compute_dtype(dtype, hf_config, torch.float32 if method is None else torch.bfloat16)
+    stored, counts = compute_dtype(None, hf_config, compute), backend.staging_counts
+    found = estimate(with_experts(hf_config, config.experts), cls, compute, stored, staging_counts=counts)
     asked = 0 if config.device_memory == "auto" else int(config.device_memory)
     free = max(asked, backend.free_bytes())
     return Survey(
@@ -165,13 +170,16 @@ def _read_headers(
         checkpoint = source.fetch(checkpoint)
     meta = build_meta(hf_config, cls)
     catalog = build_catalog(checkpoint, meta)
+    how = None if config.experts == "native" else to_quantise(catalog, hf_config, config.experts)
+    if how is not None:
+        catalog, _ = planned(catalog, meta, hf_config, how)
     if config.is_numeric and backend.slots_in_ram:
-        catalog = _for_kernels(catalog, meta)
-    compute = _dtype(dtype, hf_config, torch.bfloat16 if catalog.view.encoded else torch.float32)
+        catalog = catalog.for_kernels(meta)
+    compute = compute_dtype(dtype, hf_config, torch.bfloat16 if catalog.view.encoded else torch.float32)
     experts = expert_bytes(catalog, compute)
     layers = dense_layers(meta)
     # to be read as it is stored, or as transformers writes it once more, which is in the dtype to compute in
-    wider = max(compute, _dtype(None, hf_config, compute), key=lambda dtype: dtype.itemsize)
+    wider = max(compute, compute_dtype(None, hf_config, compute), key=lambda dtype: dtype.itemsize)
     needs = model_bytes(meta, experts, layers, compute, wider, staging_counts=backend.staging_counts)
     return Inspected(
         source.folder,
@@ -188,6 +196,7 @@ def _read_headers(
         source,
         checkpoint,
         catalog,
+        how,
     )
 
 
@@ -249,8 +258,22 @@ def from_pretrained(
 
 
 def fetch(inspected: Inspected) -> Inspected:
-    """The same with all shards here: downloads those that are not."""
-    return replace(inspected, checkpoint=inspected.source.fetch(inspected.checkpoint))
+    """The same with all shards here: downloads those that are not, and quantises experts that are to be.
+
+    What that writes is removed with the model that `load` makes, or by `release`.
+    """
+    found = replace(inspected, checkpoint=inspected.source.fetch(inspected.checkpoint))
+    if found.quantise is None:
+        return found
+    made = write(found.catalog, found.folder, found.quantise, str(found.folder))
+    return replace(
+        found,
+        folder=made.checkpoint.folder,
+        checkpoint=made.checkpoint,
+        catalog=made.catalog,
+        quantise=None,
+        temporary=made.folder,
+    )
 
 
 def load(
@@ -260,11 +283,13 @@ def load(
     inspected = fetch(inspected)
     catalog, backend, config = inspected.catalog, inspected.backend, inspected.config
     layouts = [layer.layout for layer in catalog.layers]
-    planner = build_planner(config.cache(), catalog.shape)
-    writer = None if trace is None else TraceWriter(trace, name, catalog.shape, config.cache())
-    parked = _park(inspected)
-    closing = [] if parked is None else [parked.close]
+    closing = [inspected.release]
     try:
+        planner = build_planner(config.cache(), catalog.shape)
+        writer = None if trace is None else TraceWriter(trace, name, catalog.shape, config.cache())
+        parked = _park(inspected)
+        if parked is not None:
+            closing.insert(0, parked.close)
         model = load_dense(
             inspected.folder,
             inspected.hf_config,
@@ -274,13 +299,15 @@ def load(
             dtype=inspected.dtype,
             experts_implementation=hf_experts.IMPLEMENTATION,
             parked=parked,
+            called=inspected.source.folder,
             **hf_kwargs,
         )
         model.requires_grad_(False)
         store = ExpertStore(inspected.checkpoint.shards, catalog.records)
         closing.insert(0, store.close)
         inspected.checkpoint.check_unchanged()
-        slots, scratch = _slot_layouts(layouts, inspected.plan, config.scope, planner.num_scratch)
+        slots = slot_layouts(layouts, inspected.plan.slots_per_layer, config.scope)
+        scratch = [max(layouts, key=lambda layout: layout.nbytes)] * planner.num_scratch
         if backend.staging_counts:
             arena = SlotArena(backend.allocate, slots + scratch)
         else:
@@ -297,13 +324,14 @@ def load(
             on_stall=stats.stalled,
         )
         closing.insert(0, transfer.close)
-        compute = _compute(catalog, arena, config)
-        closing.append(compute.close)
+        decodings, kernels = [layer.decode for layer in catalog.layers], [layer.kernel for layer in catalog.layers]
+        compute = build_compute(arena, layouts, decodings, kernels, int8_activations=config.activations == "int8")
+        closing.insert(0, compute.close)
         host = None
         if scratch and not backend.staging_counts:
             exchange = HostExchange(backend)
             closing.append(exchange.close)
-            host = HostPart(compute if backend.slots_in_ram else _by_torch(catalog, arena), exchange)
+            host = HostPart(compute if backend.slots_in_ram else TorchCompute(arena, layouts, decodings), exchange)
         executor = ExpertExecutor(planner, transfer, compute, backend, stats, host)
         executor.trace = writer
         found = find_experts(model)
@@ -318,27 +346,6 @@ def load(
     return model
 
 
-def _for_kernels(catalog: ExpertCatalog, meta: PreTrainedModel) -> ExpertCatalog:
-    """With slots as the CPU's kernels read them, if there are kernels."""
-    if status().library is None:
-        return catalog
-    return catalog.for_kernels([require_adapter(module).math(module) for module in find_experts(meta).values()])
-
-
-def _compute(catalog: ExpertCatalog, arena: SlotArena, config: OffloadConfig) -> ExpertCompute:
-    """What computes experts in these slots; to be closed."""
-    slots, by_torch = [layer.kernel for layer in catalog.layers], _by_torch(catalog, arena)
-    if not any(slots):
-        return by_torch
-    # torch's threads are what the user has set; above the physical cores, more of them do not read memory faster
-    kernels = cpu_kernels(min(torch.get_num_threads(), physical_cores()), config.activations == "int8")
-    return KernelCompute(kernels, arena, slots, by_torch)
-
-
-def _by_torch(catalog: ExpertCatalog, arena: SlotArena) -> TorchCompute:
-    return TorchCompute(arena, [layer.layout for layer in catalog.layers], [layer.decode for layer in catalog.layers])
-
-
 def _park(inspected: Inspected) -> ParkedLayers | None:
     """The last decoder layers, as many as the plan has no room for."""
     plan = inspected.plan
@@ -348,27 +355,3 @@ def _park(inspected: Inspected) -> ParkedLayers | None:
     return ParkedLayers(
         layers, plan.parked_in, inspected.meta, inspected.checkpoint, inspected.catalog.dense, inspected.backend
     )
-
-
-def _slot_layouts(
-    layouts: list[ExpertLayout], plan: MemoryPlan, scope: str, scratch: int
-) -> tuple[list[ExpertLayout], list[ExpertLayout]]:
-    """The layouts that size slots and scratch slots: its layer's, or the largest where any layer may use it."""
-    largest = max(layouts, key=lambda layout: layout.nbytes)
-    if scope == "model":
-        return [largest] * sum(plan.slots_per_layer), [largest] * scratch
-    own = [layout for layout, quota in zip(layouts, plan.slots_per_layer, strict=True) for _ in range(quota)]
-    return own, [largest] * scratch
-
-
-def _dtype(dtype: str | torch.dtype | None, hf_config: PretrainedConfig, unsaid: torch.dtype) -> torch.dtype:
-    """The dtype to compute in: as asked, else the checkpoint's own, else `unsaid`."""
-    if dtype in (None, "auto"):
-        own = getattr(hf_config, "dtype", None) or getattr(hf_config.get_text_config(), "dtype", None)
-        dtype = own or unsaid
-    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype).removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
-        raise ConfigError(f"dtype={dtype!r} is unknown. Use 'auto', 'bfloat16', 'float16' or 'float32'.")
-    if found not in COMPUTABLE:
-        raise ConfigError(f"dtype={dtype!r} is not one to compute in. Use 'bfloat16', 'float16' or 'float32'.")
-    return found

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 import offmoe
-from offmoe import api
 from offmoe.api import inspect
 from offmoe.config import OffloadConfig
 from offmoe.errors import CheckpointError, OffmoeError
+from offmoe.hf import catalog
 from offmoe.pack import pack, weight_format
+from offmoe.runtime.arena import SlotArena
+from offmoe.runtime.backend import CpuBackend
 from offmoe.runtime.computing import KernelCompute, TorchCompute
+from offmoe.runtime.formats import Assembly, ExpertLayout
+from offmoe.runtime.kernels.cpu import GatedExpert, Glu, Rows, TorchKernels
 from offmoe.runtime.kernels.library import KernelStatus, status
+from offmoe.runtime.tiling import KernelSlot
 from offmoe.simulator import replay
 from offmoe.trace import read_trace
 from tests import quantised, tiny
@@ -41,6 +48,7 @@ def groups_of_32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(quantised, "BLOCK", BLOCK)
     for kind in ("awq", "gptq", "gptq-int8-desc-act"):
         monkeypatch.setitem(quantised.FORMATS[kind][1], "group_size", BLOCK)
+    monkeypatch.setitem(quantised.FORMATS["fp8"][1], "weight_block_size", [BLOCK, BLOCK])
     for kind in ("ct-int4", "ct-int4-asym", "ct-int8"):
         weights = quantised.FORMATS[kind][1]["config_groups"]["group_0"]["weights"]
         monkeypatch.setitem(weights, "group_size", BLOCK)
@@ -119,3 +127,149 @@ def test_published_formats(tmp_path: Path, kind: str, family: str) -> None:
     got, same_tokens = run(folder, exactness="numeric")
     assert error(got, right) < 5e-3  # decoded weights are rounded to the dtype of the scales, kernels' are not
     assert torch.equal(same_tokens, tokens)
+
+
+PACKED = [("int4", 64, False), ("int4", 32, True), ("int8", None, False)]
+
+
+@pytest.mark.parametrize(("experts", "group", "zeros"), PACKED)
+def test_what_offmoe_pack_wrote(tmp_path: Path, experts: str, group: int | None, zeros: bool) -> None:
+    folder = tmp_path / "packed"
+    pack(dense(tmp_path, "mixtral", torch.float32), folder, weight_format(experts, group, zeros))
+    right, tokens = run(folder)
+    numeric, same_tokens = run(folder, slots=2, exactness="numeric")
+    assert error(numeric, right) < SAME  # scales are float32 here, so decoding rounds nothing
+    assert torch.equal(same_tokens, tokens)
+    asked, _ = run(folder, experts=experts)
+    assert torch.equal(asked, numeric)
+    rounded, _ = run(folder, experts=experts, activations="int8")
+    assert 1e-4 < error(rounded, numeric) < 0.05
+
+
+def test_one_slot_holds_as_much_as_the_packed_record(tmp_path: Path) -> None:
+    folder = tmp_path / "packed"
+    pack(dense(tmp_path, "mixtral", hidden_size=128, intermediate_size=256), folder, weight_format("int4", 64))
+    weights = 3 * 128 * 256
+    for options in ({}, {"exactness": "numeric"}):
+        found = inspect(folder, OffloadConfig(device="cpu", slots_per_layer=3, **options))
+        assert found.plan.slots == 2 * 3 * weights * (4 + 16 / 64) / 8
+    decoded = inspect(folder, OffloadConfig(device="cpu", slots_per_layer=3)).plan.workspace
+    assert found.plan.workspace < decoded
+
+
+@pytest.mark.parametrize(
+    ("overrides", "dtype", "why"),
+    [
+        ({"hidden_size": 56, "num_attention_heads": 2}, torch.bfloat16, "no multiples"),
+        ({}, torch.float16, "no float16"),
+        ({"hidden_act": "relu"}, torch.bfloat16, "the activation"),
+    ],
+)
+def test_what_no_kernel_has_is_computed_as_ever(
+    tmp_path: Path, overrides: dict[str, object], dtype: torch.dtype, why: str
+) -> None:
+    folder = dense(tmp_path, "mixtral", dtype, **overrides)
+    assert all(why in str(reason) for reason in without_kernels(folder))
+    got, right = run(folder, exactness="numeric"), run(folder)
+    assert torch.equal(got[0], right[0])
+    assert torch.equal(got[1], right[1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("ct-int8", "in groups of 32"),
+        ("fp8", "kernels have no fp8"),
+        ("gptq-int8-desc-act", "no gptq int8"),
+        ("nf4", "no bitsandbytes nf4"),
+    ],
+)
+@pytest.mark.usefixtures("groups_of_32")
+def test_formats_without_kernels(tmp_path: Path, kind: str, why: str) -> None:
+    folder, _ = quantised.save(tmp_path, "mixtral", kind, **SIZES)
+    assert all(why in str(reason) for reason in without_kernels(folder))
+    assert torch.equal(run(folder, exactness="numeric")[0], run(folder)[0])
+
+
+def test_without_the_library_torch_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "packed"
+    pack(dense(tmp_path, "mixtral"), folder, weight_format("int4"))
+    monkeypatch.setattr(catalog, "status", lambda: KernelStatus(None, "not built"))
+    got, right = run(folder, experts="int4"), run(folder)
+    assert torch.equal(got[0], right[0])
+
+
+@pytest.mark.usefixtures("groups_of_32")
+def test_an_index_that_the_config_denies_is_found_out(tmp_path: Path) -> None:
+    folder, _ = quantised.save(tmp_path, "mixtral", "gptq", **SIZES)
+    name = "model.layers.0.block_sparse_moe.experts.{}.w1.g_idx"
+    tiny.edit(folder, {name.format(e): torch.arange(64, dtype=torch.int32).flip(0) // BLOCK for e in range(8)})
+    with pytest.raises(CheckpointError, match=r"not in the order of their groups.*exactness='bitwise'"):
+        run(folder, exactness="numeric")
+    run(folder)
+
+
+def test_a_pool_of_slots_for_all_layers(tmp_path: Path) -> None:
+    """Where experts of several layers stand in one slot by turns; prefetching fills slots ahead."""
+    folder = dense(tmp_path, "mixtral", num_hidden_layers=3)
+    right, _ = run(folder, slots=8)
+    assert error(run(folder, slots=2, scope="model", exactness="numeric", prefetch=2)[0], right) < SAME
+
+
+def test_close_leaves_no_threads(tmp_path: Path) -> None:
+    folder = dense(tmp_path, "mixtral")
+    before = len(psutil.Process().threads())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3, exactness="numeric")
+    finally:
+        torch.set_num_threads(threads)
+    model.generate(**PROMPT, **GREEDY)
+    config = model.offload.config
+    assert (config.exactness, config.experts, config.activations) == ("numeric", "native", "float")
+    model.offload.close()
+    model.offload.close()
+    assert len(psutil.Process().threads()) <= before
+    with pytest.raises(OffmoeError, match="was closed"):
+        model.generate(**PROMPT, **GREEDY)
+
+
+def test_closing_waits_for_the_call_under_way() -> None:
+    layout = ExpertLayout.of({"gate": (torch.bfloat16, (16, 32))})
+    arena = SlotArena(CpuBackend().allocate, [layout])
+    inside, go_on = threading.Event(), threading.Event()
+
+    class Kernels(TorchKernels):
+        closed = False
+
+        def expert(self, weights: GatedExpert, glu: Glu) -> Rows:
+            def rows(x: torch.Tensor) -> torch.Tensor:
+                inside.set()
+                assert go_on.wait(30)
+                assert not self.closed
+                return x
+
+            return rows
+
+        def close(self) -> None:
+            self.closed = True
+
+    class Slot(KernelSlot):
+        def expert(self, views: object) -> GatedExpert:
+            return GatedExpert(*[torch.zeros(16, 32)] * 3)
+
+    slot = Slot(layout, Assembly(), (None,) * 3, Glu(), False, ())
+    kernels = Kernels()
+    compute = KernelCompute(kernels, arena, [slot], TorchCompute(arena, [layout], [None]))
+    with ThreadPoolExecutor(2) as pool:
+        call = pool.submit(compute.expert, 0, 0, None, torch.ones(1, 1))
+        assert inside.wait(30)
+        closing = pool.submit(compute.close)
+        assert not kernels.closed
+        go_on.set()
+        assert call.result(30).item() == 1
+        closing.result(30)
+    assert kernels.closed
+    with pytest.raises(OffmoeError, match="was closed"):
+        compute.expert(0, 0, None, torch.ones(1, 1))

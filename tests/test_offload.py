@@ -231,15 +231,15 @@ def test_after_a_failure_the_next_generation_is_right(folder, monkeypatch):
     with model.offload:
         want = generate(stock)
         store, calls = model.offload._executor._transfer._store, []
-        original = store.read_into
+        original = store.read_part
 
-        def fails_once(key, buffer, stop=None):
+        def fails_once(key, part, buffer, stop=None):
             calls.append(key)
             if len(calls) == 5:
                 raise offmoe.TransferError("injected")
-            original(key, buffer, stop)
+            original(key, part, buffer, stop)
 
-        monkeypatch.setattr(store, "read_into", fails_once)
+        monkeypatch.setattr(store, "read_part", fails_once)
         with pytest.raises(offmoe.TransferError, match="injected"):
             generate(model)
         assert torch.equal(generate(model), want)
@@ -341,7 +341,7 @@ def test_a_model_collected_by_a_reader_closes_without_waiting_for_itself(folder)
     model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3)
     engine, finalizer = model.offload._executor._transfer, model.offload._finalizer
     closed = threading.Event()
-    engine._store.read_into = lambda *_: (finalizer(), closed.set())
+    engine._store.read_part = lambda *_: (finalizer(), closed.set())
     engine.fetch([Fetch(ExpertKey(0, 0), 0, None)])
     assert closed.wait(20)
     for thread in [*engine._threads, *(t for t in threading.enumerate() if t.name == "offmoe-closing")]:

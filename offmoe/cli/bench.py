@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 ACCELERATE, NO_PREFETCH = "accelerate", "no-prefetch"
 AGAINST = (ACCELERATE, NO_PREFETCH)
+OTHER_OPTIONS = ("max_context", "experts", "exactness", "activations")
 DEFAULT_ROUNDS, DEFAULT_TOKENS, RANDOM_PROMPT_TOKENS = 5, 32, 16
 PROBE_SECONDS = 0.5
 LIBRARIES_BYTES = 600 << 20
@@ -53,6 +54,11 @@ def parser() -> options.Parser:
     options.add_loading(parser)
     group = parser.add_argument_group("benchmark")
     group.add_argument("--against", metavar="RUNTIME", help="run the same work with it too: accelerate, or no-prefetch")
+    group.add_argument(
+        "--against-model",
+        metavar="MODEL",
+        help="what accelerate runs, if not the same: the checkpoint that a packed one was made of",
+    )
     group.add_argument(
         "--replay-routing",
         metavar="TRACE",
@@ -98,6 +104,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
     passes = _passes(args, found, out)
     hide_bars()
     with ExitStack() as stack:
+        stack.callback(found.release)
         results = _measure(args, found, cap, passes, out, stack)
     out.result(_table(results), *_words(args, results))
     out.json(results)
@@ -150,7 +157,8 @@ def _measure(
     from offmoe.runtime.probes import DiskProbe, drop_page_cache
     from offmoe.runtime.store import ExpertStore
 
-    scratch_in = _scratch(args, found) if args.against == ACCELERATE else None
+    stock_of = _stock(args, found)
+    scratch_in = None if stock_of is None else _scratch(args, stock_of)
     shards = found.checkpoint.shards
     drop_page_cache(shards)  # or a contender would read what another process's cgroup pays for
     config = found.config
@@ -160,7 +168,7 @@ def _measure(
         device=str(config.device),
         dtype=str(found.dtype).removeprefix("torch."),
         device_memory=found.plan.budget,
-        options={name: getattr(config, name) for name in (*CACHE_OPTIONS, "max_context")},
+        options={name: getattr(config, name) for name in (*CACHE_OPTIONS, *OTHER_OPTIONS)},
         routing=args.replay_routing or "",
         threads=args.threads,
     )
@@ -170,10 +178,10 @@ def _measure(
     if args.against == NO_PREFETCH:
         other = replace(task, options={**task.options, "prefetch": 0})
         opponents.append(stack.enter_context(duel.Opponent(NO_PREFETCH, other, cap)))
-    elif args.against == ACCELERATE:
+    elif stock_of is not None:
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="offmoe-bench-", dir=scratch_in))
         out.note("loading the model with accelerate's offload, which may write the experts once more")
-        stock = replace(task, runtime=tasks.ACCELERATE, options={}, scratch=scratch)
+        stock = replace(task, runtime=tasks.ACCELERATE, model=str(stock_of.source.folder), options={}, scratch=scratch)
         opponents.append(stack.enter_context(duel.Opponent(ACCELERATE, stock, cap)))
     store = ExpertStore(shards, found.catalog.records)
     stack.callback(store.close)
@@ -199,7 +207,7 @@ def _measure(
             "baseline": records[1].to_dict(),
             "ratio": duel.ratio(records[1], ours),
             "ttft_ratio": duel.ratio(records[1], ours, lambda outcome: outcome.ttft_s),
-            "same": duel.same(ours, records[1]),
+            "same": None if stock_of is not None and _reweighted(args, found) else duel.same(ours, records[1]),
         }
     return results | {
         "roofline": duel.roofline(ours, costs, statistics.median(rates)),
@@ -212,6 +220,28 @@ def _measure(
         "tokens": "random" if args.random_tokens else "greedy",
         "device": str(config.device),
     }
+
+
+def _stock(args: argparse.Namespace, found: Inspected) -> Inspected | None:
+    """What accelerate runs, if it does."""
+    if args.against != ACCELERATE:
+        if args.against_model is not None:
+            raise ConfigError("--against-model says what accelerate runs; give --against accelerate too.")
+        return None
+    from offmoe.api import fetch, inspect
+
+    model = found.source.folder if args.against_model is None else args.against_model
+    if not _reweighted(args, found):
+        return found
+    other = fetch(inspect(model, OffloadConfig(device=found.config.device), dtype=found.dtype))
+    if (other.shape.experts, other.shape.top_k) != (found.shape.experts, found.shape.top_k):
+        raise ConfigError(f"--against-model {args.against_model}: has other layers or experts than {args.model}.")
+    return other
+
+
+def _reweighted(args: argparse.Namespace, found: Inspected) -> bool:
+    """Whether offmoe computes with other weights than accelerate does."""
+    return args.against_model is not None or found.temporary is not None
 
 
 def _scratch(args: argparse.Namespace, found: Inspected) -> str:
@@ -265,10 +295,13 @@ def _words(args: argparse.Namespace, results: dict[str, Any]) -> list[str]:
     lines = [f"bound per token: {', '.join(parts)}; {percent(bound['share'])} of it is reached"]
     if results["ratio"] is not None:
         found, first, equal = results["ratio"], results["ttft_ratio"], results["same"]
+        same = "weights are not the same, so tokens are not compared"
+        if equal is not None:
+            tokens, logits = "equal" if equal["tokens"] else "DIFFER", "equal" if equal["logits"] else "differ"
+            same = f"tokens {tokens}, logits {logits}"
         lines.append(
             f"{found['median']:.2f} times as fast per token as {args.against} ({found['least']:.2f} to "
-            f"{found['most']:.2f}), {first['median']:.2f} times to the first token; "
-            f"tokens {'equal' if equal['tokens'] else 'DIFFER'}, logits {'equal' if equal['logits'] else 'differ'}"
+            f"{found['most']:.2f}), {first['median']:.2f} times to the first token; {same}"
         )
     if args.replay_routing:
         lines.append(f"The routing is that of {args.replay_routing}, not the model's: the text means nothing.")

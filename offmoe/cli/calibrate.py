@@ -73,7 +73,10 @@ def run(args: argparse.Namespace, out: Output) -> None:
     quiet(args.verbose, args.json)
     inspected = fetch(inspect(args.model, config, dtype=args.dtype, **hub))
     hide_bars()
-    costs = calibrate(inspected, args.seconds, lambda what: out.note(f"measuring: {what}"))
+    try:
+        costs = calibrate(inspected, args.seconds, lambda what: out.note(f"measuring: {what}"))
+    finally:
+        inspected.release()
     out.result(_table(args.model, str(inspected.config.device), costs))
     if args.output is not None:
         replace(profile, costs=costs).write(args.output)

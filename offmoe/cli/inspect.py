@@ -85,10 +85,39 @@ def _facts(found: Survey, unpredictable: Unpredictable) -> dict[str, object]:
         "device": found.config.device,
         "dtype": str(found.dtype).removeprefix("torch."),
         "predictable": None if unpredictable is None else [reason is None for reason in unpredictable],
+        "exactness": found.config.exactness,
+        **_kernels_in_figures(found),
         "source": "config" if _from_config(found) else "headers",
         **_in_figures(None),
         "on_miss": {},
     }
+
+
+def _kernels_in_figures(found: Survey) -> dict[str, object]:
+    """In how many MoE layers the CPU's kernels compute, and why not in the others; not known without headers."""
+    from offmoe.api import Inspected
+
+    if not isinstance(found, Inspected):
+        return {"kernel_layers": None, "without_kernels": []}
+    layers = found.catalog.layers
+    reasons = dict.fromkeys(layer.without_kernel for layer in layers if layer.without_kernel)
+    return {"kernel_layers": sum(layer.kernel is not None for layer in layers), "without_kernels": list(reasons)}
+
+
+def _computed(found: Survey) -> str:
+    from offmoe.api import Inspected
+
+    if found.config.exactness == "bitwise":
+        return "as transformers does, bit for bit"
+    if not isinstance(found, Inspected):
+        return "by kernels where there are any, sums in another order"
+    layers = found.catalog.layers
+    number = sum(layer.kernel is not None for layer in layers)
+    reasons = ", ".join(dict.fromkeys(layer.without_kernel for layer in layers if layer.without_kernel))
+    if number == len(layers):
+        return f"by the CPU's kernels, {found.config.activations} activations, sums in another order"
+    by_torch = f"by torch on decoded weights{f' ({reasons})' if reasons else ''}"
+    return by_torch if number == 0 else f"by the CPU's kernels in {number} of {len(layers)} layers; else {by_torch}"
 
 
 def _speed(found: Survey) -> Expectation | None:
@@ -217,6 +246,7 @@ def _fit(config: OffloadConfig, found: Survey) -> Table:
     if plan.staging:
         table.add_row("staging", format_size(plan.staging), "reads on their way")
     table.add_row("workspace", format_size(plan.workspace), "activations, logits")
+    table.add_row("experts", found.config.exactness, f"computed {_computed(found)}")
     slots = f"{span(shape.top_k)} slots per layer"
     if plan.smallest < plan.smallest_dense:
         table.add_row("smallest, all dense", format_size(plan.smallest_dense), f"{slots} ({plan.smallest_dense} bytes)")

@@ -91,9 +91,7 @@ def add_loading(parser: argparse.ArgumentParser, *, always: bool = True) -> None
     group = parser.add_argument_group("computing")
     group.add_argument("--experts", metavar="FORM", help="native: as stored in the checkpoint; int8 or int4")
     group.add_argument("--exactness", metavar="HOW", help="bitwise, numeric (sums in another order), or auto")
-    group.add_argument(
-        "--activations", metavar="FORM", help="float, or int8: rounded for quantised experts, and faster"
-    )
+    group.add_argument("--activations", metavar="FORM", help="float, or int8: rounded, and faster")
     group.add_argument("--dtype", metavar="DTYPE", help="bfloat16, float16, float32 (default: the checkpoint's)")
     group = parser.add_argument_group("Hugging Face Hub")
     group.add_argument("--revision", metavar="NAME", help="branch, tag or commit")

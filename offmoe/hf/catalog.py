@@ -29,7 +29,7 @@ from offmoe.hf.shares import check_count, divide, repeat_tied
 from offmoe.hf.upstream import MappedName, map_names
 from offmoe.runtime.checkpoint import Checkpoint
 from offmoe.runtime.formats import Assembly, ExpertLayout, ExpertRecord, Part
-from offmoe.runtime.kernels import ExpertMath
+from offmoe.runtime.kernels.library import status
 from offmoe.runtime.quantized import ExpertDecoding, RawSlot, raw_slot
 from offmoe.runtime.tiling import KernelSlot, kernel_slot
 from offmoe.types import CacheShape, ExpertKey
@@ -90,11 +90,18 @@ class ExpertCatalog:
         stored = {name for layer in self.layers if layer.kernel for name in layer.kernel.stored}
         return tuple(sorted(stored | {leaf.codec.name for leaf in leaves if leaf.codec}))
 
-    def for_kernels(self, maths: Sequence[ExpertMath]) -> ExpertCatalog:
-        """The same with slots that kernels read, where they can. maths: what each layer's module computes."""
-        layers = []
-        for layer, math in zip(self.layers, maths, strict=True):
-            found = kernel_slot(layer.layout, layer.assembly, layer.decode, layer.records[0].segments, math)
+    def moved(self, checkpoint: Checkpoint) -> ExpertCatalog:
+        """The same in another folder; `checkpoint` has the same tensors at the same places."""
+        return replace(self, view=replace(self.view, checkpoint=checkpoint))
+
+    def for_kernels(self, meta_model: PreTrainedModel) -> ExpertCatalog:
+        """The same with slots that the CPU's kernels read, where they can. meta_model: with its experts."""
+        available, layers = status(), []
+        for layer, module in zip(self.layers, find_experts(meta_model).values(), strict=True):
+            found: KernelSlot | str = available.message
+            if available.library is not None:
+                math = require_adapter(module).math(module)
+                found = kernel_slot(layer.layout, layer.assembly, layer.decode, layer.records[0].segments, math)
             if isinstance(found, str):
                 layers.append(replace(layer, without_kernel=found))
             else:

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from offmoe.errors import CapacityError, CheckpointError, ConfigError, MissingTensorError, UnsupportedModelError
 from offmoe.hf.adapters import find_experts, require_adapter
-from offmoe.hf.catalog import ExpertCatalog
+from offmoe.hf.catalog import COMPUTABLE, ExpertCatalog
 from offmoe.hf.dense import ParkedLayers
 from offmoe.hf.hub import resolve_folder
 from offmoe.hf.sanity import check_config, check_generation
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = [
     "attach_safe_save",
     "build_meta",
+    "compute_dtype",
     "load_dense",
     "lone_config",
     "model_class",
@@ -179,6 +180,19 @@ def build_meta(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrain
     return model
 
 
+def compute_dtype(dtype: str | torch.dtype | None, hf_config: PreTrainedConfig, unsaid: torch.dtype) -> torch.dtype:
+    """The dtype to compute in: as asked, else the checkpoint's own, else `unsaid`."""
+    if dtype in (None, "auto"):
+        own = getattr(hf_config, "dtype", None) or getattr(hf_config.get_text_config(), "dtype", None)
+        dtype = own or unsaid
+    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise ConfigError(f"dtype={dtype!r} is unknown. Use 'auto', 'bfloat16', 'float16' or 'float32'.")
+    if found not in COMPUTABLE:
+        raise ConfigError(f"dtype={dtype!r} is not one to compute in. Use 'bfloat16', 'float16' or 'float32'.")
+    return found
+
+
 def load_dense(
     folder: str | os.PathLike[str],
     config: PreTrainedConfig,
@@ -189,12 +203,14 @@ def load_dense(
     dtype: torch.dtype | str | None = None,
     experts_implementation: str = "offmoe",
     parked: ParkedLayers | None = None,
+    called: str | os.PathLike[str] | None = None,
     **hf_kwargs: object,
 ) -> PreTrainedModel:
     """Load everything but the experts, in eval mode, as an instance of `cls` whose experts modules have no parameters.
 
     dtype: of the dense weights; None is the checkpoint's own. parked: layers whose weights are to come and go; closing
-    it is the caller's. hf_kwargs go to transformers' from_pretrained. Raises
+    it is the caller's. called: what the model says it was loaded from, if that is not `folder`. hf_kwargs go to
+    transformers' from_pretrained. Raises
     ConfigError for an option that offmoe sets itself or cannot honour, MissingTensorError for weights that are not in
     the checkpoint, CheckpointError for weights that do not fit the model.
     """
@@ -255,7 +271,7 @@ def load_dense(
     assert absent == (parked.names if parked else set()), "a weight was left on the meta device"
     _own_memory(model)
     if source is None:
-        _name_source(model, folder, hf_kwargs)
+        _name_source(model, folder, called or folder, hf_kwargs)
     attach_safe_save(model, folder, catalog)
     model.eval()
     return model
@@ -270,9 +286,14 @@ def _as_dense(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-def _name_source(model: PreTrainedModel, folder: str | os.PathLike[str], options: Mapping[str, object]) -> None:
+def _name_source(
+    model: PreTrainedModel,
+    folder: str | os.PathLike[str],
+    called: str | os.PathLike[str],
+    options: Mapping[str, object],
+) -> None:
     """What transformers does only for a model that it loads from a folder itself."""
-    model.config.name_or_path = model.name_or_path = str(folder)
+    model.config.name_or_path = model.name_or_path = str(called)
     if model.can_generate() and options.get("generation_config") is None:
         with suppress(OSError):  # no file: what the class has made of the config
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)

@@ -92,6 +92,13 @@ class SlotArena:
         return views
 
 
+def slot_layouts(layouts: Sequence[ExpertLayout], slots_per_layer: Sequence[int], scope: str) -> list[ExpertLayout]:
+    """The layout that sizes each slot: its layer's, or with scope "model" the largest, since any layer may use it."""
+    if scope == "model":
+        return [max(layouts, key=lambda layout: layout.nbytes)] * sum(slots_per_layer)
+    return [layout for layout, quota in zip(layouts, slots_per_layer, strict=True) for _ in range(quota)]
+
+
 class HostBuffers:
     """`count` staging buffers of equal size: page-aligned, touched, not inherited by forks, pinned if a backend can."""
 

@@ -21,7 +21,7 @@ from offmoe.errors import OffmoeError
 from offmoe.runtime.arena import SlotArena
 from offmoe.runtime.formats import ExpertLayout
 from offmoe.runtime.kernels import ExpertMath, expert_ffn
-from offmoe.runtime.kernels.cpu import CpuKernels, Rows
+from offmoe.runtime.kernels.cpu import CpuKernels, Rows, cpu_kernels, physical_cores
 from offmoe.runtime.quantized import ExpertDecoding
 from offmoe.runtime.tiling import KernelSlot
 
@@ -125,3 +125,23 @@ class KernelCompute(ExpertCompute):
             self._closed = True
             self._prepared.clear()
             self._kernels.close()
+
+
+def build_compute(
+    arena: SlotArena,
+    layouts: Sequence[ExpertLayout],
+    decodings: Sequence[ExpertDecoding | None],
+    slots: Sequence[KernelSlot | None],
+    *,
+    int8_activations: bool = False,
+) -> ExpertCompute:
+    """What computes the experts of a model; to be closed. Everything but the arena is given per layer.
+
+    Kernels have as many threads as torch has now, and no more than there are physical cores: more do not read memory
+    faster.
+    """
+    by_torch = TorchCompute(arena, layouts, decodings)
+    if not any(slots):
+        return by_torch
+    kernels = cpu_kernels(min(torch.get_num_threads(), physical_cores()), int8_activations)
+    return KernelCompute(kernels, arena, slots, by_torch)

@@ -11,7 +11,7 @@ What it must never do: change a value. Every path here is a permutation of the c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -121,21 +121,37 @@ class Assembly:
     parts: tuple[Part, ...] = ()
     convert: Callable[[list[torch.Tensor]], dict[str, torch.Tensor]] | None = field(default=None, compare=False)
 
+    def runs(self, segments: Sequence[Segment], views: Mapping[str, torch.Tensor]) -> list[torch.Tensor | None]:
+        """Where each segment goes byte for byte, uint8 [nbytes], so that parts of it can be copied as they arrive;
+        None where its values move apart.
+        """
+        if self.convert is not None:
+            return [None] * len(segments)
+        blocks = [part.block(views, segment.shape) for part, segment in zip(self.parts, segments, strict=True)]
+        return [block.reshape(-1).view(torch.uint8) if block.is_contiguous() else None for block in blocks]
+
     def place(
-        self, segments: Sequence[Segment], data: Sequence[torch.Tensor], views: Mapping[str, torch.Tensor], copy: Copy
+        self,
+        segments: Sequence[Segment],
+        data: Sequence[torch.Tensor],
+        views: Mapping[str, torch.Tensor],
+        copy: Copy,
+        there: Collection[int] = (),
     ) -> None:
-        """Copy one expert into a slot. data[i]: uint8 [segments[i].nbytes]; views: the slot's, from
-        `ExpertLayout.views`.
+        """Copy one expert into a slot, but for the segments that are `there`. data[i]: uint8 [segments[i].nbytes];
+        views: the slot's, from `ExpertLayout.views`.
         """
         if self.convert is not None:
             for name, tensor in self.convert([typed(d, s) for d, s in zip(data, segments, strict=True)]).items():
                 copy(views[name], tensor)
             return
-        for part, segment, raw in zip(self.parts, segments, data, strict=True):
-            block = part.block(views, segment.shape)
-            if block.is_contiguous():
-                copy(block.reshape(-1).view(torch.uint8), raw)  # bytes, so that alignment of the source does not matter
+        for i, (run, segment, raw) in enumerate(zip(self.runs(segments, views), segments, data, strict=True)):
+            if i in there:
+                continue
+            if run is not None:
+                copy(run, raw)  # bytes, so that alignment of the source does not matter
             else:
+                block = self.parts[i].block(views, segment.shape)
                 copy(block, typed(raw, segment).view(block.shape))
 
 

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from offmoe.runtime.arena import HostBuffers
 from offmoe.runtime.backend import Backend
 from offmoe.runtime.formats import ExpertLayout
+from offmoe.runtime.staging import READERS, staging_plan
 from offmoe.runtime.store import ExpertStore
-from offmoe.runtime.transfer import staging_plan
 from offmoe.types import ExpertKey
 
 ROUNDS = 5
@@ -33,14 +33,16 @@ COLD_BYTES = 64 << 20
 
 
 class DiskProbe:
-    """Reads of whole experts in random order, by as many threads as the runtime has; a context manager."""
+    """Reads of whole experts in random order, by as many threads as the runtime has, as many at once; a context
+    manager.
+    """
 
     def __init__(self, store: ExpertStore, keys: Iterable[ExpertKey], shards: Sequence[Path]):
         """shards: what the store reads; dropped from the page cache now."""
         self._store, self._keys = store, list(keys)
         self._random = random.Random(0)
-        self.readers = staging_plan(store.buffer_bytes)[0]
-        self._buffers = HostBuffers(self.readers, store.buffer_bytes)
+        self.at_once = staging_plan(store.buffer_bytes)[0]
+        self._buffers = HostBuffers(self.at_once, store.buffer_bytes)
         drop_page_cache(shards)
 
     def __enter__(self) -> DiskProbe:
@@ -53,8 +55,9 @@ class DiskProbe:
 
     def lone_s(self) -> float:
         """Seconds of one read with no other under way."""
+        key = self._random.choice(self._keys)
         began = time.perf_counter()
-        self._store.read_into(self._random.choice(self._keys), self._buffers.memory(0))
+        self._together(lambda i: self._read_share(key, 0, i, READERS))
         return time.perf_counter() - began
 
     def gb_s(self, seconds: float, meanwhile: Callable[[], object] | None = None) -> float:
@@ -62,40 +65,64 @@ class DiskProbe:
 
         meanwhile: called in this thread, once at least, again and again while they read.
         """
-        stop, done = threading.Event(), [0] * self.readers
-        errors: list[BaseException] = []
+        stop, done = threading.Event(), [0] * READERS
+        sharing = READERS // self.at_once
+        order = [self._random.sample(self._keys, len(self._keys)) for _ in range(self.at_once)]
 
         def read(i: int) -> None:
+            buffer, turn = i % self.at_once, 0
+            while not stop.is_set() or not turn:
+                key = order[buffer][turn % len(self._keys)]
+                done[i] += self._read_share(key, buffer, i // self.at_once, sharing)
+                turn += 1
+
+        def wait() -> None:
+            if meanwhile is None:
+                stop.wait(seconds)
+                return
+            meanwhile()
+            while time.perf_counter() - began < seconds:
+                meanwhile()
+
+        began = time.perf_counter()
+        self._together(read, wait, stop)
+        return sum(done) / 1e9 / (time.perf_counter() - began)
+
+    def _read_share(self, key: ExpertKey, buffer: int, share: int, of: int) -> int:
+        """One reader's parts of an expert; bytes."""
+        parts = self._store.parts(key)
+        for part in range(share, parts, of):
+            self._store.read_part(key, part, self._buffers.memory(buffer))
+        return self._store.record(key).nbytes * len(range(share, parts, of)) // max(1, parts)
+
+    @staticmethod
+    def _together(
+        work: Callable[[int], object],
+        meanwhile: Callable[[], object] | None = None,
+        stop: threading.Event | None = None,
+    ) -> None:
+        """work(i) in a thread for each reader; `stop` is set when `meanwhile` has returned."""
+        errors: list[BaseException] = []
+
+        def run(i: int) -> None:
             try:
-                while not stop.is_set() or not done[i]:
-                    key = keys[i][done_reads[i] % len(keys[i])]
-                    self._store.read_into(key, self._buffers.memory(i))
-                    done_reads[i] += 1
-                    done[i] += self._store.record(key).nbytes
+                work(i)
             except BaseException as error:  # raised where the figure is wanted
                 errors.append(error)
 
-        done_reads = [0] * self.readers
-        keys = [self._random.sample(self._keys, len(self._keys)) for _ in range(self.readers)]
-        threads = [threading.Thread(target=read, args=(i,), name=f"offmoe-probe-{i}") for i in range(self.readers)]
-        began = time.perf_counter()
+        threads = [threading.Thread(target=run, args=(i,), name=f"offmoe-probe-{i}") for i in range(READERS)]
         for thread in threads:
             thread.start()
         try:
-            if meanwhile is None:
-                stop.wait(seconds)
-            else:
+            if meanwhile is not None:
                 meanwhile()
-                while time.perf_counter() - began < seconds:
-                    meanwhile()
         finally:
-            stop.set()
+            if stop is not None:
+                stop.set()
             for thread in threads:
                 thread.join()
-        took = time.perf_counter() - began
         if errors:
             raise errors[0]
-        return sum(done) / 1e9 / took
 
 
 def drop_page_cache(files: Iterable[Path]) -> None:

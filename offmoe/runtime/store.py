@@ -37,8 +37,11 @@ ALIGNMENT = 4096
 READ_THROUGH_BYTES = 64 * 1024
 """Gaps below this are read rather than skipped: another request costs more than their bytes."""
 
-LARGEST_READ_BYTES = 64 * 1024 * 1024
-"""Of one system call: `stop` is looked at in between, so that Ctrl-C does not wait for a slow disk."""
+PART_BYTES = 8 * 1024 * 1024
+"""Of one system call at most. Several readers share an expert that is larger, since one alone does not keep the disk
+busy (one reader 1.4 GB/s, four 2.1 on the disk of docs/measurements.md), and what one has read is copied while the
+others read.
+"""
 
 CHECK_EVERY_S = 1.0
 """Between two looks at a shard's identity. Every system call may cost a switch of the interpreter lock, up to 5 ms."""
@@ -59,9 +62,13 @@ class Window(NamedTuple):
 
 
 class ReadPlan(NamedTuple):
-    """How one expert is read: its windows, and per segment in record order (start in the buffer, nbytes)."""
+    """How one expert is read: its windows, and per segment in record order (start in the buffer, nbytes).
+
+    parts: the same windows, none larger than PART_BYTES, in groups that may be read by different readers.
+    """
 
     windows: tuple[Window, ...]
+    parts: tuple[tuple[Window, ...], ...]
     places: tuple[tuple[int, int], ...]
     shards: tuple[int, ...]
     nbytes: int
@@ -121,6 +128,15 @@ class ExpertStore:
         opened), TransferError (the disk failed, or the store is closed) or, if `stop` was set,
         concurrent.futures.CancelledError.
         """
+        for part in range(self.parts(key)):
+            self.read_part(key, part, buffer, stop)
+
+    def parts(self, key: ExpertKey) -> int:
+        """Into how many parts the reading of this expert can be divided."""
+        return len(self._plans[key].parts)
+
+    def read_part(self, key: ExpertKey, part: int, buffer: memoryview, stop: threading.Event | None = None) -> None:
+        """One part of `read_into`, to its place in the same buffer; any thread may read any part at any time."""
         plan = self._plans[key]
         assert len(buffer) >= plan.nbytes
         assert not buffer.readonly
@@ -130,7 +146,7 @@ class ExpertStore:
                 raise TransferError("the expert store is closed; load the model again")
             self._readers += 1
         try:
-            for window in plan.windows:
+            for window in plan.parts[part]:
                 self._read_window(window, buffer, stop)
             # After the read: what was found unchanged now has not changed while it was read.
             for number in plan.shards:
@@ -143,6 +159,18 @@ class ExpertStore:
     def segments(self, key: ExpertKey, buffer: torch.Tensor) -> list[torch.Tensor]:
         """Views of a buffer (uint8 [bytes]) that `read_into` filled: uint8 [nbytes] per segment, in record order."""
         return [buffer[start : start + nbytes] for start, nbytes in self._plans[key].places]
+
+    def arrived(self, key: ExpertKey, part: int) -> list[tuple[int, int, int]]:
+        """What a part holds of each segment that it touches: (index in the record, first byte, end) within it."""
+        plan = self._plans[key]
+        first, last = plan.parts[part][0], plan.parts[part][-1]
+        begin, end = first.at, last.at + last.nbytes
+        found = []
+        for index, (start, nbytes) in enumerate(plan.places):
+            low, high = max(begin, start), min(end, start + nbytes)
+            if low < high:
+                found.append((index, low - start, high - start))
+        return found
 
     def close(self) -> None:
         """Close the files, after reads under way have stopped (at the end of their current system call)."""
@@ -176,7 +204,7 @@ class ExpertStore:
                 raise TransferError("the expert store was closed while it was being read")
             # After a short read the rest may start anywhere, which only a buffered descriptor can do.
             direct = shard.direct if done % ALIGNMENT == 0 else None
-            end = min(wanted if direct is None else window.nbytes, done + LARGEST_READ_BYTES)
+            end = wanted if direct is None else window.nbytes
             into = buffer[window.at + done : window.at + end]
             try:
                 read = self._read_at(shard.buffered if direct is None else direct, into, window.offset + done)
@@ -321,4 +349,22 @@ def plan_reads(record: ExpertRecord) -> ReadPlan:
         extent.append(i)
         end = max(end, segment.offset + segment.nbytes)
     finish()
-    return ReadPlan(tuple(windows), tuple(places), tuple(sorted({w.shard for w in windows})), at)
+    return ReadPlan(tuple(windows), _parts(windows, at), tuple(places), tuple(sorted({w.shard for w in windows})), at)
+
+
+def _parts(windows: Sequence[Window], nbytes: int) -> tuple[tuple[Window, ...], ...]:
+    """Windows in groups of at most PART_BYTES, as equal as whole pages allow, in the order of the buffer."""
+    size = aligned(-(-nbytes // max(1, -(-nbytes // PART_BYTES))), ALIGNMENT)
+    parts: list[list[Window]] = []
+    room = 0
+    for window in windows:
+        done = 0
+        while done < window.nbytes:
+            if not room:
+                parts.append([])
+                room = size
+            n = min(room, window.nbytes - done)
+            parts[-1].append(Window(window.shard, window.offset + done, n, window.at + done))
+            done += n
+            room -= n
+    return tuple(map(tuple, parts))

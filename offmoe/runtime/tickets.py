@@ -1,6 +1,7 @@
 """The order in which readers take fetches: demands, then the newest prefetches, then what prefetches are left over.
 
-Nothing moves here. Bound: the lock, some microseconds per fetch. A prefetch of a layer that has run meanwhile is no
+Nothing moves here. Bound: the lock, some microseconds per fetch. A reader that finds nothing to take helps another to
+read an expert that is large enough to be read in parts. A prefetch of a layer that has run meanwhile is no
 longer what comes next, so newer ones go before it. At most half of the readers read for nobody in particular: however
 many prefetches are queued or running, a demand finds a reader free and shares the disk with that half only, which
 bounds both the bytes in flight for prefetching and what a demand loses by it.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from offmoe.types import ExpertKey, Fetch
 
@@ -62,6 +63,12 @@ class Ticket:
     def __lt__(self, other: Ticket) -> bool:
         return (self.priority, self.order) < (other.priority, other.order)
 
+    @property
+    def lands_now(self) -> bool:
+        """Whether its slot is free for it already."""
+        turned = self.turn is None or self.turn.is_set()
+        return turned and (self.previous is None or self.previous.issued.is_set())
+
     def drop(self) -> None:
         """It goes nowhere any more; a reader that waits for its turn need not."""
         self.dropped = True
@@ -69,13 +76,61 @@ class Ticket:
             self.turn.set()
 
 
-class TicketQueue:
-    """What readers do next. Callers hold `lock`, but not for `take`, `land` and `done`, which readers call."""
+class SharedRead:
+    """One expert that several readers read in parts. `changed` is notified whenever one more has `ended`."""
 
-    def __init__(self, readers: int):
+    def __init__(self, ticket: Ticket, parts: int, read: Callable[[int], None]):
+        """read(part) brings one of them."""
+        self.ticket = ticket
+        self.ended = 0
+        self.changed = threading.Condition()
+        self._read, self._parts = read, parts
+        self._begun = 0
+        self._error: BaseException | None = None
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether every part has its reader."""
+        return self._begun == self._parts
+
+    def help(self) -> bool:
+        """Read one part; False if none is left."""
+        with self.changed:
+            if self.is_begun:
+                return False
+            part = self._begun
+            self._begun += 1
+        try:
+            self._read(part)
+        except BaseException as error:  # raised where the whole is waited for
+            with self.changed:
+                self._error = self._error or error
+                self._parts = self._begun  # nobody begins another
+        with self.changed:
+            self.ended += 1
+            self.changed.notify_all()
+        return True
+
+    def finish(self) -> None:
+        """Read what is left and wait for what others read; raises what went wrong with any part."""
+        while self.help():
+            pass
+        with self.changed:
+            self.changed.wait_for(lambda: self.ended == self._parts)
+        if self._error is not None:
+            raise self._error
+
+
+class TicketQueue:
+    """What readers do next. Callers hold `lock`, but not for `take`, `land`, `share` and `done`, which readers call."""
+
+    def __init__(self, readers: int, tickets: int | None = None):
+        """readers: how many call `take`. tickets: how many of those may be under way at once; the others help."""
         self.lock = threading.Condition()
         self.under_way: list[Ticket] = []
-        self._ahead = max(1, readers // 2)
+        self._shared: list[SharedRead] = []
+        self._tickets = readers if tickets is None else tickets
+        self._ahead = max(1, self._tickets // 2)
         self._waiting: list[Ticket] = []
         self._order = itertools.count()
         self._closed = False
@@ -139,15 +194,30 @@ class TicketQueue:
         self._closed = True
         self.lock.notify_all()
 
-    def take(self) -> Ticket | None:
-        """The ticket that a reader does next, waiting for one; None once closed."""
+    def take(self) -> Ticket | SharedRead | None:
+        """What to do next: a fetch, or another reader's to help with; waits for one. None after `close`."""
         with self.lock:
-            self.lock.wait_for(lambda: self._closed or self._may_take())
-            if self._closed:
-                return None
-            ticket = heapq.heappop(self._waiting)
-            self.under_way.append(ticket)
-            return ticket
+            while not self._closed:
+                if self._may_take():
+                    ticket = heapq.heappop(self._waiting)
+                    self.under_way.append(ticket)
+                    return ticket
+                wanting = [read for read in self._shared if not read.is_begun]
+                if wanting:
+                    return min(wanting, key=lambda read: read.ticket)
+                self.lock.wait()
+            return None
+
+    def share(self, read: SharedRead) -> None:
+        """Let readers that have nothing else to do help with this, and do it; raises what went wrong."""
+        with self.lock:
+            self._shared.append(read)
+            self.lock.notify_all()
+        try:
+            read.finish()
+        finally:
+            with self.lock:
+                self._shared.remove(read)
 
     def land(self, ticket: Ticket) -> None:
         """Its read is over: from now on it goes into its slot, or nowhere."""
@@ -159,9 +229,9 @@ class TicketQueue:
             self.under_way.remove(ticket)
             ticket.previous = ticket.behind = None
             ticket.issued.set()
-            self.lock.notify()
+            self.lock.notify_all()
 
     def _may_take(self) -> bool:
-        if not self._waiting:
+        if not self._waiting or len(self.under_way) >= self._tickets:
             return False
         return self._waiting[0].priority == DEMAND or sum(t.priority != DEMAND for t in self.under_way) < self._ahead

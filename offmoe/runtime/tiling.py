@@ -119,20 +119,14 @@ class KernelSlot:
         return GatedExpert(gate, up, down, *(views[name + BIAS] for name in MATRICES))
 
     def working_bytes(self) -> int:
-        """Memory that a call takes beside the slot: activations of MAX_TOKENS tokens, before and after each weight."""
-        cols = {p.name: p.shape for p in self.layout.params}
-        widths = sum(torch.Size(shape).numel() for name, shape in cols.items() if name.endswith(BIAS))
-        sizes = [self._shape(name, how, cols) for name, how in zip(MATRICES, self.formats, strict=True)]
-        return 4 * MAX_TOKENS * sum(2 * (rows + n) for rows, n in sizes) + 4 * widths
+        """Memory of a call beside the slot: MAX_TOKENS rows of inputs and outputs, and of what kernels make of them."""
+        shape, how = next(p.shape for p in self.layout.params if p.name == "down"), self.formats[2]
+        outputs, inputs = shape if how is None else (TILE_ROWS * shape[0], shape[1] * how.word_values)
+        return 4 * MAX_TOKENS * (3 * outputs + 2 * inputs)
 
     @staticmethod
     def _weight(name: str, how: WeightFormat | None, views: Mapping[str, torch.Tensor]) -> Weight:
         return views[name] if how is None else PackedWeight.of(how, name, views)
-
-    @staticmethod
-    def _shape(name: str, how: WeightFormat | None, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
-        shape = shapes[name]
-        return (shape[0], shape[1]) if how is None else (TILE_ROWS * shape[0], shape[1] * how.word_values)
 
 
 def kernel_slot(

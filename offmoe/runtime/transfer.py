@@ -1,7 +1,8 @@
 """Experts on their way: shard -> staging or RAM slot -> device slot, in reader threads; and every wait of the package.
 
-What moves: one expert per fetch, read with one system call per extent and copied into its slot on the copy stream. What
-the plan keeps in RAM is read into its slot there and copied from it, then and later; the rest passes through staging.
+What moves: one expert per fetch, read in parts of a few MB by all readers that have nothing else to do, and copied into
+its slot on the copy stream; what is demanded is copied while the rest of it is read. What the plan keeps in RAM is read
+into its slot there and copied from it, then and later; the rest passes through staging.
 Bound: the disk, then the link. The order is that of tickets.py. A layer that needs several waves of experts has all of
 them read one behind the other while it computes: a read does not wait for its slot, only its copy does, so that as
 many experts as there are staging buffers are ahead of computing even where one slot is left to pass through.
@@ -26,7 +27,6 @@ Must never leave a slot with an expert that nobody asked for: after any failure 
 from __future__ import annotations
 
 import functools
-import logging
 import queue
 import threading
 import time
@@ -40,26 +40,15 @@ from offmoe.errors import OffmoeError, TransferError
 from offmoe.runtime.arena import HostBuffers, SlotArena
 from offmoe.runtime.backend import Backend, Event
 from offmoe.runtime.formats import Assembly, ExpertLayout
+from offmoe.runtime.staging import READERS, host_buffers, staging_plan
 from offmoe.runtime.store import ExpertStore
-from offmoe.runtime.tickets import DEMAND, NEXT, Ticket, TicketQueue
+from offmoe.runtime.tickets import DEMAND, NEXT, SharedRead, Ticket, TicketQueue
 from offmoe.types import Fetch, Wave
-
-logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 16 << 20
 """Of a copy that nobody waits for: 0.7 ms of a 24 GB/s link. The copy engine takes copies in order (io.md section 6:
 51 KB waited 12 ms behind 200 MB)."""
 PIECES_IN_FLIGHT = 2
-
-
-def staging_plan(buffer_bytes: int) -> tuple[int, int]:
-    """Reader threads and staging buffers for experts of this size.
-
-    4 readers reach the disk's limit for 5 MB and 50 MB experts alike, and above that 2 do (io.md section 1), which
-    keeps the buffers of 352 MB experts at 1 GB. A buffer more than readers, so that one need not wait for its own
-    copy."""
-    readers = 4 if buffer_bytes <= 64 << 20 else 2
-    return readers, readers + 1
 
 
 class Reader(threading.Thread):
@@ -88,14 +77,14 @@ class TransferEngine:
         self._last_read = [backend.event() for _ in range(len(arena))]
         self._uses = [0] * len(arena)
         """How often each slot has been computed with."""
-        readers, buffers = staging_plan(store.buffer_bytes)
+        at_once, buffers = staging_plan(store.buffer_bytes)
         self._staging = HostBuffers(buffers, store.buffer_bytes, register=backend.pin, unregister=backend.unpin)
         self._staged = [backend.event() for _ in range(buffers)]
         self._idle: queue.SimpleQueue[int] = queue.SimpleQueue()
         for i in range(buffers):
             self._idle.put(i)
         try:  # after staging: where little can be pinned, that little is what everything passes through
-            self._host = _host_slots(host_slots, store.buffer_bytes, backend) if host_slots else None
+            self._host = host_buffers(host_slots, store.buffer_bytes, backend) if host_slots else None
         except BaseException:
             self._staging.close()
             raise
@@ -107,9 +96,9 @@ class TransferEngine:
         self._tickets: dict[int, Ticket] = {}
         """Per slot the next fetch to land in it; later ones follow by `next`."""
         self.computed(range(len(arena)))  # the first copies come after whatever used this memory before
-        self._queue = TicketQueue(readers)
+        self._queue = TicketQueue(READERS, at_once)
         self._stop = threading.Event()
-        self._threads = [Reader(target=self._read, name=f"offmoe-reader-{i}", daemon=True) for i in range(readers)]
+        self._threads = [Reader(target=self._read, name=f"offmoe-reader-{i}", daemon=True) for i in range(READERS)]
         for thread in self._threads:
             thread.start()
 
@@ -254,16 +243,19 @@ class TransferEngine:
         return self._queue.push(ticket)
 
     def _read(self) -> None:
-        while (ticket := self._queue.take()) is not None:
+        while (work := self._queue.take()) is not None:
+            if isinstance(work, SharedRead):
+                work.help()
+                continue
             try:
-                self._move(ticket)
+                self._move(work)
             except BaseException as error:  # handed over to the demand that needs the expert
-                ticket.error = error
+                work.error = error
             finally:
-                self._queue.done(ticket)
+                self._queue.done(work)
 
     def _move(self, ticket: Ticket) -> None:
-        key, host, read = ticket.fetch.key, ticket.fetch.host, ticket.fetch.read
+        host, read = ticket.fetch.host, ticket.fetch.read
         behind = ticket.behind
         if behind is not None:
             behind.issued.wait()  # W6
@@ -271,18 +263,22 @@ class TransferEngine:
                 raise behind.error
         if host is None:
             with self._staging_buffer() as i:
-                self._store.read_into(key, self._staging.memory(i), self._stop)
-                self._land(ticket, self._staging.tensor(i), self._staged[i])
+                self._bring(ticket, self._staging.memory(i), self._staging.tensor(i), self._staged[i])
             return
         assert self._host is not None
         if read:
             self._copied[host].synchronize()  # W7
-            self._store.read_into(key, self._host.memory(host), self._stop)
+        memory, tensor = self._host.memory(host), self._host.tensor(host)
         if self._host.pinned(host) or not self._staging.pinned(0):
-            self._land(ticket, self._host.tensor(host), self._copied[host])
+            if read:
+                self._bring(ticket, memory, tensor, self._copied[host])
+            else:
+                self._land(ticket, tensor, self._copied[host])
             return
+        if read:
+            self._read_parts(ticket, lambda part: self._store.read_part(ticket.fetch.key, part, memory, self._stop))
         with self._staging_buffer() as i:  # a copy from memory that is not pinned would hold up the stream
-            self._staging.tensor(i).copy_(self._host.tensor(host))
+            self._staging.tensor(i).copy_(tensor)
             self._land(ticket, self._staging.tensor(i), self._staged[i])
 
     @contextmanager
@@ -294,8 +290,34 @@ class TransferEngine:
         finally:
             self._idle.put(i)
 
-    def _land(self, ticket: Ticket, buffer: torch.Tensor, copied: Event) -> None:
-        """From a buffer (uint8 [bytes]) that the expert was read into to its slot; `copied` marks when that is done."""
+    def _bring(self, ticket: Ticket, memory: memoryview, buffer: torch.Tensor, copied: Event) -> None:
+        """Read an expert into host memory (`buffer`, uint8 [bytes], is the same) and put it into its slot.
+
+        Where somebody waits for it and its slot is free already, what has arrived is copied while the rest is read.
+        """
+        key = ticket.fetch.key
+        at_once = ticket.priority == DEMAND and ticket.lands_now and ticket.fetch.slot < self._arena.on_device
+        landing = self._begin(ticket) if at_once else None
+
+        def read(part: int) -> None:
+            self._store.read_part(key, part, memory, self._stop)
+            if landing is not None:
+                self._copy_part(ticket, part, buffer, landing)
+
+        self._read_parts(ticket, read)
+        self._land(ticket, buffer, copied, landing)
+
+    def _read_parts(self, ticket: Ticket, read: Callable[[int], None]) -> None:
+        parts = self._store.parts(ticket.fetch.key)
+        if parts == 1:
+            read(0)
+        else:
+            self._queue.share(SharedRead(ticket, parts, read))
+
+    def _begin(self, ticket: Ticket) -> list[torch.Tensor | None] | None:
+        """Wait until the ticket's slot is free: from now on it lands there. Where each segment goes byte for byte
+        (`Assembly.runs`), or None if it goes nowhere any more.
+        """
         self._queue.land(ticket)
         key, slot = ticket.fetch.key, ticket.fetch.slot
         if ticket.turn is not None:
@@ -303,15 +325,40 @@ class TransferEngine:
         if ticket.previous is not None:
             ticket.previous.issued.wait()  # W4
         if ticket.dropped:
+            return None
+        if slot < self._arena.on_device:
+            self._backend.copies.wait(self._last_read[slot])  # W2
+        views = self._arena.views(slot, self._layouts[key.layer])
+        return self._assemblies[key.layer].runs(self._store.record(key).segments, views)
+
+    def _copy_part(self, ticket: Ticket, part: int, buffer: torch.Tensor, runs: Sequence[torch.Tensor | None]) -> None:
+        key = ticket.fetch.key
+        data = self._store.segments(key, buffer)
+        for segment, start, end in self._store.arrived(key, part):
+            run = runs[segment]
+            if run is not None:
+                self._backend.copies.copy(run[start:end], data[segment][start:end])
+
+    def _land(
+        self,
+        ticket: Ticket,
+        buffer: torch.Tensor,
+        copied: Event,
+        landing: Sequence[torch.Tensor | None] | None = None,
+    ) -> None:
+        """From a buffer (uint8 [bytes]) that the expert was read into to its slot, but for the segments that are there
+        since `landing` began; `copied` marks when that is done.
+        """
+        there = () if landing is None else [i for i, run in enumerate(landing) if run is not None]
+        if landing is None and self._begin(ticket) is None:
             return
+        key, slot, copies = ticket.fetch.key, ticket.fetch.slot, self._backend.copies
         views = self._arena.views(slot, self._layouts[key.layer])
         segments, data = self._store.record(key).segments, self._store.segments(key, buffer)
         if slot >= self._arena.on_device:  # in RAM, where only the host reads it, and is done when it says so
             self._assemblies[key.layer].place(segments, data, views, torch.Tensor.copy_)
             return
-        copies = self._backend.copies
-        copies.wait(self._last_read[slot])  # W2
-        self._assemblies[key.layer].place(segments, data, views, functools.partial(self._copy, ticket))
+        self._assemblies[key.layer].place(segments, data, views, functools.partial(self._copy, ticket), there)
         self._landed[slot].record(copies)
         copied.record(copies)
 
@@ -330,20 +377,6 @@ class TransferEngine:
                 copies.copy(into, data)
                 event.record(copies)
                 self._pieces.append(event)
-
-
-def _host_slots(count: int, nbytes: int, backend: Backend) -> HostBuffers:
-    slots = HostBuffers(count, nbytes, register=backend.pin, unregister=backend.unpin)
-    pinned = sum(slots.pinned(i) for i in range(count))
-    if pinned < count:
-        logger.warning(
-            "only %d of %d expert slots in RAM could be pinned for %s: what is in the others is copied once more on "
-            "its way there, and more slowly. A lower host_memory, or a higher limit of the system, avoids it.",
-            pinned,
-            count,
-            backend.device,
-        )
-    return slots
 
 
 def _for_the_demand(ticket: Ticket) -> OffmoeError:

@@ -65,6 +65,20 @@ def test_against_accelerate_on_a_replayed_routing(offmoe: Run, checkpoint: Path,
     assert list(scratch.iterdir()) == []
 
 
+def test_int4_experts_against_the_checkpoint_that_they_were_made_of(
+    offmoe: Run, checkpoint: Path, tmp_path: Path
+) -> None:
+    packed = tmp_path / "packed"
+    assert offmoe("pack", checkpoint, packed, "--experts", "int8").status == 0
+    options = ("--device", "cpu", "--device-memory", "4MiB", "--slots-per-layer", "4", "--experts", "int8", "--json")
+    options += ("--rounds", "1", "--new-tokens", "2", "--prompt", "ab", "--against", "accelerate")
+    outcome = offmoe("bench", packed, "--against-model", checkpoint, *options)
+    assert outcome.json["same"] is None
+    assert outcome.json["ratio"]["median"] > 0
+    assert "weights are not the same" in " ".join(outcome.err.split())
+    assert offmoe("bench", checkpoint, *options).json["same"] is None  # quantised while loading
+
+
 def test_against_itself_without_prefetch(offmoe: Run, checkpoint: Path) -> None:
     argv = ("bench", checkpoint, "--device", "cpu", "--device-memory", "4MiB", "--slots-per-layer", "4")
     outcome = offmoe(
@@ -79,6 +93,7 @@ def test_against_itself_without_prefetch(offmoe: Run, checkpoint: Path) -> None:
     ("more", "says"),
     [
         (["--against", "vllm"], "--against 'vllm' is unknown"),
+        (["--against-model", "m"], "give --against accelerate too"),
         (["--prompt", "a", "--prompt-tokens", "3"], "both given"),
         (["--new-tokens", "1"], "use 2 or more"),
         (["--rounds", "0"], "--rounds: '0'"),

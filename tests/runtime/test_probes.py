@@ -33,7 +33,7 @@ def test_reads(store) -> None:
     reader, records, shards = store
     calls: list[int] = []
     with DiskProbe(reader, records, shards) as probe:
-        assert probe.readers == 4
+        assert probe.at_once == 4
         assert probe.lone_s() > 0
         assert probe.gb_s(0.0) > 0  # a read each, however short the time
         assert probe.gb_s(0.01, meanwhile=lambda: calls.append(1)) > 0

@@ -164,7 +164,7 @@ class TestBytes:
     def test_large_reads_are_cut(
         self, shards: list[Path], buffers: HostBuffers, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(store_module, "LARGEST_READ_BYTES", 2 * ALIGNMENT)
+        monkeypatch.setattr(store_module, "PART_BYTES", 2 * ALIGNMENT)
         store = ExpertStore(shards, RECORDS)
         for key in RECORDS:
             assert read(store, key, buffers) == expected(shards, key)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import offmoe.runtime.store as store_module
 import offmoe.runtime.transfer as transfer_module
 from offmoe.errors import TransferError
 from offmoe.runtime.arena import SlotArena
@@ -33,6 +34,19 @@ def checkpoint(tmp_path):
     tensors = {f"{e}.{name}": weight(e, name) for e in range(EXPERTS) for name in ("up", "down")}
     save_file(tensors, tmp_path / "model.safetensors")
     return Checkpoint.open(tmp_path)
+
+
+@pytest.fixture(params=["whole", "in parts"])
+def reading(request, monkeypatch):
+    """Experts are read by one reader each, or in several parts by all of them."""
+    if request.param == "in parts":
+        monkeypatch.setattr(store_module, "PART_BYTES", 4096)
+    return request.param
+
+
+@pytest.fixture
+def in_parts(monkeypatch):
+    monkeypatch.setattr(store_module, "PART_BYTES", 4096)
 
 
 def start_of(checkpoint, expert):
@@ -171,7 +185,7 @@ def waves_through_one_slot(rig, patience=0.1):
 
 
 @pytest.mark.parametrize("backend", [DeferredBackend, CpuBackend])
-def test_every_wave_computes_with_its_own_experts(checkpoint, backend):
+def test_every_wave_computes_with_its_own_experts(checkpoint, backend, reading):
     rig = Rig(checkpoint, backend=backend())
     try:
         assert several_waves(rig)
@@ -179,12 +193,12 @@ def test_every_wave_computes_with_its_own_experts(checkpoint, backend):
         rig.close()
 
 
-def test_a_slot_given_away_holds_the_later_expert(checkpoint):
+def test_a_slot_given_away_holds_the_later_expert(checkpoint, reading):
     assert a_slot_given_away_while_it_is_copied_into(checkpoint, transfer_module)
 
 
 @pytest.mark.parametrize("backend", [DeferredBackend, CpuBackend])
-def test_experts_that_pass_through_one_slot_land_one_after_the_other(checkpoint, backend):
+def test_experts_that_pass_through_one_slot_land_one_after_the_other(checkpoint, backend, reading):
     rig = Rig(checkpoint, backend=backend())
     try:
         assert waves_through_one_slot(rig)
@@ -193,7 +207,7 @@ def test_experts_that_pass_through_one_slot_land_one_after_the_other(checkpoint,
 
 
 @pytest.mark.parametrize("wait", ["W1", "W2", "W3"])
-def test_without_the_wait_weights_are_wrong(checkpoint, wait):
+def test_without_the_wait_weights_are_wrong(checkpoint, wait, reading):
     rig = Rig(checkpoint, without(wait))
     try:
         assert not several_waves(rig)
@@ -201,11 +215,11 @@ def test_without_the_wait_weights_are_wrong(checkpoint, wait):
         rig.close()
 
 
-def test_without_w4_the_earlier_expert_lands_last(checkpoint):
+def test_without_w4_the_earlier_expert_lands_last(checkpoint, reading):
     assert not a_slot_given_away_while_it_is_copied_into(checkpoint, without("W4"))
 
 
-def test_without_w5_an_expert_lands_on_one_that_is_still_needed(checkpoint):
+def test_without_w5_an_expert_lands_on_one_that_is_still_needed(checkpoint, reading):
     rig = Rig(checkpoint, without("W5"))
     try:
         assert not waves_through_one_slot(rig, patience=30)
@@ -231,7 +245,7 @@ def test_later_waves_are_read_while_their_slot_is_busy(checkpoint):
 
 
 @pytest.mark.parametrize("end", ["forget", "close"])
-def test_what_waits_for_its_turn_does_not_hold_up_the_end(checkpoint, end):
+def test_what_waits_for_its_turn_does_not_hold_up_the_end(checkpoint, end, reading):
     rig = Rig(checkpoint)
     try:
         rig.engine.stream([Wave(((e, 0),), (Fetch(ExpertKey(0, e), 0, None),)) for e in range(8)])
@@ -243,6 +257,68 @@ def test_what_waits_for_its_turn_does_not_hold_up_the_end(checkpoint, end):
         if end == "forget":
             rig.fetch((9, 0))
             assert rig.use((9, 0))
+    finally:
+        rig.close()
+
+
+def test_all_readers_share_one_expert(checkpoint, in_parts):
+    together = threading.Barrier(4)
+
+    def read(descriptor, buffer, offset):
+        together.wait(20)  # broken, and the demand an error, unless four parts are read at once
+        return os.preadv(descriptor, [buffer], offset)
+
+    rig = Rig(checkpoint, read_at=read)
+    try:
+        assert rig.store.parts(ExpertKey(0, 2)) == 4
+        for ahead in (False, True):
+            rig.fetch((2, 0), ahead=ahead)
+            assert rig.use((2, 0))
+    finally:
+        rig.close()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_what_is_demanded_lands_while_the_rest_is_read(checkpoint, in_parts, ahead):
+    """And what nobody waits for does not, since its slot may still be given to another."""
+    reads = GatedReads()
+    last = start_of(checkpoint, 2) // 4096 + 3
+    reads.hold(last * 4096)
+    rig = Rig(checkpoint, backend=CpuBackend(), read_at=reads)
+    slot = rig.arena.bytes(5)
+    slot.zero_()
+    try:
+        rig.fetch((2, 5), ahead=ahead)
+        assert reads.started[last].wait(20)
+        (shared,) = rig.engine._queue._shared
+        with shared.changed:
+            assert shared.changed.wait_for(lambda: shared.ended == 3, 20)
+        early = int((slot != 0).sum())
+        reads.gates[last].set()
+        assert rig.use((2, 5))
+        assert (early == 0) if ahead else (0 < early < int((slot != 0).sum()))
+    finally:
+        reads.gates[last].set()
+        rig.close()
+
+
+def test_a_part_that_fails_ends_the_others(checkpoint, in_parts):
+    """The demand says it, and the readers go on with what comes next."""
+    bad = start_of(checkpoint, 3) // 4096 * 4096 + 4096
+
+    def read(descriptor, buffer, offset):
+        if offset == bad:
+            raise OSError(5, "Input/output error")
+        return os.preadv(descriptor, [buffer], offset)
+
+    rig = Rig(checkpoint, read_at=read)
+    try:
+        rig.fetch((3, 2))
+        with pytest.raises(TransferError, match=r"expert 3 of MoE layer 0"):
+            rig.engine.ready(2)
+        rig.engine.forget()
+        rig.fetch((9, 2))
+        assert rig.use((9, 2))
     finally:
         rig.close()
 
@@ -355,7 +431,7 @@ def test_copies_that_nobody_waits_for_go_in_pieces_two_at_a_time(checkpoint, ahe
         rig.close()
 
 
-def test_what_is_demanded_while_it_queues_becomes_a_demand(checkpoint):
+def test_what_is_demanded_while_it_queues_becomes_a_demand(checkpoint, reading):
     rig = Rig(checkpoint, slots=16)
     try:
         rig.fetch(*[(e, e) for e in range(16)], ahead=True)
@@ -366,7 +442,7 @@ def test_what_is_demanded_while_it_queues_becomes_a_demand(checkpoint):
         rig.close()
 
 
-def test_an_error_surfaces_at_the_demand_that_needs_the_expert(checkpoint):
+def test_an_error_surfaces_at_the_demand_that_needs_the_expert(checkpoint, reading):
     def fails(descriptor, buffer, offset):
         raise OSError(5, "Input/output error")
 
@@ -379,7 +455,7 @@ def test_an_error_surfaces_at_the_demand_that_needs_the_expert(checkpoint):
         rig.close()
 
 
-def test_close_ends_threads_and_refuses_more(checkpoint):
+def test_close_ends_threads_and_refuses_more(checkpoint, reading):
     rig = Rig(checkpoint)
     threads = [t for t in rig.engine._threads if t.is_alive()]
     assert len(threads) == 4
@@ -391,7 +467,7 @@ def test_close_ends_threads_and_refuses_more(checkpoint):
         rig.fetch((1, 1))
 
 
-def test_forget_leaves_nothing_under_way(checkpoint):
+def test_forget_leaves_nothing_under_way(checkpoint, reading):
     rig = Rig(checkpoint)
     try:
         rig.fetch(*[(e, e) for e in range(8)], ahead=True)

@@ -5,9 +5,10 @@ What moves: a checkpoint of Mixtral's shape with random weights (7 layers x 8 ex
 then, per token, the experts that each contender had not in memory. Bounded by the disk. `offmoe bench` does the
 measuring, each contender in a memory cgroup of its own, in paired rounds: on random tokens with the routers' own
 routing, and on a routing with a trained model's locality, recorded on the spot from the demo model (or --routing). The
-same tokens must come out of both, bit for bit.
+same tokens must come out of both, bit for bit. Then once more with experts packed as int4 by `offmoe pack`, against
+accelerate with the bf16 model; weights are not the same then, and tokens not compared.
 
-Prints a table; with --json one last line: the figures on random tokens, and under "replayed" those on the recording.
+Prints a table; with --json one last line: the figures on random tokens, and under "replayed" and "int4" the others.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from synthetic import write_mixtral
 import offmoe
 from offmoe.cli.bench import LIBRARIES_BYTES, TEXTS
 from offmoe.config import parse_size
+from offmoe.pack import pack, weight_format
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, VOCABULARY = 7, 8, 2, 2048, 5632, 32000
 TINY = (256, 352)
@@ -60,7 +62,7 @@ def record_demo(path: Path) -> None:
             model.generate(**inputs, max_new_tokens=RECORDED_TOKENS, min_new_tokens=RECORDED_TOKENS, do_sample=True)
 
 
-def figures(against: dict[str, Any], prefetch: dict[str, Any], cap: int) -> dict[str, Any]:
+def figures(against: dict[str, Any], cap: int) -> dict[str, Any]:
     """What is reported of one kind of work."""
     ours, baseline = against["ours"], against["baseline"]
     return {
@@ -72,11 +74,18 @@ def figures(against: dict[str, Any], prefetch: dict[str, Any], cap: int) -> dict
         "peak_bytes": ours["peak"]["cgroup"],
         "accelerate_peak_bytes": baseline["peak"]["cgroup"],
         "cap_bytes": cap,
-        "prefetch_gain": round(prefetch["ratio"]["median"] - 1, 4),
-        "prefetch_gain_range": [round(prefetch["ratio"][end] - 1, 4) for end in ("least", "most")],
         "same": against["same"],
         "disk_gb_s": round(against["roofline"]["disk_gb_s"], 3),
         "compute_ms": round(against["roofline"]["compute_ms"], 2),
+    }
+
+
+def gain(prefetch: dict[str, Any]) -> dict[str, Any]:
+    """What prefetching is worth."""
+    ratio = prefetch["ratio"]
+    return {
+        "prefetch_gain": round(ratio["median"] - 1, 4),
+        "prefetch_gain_range": [round(ratio[end] - 1, 4) for end in ("least", "most")],
     }
 
 
@@ -98,8 +107,9 @@ def main() -> None:
     cap = parse_size(args.cap, "--cap")
     with tempfile.TemporaryDirectory(prefix="offmoe-tiers-", dir=args.work) as scratch:
         free = shutil.disk_usage(scratch).free
-        if free < 2 * nbytes + SPARE_BYTES:  # accelerate writes the experts once more
-            sys.exit(f"tiers.py: {scratch} has {free / 1e9:.1f} GB free, {2 * nbytes / 1e9 + 2:.1f} are needed: --work")
+        needed = 2.5 * nbytes + SPARE_BYTES  # accelerate writes the experts once more, pack a quarter of them
+        if free < needed:
+            sys.exit(f"tiers.py: {scratch} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} are needed: --work")
         model, routing = Path(scratch, "model"), args.routing or Path(scratch, "demo.npz")
         write_mixtral(model, hidden, intermediate, layers=LAYERS, experts=EXPERTS, top_k=TOP_K, vocabulary=VOCABULARY)
         if args.routing is None:
@@ -116,12 +126,18 @@ def main() -> None:
             print(f"--- {name} routing", file=sys.stderr, flush=True)
             against = bench(model, [*common, *work, "--against", "accelerate"])
             prefetch = bench(model, [*common, *work, "--against", "no-prefetch"])
-            found[name] = figures(against, prefetch, cap)
+            found[name] = figures(against, cap) | gain(prefetch)
+        print("--- int4 experts", file=sys.stderr, flush=True)
+        packed = Path(scratch, "packed")
+        pack(model, packed, weight_format("int4"))
+        for name, more in (("int4", []), ("int4_a8", ["--activations", "int8"])):
+            as_int4 = ["--random-tokens", "--experts", "int4", "--against-model", str(model), *more]
+            found[name] = figures(bench(packed, [*common, *as_int4, "--against", "accelerate"]), cap)
     print(f"{LAYERS} layers x {EXPERTS} experts of {nbytes / LAYERS / EXPERTS / 1e6:.0f} MB, {args.cap} of memory each")
     for name, values in found.items():
         print(f"{name:9} " + ", ".join(f"{key} {value}" for key, value in values.items()))
     if args.json:
-        print(json.dumps({**found["random"], "replayed": found["replayed"]}))
+        print(json.dumps({**found.pop("random"), **found}))
 
 
 if __name__ == "__main__":

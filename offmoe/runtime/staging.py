@@ -1,0 +1,40 @@
+"""How many readers and host buffers experts pass through, told from the size of one.
+
+Nothing moves here. Bound: memory that is pinned or, on a CPU, is not there for slots. Must never give less than a
+buffer for each expert that is read at once, and one more."""
+
+from __future__ import annotations
+
+import logging
+
+from offmoe.runtime.arena import HostBuffers
+from offmoe.runtime.backend import Backend
+
+logger = logging.getLogger(__name__)
+
+READERS = 4
+"""Threads; they reach the disk's limit for 5 MB and 50 MB experts alike (io.md section 1)."""
+
+
+def staging_plan(buffer_bytes: int) -> tuple[int, int]:
+    """How many experts of this size are read at once, and staging buffers for them.
+
+    Above 64 MB two, each by several readers, which keeps the buffers of 352 MB experts at 1 GB. A buffer more than
+    that, so that one need not wait for its own copy."""
+    at_once = READERS if buffer_bytes <= 64 << 20 else READERS // 2
+    return at_once, at_once + 1
+
+
+def host_buffers(count: int, nbytes: int, backend: Backend) -> HostBuffers:
+    """Slots in RAM, pinned as far as the system lets; a warning where it does not."""
+    slots = HostBuffers(count, nbytes, register=backend.pin, unregister=backend.unpin)
+    pinned = sum(slots.pinned(i) for i in range(count))
+    if pinned < count:
+        logger.warning(
+            "only %d of %d expert slots in RAM could be pinned for %s: what is in the others is copied once more on "
+            "its way there, and more slowly. A lower host_memory, or a higher limit of the system, avoids it.",
+            pinned,
+            count,
+            backend.device,
+        )
+    return slots
