@@ -19,7 +19,7 @@ from offmoe.config import Default, OffloadConfig, format_size
 from offmoe.errors import CapacityError, ConfigError
 from offmoe.fit import divide_or_say
 from offmoe.hf import experts as hf_experts
-from offmoe.hf.adapters import find_experts
+from offmoe.hf.adapters import find_experts, require_adapter
 from offmoe.hf.catalog import ExpertCatalog, build_catalog
 from offmoe.hf.dense import ParkedLayers, dense_layers
 from offmoe.hf.estimate import estimate, quantisation_method
@@ -34,7 +34,7 @@ from offmoe.policy.planner import build_planner
 from offmoe.runtime.arena import SlotArena, slot_layouts
 from offmoe.runtime.backend import Backend, select_backend
 from offmoe.runtime.checkpoint import Checkpoint
-from offmoe.runtime.computing import TorchCompute, build_compute
+from offmoe.runtime.computing import build_compute, device_compute
 from offmoe.runtime.exchange import HostExchange, HostPart
 from offmoe.runtime.executor import ExpertExecutor
 from offmoe.runtime.memory import MemoryPlan
@@ -331,11 +331,13 @@ def load(
         if scratch and not backend.staging_counts:
             exchange = HostExchange(backend)
             closing.append(exchange.close)
-            host = HostPart(compute if backend.slots_in_ram else TorchCompute(arena, layouts, decodings), exchange)
-        executor = ExpertExecutor(planner, transfer, compute, backend, stats, host)
-        executor.trace = writer
+            host = HostPart(compute, exchange)
         found = find_experts(model)
         modules = [found[layer.name] for layer in catalog.layers]
+        if config.is_numeric and backend.has_device_kernels:
+            compute = device_compute(catalog.layers, [require_adapter(m).math(m) for m in modules], arena, compute)
+        executor = ExpertExecutor(planner, transfer, compute, backend, stats, host)
+        executor.trace = writer
         for layer, module in enumerate(modules):
             hf_experts.attach(module, executor, layer)
         Offload(model, config, inspected.plan, executor, modules, closing)

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "gpu_check"
-SECTIONS = ["machine", "tests", "copies", "pinning", "resident", "decode", "disk"]
+SECTIONS = ["machine", "tests", "copies", "pinning", "kernels", "resident", "decode", "disk"]
 FOUND = {
     "machine": {"versions", "direct_io", "device_free_gb", "work_folder_free_gb"},
     "tests": {"files"},
     "copies": {"gb_s", "link_gb_s"},
     "pinning": {"registered", "map_s_per_gb", "torch_says_pinned", "gb_s", "unregister_s"},
+    "kernels": {"formats", "expert_bytes"},
     "resident": {"ms_per_token", "ratio_vs_stock", "overhead_us_per_layer"},
     "decode": {"hidden", "intermediate", "expert_mb", "disk_gb_s", "link_gb_s", "routing", "rows"},
     "disk": {"cold_ratio_5mb", "limit_gb_s"},

@@ -48,7 +48,9 @@ def test_experts_are_nowhere_in_the_model(model):
     names = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
     assert not any("experts" in name for name in names)
     plan = model.offload.memory()
-    assert plan.slots == 3 * 3 * model.offload._executor._arena.nbytes // len(model.offload._executor._arena)
+    assert plan.slots == 3 * 3 * model.offload._executor._transfer._arena.nbytes // len(
+        model.offload._executor._transfer._arena
+    )
     assert not any(p.requires_grad for p in model.parameters())
 
 
@@ -285,7 +287,7 @@ def test_a_model_on_the_deferred_device_computes_the_same(folder, monkeypatch):
     for slots, prefetch in ((2, 0), (3, 2), (3, "auto"), (8, 0)):
         model = offmoe.from_pretrained(folder, slots_per_layer=slots, prefetch=prefetch)
         with model.offload:
-            engine, arena = model.offload._executor._transfer, model.offload._executor._arena
+            engine, arena = model.offload._executor._transfer, model.offload._executor._transfer._arena
             backend.regions.clear()
             for slot in range(len(arena)):
                 backend.guard(arena.bytes(slot), engine._last_read[slot])

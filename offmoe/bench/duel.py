@@ -152,6 +152,7 @@ class Record:
             "hit_rate": self._counted(lambda stats, tokens: stats["hit_rate"]),
             "disk_bytes_per_token": self._counted(lambda stats, tokens: stats["disk_bytes"] / tokens),
             "h2d_bytes_per_token": self._counted(lambda stats, tokens: stats["h2d_bytes"] / tokens),
+            "prefetched_per_token": self._counted(lambda stats, tokens: stats["prefetched"] / tokens),
             "stall_ms_per_token": self._counted(lambda stats, tokens: stats["stall_s"] * 1e3 / tokens),
             "read_bytes_per_round": self._median([outcome.read_bytes for outcome in self.outcomes]),
             "peak": dict(self.peak),

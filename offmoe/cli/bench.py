@@ -174,7 +174,6 @@ def _measure(
     )
     out.note(f"memory on {config.device}: {found.plan.describe()}")
     opponents = [stack.enter_context(duel.Opponent(tasks.OFFMOE, task, cap))]
-    costs = opponents[0].costs()
     if args.against == NO_PREFETCH:
         other = replace(task, options={**task.options, "prefetch": 0})
         opponents.append(stack.enter_context(duel.Opponent(NO_PREFETCH, other, cap)))
@@ -194,6 +193,9 @@ def _measure(
 
     with out.progress("rounds", len(passes), "rounds") as advance:
         records = duel.paired(opponents, passes, probe, advance)
+    # Not before: computing is measured with a routing that is fixed, and what predicts experts is found by watching the
+    # first pass.
+    costs = opponents[0].costs()
     ours = records[0]
     results: dict[str, Any] = {
         "ours": ours.to_dict(),

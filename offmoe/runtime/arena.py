@@ -54,6 +54,10 @@ class SlotArena:
         assert base.dtype is torch.uint8
         assert base.shape == (self.nbytes,)
         assert base.data_ptr() % PARAM_ALIGNMENT == 0, "the backend must allocate slots aligned to PARAM_ALIGNMENT"
+        self.memory = base
+        """All slots: uint8 [nbytes]."""
+        self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        """Where in it each begins."""
         self._slots: list[torch.Tensor] = list(base.split(sizes)) if sizes else []
         if in_ram:
             sizes = [aligned(layout.nbytes, PARAM_ALIGNMENT) for layout in in_ram]

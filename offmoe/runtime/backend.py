@@ -54,6 +54,8 @@ class Backend(ABC):
     """Whether host staging buffers live in the device's own memory."""
     slots_in_ram: bool
     """Whether the CPU's own kernels can read slots."""
+    has_device_kernels: bool
+    """Whether Triton's kernels run here."""
 
     @property
     @abstractmethod
@@ -122,6 +124,7 @@ class CpuBackend(Backend):
     auto_share = 0.7  # io.md section 7: other processes and the page cache want some too
     staging_counts = True
     slots_in_ram = True
+    has_device_kernels = False
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
@@ -178,6 +181,7 @@ class CudaBackend(Backend):
     auto_share = 0.9
     staging_counts = False
     slots_in_ram = False
+    has_device_kernels = True
 
     def __init__(self, device: torch.device):
         index = torch.cuda.current_device() if device.index is None else device.index

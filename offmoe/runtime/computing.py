@@ -1,29 +1,36 @@
 """What computes the experts of a model where they stand in slots; chosen once, when the model is loaded.
 
 What moves: nothing between memories; weights of the experts asked for are read in their slots. Bound: the device's
-memory for few tokens, arithmetic for many. `TorchCompute` is the bitwise one, `KernelCompute` the C kernels' on a CPU.
+memory for few tokens, arithmetic for many. `TorchCompute` is the bitwise one, `KernelCompute` the C kernels' on a CPU,
+`DeviceCompute` the GPU kernels'.
 A compute object that takes all resident experts of a layer in one launch overrides `wave`.
 
-What it must never do: read a slot before `ready` was called for it, or let an output depend on what else was computed
-in the same wave.
+What it must never do: read a slot before `ready` was called for it, or, if it is to be bitwise, let an output depend on
+what else was computed in the same wave.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
 from offmoe.errors import OffmoeError
 from offmoe.runtime.arena import SlotArena
+from offmoe.runtime.device_slots import device_form, form_of_tiles
 from offmoe.runtime.formats import ExpertLayout
 from offmoe.runtime.kernels import ExpertMath, expert_ffn
 from offmoe.runtime.kernels.cpu import CpuKernels, Rows, cpu_kernels, physical_cores
+from offmoe.runtime.kernels.device import DeviceKernels, Pairs, available
 from offmoe.runtime.quantized import ExpertDecoding
 from offmoe.runtime.tiling import KernelSlot
+
+logger = logging.getLogger(__name__)
 
 
 class Work(NamedTuple):
@@ -59,6 +66,7 @@ class ExpertCompute(ABC):
     ) -> Iterator[torch.Tensor]:
         """Rows [n, H] of each of `experts` ((expert, slot)), in their order. ready(slot) waits for what is to be there.
 
+        Of the dtype of hidden; for one token it may be a wider one, since whoever puts the rows together casts them.
         A slot may be given to another expert as soon as the next rows are asked for.
         """
         for expert, slot in experts:
@@ -120,11 +128,111 @@ class KernelCompute(ExpertCompute):
                 run = self._prepared[id(form), slot] = self._kernels.expert(weights, form.glu)
             return run(x)
 
+    def wave(
+        self,
+        layer: int,
+        math: ExpertMath,
+        experts: Sequence[tuple[int, int]],
+        work: Work,
+        ready: Callable[[int], object],
+    ) -> Iterator[torch.Tensor]:
+        if self._slots[layer] is None:
+            yield from self._otherwise.wave(layer, math, experts, work, ready)
+            return
+        # Converted once, not by every expert: a conversion of one row takes as long as a tenth of a small expert.
+        dtype, work = work.hidden.dtype, work._replace(hidden=work.hidden.float())
+        for rows in super().wave(layer, math, experts, work, ready):
+            yield rows if work.pairs is None else rows.to(dtype)
+
     def close(self) -> None:
         with self._calling:
             self._closed = True
             self._prepared.clear()
             self._kernels.close()
+
+
+EXPERTS_AT_ONCE = 8
+"""Experts of one launch where several tokens are computed: those in slots do not wait for all that is still to come."""
+
+
+class DeviceCompute(ExpertCompute):
+    """A GPU's kernels, several experts in a launch, for layers whose slots they read; another way for the rest.
+
+    Its numbers do depend, in the last bits, on which experts are computed together: how rows are cut into blocks does.
+    """
+
+    def __init__(self, kernels: Sequence[DeviceKernels | None], otherwise: ExpertCompute) -> None:
+        """kernels: of each layer; None: `otherwise` computes it."""
+        self._kernels, self._otherwise = kernels, otherwise
+
+    def expert(self, layer: int, slot: int, math: ExpertMath, x: torch.Tensor) -> torch.Tensor:
+        kernels = self._kernels[layer]
+        if kernels is None:
+            return self._otherwise.expert(layer, slot, math, x)
+        return kernels.compute(Pairs([slot], [len(x)], torch.arange(len(x), device=x.device)), x)
+
+    def wave(
+        self,
+        layer: int,
+        math: ExpertMath,
+        experts: Sequence[tuple[int, int]],
+        work: Work,
+        ready: Callable[[int], object],
+    ) -> Iterator[torch.Tensor]:
+        kernels, pairs = self._kernels[layer], work.pairs
+        if kernels is None:
+            yield from self._otherwise.wave(layer, math, experts, work, ready)
+            return
+        at_once = len(experts) if pairs is None else EXPERTS_AT_ONCE
+        for start in range(0, len(experts), at_once):
+            some = experts[start : start + at_once]
+            slots = [slot for _, slot in some]
+            for slot in slots:
+                ready(slot)
+            if pairs is None:
+                asked = Pairs(slots, [1] * len(some))
+            else:
+                order = torch.cat([pairs[expert] for expert, _ in some])
+                asked = Pairs(slots, [len(pairs[expert]) for expert, _ in some], order, work.sharing)
+            yield from kernels.compute(asked, work.hidden).split(list(asked.counts))
+
+    def close(self) -> None:
+        self._otherwise.close()
+
+
+class StoredLayer(Protocol):
+    """How experts of one layer stand in slots: as they are at rest (`decode` says how), or in tiles (`kernel`)."""
+
+    @property
+    def layout(self) -> ExpertLayout: ...
+    @property
+    def decode(self) -> ExpertDecoding | None: ...
+    @property
+    def kernel(self) -> KernelSlot | None: ...
+
+
+def device_compute(
+    layers: Sequence[StoredLayer], maths: Sequence[ExpertMath], arena: SlotArena, otherwise: ExpertCompute
+) -> ExpertCompute:
+    """A GPU's kernels for the layers whose slots they read, `otherwise` for the rest. maths: what each layer computes.
+
+    Without Triton it is `otherwise` for all. What is not computed by kernels, and why, is logged.
+    """
+    if not available():
+        logger.warning("Triton is not installed: experts are computed by torch's operators, on decoded weights")
+        return otherwise
+    kernels: list[DeviceKernels | None] = []
+    reasons: Counter[str] = Counter()
+    for layer, math in zip(layers, maths, strict=True):
+        form = form_of_tiles(layer.kernel) if layer.kernel else device_form(layer.layout, layer.decode, math)
+        if isinstance(form, str):
+            reasons[form] += 1
+            kernels.append(None)
+        else:
+            kernels.append(DeviceKernels(form.operands, form.glu, arena.memory, arena.starts))
+    for reason, count in reasons.items():
+        logger.warning("%d MoE layers are computed by torch's operators: %s", count, reason)
+    return DeviceCompute(kernels, otherwise)
 
 
 def build_compute(

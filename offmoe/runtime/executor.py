@@ -188,9 +188,9 @@ class ExpertExecutor:
         if rows is None:
             order = ids[0].tolist()
             if len(outputs) == len(order):
-                return torch.cat([outputs[expert] for expert in order])
+                return torch.cat([outputs[expert] for expert in order]).to(hidden.dtype)
             nothing = torch.zeros_like(hidden)
-            return torch.cat([outputs.get(expert, nothing) for expert in order])
+            return torch.cat([outputs.get(expert, nothing) for expert in order]).to(hidden.dtype)
         return rows
 
 

@@ -1,7 +1,7 @@
 """The order in which readers take fetches: demands, then the newest prefetches, then what prefetches are left over.
 
-Nothing moves here. Bound: the lock, some microseconds per fetch. A reader that finds nothing to take helps another to
-read an expert that is large enough to be read in parts. A prefetch of a layer that has run meanwhile is no
+Nothing moves here. Bound: the lock, some microseconds per fetch. Before a reader takes a later one it helps with
+an earlier one that is large enough to be read in parts. A prefetch of a layer that has run meanwhile is no
 longer what comes next, so newer ones go before it. At most half of the readers read for nobody in particular: however
 many prefetches are queued or running, a demand finds a reader free and shares the disk with that half only, which
 bounds both the bytes in flight for prefetching and what a demand loses by it.
@@ -198,13 +198,14 @@ class TicketQueue:
         """What to do next: a fetch, or another reader's to help with; waits for one. None after `close`."""
         with self.lock:
             while not self._closed:
-                if self._may_take():
+                wanting = [read for read in self._shared if not read.is_begun]
+                first = min(wanting, key=lambda read: read.ticket, default=None)
+                if self._may_take() and (first is None or self._waiting[0] < first.ticket):
                     ticket = heapq.heappop(self._waiting)
                     self.under_way.append(ticket)
                     return ticket
-                wanting = [read for read in self._shared if not read.is_begun]
-                if wanting:
-                    return min(wanting, key=lambda read: read.ticket)
+                if first is not None:  # one after the other: the first is computed while the second is read
+                    return first
                 self.lock.wait()
             return None
 

@@ -81,11 +81,17 @@ class TilePlacement:
         tensors = [tensor.view(shape) for tensor, shape in zip(tensors, self.shapes, strict=True)]
         out: dict[str, torch.Tensor] = {}
         known: dict[int, dict[str, torch.Tensor]] = {}
+        pairs: dict[int, torch.Tensor] = {}
         for name, take in self.takes.items():
             source = self.sources[take.source]
             how = self.formats.get(name)
             if how is None:
                 tensor = tensors[source.components["weight"]]
+                if take.source in self.swapped and take.step == 2:
+                    if take.source not in pairs:
+                        pairs[take.source] = _transposed_pairs(tensor)
+                    out[name] = _half(pairs[take.source], take.first)
+                    continue
                 out[name] = take.of(tensor.mT if take.source in self.swapped else tensor)
                 continue
             if take.source not in known:
@@ -98,10 +104,26 @@ class TilePlacement:
         return out
 
 
+def _transposed_pairs(both: torch.Tensor) -> torch.Tensor:
+    """bf16 [in, 2 out], two outputs' columns by turns -> int32 [out, in], the first in the low half.
+
+    Four times as fast as picking every other column of the transpose (0.6 against 0.14 GB/s of one core).
+    """
+    if both.data_ptr() % 4:
+        both = both.clone()
+    return both.view(torch.int32).mT.contiguous()
+
+
+def _half(pairs: torch.Tensor, which: int) -> torch.Tensor:
+    """bf16 of the low (0) or high (1) halves."""
+    return (pairs >> 16 if which else pairs).to(torch.int16).view(torch.bfloat16)
+
+
 @dataclass(frozen=True)
 class KernelSlot:
     """How experts of a layer stand in slots for kernels. formats: of gate, up and down, None for bf16. stored: names of
-    what the checkpoint has.
+    what the checkpoint has. stacked: the parameters of a slot that is as it would be without kernels, gate and up
+    first: bytes of bf16 weights then are where they have to be, and are copied as they arrive.
     """
 
     layout: ExpertLayout
@@ -109,10 +131,13 @@ class KernelSlot:
     formats: tuple[WeightFormat | None, ...]
     glu: Glu
     biased: bool
-    stored: tuple[str, ...]
+    stored: tuple[str, ...] = ()
+    stacked: tuple[str, str] | None = None
 
     def expert(self, views: Mapping[str, torch.Tensor]) -> GatedExpert:
         """The expert in a slot; no bytes move."""
+        if self.stacked is not None:
+            return GatedExpert.stacked(*(views[name] for name in self.stacked))
         gate, up, down = (self._weight(name, how, views) for name, how in zip(MATRICES, self.formats, strict=True))
         if not self.biased:
             return GatedExpert(gate, up, down)
@@ -120,7 +145,8 @@ class KernelSlot:
 
     def working_bytes(self) -> int:
         """Memory of a call beside the slot: MAX_TOKENS rows of inputs and outputs, and of what kernels make of them."""
-        shape, how = next(p.shape for p in self.layout.params if p.name == "down"), self.formats[2]
+        name = "down" if self.stacked is None else self.stacked[1]
+        shape, how = next(p.shape for p in self.layout.params if p.name == name), self.formats[2]
         outputs, inputs = shape if how is None else (TILE_ROWS * shape[0], shape[1] * how.word_values)
         return 4 * MAX_TOKENS * (3 * outputs + 2 * inputs)
 
@@ -180,6 +206,8 @@ def kernel_slot(
         return "gate and up are quantised differently"
     for name in sorted(wanted - set(MATRICES)):
         params[name] = (torch.float32, (takes[name].rows,))
+    if not any(formats.values()) and not (math.biased or math.transposed or gating.interleaved):
+        return KernelSlot(layout, assembly, (None,) * 3, gating.glu, False, stacked=(math.up, math.down))
     at_rest = tuple(p.shape for p in layout.params) if before or decode else tuple(s.shape for s in sources)
     placement = TilePlacement(takes, tuple(sources), at_rest, formats, frozenset(swapped), before)
     return KernelSlot(

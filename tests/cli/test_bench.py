@@ -89,6 +89,14 @@ def test_against_itself_without_prefetch(offmoe: Run, checkpoint: Path) -> None:
         assert words in outcome.out
 
 
+def test_what_is_measured_prefetches(offmoe: Run, checkpoint: Path) -> None:
+    argv = ("bench", checkpoint, "--device", "cpu", "--device-memory", "4MiB", "--slots-per-layer", "4")
+    argv += ("--rounds", "1", "--new-tokens", "8", "--prompt", "ab", "--prefetch", "2", "--against", "no-prefetch")
+    found = offmoe(*argv, "--json").json
+    assert found["ours"]["prefetched_per_token"] > 0
+    assert found["baseline"]["prefetched_per_token"] == 0
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [

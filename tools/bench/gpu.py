@@ -24,6 +24,7 @@ from typing import Any
 import read
 import torch
 from gpu_decode import decode
+from gpu_kernels import kernels
 from gpu_section import MIB, SPARE_BYTES, WRITE_BYTES_PER_S, Section, copy_gb_s, reads_directly
 
 import offmoe
@@ -185,7 +186,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-SECTIONS = {s.__name__: s for s in (machine, copies, pinning, resident, decode, disk)}
+SECTIONS = {s.__name__: s for s in (machine, copies, pinning, kernels, resident, decode, disk)}
 
 
 def main() -> None:

@@ -1,0 +1,216 @@
+"""Experts in slots for tests of the device kernels: every format, with what its numbers are and where they stand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from offmoe.runtime.formats import PARAM_ALIGNMENT, ExpertLayout, aligned
+from offmoe.runtime.kernels.cpu import Glu
+from offmoe.runtime.kernels.device import Pairs
+from offmoe.runtime.kernels.operands import GatedOperands, coded_operand, float_operand, packed_operand
+from offmoe.runtime.packing import INT8, MXFP4, PackedWeight, WeightFormat, int4, record_layout
+from offmoe.runtime.quantise import quantise
+from offmoe.runtime.quantized import Mxfp4, PackedInt, ScaledFloat
+
+Views = dict[str, torch.Tensor]
+
+
+class Expert(NamedTuple):
+    """What an expert's slot says, as float32: gate and up [I, H], down [H, I], biases or zeros."""
+
+    gate: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+    gate_bias: torch.Tensor | float = 0.0
+    up_bias: torch.Tensor | float = 0.0
+    down_bias: torch.Tensor | float = 0.0
+
+    def __call__(self, x: torch.Tensor, glu: Glu) -> torch.Tensor:
+        """x [n, H] -> [n, H], in float32."""
+        x = x.float()
+        inner = glu(x @ self.gate.T + self.gate_bias, x @ self.up.T + self.up_bias)
+        return inner @ self.down.T + self.down_bias
+
+
+@dataclass(frozen=True)
+class Format:
+    """fill(views of a slot): random weights into it -> what they are."""
+
+    layout: ExpertLayout
+    operands: GatedOperands
+    fill: Callable[[Views], Expert]
+
+
+def packed(how: WeightFormat, hidden: int, inner: int, tiled: bool = True) -> Format:
+    layout = record_layout({"gate_up": (2 * inner, hidden), "down": (hidden, inner)}, how, tiled=tiled)
+
+    def fill(views: Views) -> Expert:
+        found = []
+        for name, shape in (("gate_up", (2 * inner, hidden)), ("down", (hidden, inner))):
+            weight = random_mxfp4(*shape) if how.kind == "mxfp4" else quantise(torch.randn(shape) * 0.05, how)
+            for part, values in (weight.tiled() if tiled else weight.by_row()).params(name).items():
+                views[part].copy_(values)
+            found.append(weight.values())
+        return Expert(*found[0].chunk(2), found[1])
+
+    gate_up, down = packed_operand(layout, "gate_up", how), packed_operand(layout, "down", how)
+    return Format(layout, GatedOperands.stacked(gate_up, down), fill)
+
+
+def random_mxfp4(rows: int, cols: int) -> PackedWeight:
+    words = torch.randint(-(2**31), 2**31 - 1, (rows, cols // 8), dtype=torch.int32)
+    return PackedWeight(MXFP4, words, torch.randint(119, 122, (rows, cols // 32), dtype=torch.uint8))
+
+
+def floats(dtype: torch.dtype, hidden: int, inner: int, transposed: bool = False) -> Format:
+    shapes = {"gate_up": (2 * inner, hidden), "down": (hidden, inner)}
+    layout = ExpertLayout.of({n: (dtype, s[::-1] if transposed else s) for n, s in shapes.items()})
+
+    def fill(views: Views) -> Expert:
+        for view in views.values():
+            view.copy_(torch.randn(view.shape) * 0.05)
+        gate_up, down = (v.float().T if transposed else v.float() for v in views.values())
+        return Expert(*gate_up.chunk(2), down)
+
+    gate_up, down = (float_operand(param, transposed) for param in layout.params)
+    return Format(layout, GatedOperands.stacked(gate_up, down), fill)
+
+
+def fp8(block: tuple[int, int] | None, hidden: int, inner: int) -> Format:
+    """As DeepSeek-V3 stores it (scales per block, ragged at the ends), or with a scale per row."""
+    codec = ScaledFloat(block)
+    wanted = {}
+    for name, (rows, cols) in {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}.items():
+        wanted[name + ".weight"] = torch.float8_e4m3fn, (rows, cols)
+        high, wide = block or (1, cols)
+        wanted[name + ".scale"] = torch.float32, (-(-rows // high), -(-cols // wide))
+    layout = ExpertLayout.of(wanted)
+    params = {param.name: param for param in layout.params}
+
+    def fill(views: Views) -> Expert:
+        for name, view in views.items():
+            is_scale = name.endswith("scale")
+            view.copy_(torch.rand(view.shape) * 1e-3 + 2e-4 if is_scale else torch.randn(view.shape) * 60)
+        parts = ({c: views[f"{name}.{c}"] for c in ("weight", "scale")} for name in ("gate", "up", "down"))
+        return Expert(*(codec.decode(part, torch.float32) for part in parts))
+
+    operands = (
+        coded_operand(codec, {c: params[f"{name}.{c}"] for c in ("weight", "scale")}) for name in ("gate", "up", "down")
+    )
+    return Format(layout, GatedOperands(*operands), fill)
+
+
+def gpt_oss(hidden: int, inner: int) -> Format:
+    """Blocks and scales as gpt-oss stores them, gate and up in turns, with biases."""
+    codec = Mxfp4()
+    wanted = {}
+    for name, (rows, cols) in {"gate_up": (2 * inner, hidden), "down": (hidden, inner)}.items():
+        wanted[name + ".blocks"] = torch.uint8, (rows, cols // 32, 16)
+        wanted[name + ".scales"] = torch.uint8, (rows, cols // 32)
+        wanted[name + ".bias"] = torch.bfloat16, (rows,)
+    layout = ExpertLayout.of(wanted)
+    params = {param.name: param for param in layout.params}
+
+    def fill(views: Views) -> Expert:
+        found = {}
+        for name in ("gate_up", "down"):
+            views[name + ".blocks"].random_(0, 256)
+            views[name + ".scales"].random_(119, 122)
+            views[name + ".bias"].copy_(torch.randn(views[name + ".bias"].shape))
+            parts = {c: views[f"{name}.{c}"] for c in ("blocks", "scales")}
+            found[name] = codec.decode(parts, torch.float32).T, views[name + ".bias"].float()
+        (gate_up, both), (down, down_bias) = found["gate_up"], found["down"]
+        return Expert(gate_up[::2], gate_up[1::2], down, both[::2], both[1::2], down_bias)
+
+    gate_up, down = (
+        coded_operand(codec, {c: params[f"{n}.{c}"] for c in ("blocks", "scales")}).with_bias(params[f"{n}.bias"])
+        for n in ("gate_up", "down")
+    )
+    return Format(layout, GatedOperands.stacked(gate_up, down, interleaved=True), fill)
+
+
+def compressed_tensors(bits: int, group: int | None, hidden: int, inner: int) -> Format:
+    """Integers in rows, as compressed-tensors stores them: words and scales of gate, up and down apart."""
+    codec = PackedInt(bits, group)
+    wanted = {}
+    for name, (rows, cols) in {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}.items():
+        wanted[name + ".packed"] = torch.int32, (rows, cols * bits // 32)
+        wanted[name + ".scale"] = torch.float16, (rows, cols // group if group else 1)
+    layout = ExpertLayout.of(wanted)
+    params = {param.name: param for param in layout.params}
+    names = ("gate", "up", "down")
+
+    def fill(views: Views) -> Expert:
+        for name, view in views.items():
+            if name.endswith("packed"):
+                view.random_(-(2**31), 2**31 - 1)
+            else:
+                view.copy_((torch.rand(view.shape) + 0.1) * 2.0 ** (-3 - bits))
+        parts = ({c: views[f"{name}.{c}"] for c in ("packed", "scale")} for name in names)
+        return Expert(*(codec.decode(part | {"scale": part["scale"].float()}, torch.float32) for part in parts))
+
+    operands = (coded_operand(codec, {c: params[f"{name}.{c}"] for c in ("packed", "scale")}) for name in names)
+    return Format(layout, GatedOperands(*operands), fill)
+
+
+FORMATS: dict[str, Callable[[int, int], Format]] = {
+    "bf16": lambda h, i: floats(torch.bfloat16, h, i),
+    "fp16-transposed": lambda h, i: floats(torch.float16, h, i, transposed=True),
+    "int8": lambda h, i: packed(INT8, h, i),
+    "int4-g32": lambda h, i: packed(int4(32), h, i),
+    "int4-g64": lambda h, i: packed(int4(64), h, i),
+    "int4-g128": lambda h, i: packed(int4(128), h, i),
+    "int4-g64-zeros": lambda h, i: packed(int4(64, zero_points=True), h, i),
+    "int4-g64-rows": lambda h, i: packed(int4(64), h, i, tiled=False),
+    "int4-ct-g32": lambda h, i: compressed_tensors(4, 32, h, i),
+    "int8-ct-row": lambda h, i: compressed_tensors(8, None, h, i),
+    "mxfp4": lambda h, i: packed(MXFP4, h, i),
+    "mxfp4-gpt-oss": gpt_oss,
+    "fp8-blocks": lambda h, i: fp8((128, 128), h, i),
+    "fp8-rows": lambda h, i: fp8(None, h, i),
+}
+
+
+class Slots(NamedTuple):
+    """Memory of some slots, where each begins, and the expert in each."""
+
+    memory: torch.Tensor
+    starts: list[int]
+    experts: list[Expert]
+
+
+def fill_slots(form: Format, count: int, seed: int = 0) -> Slots:
+    """Slots with gaps of rubbish between them: NaN to whoever reads past an end."""
+    torch.manual_seed(seed)
+    step = aligned(form.layout.nbytes, PARAM_ALIGNMENT) + PARAM_ALIGNMENT
+    whole = torch.full(((count + 1) * step,), 0xFF, dtype=torch.uint8)
+    memory = whole[-whole.data_ptr() % PARAM_ALIGNMENT :]
+    starts = [PARAM_ALIGNMENT + i * step for i in range(count)]
+    experts = [form.fill(form.layout.views(memory[at : at + form.layout.nbytes])) for at in starts]
+    return Slots(memory, starts, experts)
+
+
+def reference(slots: Slots, pairs: Pairs, glu: Glu, hidden: torch.Tensor) -> torch.Tensor:
+    """What `DeviceKernels.compute` has to give, in float32."""
+    order = torch.zeros(sum(pairs.counts), dtype=torch.int64) if pairs.order is None else pairs.order
+    inputs = hidden[order // pairs.sharing].split(list(pairs.counts))
+    return torch.cat([slots.experts[slot](x, glu) for slot, x in zip(pairs.slots, inputs, strict=True)])
+
+
+def interpret_quickly() -> None:
+    """Prepare triton.language for the interpreter once, in a process that only interprets.
+
+    The interpreter does it anew for every call of one function by another, which takes 5 ms: most of a test's time.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    from offmoe.runtime.kernels.triton.elements import lane
+
+    interpreter._patch_lang(lane.fn)
+    interpreter._patch_lang(tl.zeros.fn)
+    interpreter._patch_lang = lambda fn: interpreter._LangPatchScope()

@@ -1,0 +1,199 @@
+"""The Triton kernels on a GPU: right, and how near to the memory's speed, per format; beside torch on bf16 weights.
+
+What moves: the weights of the chosen experts, from the device's memory, which bounds few tokens. Every call takes other
+experts than the one before, so that caches do not help. Launches are recorded once and replayed as a CUDA graph: what
+starting a kernel from Python takes is a question of its own (section resident), not of the kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from gpu_section import MIB, Section, seconds
+
+from offmoe.runtime.arena import SlotArena
+from offmoe.runtime.backend import select_backend
+from offmoe.runtime.formats import ExpertLayout
+from offmoe.runtime.kernels.cpu import Glu
+from offmoe.runtime.kernels.device import DECODE_PAIRS, DeviceKernels, Pairs, available
+from offmoe.runtime.kernels.operands import GatedOperands, coded_operand, float_operand, packed_operand
+from offmoe.runtime.packing import INT8, MXFP4, PackedWeight, WeightFormat, int4, record_layout
+from offmoe.runtime.quantise import quantise
+from offmoe.runtime.quantized import ScaledFloat
+
+SHAPES = {"mixtral": (4096, 14336, 2), "qwen3": (2048, 768, 8)}
+"""Hidden and intermediate size, experts per token."""
+SMALL = (256, 384, 2)
+SLAB_BYTES = 4 * 10**9
+TOKENS = (1, 2, 4, 8, 16, 64, 512)
+ALLOWED = 5e-3
+"""Relative L2 against float32 with dequantised weights."""
+FP8 = ScaledFloat((128, 128))
+FORMATS: dict[str, WeightFormat | None] = {
+    "bf16": None,
+    "int8": INT8,
+    "int4_g64": int4(64),
+    "int4_g64_zeros": int4(64, zero_points=True),
+    "mxfp4": MXFP4,
+    "fp8": None,
+}
+
+
+class Form(NamedTuple):
+    layout: ExpertLayout
+    operands: GatedOperands
+
+
+def kernels(section: Section) -> None:
+    """Triton's kernels against float32, against the memory's bandwidth, and against torch."""
+    forms = {name: form(name, *SMALL[:2]) for name in FORMATS}
+    section.note(formats=list(forms), expert_bytes={name: f.operands.nbytes for name, f in forms.items()})
+    if not available():
+        section.skip("everything: Triton is not installed")
+        return
+    if not section.cuda:
+        section.skip("running them: needs a GPU; only their operands were made")
+        return
+    errors = {}
+    for name, small in forms.items():
+        errors[name] = {str(tokens): error(section, name, small, tokens) for tokens in (1, 40)}
+        section.note(errors=errors)
+        print(f"  {name:16s} relative error {errors[name]}")
+    bandwidth = bandwidth_gb_s(section)
+    section.note(memory_gb_s=round(bandwidth, 1), gemlite="not timed: its layers hold their own copy of an expert")
+    print(f"  memory {bandwidth:.0f} GB/s, read and written")
+    rows: list[dict[str, Any]] = []
+    for shape, (hidden, inner, top_k) in SHAPES.items():
+        for name in FORMATS:
+            if section.left() < 5:
+                section.skip(f"{name}, {shape}: out of time")
+                continue
+            rows.append({"shape": shape, "format": name} | timed(section, form(name, hidden, inner), top_k, bandwidth))
+            section.note(rows=rows)
+            print("  " + ", ".join(f"{key} {value}" for key, value in rows[-1].items()))
+    wrong = [name for name, found in errors.items() if max(found.values()) > ALLOWED]
+    assert not wrong, f"not within {ALLOWED} of float32: {', '.join(wrong)}"
+
+
+def form(name: str, hidden: int, inner: int) -> Form:
+    """How experts of a format and shape stand in slots."""
+    how = FORMATS[name]
+    shapes = {"gate_up": (2 * inner, hidden), "down": (hidden, inner)}
+    if how is not None:
+        layout = record_layout(shapes, how)
+        return Form(layout, GatedOperands.stacked(*(packed_operand(layout, part, how) for part in shapes)))
+    if name == "bf16":
+        layout = ExpertLayout.of({part: (torch.bfloat16, shape) for part, shape in shapes.items()})
+        return Form(layout, GatedOperands.stacked(*map(float_operand, layout.params)))
+    wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for part, (rows, cols) in shapes.items():
+        wanted[part + ".weight"] = torch.float8_e4m3fn, (rows, cols)
+        wanted[part + ".scale"] = torch.float32, (-(-rows // 128), -(-cols // 128))
+    layout = ExpertLayout.of(wanted)
+    params = {param.name: param for param in layout.params}
+    made = (coded_operand(FP8, {c: params[f"{part}.{c}"] for c in ("weight", "scale")}) for part in shapes)
+    return Form(layout, GatedOperands.stacked(*made))
+
+
+def fill(name: str, views: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """A random expert into a slot -> gate_up and down as float32."""
+    how, out = FORMATS[name], []
+    for part in ("gate_up", "down"):
+        if how is not None:
+            rows, cols = views[part].shape[0] * 16, views[part].shape[1] * how.word_values
+            if how.kind == "mxfp4":
+                words = torch.randint(-(2**31), 2**31 - 1, (rows, cols // 8), dtype=torch.int32)
+                weight = PackedWeight(how, words, torch.full((rows, cols // 32), 120, dtype=torch.uint8))
+            else:
+                weight = quantise(torch.randn(rows, cols) * 0.05, how)
+            for param, values in weight.tiled().params(part).items():
+                views[param].copy_(values)
+            out.append(weight.values())
+        elif name == "bf16":
+            out.append((torch.randn(views[part].shape) * 0.05).bfloat16().float())
+            views[part].copy_(out[-1])
+        else:
+            raw = {
+                "weight": (torch.randn(views[part + ".weight"].shape) * 60).to(torch.float8_e4m3fn),
+                "scale": torch.rand(views[part + ".scale"].shape) * 1e-3 + 2e-4,
+            }
+            for component, values in raw.items():
+                views[f"{part}.{component}"].copy_(values)
+            out.append(FP8.decode(raw, torch.float32))
+    return out
+
+
+def error(section: Section, name: str, small: Form, tokens: int) -> float:
+    """Relative L2 of two experts on bf16 inputs."""
+    arena = SlotArena(select_backend(section.device).allocate, [small.layout] * 2)
+    experts = [fill(name, arena.views(slot, small.layout)) for slot in (0, 1)]
+    made = DeviceKernels(small.operands, Glu(), arena.memory, arena.starts)
+    x = torch.randn(tokens, SMALL[0]).bfloat16()
+    order = None if tokens == 1 else torch.arange(tokens).repeat(2).to(section.device)
+    got = made.compute(Pairs([1, 0], [tokens, tokens], order), x.to(section.device)).float().cpu()
+    right = []
+    for gate_up, down in reversed(experts):
+        gate, up = (x.float() @ gate_up.T).chunk(2, dim=-1)
+        right.append(Glu()(gate, up) @ down.T)
+    return float((got - torch.cat(right)).norm() / torch.cat(right).norm())
+
+
+def bandwidth_gb_s(section: Section) -> float:
+    """What a copy within the device reads and writes."""
+    source = torch.ones(1024 * MIB, dtype=torch.uint8, device=section.device)
+    destination = torch.empty_like(source)
+    destination.copy_(source)
+    return 2 * source.nbytes / 1e9 / min(seconds(section, lambda: destination.copy_(source)) for _ in range(5))
+
+
+def timed(section: Section, form: Form, top_k: int, bandwidth: float) -> dict[str, Any]:
+    """Of every number of tokens: microseconds; of one, the share of the memory's speed, and torch on bf16 beside it."""
+    count = max(2 * top_k, min(64, SLAB_BYTES // form.layout.nbytes)) // top_k * top_k
+    arena = SlotArena(select_backend(section.device).allocate, [form.layout] * count)
+    arena.memory.random_(0, 120)  # no format has anything but finite numbers in such bytes
+    recorded: list[tuple[Any, ...]] = []
+    made = DeviceKernels(form.operands, Glu(), arena.memory, arena.starts, launch=lambda *given: recorded.append(given))
+    hidden, out = form.operands.hidden, {}
+    for tokens in TOKENS:
+        ways = [made.by_pair] if tokens * top_k <= 8 * DECODE_PAIRS else []
+        for compute in ways if tokens == 1 else [*ways, made.by_group]:
+            recorded.clear()
+            x = torch.randn(tokens, hidden, dtype=torch.bfloat16, device=section.device)
+            order = torch.arange(tokens * top_k, device=section.device)
+            for first in range(0, count, top_k):
+                compute(Pairs(range(first, first + top_k), [tokens] * top_k, order, top_k), x)
+            calls = count // top_k
+            us = graph_s(section, lambda: start(recorded)) / calls * 1e6
+            out[f"{compute.__name__}_{tokens}_us"] = round(us, 1)
+            if tokens == 1:
+                out["share_of_memory"] = round(top_k * form.operands.nbytes / us / 1e3 / bandwidth, 3)
+    inner = form.operands.inner
+    weights = torch.randn(2, 3 * inner * hidden, dtype=torch.bfloat16, device=section.device).unbind()
+    x = torch.randn(1, hidden, dtype=torch.bfloat16, device=section.device)
+
+    def by_torch() -> None:
+        for weight in weights:
+            gate_up, down = weight.split([2 * inner * hidden, inner * hidden])
+            gate, up = torch.nn.functional.linear(x, gate_up.view(2 * inner, hidden)).chunk(2, dim=-1)
+            torch.nn.functional.linear(Glu()(gate, up), down.view(hidden, inner))
+
+    out["torch_bf16_1_us"] = round(graph_s(section, by_torch) / 2 * top_k * 1e6, 1)
+    return out
+
+
+def start(recorded: list[tuple[Any, ...]]) -> None:
+    for kernel, grid, given, sizes in recorded:
+        kernel[grid](*given, **sizes)
+
+
+def graph_s(section: Section, work: Callable[[], object]) -> float:
+    """Seconds of `work` without what starting its kernels takes; best of some rounds."""
+    work()  # compiles
+    section.wait()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    graph.replay()
+    return min(seconds(section, graph.replay) for _ in range(5))
