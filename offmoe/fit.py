@@ -1,6 +1,7 @@
 """What goes where, and how misses are met: options and a model's needs against what the machine has.
 
-Nothing moves and nothing is loaded. Must never leave an "auto" behind but for prefetch, where it is a policy."""
+Nothing moves and nothing is loaded. Must never leave an "auto" behind but for prefetch and on_miss, where it is a
+policy that goes on deciding."""
 
 from __future__ import annotations
 
