@@ -202,8 +202,8 @@ class OffloadConfig:
     profile: str | os.PathLike[str] | Profile | None = None
     half_life: float | None = None
     popularity: tuple[tuple[float, ...], ...] | None = None
-    host_slots: int | tuple[int, ...] = 0
-    """Of what host_memory gives; worked out, not asked for."""
+    host_slots: int | tuple[int, ...] | None = None
+    """At most so many of what host_memory gives; after loading, how many there are. A profile may say it."""
     miss_costs: MissCosts | None = None
     """Of a profile, or assumed; worked out, not asked for."""
 
@@ -250,6 +250,10 @@ class OffloadConfig:
         """Whether results may differ from stock's by the order of sums; "auto": once experts are quantised."""
         return self.exactness == "numeric" or (self.exactness == "auto" and self.experts != "native")
 
+    def most_in_ram(self, shape: CacheShape) -> tuple[int, ...]:
+        """Experts of each MoE layer that may have a slot in RAM."""
+        return shape.experts if self.host_slots is None else self._cache(1).host_quotas(shape)
+
     def cache(self) -> CacheOptions:
         """The part that decisions depend on; slots_per_layer must be resolved."""
         assert self.slots_per_layer is not None
@@ -261,7 +265,7 @@ class OffloadConfig:
             "scope": self.scope,
             "slots_per_layer": slots,
             "prefetch": self.prefetch,
-            "host_slots": self.host_slots,
+            "host_slots": 0 if self.host_slots is None else self.host_slots,
             "on_miss": self.on_miss,
             "miss_costs": self.miss_costs,
         }

@@ -1,10 +1,11 @@
 """A checkpoint with its experts as int4 or int8, written once: what `offmoe pack` does.
 
-What moves: every tensor of the checkpoint, once, disk to disk; experts through the quantiser, one matrix at a time, so
-memory is bounded by one matrix. Bound by the quantiser (11 MB/s of bf16 for int4, 26 for int8 on one busy core), and
-by the disk for what is copied. Shards get their names when they are on the disk and were read back; a manifest says
-which are finished, so that an interrupted run goes on where it was. Index and config.json come last: without a config
-nobody takes the folder for a model.
+What moves: every tensor of the checkpoint, once, disk to disk; experts through the quantiser, one matrix at a time. A
+few shards are made at once, so that one is read while another is quantised and a third is written, synced or read
+back; memory is bounded by one matrix of each. Bound by the quantiser (some 300 MB/s of bf16 per core for int4), or by
+the disk where there are many cores (tools/bench/pack.py says by which). Shards get their names when they are on the
+disk and were read back; a manifest says which are finished, so that an interrupted run goes on where it was. Index and
+config.json come last: without a config nobody takes the folder for a model.
 
 What it must never do: write into another model's folder, take shards of another source for its own, or say less about
 what quantising lost than it knows: every matrix is decoded as it will be and compared with the original.
@@ -18,11 +19,13 @@ import json
 import logging
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -32,20 +35,25 @@ from offmoe.hf.catalog import build_catalog
 from offmoe.hf.estimate import quantisation_method
 from offmoe.hf.hub import locate
 from offmoe.hf.load import CONFIG_FILE, build_meta, model_class, read_config, require_index
-from offmoe.hf.packed import Item, Loss, NewShard, check_loads, compare, encode, plan_shards, quantization_config
+from offmoe.hf.packed import Item, NewShard, check_loads, encode, plan_shards, quantization_config, raw_parts
 from offmoe.hf.save import MODEL_FILES
 from offmoe.runtime.checkpoint import INDEX_FILE, Checkpoint
 from offmoe.runtime.formats import Segment
+from offmoe.runtime.loss import Loss
 from offmoe.runtime.packing import INT8, WeightFormat, int4
-from offmoe.runtime.quantise import quantise
-from offmoe.runtime.shards import digest_of, octets, read_chunks, write_file
+from offmoe.runtime.quantise import Quantiser, quantiser
+from offmoe.runtime.shards import digest_of, fill, octets, read_chunks, write_file
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 MANIFEST = "offmoe-pack.json"
 VERSION = 1
-SHARD_BYTES = 1 << 30
-"""Tensors of a shard: what an interrupted run does again at most."""
+SHARD_BYTES = 1 << 29
+"""Tensors of a shard; an interrupted run does AT_ONCE of them again at most."""
+AT_ONCE = 3
+"""Shards that are made at the same time."""
 DEFAULT_GROUP = 64
 
 
@@ -89,9 +97,10 @@ def pack(
 ) -> Packed:
     """Write `model` with quantised experts to the folder `out`, which `from_pretrained` then loads.
 
-    progress(done, total): bytes of the source. Raises UnsupportedModelError (quantised already, experts not stored one
-    by one, other multiples), ConfigError (`out` holds something else), CapacityError (the disk is too small or full),
-    CheckpointError (NaN or infinity) or TransferError (the disk failed); what is finished is kept for the next run.
+    progress(done, total): bytes of the source; called from threads, one at a time. Raises UnsupportedModelError
+    (quantised already, experts not stored one by one, other multiples), ConfigError (`out` holds something else),
+    CapacityError (the disk is too small or full, or no memory for a matrix), CheckpointError (NaN or infinity) or
+    TransferError (the disk failed); what is finished is kept for the next run.
     """
     started = time.perf_counter()
     source = locate(model, **hub)
@@ -187,7 +196,7 @@ class _Manifest:
     def write(self) -> None:
         shards = {
             file: {"digest": shard.digest, "layers": {str(n): astuple(loss) for n, loss in shard.losses.items()}}
-            for file, shard in self.shards.items()
+            for file, shard in sorted(self.shards.items())
         }
         write_file(self.path, [json.dumps({**self.plan, "shards": shards}, indent=1).encode()])
 
@@ -202,6 +211,8 @@ class _Job:
     layers: tuple[str, ...]
     progress: Callable[[int, int], object]
     done: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _stop: threading.Event = field(default_factory=threading.Event)
 
     @property
     def bytes_in(self) -> int:
@@ -230,44 +241,73 @@ class _Job:
             )
 
     def write(self, manifest: _Manifest, kept: frozenset[str]) -> None:
-        for shard in self.shards:
-            if shard.file in kept:
-                continue
-            losses: dict[int, Loss] = {}
-            digest = write_file(self.folder / shard.file, self._pieces(shard, losses))
+        todo = [shard for shard in self.shards if shard.file not in kept]
+        # The pool is left first, and waits for its threads, which stop at their next piece.
+        with quantiser() as quantise, ThreadPoolExecutor(AT_ONCE, "offmoe-pack") as pool:
+            made = [pool.submit(self._write_one, shard, manifest, quantise) for shard in todo]
+            try:
+                for future in as_completed(made):
+                    future.result()
+            except BaseException:
+                self._stop.set()
+                for future in made:
+                    future.cancel()
+                raise
+
+    def _write_one(self, shard: NewShard, manifest: _Manifest, quantise: Quantiser) -> None:
+        losses: dict[int, Loss] = {}
+        digest = write_file(self.folder / shard.file, self._pieces(shard, losses, quantise))
+        with self._lock:
             manifest.shards[shard.file] = _Finished(digest, losses)
             manifest.write()
             logger.info("%s: written, %d of %d", self.folder / shard.file, len(manifest.shards), len(self.shards))
 
-    def _pieces(self, shard: NewShard, losses: dict[int, Loss]) -> Iterator[bytes | memoryview]:
+    def _pieces(self, shard: NewShard, losses: dict[int, Loss], quantise: Quantiser) -> Iterator[bytes | memoryview]:
         yield shard.head
+        space = _space(max((item.source for item in shard.items if item.how), key=lambda s: s.nbytes, default=None))
         for item in shard.items:
-            path = self.checkpoint.shards[item.source.shard]
-            chunks = read_chunks(path, item.source.offset, item.source.nbytes)
+            path, source = self.checkpoint.shards[item.source.shard], item.source
             if item.how is None or item.layer is None:
-                yield from chunks
+                yield from self._until_stopped(read_chunks(path, source.offset, source.nbytes))
             else:
-                weight = _typed(chunks, item.source)
-                packed = quantise(weight, item.how, f"{path}: {item.source.name}")
-                tensors = encode(packed)
-                losses[item.layer] = losses.get(item.layer, Loss()) + compare(weight, packed, item, tensors)
+                data = space[: source.nbytes]
+                for _ in self._until_stopped(fill(path, source.offset, octets(data))):
+                    pass
+                weight = data.view(source.dtype).view(source.shape)
+                tensors = encode(quantise(weight, item.how, f"{path}: {source.name}"))
+                loss = quantise.loss(weight, item.how, raw_parts(item, tensors))
+                losses[item.layer] = losses.get(item.layer, Loss()) + loss
                 yield from map(octets, tensors)
             self._advance((item,))
         self.checkpoint.check_unchanged()
 
+    def _until_stopped(self, steps: Iterator[T]) -> Iterator[T]:
+        for step in steps:
+            if self._stop.is_set():
+                raise _Stopped
+            yield step
+
     def _advance(self, items: tuple[Item, ...]) -> None:
-        self.done += sum(item.source.nbytes for item in items)
-        self.progress(self.done, self.bytes_in)
+        with self._lock:
+            self.done += sum(item.source.nbytes for item in items)
+            self.progress(self.done, self.bytes_in)
 
 
-def _typed(chunks: Iterator[bytes], source: Segment) -> torch.Tensor:
-    """A tensor in memory of its own, from its bytes."""
-    data = torch.empty(source.nbytes, dtype=torch.uint8)
-    done = 0
-    for chunk in chunks:
-        data.numpy()[done : done + len(chunk)] = memoryview(chunk)
-        done += len(chunk)
-    return data.view(source.dtype).view(source.shape)
+class _Stopped(Exception):
+    """Another shard failed, or the user stopped: this one is given up."""
+
+
+def _space(largest: Segment | None) -> torch.Tensor:
+    """Memory for one matrix after the other of a shard, uint8. CapacityError if there is none."""
+    if largest is None:
+        return torch.empty(0, dtype=torch.uint8)
+    try:
+        return torch.empty(largest.nbytes, dtype=torch.uint8)
+    except RuntimeError as error:  # what torch's allocator raises
+        raise CapacityError(
+            f"{largest.name}: no memory for its {format_size(largest.nbytes)}; end other programs and do it again, "
+            "finished shards are kept"
+        ) from error
 
 
 def _refuse_place(folder: Path, source: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from offmoe.errors import ConfigError
 
-CACHE_OPTIONS = ("eviction", "scope", "slots_per_layer", "prefetch", "half_life", "popularity", "on_miss")
+CACHE_OPTIONS = ("eviction", "scope", "slots_per_layer", "prefetch", "half_life", "popularity", "host_slots", "on_miss")
 PARTS = ("cache", "costs", "expected")
 
 DEFAULT_HANDOFF_US = 50.0

@@ -87,14 +87,18 @@ def search(
     scopes: Sequence[str] | None = None,
     prefetches: Sequence[int | str] | None = None,
     on_misses: Sequence[str] | None = None,
+    host_sizes: Sequence[int] | None = None,
 ) -> Found:
     """Replay what is worth it. sizes: slots per layer to sweep. slots: the capacity to choose for; None: the knee.
 
     scopes, prefetches, on_misses: what to cross with every policy and size; None: scope "layer", no prefetch and a slot
-    for every miss everywhere, the rest in the second round. Raises ConfigError for what the trace cannot answer."""
+    for every miss everywhere, the rest in the second round. host_sizes: slots per layer in RAM behind the device's; the
+    most everywhere, fewer in the second round; None: those of the recorded run, and half of them. ConfigError for what
+    the trace cannot answer."""
     if trace.predicted is None and any(prefetch != 0 for prefetch in prefetches or ()):
         raise ConfigError("--prefetch: the trace holds no predictions; record one with 'offmoe generate --prefetch N'.")
     sizes = sorted({*sizes, *([slots] if slots else [])})
+    in_ram, fewer = _host_sizes(trace, host_sizes)
     candidates = grid(
         trace,
         sizes,
@@ -103,6 +107,7 @@ def search(
         prefetches or (0,),
         on_misses or ("fetch",),
         settings.test_requests,
+        in_ram,
     )
     outcomes, bounds = sweep(candidates, [CacheOptions(slots_per_layer=n) for n in sizes])
     if slots is None:
@@ -112,7 +117,7 @@ def search(
             best[options.slots_per_layer] = max(best.get(options.slots_per_layer, 0.0), outcome.train.stats.hit_rate)
         slots = knee(best)
     here = rank(outcome for outcome in outcomes if outcome.options.slots_per_layer == slots)
-    refined = _refinements(trace, outcomes, here, slots, scopes is None, prefetches is None, on_misses is None)
+    refined = _refinements(trace, outcomes, here, slots, scopes is None, prefetches is None, on_misses is None, fewer)
     second, _ = sweep(refined, [])
     return Found(trace, settings, outcomes, bounds, slots, rank([*here, *second]))
 
@@ -125,6 +130,7 @@ def _refinements(
     scopes: bool,
     prefetches: bool,
     on_misses: bool,
+    host_sizes: Sequence[int],
 ) -> list[CacheOptions]:
     """What the best policies have not been tried with at the chosen capacity."""
     refined = []
@@ -138,11 +144,22 @@ def _refinements(
             refined += [replace(base, prefetch=n) for n in ahead]
         if on_misses:
             refined += [replace(base, on_miss="cpu"), replace(base, on_miss="auto")]
+        refined += [replace(base, host_slots=n) for n in host_sizes]
         if len(curve) > 1:
             fitted = fit_quotas(curve, slots, trace.shape)
             if len(set(fitted)) > 1:
                 refined.append(replace(base, scope="layer", prefetch=0, on_miss="fetch", slots_per_layer=fitted))
     return refined
+
+
+def _host_sizes(trace: Trace, sizes: Sequence[int] | None) -> tuple[int | tuple[int, ...], tuple[int, ...]]:
+    """Slots per layer in RAM to try everything with, and fewer to try the best with."""
+    if sizes is not None:
+        in_order = sorted({*sizes}, reverse=True)
+        return in_order[0], tuple(in_order[1:])
+    own = 0 if trace.options is None else trace.options.host_slots
+    half = (own if isinstance(own, int) else max(own)) // 2
+    return own, (half, 0) if half else ()
 
 
 def _equal_quotas(outcomes: Sequence[Outcome], eviction: str) -> dict[int, Outcome]:

@@ -44,6 +44,10 @@ class Part:
         return self.stats.h2d_bytes / self.tokens if self.tokens else 0.0
 
     @property
+    def disk_bytes_per_token(self) -> float:
+        return self.stats.disk_bytes / self.tokens if self.tokens else 0.0
+
+    @property
     def tokens_per_s(self) -> float | None:
         """Of decoding, where there is any; None without costs."""
         if self.single_seconds:
@@ -140,7 +144,7 @@ def evaluate(recording: Recording, options: CacheOptions, settings: Settings) ->
 
 def bound(recording: Recording, options: CacheOptions, settings: Settings) -> Bounds:
     """The bounds at the capacity and scope of `options`."""
-    lru = replace(options, eviction="lru", prefetch=0, popularity=None, on_miss="fetch")
+    lru = replace(options, eviction="lru", prefetch=0, popularity=None, on_miss="fetch", host_slots=0)
     parts = recording.by_request() if settings.clear_between_requests else [recording]
     demands = [sum(len(access.demands) for access in part.accesses()) for part in parts]
     total = sum(demands) or 1
@@ -193,12 +197,21 @@ def grid(
     prefetches: Sequence[int | str] = (0,),
     on_misses: Sequence[str] = ("fetch",),
     test_requests: frozenset[int] = frozenset(),
+    host_slots: int | tuple[int, ...] = 0,
 ) -> list[CacheOptions]:
-    """All combinations; the popularity of "static" is counted on the requests that are not tested on."""
+    """All combinations, each with these slots in RAM; the popularity of "static" is counted on the requests that are
+    not tested on.
+    """
     popular = popularity(trace, test_requests) if "static" in evictions else None
     return [
         CacheOptions(
-            eviction, scope, n, prefetch, popularity=popular if eviction == "static" else None, on_miss=on_miss
+            eviction,
+            scope,
+            n,
+            prefetch,
+            popularity=popular if eviction == "static" else None,
+            host_slots=host_slots,
+            on_miss=on_miss,
         )
         for n in slots
         for eviction in evictions
@@ -292,14 +305,14 @@ def gap_closed(rate: float, lru: float, best: float) -> float | None:
 
 
 def rank(outcomes: Iterable[Outcome]) -> list[Outcome]:
-    """Best first, judged on the train part: tokens per second where there are costs, else the fewest bytes moved and
-    then the most hits. What is equal keeps its order.
+    """Best first, judged on the train part: tokens per second where there are costs, else the fewest bytes read from
+    disk, then the fewest moved, then the most hits. What is equal keeps its order.
     """
 
-    def worth(outcome: Outcome) -> tuple[float, float]:
-        speed = outcome.train.tokens_per_s
-        if speed is not None:
-            return -speed, 0.0
-        return outcome.train.bytes_per_token, -outcome.train.stats.hit_rate
+    def worth(outcome: Outcome) -> tuple[float, ...]:
+        train = outcome.train
+        if train.tokens_per_s is not None:
+            return (-train.tokens_per_s,)
+        return train.disk_bytes_per_token, train.bytes_per_token, -train.stats.hit_rate
 
     return sorted(outcomes, key=worth)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
+import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -39,8 +42,8 @@ def model(request, folder, monkeypatch):
     assert not getattr(backend, "pinned", None)
 
 
-def generate(model):
-    return model.generate(input_ids=tiny.prompt(), max_new_tokens=10, min_new_tokens=10, do_sample=False)
+def generate(model, tokens=10):
+    return model.generate(input_ids=tiny.prompt(), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
 
 
 class Faulty:
@@ -106,6 +109,45 @@ def test_a_typed_error_or_the_right_tokens(model, fault, nth):
     store._read_at = right
     executor._planner.check()
     assert torch.equal(generate(model), want), "and again as if nothing had been"
+
+
+@pytest.fixture
+def interrupts():
+    """SIGINT raises KeyboardInterrupt, also where the tests run in the background, which hands down "ignored"."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("points", [10, pytest.param(200, marks=pytest.mark.slow)])
+def test_ctrl_c_at_random_points(model, points, interrupts):
+    """A real signal while experts are planned, fetched and computed: the next run is right, and all slots are there.
+
+    Raising from a trace function instead would also hit between a `with` and its lock's release, where no signal can.
+    """
+    executor = model.offload._executor
+    want = generate(model, tokens=3)
+    executor.forget()
+    began = time.perf_counter()
+    generate(model, tokens=3)
+    takes = time.perf_counter() - began
+    chance, struck, thread = random.Random(points), 0, threading.get_ident()
+    for _ in range(points):
+        executor.forget()
+        timer = threading.Timer(chance.random() * takes, signal.pthread_kill, (thread, signal.SIGINT))
+        done = False
+        try:
+            timer.start()
+            assert torch.equal(generate(model, tokens=3), want)
+            done = True
+            timer.join(20)
+            time.sleep(0)  # Python runs handlers between its own instructions
+        except KeyboardInterrupt:
+            struck += not done
+        timer.join(20)
+        executor._planner.check()
+        assert torch.equal(generate(model, tokens=3), want)
+    assert struck >= points // 4, "most of them in the middle"
 
 
 def test_closing_while_prefetches_are_read(model):

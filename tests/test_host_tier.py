@@ -87,6 +87,15 @@ def test_auto_takes_what_there_is_and_no_more(folder, device):
     assert whole.host.slots_per_layer == (0, 0, 7), "a layer that is whole on the device needs no RAM"
 
 
+def test_a_profile_may_ask_for_less(folder, device, tmp_path):
+    device.ram = 100 * reads_of(folder)
+    profile = tmp_path / "tuned.json"
+    Profile({"slots_per_layer": 3, "host_slots": [2, 0, 9]}).write(profile)
+    plan = offmoe.api.inspect(folder, offmoe.OffloadConfig(profile=profile)).plan
+    assert plan.host.slots_per_layer == (2, 0, 8)
+    assert offmoe.api.inspect(folder, offmoe.OffloadConfig(slots_per_layer=3)).plan.host.slots_per_layer == (8, 8, 8)
+
+
 def test_too_little_ram_is_refused_with_the_numbers(folder, device):
     with pytest.raises(CapacityError, match=rf"\({5 * reads_of(folder)} bytes\), the smallest host_memory that works"):
         offmoe.from_pretrained(folder, slots_per_layer=3, host_memory=1000)

@@ -48,6 +48,7 @@ FLOORS = {
     "offmoe.offload": "3",
     "offmoe.fit": "3",
     "offmoe.pack": "3",
+    "offmoe.perplexity": "3",
     "offmoe.api": "4",
     "offmoe.bench": "4",
     "offmoe.calibration": "4",

@@ -6,7 +6,10 @@ import itertools
 import json
 import re
 import shutil
+import threading
+import time
 from collections import namedtuple
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -335,6 +338,51 @@ def test_a_disk_that_is_too_small_is_refused_with_numbers(tmp_path: Path, monkey
     refused(CapacityError, r"KiB are to be written, and .* KiB are free", source, out)
     monkeypatch.setattr(packing.shutil, "disk_usage", lambda path: usage(needed - kept))
     assert pack(source, out, INT4, shard_bytes=SHARD_BYTES).kept
+
+
+def test_memory_that_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = save(tmp_path / "source"), tmp_path / "out"
+    matrix, empty = 2 * 64 * 64, torch.empty
+
+    def full(*shape: object, **options: object) -> torch.Tensor:
+        if shape == (matrix,):
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+        return empty(*shape, **options)
+
+    monkeypatch.setattr(packing.torch, "empty", full)
+    refused(
+        CapacityError,
+        r"w\d.weight: no memory for its 8.0 KiB; end other programs.*finished shards are kept",
+        source,
+        out,
+    )
+    monkeypatch.undo()
+    assert pack(source, out, INT4, shard_bytes=SHARD_BYTES).kept
+
+
+def test_shards_are_made_at_the_same_time_and_all_are_given_up_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first two wait for each other inside `write_file`; then one fails, and the other leaves nothing."""
+    source, out = save(tmp_path / "source"), tmp_path / "out"
+    both, write = threading.Barrier(2, timeout=60), packing.write_file
+
+    def meet(path: Path, pieces: Iterator[bytes]) -> str:
+        if path.suffix != ".safetensors":
+            return write(path, pieces)
+        if both.wait() == 0:
+            raise OSError("this one's disk is gone")
+        list(pieces)
+        raise AssertionError("it went on though the other had failed")
+
+    def halt(done: int, total: int) -> None:
+        time.sleep(0.005)  # the failure has time to be noticed before the last piece
+
+    monkeypatch.setattr(packing, "write_file", meet)
+    with pytest.raises(OSError, match="disk is gone"):
+        pack(source, out, INT4, shard_bytes=200_000, progress=halt)
+    assert [path.name for path in out.iterdir()] == [MANIFEST]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("offmoe-pack")]
 
 
 def test_a_source_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:

@@ -287,6 +287,23 @@ def test_search_tries_everything_at_one_capacity():
     json.dumps(found.best.options.to_dict())
 
 
+@pytest.mark.parametrize(("recorded", "asked", "tried"), [(4, None, {4, 2, 0}), (0, None, {0}), (0, [0, 3], {3, 0})])
+def test_search_tries_less_ram_with_the_best(recorded, asked, tried):
+    trace = random_trace()
+    trace = replace(trace, options=CacheOptions(slots_per_layer=3, host_slots=recorded))
+    found = search(trace, Settings(), lambda c, b: sweep(trace, c, b), [2, 3], slots=3, host_sizes=asked)
+    assert {outcome.options.host_slots for outcome in found.ranked} == tried
+    assert found.best.options.host_slots == max(tried), "without costs, RAM is free and saves reads"
+    by_ram = {
+        o.options.host_slots: o.whole
+        for o in reversed(found.ranked)
+        if o.options == replace(found.best.options, host_slots=o.options.host_slots)
+    }
+    read = [by_ram[n].disk_bytes_per_token for n in sorted(by_ram)]
+    assert read == sorted(read, reverse=True)
+    assert len({part.bytes_per_token for part in by_ram.values()}) == 1, "what the device gets does not depend on RAM"
+
+
 def test_search_says_what_it_cannot_answer():
     trace = random_trace()
     with pytest.raises(ConfigError, match="no predictions"):

@@ -9,7 +9,6 @@ Must never leave a process or a cgroup behind.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -38,7 +37,7 @@ class Opponent:
     def __init__(self, name: str, task: Task, cap: int | None = None):
         self.name, self.task, self.cap = name, task, cap
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the process
-        self._cgroup = None if cap is None else MemoryCap.create(cap, f"offmoe-{os.getpid()}-{name}")
+        self._cgroup = None if cap is None else MemoryCap.create(cap, name)
         command = [sys.executable, "-c", START, str(Path(offmoe.__file__).parents[1])]
         try:
             self._process = subprocess.Popen(
@@ -52,6 +51,7 @@ class Opponent:
                 self._cgroup.add(self._process.pid)
             self._ask(to_line("task", task), "ready")
         except BaseException:
+            self._process.kill()  # it may be loading for minutes before it looks at its input again
             self.close()
             raise
 

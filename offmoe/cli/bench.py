@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from offmoe.bench.scratch import ended_by_sigterm, scratch_folder
 from offmoe.cli import options, prompts
 from offmoe.cli.output import Output, percent
 from offmoe.config import OffloadConfig, format_size, parse_size
@@ -103,7 +104,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
     found = _inspect(args, config, cap, hub)
     passes = _passes(args, found, out)
     hide_bars()
-    with ExitStack() as stack:
+    with ended_by_sigterm(), ExitStack() as stack:
         stack.callback(found.release)
         results = _measure(args, found, cap, passes, out, stack)
     out.result(_table(results), *_words(args, results))
@@ -178,7 +179,7 @@ def _measure(
         other = replace(task, options={**task.options, "prefetch": 0})
         opponents.append(stack.enter_context(duel.Opponent(NO_PREFETCH, other, cap)))
     elif stock_of is not None:
-        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="offmoe-bench-", dir=scratch_in))
+        scratch = str(stack.enter_context(scratch_folder("offmoe-bench-", scratch_in)))
         out.note("loading the model with accelerate's offload, which may write the experts once more")
         stock = replace(task, runtime=tasks.ACCELERATE, model=str(stock_of.source.folder), options={}, scratch=scratch)
         opponents.append(stack.enter_context(duel.Opponent(ACCELERATE, stock, cap)))

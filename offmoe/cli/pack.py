@@ -1,21 +1,27 @@
 """`offmoe pack MODEL OUT`: the model with int4 or int8 experts as a folder that loads like any other, made once.
 
-Bound by the quantiser, else by the disk. Can be interrupted and goes on with the same command.
+Bound by the quantiser, else by the disk; with --perplexity then by computing. Can be interrupted and goes on with the
+same command.
 """
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from offmoe.cli import options
 from offmoe.cli.output import Output
 from offmoe.config import format_size
+from offmoe.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from torch import Tensor
 
+    from offmoe.offload import Offload
     from offmoe.pack import Packed
+    from offmoe.perplexity import Score
 
 
 def parser() -> options.Parser:
@@ -32,6 +38,9 @@ def parser() -> options.Parser:
         "--group", type=options.positive, metavar="N", help="int4: weights per scale, 32, 64 (default) or 128"
     )
     parser.add_argument("--zero-points", action="store_true", help="int4: a zero point beside every scale")
+    parser.add_argument(
+        "--perplexity", metavar="FILE", help="of the model before and after, on this text (UTF-8); loads both in turn"
+    )
     group = parser.add_argument_group("Hugging Face Hub")
     group.add_argument("--revision", metavar="NAME", help="branch, tag or commit")
     group.add_argument("--local-files-only", action="store_true", help="never use the network")
@@ -44,12 +53,22 @@ def run(args: argparse.Namespace, out: Output) -> None:
 
     how = weight_format(args.experts, args.group, args.zero_points)
     quiet(args.verbose, args.json)
+    ids = None if args.perplexity is None else _windows(args)
     with out.transfer("packing") as progress:
         done = pack(args.model, args.output, how, progress=progress, **options.hub_options(args))
     out.result(_table(done, str(how)))
     if done.kept:
         out.note(f"finished by an earlier run: {done.kept} of {done.shards} shards")
     out.note(f"next: offmoe generate {args.output} PROMPT")
+    scored = {}
+    if ids is not None:
+        before, after = (_score(which, ids, args, out) for which in (args.model, args.output))
+        change = 100 * (after.perplexity / before.perplexity - 1)
+        out.result(
+            f"perplexity on {args.perplexity}, {before.tokens:,} tokens: {before.perplexity:.4f} before, "
+            f"{after.perplexity:.4f} after ({change:+.2f} %)"
+        )
+        scored["perplexity"] = {"before": before.perplexity, "after": after.perplexity, "tokens": before.tokens}
     out.json(
         {
             "bytes_in": done.bytes_in,
@@ -65,8 +84,35 @@ def run(args: argparse.Namespace, out: Output) -> None:
                 }
                 for name, loss in done.layers.items()
             ],
+            **scored,
         }
     )
+
+
+def _windows(args: argparse.Namespace) -> Tensor:
+    """The text in windows, before anything is packed. ConfigError for a file that is none, or holds too little."""
+    from offmoe.cli import prompts
+    from offmoe.hf.hub import locate
+    from offmoe.perplexity import windows
+
+    try:
+        text = Path(args.perplexity).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--perplexity {args.perplexity}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ConfigError(f"--perplexity {args.perplexity}: not text in UTF-8 ({error})") from error
+    tokenizer = prompts.load_tokenizer(locate(args.model, **options.hub_options(args)).folder)
+    return windows(tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0])
+
+
+def _score(model: str, ids: Tensor, args: argparse.Namespace, out: Output) -> Score:
+    from offmoe.api import from_pretrained
+    from offmoe.perplexity import scores
+
+    hub = options.hub_options(args) if model == args.model else {}
+    loaded = from_pretrained(model, **hub)
+    with cast("Offload", loaded.offload), out.transfer(f"scoring {model}") as progress:
+        return scores({model: loaded}, ids, progress=progress)[model]
 
 
 def _table(done: Packed, how: str) -> Table:

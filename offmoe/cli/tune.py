@@ -54,6 +54,12 @@ def parser() -> options.Parser:
     group.add_argument("--slots-per-layer", type=options.positive, metavar="N", help="choose among caches of this size")
     group.add_argument("--budget", metavar="SIZE", help="the same in bytes of experts on the device: 8GiB")
     group.add_argument("--capacities", type=_numbers, metavar="N,N", help="slots per layer to sweep")
+    group.add_argument(
+        "--host-slots",
+        type=_numbers_or_0,
+        metavar="N,N",
+        help="slots per layer in RAM between disk and device (default: as recorded, and half)",
+    )
     group = parser.add_argument_group("what to try")
     group.add_argument("--eviction", type=_words, metavar="A,B", help=f"of: {', '.join(EVICTIONS)} (default: all)")
     group.add_argument("--scope", type=_words, metavar="A,B", help=f"of: {', '.join(SCOPES)} (default: both)")
@@ -97,7 +103,8 @@ def run(args: argparse.Namespace, out: Output) -> None:
         args.eviction or EVICTIONS,
         args.scope,
         args.prefetch,
-        args.on_miss,
+        on_misses=args.on_miss,
+        host_sizes=args.host_slots,
     )
     predictions = found.predictions()
     out.result(
@@ -149,12 +156,14 @@ def _facts(found: Found, outcome: Outcome) -> dict[str, object]:
         "slots_per_layer": plain(chosen.quotas(found.trace.shape)),
         "prefetch": chosen.prefetch,
         "on_miss": chosen.on_miss,
+        "host_slots": plain(chosen.host_quotas(found.trace.shape)),
         "hit_rate": whole.stats.hit_rate,
         "train_hit_rate": outcome.train.stats.hit_rate,
         "test_hit_rate": outcome.judged.stats.hit_rate,
         "gap_closed": found.gap(outcome),
         "misses_per_token": whole.misses_per_token,
         "bytes_per_token": whole.bytes_per_token,
+        "disk_bytes_per_token": whole.disk_bytes_per_token,
         "stall_s": whole.stats.stall_s if found.settings.costs else None,
         "tokens_per_s": whole.tokens_per_s,
         "test_tokens_per_s": outcome.judged.tokens_per_s,
@@ -221,7 +230,8 @@ def _ranked_table(found: Found) -> Table:
     from rich.table import Table
 
     priced = found.settings.costs is not None
-    judged = "tokens per second" if priced else "bytes moved"
+    in_ram = any(any(outcome.options.host_quotas(found.trace.shape)) for outcome in found.ranked)
+    judged = "tokens per second" if priced else "bytes read" if in_ram else "bytes moved"
     unit, size = next(u for u in UNITS if found.best.whole.bytes_per_token >= u[1] or u[1] == 1)
     table = Table(
         title=f"at {found.slots} slots per layer, best first by {judged}",
@@ -229,9 +239,17 @@ def _ranked_table(found: Found) -> Table:
         box=None,  # twelve columns have to fit 80 characters
         pad_edge=False,
     )
-    for name in ("policy", "scope", "slots", "ahead", "miss"):
+    for name in ("policy", "scope", "slots", *(("RAM",) if in_ram else ()), "ahead", "miss"):
         table.add_column(name, no_wrap=True)
-    for name in ("hit %", "unseen", "gap %", "misses", unit, *(("tok/s", "stall %") if priced else ())):
+    for name in (
+        "hit %",
+        "unseen",
+        "gap %",
+        "misses",
+        unit,
+        *((f"{unit} read",) if in_ram else ()),
+        *(("tok/s", "stall %") if priced else ()),
+    ):
         table.add_column(name, justify="right", no_wrap=True)
     for outcome in found.ranked[:SHOWN]:
         whole, gap = outcome.whole, found.gap(outcome)
@@ -239,6 +257,7 @@ def _ranked_table(found: Found) -> Table:
             outcome.options.eviction,
             outcome.options.scope,
             span(outcome.options.quotas(found.trace.shape)),
+            *((span(outcome.options.host_quotas(found.trace.shape)),) if in_ram else ()),
             str(outcome.options.prefetch),
             outcome.options.on_miss,
             f"{100 * whole.stats.hit_rate:.1f}",
@@ -246,6 +265,7 @@ def _ranked_table(found: Found) -> Table:
             "-" if gap is None else f"{100 * gap:.0f}",
             f"{whole.misses_per_token:.2f}",
             f"{whole.bytes_per_token / size:.1f}",
+            *((f"{whole.disk_bytes_per_token / size:.1f}",) if in_ram else ()),
         ]
         if priced:
             row += [f"{whole.tokens_per_s or 0.0:.2f}", f"{100 * whole.stats.stall_s / (whole.seconds or 1.0):.0f}"]
@@ -312,6 +332,10 @@ def _cores() -> int:
 
 def _numbers(text: str) -> list[int]:
     return [options.positive(part) for part in text.split(",")]
+
+
+def _numbers_or_0(text: str) -> list[int]:
+    return [0 if part == "0" else options.positive(part) for part in text.split(",")]
 
 
 def _words(text: str) -> list[str]:

@@ -12,7 +12,6 @@ else.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +28,6 @@ from offmoe.hf.upstream import expert_names
 from offmoe.runtime.checkpoint import Checkpoint, TensorInfo
 from offmoe.runtime.formats import Part, Segment
 from offmoe.runtime.packing import PackedWeight, WeightFormat
-from offmoe.runtime.quantized import PackedInt
 from offmoe.runtime.shards import NewTensor, head_of
 
 if TYPE_CHECKING:
@@ -40,40 +38,6 @@ SCALE_DTYPES = {torch.float64: torch.float32}
 
 FLIPPED = {4: 0, 8: -0x7F7F7F80}
 """Xor of a word: codes at rest have 2**(bits - 1) added; ours of int4 have it already, of int8 not (0x80808080)."""
-
-
-COMPARED_VALUES = 1 << 18
-"""Values decoded and compared at once: they stay in a core's cache."""
-
-
-@dataclass(frozen=True)
-class Loss:
-    """What quantising changed, over `values` values: the largest |error|, sums of |error|, error^2 and value^2."""
-
-    max_error: float = 0.0
-    total_error: float = 0.0
-    total_squared: float = 0.0
-    total_square: float = 0.0
-    values: int = 0
-
-    def __add__(self, other: Loss) -> Loss:
-        return Loss(
-            max(self.max_error, other.max_error),
-            self.total_error + other.total_error,
-            self.total_squared + other.total_squared,
-            self.total_square + other.total_square,
-            self.values + other.values,
-        )
-
-    @property
-    def mean_error(self) -> float:
-        """Mean |error|."""
-        return self.total_error / max(1, self.values)
-
-    @property
-    def relative_error(self) -> float:
-        """Norm of the error over the norm of the weights."""
-        return math.sqrt(self.total_squared / self.total_square) if self.total_square else 0.0
 
 
 @dataclass(frozen=True)
@@ -242,31 +206,10 @@ def encode(packed: PackedWeight) -> list[torch.Tensor]:
     return out
 
 
-def codec(how: WeightFormat) -> PackedInt:
-    """What will read a weight of this format."""
-    return PackedInt(how.bits, how.group, symmetric=not how.zero_points)
-
-
-def compare(weight: torch.Tensor, packed: PackedWeight, item: Item, tensors: list[torch.Tensor]) -> Loss:
-    """What `tensors`, decoded as they will be, lose of weight [N, K]; they must be what the quantiser chose."""
-    assert item.how is not None
-    raw = {tensor.name.removeprefix(f"{item.name}_"): made for tensor, made in zip(item.tensors, tensors, strict=True)}
-    rows = max(16, COMPARED_VALUES // packed.cols // 16 * 16)
-    loss = Loss()
-    for start in range(0, packed.rows, rows):
-        stop = min(start + rows, packed.rows)
-        part = {"packed": raw["packed"][start:stop], "scale": raw["scale"][start:stop]}
-        if packed.zeros is not None:
-            per_word = item.how.word_values
-            part["zero"] = raw["zero_point"][start // per_word : stop // per_word]
-        decoded = codec(item.how).decode(part, torch.float32)
-        chosen = packed.row_range(start, stop).values()
-        assert torch.equal(decoded, chosen.to(item.how.scale_dtype).float()), item.name
-        block = weight[start:stop].float().view(-1)
-        error = decoded.view(-1).sub_(block).abs_()
-        largest, total = float(error.max()), float(error.sum())
-        loss += Loss(largest, total, float(error.dot(error)), float(block.dot(block)), block.numel())
-    return loss
+def raw_parts(item: Item, tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of `encode` by what the codec calls them."""
+    names = (tensor.name.removeprefix(f"{item.name}_") for tensor in item.tensors)
+    return {name.removesuffix("_point"): made for name, made in zip(names, tensors, strict=True)}
 
 
 def quantization_config(catalog: ExpertCatalog, meta: PreTrainedModel, how: WeightFormat) -> dict[str, object]:

@@ -7,88 +7,151 @@ will not be asked for until it is forgotten there: it is worth as much as the fi
 the farther it is from that. Of gpt-oss-20b's misses at 8 slots on the device and 8 in RAM, 52 % go to the disk; 82 % if
 RAM keeps the best whatever the device holds, 58 % without the distance, 30 % if the device could write back.
 
-Bound: the slots of one layer, looked through once per read from disk when all are taken. Must never see where bytes
-are, and never decide from anything but scores and what is resident (rule R1)."""
+Bound: O(log n) per read and per use, amortised, and asking the device's policy for its victim. Must never see where
+bytes are, and never decide from anything but scores and what is resident (rule R1)."""
 
 from __future__ import annotations
 
-from bisect import insort
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
+from heapq import heapify, heappop, heappush, heapreplace
 
 from offmoe.policy.eviction import NEVER, EvictionPolicy
-from offmoe.policy.residency import Residency
-from offmoe.types import Demand, Lookup
+from offmoe.policy.residency import EMPTY
 
 DISTANCE = 0.5
 """How much less a copy is worth for each point of score by which the device's is safe; flat between 0.2 and 1."""
+SLACK = 64
+"""Entries that a heap may have beyond four for each slot before those that say nothing any more are thrown out."""
 
 
 class HostTier:
-    """RAM slots of one layer."""
+    """RAM slots of one layer. It is told of every use of an expert, and of all that the device takes in and forgets.
 
-    def __init__(self, experts: int, slots: Sequence[int], device: Residency, policy: EvictionPolicy, first_key: int):
-        """device, policy: those of the pool that the layer's experts have slots in, as keys from `first_key`."""
-        self._order = _Worth(device, policy, first_key)
-        self._residency = Residency(experts, slots, self._order)
+    Two heaps order the copies: those that the device does not hold, the least score first, which are put right when
+    they come to the top, as a score only rises; and those that it holds, the highest score first, where every use is a
+    new entry.
+    """
 
-    def place(self, expert: int) -> tuple[int | None, bool]:
-        """Of an expert that the device has just given a slot: its slot in RAM, and whether it must be read from disk
-        first. (None, True): it is read past RAM, because every copy there is worth more than its own.
+    def __init__(self, experts: int, slots: Sequence[int], policy: EvictionPolicy, first_key: int):
+        """policy: of the pool that the layer's experts have slots in, as keys from `first_key`."""
+        self._policy, self._first = policy, first_key
+        self._slots = tuple(slots)
+        self._slot_of = [EMPTY] * experts
+        self._free = list(reversed(slots))  # lowest slot first
+        self._on_device = bytearray(experts)
+        self._away: list[tuple[float, int]] = []  # score, expert
+        self._both: list[tuple[float, int]] = []  # minus score, expert
+        self._changed: set[int] = set()  # whose score may be another than their entry in _both says
+        self._most = SLACK + 4 * len(slots)
+
+    def used(self, experts: Iterable[int]) -> None:
+        """These experts were used, of which their policy has been told."""
+        self._changed.update(experts)
+
+    def left(self, expert: int) -> None:
+        """The device has forgotten an expert."""
+        self._on_device[expert] = 0
+        if self._slot_of[expert] >= 0:
+            away = self._away
+            heappush(away, (self._policy.score(self._first + expert), expert))
+            if len(away) > self._most:
+                self._clear_out(away, False)
+
+    def place(self, expert: int, *, on_device: bool = True) -> tuple[int | None, bool]:
+        """Of an expert that is wanted now: its slot in RAM, and whether it must be read from disk first. (None, True):
+        it is read past RAM, because every copy there is worth more than its own.
+
+        on_device: it has just been given a slot there; else the host computes it.
         """
-        residency = self._residency
-        if residency.lookup(expert) != Lookup.MISS:
-            return residency.slot(expert), False
-        if residency.full and not self._order.choose(expert):
-            return None, True
-        admission = residency.admit(expert, ())
-        assert admission is not None, "nothing is protected here"
-        return admission.slot, True
+        slot_of = self._slot_of
+        self._on_device[expert] = on_device
+        slot = slot_of[expert]
+        if slot >= 0:
+            self._changed.add(expert)
+            return slot, False
+        if self._free:
+            slot = self._free.pop()
+        else:
+            dropped = self._least(expert)
+            if dropped < 0:
+                return None, True
+            slot = slot_of[dropped]
+            slot_of[dropped] = EMPTY
+        slot_of[expert] = slot
+        self._changed.add(expert)
+        if not on_device:
+            self.left(expert)
+        return slot, True
 
     def holds(self, expert: int) -> bool:
         """Whether there is a copy."""
-        return self._residency.lookup(expert) != Lookup.MISS
+        return self._slot_of[expert] >= 0
 
-    def check(self) -> None:
-        """Assert the invariants."""
-        self._residency.check()
+    def _least(self, newcomer: int) -> int:
+        """The copy that is worth least, ties the lowest expert; -1 if it is worth no less than that of the newcomer,
+        which the device holds or the host computes.
+        """
+        score, first, slot_of, on_device = self._policy.score, self._first, self._slot_of, self._on_device
+        own = score(first + newcomer)
+        threshold = least = own
+        if any(on_device):
+            threshold = score(self._policy.victim(()))  # of what the device would forget first
+        if on_device[newcomer]:
+            least = threshold - DISTANCE * (own - threshold) if own > threshold else threshold
+        found = -1
+        if least == NEVER:
+            return found
+        away = self._away
+        while away:
+            entry, expert = away[0]
+            if on_device[expert] or slot_of[expert] < 0:
+                heappop(away)
+                continue
+            own = score(first + expert)
+            if own == entry:
+                if own < least:
+                    found, least = expert, own
+                break
+            heapreplace(away, (own, expert))
+        both = self._both
+        if self._changed:
+            for expert in self._changed:
+                if on_device[expert] and slot_of[expert] >= 0:
+                    heappush(both, (-score(first + expert), expert))
+            self._changed.clear()
+            if len(both) > self._most:
+                self._clear_out(both, True)
+        while both:
+            entry, expert = both[0]
+            if on_device[expert] and slot_of[expert] >= 0 and score(first + expert) == -entry:
+                worth = threshold + DISTANCE * (entry + threshold)  # no copy there is worth more than the threshold
+                if worth < least or (worth == least and expert < found):
+                    found = expert
+                break
+            heappop(both)
+        return found
 
+    def _clear_out(self, heap: list[tuple[float, int]], on_device: bool) -> None:
+        """Make a heap anew of the copies that belong there."""
+        sign = -1.0 if on_device else 1.0
+        heap[:] = [
+            (sign * self._policy.score(self._first + expert), expert)
+            for expert, slot in enumerate(self._slot_of)
+            if slot >= 0 and self._on_device[expert] == on_device
+        ]
+        heapify(heap)
 
-class _Worth:
-    """Orders copies by what they are worth now; keeps nothing but which there are."""
+    def check(self, on_device: Sequence[bool]) -> None:
+        """Assert that every slot is free or holds one copy, and every copy has an entry that leads to its score.
 
-    def __init__(self, device: Residency, policy: EvictionPolicy, first_key: int):
-        self._device, self._policy, self._first = device, policy, first_key
-        self._keys: list[int] = []  # of the device's pool, ascending
-        self._chosen = -1
-
-    def choose(self, newcomer: int) -> bool:
-        """Choose the copy to drop for another, ties the lowest expert; False if that is worth no more than any."""
-        score = self._policy.score
-        first = self._device.victim(())  # what the device would forget first
-        threshold = NEVER if first is None else score(first)
-
-        def worths(keys: Sequence[int]) -> list[float]:
-            return [
-                own if not held else threshold - DISTANCE * (own - threshold) if own > threshold else threshold
-                for own, held in zip(map(score, keys), self._device.holds(keys), strict=True)
-            ]
-
-        of_copies = worths(self._keys)
-        least = min(of_copies)
-        self._chosen = self._keys[of_copies.index(least)] - self._first
-        return least < worths((self._first + newcomer,))[0]
-
-    def victim(self, protected: Collection[int]) -> int:
-        return self._chosen
-
-    def admitted(self, key: int) -> None:
-        insort(self._keys, self._first + key)
-
-    def forgotten(self, key: int) -> None:
-        self._keys.remove(self._first + key)
-
-    def used(self, keys: Sequence[int], demands: Sequence[Demand], tail: int) -> None:
-        """Uses are told to the device's policy."""
-
-    def score(self, key: int) -> float:
-        return self._policy.score(self._first + key)
+        on_device: of each expert whether the device holds it.
+        """
+        copies = {expert: slot for expert, slot in enumerate(self._slot_of) if slot != EMPTY}
+        assert sorted([*copies.values(), *self._free]) == sorted(self._slots)
+        assert list(self._on_device) == list(on_device)
+        for expert in copies:
+            score = self._policy.score(self._first + expert)
+            if on_device[expert]:
+                assert expert in self._changed or (-score, expert) in self._both
+            else:
+                assert any(e == expert and entry <= score for entry, e in self._away)

@@ -64,11 +64,7 @@ class Planner:
         in_ram = options.host_quotas(shape)
         first_host = [0, *accumulate(in_ram)]
         self._host = [
-            HostTier(
-                experts, range(first, first + n), self._pools[layer], self._policies[layer], self._first_key[layer]
-            )
-            if n
-            else None
+            HostTier(experts, range(first, first + n), self._policies[layer], self._first_key[layer]) if n else None
             for layer, (experts, n, first) in enumerate(zip(shape.experts, in_ram, first_host, strict=False))
         ]
         self._key_of = [ExpertKey(layer, e) for layer in range(shape.layers) for e in range(shape.experts[layer])]
@@ -84,6 +80,7 @@ class Planner:
         self._costs = options.miss_costs
         largest = max(shape.expert_bytes)
         self._scales = [nbytes / largest for nbytes in shape.expert_bytes]
+        self._ram = self.num_host_slots > 0
         self.may_prefetch = options.prefetch != 0
 
     def wants_prediction(self, layer: int) -> bool:
@@ -105,6 +102,9 @@ class Planner:
         if self.may_prefetch:
             self._prefetch.demanded(layer, experts, len(missing))
         policy.used(keys, demands, access.tail)
+        host = self._host[layer]
+        if host is not None:
+            host.used(experts)
         for key in here[len(here) - pending :]:
             pool.demanded(key)
         admission, passing = self._admissions[layer], 0
@@ -250,10 +250,14 @@ class Planner:
         base, (slot, evicted) = self._base[layer], admission
         wanted = self._key_of[base + key]
         forgotten = None if evicted is None else self._key_of[base + evicted]
+        if not self._ram:
+            return Fetch(wanted, slot, forgotten)
+        if forgotten is not None and (before := self._host[forgotten.layer]) is not None:
+            before.left(forgotten.expert)
         host = self._host[layer]
         if host is None:
             return Fetch(wanted, slot, forgotten)
-        return Fetch(wanted, slot, forgotten, *host.place(wanted.expert))
+        return Fetch(wanted, slot, forgotten, *host.place(wanted.expert, on_device=slot < self.num_slots))
 
     def _wave(self, layer: int, here: Sequence[int], fetches: tuple[Fetch, ...]) -> Wave:
         """Residents `here`, then what is fetched."""
@@ -311,9 +315,10 @@ class Planner:
         """Assert the invariants of every pool."""
         for pool in self._pools:
             pool.check()
-        for host in self._host:
+        for layer, host in enumerate(self._host):
             if host is not None:
-                host.check()
+                first = self._first_key[layer]
+                host.check(self._pools[layer].holds(range(first, first + self.shape.experts[layer])))
 
 
 def _victims_first(waves: Sequence[Wave]) -> tuple[Wave, ...]:

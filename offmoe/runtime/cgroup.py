@@ -7,6 +7,10 @@ never leave a cgroup behind.
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +22,11 @@ UNLIMITED = 1 << 62
 """Bytes; v1 writes "no limit" as a number beyond it."""
 ROOT = "/sys/fs/cgroup"
 OF_PROCESS = "/proc/self/cgroup"
+PROCESSES = "/proc"
+OURS = re.compile(r"offmoe-(\d+)-.+")
+"""Names of cgroups made here: whose they are, and what for."""
+REMOVAL_S = 2.0
+"""Seconds in which a cgroup whose processes have ended is let go; a large one needs some hundredths."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +67,15 @@ class MemoryCap:
 
     @classmethod
     def create(cls, nbytes: int, name: str, root: str = ROOT, of_process: str = OF_PROCESS) -> MemoryCap:
-        """A cgroup `name` below that of this process, or below the nearest around it that takes one.
+        """A cgroup for `name` below that of this process, or below the nearest around it that takes one.
 
-        CapacityError saying what to do where none can be made.
+        Removes those that processes which are no more have left there. CapacityError saying what to do where none can
+        be made.
         """
         refused = "there are no memory cgroups here"
         for around, version in _around(root, of_process):
-            folder = around / name
+            _remove_abandoned(around)
+            folder = around / f"offmoe-{os.getpid()}-{name}"
             try:
                 folder.mkdir()
             except OSError as error:
@@ -101,9 +112,17 @@ class MemoryCap:
         return 0
 
     def close(self) -> None:
-        """Remove the cgroup; nothing happens the second time."""
-        with suppress(FileNotFoundError):
-            self._folder.rmdir()
+        """Remove the cgroup; nothing happens the second time. The kernel may take a moment to see that it is empty."""
+        deadline = time.monotonic() + REMOVAL_S
+        while True:
+            try:
+                return self._folder.rmdir()
+            except FileNotFoundError:
+                return None
+            except OSError as error:
+                if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.01)
 
     def __enter__(self) -> MemoryCap:
         return self
@@ -131,6 +150,15 @@ def _around(root: str, of_process: str) -> list[tuple[Path, Version]]:
             if folder not in found and (folder / "cgroup.procs").exists():
                 found[folder] = version
     return list(found.items())
+
+
+def _remove_abandoned(around: Path) -> None:
+    """Cgroups whose process is no more. One with processes in it cannot be removed."""
+    for folder in around.glob("offmoe-*"):
+        match = OURS.fullmatch(folder.name)
+        if match and not Path(PROCESSES, match[1]).exists():
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def _limit(folder: Path, version: Version) -> int:

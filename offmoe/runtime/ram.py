@@ -48,8 +48,8 @@ def plan_host(
 
     read_bytes: of the buffer that any expert is read into. scratch: bytes for experts that the host computes. free: of
     what "auto" takes; taken: of these, what something else has been given. A layer that is whole on the device needs
-    none. CapacityError with the smallest host_memory that works, ConfigError if RAM is asked for where it is the
-    device's.
+    none, and none gets more than config.host_slots. CapacityError with the smallest host_memory that works, ConfigError
+    if RAM is asked for where it is the device's.
     """
     if not free:
         if config.host_memory not in ("auto", 0):
@@ -69,7 +69,9 @@ def plan_host(
             f"host_memory, {format_size(budget)}, is too small: experts pass through {format_size(needed)} of staging "
             f"buffers ({needed} bytes), the smallest host_memory that works. {format_size(free)} of RAM can be had."
         )
-    wanted = [0 if n >= e else e for n, e in zip(device_slots, shape.experts, strict=True)]
+    wanted = [
+        0 if n >= e else m for n, e, m in zip(device_slots, shape.experts, config.most_in_ram(shape), strict=True)
+    ]
     slots = share_out((budget - needed) // slot, wanted)
     return HostPlan(budget, staging, sum(slots) * slot, slots, scratch)
 

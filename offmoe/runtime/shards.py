@@ -25,7 +25,7 @@ from offmoe.errors import CapacityError, TransferError
 from offmoe.runtime.checkpoint import FILE_DTYPES
 from offmoe.runtime.formats import aligned
 
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 4 << 20
 """Read at once when a file is copied or compared."""
 
 DTYPE_NAMES = {dtype: name for name, dtype in FILE_DTYPES.items()}
@@ -95,22 +95,38 @@ def digest_of(path: Path) -> str:
     with open(path, "rb", buffering=0) as file:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        while chunk := file.read(CHUNK_BYTES):
-            hashed.update(chunk)
+        buffer = memoryview(bytearray(CHUNK_BYTES))
+        while read := file.readinto(buffer):
+            hashed.update(buffer[:read])
     return hashed.hexdigest()
 
 
-def read_chunks(path: Path, offset: int, nbytes: int) -> Iterator[bytes]:
-    """A run of bytes of a file, piece by piece; TransferError if the disk fails or the file ends before."""
+def read_chunks(path: Path, offset: int, nbytes: int) -> Iterator[memoryview]:
+    """A run of bytes of a file, piece by piece, each valid until the next; TransferError as of `fill`."""
+    buffer = memoryview(bytearray(min(nbytes, CHUNK_BYTES)))
+    while nbytes:
+        piece = buffer[: min(nbytes, CHUNK_BYTES)]
+        for _ in fill(path, offset, piece):
+            pass
+        yield piece
+        offset, nbytes = offset + len(piece), nbytes - len(piece)
+
+
+def fill(path: Path, offset: int, buffer: memoryview) -> Iterator[int]:
+    """Read a run of bytes of a file into `buffer`, and say now and then how many are there.
+
+    TransferError if the disk fails or the file ends before.
+    """
+    done = 0
     try:
         with open(path, "rb", buffering=0) as file:
             file.seek(offset)
-            while nbytes:
-                chunk = file.read(min(nbytes, CHUNK_BYTES))
-                if not chunk:
+            while done < len(buffer):
+                read = file.readinto(buffer[done : done + CHUNK_BYTES])
+                if not read:
                     raise TransferError(f"{path}: ended while it was being read; it was truncated, restore it")
-                nbytes -= len(chunk)
-                yield chunk
+                done += read
+                yield done
     except OSError as error:
         raise TransferError(f"{path}: reading failed ({error.strerror}); check the disk") from error
 

@@ -34,7 +34,7 @@ def test_a_process_works_fails_and_ends(task: Task) -> None:
 
 def test_what_goes_past_its_cap_is_ended(task: Task) -> None:
     try:
-        MemoryCap.create(1 << 30, "offmoe-test-probe").close()
+        MemoryCap.create(1 << 30, "probe").close()
     except CapacityError as error:
         pytest.skip(str(error))
     with pytest.raises(CapacityError, match=r"small was ended by the kernel.*memory cap of 48.0 MiB"):

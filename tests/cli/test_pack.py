@@ -33,6 +33,18 @@ def test_json_and_what_other_verbs_make_of_it(offmoe: Run, tmp_path: Path) -> No
     assert "finished by an earlier run: 2 of 2 shards" in again.err
 
 
+def test_perplexity_before_and_after(offmoe: Run, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a king who had three daughters. " * 12)
+    outcome = offmoe("pack", "demo", tmp_path / "out", "--experts", "int8", "--perplexity", text, "--json")
+    assert outcome.status == 0, outcome.err
+    found = outcome.json["perplexity"]
+    assert found.keys() == {"before", "after", "tokens"}
+    assert 1 < found["before"] != found["after"]
+    assert abs(found["after"] / found["before"] - 1) < 0.02
+    assert 50 < found["tokens"] < 720
+
+
 def test_refusals(offmoe: Run, checkpoint: Path, tmp_path: Path) -> None:
     def refused(status: int, says: str, *argv: object) -> None:
         outcome = offmoe("pack", *argv)
@@ -47,12 +59,36 @@ def test_refusals(offmoe: Run, checkpoint: Path, tmp_path: Path) -> None:
     refused(2, "the model's own folder", checkpoint, checkpoint / "out")
     (tmp_path / "notes.txt").write_text("mine")
     refused(2, "holds other files (notes.txt)", "demo", tmp_path)
+    refused(2, "cannot be read", "demo", tmp_path / "out", "--perplexity", tmp_path / "absent")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    refused(2, "not text in UTF-8", "demo", tmp_path / "out", "--perplexity", tmp_path / "bytes")
+    (tmp_path / "empty").write_text("")
+    refused(2, "perplexity needs two at least", "demo", tmp_path / "out", "--perplexity", tmp_path / "empty")
     assert not (tmp_path / "out").exists()
+
+
+SLOW = """
+import sys, time
+import offmoe.pack as packing
+from offmoe.cli import main
+
+def slow(pieces):
+    for piece in pieces:
+        time.sleep(0.05)
+        yield piece
+
+def write_slowly(path, pieces):
+    return write(path, slow(pieces) if "00002-of" in path.name else pieces)
+
+write, packing.write_file = packing.write_file, write_slowly
+sys.exit(main())
+"""
+"""Hundreds of pieces of the second shard, so that there is time to interrupt it once the first is there."""
 
 
 def test_ctrl_c_leaves_finished_shards(offmoe: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with running("-m", "offmoe", "pack", "demo", str(out), "--zero-points", "--verbose") as child:
+    with running("-c", SLOW, "pack", "demo", str(out), "--zero-points", "--verbose") as child:
         read_until(child, lambda line: "written, 1 of 2" in line)
         check(interrupt(child))
     assert sorted(path.name for path in out.iterdir()) == ["model-00001-of-00002.safetensors", "offmoe-pack.json"]

@@ -69,6 +69,17 @@ def test_tables_for_people(offmoe: Run, tmp_path: Path, costs: Path) -> None:
     assert "auto" in priced.out
 
 
+def test_ram_is_swept_shown_and_written(offmoe: Run, tmp_path: Path) -> None:
+    argv = ("tune", two_requests(tmp_path / "t.npz"), *QUICK, "--slots-per-layer", "4", "--eviction", "lru,aged-lfu")
+    shown = offmoe(*argv, "--host-slots", "3,0", "-o", tmp_path / "p.json", "--json")
+    best = shown.json["best"]
+    assert best["host_slots"] == 3
+    assert best["disk_bytes_per_token"] < best["bytes_per_token"]
+    assert json.loads((tmp_path / "p.json").read_text())["cache"]["host_slots"] == 3
+    assert "RAM" in offmoe(*argv, "--host-slots", "3,0").out
+    assert "RAM" not in offmoe(*argv).out
+
+
 def test_one_request_is_said_to_be_too_few(offmoe: Run, tmp_path: Path) -> None:
     assert "One request only" in offmoe("tune", write(tmp_path / "t.npz"), *QUICK, "--eviction", "lru").out
 

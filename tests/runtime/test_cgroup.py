@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -69,9 +71,9 @@ def test_one_of_our_own_is_made_where_it_can_be(tmp_path: Path, asked: dict[str,
 
     monkeypatch.setattr(Path, "write_text", refuse)
     cap = MemoryCap.create(12345, "cap", **asked)
-    folder = inner.parent / "cap"
+    folder = inner.parent / f"offmoe-{os.getpid()}-cap"
     assert (folder / "memory.max").read_text() == "12345"
-    assert not (inner / "cap").exists()
+    assert not list(inner.glob("offmoe-*"))
     cap.add(77)
     assert (folder / "cgroup.procs").read_text() == "77"
     assert (cap.peak_bytes, cap.kills) == (None, 0)
@@ -80,9 +82,36 @@ def test_one_of_our_own_is_made_where_it_can_be(tmp_path: Path, asked: dict[str,
     assert (cap.peak_bytes, cap.kills) == (99, 1)
 
 
+def test_what_ended_processes_left_is_removed(tmp_path: Path, asked: dict[str, str], monkeypatch) -> None:
+    around = tmp_path / "fs" / "box" / "inner"
+    group(around, V2, "max", 0)
+    names = [f"offmoe-{os.getpid()}-mine", "offmoe-999999999-dead", "offmoe-full", "other-999999999-x"]
+    for name in names:
+        (around / name).mkdir()
+    MemoryCap.create(1, "new", **asked)
+    left = sorted(folder.name for folder in around.iterdir() if folder.is_dir())
+    assert left == sorted([names[0], f"offmoe-{os.getpid()}-new", *names[2:]])
+
+
+def test_the_kernel_may_take_a_moment_to_let_go(tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / "cap"
+    folder.mkdir()
+    rmdir, refusals = Path.rmdir, iter([OSError(errno.EBUSY, "Device or resource busy")] * 3)
+
+    def busy(path: Path) -> None:
+        if error := next(refusals, None):
+            raise error
+        rmdir(path)
+
+    monkeypatch.setattr(Path, "rmdir", busy)
+    with MemoryCap(folder, cgroup.V2):
+        pass
+    assert not folder.exists()
+
+
 def test_here_if_this_machine_lets_us() -> None:
     try:
-        cap = MemoryCap.create(64 << 20, "offmoe-test")
+        cap = MemoryCap.create(64 << 20, "test")
     except CapacityError as error:
         pytest.skip(str(error))
     with cap:
@@ -90,5 +119,5 @@ def test_here_if_this_machine_lets_us() -> None:
         assert cap.peak_bytes in (0, None)
     cap.close()
     assert not any(
-        folder.joinpath("offmoe-test").exists() for folder, _ in cgroup._around(cgroup.ROOT, cgroup.OF_PROCESS)
+        list(folder.glob(f"offmoe-{os.getpid()}-*")) for folder, _ in cgroup._around(cgroup.ROOT, cgroup.OF_PROCESS)
     )

@@ -1,10 +1,16 @@
+"""The quantiser loses little, and the C encoder gives the bits that torch's operators define."""
+
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 import offmoe.runtime.quantise
-from offmoe.errors import CheckpointError, UnsupportedModelError
-from offmoe.runtime.packing import INT8, WeightFormat, int4, unpack_words
-from offmoe.runtime.quantise import quantise
+from offmoe.errors import CapacityError, CheckpointError, UnsupportedModelError
+from offmoe.runtime.loss import Loss, codec
+from offmoe.runtime.packing import INT8, PackedWeight, WeightFormat, int4, unpack_words
+from offmoe.runtime.quantise import NativeQuantiser, Quantiser, TorchQuantiser, quantise, quantiser
+from tests.native import VARIANTS, library, library_with
 
 FORMATS = [INT8, int4(32), int4(64), int4(128), int4(64, zero_points=True)]
 
@@ -16,6 +22,30 @@ def gaussian(rows: int = 64, cols: int = 512, seed: int = 0) -> torch.Tensor:
 def error(weight: torch.Tensor, how: WeightFormat, **options: bool) -> float:
     """Squared error relative to the weight's own square."""
     return ((quantise(weight, how, **options).values() - weight).square().sum() / weight.square().sum()).item()
+
+
+def same(a: PackedWeight, b: PackedWeight) -> None:
+    """Bit for bit, the sign of zeros included."""
+    for x, y in zip(a.params("w").values(), b.params("w").values(), strict=True):
+        assert torch.equal(x.view(torch.uint8), y.view(torch.uint8))
+
+
+def at_rest(packed: PackedWeight) -> dict[str, torch.Tensor]:
+    """As compressed-tensors has it."""
+    raw = {"packed": packed.words ^ (0 if packed.format.bits == 4 else -0x7F7F7F80), "scale": packed.scales}
+    if packed.zeros is not None:
+        nibbles = packed.zeros.view(-1, 8, packed.zeros.shape[1]).int()  # [rows / 8, 8, groups]
+        raw["zero"] = sum((nibbles[:, i] << 4 * i for i in range(8)), torch.zeros((), dtype=torch.int32))
+    return raw
+
+
+@pytest.fixture(params=["torch", *VARIANTS])
+def each(request: pytest.FixtureRequest) -> Iterator[Quantiser]:
+    if request.param == "torch":
+        yield TorchQuantiser()
+        return
+    with NativeQuantiser(library_with(request.param), 2, request.param) as native:
+        yield native
 
 
 @pytest.mark.parametrize(
@@ -52,14 +82,11 @@ def test_what_is_on_the_grid_stays(how: WeightFormat) -> None:
 
 @pytest.mark.parametrize("how", FORMATS, ids=str)
 def test_rows_do_not_depend_on_each_other(how: WeightFormat, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = gaussian(48, 256)
-    whole = quantise(weight, how)
+    weight, by_torch = gaussian(48, 256), TorchQuantiser()
+    whole = by_torch(weight, how)
     monkeypatch.setattr(offmoe.runtime.quantise, "BLOCK_VALUES", 7 * 256)
-    in_blocks = quantise(weight, how)
-    assert all(
-        torch.equal(a, b) for a, b in zip(whole.params("w").values(), in_blocks.params("w").values(), strict=True)
-    )
-    assert torch.equal(quantise(weight[16:32], how).words, whole.words[16:32])
+    same(by_torch(weight, how), whole)
+    assert torch.equal(by_torch(weight[16:32], how).words, whole.words[16:32])
 
 
 @pytest.mark.parametrize("how", FORMATS, ids=str)
@@ -81,13 +108,104 @@ def test_any_float_dtype(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_not_finite(bad: float) -> None:
-    weight = gaussian(16, 64)
-    weight[15, 63] = bad
-    with pytest.raises(CheckpointError, match="layer 3 w2 holds NaN or infinity"):
-        quantise(weight, int4(), "layer 3 w2")
+def test_not_finite(each: Quantiser, bad: float) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        weight = gaussian(16, 64).to(dtype)
+        weight[15, 63] = bad
+        with pytest.raises(CheckpointError, match="layer 3 w2 holds NaN or infinity"):
+            each(weight, int4(), "layer 3 w2")
 
 
-def test_shape() -> None:
+def test_shape(each: Quantiser) -> None:
     with pytest.raises(UnsupportedModelError, match=r"weight is \[16, 100\]"):
-        quantise(torch.zeros(16, 100), int4())
+        each(torch.zeros(16, 100), int4())
+
+
+# --- the C encoder against its definition
+
+
+def hard(rows: int, cols: int, scale: float) -> torch.Tensor:
+    """Gaussian rows, and some that are special."""
+    weight = gaussian(rows, cols) * 50 * scale
+    weight[0], weight[1], weight[2], weight[3] = 0, scale, -scale, 1e-42
+    weight[4, 5] = 100 * scale  # one outlier
+    weight[5], weight[6] = weight[5].abs(), -weight[6].abs()
+    weight[7, ::2], weight[7, 1::2] = scale, -scale  # the largest value has both signs
+    return weight
+
+
+ENCODED = [
+    *(int4(group, zeros) for group in (32, 64, 128) for zeros in (False, True)),
+    *(WeightFormat("int4", 64, zeros, dtype) for dtype in (torch.float16, torch.float32) for zeros in (False, True)),
+    *(WeightFormat("int8", None, scale_dtype=dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)),
+]
+
+
+@pytest.mark.parametrize("how", ENCODED, ids=lambda how: f"{how} {how.zero_points} {how.scale_dtype}")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_encoder_gives_the_bits_that_torch_defines(variant: str, how: WeightFormat) -> None:
+    widths = (16, 48, 96, 320, 1152) if how.bits == 8 else (how.group or 0, 640)
+    with NativeQuantiser(library_with(variant), 2, variant) as native:
+        for cols in widths:
+            for scale in (0.02, 1e-6, 3e-9, 500.0):  # scales in half precision are subnormal, or zero
+                for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+                    weight = hard(16, cols, scale).to(dtype)
+                    same(native(weight, how), TorchQuantiser()(weight, how))
+
+
+def test_threads_do_not_change_a_bit() -> None:
+    weight = gaussian(2048, 512).bfloat16()
+    made = []
+    for threads in (1, 2, 5):
+        with NativeQuantiser(library(), threads) as native:
+            made += [native(weight, int4()) for _ in range(3)]
+    for other in made[1:]:
+        same(other, made[0])
+
+
+def test_weights_that_lie_otherwise() -> None:
+    weight = gaussian(128, 64)
+    with NativeQuantiser(library(), 1) as native:
+        same(native(weight.mT, int4()), TorchQuantiser()(weight.mT, int4()))
+
+
+def test_memory_that_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = library()
+    monkeypatch.setattr(found.calls, "offmoe_encode", lambda *arguments: 2)
+    with NativeQuantiser(found, 1) as native, pytest.raises(CapacityError, match="no memory to quantise w2"):
+        native(gaussian(16, 64), int4(), "w2")
+
+
+def test_close_twice_and_use_after() -> None:
+    native = quantiser()
+    native.close()
+    native.close()
+    if isinstance(native, NativeQuantiser):
+        with pytest.raises(AssertionError, match="used after close"):
+            native(gaussian(16, 64), int4())
+
+
+# --- what was lost
+
+
+@pytest.mark.parametrize("how", ENCODED, ids=lambda how: f"{how} {how.zero_points} {how.scale_dtype}")
+def test_the_loss_is_that_of_what_is_written(each: Quantiser, how: WeightFormat) -> None:
+    weight = gaussian(48, 384).to(how.scale_dtype)
+    raw = at_rest(each(weight, how))
+    loss = each.loss(weight, how, raw)
+    error = (codec(how).decode(raw, torch.float64) - weight).abs()
+    assert loss.values == weight.numel()
+    assert loss.max_error == float(error.max())
+    assert loss.total_error == pytest.approx(float(error.sum()), rel=1e-5)
+    assert loss.total_squared == pytest.approx(float(error.square().sum()), rel=1e-5)
+    assert loss.total_square == pytest.approx(float(weight.double().square().sum()), rel=1e-5)
+    raw["packed"][47, -1] ^= 0x11 << 24  # one wrong code shows
+    assert each.loss(weight, how, raw).total_squared > loss.total_squared + 1e-8
+
+
+def test_losses_add_up() -> None:
+    parts = [Loss(1.0, 2.0, 3.0, 4.0, 2), Loss(0.5, 1.0, 9.0, 8.0, 4)]
+    assert sum(parts, Loss()) == Loss(1.0, 3.0, 12.0, 12.0, 6)
+    assert sum(parts, Loss()).mean_error == 0.5
+    assert sum(parts, Loss()).relative_error == 1.0
+    assert Loss().mean_error == Loss().relative_error == 0.0

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from offmoe.errors import CapacityError, OffmoeError, TransferError
 from offmoe.runtime import shards
 from offmoe.runtime.checkpoint import Checkpoint
-from offmoe.runtime.shards import NewTensor, digest_of, head_of, octets, read_chunks, write_file
+from offmoe.runtime.shards import NewTensor, digest_of, fill, head_of, octets, read_chunks, write_file
 
 
 def test_what_is_written_is_a_shard(tmp_path: Path) -> None:
@@ -84,7 +84,11 @@ def test_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(range(100)))
     monkeypatch.setattr(shards, "CHUNK_BYTES", 16)
-    assert b"".join(read_chunks(path, 10, 50)) == bytes(range(10, 60))
+    assert b"".join(map(bytes, read_chunks(path, 10, 50))) == bytes(range(10, 60))
+    assert not list(read_chunks(path, 10, 0))
+    buffer = bytearray(50)
+    assert list(fill(path, 10, memoryview(buffer))) == [16, 32, 48, 50]
+    assert buffer == bytes(range(10, 60))
     with pytest.raises(TransferError, match="truncated"):
         list(read_chunks(path, 90, 11))
     with pytest.raises(TransferError, match="reading failed"):

@@ -19,24 +19,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
 
+from offmoe.perplexity import WINDOW, scores, windows
 from offmoe.runtime.packing import INT8, WeightFormat, int4
 from offmoe.runtime.quantise import quantise
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "offmoe" / "demo" / "model"
 TEXT = Path(__file__).with_suffix(".txt")
-WINDOW, BATCH = 512, 8
 INT8_AT_MOST, SEARCH_RECOVERS = 0.003, 0.25
 
 Quantiser = Callable[[torch.Tensor], torch.Tensor]
@@ -47,13 +44,6 @@ def quantiser(how: WeightFormat, search: bool = True) -> Quantiser:
     return lambda weight: quantise(weight, how, search=search).values()
 
 
-def windows() -> torch.Tensor:
-    """Token ids [n, WINDOW] that overlap by half."""
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    ids = tokenizer(TEXT.read_text("utf-8"), return_tensors="pt", verbose=False)["input_ids"][0]
-    return ids.unfold(0, WINDOW, WINDOW // 2)
-
-
 def changed_model(change: Quantiser | None) -> MixtralForCausalLM:
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -62,30 +52,6 @@ def changed_model(change: Quantiser | None) -> MixtralForCausalLM:
                 for expert in stacked if change else ():
                     expert.copy_(change(expert))  # type: ignore[misc]
     return model
-
-
-class Score(NamedTuple):
-    """Perplexity, and the mean divergence KL(native, this) in nats per token, which chance moves less."""
-
-    perplexity: float
-    divergence: float
-
-
-@torch.inference_mode()
-def scores(models: dict[str, MixtralForCausalLM], ids: torch.Tensor) -> dict[str, Score]:
-    """All models on the same windows; the first is what divergence is measured from."""
-    losses, divergences, scored = dict.fromkeys(models, 0.0), dict.fromkeys(models, 0.0), 0
-    for batch in ids.split(BATCH):
-        targets = batch[:, WINDOW // 2 :].flatten()
-        native: torch.Tensor | None = None
-        for name, model in models.items():
-            logits = model(batch).logits[:, WINDOW // 2 - 1 : -1].flatten(0, 1)  # [b * WINDOW / 2, vocabulary]
-            logs = logits.log_softmax(-1)
-            native = logs if native is None else native
-            losses[name] += F.nll_loss(logs, targets, reduction="sum").item()
-            divergences[name] += F.kl_div(logs, native, reduction="sum", log_target=True).item()
-        scored += targets.numel()
-    return {name: Score(math.exp(losses[name] / scored), divergences[name] / scored) for name in models}
 
 
 def main() -> None:
@@ -106,7 +72,8 @@ def main() -> None:
             "int4 with zero points": quantiser(int4(64, zero_points=True)),
         }
     transformers.logging.disable_progress_bar()
-    ids = windows()
+    tokens = AutoTokenizer.from_pretrained(MODEL)(TEXT.read_text("utf-8"), return_tensors="pt", verbose=False)
+    ids = windows(tokens["input_ids"][0])
     print(f"{len(ids)} windows of {WINDOW} tokens, {len(ids) * WINDOW // 2} tokens scored")
     found = scores({name: changed_model(change) for name, change in rows.items()}, ids)
     native, rtn = found["native"], found["int4_rtn"]

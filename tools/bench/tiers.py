@@ -16,16 +16,15 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from synthetic import write_mixtral
 
 import offmoe
+from offmoe.bench.scratch import ended_by_sigterm, scratch_folder
 from offmoe.cli.bench import LIBRARIES_BYTES, TEXTS
 from offmoe.config import parse_size
 from offmoe.pack import pack, weight_format
@@ -39,10 +38,16 @@ RECORDED_TOKENS = 96
 def bench(model: Path, arguments: list[str]) -> dict[str, Any]:
     """One run of `offmoe bench`; its table goes to stderr as it does."""
     command = [sys.executable, "-m", "offmoe", "bench", str(model), "--device", "cpu", "--json", *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, cwd=Path(offmoe.__file__).parents[1])
-    if done.returncode:
-        sys.exit(f"tiers.py: offmoe bench ended with status {done.returncode}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    root = Path(offmoe.__file__).parents[1]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as process:
+        try:
+            said = process.communicate()[0]
+        except BaseException:  # of us; it has contenders and a cgroup of each to end
+            process.terminate()
+            raise
+    if process.returncode:
+        sys.exit(f"tiers.py: offmoe bench ended with status {process.returncode}")
+    found: dict[str, Any] = json.loads(said.splitlines()[-1])
     return found
 
 
@@ -101,11 +106,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny experts and no cap: does everything run?")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the files are removed
     hidden, intermediate = TINY if args.quick else (HIDDEN, INTERMEDIATE)
     nbytes = LAYERS * EXPERTS * 6 * hidden * intermediate
     cap = parse_size(args.cap, "--cap")
-    with tempfile.TemporaryDirectory(prefix="offmoe-tiers-", dir=args.work) as scratch:
+    with ended_by_sigterm(), scratch_folder("offmoe-tiers-", args.work) as scratch:
         free = shutil.disk_usage(scratch).free
         needed = 2.5 * nbytes + SPARE_BYTES  # accelerate writes the experts once more, pack a quarter of them
         if free < needed:
@@ -115,7 +119,7 @@ def main() -> None:
         if args.routing is None:
             record_demo(routing)
         common = ["--rounds", str(args.rounds), "--new-tokens", str(args.tokens), "--threads", str(args.threads)]
-        common += ["--prompt-tokens", str(args.prompt_tokens), "--scratch", scratch, "--max-context", "512"]
+        common += ["--prompt-tokens", str(args.prompt_tokens), "--scratch", str(scratch), "--max-context", "512"]
         if not args.quick:
             common += ["--memory-cap", str(cap), "--device-memory", str(cap - LIBRARIES_BYTES)]
         found = {}

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from offmoe.errors import CapacityError, UnsupportedModelError
-from offmoe.runtime.kernels.library import KINDS, MAX_TOKENS, SCALE_TYPES, Library, WeightStruct, status
+from offmoe.runtime.kernels.library import KINDS, MAX_TOKENS, SCALE_TYPES, Library, Threads, WeightStruct, status
 from offmoe.runtime.packing import TILE_ROWS, PackedWeight
 
 Weight = PackedWeight | torch.Tensor
@@ -114,10 +114,7 @@ class NativeKernels(CpuKernels):
         self._calls, self._variant = library.calls, library.variant(variant)
         self.int8_activations = int8_activations
         self._precision = 0 if int8_activations else 1
-        self._pool = self._calls.offmoe_pool_new(physical_cores() if threads is None else threads)
-        self._process = os.getpid()
-        if not self._pool:
-            raise CapacityError("no memory for the CPU kernels' threads; give them fewer")
+        self._threads = Threads(library, physical_cores() if threads is None else threads)
 
     def expert(self, weights: GatedExpert, glu: Glu) -> Rows:
         gate = _struct(weights.gate, weights.gate_bias)
@@ -130,7 +127,7 @@ class NativeKernels(CpuKernels):
         native, variant = self._calls.offmoe_expert, self._variant
 
         def call(x: int, tokens: int, out: int) -> int:
-            return native(self._alive(), variant, *pointers, *options, x, tokens, out)  # type: ignore[no-any-return]
+            return native(self._threads.handle, variant, *pointers, *options, x, tokens, out)  # type: ignore[no-any-return]
 
         return _rows(call, up.cols, down.rows, weights)
 
@@ -140,23 +137,16 @@ class NativeKernels(CpuKernels):
         native, variant = self._calls.offmoe_linear, self._variant
 
         def call(x: int, tokens: int, out: int) -> int:
-            return native(self._alive(), variant, pointer, self._precision, x, tokens, out)  # type: ignore[no-any-return]
+            return native(self._threads.handle, variant, pointer, self._precision, x, tokens, out)  # type: ignore[no-any-return]
 
         return _rows(call, struct.cols, struct.rows, (weight, bias))
 
     def read(self, memory: torch.Tensor) -> None:
         """Read contiguous memory with all threads, as fast as loads go: the bound of the kernels, to compare with."""
-        self._calls.offmoe_read(self._alive(), self._variant, memory.data_ptr(), memory.nbytes)
+        self._calls.offmoe_read(self._threads.handle, self._variant, memory.data_ptr(), memory.nbytes)
 
     def close(self) -> None:
-        if self._pool and self._process == os.getpid():
-            self._calls.offmoe_pool_free(self._pool)
-        self._pool = None
-
-    def _alive(self) -> int:
-        assert self._pool, "used after close"
-        assert self._process == os.getpid(), "threads do not follow into a forked process"
-        return self._pool  # type: ignore[no-any-return]
+        self._threads.close()
 
 
 class TorchKernels(CpuKernels):

@@ -7,11 +7,12 @@ a pointer alive after its pool was closed.
 from __future__ import annotations
 
 import ctypes
+import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from offmoe.errors import ConfigError
+from offmoe.errors import CapacityError, ConfigError
 from offmoe.runtime.kernels.native.build import LIBRARY, sources_digest
 
 MAX_TOKENS = 64
@@ -37,6 +38,44 @@ class WeightStruct(ctypes.Structure):
     )
 
 
+class EncodingStruct(ctypes.Structure):
+    """`struct encoding` of offmoe.h."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("words", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("factors", ctypes.c_void_p),
+        ("rows", ctypes.c_int32),
+        ("cols", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+        ("bits", ctypes.c_int32),
+        ("weight_type", ctypes.c_int32),
+        ("scale_type", ctypes.c_int32),
+        ("candidates", ctypes.c_int32),
+        ("refits", ctypes.c_int32),
+    )
+
+
+class EncodedStruct(ctypes.Structure):
+    """`struct encoded` of offmoe.h."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("words", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("rows", ctypes.c_int32),
+        ("cols", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+        ("bits", ctypes.c_int32),
+        ("weight_type", ctypes.c_int32),
+        ("scale_type", ctypes.c_int32),
+    )
+
+
 class Library:
     """A loaded library. OSError if `path` is none, or was built from other sources."""
 
@@ -57,6 +96,9 @@ class Library:
         c.offmoe_linear.argtypes = (pointer, pointer, weight, integer, pointer, integer, pointer)
         c.offmoe_read.argtypes = (pointer, pointer, pointer, ctypes.c_size_t)
         c.offmoe_read.restype = ctypes.c_uint64
+        c.offmoe_encode.argtypes = (pointer, pointer, ctypes.POINTER(EncodingStruct))
+        c.offmoe_compare.argtypes = (pointer, pointer, ctypes.POINTER(EncodedStruct))
+        c.offmoe_compare.restype = None
         self.calls = c
         self._variants: dict[str, int] = {}
         while handle := c.offmoe_variant(len(self._variants)):
@@ -73,6 +115,29 @@ class Library:
         if name not in self._variants:
             raise ConfigError(f"kernel variant {name!r} does not run here; there are {', '.join(self.variants)}")
         return self._variants[name]
+
+
+class Threads:
+    """A pool of threads of the library, the caller among them. CapacityError if there is no memory for it."""
+
+    def __init__(self, library: Library, count: int) -> None:
+        self._calls, self._process = library.calls, os.getpid()
+        self._pool = library.calls.offmoe_pool_new(count)
+        if not self._pool:
+            raise CapacityError("no memory for the CPU kernels' threads; give them fewer")
+
+    @property
+    def handle(self) -> int:
+        """What C functions take."""
+        assert self._pool, "used after close"
+        assert self._process == os.getpid(), "threads do not follow into a forked process"
+        return self._pool  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """End them; idempotent."""
+        if self._pool and self._process == os.getpid():
+            self._calls.offmoe_pool_free(self._pool)
+        self._pool = None
 
 
 @dataclass(frozen=True)

@@ -5,4 +5,6 @@
 #include "vectors_avx2.h"
 #define VARIANT_TABLE kernels_avx2
 #define VARIANT_NAME "avx2"
+#define ENCODE encode_avx2
+#define COMPARE compare_avx2
 #include "variant.h"

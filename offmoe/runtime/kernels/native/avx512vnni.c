@@ -5,4 +5,6 @@
 #include "vectors_avx512.h"
 #define VARIANT_TABLE kernels_avx512vnni
 #define VARIANT_NAME "avx512vnni"
+#define ENCODE encode_avx512
+#define COMPARE compare_avx512
 #include "variant.h"

@@ -35,12 +35,22 @@ kernel's inner loop are moves between registers.
 
 AVX2_FLAGS = ("-O3", "-mavx2", "-mfma", "-mf16c")
 AVX512_FLAGS = (*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
-REQUIRED = {"portable.c": ("-O2", "-Wno-psabi"), "pool.c": ("-O2",)}
+EXACT_FLAGS = ("-ffp-contract=off",)
+"""Of the encoder, whose every operation rounds as torch's does."""
+
+REQUIRED = {
+    "portable.c": ("-O2", "-Wno-psabi"),
+    "encode_portable.c": ("-O2", "-Wno-psabi", *EXACT_FLAGS),
+    "encode.c": ("-O2",),
+    "pool.c": ("-O2",),
+}
 VARIANTS = {
     "avx2.c": AVX2_FLAGS,
     "avxvnni.c": (*AVX2_FLAGS, "-mavxvnni"),
     "vnni256.c": (*AVX512_FLAGS, "-mprefer-vector-width=256"),
     "avx512vnni.c": AVX512_FLAGS,
+    "encode_avx2.c": (*AVX2_FLAGS, *EXACT_FLAGS),
+    "encode_avx512.c": (*AVX512_FLAGS, *EXACT_FLAGS),
 }
 """Of x86-64. vnni256 is avxvnni's code in the encoding that AVX-512 processors have."""
 

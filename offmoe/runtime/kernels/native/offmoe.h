@@ -48,6 +48,36 @@ struct block {
 typedef void tile_function(const struct weight *w, int tile, const struct block *x, float *y);
 typedef void pair_function(const struct weight *const *w, const int *tile, const struct block *x, float *const *y);
 
+/* Float weights [rows][cols] of weight_type that become words row by row, scales [rows][cols / group] of scale_type and,
+ * unless null, zeros of that shape. factors [16]: scales that are tried, `candidates` of them, relative to the first that comes to mind; refits:
+ * rounds of fitting the best one by least squares. Mirrored in offmoe/runtime/kernels/library.py. */
+struct encoding {
+    const void *weight;
+    uint8_t *words;
+    void *scales;
+    uint8_t *zeros;
+    const float *factors;
+    int32_t rows, cols, group, bits, weight_type, scale_type, candidates, refits;
+};
+
+/* Encode a row, with memory for `cols` floats; 1 if it holds what is not finite. */
+typedef int encode_function(const struct encoding *e, int row, float *memory);
+encode_function encode_portable, encode_avx2, encode_avx512;
+
+/* A weight of that kind and the tensors it became, as they stand in compressed-tensors' files: codes with 2^(bits - 1)
+ * added, zeros [rows / 8][cols / group] words along a column or null. out: float [rows][4], the largest |error| of a row,
+ * the sums of |error|, of error^2 and of value^2, once decoded in the dtype of the scales. */
+struct encoded {
+    const void *weight;
+    const uint8_t *words;
+    const void *scales;
+    const uint32_t *zeros;
+    float *out;
+    int32_t rows, cols, group, bits, weight_type, scale_type;
+};
+typedef void compare_function(const struct encoded *e, int row);
+compare_function compare_portable, compare_avx2, compare_avx512;
+
 struct kernels {
     const char *name;
     int max_block;
@@ -60,6 +90,8 @@ struct kernels {
     void (*activate)(int glu, float limit, float alpha, float *gate, const float *up, size_t count);
     /* Read memory as fast as loads go; the result only keeps the compiler from leaving it out. */
     uint64_t (*read)(const uint8_t *p, size_t nbytes);
+    encode_function *encode;
+    compare_function *compare;
 };
 
 extern const struct kernels kernels_portable;

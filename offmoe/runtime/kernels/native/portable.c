@@ -5,4 +5,6 @@
 #include "vectors_portable.h"
 #define VARIANT_TABLE kernels_portable
 #define VARIANT_NAME "portable"
+#define ENCODE encode_portable
+#define COMPARE compare_portable
 #include "variant.h"

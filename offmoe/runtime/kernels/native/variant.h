@@ -10,4 +10,6 @@ const struct kernels VARIANT_TABLE = {
     .pack = pack,
     .activate = activate,
     .read = read_all,
+    .encode = ENCODE,
+    .compare = COMPARE,
 };

@@ -110,3 +110,33 @@ static inline floats floats_power2(const uint8_t *p) {
     lanes v = lanes_u8(p);
     return floats_bits(LANES(_mm256_slli_epi32(v.a, 23), _mm256_slli_epi32(v.b, 23)));
 }
+
+/* For the encoder (encode.h). */
+#define EACH2(f, x, y) FLOATS(f((x).a, (y).a), f((x).b, (y).b))
+static inline floats floats_sub(floats x, floats y) { return EACH2(_mm256_sub_ps, x, y); }
+static inline floats floats_div(floats x, floats y) { return EACH2(_mm256_div_ps, x, y); }
+static inline floats floats_min(floats x, floats y) { return EACH2(_mm256_min_ps, x, y); }
+static inline floats floats_max(floats x, floats y) { return EACH2(_mm256_max_ps, x, y); }
+static inline float floats_first(floats v) { return _mm256_cvtss_f32(v.a); }
+static inline __m256 round_bf16(__m256 v) {
+    __m256i b = _mm256_castps_si256(v), even = _mm256_and_si256(_mm256_srli_epi32(b, 16), _mm256_set1_epi32(1));
+    b = _mm256_add_epi32(b, _mm256_add_epi32(even, _mm256_set1_epi32(0x7fff)));
+    return _mm256_castsi256_ps(_mm256_and_si256(b, _mm256_set1_epi32((int32_t)0xffff0000)));
+}
+static inline floats floats_round_bf16(floats v) { return FLOATS(round_bf16(v.a), round_bf16(v.b)); }
+static inline floats floats_round_fp16(floats v) {
+    return FLOATS(_mm256_cvtph_ps(_mm256_cvtps_ph(v.a, 0)), _mm256_cvtph_ps(_mm256_cvtps_ph(v.b, 0)));
+}
+static inline void bytes_store(uint8_t *p, floats v) { /* -128 to 127 */
+    __m256i pairs = _mm256_packs_epi32(_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b)); /* a0 b0 a1 b1, by halves */
+    pairs = _mm256_permute4x64_epi64(pairs, 0xd8);
+    _mm_storeu_si128((__m128i *)p, _mm_packs_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1)));
+}
+static inline __m128i nibbles(const uint8_t *p) { /* of eight bytes, the low one first */
+    __m128i v = _mm_loadl_epi64((const __m128i *)p), mask = _mm_set1_epi8(15);
+    return _mm_unpacklo_epi8(_mm_and_si128(v, mask), _mm_and_si128(_mm_srli_epi16(v, 4), mask));
+}
+static inline lanes lanes_nibbles(const uint8_t *p) {
+    __m128i v = nibbles(p);
+    return LANES(_mm256_cvtepu8_epi32(v), _mm256_cvtepu8_epi32(_mm_srli_si128(v, 8)));
+}

@@ -31,7 +31,12 @@ static inline floats floats_of(lanes v) { return _mm512_cvtepi32_ps(v); }
 static inline floats floats_add(floats a, floats b) { return _mm512_add_ps(a, b); }
 static inline floats floats_mul(floats a, floats b) { return _mm512_mul_ps(a, b); }
 static inline floats floats_fma(floats a, floats b, floats c) { return _mm512_fmadd_ps(a, b, c); }
-static inline float floats_sum(floats v) { return _mm512_reduce_add_ps(v); }
+static inline float floats_sum(floats v) { /* halves, as everywhere */
+    __m256 s = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    __m128 t = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    t = _mm_add_ps(t, _mm_movehl_ps(t, t));
+    return _mm_cvtss_f32(_mm_add_ss(t, _mm_movehdup_ps(t)));
+}
 /* permutexvar reads the lowest four bits of a lane: a table of sixteen floats is the conversion. */
 static inline floats floats_nibble(lanes v, int i) {
     floats table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -54,3 +59,23 @@ static inline floats floats_bf16(const uint16_t *p) {
 static inline floats floats_fp16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 static inline lanes lanes_u8(const uint8_t *p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
 static inline floats floats_power2(const uint8_t *p) { return _mm512_castsi512_ps(_mm512_slli_epi32(lanes_u8(p), 23)); }
+
+/* For the encoder (encode.h). */
+static inline floats floats_sub(floats x, floats y) { return _mm512_sub_ps(x, y); }
+static inline floats floats_div(floats x, floats y) { return _mm512_div_ps(x, y); }
+static inline floats floats_min(floats x, floats y) { return _mm512_min_ps(x, y); }
+static inline floats floats_max(floats x, floats y) { return _mm512_max_ps(x, y); }
+static inline float floats_first(floats v) { return _mm512_cvtss_f32(v); }
+static inline floats floats_round_bf16(floats v) {
+    __m512i b = _mm512_castps_si512(v), even = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
+    b = _mm512_add_epi32(b, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff)));
+    return _mm512_castsi512_ps(_mm512_and_si512(b, _mm512_set1_epi32((int32_t)0xffff0000)));
+}
+static inline floats floats_round_fp16(floats v) { return _mm512_cvtph_ps(_mm512_cvtps_ph(v, 0)); }
+static inline void bytes_store(uint8_t *p, floats v) { /* -128 to 127 */
+    _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+}
+static inline lanes lanes_nibbles(const uint8_t *p) { /* of eight bytes, the low one first */
+    __m128i v = _mm_loadl_epi64((const __m128i *)p), mask = _mm_set1_epi8(15);
+    return _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(_mm_and_si128(v, mask), _mm_and_si128(_mm_srli_epi16(v, 4), mask)));
+}

@@ -1,4 +1,5 @@
 /* Sixteen lanes as vectors of the C compiler, which it cuts into whatever registers the target has. See tiles.h. */
+#include "half.h"
 typedef int32_t lanes __attribute__((vector_size(64)));
 typedef float floats __attribute__((vector_size(64)));
 typedef lanes runs;
@@ -41,10 +42,10 @@ static inline floats floats_of(lanes a) { return __builtin_convertvector(a, floa
 static inline floats floats_add(floats a, floats b) { return a + b; }
 static inline floats floats_mul(floats a, floats b) { return a * b; }
 static inline floats floats_fma(floats a, floats b, floats c) { return a * b + c; }
-static inline float floats_sum(floats a) {
-    float s = 0;
-    EACH s += a[l];
-    return s;
+static inline float floats_sum(floats a) { /* halves, as everywhere */
+    for (int half = TILE / 2; half; half /= 2)
+        for (int l = 0; l < half; l++) a[l] += a[l + half];
+    return a[0];
 }
 static inline floats floats_nibble(lanes a, int i) { return floats_of(a >> 4 * i & 15); }
 static inline floats floats_e2m1(lanes a, int i) { return floats_of(e2m1(a >> 4 * i & 15)); }
@@ -73,3 +74,28 @@ static inline floats floats_fp16(const uint16_t *p) {
 }
 static inline lanes lanes_u8(const uint8_t *p) { lanes a; EACH a[l] = p[l]; return a; }
 static inline floats floats_power2(const uint8_t *p) { return floats_bits(lanes_u8(p) << 23); }
+
+/* For the encoder (encode.h). */
+static inline floats floats_sub(floats a, floats b) { return a - b; }
+static inline floats floats_div(floats a, floats b) { return a / b; }
+static inline floats floats_choose(lanes yes, floats a, floats b) { return (floats)(((lanes)a & yes) | ((lanes)b & ~yes)); }
+static inline floats floats_min(floats a, floats b) { return floats_choose(a < b, a, b); }
+static inline floats floats_max(floats a, floats b) { return floats_choose(a > b, a, b); }
+static inline float floats_first(floats a) { return a[0]; }
+static inline floats floats_round_bf16(floats a) {
+    lanes b = (lanes)a;
+    return (floats)((b + (b >> 16 & 1) + 0x7fff) & (int32_t)0xffff0000);
+}
+static inline floats floats_round_fp16(floats a) {
+    uint16_t h[TILE];
+    EACH h[l] = half_of(a[l]);
+    return floats_fp16(h);
+}
+static inline void bytes_store(uint8_t *p, floats a) { /* -128 to 127 */
+    EACH p[l] = (uint8_t)(int32_t)a[l];
+}
+static inline lanes lanes_nibbles(const uint8_t *p) { /* of eight bytes, the low one first */
+    lanes a;
+    EACH a[l] = p[l / 2] >> 4 * (l % 2) & 15;
+    return a;
+}

@@ -1,0 +1,8 @@
+/* The encoder for portable; build.py says with which flags this is compiled. */
+#include <string.h>
+#include "offmoe.h"
+#include "constants.h"
+#include "vectors_portable.h"
+#define ENCODE encode_portable
+#define COMPARE compare_portable
+#include "encode.h"
