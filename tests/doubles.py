@@ -101,7 +101,7 @@ class DeferredBackend(CpuBackend):
 class DeviceBesideRam(DeferredBackend):
     """With memory of its own: so much RAM is beside it, of which so many buffers can be pinned."""
 
-    staging_counts = False
+    staging_counts = slots_in_ram = False
     ram, pins = 1 << 24, 1000
 
     def __init__(self) -> None:

@@ -27,6 +27,7 @@ from offmoe.runtime.tiling import KernelSlot
 from offmoe.simulator import replay
 from offmoe.trace import read_trace
 from tests import quantised, tiny
+from tests.doubles import DeferredBackend
 
 SIZES: dict[str, object] = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
 PROMPT = {"input_ids": tiny.prompt()}
@@ -214,6 +215,17 @@ def test_a_pool_of_slots_for_all_layers(tmp_path: Path) -> None:
     folder = dense(tmp_path, "mixtral", num_hidden_layers=3)
     right, _ = run(folder, slots=8)
     assert error(run(folder, slots=2, scope="model", exactness="numeric", prefetch=2)[0], right) < SAME
+
+
+def test_every_wait_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the strict double, on which a wait missing anywhere is NaN."""
+    folder = tmp_path / "packed"
+    pack(dense(tmp_path, "mixtral"), folder, weight_format("int4"))
+    right, _ = run(folder, experts="int4")
+    backend = DeferredBackend()
+    monkeypatch.setattr("offmoe.api.select_backend", lambda device: backend)
+    for slots, prefetch in ((2, 0), (3, 2)):
+        assert torch.equal(run(folder, slots=slots, prefetch=prefetch, experts="int4")[0], right)
 
 
 def test_close_leaves_no_threads(tmp_path: Path) -> None:

@@ -94,10 +94,12 @@ def _facts(found: Survey, unpredictable: Unpredictable) -> dict[str, object]:
 
 
 def _kernels_in_figures(found: Survey) -> dict[str, object]:
-    """In how many MoE layers the CPU's kernels compute, and why not in the others; not known without headers."""
+    """In how many MoE layers the CPU's kernels compute, and why not in the others; not asked, or not known without
+    headers.
+    """
     from offmoe.api import Inspected
 
-    if not isinstance(found, Inspected):
+    if found.config.exactness == "bitwise" or not isinstance(found, Inspected):
         return {"kernel_layers": None, "without_kernels": []}
     layers = found.catalog.layers
     reasons = dict.fromkeys(layer.without_kernel for layer in layers if layer.without_kernel)

@@ -41,9 +41,12 @@ def test_codecs_follow_the_config() -> None:
     assert codec({"quant_method": "awq", "bits": 4, "group_size": 64}) == Awq(64)
     assert codec({"quant_method": "awq", "w_bit": 4, "q_group_size": -1, "version": "GEMM"}) == Awq(None)
     gptq = {"quant_method": "gptq", "bits": 4, "group_size": 128}
-    assert codec(gptq) == Gptq(4, 128, ordered=False)
+    assert codec(gptq) == Gptq(4, 128, ordered=False, reordered=False)
     with_index = {"qweight": Spec((64, 8), I32), "g_idx": Spec((256,), I32)}
     assert codec({**gptq, "desc_act": True, "checkpoint_format": "gptq_v2"}, **with_index) == Gptq(8, 128, True, False)
+    uniform = {"qweight": Spec((32, 8), I32), "g_idx": Spec((256,), I32)}
+    assert codec(gptq, **uniform) == Gptq(4, 128, ordered=True, reordered=False)
+    assert codec({**gptq, "dynamic": {"x": {}}}, **uniform) == Gptq(4, 128, ordered=True, reordered=True)
     assert codec(quantised.ct_config(4, True)) == PackedInt(4, 8)
     assert codec(quantised.ct_config(8, False)) == PackedInt(8, 8, symmetric=False)
     assert codec(quantised.ct_config(4, True, strategy="channel", group_size=None)) == PackedInt(4, None)
