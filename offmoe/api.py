@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +17,7 @@ import torch
 
 from offmoe.config import Default, OffloadConfig, format_size
 from offmoe.errors import CapacityError, ConfigError
+from offmoe.fit import divide_or_say
 from offmoe.hf import experts as hf_experts
 from offmoe.hf.adapters import find_experts, require_adapter
 from offmoe.hf.catalog import ExpertCatalog, build_catalog
@@ -35,10 +35,10 @@ from offmoe.runtime.arena import SlotArena, slot_layouts
 from offmoe.runtime.backend import Backend, select_backend
 from offmoe.runtime.checkpoint import Checkpoint
 from offmoe.runtime.computing import build_compute, device_compute
+from offmoe.runtime.exchange import HostExchange, HostPart
 from offmoe.runtime.executor import ExpertExecutor
-from offmoe.runtime.memory import HOST, MemoryPlan, ModelBytes, plan_memory
+from offmoe.runtime.memory import MemoryPlan
 from offmoe.runtime.packing import WeightFormat
-from offmoe.runtime.ram import plan_host
 from offmoe.runtime.store import ExpertStore
 from offmoe.runtime.transfer import TransferEngine
 from offmoe.trace import TraceWriter
@@ -50,8 +50,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
-BOUNDLESS = 1 << 60
-"""Bytes that any model fits into."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,7 @@ def survey(
         found.parameters,
         method,
         compute,
-        *_divide_or_say(config, found.shape, found.experts, found.needs, backend, free),
+        *divide_or_say(config, found.shape, found.experts, found.needs, backend, free),
         backend,
         found.meta,
     )
@@ -192,7 +190,7 @@ def _read_headers(
         count_parameters(meta),
         quantisation_method(hf_config),
         compute,
-        *_divide_or_say(config, catalog.shape, experts, needs, backend, backend.free_bytes()),
+        *divide_or_say(config, catalog.shape, experts, needs, backend, backend.free_bytes()),
         backend,
         meta,
         source,
@@ -200,54 +198,6 @@ def _read_headers(
         catalog,
         how,
     )
-
-
-def _divide_or_say(
-    config: OffloadConfig,
-    shape: CacheShape,
-    experts: Sequence[ExpertBytes],
-    needs: ModelBytes,
-    backend: Backend,
-    free: int,
-) -> tuple[OffloadConfig, MemoryPlan, CapacityError | None]:
-    """`_divide`; where nothing fits, the plan of a device that is large enough, and the refusal."""
-    try:
-        return (*_divide(config, shape, experts, needs, backend, free), None)
-    except CapacityError as refusal:
-        boundless = replace(config, device_memory=BOUNDLESS, host_memory="auto", slots_per_layer=None)
-        return (*_divide(boundless, shape, experts, needs, backend, BOUNDLESS), refusal)
-
-
-def _divide(
-    config: OffloadConfig,
-    shape: CacheShape,
-    experts: Sequence[ExpertBytes],
-    needs: ModelBytes,
-    backend: Backend,
-    free: int,
-) -> tuple[OffloadConfig, MemoryPlan]:
-    beside = backend.host_free_bytes()
-    plan = plan_memory(config, shape, needs, free=free, share=backend.auto_share, host_free=beside)
-    slots = plan.slots_per_layer
-    host = plan_host(
-        config,
-        shape,
-        slots,
-        read_bytes=max(expert.read for expert in experts),
-        free=beside,
-        taken=plan.parked if plan.parked_in == HOST else 0,
-    )
-    resolved = config.resolved(
-        device=str(backend.device),
-        device_memory=plan.budget,
-        host_memory=0 if host is None else host.budget,
-        host_slots=0 if host is None else host.slots_per_layer,
-        slots_per_layer=slots[0] if len(set(slots)) == 1 else slots,
-        max_context=plan.max_context,
-        on_miss="fetch",
-        exactness="numeric" if config.is_numeric else "bitwise",
-    )
-    return resolved, replace(plan, host=host)
 
 
 def from_pretrained(
@@ -260,7 +210,7 @@ def from_pretrained(
     eviction: str = Default("aged-lfu"),
     scope: str = Default("layer"),
     max_context: int | None = None,
-    on_miss: str = "auto",
+    on_miss: str = Default("auto"),
     prefetch: int | str = Default("auto"),
     exactness: str = "auto",
     activations: str = "float",
@@ -356,7 +306,12 @@ def load(
         store = ExpertStore(inspected.checkpoint.shards, catalog.records)
         closing.insert(0, store.close)
         inspected.checkpoint.check_unchanged()
-        arena = SlotArena(backend.allocate, slot_layouts(layouts, inspected.plan.slots_per_layer, config.scope))
+        slots = slot_layouts(layouts, inspected.plan.slots_per_layer, config.scope)
+        scratch = [max(layouts, key=lambda layout: layout.nbytes)] * planner.num_scratch
+        if backend.staging_counts:
+            arena = SlotArena(backend.allocate, slots + scratch)
+        else:
+            arena = SlotArena(backend.allocate, slots, in_ram=scratch)
         stats = CacheStats.for_layers(catalog.shape.layers)
         assemblies = [layer.assembly for layer in catalog.layers]
         transfer = TransferEngine(
@@ -369,14 +324,19 @@ def load(
             on_stall=stats.stalled,
         )
         closing.insert(0, transfer.close)
-        decodings, slots = [layer.decode for layer in catalog.layers], [layer.kernel for layer in catalog.layers]
-        compute = build_compute(arena, layouts, decodings, slots, int8_activations=config.activations == "int8")
+        decodings, kernels = [layer.decode for layer in catalog.layers], [layer.kernel for layer in catalog.layers]
+        compute = build_compute(arena, layouts, decodings, kernels, int8_activations=config.activations == "int8")
         closing.insert(0, compute.close)
+        host = None
+        if scratch and not backend.staging_counts:
+            exchange = HostExchange(backend)
+            closing.append(exchange.close)
+            host = HostPart(compute, exchange)
         found = find_experts(model)
         modules = [found[layer.name] for layer in catalog.layers]
         if config.is_numeric and backend.has_device_kernels:
             compute = device_compute(catalog.layers, [require_adapter(m).math(m) for m in modules], arena, compute)
-        executor = ExpertExecutor(planner, transfer, compute, backend, stats)
+        executor = ExpertExecutor(planner, transfer, compute, backend, stats, host)
         executor.trace = writer
         for layer, module in enumerate(modules):
             hf_experts.attach(module, executor, layer)

@@ -25,7 +25,7 @@ from offmoe.hf.adapters import find_experts
 from offmoe.hf.replayed import ReplayedRouting
 from offmoe.profile import CostModel
 from offmoe.runtime.backend import CpuBackend
-from offmoe.runtime.probes import DiskProbe, copy_gb_s, host_expert_us
+from offmoe.runtime.probes import DiskProbe, copy_gb_s, host_expert, host_expert_us
 from offmoe.runtime.store import ExpertStore
 from offmoe.trace import NONE, Trace
 from offmoe.types import CacheShape
@@ -55,7 +55,8 @@ def calibrate(inspected: Inspected, seconds: float, progress: Progress = lambda 
     ram = copy_gb_s(CpuBackend(), COPY_BYTES)
     link = copy_gb_s(backend, COPY_BYTES) if linked else None
     progress("computing on the host")
-    host = host_expert_us(max((layer.layout for layer in catalog.layers), key=lambda layout: layout.nbytes), tokens=1)
+    layout = max((layer.layout for layer in catalog.layers), key=lambda layout: layout.nbytes)
+    host, host_few = host_expert_us(layout, tokens=1), host_expert_us(layout, tokens=FEW)
     store = ExpertStore(inspected.checkpoint.shards, catalog.records)
     try:
         with DiskProbe(store, catalog.records, inspected.checkpoint.shards) as disk:
@@ -69,11 +70,13 @@ def calibrate(inspected: Inspected, seconds: float, progress: Progress = lambda 
                 empty, extra = steps.measure(1, seconds * COMPUTE_SHARE / 2)
                 _, extra_few = steps.measure(FEW, seconds * COMPUTE_SHARE / 2)
                 progress("reading and computing at once")
-                left = seconds * (1 - DISK_SHARE - COMPUTE_SHARE) / (2 if linked else 1)
+                left = seconds * (1 - DISK_SHARE - COMPUTE_SHARE) / (3 if linked else 2)
                 with steps.resident(1) as step:
                     beside: list[float] = []
                     busy = disk.gb_s(left, meanwhile=lambda: beside.append(step()))
                     link_busy = None if link is None else _copying(inspected, step, left, link)
+                progress("computing on the host beside " + ("copies" if linked else "reads"))
+                host_beside = _host_beside(inspected, disk, host_expert(layout, 1), left, link)
     finally:
         store.close()
     per_token = sum(catalog.shape.top_k)
@@ -93,6 +96,8 @@ def calibrate(inspected: Inspected, seconds: float, progress: Progress = lambda 
         disk_gb_s_overlapped=_figure(busy),
         h2d_gb_s_overlapped=None if link_busy is None else _figure(link_busy),
         expert_us_device_overlapped=expert_us(statistics.median(beside) - empty),
+        expert_us_host_4=None if host_few is None else round(host_few, 3),
+        expert_us_host_overlapped=None if host_beside is None else round(host_beside * 1e6, 3),
     )
 
 
@@ -168,6 +173,27 @@ def _reading(disk: DiskProbe, expert_bytes: int, seconds: float) -> tuple[float,
         lone.append(disk.lone_s())
     rate = statistics.median(disk.gb_s(seconds * 2 / 3 / WINDOWS) for _ in range(WINDOWS))
     return rate, max(0.0, statistics.median(lone) - expert_bytes / (rate * 1e9))
+
+
+def _host_beside(
+    inspected: Inspected, disk: DiskProbe, compute: Callable[[], None] | None, seconds: float, link: float | None
+) -> float | None:
+    """Median seconds of an expert on the host while the link, or the disk where there is none, is busy."""
+    if compute is None:
+        return None
+    times: list[float] = []
+
+    def step() -> float:
+        began = time.perf_counter()
+        compute()
+        times.append(time.perf_counter() - began)
+        return times[-1]
+
+    if link is None:
+        disk.gb_s(seconds, meanwhile=step)
+    else:
+        _copying(inspected, step, seconds, link)
+    return statistics.median(times)
 
 
 def _copying(inspected: Inspected, step: Callable[[], float], seconds: float, alone: float) -> float:

@@ -13,11 +13,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from offmoe.errors import ConfigError
-from offmoe.profile import CACHE_OPTIONS, Profile, read_profile
+from offmoe.profile import CACHE_OPTIONS, MissCosts, Profile, read_profile
 from offmoe.types import CacheShape
 
 EVICTIONS = ("aged-lfu", "lru", "lru-2", "s3-fifo", "sieve", "static")
 SCOPES = ("layer", "model")
+ON_MISS = ("fetch", "cpu", "auto")
 EXPERTS = ("native", "int8", "int4")
 EXACTNESS = ("auto", "bitwise", "numeric")
 ACTIVATIONS = ("float", "int8")
@@ -67,6 +68,10 @@ class CacheOptions:
     half_life: accesses of a layer after which a use counts half (aged-lfu); flat optimum 8-32 on real routing.
     popularity: one number per expert and MoE layer, higher stays (static); counted by `offmoe tune`.
     host_slots: experts that RAM holds between disk and device, of each MoE layer; one int, or one per layer.
+    on_miss: "fetch": what is missed gets a slot. "cpu": while there are free ones; the rest is computed without.
+    "auto": what is likelier to come back than what it would replace gets one.
+    miss_costs: of a device with memory of its own, where the host computes what gets no slot; recorded, so that replay
+    weighs the same. None: the device's memory is the host's, and so is what computes.
     """
 
     eviction: str = "aged-lfu"
@@ -76,10 +81,13 @@ class CacheOptions:
     half_life: float = 16.0
     popularity: tuple[tuple[float, ...], ...] | None = None
     host_slots: int | tuple[int, ...] = 0
+    on_miss: str = "fetch"
+    miss_costs: MissCosts | None = None
 
     def __post_init__(self) -> None:
         _one_of("eviction", self.eviction, EVICTIONS)
         _one_of("scope", self.scope, SCOPES)
+        _one_of("on_miss", self.on_miss, ON_MISS)
         _check_prefetch(self.prefetch)
         _check_slots(self.slots_per_layer)
         _check_slots(self.host_slots, "host_slots", least=0)
@@ -131,6 +139,8 @@ class CacheOptions:
             del values["popularity"]
         if self.host_slots == 0:
             del values["host_slots"]
+        if self.miss_costs is None:
+            del values["miss_costs"]
         return values
 
     @classmethod
@@ -146,6 +156,11 @@ class CacheOptions:
             values = {**values, "slots_per_layer": tuple(slots)}
         if isinstance(values.get("host_slots"), list):
             values = {**values, "host_slots": tuple(values["host_slots"])}
+        if isinstance(values.get("miss_costs"), dict):
+            try:
+                values = {**values, "miss_costs": MissCosts(**values["miss_costs"])}
+            except TypeError as error:
+                raise ConfigError(f"miss_costs: {error}.") from None
         if popularity is not None:
             try:
                 popularity = tuple(tuple(map(float, layer)) for layer in popularity)
@@ -180,7 +195,7 @@ class OffloadConfig:
     eviction: str = Default("aged-lfu")
     scope: str = Default("layer")
     max_context: int | None = None
-    on_miss: str = "auto"
+    on_miss: str = Default("auto")
     prefetch: int | str = Default("auto")
     exactness: str = "auto"
     activations: str = "float"
@@ -189,13 +204,15 @@ class OffloadConfig:
     popularity: tuple[tuple[float, ...], ...] | None = None
     host_slots: int | tuple[int, ...] | None = None
     """At most so many of what host_memory gives; after loading, how many there are. A profile may say it."""
+    miss_costs: MissCosts | None = None
+    """Of a profile, or assumed; worked out, not asked for."""
 
     def __post_init__(self) -> None:
         self._apply_profile()
         _one_of("experts", self.experts, EXPERTS)
         _one_of("eviction", self.eviction, EVICTIONS)
         _one_of("scope", self.scope, SCOPES)
-        _one_of("on_miss", self.on_miss, ("auto", "fetch"), ("cpu",))
+        _one_of("on_miss", self.on_miss, ON_MISS)
         _one_of("exactness", self.exactness, EXACTNESS)
         _one_of("activations", self.activations, ACTIVATIONS)
         if self.experts != "native" and self.exactness == "bitwise":
@@ -249,6 +266,8 @@ class OffloadConfig:
             "slots_per_layer": slots,
             "prefetch": self.prefetch,
             "host_slots": 0 if self.host_slots is None else self.host_slots,
+            "on_miss": self.on_miss,
+            "miss_costs": self.miss_costs,
         }
         if self.half_life is not None:
             values["half_life"] = self.half_life

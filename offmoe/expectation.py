@@ -16,7 +16,7 @@ from offmoe.config import CacheOptions
 from offmoe.profile import CostModel, Profile
 from offmoe.simulator import Recording
 from offmoe.trace import NONE, Trace
-from offmoe.tuning import Settings, evaluate
+from offmoe.tuning import Part, Settings, evaluate
 from offmoe.types import CacheShape
 
 FILLING_TOKENS, TOKENS = 128, 128
@@ -25,12 +25,14 @@ FILLING_TOKENS, TOKENS = 128, 128
 
 @dataclass(frozen=True)
 class Expectation:
-    """Tokens per second of decoding. bound: nothing is missed. uniform: every expert is equally likely. tuned: at the
-    hit rate that the profile was tuned to; None if it was tuned for other slots, or not at all."""
+    """Tokens per second of decoding. bound: nothing is missed. uniform: every expert is equally likely; roofline: the
+    same if device, way in and host never waited for each other. tuned: at the hit rate that the profile was tuned to;
+    None if it was tuned for other slots, or not at all."""
 
     bound: float
     uniform: float
     uniform_hit_rate: float
+    roofline: float
     tuned: float | None
     tuned_hit_rate: float | None
 
@@ -51,9 +53,21 @@ def expect(shape: CacheShape, options: CacheOptions, profile: Profile) -> Expect
         bound=1 / _seconds(shape, profile.costs, 1.0),
         uniform=found.tokens_per_s,
         uniform_hit_rate=found.stats.hit_rate,
+        roofline=found.tokens / max(_busy_s(shape, options, profile.costs, found)),
         tuned=None if hit_rate is None else 1 / _seconds(shape, profile.costs, hit_rate),
         tuned_hit_rate=hit_rate,
     )
+
+
+def _busy_s(shape: CacheShape, options: CacheOptions, costs: CostModel, part: Part) -> tuple[float, float, float]:
+    """Seconds that computing on the device, the way in and computing beside a device would take by themselves."""
+    stats, largest = part.stats, max(shape.expert_bytes)
+    on_host = stats.host_computed if options.miss_costs is not None else 0
+    device = part.tokens * costs.dense_us_per_token + (stats.demands - on_host) * costs.expert_us_device
+    link = 0.0 if costs.h2d_gb_s is None else stats.h2d_bytes / costs.h2d_gb_s / 1e3
+    disk = stats.disk_bytes / costs.disk_gb_s / 1e3
+    host = on_host * costs.miss_costs(largest).host_us
+    return max(device, 1e-3) * 1e-6, max(link, disk) * 1e-6, host * 1e-6
 
 
 def _seconds(shape: CacheShape, costs: CostModel, hit_rate: float) -> float:

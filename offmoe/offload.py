@@ -87,7 +87,8 @@ class Offload:
         closing: Sequence[Callable[[], None]],
     ):
         self.config = config
-        """The options with every "auto" resolved, but for prefetch, where "auto" is a policy that goes on deciding."""
+        """The options with every "auto" resolved, but for prefetch and on_miss, where "auto" is a policy that goes on
+        deciding."""
         self._plan = plan
         self._executor = executor
         self._baseline = CacheStats.for_layers(executor.shape.layers)

@@ -3,10 +3,13 @@
 Nothing is measured here; the costs come from a profile. Bound: some 2 us per (step, layer). The model: a layer computes
 what is resident first, then every expert as it arrives; one fetch at a time occupies the way in; demands go before
 prefetches that have not started, and the fetches of all waves are asked for at once; what computing does not cover is
-stall. Rough for prompts, where the dense part of many tokens costs less than that many times one token's. Must never
-influence a plan (rule R1)."""
+stall. What the host computes beside a device is read like the rest, starts with the layer and ends before anything is
+computed with that was fetched. Rough for prompts, where the dense part of many tokens costs less than that many times
+one token's. Must never influence a plan (rule R1)."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from offmoe.profile import CostModel
 from offmoe.types import Access, CacheShape, ExpertKey, Plan
@@ -21,6 +24,10 @@ class Clock:
         self._fetch_s = {
             read: [costs.fetch_s(nbytes, read=read) for nbytes in shape.expert_bytes] for read in (True, False)
         }
+        self._landing_s = [costs.landing_s(nbytes) for nbytes in shape.expert_bytes]
+        largest = max(shape.expert_bytes)
+        self._scales = [nbytes / largest for nbytes in shape.expert_bytes]
+        self._misses = costs.miss_costs(largest)
         self._expert_s = costs.expert_us_device * 1e-6
         self._dense_s = costs.dense_us_per_token * 1e-6 / shape.layers
         self._free_at = 0.0
@@ -34,6 +41,8 @@ class Clock:
         self.now_s += self._dense_s * rows
         tokens = {demand.expert: demand.tokens for demand in access.demands}
         self._start_prefetches()
+        host_done = self._compute_on_host(plan, tokens) if plan.on_host else self.now_s
+        residents = len(plan.waves[0].experts) - len(plan.waves[0].fetches) if plan.on_host else -1
         keys = [ExpertKey(layer, expert) for wave in plan.waves for expert, _ in wave.experts]
         fetched = {fetch.key: fetch.read for wave in plan.waves for fetch in wave.fetches}
         for key in keys:  # a prefetch that is demanded before it has started is a demand like the others
@@ -41,18 +50,35 @@ class Clock:
             read = fetched.get(key, read)
             if read is not None:
                 self._fetch(key, self.now_s, read)
-        for key in keys:
-            lands = self._lands.pop(key, 0.0)
-            if lands > self.now_s:
-                self.stall_s += lands - self.now_s
-                self.now_s = lands
+        for i, key in enumerate(keys):
+            if i == residents:
+                self._wait(host_done)
+            self._wait(self._lands.pop(key, 0.0))
             self.now_s += self._expert_s * tokens[key.expert]
+        self._wait(host_done)
         for fetch in plan.prefetches:
             self._queue[fetch.key] = self.now_s, fetch.read
 
     def _fetch(self, key: ExpertKey, asked_at: float, read: bool) -> None:
         self._free_at = max(self._free_at, asked_at) + self._fetch_s[read][key.layer]
-        self._lands[key] = self._free_at
+        self._lands[key] = self._free_at + self._landing_s[key.layer]
+
+    def _wait(self, until: float) -> None:
+        if until > self.now_s:
+            self.stall_s += until - self.now_s
+            self.now_s = until
+
+    def _compute_on_host(self, plan: Plan, tokens: Mapping[int, int]) -> float:
+        """When the host is done with its experts of a layer."""
+        scale, costs = self._scales[plan.layer], self._misses
+        read_at = self.now_s
+        computed = [fetch for wave in plan.on_host for fetch in wave.fetches]
+        for _ in filter(lambda fetch: fetch.read, computed):
+            self._free_at = read_at = max(self._free_at, self.now_s) + costs.read_us * scale * 1e-6
+        link_us = sum([len(wave.fetches) for wave in plan.waves]) * costs.link_us * scale
+        took = costs.host_s([tokens[fetch.key.expert] for fetch in computed], link_us, scale)
+        last = costs.host_us * scale * 1e-6 if read_at > self.now_s else 0.0  # of what was read last
+        return max(self.now_s + took, read_at + last)
 
     def _start_prefetches(self) -> None:
         """Those for which the way in was free before now."""

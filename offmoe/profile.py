@@ -9,14 +9,60 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from offmoe.errors import ConfigError
 
-CACHE_OPTIONS = ("eviction", "scope", "slots_per_layer", "prefetch", "half_life", "popularity", "host_slots")
+CACHE_OPTIONS = ("eviction", "scope", "slots_per_layer", "prefetch", "half_life", "popularity", "host_slots", "on_miss")
 PARTS = ("cache", "costs", "expected")
+
+DEFAULT_HANDOFF_US = 50.0
+
+
+@dataclass(frozen=True)
+class MissCosts:
+    """What decides between fetching a missed expert and computing it on the host, microseconds; of a device with memory
+    of its own. ConfigError naming a value that cannot be.
+
+    link_us: one expert (the model's largest) to the device. read_us: from disk into RAM. host_us: computed on the CPU
+    for one token; host_shared_us: the same while the link takes its share of RAM's bandwidth; host_token_us: every
+    further token. device_us: computed on the device. handoff_us: activations to the host and results back, once per
+    layer.
+    """
+
+    link_us: float
+    read_us: float
+    host_us: float
+    host_shared_us: float
+    host_token_us: float
+    device_us: float
+    handoff_us: float = DEFAULT_HANDOFF_US
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise ConfigError(f"miss_costs: {f.name}={value!r} must be a number of microseconds, 0 or more.")
+
+    @classmethod
+    def assumed(cls, expert_bytes: int) -> MissCosts:
+        """Where nothing was measured: a link of 24 GB/s (PCIe 4 x16), a disk of 3, a CPU that takes in 30 GB/s alone
+        and 20 beside the link and computes 200 GFLOP/s on two-byte weights, a device of 500 GB/s.
+        """
+
+        def us(gb_s: float) -> float:
+            return expert_bytes / gb_s / 1e3
+
+        return cls(us(24), us(3), us(30), us(20), us(200), us(500))
+
+    def host_s(self, tokens: Iterable[int], link_busy_us: float, scale: float) -> float:
+        """Seconds until the host has computed experts with so many tokens each, the link being busy at first."""
+        alone = sum([self.host_us + (n - 1) * self.host_token_us for n in tokens]) * scale
+        slowed = self.host_us / self.host_shared_us if self.host_shared_us else 1.0
+        beside = min(alone, link_busy_us * slowed)
+        return (self.handoff_us + (beside / slowed if slowed else 0.0) + alone - beside) * 1e-6
 
 
 @dataclass(frozen=True)
@@ -25,9 +71,9 @@ class CostModel:
 
     disk_gb_s: reading experts, GB/s (10^9). h2d_gb_s: host to device; None: slots are in RAM, nothing is copied.
     read_latency_us: of one fetch, beside its bytes. expert_us_device: one expert on one token. dense_us_per_token:
-    everything but the experts, all layers together. The rest prices nothing and is for people: ram_gb_s, copies within
-    RAM; expert_us_device_4, one expert on four tokens; expert_us_host, one expert on one token on the CPU;
-    ..._overlapped, the same while experts are read (and copied) and computed at once."""
+    everything but the experts, all layers together. expert_us_host: one expert on one token on the CPU. ..._4: on four
+    tokens. ..._overlapped: the same while experts are read (and copied) and computed at once. ram_gb_s: copies within
+    RAM, which slots in RAM are filled by."""
 
     disk_gb_s: float
     expert_us_device: float
@@ -40,6 +86,8 @@ class CostModel:
     disk_gb_s_overlapped: float | None = None
     h2d_gb_s_overlapped: float | None = None
     expert_us_device_overlapped: float | None = None
+    expert_us_host_4: float | None = None
+    expert_us_host_overlapped: float | None = None
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -58,6 +106,21 @@ class CostModel:
             return 0.0 if self.h2d_gb_s is None else nbytes / (self.h2d_gb_s * 1e9)
         slowest = self.disk_gb_s if self.h2d_gb_s is None else min(self.disk_gb_s, self.h2d_gb_s)
         return nbytes / (slowest * 1e9) + self.read_latency_us * 1e-6
+
+    def landing_s(self, nbytes: int) -> float:
+        """Seconds that an expert needs from its buffer into a slot in RAM, while the next is read; 0 if unknown."""
+        return 0.0 if self.h2d_gb_s is not None or self.ram_gb_s is None else nbytes / (self.ram_gb_s * 1e9)
+
+    def miss_costs(self, nbytes: int) -> MissCosts:
+        """Of experts of `nbytes`; what was not measured follows from what was, or is assumed."""
+        assumed = MissCosts.assumed(nbytes)
+        link = assumed.link_us if self.h2d_gb_s is None else nbytes / self.h2d_gb_s / 1e3
+        host = assumed.host_us if self.expert_us_host is None else self.expert_us_host
+        shared = host * assumed.host_shared_us / assumed.host_us
+        shared = shared if self.expert_us_host_overlapped is None else max(host, self.expert_us_host_overlapped)
+        token = assumed.host_token_us if self.expert_us_host_4 is None else max(0.0, self.expert_us_host_4 - host) / 3
+        read = nbytes / self.disk_gb_s / 1e3 + self.read_latency_us
+        return MissCosts(link, read, host, shared, token, self.expert_us_device)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> CostModel:

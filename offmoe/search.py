@@ -1,7 +1,8 @@
 """The search behind `offmoe tune`: which configurations are worth replaying, and what to make of the outcomes.
 
 Nothing moves. Two rounds: every policy at every capacity; then, at one capacity, what else there is to choose (scope,
-prefetch, unequal quotas) for the two best policies. All at once would be hundreds of replays for what nobody asks."""
+prefetch, unequal quotas, what a miss gets) for the two best policies. All at once would be hundreds of replays for what
+nobody asks."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ class Found:
         slots = outcome.options.slots_per_layer
         bound = next((b for b in self.bounds if b.slots_per_layer == slots), None)
         lru = next((rate for n, rate in self.curve("lru").items() if n == slots), None)
-        if bound is None or lru is None or outcome.options.scope != "layer" or outcome.options.prefetch != 0:
+        options = outcome.options
+        if bound is None or lru is None or (options.scope, options.prefetch, options.on_miss) != ("layer", 0, "fetch"):
             return None
         return gap_closed(outcome.whole.stats.hit_rate, lru, bound.belady)
 
@@ -84,18 +86,29 @@ def search(
     evictions: Sequence[str] = EVICTIONS,
     scopes: Sequence[str] | None = None,
     prefetches: Sequence[int | str] | None = None,
+    on_misses: Sequence[str] | None = None,
     host_sizes: Sequence[int] | None = None,
 ) -> Found:
     """Replay what is worth it. sizes: slots per layer to sweep. slots: the capacity to choose for; None: the knee.
 
-    scopes, prefetches: what to cross with every policy and size; None: scope "layer" and no prefetch everywhere, the
-    rest in the second round. host_sizes: slots per layer in RAM behind the device's; the most everywhere, fewer in the
-    second round; None: those of the recorded run, and half of them. ConfigError for what the trace cannot answer."""
+    scopes, prefetches, on_misses: what to cross with every policy and size; None: scope "layer", no prefetch and a slot
+    for every miss everywhere, the rest in the second round. host_sizes: slots per layer in RAM behind the device's; the
+    most everywhere, fewer in the second round; None: those of the recorded run, and half of them. ConfigError for what
+    the trace cannot answer."""
     if trace.predicted is None and any(prefetch != 0 for prefetch in prefetches or ()):
         raise ConfigError("--prefetch: the trace holds no predictions; record one with 'offmoe generate --prefetch N'.")
     sizes = sorted({*sizes, *([slots] if slots else [])})
     in_ram, fewer = _host_sizes(trace, host_sizes)
-    candidates = grid(trace, sizes, evictions, scopes or ("layer",), prefetches or (0,), settings.test_requests, in_ram)
+    candidates = grid(
+        trace,
+        sizes,
+        evictions,
+        scopes or ("layer",),
+        prefetches or (0,),
+        on_misses or ("fetch",),
+        settings.test_requests,
+        in_ram,
+    )
     outcomes, bounds = sweep(candidates, [CacheOptions(slots_per_layer=n) for n in sizes])
     if slots is None:
         best: dict[int, float] = {}
@@ -104,7 +117,7 @@ def search(
             best[options.slots_per_layer] = max(best.get(options.slots_per_layer, 0.0), outcome.train.stats.hit_rate)
         slots = knee(best)
     here = rank(outcome for outcome in outcomes if outcome.options.slots_per_layer == slots)
-    refined = _refinements(trace, outcomes, here, slots, scopes is None, prefetches is None, fewer)
+    refined = _refinements(trace, outcomes, here, slots, scopes is None, prefetches is None, on_misses is None, fewer)
     second, _ = sweep(refined, [])
     return Found(trace, settings, outcomes, bounds, slots, rank([*here, *second]))
 
@@ -116,6 +129,7 @@ def _refinements(
     slots: int,
     scopes: bool,
     prefetches: bool,
+    on_misses: bool,
     host_sizes: Sequence[int],
 ) -> list[CacheOptions]:
     """What the best policies have not been tried with at the chosen capacity."""
@@ -128,11 +142,13 @@ def _refinements(
         if prefetches and trace.predicted is not None:
             ahead: list[int | str] = list(dict.fromkeys([1, max(trace.shape.top_k), "auto"]))
             refined += [replace(base, prefetch=n) for n in ahead]
+        if on_misses:
+            refined += [replace(base, on_miss="cpu"), replace(base, on_miss="auto")]
         refined += [replace(base, host_slots=n) for n in host_sizes]
         if len(curve) > 1:
             fitted = fit_quotas(curve, slots, trace.shape)
             if len(set(fitted)) > 1:
-                refined.append(replace(base, scope="layer", prefetch=0, slots_per_layer=fitted))
+                refined.append(replace(base, scope="layer", prefetch=0, on_miss="fetch", slots_per_layer=fitted))
     return refined
 
 
@@ -147,10 +163,11 @@ def _host_sizes(trace: Trace, sizes: Sequence[int] | None) -> tuple[int | tuple[
 
 
 def _equal_quotas(outcomes: Sequence[Outcome], eviction: str) -> dict[int, Outcome]:
-    """One policy by slots per layer, no prefetch: the runs that curves and quotas are made of."""
+    """One policy by slots per layer, no prefetch, every miss fetched: the runs that curves and quotas are made of."""
     return {
         o.options.slots_per_layer: o
         for o in outcomes
         if isinstance(o.options.slots_per_layer, int)
-        and (o.options.eviction, o.options.scope, o.options.prefetch) == (eviction, "layer", 0)
+        and (o.options.eviction, o.options.scope, o.options.prefetch, o.options.on_miss)
+        == (eviction, "layer", 0, "fetch")
     }

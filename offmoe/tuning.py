@@ -144,7 +144,7 @@ def evaluate(recording: Recording, options: CacheOptions, settings: Settings) ->
 
 def bound(recording: Recording, options: CacheOptions, settings: Settings) -> Bounds:
     """The bounds at the capacity and scope of `options`."""
-    lru = replace(options, eviction="lru", prefetch=0, popularity=None, host_slots=0)
+    lru = replace(options, eviction="lru", prefetch=0, popularity=None, on_miss="fetch", host_slots=0)
     parts = recording.by_request() if settings.clear_between_requests else [recording]
     demands = [sum(len(access.demands) for access in part.accesses()) for part in parts]
     total = sum(demands) or 1
@@ -195,6 +195,7 @@ def grid(
     evictions: Sequence[str] = EVICTIONS,
     scopes: Sequence[str] = ("layer",),
     prefetches: Sequence[int | str] = (0,),
+    on_misses: Sequence[str] = ("fetch",),
     test_requests: frozenset[int] = frozenset(),
     host_slots: int | tuple[int, ...] = 0,
 ) -> list[CacheOptions]:
@@ -204,12 +205,19 @@ def grid(
     popular = popularity(trace, test_requests) if "static" in evictions else None
     return [
         CacheOptions(
-            eviction, scope, n, prefetch, popularity=popular if eviction == "static" else None, host_slots=host_slots
+            eviction,
+            scope,
+            n,
+            prefetch,
+            popularity=popular if eviction == "static" else None,
+            host_slots=host_slots,
+            on_miss=on_miss,
         )
         for n in slots
         for eviction in evictions
         for scope in scopes
         for prefetch in prefetches
+        for on_miss in on_misses
     ]
 
 

@@ -81,8 +81,10 @@ class Wave(NamedTuple):
 class Plan(NamedTuple):
     """What to do for one access. Waves run in order; prefetches (of the next layer) start after the last one.
 
-    `hits`, `pending` and `misses` count demands; `host_computed` of the misses are computed on the host, without a
-    slot."""
+    `hits`, `pending` and `misses` count demands; `host_computed` of the misses get no slot. On a device whose memory is
+    the host's they pass through scratch slots in `waves`, like the others. Beside a device with memory of its own, the
+    host computes the waves `on_host` from scratch slots in RAM; they are fetched first, and computed while the device
+    computes the first of `waves`, which then waits for no fetch of this plan."""
 
     layer: int
     waves: tuple[Wave, ...]
@@ -91,6 +93,7 @@ class Plan(NamedTuple):
     pending: int
     misses: int
     host_computed: int = 0
+    on_host: tuple[Wave, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,9 @@ class CacheStats:
     """Counts of what a cache did, folded from plans; the same class for one layer and for a whole model.
 
     hits + pending + misses == demands. Bytes are those of fetches and prefetches. `h2d_bytes` arrived in device slots
-    (on a CPU the slots are RAM), `disk_bytes` of them were read from disk for it, the rest came from the host tier.
-    `stall_s` is time and no part of `==`: seconds that computing waited for an expert. Snapshots subtract."""
+    (on a CPU the slots are RAM), `disk_bytes` were read from disk, the rest came from the host tier. What the host
+    computes beside a device never arrives there, but may have been read. `stall_s` is time and no part of `==`: seconds
+    that computing waited for an expert. Snapshots subtract."""
 
     hits: int = 0
     pending: int = 0
@@ -151,6 +155,8 @@ class CacheStats:
                 fetched += len(wave.fetches)
                 read += sum([fetch.read for fetch in wave.fetches])
                 evicted += sum([fetch.evicted is not None for fetch in wave.fetches])
+        for wave in plan.on_host:
+            read += sum([fetch.read for fetch in wave.fetches])
         nbytes = shape.expert_bytes[layer]
         for stats in (self, self.by_layer[layer]):
             stats.hits += plan.hits

@@ -121,14 +121,15 @@ class DeviceBesideRam(DeferredBackend):
         self.pinned.remove(address)
 
 
-def without(wait):
-    """transfer.py with the line of one wait taken out."""
-    source = Path(transfer.__file__).read_text()
+def without(wait, module=transfer):
+    """transfer.py, or another module that waits, with the line of one wait taken out."""
+    assert module.__file__ is not None
+    source = Path(module.__file__).read_text()
     lines = source.splitlines()
     found = [i for i, line in enumerate(lines) if line.endswith(f"  # {wait}")]
-    assert len(found) == 1, f"{wait} must stand in transfer.py exactly once"
+    assert len(found) == 1, f"{wait} must stand in {module.__file__} exactly once"
     lines[found[0]] = lines[found[0]][: len(lines[found[0]]) - len(lines[found[0]].lstrip())] + "pass"
-    spec = importlib.util.spec_from_loader(f"transfer_without_{wait}", loader=None)
-    module = importlib.util.module_from_spec(spec)
-    exec(compile("\n".join(lines), f"transfer without {wait}", "exec"), module.__dict__)
-    return module
+    spec = importlib.util.spec_from_loader(f"{module.__name__}_without_{wait}", loader=None)
+    made = importlib.util.module_from_spec(spec)
+    exec(compile("\n".join(lines), f"{module.__name__} without {wait}", "exec"), made.__dict__)
+    return made

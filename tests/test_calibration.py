@@ -28,7 +28,7 @@ def test_figures(inspected) -> None:
     for name, value in found.items():
         assert value > 0 or name not in ("disk_gb_s", "dense_us_per_token", "ram_gb_s", "disk_gb_s_overlapped"), name
     assert said[0] == "copying"
-    assert said[-1] == "reading and computing at once"
+    assert said[-1] == "computing on the host beside reads"
     assert not [t for t in threading.enumerate() if t.name.startswith("offmoe")]
 
 

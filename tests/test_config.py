@@ -51,7 +51,7 @@ def test_sizes_are_readable():
         ({"eviction": "static"}, "use a profile"),
         ({"profile": "/no/such/profile.json"}, "cannot be read"),
         ({"experts": "int3"}, "unknown. Use one of: native, int8, int4"),
-        ({"on_miss": "cpu"}, "not built yet"),
+        ({"on_miss": "swap"}, "on_miss='swap' is unknown. Use one of: fetch, cpu, auto"),
         ({"exactness": "fuzzy"}, "bitwise, numeric"),
         ({"experts": "int4", "exactness": "bitwise"}, "other weights than the checkpoint"),
         ({"activations": "int8"}, "exactness='numeric'"),
@@ -73,5 +73,5 @@ def test_refusals_name_the_option(options, message):
 
 
 def test_cache_options_survive_json():
-    options = CacheOptions("lru", "model", (2, 3, 4), "auto")
+    options = CacheOptions("lru", "model", (2, 3, 4), "auto", on_miss="cpu")
     assert CacheOptions.from_dict({**options.to_dict(), "slots_per_layer": [2, 3, 4]}) == options

@@ -11,11 +11,14 @@ from transformers import AutoModelForCausalLM
 import offmoe
 import offmoe.api
 from offmoe.errors import CapacityError, ConfigError
-from offmoe.profile import Profile
+from offmoe.profile import CostModel, Profile
+from offmoe.runtime.exchange import HostPart
 from offmoe.simulator import replay
 from offmoe.trace import read_trace
 from tests import tiny
 from tests.doubles import DeviceBesideRam
+
+FAST_HOST = CostModel(disk_gb_s=1.0, expert_us_device=1.0, dense_us_per_token=1.0, h2d_gb_s=0.0001, expert_us_host=1.0)
 
 
 @pytest.fixture
@@ -101,3 +104,66 @@ def test_too_little_ram_is_refused_with_the_numbers(folder, device):
 def test_ram_of_a_cpu_is_device_memory(folder):
     with pytest.raises(ConfigError, match="device_memory"):
         offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3, host_memory="1MiB")
+
+
+@pytest.mark.parametrize(
+    ("on_miss", "slots_in_ram", "scope"), [("cpu", 0, "layer"), ("auto", 3, "layer"), ("auto", 8, "model")]
+)
+def test_what_the_host_computes_is_right_and_replay_follows(tmp_path, folder, device, on_miss, slots_in_ram, scope):
+    """The device's kernels are the host's here, so even the bits must be the same."""
+
+    def run(on_miss, **options):
+        model = offmoe.from_pretrained(
+            folder,
+            slots_per_layer=3,
+            scope=scope,
+            host_memory=(7 + 3 * slots_in_ram) * reads_of(folder),
+            exactness="numeric",
+            on_miss=on_miss,
+            profile=Profile(costs=FAST_HOST),
+            **options,
+        )
+        with model.offload:
+            return generate(model), model(tiny.prompt()).logits, model.offload.stats(), model.offload
+
+    path = tmp_path / "run.npz"
+    tokens, logits, stats, offload = run(on_miss, prefetch=1, trace=path)
+    expected, same, fetched, _ = run("fetch", prefetch=1)
+    assert offload.config.on_miss == on_miss
+    assert offload.config.miss_costs is not None
+    assert offload.memory().host.scratch
+    assert torch.equal(tokens, expected)
+    assert torch.equal(logits, same)
+    assert stats.host_computed > 0 == fetched.host_computed
+    trace = read_trace(path)
+    assert trace.options.miss_costs == offload.config.miss_costs
+    assert replay(trace, trace.options).stats == stats
+    assert not device.pinned
+
+
+def test_bitwise_on_a_device_of_its_own_means_fetch(folder, device):
+    with pytest.raises(ConfigError, match="exactness='numeric'"):
+        offmoe.from_pretrained(folder, slots_per_layer=3, on_miss="cpu")
+    with offmoe.from_pretrained(folder, slots_per_layer=3).offload as offload:
+        assert offload.config.on_miss == "fetch"
+
+
+def test_a_failure_while_the_host_computes_leaves_nothing(folder, device, monkeypatch):
+    model = offmoe.from_pretrained(
+        folder, slots_per_layer=3, prefetch=0, exactness="numeric", on_miss="cpu", profile=Profile(costs=FAST_HOST)
+    )
+    with model.offload:
+        expected = generate(model)
+        run, calls = HostPart.run, []
+
+        def fails(*args):
+            calls.append(args)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return run(*args)
+
+        monkeypatch.setattr(HostPart, "run", fails)
+        with pytest.raises(KeyboardInterrupt):
+            generate(model)
+        assert torch.equal(generate(model), expected)
+    assert not device.pinned

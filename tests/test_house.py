@@ -46,6 +46,7 @@ FLOORS = {
     "offmoe.processes": "2 offline",
     "offmoe.hf": "3",
     "offmoe.offload": "3",
+    "offmoe.fit": "3",
     "offmoe.pack": "3",
     "offmoe.perplexity": "3",
     "offmoe.api": "4",

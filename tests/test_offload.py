@@ -57,7 +57,7 @@ def test_experts_are_nowhere_in_the_model(model):
 def test_every_auto_is_resolved(model):
     config = model.offload.config
     assert config.slots_per_layer == 3
-    assert "auto" not in (config.device, config.device_memory, config.on_miss, config.exactness)
+    assert "auto" not in (config.device, config.device_memory, config.exactness)
     assert config.max_context == model.offload.memory().max_context
 
 

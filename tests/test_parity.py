@@ -77,15 +77,19 @@ def assert_same(ours, theirs):
 
 
 @pytest.mark.parametrize(
-    ("slots", "eviction", "dtype", "prefetch"),
+    ("slots", "eviction", "dtype", "prefetch", "on_miss"),
     [
-        (slots, eviction, dtype, prefetch)
-        for (slots, eviction, dtype), prefetch in zip(
-            itertools.product((2, 3, 4, 8), ("aged-lfu", "lru"), DTYPES), itertools.cycle(("auto", 0, 1)), strict=False
+        (slots, eviction, dtype, prefetch, on_miss)
+        for (slots, eviction, dtype), prefetch, on_miss in zip(
+            itertools.product((2, 3, 4, 8), ("aged-lfu", "lru"), DTYPES),
+            itertools.cycle(("auto", 0, 1)),
+            itertools.cycle(("fetch", "auto", "cpu", "auto", "cpu")),
+            strict=False,
         )
     ],
 )
-def test_demo_equals_stock_bit_for_bit(tmp_path, prompts, stock, slots, eviction, dtype, prefetch):
+def test_demo_equals_stock_bit_for_bit(tmp_path, prompts, stock, slots, eviction, dtype, prefetch, on_miss):
+    """Also where experts are computed without a slot, which on a CPU is the same kernel on another buffer."""
     path = tmp_path / "run.npz"
     model = offmoe.from_pretrained(
         "demo",
@@ -93,12 +97,14 @@ def test_demo_equals_stock_bit_for_bit(tmp_path, prompts, stock, slots, eviction
         slots_per_layer=slots,
         eviction=eviction,
         prefetch=prefetch,
+        on_miss=on_miss,
         dtype=DTYPES[dtype],
         trace=path,
     )
     with model.offload:
         assert_same(run(model, prompts), stock[dtype])
         stats = model.offload.stats()
+    assert bool(stats.host_computed) == (on_miss != "fetch" and slots < 8)
     trace = read_trace(path)
     assert replay(trace, trace.options).stats == stats
     assert stats.demands == stats.hits + stats.pending + stats.misses > 0
@@ -106,10 +112,12 @@ def test_demo_equals_stock_bit_for_bit(tmp_path, prompts, stock, slots, eviction
 
 
 @pytest.mark.parametrize("scope", ["layer", "model"])
-@pytest.mark.parametrize("slots", [(2, 3, 4, 5, 6, 7), 3])
-def test_quotas_and_pools_change_nothing_but_counts(tmp_path, prompts, stock, scope, slots):
+@pytest.mark.parametrize(("slots", "on_miss"), [((2, 3, 4, 5, 6, 7), "auto"), (3, "fetch"), (3, "cpu")])
+def test_quotas_and_pools_change_nothing_but_counts(tmp_path, prompts, stock, scope, slots, on_miss):
     path = tmp_path / "run.npz"
-    model = offmoe.from_pretrained("demo", device="cpu", slots_per_layer=slots, scope=scope, prefetch=2, trace=path)
+    model = offmoe.from_pretrained(
+        "demo", device="cpu", slots_per_layer=slots, scope=scope, prefetch=2, on_miss=on_miss, trace=path
+    )
     with model.offload:
         assert_same(run(model, prompts), stock["bf16"])
         stats = model.offload.stats()

@@ -18,8 +18,9 @@ def access(layer, experts, predicted=(), tokens=1):
     return Access(layer, tuple(Demand(e, tokens, tokens) for e in experts), tokens, tuple(predicted))
 
 
-def price(accesses, prefetch=0, costs=COSTS, rows=1):
-    planner, clock = build_planner(CacheOptions(slots_per_layer=4, prefetch=prefetch), SHAPE), Clock(costs, SHAPE)
+def price(accesses, prefetch=0, costs=COSTS, rows=1, **options):
+    options = CacheOptions(slots_per_layer=4, prefetch=prefetch, **options)
+    planner, clock = build_planner(options, SHAPE), Clock(costs, SHAPE)
     for one in accesses:
         clock.add(one, planner.plan(one), rows)
     return clock
@@ -67,3 +68,26 @@ def test_the_slower_of_disk_and_link_counts():
 
 def test_every_row_is_computed():
     assert price([access(0, [1], tokens=10)], rows=10).now_s == pytest.approx(2e-3 + 1e-3 + 1e-3)
+
+
+def test_a_slot_in_ram_is_filled_by_a_copy_that_the_next_read_does_not_wait_for():
+    copied = CostModel(disk_gb_s=0.001, expert_us_device=0.0, dense_us_per_token=0.0, ram_gb_s=0.002)
+    assert price([access(0, [1, 2])], costs=copied).now_s == pytest.approx(2e-3 + 0.5e-3)
+
+
+def test_what_passes_through_scratch_costs_what_a_fetch_does():
+    first, then = access(0, [1, 2, 3, 4]), access(0, [5, 6])
+    fetched, passed = (price([first, then], on_miss=how) for how in ("fetch", "cpu"))
+    assert passed.now_s == pytest.approx(fetched.now_s)
+    again = price([first, then, then], on_miss="cpu")
+    assert again.now_s - passed.now_s == pytest.approx(0.2e-3 + 2e-3 + 0.1e-3)
+
+
+def test_the_host_computes_while_the_link_is_busy():
+    linked = CostModel(1.0, 10.0, 0.0, h2d_gb_s=0.001, expert_us_host=300.0, expert_us_host_overlapped=600.0)
+    costs = linked.miss_costs(1000)
+    assert (costs.link_us, costs.host_us, costs.host_shared_us) == (1000.0, 300.0, 600.0)
+    warm, miss = access(0, [1, 2, 3, 4]), access(0, [1, 5])
+    options = {"costs": linked, "on_miss": "cpu", "miss_costs": costs}
+    alone = price([warm, miss], **options).now_s - price([warm], **options).now_s
+    assert alone == pytest.approx(50e-6 + 300e-6)  # handing over and computing; the hit is done meanwhile

@@ -61,11 +61,11 @@ def test_files_that_cannot_be_read_or_written(tmp_path):
 def test_explicit_over_profile_over_default():
     profile = Profile(CACHE)
     config = OffloadConfig(profile=profile)
-    assert config.cache() == CacheOptions("lru", "model", (3, 4), 0, 8.0)
+    assert config.cache() == CacheOptions("lru", "model", (3, 4), 0, 8.0, on_miss="auto")
     config = OffloadConfig(eviction="aged-lfu", scope="layer", slots_per_layer=5, prefetch="auto", profile=profile)
-    assert config.cache() == CacheOptions("aged-lfu", "layer", 5, "auto", 8.0)
+    assert config.cache() == CacheOptions("aged-lfu", "layer", 5, "auto", 8.0, on_miss="auto")
     assert OffloadConfig(slots_per_layer=5, profile=Profile({"prefetch": 2})).cache() == CacheOptions(
-        "aged-lfu", "layer", 5, 2
+        "aged-lfu", "layer", 5, 2, on_miss="auto"
     )
 
 

@@ -30,6 +30,8 @@ FIGURES = {
     "expert_us_device_4": ("one expert, four tokens", "us"),
     "expert_us_device_overlapped": ("one expert, one token, beside reading", "us"),
     "expert_us_host": ("one expert, one token, on the CPU", "us"),
+    "expert_us_host_4": ("one expert, four tokens, on the CPU", "us"),
+    "expert_us_host_overlapped": ("one expert, one token, on the CPU beside reading or copying", "us"),
     "dense_us_per_token": ("all but the experts, per token", "us"),
 }
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 import gc
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from offmoe.cli import options
 from offmoe.cli.output import Output, percent, plain, span
-from offmoe.config import OffloadConfig, format_size
+from offmoe.config import ON_MISS, OffloadConfig, format_size
 from offmoe.profile import Profile
 
 if TYPE_CHECKING:
@@ -52,14 +53,15 @@ def _run(args: argparse.Namespace, out: Output) -> None:
     quiet(args.verbose, args.json)
     found = survey(args.model, config, dtype=args.dtype, **hub)
     speed, unpredictable = _speed(found), found.unpredictable()
+    ways = {} if speed is None else _by_way(found)
     facts = _facts(found, unpredictable)
     if found.refusal is not None:
         out.result(_needs(args.model, found, unpredictable))
         out.json({**facts, "plan": None})
         raise found.refusal
     tables = _needs(args.model, found, unpredictable), _fit(config, found)
-    out.result(*tables, *_advice(config, found), _in_words(speed))
-    out.json({**facts, **_in_figures(speed), "plan": found.plan.to_dict()})
+    out.result(*tables, *_advice(config, found), _in_words(speed), *_ways_in_words(ways))
+    out.json({**facts, **_in_figures(speed), "on_miss": _ways_in_figures(ways), "plan": found.plan.to_dict()})
 
 
 def _facts(found: Survey, unpredictable: Unpredictable) -> dict[str, object]:
@@ -87,6 +89,7 @@ def _facts(found: Survey, unpredictable: Unpredictable) -> dict[str, object]:
         **_kernels_in_figures(found),
         "source": "config" if _from_config(found) else "headers",
         **_in_figures(None),
+        "on_miss": {},
     }
 
 
@@ -128,6 +131,35 @@ def _speed(found: Survey) -> Expectation | None:
 
     # The routing is made up, so there are no predictions that a prefetch could act on.
     return expect(found.shape, replace(found.config.cache(), prefetch=0), profile)
+
+
+def _by_way(found: Survey) -> dict[str, Expectation]:
+    """What each on_miss that can be had here lets expect, at the same slots."""
+    from offmoe.expectation import expect
+
+    profile, cache = found.config.profile, replace(found.config.cache(), prefetch=0)
+    assert isinstance(profile, Profile)
+    assert profile.costs is not None
+    if found.plan.slots_per_layer == found.shape.experts:
+        return {}  # nothing is missed twice
+    beside = not found.backend.staging_counts
+    if beside and found.config.exactness == "bitwise":
+        return {"fetch": expect(found.shape, replace(cache, on_miss="fetch", miss_costs=None), profile)}
+    costs = profile.costs.miss_costs(max(found.shape.expert_bytes)) if beside else None
+    return {how: expect(found.shape, replace(cache, on_miss=how, miss_costs=costs), profile) for how in ON_MISS}
+
+
+def _ways_in_figures(ways: Mapping[str, Expectation]) -> dict[str, object]:
+    return {how: {"tokens_per_s": e.uniform, "roofline": e.roofline} for how, e in ways.items()}
+
+
+def _ways_in_words(ways: Mapping[str, Expectation]) -> list[str]:
+    if not ways:
+        return []
+    each = [f"{how} {e.uniform:.1f} ({percent(e.uniform / e.roofline)} of {e.roofline:.1f})" for how, e in ways.items()]
+    return [
+        f"By what a miss gets (--on-miss), of what the busiest of disk, link and computing allows: {', '.join(each)}."
+    ]
 
 
 def _in_figures(speed: Expectation | None) -> dict[str, object]:
@@ -211,6 +243,8 @@ def _fit(config: OffloadConfig, found: Survey) -> Table:
         "expert slots", format_size(plan.slots), f"{span(plan.slots_per_layer)} per layer, {resident} resident"
     )
     table.add_row("KV cache", format_size(plan.kv), f"{plan.max_context} tokens of context")
+    if plan.scratch:
+        table.add_row("scratch", format_size(plan.scratch), "experts that are computed without a slot")
     if plan.staging:
         table.add_row("staging", format_size(plan.staging), "reads on their way")
     table.add_row("workspace", format_size(plan.workspace), "activations, logits")

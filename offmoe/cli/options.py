@@ -63,6 +63,9 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--prefetch", type=prefetch, metavar="N", help="experts fetched ahead per layer: 0 (off), N, or auto"
     )
+    group.add_argument(
+        "--on-miss", metavar="HOW", help="what is missed gets a slot: fetch (always), cpu (while one is free), auto"
+    )
     group.add_argument("--profile", metavar="FILE", help="JSON of 'offmoe tune': tuned options, measured costs")
 
 
@@ -87,7 +90,6 @@ def add_loading(parser: argparse.ArgumentParser, *, always: bool = True) -> None
     group.add_argument("--max-context", type=positive, metavar="TOKENS", help="tokens of KV cache to reserve")
     group = parser.add_argument_group("computing")
     group.add_argument("--experts", metavar="FORM", help="native: as stored in the checkpoint; int8 or int4")
-    group.add_argument("--on-miss", metavar="HOW", help="fetch, or auto")
     group.add_argument("--exactness", metavar="HOW", help="bitwise, numeric (sums in another order), or auto")
     group.add_argument("--activations", metavar="FORM", help="float, or int8: rounded, and faster")
     group.add_argument("--dtype", metavar="DTYPE", help="bfloat16, float16, float32 (default: the checkpoint's)")

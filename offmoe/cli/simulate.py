@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from offmoe.types import CacheStats
 
-GIVEN = ("slots_per_layer", "eviction", "scope", "prefetch")
+GIVEN = ("slots_per_layer", "eviction", "scope", "prefetch", "on_miss")
 """Options that override the trace's header."""
 
 
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
     out.result(
         f"{args.trace}: {trace.model or 'unnamed model'}, {trace.tokens} tokens, {trace.shape.layers} MoE layers",
         f"{chosen.eviction}, {span(quotas)} slots per layer of {span(trace.shape.experts)}, scope {chosen.scope}, "
-        f"prefetch {chosen.prefetch}",
+        f"prefetch {chosen.prefetch}, on a miss {chosen.on_miss}",
         _table(stats, bound, uniforms, uniform),
         _gap(stats.hit_rate, bound.hit_rate, uniform, chosen.prefetch != 0),
         f"fetched {format_size(stats.h2d_bytes)}; {_speed(outcome)}",

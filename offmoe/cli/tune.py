@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from offmoe.cli import options
 from offmoe.cli.output import Output, percent, plain, span
 from offmoe.cli.plot import Curve, Figure, check_plot, write_plot
-from offmoe.config import EVICTIONS, SCOPES, CacheOptions, parse_size
+from offmoe.config import EVICTIONS, ON_MISS, SCOPES, CacheOptions, parse_size
 from offmoe.errors import ConfigError
 from offmoe.predictions import PredictionQuality, total
 from offmoe.profile import Profile, read_profile
@@ -66,6 +66,7 @@ def parser() -> options.Parser:
     group.add_argument(
         "--prefetch", type=_prefetches, metavar="N,N", help="0, N, auto (default: what the trace has predictions for)"
     )
+    group.add_argument("--on-miss", type=_words, metavar="A,B", help=f"of: {', '.join(ON_MISS)} (default: all)")
     group.add_argument("--clear-between-requests", action="store_true", help="every request finds an empty cache")
     group.add_argument("--profile", metavar="FILE", help="JSON with measured costs: rank by tokens per second")
     group.add_argument("--jobs", type=options.positive, metavar="N", help="processes (default: one per core)")
@@ -102,7 +103,8 @@ def run(args: argparse.Namespace, out: Output) -> None:
         args.eviction or EVICTIONS,
         args.scope,
         args.prefetch,
-        args.host_slots,
+        on_misses=args.on_miss,
+        host_sizes=args.host_slots,
     )
     predictions = found.predictions()
     out.result(
@@ -153,6 +155,7 @@ def _facts(found: Found, outcome: Outcome) -> dict[str, object]:
         "scope": chosen.scope,
         "slots_per_layer": plain(chosen.quotas(found.trace.shape)),
         "prefetch": chosen.prefetch,
+        "on_miss": chosen.on_miss,
         "host_slots": plain(chosen.host_quotas(found.trace.shape)),
         "hit_rate": whole.stats.hit_rate,
         "train_hit_rate": outcome.train.stats.hit_rate,
@@ -233,10 +236,10 @@ def _ranked_table(found: Found) -> Table:
     table = Table(
         title=f"at {found.slots} slots per layer, best first by {judged}",
         title_justify="left",
-        box=None,  # eleven columns have to fit 80 characters
+        box=None,  # twelve columns have to fit 80 characters
         pad_edge=False,
     )
-    for name in ("policy", "scope", "slots", *(("RAM",) if in_ram else ()), "ahead"):
+    for name in ("policy", "scope", "slots", *(("RAM",) if in_ram else ()), "ahead", "miss"):
         table.add_column(name, no_wrap=True)
     for name in (
         "hit %",
@@ -256,6 +259,7 @@ def _ranked_table(found: Found) -> Table:
             span(outcome.options.quotas(found.trace.shape)),
             *((span(outcome.options.host_quotas(found.trace.shape)),) if in_ram else ()),
             str(outcome.options.prefetch),
+            outcome.options.on_miss,
             f"{100 * whole.stats.hit_rate:.1f}",
             f"{100 * outcome.judged.stats.hit_rate:.1f}",
             "-" if gap is None else f"{100 * gap:.0f}",
@@ -279,7 +283,8 @@ def _remarks(found: Found, predictions: dict[str, list[PredictionQuality]]) -> l
     if found.settings.test_requests:
         lines.append(
             "unseen: hit rate on the requests that nothing was fitted to. gap: share of the way from LRU to Belady, "
-            "which knows the future.\nahead: prefetch. misses and bytes: per token. doubling adds: points, best policy."
+            "which knows the future.\nahead: prefetch. miss: what a missed expert gets. misses and bytes: per token. "
+            "doubling adds: points, best policy."
         )
     else:
         lines.append("One request only: the choice is fitted to what it is measured on. Record more prompts.")

@@ -57,12 +57,14 @@ class HostTier:
             if len(away) > self._most:
                 self._clear_out(away, False)
 
-    def place(self, expert: int) -> tuple[int | None, bool]:
-        """Of an expert that the device has just given a slot: its slot in RAM, and whether it must be read from disk
-        first. (None, True): it is read past RAM, because every copy there is worth more than its own.
+    def place(self, expert: int, *, on_device: bool = True) -> tuple[int | None, bool]:
+        """Of an expert that is wanted now: its slot in RAM, and whether it must be read from disk first. (None, True):
+        it is read past RAM, because every copy there is worth more than its own.
+
+        on_device: it has just been given a slot there; else the host computes it.
         """
         slot_of = self._slot_of
-        self._on_device[expert] = 1
+        self._on_device[expert] = on_device
         slot = slot_of[expert]
         if slot >= 0:
             self._changed.add(expert)
@@ -77,16 +79,25 @@ class HostTier:
             slot_of[dropped] = EMPTY
         slot_of[expert] = slot
         self._changed.add(expert)
+        if not on_device:
+            self.left(expert)
         return slot, True
+
+    def holds(self, expert: int) -> bool:
+        """Whether there is a copy."""
+        return self._slot_of[expert] >= 0
 
     def _least(self, newcomer: int) -> int:
         """The copy that is worth least, ties the lowest expert; -1 if it is worth no less than that of the newcomer,
-        which the device holds.
+        which the device holds or the host computes.
         """
         score, first, slot_of, on_device = self._policy.score, self._first, self._slot_of, self._on_device
-        threshold = score(self._policy.victim(()))  # of what the device would forget first
         own = score(first + newcomer)
-        least = threshold - DISTANCE * (own - threshold) if own > threshold else threshold
+        threshold = least = own
+        if any(on_device):
+            threshold = score(self._policy.victim(()))  # of what the device would forget first
+        if on_device[newcomer]:
+            least = threshold - DISTANCE * (own - threshold) if own > threshold else threshold
         found = -1
         if least == NEVER:
             return found

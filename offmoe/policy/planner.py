@@ -5,19 +5,27 @@ tools/bench/overhead.py). Every expert that an access needs is protected before 
 see a tensor, a stream, a clock or a file (rule R1), and never lets the order of Python sets decide anything.
 
 A layer that demands more experts than it has slots runs in waves: residents first, then the missing ones in ascending
-id; those that the policy would rather keep come last, so that they and the best residents are what stays."""
+id; those that the policy would rather keep come last, so that they and the best residents are what stays.
+
+Where not all that is missed gets a slot (on_miss), the rest passes through scratch slots, which belong to no layer and
+hold nothing from one access to the next. Their numbers follow those of the slots. Beside a device with memory of its
+own they are in RAM, and the host computes what stands there; the likeliest of it to be wanted again is fetched
+afterwards, while the link is idle."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import accumulate, chain
 
 from offmoe.config import CacheOptions
+from offmoe.policy.admission import AdmissionPolicy, build_admission
 from offmoe.policy.eviction import LRU, LRU2, AgedLFU, EvictionPolicy, Static
 from offmoe.policy.host import HostTier
 from offmoe.policy.prefetch import Candidate, PrefetchPolicy, build_prefetch
 from offmoe.policy.queues import S3FIFO, Sieve
 from offmoe.policy.residency import Admission, Residency
+from offmoe.policy.split import Missed, on_host
+from offmoe.profile import MissCosts
 from offmoe.types import Access, CacheShape, ExpertKey, Fetch, Lookup, Plan, Wave
 
 MakePolicy = Callable[[int, int], EvictionPolicy]
@@ -25,6 +33,10 @@ MakePolicy = Callable[[int, int], EvictionPolicy]
 
 FEW = 16
 """Keys that are searched as fast in a list as in a set."""
+FILL_CHANCE = 0.6
+"""From which on an expert that the host has computed is worth a fetch that nobody waits for."""
+SCRATCH_SLOTS = 2
+"""One is computed with while the next expert lands in the other."""
 
 
 class Planner:
@@ -35,6 +47,7 @@ class Planner:
         self.options = options
         quotas = options.quotas(shape)
         self._first_key: Sequence[int]
+        pool_keys = shape.experts if options.scope == "layer" else (sum(shape.experts),)
         if options.scope == "layer":
             first_slot = [0, *accumulate(quotas)]
             self._first_key = [0] * shape.layers
@@ -44,11 +57,10 @@ class Planner:
                 for layer in range(shape.layers)
             ]
         else:
-            keys = sum(shape.experts)
             self._first_key = [0, *accumulate(shape.experts)][:-1]
-            policy = make_policy(0, keys)
+            policy = make_policy(0, pool_keys[0])
             self._policies = [policy] * shape.layers
-            self._pools = [Residency(keys, range(sum(quotas)), policy)] * shape.layers
+            self._pools = [Residency(pool_keys[0], range(sum(quotas)), policy)] * shape.layers
         in_ram = options.host_quotas(shape)
         first_host = [0, *accumulate(in_ram)]
         self._host = [
@@ -61,6 +73,13 @@ class Planner:
         self._prefetch: PrefetchPolicy = build_prefetch(options.prefetch, shape.top_k)
         self.num_slots = sum(quotas)
         self.num_host_slots = sum(in_ram)
+        self.num_scratch = num_scratch(options, shape)
+        self._scratch = range(self.num_slots, self.num_slots + self.num_scratch)
+        admissions = [build_admission(options.on_miss) for _ in pool_keys]
+        self._admissions = admissions if options.scope == "layer" else admissions * shape.layers
+        self._costs = options.miss_costs
+        largest = max(shape.expert_bytes)
+        self._scales = [nbytes / largest for nbytes in shape.expert_bytes]
         self._ram = self.num_host_slots > 0
         self.may_prefetch = options.prefetch != 0
 
@@ -88,13 +107,131 @@ class Planner:
             host.used(experts)
         for key in here[len(here) - pending :]:
             pool.demanded(key)
-        if len(keys) <= pool.capacity:
-            fetches = self._admit(layer, missing, keys) if missing else ()
-            waves: tuple[Wave, ...] = (self._wave(layer, here, fetches),)
+        admission, passing = self._admissions[layer], 0
+        waves: tuple[Wave, ...]
+        if admission is not None and self._costs is not None:
+            admission.demanded(keys)
+            return self._divided(access, admission, self._costs, keys, here, missing, pending)
+        if admission is not None:
+            admission.demanded(keys)
+            waves, passing = self._selective(layer, admission, here, missing, keys)
+        elif len(keys) <= pool.capacity:
+            waves = (self._wave(layer, here, self._admit(layer, missing, keys) if missing else ()),)
         else:
             waves = self._waves(layer, here, missing)
         prefetches = self._prefetches(layer + 1, access) if access.predicted else ()
-        return Plan(layer, waves, prefetches, len(here) - pending, pending, len(missing))
+        return Plan(layer, waves, prefetches, len(here) - pending, pending, len(missing), passing)
+
+    def _selective(
+        self, layer: int, admission: AdmissionPolicy, here: Sequence[int], missing: Sequence[int], keys: Sequence[int]
+    ) -> tuple[tuple[Wave, ...], int]:
+        """Waves of an access some of whose missing experts get no slot, and how many do not."""
+        pool = self._pools[layer]
+        if len(keys) <= pool.capacity:
+            fetches, passing = self._select(layer, admission, missing, keys) if missing else ((), ())
+            waves = [self._wave(layer, here, fetches)]
+        else:
+            keep = self._worth_keeping(layer, missing, admission.replaces, pool.capacity)
+            kept, passing = [key for key in missing if key in keep], [key for key in missing if key not in keep]
+            held = [key for key in keep if pool.lookup(key) != Lookup.MISS]
+            waves = [self._wave(layer, here, ())] if here else []
+            if kept:
+                waves.append(self._wave(layer, (), self._admit(layer, kept, {*held, *kept})))
+                waves = list(_victims_first(waves)) if here else waves
+        if passing:
+            first, *more = self._through_scratch(layer, passing)
+            if waves:  # which leave the scratch slots alone
+                before = waves.pop()
+                first = Wave(before.experts + first.experts, before.fetches + first.fetches)
+            waves += [first, *more]
+        return tuple(waves), len(passing)
+
+    def _through_scratch(self, layer: int, passing: Sequence[int]) -> list[Wave]:
+        waves = []
+        for i in range(0, len(passing), self.num_scratch):
+            slots = zip(passing[i : i + self.num_scratch], self._scratch, strict=False)
+            waves.append(self._wave(layer, (), tuple(self._fetch(layer, key, Admission(s, None)) for key, s in slots)))
+        return waves
+
+    def _divided(
+        self,
+        access: Access,
+        admission: AdmissionPolicy,
+        costs: MissCosts,
+        keys: Sequence[int],
+        here: Sequence[int],
+        missing: Sequence[int],
+        pending: int,
+    ) -> Plan:
+        """The plan of an access whose missing experts are divided between the link and the host."""
+        layer, pool, score = access.layer, self._pools[access.layer], self._policies[access.layer].score
+        protected = frozenset(keys)
+        tokens = dict(zip(keys, [demand.tokens for demand in access.demands], strict=True))
+        best_first = sorted(missing, key=lambda key: (-score(key), key))
+        chances = {}
+        for key in best_first[pool.free :]:
+            victim = pool.victim(protected)
+            chances[key] = 0.5 if victim is None else admission.chance(key, victim, score(key), score(victim))
+        left = list(chances)
+        if admission.replaces:
+            missed = [Missed(key, tokens[key], chances[key]) for key in left]
+            left = on_host(missed, len(here), costs, self._scales[layer])
+        computed = frozenset(left)
+        through = tuple(self._through_scratch(layer, sorted(computed)))
+        fetched = [key for key in missing if key not in computed]
+        waves: tuple[Wave, ...]
+        if len(here) + len(fetched) > pool.capacity:
+            waves = self._waves(layer, here, fetched)
+        else:
+            waves = (self._wave(layer, here, self._admit(layer, fetched, keys) if fetched else ()),)
+        if through and waves[0].fetches:  # what is there already is computed beside the host
+            first, fetches = waves[0].experts, waves[0].fetches
+            waves = (Wave(first[: -len(fetches)], ()), Wave(first[-len(fetches) :], fetches), *waves[1:])
+        prefetches = self._prefetches(layer + 1, access) if access.predicted else ()
+        if access.tail == 1 and through and admission.replaces:
+            prefetches += self._fill(layer, through, chances, protected)
+        hits = len(here) - pending
+        return Plan(layer, waves, prefetches, hits, pending, len(missing), len(computed), through)
+
+    def _fill(
+        self, layer: int, through: Sequence[Wave], chances: Mapping[int, float], protected: Collection[int]
+    ) -> tuple[Fetch, ...]:
+        """The best of what the host computes, if it is in RAM and worth a slot."""
+        pool, first, ram = self._pools[layer], self._first_key[layer], self._host[layer]
+        experts = [fetch.key.expert for wave in through for fetch in wave.fetches]
+        in_ram = [first + expert for expert in experts if ram is not None and ram.holds(expert)]
+        best = max(in_ram, key=lambda key: (chances[key], -key), default=-1)
+        if best < 0 or chances[best] < FILL_CHANCE:
+            return ()
+        admitted = pool.admit(best, protected, pending=True)
+        return () if admitted is None else (self._fetch(layer, best, admitted),)
+
+    def _select(
+        self, layer: int, admission: AdmissionPolicy, missing: Sequence[int], protected: Collection[int]
+    ) -> tuple[tuple[Fetch, ...], Sequence[int]]:
+        """Fetches of those that are worth the slot of another, the best first to choose; and those that are not."""
+        pool, score = self._pools[layer], self._policies[layer].score
+        if len(protected) > FEW:
+            protected = frozenset(protected)
+        fetches, passing = [], []
+        for key in sorted(missing, key=lambda key: (-score(key), key)):
+            victim = pool.victim(protected) if pool.full else None
+            if victim is not None and not admission.admits(key, victim, score(key), score(victim)):
+                passing.append(key)
+                continue
+            admitted = pool.admit(key, protected)
+            assert admitted is not None, "a wave is never larger than its pool"
+            fetches.append(self._fetch(layer, key, admitted))
+        fetches.sort(key=lambda fetch: (fetch.read, fetch.key))
+        return tuple(fetches), sorted(passing)
+
+    def _worth_keeping(self, layer: int, missing: Sequence[int], replaces: bool, count: int) -> set[int]:
+        """The best of all that is demanded or resident. replaces: residents need not stay."""
+        pool, score = self._pools[layer], self._policies[layer].score
+        residents = pool.resident_keys()
+        stay: Sequence[int] = () if replaces else residents
+        candidates = {*missing, *residents}.difference(stay)
+        return {*stay, *sorted(candidates, key=lambda key: (-score(key), -key))[: count - len(stay)]}
 
     def _admit(self, layer: int, missing: Sequence[int], protected: Collection[int]) -> tuple[Fetch, ...]:
         pool = self._pools[layer]
@@ -120,7 +257,7 @@ class Planner:
         host = self._host[layer]
         if host is None:
             return Fetch(wanted, slot, forgotten)
-        return Fetch(wanted, slot, forgotten, *host.place(wanted.expert))
+        return Fetch(wanted, slot, forgotten, *host.place(wanted.expert, on_device=slot < self.num_slots))
 
     def _wave(self, layer: int, here: Sequence[int], fetches: tuple[Fetch, ...]) -> Wave:
         """Residents `here`, then what is fetched."""
@@ -191,6 +328,12 @@ def _victims_first(waves: Sequence[Wave]) -> tuple[Wave, ...]:
     turns = [fetch.slot for wave in later for fetch in wave.fetches]
     taken = {slot: -turn for turn, slot in enumerate(reversed(turns))}
     return (Wave(tuple(sorted(residents.experts, key=lambda pair: taken.get(pair[1], 1))), ()), *later)
+
+
+def num_scratch(options: CacheOptions, shape: CacheShape) -> int:
+    """Scratch slots that a run needs: none where every miss gets a slot, or nothing can be missed twice."""
+    short = any(n < e for n, e in zip(options.quotas(shape), shape.experts, strict=True))
+    return SCRATCH_SLOTS if short and options.on_miss != "fetch" else 0
 
 
 def build_planner(options: CacheOptions, shape: CacheShape) -> Planner:

@@ -95,8 +95,19 @@ class Residency:
         self._policy.admitted(key)
         return Admission(slot, evicted)
 
+    def victim(self, protected: Collection[int]) -> int | None:
+        """What an admission would forget if no slot were free; None if it could forget nothing."""
+        if self._residents <= len(protected) and self._all_protected(protected):
+            return None
+        return self._policy.victim(protected)
+
     def _all_protected(self, protected: Collection[int]) -> bool:
         return sum(self._slot_of[key] != EMPTY for key in set(protected)) == self._residents
+
+    @property
+    def free(self) -> int:
+        """Slots that nobody has."""
+        return len(self._free)
 
     @property
     def full(self) -> bool:

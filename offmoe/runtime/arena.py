@@ -28,17 +28,28 @@ Register = Callable[[int, int], bool]
 
 
 class SlotArena:
-    """Slots of one device in one allocation: slot i is bytes of `layouts[i]`, aligned, one after the other."""
+    """Slots of one device in one allocation: slot i is bytes of `layouts[i]`, aligned, one after the other.
 
-    def __init__(self, allocate: Callable[[int], torch.Tensor], layouts: Sequence[ExpertLayout]) -> None:
+    Scratch slots in RAM, where the host computes, may follow."""
+
+    def __init__(
+        self,
+        allocate: Callable[[int], torch.Tensor],
+        layouts: Sequence[ExpertLayout],
+        *,
+        in_ram: Sequence[ExpertLayout] = (),
+    ) -> None:
         """Allocate every slot at once.
 
         allocate(nbytes) -> uint8 [nbytes] on the device, aligned to PARAM_ALIGNMENT. layouts: one per slot; a slot
-        takes any layout that is no larger, so a pool shared by layers gives each slot the largest.
+        takes any layout that is no larger, so a pool shared by layers gives each slot the largest. in_ram: of slots on
+        the host. CapacityError if the system does not give the memory.
         """
         sizes = [aligned(layout.nbytes, PARAM_ALIGNMENT) for layout in layouts]
         self.nbytes = sum(sizes)
         """Bytes of device memory, all of it."""
+        self.on_device = len(sizes)
+        """The first so many slots are on the device."""
         base = allocate(self.nbytes)
         assert base.dtype is torch.uint8
         assert base.shape == (self.nbytes,)
@@ -48,6 +59,9 @@ class SlotArena:
         self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
         """Where in it each begins."""
         self._slots: list[torch.Tensor] = list(base.split(sizes)) if sizes else []
+        if in_ram:
+            sizes = [aligned(layout.nbytes, PARAM_ALIGNMENT) for layout in in_ram]
+            self._slots += torch.frombuffer(map_pages(sum(sizes)), dtype=torch.uint8).split(sizes)
         # Keyed by the layout's id, because hashing a layout walks all of its parameters; _layouts keeps the ids alive.
         self._views: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
         self._layouts: dict[int, ExpertLayout] = {}

@@ -23,6 +23,7 @@ from offmoe.errors import OffmoeError, TraceError
 from offmoe.policy.planner import Planner, build_planner
 from offmoe.runtime.backend import Backend
 from offmoe.runtime.computing import ExpertCompute, Work
+from offmoe.runtime.exchange import HostPart
 from offmoe.runtime.kernels import ExpertMath
 from offmoe.runtime.transfer import TransferEngine
 from offmoe.trace import TraceWriter
@@ -73,7 +74,10 @@ class ExpertExecutor:
         compute: ExpertCompute,
         backend: Backend,
         stats: CacheStats,
+        host: HostPart | None = None,
     ):
+        """host: where plans may leave experts to it."""
+        self._host = host
         self._planner, self._transfer, self._compute, self._backend = planner, transfer, compute, backend
         self.shape = planner.shape
         self.stats = stats
@@ -151,19 +155,34 @@ class ExpertExecutor:
         transfer, hidden, pairs = self._transfer, work.hidden, work.pairs
         outputs: dict[int, torch.Tensor] = {}
         rows = None if pairs is None else hidden.new_zeros(ids.size, hidden.shape[-1])
+
+        def place(expert: int, out: torch.Tensor) -> None:
+            if rows is None or pairs is None:
+                outputs[expert] = out
+            else:
+                rows[pairs[expert]] = out
+
+        given = None
+        if plan.on_host:
+            assert self._host is not None
+            given = self._host.given(plan.on_host, work)
+            # What the first wave waits for comes first: readers may soon stand waiting for the host to free scratch.
+            transfer.demand([slot for _, slot in plan.waves[0].experts])
+            transfer.stream(plan.on_host)
         transfer.stream(plan.waves)
         streaming = len(plan.waves) > 1
         for wave in plan.waves:
             made = self._compute.wave(plan.layer, math, wave.experts, work, transfer.ready)
             for (expert, slot), out in zip(wave.experts, made, strict=True):
-                if rows is None or pairs is None:
-                    outputs[expert] = out
-                else:
-                    rows[pairs[expert]] = out
+                place(expert, out)
                 if streaming:
                     transfer.computed((slot,))  # at once: an expert of a later wave may be waiting for this slot
             if not streaming:
                 transfer.computed([slot for _, slot in wave.experts])
+            if given is not None and self._host is not None:  # while the device computes its first wave
+                for expert, out in self._host.run(plan.layer, math, plan.on_host, given, transfer, work):
+                    place(expert, out)
+                given = None
         if plan.prefetches:
             transfer.fetch(plan.prefetches, ahead=True)
         if rows is None:

@@ -160,18 +160,26 @@ def host_expert_us(layout: ExpertLayout, tokens: int, rounds: int = ROUNDS) -> f
 
     Activation and biases, which are small beside them, are left out.
     """
+    compute = host_expert(layout, tokens)
+    if compute is None:
+        return None
+    others = torch.empty(COLD_BYTES, dtype=torch.uint8)
+    return median_s(compute, rounds, before=others.zero_) * 1e6
+
+
+def host_expert(layout: ExpertLayout, tokens: int) -> Callable[[], None] | None:
+    """What `host_expert_us` times."""
     params = [p for p in layout.params if len(p.shape) == 2]
     if not params or any(not p.dtype.is_floating_point or p.dtype.itemsize < 2 for p in params):
         return None
     weights = [torch.ones(p.shape, dtype=p.dtype) for p in params]
     inputs = [torch.ones(tokens, p.shape[1], dtype=p.dtype) for p in params]
-    others = torch.empty(COLD_BYTES, dtype=torch.uint8)
 
     def compute() -> None:
         for x, weight in zip(inputs, weights, strict=True):
             F.linear(x, weight)
 
-    return median_s(compute, rounds, before=others.zero_) * 1e6
+    return compute
 
 
 def median_s(work: Callable[[], object], rounds: int, before: Callable[[], object] | None = None) -> float:

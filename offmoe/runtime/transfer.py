@@ -106,6 +106,8 @@ class TransferEngine:
         """Start every fetch of one access, in the order of its waves, which must be computed in that order. A copy into
         a slot that earlier waves compute with comes after `computed` has been called for it by each of them.
         """
+        if not waves:
+            return
         self.fetch(waves[0].fetches)
         self.demand([slot for _, slot in waves[0].experts])
         if len(waves) == 1:
@@ -294,7 +296,8 @@ class TransferEngine:
         Where somebody waits for it and its slot is free already, what has arrived is copied while the rest is read.
         """
         key = ticket.fetch.key
-        landing = self._begin(ticket) if ticket.priority == DEMAND and ticket.lands_now else None
+        at_once = ticket.priority == DEMAND and ticket.lands_now and ticket.fetch.slot < self._arena.on_device
+        landing = self._begin(ticket) if at_once else None
 
         def read(part: int) -> None:
             self._store.read_part(key, part, memory, self._stop)
@@ -323,7 +326,8 @@ class TransferEngine:
             ticket.previous.issued.wait()  # W4
         if ticket.dropped:
             return None
-        self._backend.copies.wait(self._last_read[slot])  # W2
+        if slot < self._arena.on_device:
+            self._backend.copies.wait(self._last_read[slot])  # W2
         views = self._arena.views(slot, self._layouts[key.layer])
         return self._assemblies[key.layer].runs(self._store.record(key).segments, views)
 
@@ -351,6 +355,9 @@ class TransferEngine:
         key, slot, copies = ticket.fetch.key, ticket.fetch.slot, self._backend.copies
         views = self._arena.views(slot, self._layouts[key.layer])
         segments, data = self._store.record(key).segments, self._store.segments(key, buffer)
+        if slot >= self._arena.on_device:  # in RAM, where only the host reads it, and is done when it says so
+            self._assemblies[key.layer].place(segments, data, views, torch.Tensor.copy_)
+            return
         self._assemblies[key.layer].place(segments, data, views, functools.partial(self._copy, ticket), there)
         self._landed[slot].record(copies)
         copied.record(copies)

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from offmoe.cli.inspect import _rounded_up
-from offmoe.config import parse_size
+from offmoe.config import ON_MISS, CacheOptions, parse_size
+from offmoe.expectation import expect
 from offmoe.profile import CostModel, Profile
 from offmoe.runtime.backend import CpuBackend
+from offmoe.types import CacheShape
 from tests import families, quantised, tiny
 from tests.cli.conftest import Outcome
 
@@ -78,6 +80,9 @@ def test_measured_costs_let_it_tell_the_speed(offmoe: Run, checkpoint: Path, tmp
     found = offmoe(*argv, "--slots-per-layer", "4", "--json").json
     assert found["tokens_per_s_bound"] == pytest.approx(100)
     assert found["tokens_per_s"] == found["tokens_per_s_uniform"]
+    assert set(found["on_miss"]) == {"fetch", "cpu", "auto"}
+    for way in found["on_miss"].values():
+        assert found["tokens_per_s_bound"] >= way["roofline"] >= way["tokens_per_s"] > 0
     assert 1 / (10e-3 + 6 * 1e-3) < found["tokens_per_s"] < 1 / (10e-3 + 6 * 0.3e-3)
     assert "100.0 at most" in offmoe(*argv, "--slots-per-layer", "4").out
     Profile({"slots_per_layer": 4}, costs, {"test_hit_rate": 0.5}).write(profile)
@@ -176,3 +181,19 @@ def test_a_folder_without_a_model(offmoe: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [1, 999, (1 << 20) + 1, 1234567890, (3 << 30) + 7])
 def test_sizes_to_pass_are_never_below(size: int) -> None:
     assert size <= parse_size(_rounded_up(size), "x") <= size * 1.1 + 1
+
+
+def test_beside_a_device_every_way_has_its_roofline() -> None:
+    shape = CacheShape((16, 16), (2, 2), (10**6, 10**6))
+    costs = CostModel(1.0, 100.0, 1000.0, h2d_gb_s=1.0, expert_us_host=500.0)
+    found = {
+        how: expect(
+            shape,
+            CacheOptions(slots_per_layer=4, host_slots=16, on_miss=how, miss_costs=costs.miss_costs(10**6)),
+            Profile(costs=costs),
+        )
+        for how in ON_MISS
+    }
+    assert found["cpu"].uniform > found["fetch"].uniform, "the host takes half of what the link does"
+    assert found["auto"].uniform > 0.9 * found["cpu"].uniform, "nothing to choose by, where all are equally likely"
+    assert all(e.roofline >= e.uniform for e in found.values())

@@ -50,6 +50,7 @@ def test_json_is_what_the_simulator_says(offmoe: Run, tmp_path: Path) -> None:
         "slots_per_layer": 3,
         "prefetch": 0,
         "half_life": 16.0,
+        "on_miss": "fetch",
     }
     for i, layer in enumerate(found["by_layer"]):
         assert layer["demands"] == ours.by_layer[i].demands
@@ -70,6 +71,7 @@ def test_options_come_from_the_header_unless_given(offmoe: Run, tmp_path: Path) 
         "slots_per_layer": [4, 2],
         "prefetch": 0,
         "half_life": 8.0,
+        "on_miss": "fetch",
     }
     assert [layer["uniform"] for layer in given["by_layer"]] == [0.5, 0.25]
 

@@ -11,14 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offmoe.config import EVICTIONS, CacheOptions
+from offmoe.config import EVICTIONS, ON_MISS, CacheOptions
 from offmoe.errors import ConfigError
 from offmoe.policy.planner import build_planner
-from offmoe.simulator import replay
+from offmoe.profile import MissCosts
+from offmoe.simulator import Recording, replay
 from offmoe.trace import read_trace
 from offmoe.types import Access, CacheShape, CacheStats, Demand, ExpertKey, count_demands
 
 SHAPE = CacheShape(experts=(6, 6, 8), top_k=(2, 2, 2), expert_bytes=(10, 10, 20))
+FAST_LINK, FAST_HOST = MissCosts(1, 5, 50, 60, 9, 1), MissCosts(50, 5, 1, 2, 1, 1, handoff_us=1)
+COSTS = (FAST_LINK, FAST_HOST, MissCosts(10, 5, 10, 15, 2, 1))
 
 
 def access(layer, experts, predicted=(), tail=1):
@@ -51,11 +54,16 @@ def accesses(draw):
     st.sampled_from(["layer", "model"]),
     st.sampled_from([2, 3, 6, (2, 4, 8)]),
     st.sampled_from([0, 1, 3, "auto"]),
+    st.sampled_from(ON_MISS),
+    st.sampled_from([None, *COSTS]),
 )
-def test_slots_hold_what_plans_say(steps, eviction, scope, slots, prefetch):
-    """Mirror every fetch into a dict of slots: each wave must find each of its experts where the plan says."""
+def test_slots_hold_what_plans_say(steps, eviction, scope, slots, prefetch, on_miss, costs):
+    """Mirror every fetch into a dict of slots: each wave must find each of its experts where the plan says. Scratch
+    slots are empty again after each access."""
     popularity = tuple(tuple(float(e % 4) for e in range(n)) for n in SHAPE.experts) if eviction == "static" else None
-    options = CacheOptions(eviction, scope, slots, prefetch, popularity=popularity)
+    options = CacheOptions(eviction, scope, slots, prefetch, popularity=popularity, on_miss=on_miss)
+    if costs is not None:
+        options = dataclasses.replace(options, miss_costs=costs, host_slots=3)
     planner, twin = build_planner(options, SHAPE), build_planner(options, SHAPE)
     held: dict[int, ExpertKey] = {}
     stats = CacheStats.for_layers(3)
@@ -63,24 +71,37 @@ def test_slots_hold_what_plans_say(steps, eviction, scope, slots, prefetch):
         plan = planner.plan(step)
         assert plan == twin.plan(step)
         served = []
-        for wave in plan.waves:
+        assert costs is not None or not plan.on_host
+        for wave in plan.on_host + plan.waves:
             for fetch in wave.fetches:
-                assert held.get(fetch.slot) == fetch.evicted
+                assert held.get(fetch.slot) == fetch.evicted or fetch.slot >= planner.num_slots
                 assert fetch.key not in held.values()
                 held[fetch.slot] = fetch.key
             for expert, slot in wave.experts:
                 assert held[slot] == (step.layer, expert)
                 served.append(expert)
+                if slot >= planner.num_slots and costs is not None:
+                    del held[slot]
         assert sorted(served) == [d.expert for d in step.demands]
         for fetch in plan.prefetches:
-            assert fetch.key.layer == step.layer + 1
-            assert fetch.key.expert in step.predicted
+            if fetch.key.layer == step.layer + 1:
+                assert fetch.key.expert in step.predicted
+            else:  # what the host has computed, and RAM holds
+                assert fetch.key in [f.key for wave in plan.on_host for f in wave.fetches]
+                assert not fetch.read
             assert held.get(fetch.slot) == fetch.evicted
             held[fetch.slot] = fetch.key
+        through = [f for wave in plan.on_host + plan.waves for f in wave.fetches if f.slot >= planner.num_slots]
+        assert len(through) == plan.host_computed <= plan.misses
+        assert all(f.slot < planner.num_slots + planner.num_scratch for f in through)
+        for slot in range(planner.num_slots, planner.num_slots + planner.num_scratch):
+            held.pop(slot, None)
         assert len(held) <= planner.num_slots
         assert plan.hits + plan.pending + plan.misses == len(step.demands)
         planner.check()
         stats.add(plan, SHAPE)
+    if on_miss == "cpu" and prefetch == 0 and costs is None:
+        assert stats.evictions == 0
     assert stats.demands == sum(len(s.demands) for s in steps)
     assert stats.h2d_bytes == sum(s.h2d_bytes for s in stats.by_layer)
     assert stats.prefetched_used <= stats.prefetched
@@ -198,3 +219,60 @@ def test_host_slots_are_checked():
         CacheOptions(host_slots=-1)
     options = CacheOptions(host_slots=(1, 0, 2))
     assert CacheOptions.from_dict(json.loads(json.dumps(options.to_dict()))) == options
+
+
+def test_what_gets_no_slot_passes_through_scratch_slots_by_turns():
+    planner = build_planner(CacheOptions(slots_per_layer=2, on_miss="cpu"), CacheShape((9,), (2,), (1,)))
+    assert planner.plan(access(0, [7, 8])).host_computed == 0, "slots were free"
+    plan = planner.plan(access(0, [1, 2, 3, 4, 5, 8]))
+    assert [wave.experts for wave in plan.waves] == [((8, 1), (1, 2), (2, 3)), ((3, 2), (4, 3)), ((5, 2),)]
+    assert (plan.hits, plan.misses, plan.host_computed) == (1, 5, 5)
+    assert planner.plan(access(0, [7, 8])).hits == 2
+    everything = CacheOptions(slots_per_layer=9, on_miss="auto")
+    assert build_planner(everything, CacheShape((9,), (2,), (1,))).num_scratch == 0
+
+
+def test_a_wide_step_keeps_the_best_without_waves_through_slots():
+    planner = build_planner(CacheOptions(slots_per_layer=4, on_miss="auto"), CacheShape((9,), (2,), (1,)))
+    for _ in range(5):
+        planner.plan(access(0, [6, 7]))
+    demands = tuple(Demand(e, 9 if e in (1, 3) else 1, 9 if e in (1, 3) else 1) for e in range(9))
+    plan = planner.plan(Access(0, demands, 64))
+    assert (plan.hits, plan.misses, plan.host_computed) == (2, 7, 5)
+    assert planner.plan(access(0, [1, 3])).misses == 0
+    assert planner.plan(access(0, [6, 7])).misses == 0
+
+
+@pytest.mark.parametrize(("slots", "least"), [(6, 0.007), (8, 0.002), (16, -0.001)])
+def test_choosing_who_gets_a_slot_on_real_routing(slots, least):
+    """Points of hit rate over giving everything a slot, on gpt-oss-20b."""
+    trace = Recording(read_trace(Path(__file__).parents[1] / "data" / "gptoss20b_6req.npz"))
+    rates = {
+        how: replay(trace, CacheOptions(slots_per_layer=slots, on_miss=how)).stats.hit_rate for how in ("fetch", "auto")
+    }
+    assert rates["auto"] - rates["fetch"] > least
+
+
+@pytest.mark.parametrize(("costs", "on_host"), [(FAST_LINK, 0), (FAST_HOST, 2)])
+def test_beside_a_device_the_faster_way_takes_what_is_missed(costs, on_host):
+    planner = build_planner(
+        CacheOptions(slots_per_layer=4, on_miss="auto", miss_costs=costs), CacheShape((9,), (2,), (10,))
+    )
+    assert planner.plan(access(0, [1, 2, 3, 4])).host_computed == 0, "slots were free"
+    plan = planner.plan(access(0, [1, 5, 6]))
+    assert plan.host_computed == sum(len(wave.experts) for wave in plan.on_host) == on_host
+    assert [expert for expert, _ in plan.waves[0].experts] == [1] + [5, 6] * (not on_host)
+
+
+def test_what_the_host_computed_and_will_be_wanted_is_fetched_afterwards():
+    options = CacheOptions("lru", slots_per_layer=2, on_miss="auto", miss_costs=FAST_HOST, host_slots=6)
+    planner = build_planner(options, CacheShape((6,), (2,), (10,)))
+    filled = []
+    for _ in range(30):  # a newcomer is always wanted before what it would replace
+        for pair in ([0, 1], [2, 3], [2, 3]):
+            plan = planner.plan(access(0, pair))
+            filled += plan.prefetches
+            planner.check()
+    assert filled
+    assert all(not fetch.read for fetch in filled)
+    assert planner.plan(access(0, [2, 3])).pending + planner.plan(access(0, [2, 3])).hits

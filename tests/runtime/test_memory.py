@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 
 from offmoe.config import OffloadConfig
 from offmoe.errors import CapacityError, ConfigError
-from offmoe.runtime.memory import DISK, HOST, DenseLayerBytes, ModelBytes, plan_memory
+from offmoe.runtime.memory import DISK, HOST, DenseLayerBytes, ModelBytes, plan_memory, plan_on_miss
 from offmoe.types import CacheShape
 
 SHAPE = CacheShape((8, 8, 4), (2, 2, 1), (100, 100, 300))
 MODEL = ModelBytes(
     dense=1000, kv_per_token=2, context_limit=4096, slot_bytes=(100, 100, 300), staging=600, workspace=50
 )
+SMALLEST = 1000 + 600 + 50 + 2 * 256 + 2 * 100 + 2 * 100 + 300
 
 
 @given(st.integers(1, 12_000))
@@ -110,3 +111,29 @@ def test_dense_layers_go_to_the_host_if_it_has_room(host_free, place):
     roomy = plan_memory(OffloadConfig(), SHAPE, LAYERED, free=10**6, host_free=host_free)
     assert (roomy.parked_in, roomy.in_flight) == (None, 0)
     assert "come from" not in roomy.describe()
+
+
+@pytest.mark.parametrize(
+    ("options", "free", "resolved", "scratch"),
+    [
+        ({"slots_per_layer": 3}, 10**6, "auto", 600),
+        ({"slots_per_layer": 3, "on_miss": "fetch"}, 10**6, "fetch", 0),
+        ({"slots_per_layer": 3, "on_miss": "cpu"}, 10**6, "cpu", 600),
+        ({}, 10**6, "fetch", 0),  # everything has a slot
+        ({"device_memory": 5000, "max_context": 256}, 10**6, "fetch", 0),  # two of so few slots are worth more as such
+        ({"device_memory": 5000, "max_context": 256, "on_miss": "cpu"}, 10**6, "cpu", 600),
+        ({"device_memory": SMALLEST}, 10**6, "fetch", 0),
+    ],
+)
+def test_scratch_slots_where_they_are_worth_it(options, free, resolved, scratch):
+    on_miss, plan = plan_on_miss(OffloadConfig(**options), SHAPE, MODEL, free=free, share=1.0)
+    assert (on_miss, plan.scratch) == (resolved, scratch)
+    assert plan.used <= plan.budget
+    assert ("scratch" in plan.describe()) == bool(scratch)
+
+
+def test_scratch_that_does_not_fit_is_refused_only_where_it_was_asked_for():
+    with pytest.raises(CapacityError, match="smallest device_memory"):
+        plan_on_miss(OffloadConfig(device_memory=SMALLEST, on_miss="cpu"), SHAPE, MODEL, free=10**6, share=1.0)
+    large = CacheShape((400,) * 3, (2,) * 3, (90, 90, 290))
+    assert plan_on_miss(OffloadConfig(device_memory=10**5), large, MODEL, free=10**6, share=1.0)[0] == "auto"

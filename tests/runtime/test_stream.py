@@ -14,6 +14,7 @@ import offmoe.runtime.transfer as transfer_module
 from offmoe.config import CacheOptions
 from offmoe.errors import TransferError
 from offmoe.policy.planner import build_planner
+from offmoe.profile import MissCosts
 from offmoe.runtime.arena import SlotArena
 from offmoe.runtime.backend import CpuBackend
 from offmoe.runtime.checkpoint import Checkpoint
@@ -46,7 +47,11 @@ class Rig:
         self.backend = backend
         self.planner = build_planner(options, SHAPE)
         self.store = ExpertStore(checkpoint.shards, records, read_at=read_at)
-        self.arena = SlotArena(backend.allocate, [LAYOUT] * self.planner.num_slots)
+        scratch = [LAYOUT] * self.planner.num_scratch
+        if options.miss_costs is None:
+            self.arena = SlotArena(backend.allocate, [LAYOUT] * self.planner.num_slots + scratch)
+        else:
+            self.arena = SlotArena(backend.allocate, [LAYOUT] * self.planner.num_slots, in_ram=scratch)
         left = [True] * pins
         backend.pin = lambda *_: left.pop() if left else False
         self.engine = module.TransferEngine(
@@ -58,16 +63,18 @@ class Rig:
             host_slots=self.planner.num_host_slots,
         )
         if isinstance(backend, DeferredBackend):
-            for slot in range(self.planner.num_slots):
+            for slot in range(len(self.arena)):
                 backend.guard(self.arena.bytes(slot), self.engine._last_read[slot])
         self.stats = CacheStats.for_layers(LAYERS)
 
     def run(self, access):
         plan = self.planner.plan(access)
         self.stats.add(plan, SHAPE)
+        self.engine.demand([slot for _, slot in plan.waves[0].experts])
+        self.engine.stream(plan.on_host)
         self.engine.stream(plan.waves)
         wrong = 0
-        for wave in plan.waves:
+        for wave in plan.waves[:1] + plan.on_host + plan.waves[1:]:
             for expert, slot in wave.experts:
                 self.engine.ready(slot)
                 seen = self.arena.views(slot, LAYOUT)["weight"]
@@ -113,6 +120,21 @@ def test_every_use_sees_its_expert(checkpoint, backend, scope, slots):
         assert wrong == 0
         assert rig.stats.prefetched_used
         assert rig.stats.misses > 100
+    finally:
+        rig.close()
+
+
+@pytest.mark.parametrize("host_slots", [0, 5])
+@pytest.mark.parametrize("miss_costs", [None, MissCosts(9, 5, 9, 12, 2, 1, 1)], ids=["same memory", "beside"])
+@pytest.mark.parametrize("on_miss", ["cpu", "auto"])
+def test_every_use_sees_its_expert_without_a_slot(checkpoint, on_miss, miss_costs, host_slots):
+    options = CacheOptions("lru", "layer", 3, 2, host_slots=host_slots, on_miss=on_miss, miss_costs=miss_costs)
+    rig = Rig(checkpoint, DeferredBackend(), options, slow_at_random(1), pins=99)
+    try:
+        wrong = sum(rig.run(access) for access in random_accesses(7, 40))
+        rig.planner.check()
+        assert wrong == 0
+        assert rig.stats.host_computed > 20
     finally:
         rig.close()
 

@@ -1,15 +1,20 @@
-"""A checkpoint of Mixtral's shape and names with random weights, for benchmarks that no published model fits."""
+"""Checkpoints of Mixtral's and Qwen3's shape and names with random weights, for benchmarks that no published model
+fits."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
 
 from offmoe.runtime.checkpoint import INDEX_FILE
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 EXPERTS_PER_SHARD = 2
 SPREAD = 65536
@@ -19,7 +24,7 @@ def write_mixtral(
     folder: Path, hidden: int, intermediate: int, *, layers: int, experts: int, top_k: int, vocabulary: int
 ) -> None:
     """Write it in bf16 with Mixtral's own names, shard by shard, and through to the disk."""
-    from transformers import MixtralConfig, MixtralForCausalLM
+    from transformers import MixtralConfig
 
     heads = max(2, hidden // 128)
     config = MixtralConfig(
@@ -34,10 +39,51 @@ def write_mixtral(
         max_position_embeddings=4096,
         dtype=torch.bfloat16,
     )
+    _write(folder, config, hidden, intermediate, layers, experts, "block_sparse_moe.experts.{}.{}", ("w1", "w2", "w3"))
+
+
+def write_qwen3(
+    folder: Path, hidden: int, intermediate: int, *, layers: int, experts: int, top_k: int, vocabulary: int
+) -> None:
+    """The same with Qwen3's names, and no layer without experts."""
+    from transformers import Qwen3MoeConfig
+
+    heads = max(2, hidden // 128)
+    config = Qwen3MoeConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        moe_intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 4),
+        head_dim=128,
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        max_position_embeddings=4096,
+        dtype=torch.bfloat16,
+    )
+    parts = ("gate_proj", "down_proj", "up_proj")
+    _write(folder, config, hidden, intermediate, layers, experts, "mlp.experts.{}.{}", parts)
+
+
+def _write(
+    folder: Path,
+    config: PretrainedConfig,
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    experts: int,
+    names: str,
+    parts: tuple[str, str, str],
+) -> None:
+    """names: of an expert's weights within a layer, for its number and a part; parts: gate, down, up."""
+    from transformers import AutoModelForCausalLM
+
     folder.mkdir()
     config.save_pretrained(folder)
     with torch.device("meta"):
-        skeleton = MixtralForCausalLM(config).state_dict()
+        skeleton = AutoModelForCausalLM.from_config(config).state_dict()
     dense = {}
     for name, weight in skeleton.items():
         if "experts" not in name:
@@ -51,10 +97,10 @@ def write_mixtral(
     number = 0
     for layer in range(layers):
         for expert in range(experts):
-            for part in ("w1", "w2", "w3"):
-                start = 997 * (3 * (layer * experts + expert) + int(part[1])) % SPREAD
-                shape = (hidden, intermediate) if part == "w2" else (intermediate, hidden)
-                name = f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{part}.weight"
+            for i, part in enumerate(parts, 1):
+                start = 997 * (3 * (layer * experts + expert) + i) % SPREAD
+                shape = (hidden, intermediate) if i == 2 else (intermediate, hidden)
+                name = f"model.layers.{layer}.{names.format(expert, part)}.weight"
                 tensors[name] = drawn[start : start + hidden * intermediate].clone().view(shape)
             if (expert + 1) % EXPERTS_PER_SHARD == 0 or expert == experts - 1:
                 file = f"experts-{number:03d}.safetensors"
