@@ -21,8 +21,8 @@ import threading
 import time
 from typing import Any
 
-for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read when torch is imported
-    os.environ.setdefault(cache, "16")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")  # both are read when torch is imported
+os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
 
 import psutil
 import torch
@@ -71,7 +71,9 @@ def main() -> None:
     columns = list(zip(*samples, strict=True))
     found = dict(zip(("rss_growth_bytes", "fd_growth", "thread_growth"), map(growth, map(list, columns)), strict=True))
     found["tokens"] = tokens
-    print(f"{args.minutes:g} minutes, {len(samples)} samples, resident {columns[0][0] / 1e6:.0f} MB at first")
+    eighths = [columns[0][len(samples) * i // 8 : len(samples) * (i + 1) // 8] for i in range(8)]
+    resident = ", ".join(f"{statistics.median(values) / 1e6:.0f}" for values in eighths)
+    print(f"{args.minutes:g} minutes, {len(samples)} samples; MB resident in each eighth of them: {resident}")
     print(", ".join(f"{name} {value}" for name, value in found.items()))
     if args.json:
         print(json.dumps(found))
