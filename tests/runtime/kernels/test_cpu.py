@@ -51,8 +51,11 @@ def random_weight(how: Format, rows: int, cols: int, seed: int = 0) -> Weight:
         exponents = torch.randint(118, 124, (rows, cols // 32), dtype=torch.uint8, generator=generator)
         return PackedWeight(how, words, exponents).tiled()
     if how is not None and how.kind == "fp8":
-        codes = torch.randint(0, 254, (rows, cols), dtype=torch.uint8, generator=generator)  # subnormals too
-        codes += (codes >= 127).to(torch.uint8)  # but 0x7f and 0xff, which are not numbers
+        if how.group == 32:  # as weights are: few words have a subnormal
+            codes = (torch.randn(rows, cols, generator=generator) * 100).to(torch.float8_e4m3fn).view(torch.uint8)
+        else:  # in every word, and all other bytes but 0x7f and 0xff, which are not numbers
+            codes = torch.randint(0, 254, (rows, cols), dtype=torch.uint8, generator=generator)
+            codes += (codes >= 127).to(torch.uint8)
         scales = torch.rand(rows, how.groups(cols), generator=generator) * 1e-3
         return PackedWeight(how, pack_words(codes, how), scales).tiled()
     values = torch.randn(rows, cols, generator=generator) * 0.05

@@ -11,6 +11,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#define UNROLL _Pragma("GCC unroll 8")
 #define EXPORT __attribute__((visibility("default")))
 
 enum { TILE = 16, MAX_BLOCK = 8, MAX_TOKENS = 64 };

@@ -11,7 +11,6 @@
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")
 enum { AHEAD = 2048, BF16_AHEAD = 1024, SCALES_AHEAD = 512, BF16_ROWS = 4 };
 
 /* Scales of one group, 16 rows. */
@@ -125,10 +124,11 @@ INLINE void float_tiles(const struct weight *const *w, const int *tile, const st
                 lanes v = lanes_load(p[t]);
                 __builtin_prefetch(p[t] + AHEAD);
                 p[t] += 64;
-                if (kind == KIND_FP8) nan[t] = lanes_nan(nan[t], v);
+                floats bytes[4];
+                if (kind == KIND_FP8) nan[t] = floats_e4m3(bytes, v, nan[t]);
                 UNROLL for (int i = 0; i < values; i++) {
                     floats q = kind == KIND_INT8    ? floats_byte(v, i)
-                               : kind == KIND_FP8   ? floats_e4m3(v, i)
+                               : kind == KIND_FP8   ? bytes[i]
                                : kind == KIND_MXFP4 ? floats_e2m1(v, i)
                                                     : floats_nibble(v, i);
                     UNROLL for (int m = 0; m < M; m++)

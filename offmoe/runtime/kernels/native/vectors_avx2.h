@@ -92,23 +92,30 @@ static inline __m256 e2m1(__m256i v, int i) {
 }
 static inline floats floats_e2m1(lanes v, int i) { return FLOATS(e2m1(v.a, i), e2m1(v.b, i)); }
 static inline floats floats_bits(lanes v) { return FLOATS(_mm256_castsi256_ps(v.a), _mm256_castsi256_ps(v.b)); }
-/* See vectors_portable.h. */
-static inline __m256i byte_at(__m256i v, int i, int at) { /* byte i's lowest bit to bit `at` */
-    return 8 * i > at ? _mm256_srli_epi32(v, 8 * i - at) : _mm256_slli_epi32(v, at - 8 * i);
+/* See vectors_portable.h. Few words have a byte with exponent 0 or one that is no number: others do without their part. */
+static inline __m256 e4m3_plain(__m256i v, int i) {
+    v = _mm256_srai_epi32(_mm256_slli_epi32(v, 24 - 8 * i), 4);
+    v = _mm256_and_si256(v, _mm256_set1_epi32((int32_t)0x87f00000));
+    return _mm256_castsi256_ps(_mm256_or_si256(v, _mm256_set1_epi32(0x38000000)));
 }
 static inline __m256 e4m3(__m256i v, int i) {
-    const __m256i bits = _mm256_and_si256(byte_at(v, i, 20), _mm256_set1_epi32(0x07f00000));
-    const __m256 x = _mm256_castsi256_ps(_mm256_or_si256(bits, _mm256_set1_epi32(0x38000000)));
-    const __m256 less = _mm256_fmadd_ps(x, _mm256_set1_ps(2), _mm256_set1_ps(-0x1p-14f));
-    const __m256 sign = _mm256_and_ps(_mm256_castsi256_ps(byte_at(v, i, 24)), _mm256_set1_ps(-0.0f));
-    return _mm256_or_ps(_mm256_min_ps(x, less), sign);
+    const __m256 signs = _mm256_set1_ps(-0.0f), x = e4m3_plain(v, i), magnitude = _mm256_andnot_ps(signs, x);
+    const __m256 less = _mm256_fmadd_ps(magnitude, _mm256_set1_ps(2), _mm256_set1_ps(-0x1p-14f));
+    return _mm256_or_ps(_mm256_min_ps(magnitude, less), _mm256_and_ps(x, signs));
 }
-static inline floats floats_e4m3(lanes v, int i) { return FLOATS(e4m3(v.a, i), e4m3(v.b, i)); }
-static inline __m256i nan_bytes(__m256i v) {
+static inline __m256i after(__m256i v) { /* one more than each byte without its sign: 0x80 for what is no number */
     return _mm256_add_epi8(_mm256_and_si256(v, _mm256_set1_epi8(0x7f)), _mm256_set1_epi8(1));
 }
-static inline lanes lanes_nan(lanes seen, lanes v) {
-    return LANES(_mm256_or_si256(seen.a, nan_bytes(v.a)), _mm256_or_si256(seen.b, nan_bytes(v.b)));
+static inline lanes floats_e4m3(floats *out, lanes v, lanes nan) {
+    const lanes more = LANES(after(v.a), after(v.b));
+    const __m256i special = _mm256_or_si256(_mm256_or_si256(more.a, _mm256_sub_epi8(more.a, _mm256_set1_epi8(9))),
+                                            _mm256_or_si256(more.b, _mm256_sub_epi8(more.b, _mm256_set1_epi8(9))));
+    if (__builtin_expect(_mm256_movemask_epi8(special) == 0, 1)) {
+        UNROLL for (int i = 0; i < 4; i++) out[i] = FLOATS(e4m3_plain(v.a, i), e4m3_plain(v.b, i));
+        return nan;
+    }
+    UNROLL for (int i = 0; i < 4; i++) out[i] = FLOATS(e4m3(v.a, i), e4m3(v.b, i));
+    return LANES(_mm256_or_si256(nan.a, more.a), _mm256_or_si256(nan.b, more.b));
 }
 static inline __m256 or_nan(__m256 v, __m256i seen) {
     const __m256i top = _mm256_and_si256(seen, _mm256_set1_epi8(-128));
