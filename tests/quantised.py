@@ -31,6 +31,13 @@ def fp8(weight: torch.Tensor) -> Encoded:
     return {".weight": codes.view(rows, cols), ".weight_scale_inv": scale}, dense
 
 
+def fp8_rows(weight: torch.Tensor) -> Encoded:
+    """A scale per row, as vLLM's quantisers write them."""
+    scale = weight.float().abs().amax(1, keepdim=True) / 448
+    codes = (weight.float() / scale).to(torch.float8_e4m3fn)
+    return {".weight": codes, ".weight_scale": scale}, codes.float() * scale
+
+
 def words(codes: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
     """Codes along `dim` in int32 words, lowest bits first."""
     codes = codes.movedim(dim, -1).to(torch.int64).unflatten(-1, (-1, 32 // bits))
@@ -156,6 +163,7 @@ def ct_config(bits: int, symmetric: bool, **weights: object) -> dict[str, object
 
 FORMATS: dict[str, tuple[Encoder, dict[str, object]]] = {
     "fp8": (fp8, {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}),
+    "fp8-rows": (fp8_rows, {"quant_method": "fp8", "activation_scheme": "dynamic"}),
     "ct-int4": (compressed_tensors(4, True), ct_config(4, True)),
     "ct-int4-asym": (compressed_tensors(4, False), ct_config(4, False)),
     "ct-int8": (compressed_tensors(8, True), ct_config(8, True)),

@@ -36,8 +36,9 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How numbers became bits. kind: "int4", "int8" or "mxfp4". group: consecutive inputs of a row that share a scale,
-    None for the whole row. zero_points: int4 only, one uint8 per group beside its scale; without, zero is 8.
+    """How numbers became bits. kind: "int4", "int8", "mxfp4" or "fp8" (E4M3). group: consecutive inputs of a row that
+    share a scale, None for the whole row. zero_points: int4 only, one uint8 per group beside its scale; without, zero
+    is 8.
     """
 
     kind: str
@@ -47,7 +48,7 @@ class WeightFormat:
 
     @property
     def bits(self) -> int:
-        return 8 if self.kind == "int8" else 4
+        return 8 if self.kind in ("int8", "fp8") else 4
 
     @property
     def word_values(self) -> int:
@@ -92,6 +93,11 @@ def int4(group: int = 64, zero_points: bool = False) -> WeightFormat:
     if group not in INT4_GROUPS:
         raise ConfigError(f"int4 group size {group} is not one of {', '.join(map(str, INT4_GROUPS))}")
     return WeightFormat("int4", group, zero_points)
+
+
+def fp8(group: int) -> WeightFormat:
+    """The fp8 format with this many columns per scale; a block's is repeated for each of its rows (3 % for 128)."""
+    return WeightFormat("fp8", group, scale_dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -163,7 +169,7 @@ class PackedWeight:
 
 
 def pack_words(q: torch.Tensor, how: WeightFormat) -> torch.Tensor:
-    """q [N, K], uint8 nibbles or int8 -> words int32 [N, K / values of a word]."""
+    """q [N, K], uint8 nibbles, int8 or float8_e4m3fn -> words int32 [N, K / values of a word]."""
     if how.bits == 8:
         return q.contiguous().view(torch.int32)
     pairs = q.view(q.shape[0], -1, 2)
@@ -171,8 +177,10 @@ def pack_words(q: torch.Tensor, how: WeightFormat) -> torch.Tensor:
 
 
 def unpack_words(words: torch.Tensor, how: WeightFormat) -> torch.Tensor:
-    """words int32 [N, C] -> uint8 nibbles or int8 [N, C * values of a word]."""
+    """words int32 [N, C] -> uint8 nibbles, int8 or float8_e4m3fn [N, C * values of a word]."""
     codes = codes_of_words(words, how.bits)
+    if how.kind == "fp8":
+        return codes.view(torch.float8_e4m3fn)
     return codes.view(torch.int8) if how.bits == 8 else codes
 
 

@@ -47,8 +47,8 @@ class Take(NamedTuple):
 class Source(NamedTuple):
     """One tensor of an expert. components: where its parts are among the segments; codec: None if it is as it is.
 
-    shape: dense. dtype: of the scales, where there are any. part: its place in the parameters that the module computes
-    with.
+    shape: dense. dtype: of its "weight" or, where codes are not called so, of their scales. part: its place in the
+    parameters that the module computes with.
     """
 
     components: Mapping[str, int]
@@ -234,7 +234,9 @@ def _sources(
                 {component: index[name] for component, name in leaf.params.items()},
                 leaf.codec,
                 leaf.shape[-len(decode.shapes[part.param]) :],
-                dtypes[next((leaf.params[c] for c in ("scale", "scales") if c in leaf.params), leaf.params[main])],
+                dtypes[
+                    next((leaf.params[c] for c in ("weight", "scale", "scales") if c in leaf.params), leaf.params[main])
+                ],
                 part,
             )
             for leaf, part in zip(decode.leaves, decode.assembly.parts, strict=True)

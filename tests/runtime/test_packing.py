@@ -12,6 +12,7 @@ from offmoe.runtime.packing import (
     MXFP4,
     PackedWeight,
     WeightFormat,
+    fp8,
     int4,
     pack_words,
     record_layout,
@@ -21,13 +22,15 @@ from offmoe.runtime.packing import (
     unpack_words,
 )
 
-FORMATS = [INT8, int4(32), int4(64), int4(128), int4(32, zero_points=True), MXFP4]
+FORMATS = [INT8, int4(32), int4(64), int4(128), int4(32, zero_points=True), MXFP4, fp8(128)]
 
 
 def random_weight(how: WeightFormat, rows: int, cols: int) -> PackedWeight:
     """Any bits are a weight; scales stay finite."""
     g = torch.Generator().manual_seed(rows * 1000 + cols)
     words = torch.randint(-(2**31), 2**31 - 1, (rows, cols // how.word_values), dtype=torch.int32, generator=g)
+    if how.kind == "fp8":
+        words &= -0x40404041  # bytes that are not a number have all of 0x7f
     shape = (rows, how.groups(cols))
     if how.scale_dtype == torch.uint8:
         scales = torch.randint(90, 160, shape, dtype=torch.uint8, generator=g)
@@ -47,6 +50,10 @@ def one_by_one(weight: PackedWeight) -> torch.Tensor:
             g = 0 if how.group is None else k // how.group
             if how.kind == "int8":
                 out[n, k] = ((bits + 128) % 256 - 128) * weight.scales[n, g].float()
+            elif how.kind == "fp8":
+                exponent, mantissa = bits >> 3 & 15, bits & 7
+                magnitude = (mantissa + 8) * 2.0 ** (exponent - 10) if exponent else mantissa * 2.0**-9
+                out[n, k] = (-magnitude if bits & 128 else magnitude) * weight.scales[n, g]
             elif how.kind == "int4":
                 zero = 8 if weight.zeros is None else weight.zeros[n, g].item()
                 out[n, k] = (bits % 16 - zero) * weight.scales[n, g].float()

@@ -1,15 +1,17 @@
 """How close experts computed on the CPU come to the memory that feeds them: C kernels against a read probe beside them.
 
 What moves: the weights of one expert after the other, cold, in huge pages as in offmoe's slots; experts are
-Mixtral's (4096 x 14336) and Qwen3-30B-A3B's (2048 x 768), int4 in groups of 64 and bf16. Rounds alternate between
-experts and a probe that only reads memory; the figure is the median of the rounds' ratios, with its quartiles. One
-thread is timed by its own CPU time, so that what others do on the machine counts only through the memory they use.
+Mixtral's (4096 x 14336) and Qwen3-30B-A3B's (2048 x 768), int4 in groups of 64, fp8 in groups of 128, bf16. Rounds
+alternate between experts and a probe that only reads memory; the figure is the median of the rounds' ratios, with its
+quartiles. One thread is timed by its own CPU time, so that what others do on the machine counts only through the memory
+they use.
 
 shared_core_slowdown: wall time per Mixtral expert with one thread per core while a foreign process spins on every core,
 relative to without, alternating. It says what it should only on a machine that has nothing else to do.
 
 Prints a table; with --json one last line {"int4_mixtral_m1", "int4_mixtral_m4", "int4_qwen3_m1", "int4_qwen3_m4",
-"bf16_mixtral_m1", "vs_torch_int4", "shared_core_slowdown"}. Exit status 1 where there are no C kernels.
+"bf16_mixtral_m1", "fp8_mixtral_m1", "vs_torch_int4", "shared_core_slowdown"}. Exit status 1 where there are no C
+kernels.
 """
 
 from __future__ import annotations
@@ -32,9 +34,9 @@ from offmoe.runtime.arena import SlotArena, map_pages
 from offmoe.runtime.formats import ExpertLayout
 from offmoe.runtime.kernels.cpu import GatedExpert, Glu, NativeKernels, Rows, physical_cores
 from offmoe.runtime.kernels.library import status
-from offmoe.runtime.packing import PackedWeight, int4, record_layout
+from offmoe.runtime.packing import PackedWeight, WeightFormat, fp8, int4, record_layout
 
-GROUP = 64
+GROUP, FP8_GROUP = 64, 128
 PROBE_BYTES = 32 * 2**20
 PROBE_BUFFER_BYTES = 256 * 2**20
 MIN_ROUNDS = 5
@@ -54,16 +56,19 @@ MIXTRAL = Shape("mixtral", 4096, 14336, 2)
 QWEN3 = Shape("qwen3", 2048, 768, 64)
 
 
-def int4_experts(shape: Shape) -> tuple[list[GatedExpert], int]:
-    """Random experts, and the bytes of one."""
-    how = int4(GROUP)
+def packed_experts(shape: Shape, how: WeightFormat) -> tuple[list[GatedExpert], int]:
+    """Random experts, and the bytes of one. fp8 is what a normal distribution becomes, with 448 at 4.5 deviations."""
     sizes = {"gate_up_proj": (2 * shape.ff, shape.hidden), "down_proj": (shape.hidden, shape.ff)}
     layout = record_layout(sizes, how)
     experts = []
     for record in _slots(layout, shape.experts):
         views = layout.views(record)
         for name in sizes:
-            views[name].random_(-(2**31), 2**31 - 1)
+            if how.kind == "fp8":
+                for codes in views[name].view(torch.float8_e4m3fn).split(16):  # torch's floats are 4 times as large
+                    codes.copy_(torch.randn(codes.shape).mul_(100).clamp_(-448, 448))
+            else:
+                views[name].random_(-(2**31), 2**31 - 1)
             views[f"{name}.scales"].uniform_(1e-3, 2e-3)
         gate_up, down = (PackedWeight.of(how, name, views) for name in sizes)
         experts.append(GatedExpert.stacked(gate_up, down))
@@ -214,7 +219,7 @@ def main() -> None:
     with NativeKernels(found.library, 1, arguments.variant) as kernels:
         probe = Probe(kernels)
         for shape in (MIXTRAL, QWEN3):
-            experts, nbytes = int4_experts(shape)
+            experts, nbytes = packed_experts(shape, int4(GROUP))
             runs = [kernels.expert(expert, Glu()) for expert in experts]
             for tokens in (1, 4):
                 x = torch.randn(tokens, shape.hidden, generator=generator)
@@ -224,7 +229,11 @@ def main() -> None:
         x = torch.randn(1, MIXTRAL.hidden, generator=generator)
         report("bf16_mixtral_m1", against_probe(runs, nbytes, x, probe, arguments.seconds))
         del experts, runs
-        experts, _ = int4_experts(MIXTRAL)
+        experts, nbytes = packed_experts(MIXTRAL, fp8(FP8_GROUP))
+        runs = [kernels.expert(expert, Glu()) for expert in experts]
+        report("fp8_mixtral_m1", against_probe(runs, nbytes, x, probe, arguments.seconds))
+        del experts, runs
+        experts, _ = packed_experts(MIXTRAL, int4(GROUP))
         runs = [kernels.expert(expert, Glu()) for expert in experts]
         report("vs_torch_int4", against_torch(runs, torch_int4_experts(MIXTRAL), x, arguments.seconds))
     with NativeKernels(found.library, physical_cores(), arguments.variant) as kernels:

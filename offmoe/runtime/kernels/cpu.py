@@ -189,7 +189,7 @@ def _struct(weight: Weight, bias: torch.Tensor | None) -> WeightStruct:
         how = weight.format
         if (how.group is None) != (how.kind == "int8") or (how.group or 0) > ACTIVATION_GROUPS[0]:
             raise UnsupportedModelError(
-                f"the CPU kernels have no {how}, only int8 per row and 4 bits in groups of at most "
+                f"the CPU kernels have no {how}, only int8 per row, fp8 and 4 bits in groups of at most "
                 f"{ACTIVATION_GROUPS[0]}; use on_miss='fetch'"
             )
         assert weight.is_tiled, "kernels read tiles"

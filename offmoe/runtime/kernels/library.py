@@ -18,7 +18,7 @@ from offmoe.runtime.kernels.native.build import LIBRARY, sources_digest
 MAX_TOKENS = 64
 """Of one call; offmoe.h."""
 
-KINDS = {"int4": 0, "mxfp4": 1, "int8": 2, "bf16": 3}
+KINDS = {"int4": 0, "mxfp4": 1, "int8": 2, "fp8": 3, "bf16": 4}
 SCALE_TYPES = {"bfloat16": 0, "float16": 1, "float32": 2, "uint8": 3}
 
 

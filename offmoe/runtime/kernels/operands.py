@@ -145,6 +145,8 @@ def packed_operand(layout: ExpertLayout, name: str, how: WeightFormat) -> Operan
     width = words.shape[1]
     cols = width * how.word_values
     group = how.group or cols
+    if how.kind == "fp8":
+        raise _unread("words of fp8")
     if group % 8:
         raise UnsupportedModelError(f"the device kernels read groups of 8 and more, not {how}; use exactness='bitwise'")
     return Operand(

@@ -43,8 +43,7 @@ class ScaledFloat:
         return weight.shape
 
     def decode(self, raw: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        scale = raw["scale"]
-        scale = scale.view(torch.float8_e8m0fnu).float() if scale.dtype == torch.uint8 else scale.float()
+        scale = _float_scales(raw["scale"])
         weight = raw["weight"].float()  # [rows, cols]
         if not self._by_block(weight.shape, scale.shape):
             return weight.mul_(scale.reshape(-1, 1)).to(dtype)
@@ -56,10 +55,28 @@ class ScaledFloat:
         weight[:, whole:].mul_(scale[:, cols // wide :])
         return weight.to(dtype)
 
+    def scales_of_groups(self, weight: tuple[int, ...], scale: torch.Tensor, group: int) -> torch.Tensor:
+        """Scales of a weight [rows, cols] for every row and `group` of columns, which divides both blocks and cols.
+
+        float32 [rows, cols / group], a view where all groups of a row have one.
+        """
+        rows, cols = weight
+        scale = _float_scales(scale)
+        if not self._by_block(weight, scale.shape):
+            return scale.reshape(-1, 1).expand(rows, cols // group)
+        assert self.block is not None
+        high, wide = self.block
+        scale = scale.repeat_interleave(wide // group, dim=1)[:, : cols // group]
+        return scale.repeat_interleave(high, dim=0)[:rows]
+
     def _by_block(self, weight: tuple[int, ...], scale: tuple[int, ...]) -> bool:
         return self.block is not None and tuple(scale) == tuple(
             -(-size // step) for size, step in zip(weight, self.block, strict=True)
         )
+
+
+def _float_scales(scale: torch.Tensor) -> torch.Tensor:
+    return scale.view(torch.float8_e8m0fnu).float() if scale.dtype == torch.uint8 else scale.float()
 
 
 def _by_row(weight: tuple[int, ...], scale: tuple[int, ...]) -> bool:

@@ -1,8 +1,8 @@
 """Quantised weights as kernels read them, row by row: words of consecutive inputs, scales and zero points of outputs.
 
-What moves: nothing where a format has such words already (compressed-tensors in 4 bits, MXFP4, and GPTQ seen the other
-way round): the result is a view, and whoever copies it re-orders it. Bytes of int8 change their sign bit, AWQ's nibbles
-their neighbours; these are made anew, in a few passes over one matrix. Values are those of the codecs, exactly.
+What moves: nothing where a format has such words already (compressed-tensors in 4 bits, MXFP4, FP8, and GPTQ seen the
+other way round): the result is a view, and whoever copies it re-orders it. Bytes of int8 change their sign bit, AWQ's
+nibbles their neighbours; these are made anew, in a few passes over one matrix. Values are those of the codecs, exactly.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Mapping
 import torch
 
 from offmoe.errors import CheckpointError
-from offmoe.runtime.packing import INT4_GROUPS, MXFP4, SCALES, ZEROS, WeightFormat
+from offmoe.runtime.packing import INT4_GROUPS, MXFP4, SCALES, ZEROS, WeightFormat, fp8
 from offmoe.runtime.quantized.codec import Codec, codes_of_words
-from offmoe.runtime.quantized.floats import Mxfp4
+from offmoe.runtime.quantized.floats import Mxfp4, ScaledFloat
 from offmoe.runtime.quantized.integers import Awq, Gptq, PackedInt, in_order
 
 SIGN_BITS = -0x7F7F7F80
@@ -26,15 +26,20 @@ def is_rows_first(codec: Codec) -> bool:
     return not isinstance(codec, Mxfp4)
 
 
-def format_of(codec: Codec, cols: int, scale_dtype: torch.dtype) -> WeightFormat | str:
-    """The kernels' format for weights of `cols` inputs; or why they have none. Larger groups repeat their scales."""
+def format_of(codec: Codec, cols: int, dtype: torch.dtype) -> WeightFormat | str:
+    """The kernels' format for weights of `cols` inputs; or why they have none. Larger groups repeat their scales.
+
+    dtype: of the codec's "weight" if that is a component, else of its scales.
+    """
     if isinstance(codec, Mxfp4):
         return MXFP4
+    if isinstance(codec, ScaledFloat):
+        return _fp8_format(codec, cols, dtype)
     if not isinstance(codec, (PackedInt, Gptq, Awq)):
         return f"kernels have no {codec.name}"
     bits = 4 if isinstance(codec, Awq) else codec.bits
     if isinstance(codec, PackedInt) and bits == 8 and codec.symmetric and not codec.ordered:
-        return WeightFormat("int8", None, scale_dtype=scale_dtype) if codec.group is None else _no_group(codec)
+        return WeightFormat("int8", None, scale_dtype=dtype) if codec.group is None else _no_group(codec)
     if bits != 4:
         return f"kernels have no {codec.name}"
     if (isinstance(codec, PackedInt) and codec.ordered) or (isinstance(codec, Gptq) and codec.reordered):
@@ -44,7 +49,7 @@ def format_of(codec: Codec, cols: int, scale_dtype: torch.dtype) -> WeightFormat
     if group is None or cols % stored:
         return _no_group(codec)
     has_zeros = not isinstance(codec, PackedInt) or not codec.symmetric
-    return WeightFormat("int4", group, has_zeros, scale_dtype)
+    return WeightFormat("int4", group, has_zeros, dtype)
 
 
 def rows_of(codec: Codec, raw: Mapping[str, torch.Tensor], how: WeightFormat) -> dict[str, torch.Tensor]:
@@ -55,6 +60,10 @@ def rows_of(codec: Codec, raw: Mapping[str, torch.Tensor], how: WeightFormat) ->
     zeros: torch.Tensor | None = None
     if isinstance(codec, Mxfp4):
         return {"": raw["blocks"].flatten(1).view(torch.int32), SCALES: raw["scales"]}
+    if isinstance(codec, ScaledFloat):
+        assert how.group is not None
+        weight = raw["weight"]
+        return {"": weight.view(torch.int32), SCALES: codec.scales_of_groups(weight.shape, raw["scale"], how.group)}
     if isinstance(codec, PackedInt):
         words, rows = raw["packed"], len(raw["packed"])
         scales = raw["scale"]
@@ -78,6 +87,14 @@ def rows_of(codec: Codec, raw: Mapping[str, torch.Tensor], how: WeightFormat) ->
     if zeros is not None:
         out[ZEROS] = zeros if finer == 1 else zeros.repeat_interleave(finer, dim=1)
     return out
+
+
+def _fp8_format(codec: ScaledFloat, cols: int, dtype: torch.dtype) -> WeightFormat | str:
+    if dtype != torch.float8_e4m3fn:
+        return f"kernels have no {str(dtype).removeprefix('torch.')}"
+    wide = cols if codec.block is None else codec.block[1]
+    group = next((g for g in reversed(INT4_GROUPS) if wide % g == 0 and cols % g == 0), None)
+    return f"kernels have no fp8 in blocks of {wide} columns, {cols} in all" if group is None else fp8(group)
 
 
 def _no_group(codec: PackedInt | Gptq | Awq) -> str:

@@ -10,8 +10,10 @@ import torch
 from safetensors import safe_open
 from transformers.integrations import finegrained_fp8, mxfp4
 
+from offmoe.runtime.packing import SCALES, PackedWeight, WeightFormat
 from offmoe.runtime.quantized import Awq, Codec, Gptq, Mxfp4, PackedInt, ScaledFloat, Spec
 from offmoe.runtime.quantized.blockwise import read_state
+from offmoe.runtime.quantized.words import format_of, rows_of
 
 DATA = Path(__file__).parents[2] / "data" / "quantised"
 RENAMED = {
@@ -108,6 +110,38 @@ def test_fp8_blocks_may_be_ragged(shape: tuple[int, int]) -> None:
     reference = weight.float() * scale[rows][:, cols]
     assert torch.equal(codec.decode(raw, torch.float32), reference)
     assert torch.equal(codec.decode(raw, torch.bfloat16), reference.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("block", "grid", "dtype"),
+    [
+        ((128, 128), (2, 2), torch.float32),
+        ((128, 128), (2, 2), torch.float8_e8m0fnu),
+        ((48, 64), (4, 3), torch.bfloat16),
+        ((128, 128), (160, 1), torch.float32),
+        (None, (160,), torch.float32),
+        (None, (), torch.bfloat16),
+    ],
+)
+def test_fp8_as_kernels_read_it(block: tuple[int, int] | None, grid: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Groups of 64 divide 192 columns and every block; the values are the decoder's, one rounding of a float apart."""
+    g = torch.Generator().manual_seed(0)
+    weight = (torch.randn(160, 192, generator=g) * 60).to(torch.float8_e4m3fn)
+    scale = (torch.rand(grid, generator=g) + 0.5).to(dtype)
+    codec, raw = ScaledFloat(block), {"weight": weight, "scale": scale}
+    how = format_of(codec, 192, weight.dtype)
+    assert isinstance(how, WeightFormat)
+    assert (how.kind, how.group) == ("fp8", 64)
+    rows = rows_of(codec, raw, how)
+    assert rows[SCALES].shape == (160, 3)
+    assert rows[""].data_ptr() == weight.data_ptr()
+    assert torch.equal(PackedWeight(how, rows[""], rows[SCALES]).values(), codec.decode(raw, torch.float32))
+
+
+def test_fp8_that_kernels_do_not_read() -> None:
+    assert format_of(ScaledFloat((128, 128)), 256, torch.float8_e5m2) == "kernels have no float8_e5m2"
+    assert "blocks of 48 columns" in str(format_of(ScaledFloat((128, 48)), 192, F8))
+    assert "200 in all" in str(format_of(ScaledFloat((128, 128)), 200, F8))
 
 
 def test_fp8_blocks_are_the_configs_even_if_the_grid_divides_the_weight() -> None:

@@ -44,7 +44,7 @@ static void pack(const struct weight *w, int precision, const float *x, size_t s
             if (w->kind == KIND_BF16) {
                 float *to = (float *)out->data + ((size_t)g * M + m) * 32;
                 for (int i = 0; i < 16; i++) to[i] = v[2 * i], to[16 + i] = v[2 * i + 1];
-            } else if (precision == ACTIVATIONS_FLOAT) {
+            } else if (precision == ACTIVATIONS_FLOAT || w->kind == KIND_FP8) {
                 float *to = (float *)out->data + (size_t)c * M + m, total = 0;
                 for (int i = 0; i < group; i++) to[i * M] = v[i];
                 for (int i = 0; i < group; i++) total += v[i];

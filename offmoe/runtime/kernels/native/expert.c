@@ -90,7 +90,7 @@ static void run_task(void *job, int task, int worker) {
 /* Memory of the blocks that feed a weight, from `at` on; returns the end. With at = 0 only that is asked for. */
 static size_t place_blocks(const struct job *j, const struct weight *w, struct block *blocks, uint8_t *base, size_t at) {
     const size_t groups = (size_t)w->cols / (w->kind == KIND_BF16 ? 32 : w->group);
-    const size_t value = w->kind == KIND_BF16 || j->precision == ACTIVATIONS_FLOAT ? 4 : 1;
+    const size_t value = w->kind == KIND_BF16 || w->kind == KIND_FP8 || j->precision == ACTIVATIONS_FLOAT ? 4 : 1;
     for (int b = 0; b < j->blocks; b++) {
         int tokens = 1;
         while (tokens < valid_tokens(j, b)) tokens *= 2;
@@ -105,7 +105,8 @@ static size_t place_blocks(const struct job *j, const struct weight *w, struct b
 static int run(struct pool *pool, struct job *j, const float *x) {
     const int T = j->k->max_block;
     const struct weight *in = j->up ? j->up : j->down;
-    const size_t tile_bytes = (size_t)j->down->cols * TILE / (j->down->kind == KIND_BF16 ? 1 : j->down->kind == KIND_INT8 ? 2 : 4);
+    const int kind = j->down->kind, per_two = kind == KIND_BF16 ? 1 : kind == KIND_INT8 || kind == KIND_FP8 ? 2 : 4;
+    const size_t tile_bytes = (size_t)j->down->cols * TILE / per_two;
     if (j->tokens < 1 || j->tokens > MAX_TOKENS) return 1;
     j->blocks = (j->tokens + T - 1) / T;
     j->down_tiles = 2 * (int)(TASK_BYTES / (4 * tile_bytes) + 1);

@@ -15,7 +15,7 @@
 
 enum { TILE = 16, MAX_BLOCK = 8, MAX_TOKENS = 64 };
 
-enum kind { KIND_INT4, KIND_MXFP4, KIND_INT8, KIND_BF16 };
+enum kind { KIND_INT4, KIND_MXFP4, KIND_INT8, KIND_FP8, KIND_BF16, KINDS };
 enum scale_type { SCALE_BF16, SCALE_FP16, SCALE_FP32, SCALE_E8M0 };
 enum precision { ACTIVATIONS_INT8, ACTIVATIONS_FLOAT };
 enum glu { GLU_SILU, GLU_GELU_TANH, GLU_CLAMPED };
@@ -34,7 +34,7 @@ struct weight {
 /* Activations of `tokens` tokens (1, 2, 4 or 8), in the order of the kernel of `precision` and kind:
  *   int8, int4 or mxfp4 weights   data int32 [cols / 8][tokens][2]: inputs 0 2 4 6 and 1 3 5 7 of a word
  *   int8, int8 weights            data int32 [cols / 4][tokens]
- *   float                         data float [cols][tokens]
+ *   float, or fp8 weights         data float [cols][tokens]
  *   float, bf16 weights           data float [cols / 32][tokens][2][16]: even inputs, odd inputs
  * scale: float [cols / group][tokens]; sum: int32 or float of that shape, the sum of a group's (quantised) inputs. */
 struct block {
@@ -81,8 +81,8 @@ compare_function compare_portable, compare_avx2, compare_avx512;
 struct kernels {
     const char *name;
     int max_block;
-    tile_function *tile[4][2][4]; /* [kind][precision][log2 block] */
-    pair_function *pair[4][2][4];
+    tile_function *tile[KINDS][2][4]; /* [kind][precision][log2 block] */
+    pair_function *pair[KINDS][2][4];
     /* Write columns [start, start + count) of a block from x [valid][stride]; whole groups; missing tokens are zero. */
     void (*pack)(const struct weight *w, int precision, const float *x, size_t stride, int valid, int start, int count,
                  struct block *out);

@@ -101,17 +101,20 @@ INLINE void int8_tiles(const struct weight *const *w, const int *tile, const str
     }
 }
 
-/* Weights times float activations. */
+/* Weights times float activations. What fp8 weights are decoded to is 2^8 too small, and of their bytes that are not a
+ * number is only kept which rows have them. */
 INLINE void float_tiles(const struct weight *const *w, const int *tile, const struct block *x, float *const *y, const int M,
                         const int NT, const int kind) {
-    const int values = kind == KIND_INT8 ? 4 : 8; /* of a word */
+    const int values = kind == KIND_INT8 || kind == KIND_FP8 ? 4 : 8; /* of a word */
     const int words = w[0]->group / values, groups = w[0]->cols / w[0]->group;
     const int split = M <= 2;
     const float *a = x->data, *sums = x->sum;
     const uint8_t *p[2];
+    lanes nan[2];
     floats f[MAX_BLOCK][2];
     UNROLL for (int t = 0; t < NT; t++) {
         p[t] = w[t]->words + (size_t)tile[t] * groups * words * 64;
+        nan[t] = lanes_set(0);
         UNROLL for (int m = 0; m < M; m++) f[m][t] = floats_zero();
     }
     for (int g = 0; g < groups; g++, sums += M) {
@@ -122,8 +125,12 @@ INLINE void float_tiles(const struct weight *const *w, const int *tile, const st
                 lanes v = lanes_load(p[t]);
                 __builtin_prefetch(p[t] + AHEAD);
                 p[t] += 64;
+                if (kind == KIND_FP8) nan[t] = lanes_nan(nan[t], v);
                 UNROLL for (int i = 0; i < values; i++) {
-                    floats q = kind == KIND_INT8 ? floats_byte(v, i) : kind == KIND_MXFP4 ? floats_e2m1(v, i) : floats_nibble(v, i);
+                    floats q = kind == KIND_INT8    ? floats_byte(v, i)
+                               : kind == KIND_FP8   ? floats_e4m3(v, i)
+                               : kind == KIND_MXFP4 ? floats_e2m1(v, i)
+                                                    : floats_nibble(v, i);
                     UNROLL for (int m = 0; m < M; m++)
                         c[m][t][split & i] = floats_fma(q, floats_set(a[i * M + m]), c[m][t][split & i]);
                 }
@@ -133,6 +140,7 @@ INLINE void float_tiles(const struct weight *const *w, const int *tile, const st
             const size_t at = ((size_t)tile[t] * groups + g) * TILE;
             floats s = kind == KIND_INT8 ? floats_set(1) : scales_at(w[t], at);
             floats z = floats_zero();
+            if (kind == KIND_FP8) s = floats_mul(s, floats_set(256));
             if (kind == KIND_INT4) z = w[t]->zeros ? floats_of(lanes_u8(w[t]->zeros + at)) : floats_set(8);
             UNROLL for (int m = 0; m < M; m++) {
                 floats v = split ? floats_add(c[m][t][0], c[m][t][1]) : c[m][t][0];
@@ -143,6 +151,7 @@ INLINE void float_tiles(const struct weight *const *w, const int *tile, const st
     }
     UNROLL for (int t = 0; t < NT; t++) UNROLL for (int m = 0; m < M; m++) {
         if (kind == KIND_INT8) f[m][t] = floats_mul(f[m][t], scales_at(w[t], (size_t)tile[t] * TILE));
+        if (kind == KIND_FP8) f[m][t] = floats_or_nan(f[m][t], nan[t]);
         floats_store(y[t] + m * TILE, f[m][t]);
     }
 }
@@ -195,6 +204,7 @@ INLINE void bf16_rows(const struct weight *w, int tile, const struct block *x, f
     FUNCTIONS(float_tiles, int4_float, KIND_INT4, M)                                                                    \
     FUNCTIONS(float_tiles, mxfp4_float, KIND_MXFP4, M)                                                                  \
     FUNCTIONS(float_tiles, int8_float, KIND_INT8, M)                                                                    \
+    FUNCTIONS(float_tiles, fp8_float, KIND_FP8, M)                                                                      \
     BF16_FUNCTIONS(M)
 ALL_KINDS(1)
 ALL_KINDS(2)
@@ -208,7 +218,9 @@ ALL_KINDS(8)
 
 #define TILES                                                                                                \
     {{SIZES(int4_a8), SIZES(int4_float)}, {SIZES(mxfp4_a8), SIZES(mxfp4_float)},                             \
-     {SIZES(int8_a8), SIZES(int8_float)}, {SIZES(bf16), SIZES(bf16)}}
+     {SIZES(int8_a8), SIZES(int8_float)}, {SIZES(fp8_float), SIZES(fp8_float)},                               \
+     {SIZES(bf16), SIZES(bf16)}}
 #define PAIRS                                                                                                \
     {{SIZES(int4_a8_pair), SIZES(int4_float_pair)}, {SIZES(mxfp4_a8_pair), SIZES(mxfp4_float_pair)},         \
-     {SIZES(int8_a8_pair), SIZES(int8_float_pair)}, {SIZES(bf16_pair), SIZES(bf16_pair)}}
+     {SIZES(int8_a8_pair), SIZES(int8_float_pair)}, {SIZES(fp8_float_pair), SIZES(fp8_float_pair)},           \
+     {SIZES(bf16_pair), SIZES(bf16_pair)}}

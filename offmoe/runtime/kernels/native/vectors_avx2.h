@@ -92,6 +92,30 @@ static inline __m256 e2m1(__m256i v, int i) {
 }
 static inline floats floats_e2m1(lanes v, int i) { return FLOATS(e2m1(v.a, i), e2m1(v.b, i)); }
 static inline floats floats_bits(lanes v) { return FLOATS(_mm256_castsi256_ps(v.a), _mm256_castsi256_ps(v.b)); }
+/* See vectors_portable.h. */
+static inline __m256i byte_at(__m256i v, int i, int at) { /* byte i's lowest bit to bit `at` */
+    return 8 * i > at ? _mm256_srli_epi32(v, 8 * i - at) : _mm256_slli_epi32(v, at - 8 * i);
+}
+static inline __m256 e4m3(__m256i v, int i) {
+    const __m256i bits = _mm256_and_si256(byte_at(v, i, 20), _mm256_set1_epi32(0x07f00000));
+    const __m256 x = _mm256_castsi256_ps(_mm256_or_si256(bits, _mm256_set1_epi32(0x38000000)));
+    const __m256 less = _mm256_fmadd_ps(x, _mm256_set1_ps(2), _mm256_set1_ps(-0x1p-14f));
+    const __m256 sign = _mm256_and_ps(_mm256_castsi256_ps(byte_at(v, i, 24)), _mm256_set1_ps(-0.0f));
+    return _mm256_or_ps(_mm256_min_ps(x, less), sign);
+}
+static inline floats floats_e4m3(lanes v, int i) { return FLOATS(e4m3(v.a, i), e4m3(v.b, i)); }
+static inline __m256i nan_bytes(__m256i v) {
+    return _mm256_add_epi8(_mm256_and_si256(v, _mm256_set1_epi8(0x7f)), _mm256_set1_epi8(1));
+}
+static inline lanes lanes_nan(lanes seen, lanes v) {
+    return LANES(_mm256_or_si256(seen.a, nan_bytes(v.a)), _mm256_or_si256(seen.b, nan_bytes(v.b)));
+}
+static inline __m256 or_nan(__m256 v, __m256i seen) {
+    const __m256i top = _mm256_and_si256(seen, _mm256_set1_epi8(-128));
+    const __m256i none = _mm256_cmpeq_epi32(top, _mm256_setzero_si256());
+    return _mm256_or_ps(v, _mm256_castsi256_ps(_mm256_xor_si256(none, _mm256_set1_epi32(-1))));
+}
+static inline floats floats_or_nan(floats v, lanes seen) { return FLOATS(or_nan(v.a, seen.a), or_nan(v.b, seen.b)); }
 static inline floats floats_even_bf16(lanes v) { return floats_bits(LANES(_mm256_slli_epi32(v.a, 16), _mm256_slli_epi32(v.b, 16))); }
 static inline floats floats_odd_bf16(lanes v) {
     __m256i top = _mm256_set1_epi32((int32_t)0xffff0000);

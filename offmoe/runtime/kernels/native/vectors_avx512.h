@@ -49,6 +49,23 @@ static inline floats floats_e2m1(lanes v, int i) { /* doubled, as in E2M1_PLUS_1
 static inline floats floats_byte(lanes v, int i) {
     return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(v, 24 - 8 * i), 24));
 }
+/* See vectors_portable.h. */
+static inline __m512i byte_at(__m512i v, int i, int at) { /* byte i's lowest bit to bit `at` */
+    return 8 * i > at ? _mm512_srli_epi32(v, 8 * i - at) : _mm512_slli_epi32(v, at - 8 * i);
+}
+static inline floats floats_e4m3(lanes v, int i) {
+    /* ternary logic: 0xea is (a & b) | c, 0xf8 is a | (b & c) */
+    const __m512i bits = _mm512_ternarylogic_epi32(byte_at(v, i, 20), _mm512_set1_epi32(0x07f00000), _mm512_set1_epi32(0x38000000), 0xea);
+    const __m512 x = _mm512_castsi512_ps(bits), less = _mm512_fmadd_ps(x, _mm512_set1_ps(2), _mm512_set1_ps(-0x1p-14f));
+    const __m512i magnitude = _mm512_castps_si512(_mm512_min_ps(x, less)), top = _mm512_set1_epi32((int32_t)0x80000000);
+    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(magnitude, byte_at(v, i, 24), top, 0xf8));
+}
+static inline lanes lanes_nan(lanes seen, lanes v) {
+    return _mm512_or_si512(seen, _mm512_add_epi8(_mm512_and_si512(v, _mm512_set1_epi8(0x7f)), _mm512_set1_epi8(1)));
+}
+static inline floats floats_or_nan(floats v, lanes seen) {
+    return _mm512_mask_mov_ps(v, _mm512_test_epi32_mask(seen, _mm512_set1_epi8(-128)), _mm512_set1_ps(__builtin_nanf("")));
+}
 static inline floats floats_even_bf16(lanes v) { return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16)); }
 static inline floats floats_odd_bf16(lanes v) {
     return _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32((int32_t)0xffff0000)));

@@ -51,6 +51,18 @@ static inline floats floats_nibble(lanes a, int i) { return floats_of(a >> 4 * i
 static inline floats floats_e2m1(lanes a, int i) { return floats_of(e2m1(a >> 4 * i & 15)); }
 static inline floats floats_byte(lanes a, int i) { return floats_of(lanes_byte(a, i)); }
 static inline floats floats_bits(lanes a) { floats f; memcpy(&f, &a, sizeof f); return f; }
+/* E4M3, 2^-8 of it: its bits as those of a float with 112 added to the exponent (it is below 16, so `or` adds); then what
+ * has exponent 0 has a leading one too many, which 2 v - 2^-14 takes away, and for all others that is not less than v. */
+static inline floats floats_e4m3(lanes a, int i) {
+    const floats v = floats_bits((lanes)(lanes_byte(a, i) << 20 & 0x07f00000) | 0x38000000), less = v + v - 0x1p-14f;
+    const lanes is_less = less < v, magnitude = ((lanes)less & is_less) | ((lanes)v & ~is_less);
+    return floats_bits(magnitude | (lanes_byte(a, i) & (int32_t)0x80000000));
+}
+/* Bytes that are not a number, 0x7f and 0xff, leave their highest bit in `seen`. */
+static inline lanes lanes_nan(lanes seen, lanes a) { return seen | ((a & 0x7f7f7f7f) + 0x01010101); }
+static inline floats floats_or_nan(floats a, lanes seen) {
+    return floats_bits((lanes)a | ((seen & (int32_t)0x80808080) != 0));
+}
 static inline floats floats_even_bf16(lanes a) { return floats_bits(a << 16); }
 static inline floats floats_odd_bf16(lanes a) { return floats_bits(a & (int32_t)0xffff0000); }
 static inline floats floats_bf16(const uint16_t *p) {
