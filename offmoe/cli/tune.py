@@ -236,10 +236,10 @@ def _ranked_table(found: Found) -> Table:
     table = Table(
         title=f"at {found.slots} slots per layer, best first by {judged}",
         title_justify="left",
-        box=None,  # twelve columns have to fit 80 characters
+        box=None,  # eleven columns have to fit 80 characters
         pad_edge=False,
     )
-    for name in ("policy", "scope", "slots", *(("RAM",) if in_ram else ()), "ahead", "miss"):
+    for name in ("policy", "scope", "slots", *(("RAM",) if in_ram else ()), "ahead"):
         table.add_column(name, no_wrap=True)
     for name in (
         "hit %",
@@ -253,13 +253,13 @@ def _ranked_table(found: Found) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for outcome in found.ranked[:SHOWN]:
         whole, gap = outcome.whole, found.gap(outcome)
+        on_miss = outcome.options.on_miss
         row = [
-            outcome.options.eviction,
+            outcome.options.eviction + ("" if on_miss == "fetch" else f"+{on_miss}"),
             outcome.options.scope,
             span(outcome.options.quotas(found.trace.shape)),
             *((span(outcome.options.host_quotas(found.trace.shape)),) if in_ram else ()),
             str(outcome.options.prefetch),
-            outcome.options.on_miss,
             f"{100 * whole.stats.hit_rate:.1f}",
             f"{100 * outcome.judged.stats.hit_rate:.1f}",
             "-" if gap is None else f"{100 * gap:.0f}",
@@ -283,7 +283,7 @@ def _remarks(found: Found, predictions: dict[str, list[PredictionQuality]]) -> l
     if found.settings.test_requests:
         lines.append(
             "unseen: hit rate on the requests that nothing was fitted to. gap: share of the way from LRU to Belady, "
-            "which knows the future.\nahead: prefetch. miss: what a missed expert gets. misses and bytes: per token. "
+            "which knows the future.\nahead: prefetch. +cpu, +auto: on_miss. misses and bytes: per token. "
             "doubling adds: points, best policy."
         )
     else:

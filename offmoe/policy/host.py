@@ -124,7 +124,11 @@ class HostTier:
         while both:
             entry, expert = both[0]
             if on_device[expert] and slot_of[expert] >= 0 and score(first + expert) == -entry:
-                worth = threshold + DISTANCE * (entry + threshold)  # no copy there is worth more than the threshold
+                if threshold == NEVER or -entry <= threshold:  # then all copies there are worth the same
+                    expert = next(e for e, slot in enumerate(slot_of) if slot >= 0 and on_device[e])
+                    worth = threshold
+                else:
+                    worth = threshold + DISTANCE * (entry + threshold)
                 if worth < least or (worth == least and expert < found):
                     found = expert
                 break

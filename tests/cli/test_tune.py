@@ -47,7 +47,12 @@ def test_json(offmoe: Run, tmp_path: Path) -> None:
     assert found["best"] == found["candidates"][0]
     assert found["best"]["bytes_per_token"] <= min(c["bytes_per_token"] for c in found["candidates"][:7])
     assert {c["eviction"] for c in found["candidates"]} == set(EVICTIONS)
-    at_four = [c for c in found["candidates"] if c["slots_per_layer"] == 4 and c["scope"] == "layer"]
+    at_four = [
+        c
+        for c in found["candidates"]
+        if c["slots_per_layer"] == 4 and c["scope"] == "layer" and c["on_miss"] == "fetch"
+    ]
+    assert {c["on_miss"] for c in found["candidates"]} == {"fetch", "cpu", "auto"}
     (bound,) = [b for b in found["bounds"] if b["slots_per_layer"] == 4]
     assert len(at_four) == len(EVICTIONS)
     assert all(c["hit_rate"] <= bound["belady"] <= bound["belady_bypass"] for c in at_four)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offmoe.config import EVICTIONS, CacheOptions
+from offmoe.config import EVICTIONS, ON_MISS, CacheOptions
 from offmoe.policy import host
 from offmoe.policy.host import DISTANCE
 from offmoe.policy.planner import Planner, build_planner
+from offmoe.profile import MissCosts
 from offmoe.types import Access, CacheShape, Demand, Plan, count_demands
 
 SHAPE = CacheShape(experts=(7, 7, 12), top_k=(2, 2, 2), expert_bytes=(10, 10, 20))
@@ -29,19 +32,24 @@ class Scan:
     def left(self, expert):
         pass
 
+    def holds(self, expert):
+        return expert in self.held
+
     def worth(self, expert, threshold):
         own = self.policy.score(self.first + expert)
         if not self.device.holds([self.first + expert])[0]:
             return own
         return threshold - DISTANCE * (own - threshold) if own > threshold else threshold
 
-    def place(self, expert):
+    def place(self, expert, *, on_device=True):
+        assert on_device == self.device.holds([self.first + expert])[0]
         if expert in self.held:
             return self.held[expert], False
         if self.free:
             slot = self.free.pop()
         else:
-            threshold = self.policy.score(self.policy.victim(()))
+            victim = self.device.victim(())
+            threshold = 0.0 if victim is None else self.policy.score(victim)
             least, dropped = min((self.worth(e, threshold), e) for e in self.held)
             if least >= self.worth(expert, threshold):
                 return None, True
@@ -97,9 +105,12 @@ def decisions(planner: Planner, accesses: list[Access]) -> list[Plan]:
     st.sampled_from([1, 2, 5, (0, 3, 9), (4, 0, 12)]),
     st.sampled_from([0, 2, "auto"]),
     st.sampled_from([2, 3, 5]),
+    st.sampled_from(ON_MISS),
 )
-def test_every_decision_is_that_of_a_scan(seed, eviction, scope, host_slots, prefetch, slots):
+def test_every_decision_is_that_of_a_scan(seed, eviction, scope, host_slots, prefetch, slots, on_miss):
+    """Also of experts that the host computes, which the device never holds."""
     options = options_of(eviction, scope, host_slots, prefetch, slots=slots)
+    options = replace(options, on_miss=on_miss, miss_costs=MissCosts(10, 5, 10, 15, 2, 1, 1))
     accesses = routed(seed, 12, SHAPE)
     planner, oracle = build_planner(options, SHAPE), scanning(options, SHAPE)
     for access in accesses:
