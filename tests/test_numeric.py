@@ -21,7 +21,7 @@ from offmoe.runtime.arena import SlotArena
 from offmoe.runtime.backend import CpuBackend
 from offmoe.runtime.computing import KernelCompute, TorchCompute
 from offmoe.runtime.formats import Assembly, ExpertLayout
-from offmoe.runtime.kernels.cpu import GatedExpert, Glu, Rows, TorchKernels
+from offmoe.runtime.kernels.cpu import GatedExpert, Glu, NativeKernels, Rows, TorchKernels
 from offmoe.runtime.kernels.library import KernelStatus, status
 from offmoe.runtime.tiling import KernelSlot
 from offmoe.simulator import replay
@@ -122,12 +122,21 @@ def test_fused_experts_of_transformers_own_format(tmp_path: Path, fused: bool) -
     ],
 )
 @pytest.mark.usefixtures("groups_of_32")
-def test_published_formats(tmp_path: Path, kind: str, family: str) -> None:
+def test_published_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, family: str) -> None:
     own = {"moe_intermediate_size": 64} if "moe_intermediate_size" in tiny.CONFIGS[family] else {}
     folder, _ = quantised.save(tmp_path, family, kind, **SIZES, **own)
     assert set(without_kernels(folder)) == {None}
     right, tokens = run(folder)
+    computed: set[str] = set()
+
+    def expert(self: NativeKernels, weights: GatedExpert, glu: Glu) -> Rows:
+        computed.update(weight.format.kind for weight in (weights.gate, weights.up, weights.down))
+        return prepare(self, weights, glu)
+
+    prepare = NativeKernels.expert
+    monkeypatch.setattr(NativeKernels, "expert", expert)
     got, same_tokens = run(folder, exactness="numeric")
+    assert computed == {kind[:3] if kind.startswith("fp8") else kind if kind == "mxfp4" else "int4"}
     allowed = SAME if kind.startswith("fp8") else 5e-3
     assert error(got, right) < allowed  # decoded weights are rounded to the dtype of the scales, kernels' are not
     assert torch.equal(same_tokens, tokens)
