@@ -230,7 +230,9 @@ def test_family_equals_stock(tmp_path: Path, family: str, dtype: str, families_f
     inputs = families.inputs(family)
     top_k = 3 if "moe_topk" in families.CONFIGS[family] else 2
     with_trace = tmp_path / "run.npz"
-    ours = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=max(SLOTS, top_k), trace=with_trace)
+    ours = offmoe.from_pretrained(
+        folder, device="cpu", slots_per_layer=max(SLOTS, top_k), on_miss="fetch", trace=with_trace
+    )
     with ours.offload:
         found = logits(ours, inputs)
         tokens = greedy(ours)

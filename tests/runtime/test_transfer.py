@@ -172,10 +172,13 @@ def waves_through_one_slot(rig, patience=0.1):
         return False
     waves = [Wave(((0, 0),), ())] + [Wave(((e, 0),), (Fetch(ExpertKey(0, e), 0, None),)) for e in (1, 2, 3)]
     rig.engine.stream(waves)
-    under_way = list(rig.engine._queue.under_way)
+    coming = [rig.engine._tickets[0]]
+    while coming[-1].next is not None:
+        coming.append(coming[-1].next)
+    assert len(coming) == 3
     right = True
     for wave in waves:
-        for ticket in under_way:
+        for ticket in coming:
             ticket.issued.wait(patience)  # without W5 they are all copied in this time
         ((expert, slot),) = wave.experts
         rig.engine.ready(slot)

@@ -46,7 +46,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def logits(folder: Path, exactness: str, prompt: torch.Tensor, slots: int = 8) -> torch.Tensor:
     """Of a prompt, and of one token alone."""
     model = offmoe.from_pretrained(
-        folder, device="cpu", slots_per_layer=slots, exactness=exactness, dtype=torch.float32
+        folder, device="cpu", on_miss="fetch", slots_per_layer=slots, exactness=exactness, dtype=torch.float32
     )
     with model.offload, torch.no_grad():
         outputs = [model(input_ids=ids).logits for ids in (prompt, prompt[:1, :1])]
