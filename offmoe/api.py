@@ -324,6 +324,7 @@ def load(
             on_stall=stats.stalled,
         )
         closing.insert(0, transfer.close)
+        closing.append(arena.close)
         decodings, kernels = [layer.decode for layer in catalog.layers], [layer.kernel for layer in catalog.layers]
         compute = build_compute(arena, layouts, decodings, kernels, int8_activations=config.activations == "int8")
         closing.insert(0, compute.close)
@@ -336,6 +337,7 @@ def load(
         modules = [found[layer.name] for layer in catalog.layers]
         if config.is_numeric and backend.has_device_kernels:
             compute = device_compute(catalog.layers, [require_adapter(m).math(m) for m in modules], arena, compute)
+            closing.insert(0, compute.close)
         executor = ExpertExecutor(planner, transfer, compute, backend, stats, host)
         executor.trace = writer
         for layer, module in enumerate(modules):

@@ -11,6 +11,7 @@ import weakref
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
 import offmoe
@@ -225,6 +226,16 @@ def test_two_models_do_not_share(folder):
     with one.offload, two.offload:
         assert torch.equal(generate(one), generate(two))
         assert one.offload.stats().misses > two.offload.stats().misses
+
+
+def test_a_closed_model_gives_its_slots_back(folder):
+    """At once, not when the garbage collector comes by: what it leaves behind are circles."""
+    model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3)
+    generate(model)
+    slots = StorageWeakRef(model.offload._executor._transfer._arena.memory.untyped_storage())
+    assert not slots.expired()
+    model.offload.close()
+    assert slots.expired()
 
 
 def test_after_a_failure_the_next_generation_is_right(folder, monkeypatch):

@@ -17,7 +17,7 @@ from contextlib import suppress
 
 import torch
 
-from offmoe.errors import CapacityError
+from offmoe.errors import CapacityError, OffmoeError
 from offmoe.runtime.formats import PARAM_ALIGNMENT, ExpertLayout, aligned
 
 PAGE_BYTES = 4096
@@ -82,7 +82,18 @@ class SlotArena:
         with self._making:  # readers and compute both come here
             return self._new_views(slot, layout)
 
+    def close(self) -> None:
+        """Let go of the memory, which is free once nothing computes with it any more; idempotent. What a model leaves
+        behind waits for the garbage collector, and should not hold its slots until then.
+        """
+        with self._making:
+            self.memory, self._slots = self.memory.new_empty(0), []
+            self._views.clear()
+            self._layouts.clear()
+
     def _new_views(self, slot: int, layout: ExpertLayout) -> dict[str, torch.Tensor]:
+        if not self._slots:
+            raise OffmoeError("the model was closed; load it again with from_pretrained.")
         memory = self._slots[slot]
         assert layout.nbytes <= memory.numel()
         # Layers with equal layouts share one set of views: a pool would otherwise hold slots x layers of them.

@@ -197,6 +197,7 @@ class DeviceCompute(ExpertCompute):
             yield from kernels.compute(asked, work.hidden).split(list(asked.counts))
 
     def close(self) -> None:
+        self._kernels = [None] * len(self._kernels)  # they hold the slots' memory
         self._otherwise.close()
 
 

@@ -4,9 +4,11 @@ import os
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from offmoe.errors import CapacityError
+from offmoe.errors import CapacityError, OffmoeError
 from offmoe.runtime.arena import HUGE_PAGE_BYTES, HostBuffers, SlotArena, map_pages
+from offmoe.runtime.backend import CpuBackend
 from offmoe.runtime.formats import PARAM_ALIGNMENT, ExpertLayout
 
 SMALL = ExpertLayout.of({"up": (torch.bfloat16, (5, 3)), "down": (torch.bfloat16, (3, 5))})
@@ -193,3 +195,17 @@ def smaps_region(address: int) -> dict[str, str]:
                 name, _, value = line.partition(":")
                 fields[name] = value
     return fields
+
+
+def test_a_closed_arena_holds_nothing_and_says_so() -> None:
+    layout = ExpertLayout.of({"a": (torch.float32, (4, 8))})
+    arena = SlotArena(CpuBackend().allocate, [layout] * 2)
+    memory = StorageWeakRef(arena.memory.untyped_storage())
+    view = arena.views(0, layout)["a"]
+    arena.close()
+    arena.close()
+    with pytest.raises(OffmoeError, match="was closed"):
+        arena.views(0, layout)
+    assert not memory.expired()  # somebody still computes with it
+    del view
+    assert memory.expired()

@@ -13,6 +13,7 @@ small here, so that growth is our own.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -68,6 +69,8 @@ def main() -> None:
                 samples.append(sample(process))
                 if time.monotonic() >= deadline and len(samples) >= 8:
                     break
+        del model
+        gc.collect()  # models are circles of modules; the collector's own turn comes after some thirty of them
     columns = list(zip(*samples, strict=True))
     found = dict(zip(("rss_growth_bytes", "fd_growth", "thread_growth"), map(growth, map(list, columns)), strict=True))
     found["tokens"] = tokens
