@@ -70,7 +70,7 @@ class Planner:
         self._key_of = [ExpertKey(layer, e) for layer in range(shape.layers) for e in range(shape.experts[layer])]
         # Where a pool's keys begin among all experts: keys of a layer's own pool count from 0.
         self._base = [0, *accumulate(shape.experts)] if options.scope == "layer" else [0] * shape.layers
-        self._prefetch: PrefetchPolicy = build_prefetch(options.prefetch, shape.top_k)
+        self._prefetch: PrefetchPolicy = build_prefetch(options.prefetch, shape)
         self.num_slots = sum(quotas)
         self.num_host_slots = sum(in_ram)
         self.num_scratch = num_scratch(options, shape)

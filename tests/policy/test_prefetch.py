@@ -7,10 +7,10 @@ import pytest
 
 from offmoe.config import CacheOptions
 from offmoe.policy.planner import Planner, build_planner
-from offmoe.policy.prefetch import AutoPrefetch, Candidate
+from offmoe.policy.prefetch import WORTH_BYTES, AutoPrefetch, Candidate
 from offmoe.types import Access, CacheShape, CacheStats, Demand
 
-SHAPE = CacheShape((16, 16), (2, 2), (1, 1))
+SHAPE = CacheShape((16, 16), (2, 2), (WORTH_BYTES, WORTH_BYTES))
 
 
 def access(layer: int, experts, predicted=(), tail: int = 1) -> Access:
@@ -122,3 +122,12 @@ def test_many_tokens_are_judged_apart_from_one():
         policy.demanded(1, [4], 50)
     assert not policy.choose(1, candidates, single=True)
     assert list(policy.choose(1, candidates, single=False)) == candidates
+
+
+def test_experts_that_are_read_as_fast_as_foretold_are_left_alone():
+    small = CacheShape((16, 16), (2, 2), (WORTH_BYTES - 1, WORTH_BYTES - 1))
+    asks = [
+        build_planner(CacheOptions(slots_per_layer=4, prefetch=prefetch), shape).wants_prediction(1)
+        for shape, prefetch in ((SHAPE, "auto"), (small, "auto"), (small, 1), (SHAPE, 0))
+    ]
+    assert asks == [True, False, True, False]

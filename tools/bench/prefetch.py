@@ -34,7 +34,7 @@ from offmoe.types import CacheShape, CacheStats
 
 TEXT = Path(__file__).parent / "quality.txt"
 FIXTURE = Path(__file__).parents[2] / "tests" / "data" / "gptoss20b_6req.npz"
-READ_S = 1e-3
+READ_S, EXPERT_BYTES = 1e-3, 1 << 20  # of as many bytes as "auto" cares about
 COSTS = (100.0, 10.0, 3.0, 1.0, 0.3, 0.1)
 
 
@@ -92,7 +92,7 @@ def costs(shape: CacheShape, cost: float) -> CostModel:
 
 def run(recording: Recording, options: CacheOptions) -> tuple[CacheStats, list[float]]:
     """Counts of one configuration, and its seconds at each cost."""
-    shape = recording.shape
+    shape = replace(recording.shape, expert_bytes=(EXPERT_BYTES,) * recording.shape.layers)
     planner, stats = build_planner(options, shape), CacheStats.for_layers(shape.layers)
     clocks = [Clock(costs(shape, cost), shape) for cost in COSTS]
     for step in recording.steps:
