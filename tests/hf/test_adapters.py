@@ -176,7 +176,9 @@ def test_switch_drops_what_is_beyond_capacity(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ENCODERS)
 def test_encoder_and_decoder_are_steps_of_one_request(tmp_path: Path, family: str) -> None:
     folder = save(tmp_path / "model", family, torch.float32)
-    model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=SLOTS, trace=tmp_path / "trace.npz")
+    model = offmoe.from_pretrained(
+        folder, device="cpu", slots_per_layer=SLOTS, prefetch=1, trace=tmp_path / "trace.npz"
+    )
     for length in (7, 5):
         greedy(model, tiny.prompt(1, length))
     trace = recorded(model, tmp_path / "trace.npz")
