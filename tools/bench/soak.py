@@ -6,8 +6,8 @@ continuations, a model closed and loaded again now and then, since that is where
 median of the last quarter of the samples less that of the second: the first one fills allocators and caches.
 
 torch keeps what it made for each shape that it multiplied on a CPU, in oneDNN's cache and in one in front of it, 1,024
-shapes each by default: prompts of all lengths fill these for an hour, with stock transformers as well. They are kept
-small here, so that growth is our own.
+shapes each by default: prompts of all lengths fill these for an hour, whoever multiplies. They are kept small here,
+so that growth is our own.
 """
 
 from __future__ import annotations
