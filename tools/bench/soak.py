@@ -56,7 +56,7 @@ def main() -> None:
     tokens = 0
     deadline = time.monotonic() + args.minutes * 60
     while time.monotonic() < deadline or len(samples) < 8:
-        model: Any = offmoe.from_pretrained("demo", device="cpu", slots_per_layer=SLOTS)
+        model: Any = offmoe.from_pretrained("demo", device="cpu", slots_per_layer=SLOTS, prefetch=2)
         vocabulary = model.config.vocab_size
         with model.offload:
             for _ in range(RUNS_PER_MODEL):
