@@ -297,7 +297,10 @@ class TransferEngine:
         """
         key = ticket.fetch.key
         at_once = ticket.priority == DEMAND and ticket.lands_now and ticket.fetch.slot < self._arena.on_device
-        landing = self._begin(ticket) if at_once else None
+        landing = None
+        if at_once and self._begin(ticket):
+            views = self._arena.views(ticket.fetch.slot, self._layouts[key.layer])
+            landing = self._assemblies[key.layer].runs(self._store.record(key).segments, views)
 
         def read(part: int) -> None:
             self._store.read_part(key, part, memory, self._stop)
@@ -314,22 +317,19 @@ class TransferEngine:
         else:
             self._queue.share(SharedRead(ticket, parts, read))
 
-    def _begin(self, ticket: Ticket) -> list[torch.Tensor | None] | None:
-        """Wait until the ticket's slot is free: from now on it lands there. Where each segment goes byte for byte
-        (`Assembly.runs`), or None if it goes nowhere any more.
-        """
+    def _begin(self, ticket: Ticket) -> bool:
+        """Wait until the ticket's slot is free: from now on it lands there. False if it goes nowhere any more."""
         self._queue.land(ticket)
-        key, slot = ticket.fetch.key, ticket.fetch.slot
         if ticket.turn is not None:
             ticket.turn.wait()  # W5
         if ticket.previous is not None:
             ticket.previous.issued.wait()  # W4
         if ticket.dropped:
-            return None
+            return False
+        slot = ticket.fetch.slot
         if slot < self._arena.on_device:
             self._backend.copies.wait(self._last_read[slot])  # W2
-        views = self._arena.views(slot, self._layouts[key.layer])
-        return self._assemblies[key.layer].runs(self._store.record(key).segments, views)
+        return True
 
     def _copy_part(self, ticket: Ticket, part: int, buffer: torch.Tensor, runs: Sequence[torch.Tensor | None]) -> None:
         key = ticket.fetch.key
@@ -347,10 +347,10 @@ class TransferEngine:
         landing: Sequence[torch.Tensor | None] | None = None,
     ) -> None:
         """From a buffer (uint8 [bytes]) that the expert was read into to its slot, but for the segments that are there
-        since `landing` began; `copied` marks when that is done.
+        since `landing` (`Assembly.runs`) began; `copied` marks when that is done.
         """
         there = () if landing is None else [i for i, run in enumerate(landing) if run is not None]
-        if landing is None and self._begin(ticket) is None:
+        if landing is None and not self._begin(ticket):
             return
         key, slot, copies = ticket.fetch.key, ticket.fetch.slot, self._backend.copies
         views = self._arena.views(slot, self._layouts[key.layer])

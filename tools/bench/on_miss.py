@@ -18,7 +18,6 @@ import json
 import shutil
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +32,7 @@ from transformers import AutoTokenizer
 
 import offmoe
 from offmoe.api import inspect
+from offmoe.bench.scratch import ended_by_sigterm, scratch_folder
 from offmoe.calibration import calibrate
 from offmoe.cli.bench import TEXTS
 from offmoe.config import ON_MISS, OffloadConfig
@@ -222,12 +222,12 @@ def main() -> None:
     if args.quick:
         args.rounds, args.tokens, args.calibrate = 2, 6, 0.5
     found = []
-    with tempfile.TemporaryDirectory(prefix="offmoe-on-miss-", dir=args.work) as scratch:
+    with ended_by_sigterm(), scratch_folder("offmoe-on-miss-", args.work) as scratch:
         if shutil.disk_usage(scratch).free < FREE_BYTES:
             sys.exit(f"on_miss.py: {scratch} has less than {FREE_BYTES / 1e9:.0f} GB free; name another with --work")
-        for setup, prompts in set_ups(Path(scratch), args.quick):
+        for setup, prompts in set_ups(scratch, args.quick):
             if args.only in (None, setup.name):
-                found.append(measure(setup, prompts, args, Path(scratch)))
+                found.append(measure(setup, prompts, args, scratch))
                 print(json.dumps(found[-1]), file=sys.stderr, flush=True)
     table(found)
     if args.json:
