@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
-from offmoe.api import Inspected, load
+from offmoe.api import load
 from offmoe.hf.adapters import find_experts
 from offmoe.hf.replayed import ReplayedRouting
+from offmoe.inspection import Inspected
 from offmoe.profile import CostModel
 from offmoe.runtime.backend import CpuBackend
 from offmoe.runtime.probes import DiskProbe, copy_gb_s, host_expert, host_expert_us

@@ -24,10 +24,10 @@ from torch import nn
 from offmoe.config import OffloadConfig
 from offmoe.errors import CapacityError, ConfigError, OffmoeError
 from offmoe.hf.wiring import RouterWiring, WiringRecorder
+from offmoe.recording import TraceWriter
 from offmoe.runtime.executor import ExpertExecutor, Predictor
 from offmoe.runtime.memory import MemoryPlan
 from offmoe.runtime.transfer import Reader
-from offmoe.trace import TraceWriter
 from offmoe.types import CacheStats
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ import torch
 
 from offmoe.config import format_size
 from offmoe.errors import CapacityError, ConfigError, UnsupportedModelError
-from offmoe.hf.catalog import build_catalog
+from offmoe.hf.cataloguing import build_catalog
 from offmoe.hf.estimate import quantisation_method
 from offmoe.hf.hub import locate
 from offmoe.hf.load import CONFIG_FILE, build_meta, model_class, read_config, require_index

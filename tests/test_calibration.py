@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from offmoe import calibration
-from offmoe.api import inspect, load
+from offmoe.api import load
 from offmoe.config import OffloadConfig
+from offmoe.inspection import inspect
 from tests import tiny
 
 

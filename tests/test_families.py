@@ -245,7 +245,7 @@ def test_family_equals_stock(tmp_path: Path, family: str, dtype: str, families_f
     assert type(ours) is type(stock)
     by_implementation = all_logits(stock, inputs)
     assert torch.equal(tokens, greedy(stock))
-    inspected = offmoe.api.inspect(folder, ours.offload.config)
+    inspected = offmoe.inspection.inspect(folder, ours.offload.config)
     check_expert_bytes(inspected.checkpoint.shards, inspected.catalog, stock)
     result = judge(found, by_implementation)
     families_found.text.append(

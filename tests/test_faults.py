@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import offmoe
-import offmoe.api
+import offmoe.inspection
 from offmoe.errors import OffmoeError, ShardChangedError, TransferError
 from offmoe.runtime.backend import CpuBackend
 from offmoe.runtime.transfer import Reader
@@ -29,9 +29,9 @@ def folder(tmp_path_factory):
 def model(request, folder, monkeypatch):
     """Few slots, so that prompts come in waves; some experts in RAM where the device is another."""
     backend = request.param()
-    monkeypatch.setattr(offmoe.api, "select_backend", lambda name: backend)
+    monkeypatch.setattr(offmoe.inspection, "select_backend", lambda name: backend)
     if isinstance(backend, DeviceBesideRam):
-        read = max(e.read for e in offmoe.api.inspect(folder, offmoe.OffloadConfig(slots_per_layer=3)).experts)
+        read = max(e.read for e in offmoe.inspection.inspect(folder, offmoe.OffloadConfig(slots_per_layer=3)).experts)
         backend.ram = (5 + 3 * 3) * read
     loaded = offmoe.from_pretrained(folder, slots_per_layer=3, prefetch=2)
     yield loaded
@@ -176,7 +176,7 @@ def test_what_cannot_be_pinned_is_said_and_still_right(folder, monkeypatch, capl
     for pins in (1000, 6, 0):
         backend = DeviceBesideRam()
         backend.pins = pins
-        monkeypatch.setattr(offmoe.api, "select_backend", lambda name, backend=backend: backend)
+        monkeypatch.setattr(offmoe.inspection, "select_backend", lambda name, backend=backend: backend)
         caplog.clear()
         model = offmoe.from_pretrained(folder, slots_per_layer=3)
         with model.offload:

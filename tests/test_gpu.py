@@ -269,7 +269,7 @@ def resident(wide):
 
 def load_slow(wide, monkeypatch, backend, computing, **options):
     with monkeypatch.context() as patch:
-        patch.setattr("offmoe.api.select_backend", lambda device: backend)
+        patch.setattr("offmoe.inspection.select_backend", lambda device: backend)
         model = offmoe.from_pretrained(wide, slots_per_layer=2, **options)
     for experts in find_experts(model).values():
         experts.act_fn = SlowActivation(experts.act_fn, computing)

@@ -35,6 +35,7 @@ FLOORS = {
     "offmoe.expectation": "2 offline",
     "offmoe.coactivation": "2 offline",
     "offmoe.merge": "2 offline",
+    "offmoe.recording": "2 offline",
     "offmoe.report": "2 offline",
     "offmoe.simulator": "2 offline",
     "offmoe.specialisation": "2 offline",
@@ -47,6 +48,7 @@ FLOORS = {
     "offmoe.hf": "3",
     "offmoe.offload": "3",
     "offmoe.fit": "3",
+    "offmoe.inspection": "3",
     "offmoe.pack": "3",
     "offmoe.perplexity": "3",
     "offmoe.api": "4",
@@ -58,8 +60,11 @@ FLOORS = {
 }
 """A package stands for what is in it; the longest name that fits counts. `offmoe` itself is the roof."""
 
-MAX_LINES = 400
+MAX_LINES = 360
 """The aim is 350: past it a module is split along its row of the table in docs/structure.md."""
+
+STILL_LONGER = {"offmoe.policy.planner": 370, "offmoe.runtime.store": 380, "offmoe.runtime.transfer": 390}
+"""Modules that are yet to be split."""
 
 HEAVY = ("torch", "transformers", "safetensors", "accelerate", "tokenizers", "huggingface_hub")
 
@@ -204,7 +209,9 @@ def test_no_environment_variables_globals_or_patched_libraries(module: str) -> N
 @pytest.mark.parametrize("module", SOURCES)
 def test_size_and_loose_ends(module: str) -> None:
     text = SOURCES[module].read_text(encoding="utf-8")
-    assert text.count("\n") < MAX_LINES, f"{module} is too long: split it along its row of the table"
+    assert text.count("\n") < STILL_LONGER.get(module, MAX_LINES), (
+        f"{module} is too long: split it along its row of the table"
+    )
     assert not re.search(r"\b(TODO|FIXME|XXX)\b", text), f"{module} has a loose end"
 
 

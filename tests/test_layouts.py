@@ -83,4 +83,4 @@ def test_layers_of_different_counts_and_shapes(tmp_path: Path, family: str, scop
 
 
 def catalog_of(folder: Path) -> tuple[offmoe.hf.catalog.CatalogLayer, ...]:
-    return offmoe.api.inspect(folder, offmoe.config.OffloadConfig(device="cpu")).catalog.layers
+    return offmoe.inspection.inspect(folder, offmoe.config.OffloadConfig(device="cpu")).catalog.layers

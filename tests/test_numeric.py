@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import offmoe
-from offmoe.api import inspect
 from offmoe.config import OffloadConfig
 from offmoe.errors import CheckpointError, OffmoeError
 from offmoe.hf import catalog
+from offmoe.inspection import inspect
 from offmoe.pack import pack, weight_format
 from offmoe.runtime.arena import SlotArena
 from offmoe.runtime.backend import CpuBackend
@@ -241,7 +241,7 @@ def test_every_wait_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     pack(dense(tmp_path, "mixtral"), folder, weight_format("int4"))
     right, _ = run(folder, experts="int4")
     backend = DeferredBackend()
-    monkeypatch.setattr("offmoe.api.select_backend", lambda device: backend)
+    monkeypatch.setattr("offmoe.inspection.select_backend", lambda device: backend)
     for slots, prefetch in ((2, 0), (3, 2)):
         assert torch.equal(run(folder, slots=slots, prefetch=prefetch, experts="int4")[0], right)
 

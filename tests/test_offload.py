@@ -15,9 +15,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
 import offmoe
-from offmoe.api import inspect, load
+from offmoe.api import load
 from offmoe.config import OffloadConfig
 from offmoe.errors import CapacityError, ConfigError, OffmoeError, ShardChangedError
+from offmoe.inspection import inspect
 from offmoe.simulator import replay
 from offmoe.trace import read_trace
 from offmoe.types import ExpertKey, Fetch
@@ -294,7 +295,7 @@ def test_a_model_on_the_deferred_device_computes_the_same(folder, monkeypatch):
     """The whole way with the strict double: a wait missing anywhere would be NaN."""
     want = generate(AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval())
     backend = DeferredBackend()
-    monkeypatch.setattr("offmoe.api.select_backend", lambda device: backend)
+    monkeypatch.setattr("offmoe.inspection.select_backend", lambda device: backend)
     for slots, prefetch in ((2, 0), (3, 2), (3, "auto"), (8, 0)):
         model = offmoe.from_pretrained(folder, slots_per_layer=slots, prefetch=prefetch)
         with model.offload:

@@ -11,10 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, Mxfp4Config
 
 import offmoe
-from offmoe.api import inspect, load
+from offmoe.api import load
 from offmoe.cli.trace import _parameters
 from offmoe.config import OffloadConfig
 from offmoe.errors import CapacityError, MissingTensorError
+from offmoe.inspection import inspect
 from offmoe.simulator import replay
 from offmoe.trace import read_trace
 from tests import quantised, tiny

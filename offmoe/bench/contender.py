@@ -23,7 +23,7 @@ from offmoe.errors import ConfigError, OffmoeError
 if TYPE_CHECKING:
     import torch
 
-    from offmoe.api import Inspected
+    from offmoe.inspection import Inspected
 
 COMPUTE_SECONDS = 2.0
 LINK_BYTES = 64 << 20
@@ -138,8 +138,8 @@ class Contender:
             self._offload.close()
 
     def _inspect(self) -> Inspected:
-        from offmoe.api import inspect
         from offmoe.config import OffloadConfig
+        from offmoe.inspection import inspect
 
         task = self._task
         config = OffloadConfig(device=task.device)

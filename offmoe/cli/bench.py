@@ -27,8 +27,8 @@ from offmoe.profile import CACHE_OPTIONS
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from offmoe.api import Inspected
     from offmoe.bench.task import Pass
+    from offmoe.inspection import Inspected
 
 ACCELERATE, NO_PREFETCH = "accelerate", "no-prefetch"
 AGAINST = (ACCELERATE, NO_PREFETCH)
@@ -115,7 +115,8 @@ def run(args: argparse.Namespace, out: Output) -> None:
 
 def _inspect(args: argparse.Namespace, config: OffloadConfig, cap: int | None, hub: dict[str, Any]) -> Inspected:
     """With "auto" memory made to fit the cap, or two contenders at once."""
-    from offmoe.api import fetch, inspect
+    from offmoe.api import fetch
+    from offmoe.inspection import inspect
 
     if config.device_memory == "auto" and cap is not None:
         config = replace(config, device_memory=max(1, cap - LIBRARIES_BYTES))
@@ -233,7 +234,8 @@ def _stock(args: argparse.Namespace, found: Inspected) -> Inspected | None:
         if args.against_model is not None:
             raise ConfigError("--against-model says what accelerate runs; give --against accelerate too.")
         return None
-    from offmoe.api import fetch, inspect
+    from offmoe.api import fetch
+    from offmoe.inspection import inspect
 
     model = found.source.folder if args.against_model is None else args.against_model
     if not _reweighted(args, found):

@@ -66,9 +66,10 @@ def run(args: argparse.Namespace, out: Output) -> None:
             profile = read_profile(output)
         elif not output.parent.is_dir():
             raise ConfigError(f"-o {args.output}: the folder does not exist; create it first.")
-    from offmoe.api import fetch, inspect
+    from offmoe.api import fetch
     from offmoe.calibration import calibrate
     from offmoe.cli.libraries import hide_bars, quiet
+    from offmoe.inspection import inspect
 
     quiet(args.verbose, args.json)
     inspected = fetch(inspect(args.model, config, dtype=args.dtype, **hub))

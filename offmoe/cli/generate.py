@@ -47,8 +47,9 @@ def run(args: argparse.Namespace, out: Output) -> None:
     prompt = _prompt(args)
     import torch
 
-    from offmoe.api import fetch, inspect, load
+    from offmoe.api import fetch, load
     from offmoe.cli.libraries import hide_bars, quiet
+    from offmoe.inspection import inspect
 
     quiet(args.verbose, args.json)
     inspected = inspect(args.model, config, dtype=args.dtype, **hub)

@@ -19,8 +19,8 @@ from offmoe.profile import Profile
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from offmoe.api import Survey
     from offmoe.expectation import Expectation
+    from offmoe.inspection import Survey
 
 Unpredictable = tuple[str | None, ...] | None
 """For each MoE layer why its experts cannot be predicted, None where they can; None if only a run can tell."""
@@ -47,8 +47,8 @@ def run(args: argparse.Namespace, out: Output) -> None:
 
 def _run(args: argparse.Namespace, out: Output) -> None:
     config, hub = options.offload_config(args), options.hub_options(args)
-    from offmoe.api import survey
     from offmoe.cli.libraries import quiet
+    from offmoe.inspection import survey
 
     quiet(args.verbose, args.json)
     found = survey(args.model, config, dtype=args.dtype, **hub)
@@ -97,7 +97,7 @@ def _kernels_in_figures(found: Survey) -> dict[str, object]:
     """In how many MoE layers the CPU's kernels compute, and why not in the others; not asked, or not known without
     headers.
     """
-    from offmoe.api import Inspected
+    from offmoe.inspection import Inspected
 
     if found.config.exactness == "bitwise" or not isinstance(found, Inspected):
         return {"kernel_layers": None, "without_kernels": []}
@@ -107,7 +107,7 @@ def _kernels_in_figures(found: Survey) -> dict[str, object]:
 
 
 def _computed(found: Survey) -> str:
-    from offmoe.api import Inspected
+    from offmoe.inspection import Inspected
 
     if found.config.exactness == "bitwise":
         return "as transformers does, bit for bit"
@@ -203,7 +203,7 @@ def _needs(name: str, found: Survey, unpredictable: Unpredictable) -> Table:
 
 def _formats(found: Survey) -> list[str]:
     """What the experts themselves are stored in, if quantised; a configuration alone does not say it."""
-    from offmoe.api import Inspected
+    from offmoe.inspection import Inspected
 
     return list(found.catalog.formats) if isinstance(found, Inspected) else []
 
@@ -219,7 +219,7 @@ def _predictable(unpredictable: Unpredictable) -> str:
 
 
 def _from_config(found: Survey) -> bool:
-    from offmoe.api import Inspected
+    from offmoe.inspection import Inspected
 
     return not isinstance(found, Inspected)
 

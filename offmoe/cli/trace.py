@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from offmoe.api import Inspected
+    from offmoe.inspection import Inspected
     from offmoe.offload import Offload
     from offmoe.trace import Parameters
 
@@ -90,8 +90,9 @@ def _record(args: argparse.Namespace, out: Output) -> None:
     asked = prompts.read_prompts(args.prompts, args.paragraphs)
     import torch
 
-    from offmoe.api import fetch, inspect, load
+    from offmoe.api import fetch, load
     from offmoe.cli.libraries import hide_bars, quiet
+    from offmoe.inspection import inspect
 
     quiet(args.verbose, args.json)
     inspected = inspect(args.model, config, dtype=args.dtype, **hub)

@@ -1,7 +1,7 @@
 """What offmoe must know about a kind of experts module: what an expert's parameters are, and how the module calls it.
 
 Nothing moves here. Every experts module in transformers' registry is of one kind, known by the attributes that the
-registry's decorator sets; an architecture outside the registry has a small class in families.py. Everything else in
+registry's decorator sets; an architecture outside the registry has a small class in families/. Everything else in
 offmoe works on what an adapter says and knows no architecture.
 
 What it must never do: compute anything that the module it stands for would not, dropped tokens and quirks included.

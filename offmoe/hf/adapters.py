@@ -1,6 +1,6 @@
 """Which adapter knows a module, and what all adapters say about a whole model.
 
-Nothing moves here. Must never name an architecture: those are in families.py.
+Nothing moves here. Must never name an architecture: those are in families/.
 """
 
 from __future__ import annotations

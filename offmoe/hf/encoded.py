@@ -23,8 +23,9 @@ import torch
 
 from offmoe.errors import CheckpointError, MissingTensorError, ShardChangedError, UnsupportedModelError
 from offmoe.hf.quantization import ACTIVATIONS, REMEDY, Method, read_method
-from offmoe.runtime.checkpoint import Checkpoint, TensorInfo
+from offmoe.runtime.checkpoint import Checkpoint
 from offmoe.runtime.formats import Segment
+from offmoe.runtime.headers import TensorInfo
 from offmoe.runtime.quantized import Codec, Encoding, Spec
 from offmoe.runtime.quantized.placing import OFFSET, STATE, offset_of
 

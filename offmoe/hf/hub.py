@@ -32,15 +32,8 @@ from offmoe.errors import (
 )
 from offmoe.hf.hub_errors import hub_errors, translated
 from offmoe.hf.save import MODEL_FILES
-from offmoe.runtime.checkpoint import (
-    INDEX_FILE,
-    PICKLES,
-    SINGLE_FILE,
-    Checkpoint,
-    ShardHead,
-    header_end,
-    indexed_files,
-)
+from offmoe.runtime.checkpoint import INDEX_FILE, PICKLES, SINGLE_FILE, Checkpoint, indexed_files
+from offmoe.runtime.headers import ShardHead, header_end
 
 __all__ = ["Repository", "Source", "locate", "resolve_folder"]
 

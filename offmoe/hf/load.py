@@ -27,7 +27,8 @@ from torch.overrides import TorchFunctionMode
 
 from offmoe.errors import CapacityError, CheckpointError, ConfigError, MissingTensorError, UnsupportedModelError
 from offmoe.hf.adapters import find_experts, require_adapter
-from offmoe.hf.catalog import COMPUTABLE, ExpertCatalog
+from offmoe.hf.catalog import ExpertCatalog
+from offmoe.hf.cataloguing import COMPUTABLE
 from offmoe.hf.dense import ParkedLayers
 from offmoe.hf.hub import resolve_folder
 from offmoe.hf.sanity import check_config, check_generation

@@ -22,11 +22,13 @@ from torch import nn
 
 from offmoe.errors import CheckpointError, UnsupportedModelError
 from offmoe.hf.adapters import find_experts
-from offmoe.hf.catalog import CatalogLayer, ExpertCatalog, build_catalog
+from offmoe.hf.catalog import CatalogLayer, ExpertCatalog
+from offmoe.hf.cataloguing import build_catalog
 from offmoe.hf.load import build_meta, model_class
 from offmoe.hf.upstream import expert_names
-from offmoe.runtime.checkpoint import Checkpoint, TensorInfo
+from offmoe.runtime.checkpoint import Checkpoint
 from offmoe.runtime.formats import Part, Segment
+from offmoe.runtime.headers import TensorInfo
 from offmoe.runtime.packing import PackedWeight, WeightFormat
 from offmoe.runtime.shards import NewTensor, head_of
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from offmoe.errors import ConfigError, ShardChangedError
-from offmoe.hf.catalog import ExpertCatalog, build_catalog
+from offmoe.hf.catalog import ExpertCatalog
+from offmoe.hf.cataloguing import build_catalog
 from offmoe.hf.estimate import quantisation_method
 from offmoe.hf.load import build_meta, model_class
 from offmoe.hf.packed import check_loads, plan_shards, quantization_config

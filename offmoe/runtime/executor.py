@@ -21,12 +21,12 @@ import torch
 
 from offmoe.errors import OffmoeError, TraceError
 from offmoe.policy.planner import Planner, build_planner
+from offmoe.recording import TraceWriter
 from offmoe.runtime.backend import Backend
 from offmoe.runtime.computing import ExpertCompute, Work
 from offmoe.runtime.exchange import HostPart
 from offmoe.runtime.kernels import ExpertMath
 from offmoe.runtime.transfer import TransferEngine
-from offmoe.trace import TraceWriter
 from offmoe.types import Access, CacheStats, Demand, Plan, count_demands, rank_predictions
 
 logger = logging.getLogger(__name__)

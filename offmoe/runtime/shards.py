@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 
 from offmoe.errors import CapacityError, TransferError
-from offmoe.runtime.checkpoint import FILE_DTYPES
 from offmoe.runtime.formats import aligned
+from offmoe.runtime.headers import FILE_DTYPES
 
 CHUNK_BYTES = 4 << 20
 """Read at once when a file is copied or compared."""

@@ -13,10 +13,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import offmoe
-from offmoe.api import inspect, load
+from offmoe.api import load
 from offmoe.config import OffloadConfig
 from offmoe.errors import CapacityError, ConfigError, OffmoeError, ShardChangedError
 from offmoe.hf.dense import ParkedLayers, dense_layers
+from offmoe.inspection import inspect
 from offmoe.runtime.memory import DISK, HOST
 from offmoe.simulator import replay
 from offmoe.trace import read_trace

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from offmoe.errors import CheckpointError, MissingTensorError, OffmoeError, UnsupportedModelError
-from offmoe.hf.catalog import ExpertCatalog, build_catalog
+from offmoe.hf.catalog import ExpertCatalog
+from offmoe.hf.cataloguing import build_catalog
 from offmoe.hf.encoded import DenseView
 from offmoe.hf.load import build_meta, model_class, read_config
 from offmoe.runtime.checkpoint import Checkpoint

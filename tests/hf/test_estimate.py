@@ -10,13 +10,13 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 import offmoe
-from offmoe.api import Inspected, inspect, survey
 from offmoe.config import OffloadConfig
 from offmoe.errors import CheckpointError, MissingTensorError, UnsupportedModelError
 from offmoe.hf.dense import dense_layers
 from offmoe.hf.estimate import estimate, estimate_experts
 from offmoe.hf.load import build_meta, model_class
 from offmoe.hf.needs import count_parameters, model_bytes
+from offmoe.inspection import Inspected, inspect, survey
 from tests import tiny
 
 CONFIGS = Path(__file__).parent.parent / "data" / "configs"

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from offmoe.errors import CheckpointError, ConfigError, MissingTensorError, UnsupportedModelError
 from offmoe.hf.adapters import expert_parameters, find_experts
-from offmoe.hf.catalog import build_catalog
+from offmoe.hf.cataloguing import build_catalog
 from offmoe.hf.load import build_meta, load_dense, model_class, read_config, require_index
 from offmoe.hf.upstream import ALL_EXPERTS_FUNCTIONS
 from offmoe.runtime.checkpoint import Checkpoint

@@ -11,10 +11,10 @@ import torch
 
 import offmoe
 from offmoe import pack as packing
-from offmoe.api import inspect, survey
 from offmoe.config import OffloadConfig
 from offmoe.errors import CapacityError, ConfigError, UnsupportedModelError
 from offmoe.hf import requantised
+from offmoe.inspection import inspect, survey
 from offmoe.pack import pack, weight_format
 from tests import quantised, tiny
 

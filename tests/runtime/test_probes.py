@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from offmoe.errors import ShardChangedError
-from offmoe.hf.catalog import build_catalog
+from offmoe.hf.cataloguing import build_catalog
 from offmoe.hf.load import build_meta, model_class, read_config
 from offmoe.runtime.backend import CpuBackend
 from offmoe.runtime.checkpoint import Checkpoint

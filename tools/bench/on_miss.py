@@ -31,7 +31,6 @@ from synthetic import write_mixtral, write_qwen3
 from transformers import AutoTokenizer
 
 import offmoe
-from offmoe.api import inspect
 from offmoe.bench.scratch import ended_by_sigterm, scratch_folder
 from offmoe.calibration import calibrate
 from offmoe.cli.bench import TEXTS
@@ -39,6 +38,7 @@ from offmoe.config import ON_MISS, OffloadConfig
 from offmoe.hf.adapters import find_experts
 from offmoe.hf.load import resolve_folder
 from offmoe.hf.replayed import ReplayedRouting
+from offmoe.inspection import inspect
 from offmoe.profile import CostModel
 from offmoe.simulator import Recording
 from offmoe.trace import Trace, read_trace

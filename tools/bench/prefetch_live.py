@@ -36,12 +36,13 @@ from synthetic import write_mixtral
 from transfer import interval
 from transformers import AutoTokenizer
 
-from offmoe.api import Inspected, inspect, load
+from offmoe.api import load
 from offmoe.bench.scratch import ended_by_sigterm, scratch_folder
 from offmoe.config import OffloadConfig
 from offmoe.hf.adapters import find_experts
 from offmoe.hf.load import resolve_folder
 from offmoe.hf.replayed import ReplayedRouting
+from offmoe.inspection import Inspected, inspect
 from offmoe.predictions import transition_predictions
 from offmoe.runtime.probes import DiskProbe, drop_page_cache
 from offmoe.runtime.store import ExpertStore

@@ -22,10 +22,10 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedModel
 
 import offmoe
-from offmoe.api import inspect
 from offmoe.config import CacheOptions
 from offmoe.hf.load import resolve_folder
-from offmoe.trace import TraceWriter
+from offmoe.inspection import inspect
+from offmoe.recording import TraceWriter
 from offmoe.types import CacheShape
 
 PROMPT = "In the beginning God created the heaven and the earth. And the earth was without form, and"

@@ -11,7 +11,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from offmoe.errors import CheckpointError, MissingTensorError, UnsupportedModelError
 from offmoe.hf.adapters import expert_parameters, find_experts, find_top_k
-from offmoe.hf.catalog import CatalogLayer, ExpertCatalog, build_catalog
+from offmoe.hf.catalog import CatalogLayer, ExpertCatalog
+from offmoe.hf.cataloguing import build_catalog
 from offmoe.hf.load import build_meta, model_class
 from offmoe.runtime.checkpoint import Checkpoint
 from offmoe.types import ExpertKey

@@ -1,61 +1,23 @@
-"""Architectures whose experts are outside transformers' registry, one small class each.
+"""Architectures outside the registry whose experts are stacked: one parameter holds a weight of all of them.
 
-Nothing moves here. A class claims the module whose forward it replaces: the experts module where that gets ids and
-weights, the block around it where ids are made there. Its own parts (routers, shared experts, biases) go on computing;
-only the loop over experts becomes a call of `rows`. All but one of these architectures add the experts of a token one
-after the other, in ascending order and in the hidden dtype, and so does `accumulate`.
-
-What it must never do: import a modeling file (a class is known by its name and its module's), or repair what an
-architecture computes: quirks of transformers 5.23 that are reproduced here are said so.
+family.py says what such a class does and must never do.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from offmoe.hf.adapter import ExpertsAdapter, Place, Routing, Rows
+from offmoe.hf.adapter import Place, Routing, Rows
+from offmoe.hf.families.family import Activation, Family
 from offmoe.runtime.kernels import ExpertMath, GatedFFN, accumulate
 
-Activation = Callable[[Tensor], Tensor]
 
-
-class _Family(ExpertsAdapter):
-    """What the classes below share: a module is known by its class, and keeps all experts in parameters of its own."""
-
-    by_choice = True  # torch.where on [k, T] gives choices first
-    family: str
-    """The package under transformers.models."""
-    name: str
-    """Of the class."""
-    params: tuple[str, ...]
-    """Names, each of a parameter that holds all experts'."""
-
-    def claims(self, module: nn.Module) -> bool:
-        cls = type(module)
-        return cls.__name__ == self.name and cls.__module__.startswith(f"transformers.models.{self.family}.")
-
-    def shapes(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(module.get_parameter(name).shape[1:]) for name in self.params}
-
-    def places(self, module: nn.Module) -> dict[str, Place]:
-        return {name: Place(name) for name in self.params}
-
-    def connect(self, module: nn.Module, rows: Rows) -> None:
-        module.forward = self.forward(module, rows)
-
-    @abstractmethod
-    def forward(self, module: Any, rows: Rows) -> Callable[..., Any]:
-        """The module's forward, its experts computed by `rows`."""
-
-
-class Llama4(_Family):
+class Llama4(Family):
     """Llama4TextMoe: inputs are scaled by the score, outputs are not.
 
     transformers repeats every token for every expert and multiplies most of them by zero, [E * T, H]; here only routed
@@ -115,7 +77,7 @@ class ScaledInputFFN:
         return torch.mm(up * self.activate(gate), weights["experts.down_proj"])[:n]
 
 
-class Dbrx(_Family):
+class Dbrx(Family):
     """DbrxFFN: three weights per expert, those of all experts merged into one first dimension [E * I, H]."""
 
     family, name = "dbrx", "DbrxFFN"
@@ -156,7 +118,7 @@ class Dbrx(_Family):
         return forward
 
 
-class JetMoe(_Family):
+class JetMoe(Family):
     """JetMoeMoE, the experts of the feed-forward part.
 
     The mixture of attention (JetMoeMoA) stays on the device with the dense weights: its experts project the queries of
@@ -203,7 +165,7 @@ class JetMoe(_Family):
         return forward
 
 
-class LongcatFlash(_Family):
+class LongcatFlash(Family):
     """LongcatFlashExperts: behind the experts there are identities, which give a token back as it is.
 
     transformers 5.23 gives the identities rows in gate_up_proj that nothing ever reads. A checkpoint may hold them, as
@@ -239,7 +201,7 @@ class LongcatFlash(_Family):
         return forward
 
 
-class Step3p7(_Family):
+class Step3p7(Family):
     """Step3p7Experts: a registry module in all but the decorator, and with clamps."""
 
     family, name = "step3p7", "Step3p7Experts"
@@ -259,118 +221,3 @@ class Step3p7(_Family):
             return accumulate(made * top_k_weights.reshape(-1, 1), top_k_index, hidden_states.dtype)
 
         return forward
-
-
-class _ModuleDict(_Family):
-    """Experts that are modules of their own, `experts.expert_0` and so on; `params` are of one of them."""
-
-    def num_experts(self, module: Any) -> int:
-        return int(module.experts.num_experts)
-
-    def shapes(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
-        first = module.get_submodule("experts.expert_0")
-        return {name: tuple(first.get_parameter(name).shape) for name in self.params}
-
-    def places(self, module: Any) -> dict[str, Place]:
-        return {
-            f"experts.expert_{expert}.{param}": Place(param, expert)
-            for expert in range(self.num_experts(module))
-            for param in self.params
-        }
-
-    def strip(self, module: Any) -> None:
-        super().strip(module)
-        for expert in range(1, self.num_experts(module)):  # one says what all compute
-            del module.experts[f"expert_{expert}"]
-
-    def math(self, module: Any) -> ExpertMath:
-        up, down = self.params[0].rpartition(".")[0], self.params[-1].rpartition(".")[0]
-        activate: Activation = module.experts["expert_0"].act
-
-        def math(weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
-            h = activate(F.linear(x, weights[f"{up}.weight"], weights.get(f"{up}.bias")))  # [n, I]
-            return F.linear(h, weights[f"{down}.weight"], weights.get(f"{down}.bias"))
-
-        return math
-
-
-class SwitchTransformers(_ModuleDict):
-    """SwitchTransformersSparseMLP: one expert per token, and none once the expert's capacity is used up.
-
-    The router's one-hot row of a dropped token is all zero: its id is -1 and its output zero, as in transformers. How
-    many are dropped depends on the whole sequence, so a prediction is exact for the very sequence it is made from.
-    """
-
-    family, name = "switch_transformers", "SwitchTransformersSparseMLP"
-    params = ("wi.weight", "wo.weight")
-
-    def top_k(self, module: nn.Module) -> int:
-        return 1
-
-    def routing(self, module: Any) -> Routing:
-        def ids(outputs: Sequence[Tensor]) -> Tensor:
-            one_hot = outputs[0].flatten(0, -2)  # [T, E]
-            routed = one_hot.sum(dim=1, keepdim=True)  # [T, 1], 0 or 1
-            return one_hot.argmax(dim=1, keepdim=True).masked_fill(routed == 0, -1)
-
-        return Routing(module.router, ids)
-
-    def forward(self, module: Any, rows: Rows) -> Callable[..., Any]:
-        math, ids_of = self.math(module), self.routing(module).ids
-
-        def forward(hidden_states: Tensor) -> Tensor:
-            outputs = module.router(hidden_states)  # one-hot [B, S, E], probability [B, S, 1], logits
-            ids = ids_of(outputs)  # [T, 1]
-            made = rows(math, hidden_states.reshape(len(ids), -1), ids)
-            out = accumulate(made * outputs[1].reshape(-1, 1), ids, hidden_states.dtype)
-            return out.view(hidden_states.shape)
-
-        return forward
-
-
-class NllbMoe(_ModuleDict):
-    """NllbMoeSparseMLP as transformers 5.23 computes it, which is not what the architecture's paper says.
-
-    NllbMoeExperts takes the mask of the first choice, 0 or 1 for each of E experts, for the numbers of experts. So a
-    token's second choice goes to expert 0 and its first to expert 1, with the weights meant for those chosen, and no
-    other expert ever runs. The same comes out here. transformers also runs expert 0 on every token for the choices that
-    were not made, with weight 0; these rows are left out, which differs only if expert 0 overflows on such a token.
-
-    The router drops tokens by capacity and by the padding mask of the call, so nothing is predicted.
-    """
-
-    family, name = "nllb_moe", "NllbMoeSparseMLP"
-    params = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
-
-    def top_k(self, module: nn.Module) -> int:
-        return 2
-
-    def routing(self, module: nn.Module) -> None:
-        return None
-
-    def forward(self, module: Any, rows: Rows) -> Callable[..., Any]:
-        math = self.math(module)
-        kept = 1 - module.experts.moe_token_dropout
-
-        def forward(hidden_states: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-            hidden = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, H]
-            mask, probs, _ = module.router(hidden, padding_mask)  # [T, E] twice; at most two of a row are not 0
-            weights = torch.stack([torch.where(mask == e, probs, 0).sum(dim=1) for e in (0, 1)], dim=1)  # [T, 2]
-            ids = torch.arange(2, device=mask.device).expand(len(hidden), 2).masked_fill(weights == 0, -1)
-            weighted = rows(math, hidden, ids) * weights.reshape(-1, 1)
-            if kept < 1:
-                weighted = weighted * kept
-            return accumulate(weighted, ids, hidden.dtype).view(hidden_states.shape)
-
-        return forward
-
-
-FAMILIES: tuple[ExpertsAdapter, ...] = (
-    Llama4(),
-    Dbrx(),
-    JetMoe(),
-    LongcatFlash(),
-    Step3p7(),
-    SwitchTransformers(),
-    NllbMoe(),
-)
