@@ -52,3 +52,14 @@ class TransferError(OffmoeError):
 
 class TraceError(OffmoeError):
     """A routing trace is unreadable or does not match what it is used with."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: Python's own, torch's on a device (by name: torch may not be loaded),
+    or a RuntimeError, which is what torch raises on a CPU and Python for a thread.
+    """
+    names = {cls.__name__ for cls in type(error).__mro__}
+    said = ("can't allocate memory", "can't start new thread")
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in said)
+    )

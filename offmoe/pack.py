@@ -14,7 +14,6 @@ what quantising lost than it knows: every matrix is decoded as it will be and co
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import json
 import logging
 import os
@@ -23,22 +22,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from offmoe.config import format_size
-from offmoe.errors import CapacityError, ConfigError, UnsupportedModelError
+from offmoe.errors import CapacityError, ConfigError, UnsupportedModelError, out_of_memory
 from offmoe.hf.cataloguing import build_catalog
 from offmoe.hf.estimate import quantisation_method
 from offmoe.hf.hub import locate
-from offmoe.hf.load import CONFIG_FILE, build_meta, model_class, read_config, require_index
+from offmoe.hf.load import CONFIG_FILE, PACK_MANIFEST, build_meta, model_class, read_config, require_index
+from offmoe.hf.manifest import Finished, Manifest
 from offmoe.hf.packed import Item, NewShard, check_loads, encode, plan_shards, quantization_config, raw_parts
 from offmoe.hf.save import MODEL_FILES
 from offmoe.runtime.checkpoint import INDEX_FILE, Checkpoint
-from offmoe.runtime.formats import Segment
 from offmoe.runtime.loss import Loss
 from offmoe.runtime.packing import INT8, WeightFormat, int4
 from offmoe.runtime.quantise import Quantiser, quantiser
@@ -48,8 +47,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-MANIFEST = "offmoe-pack.json"
-VERSION = 1
 SHARD_BYTES = 1 << 29
 """Tensors of a shard; an interrupted run does AT_ONCE of them again at most."""
 AT_ONCE = 3
@@ -100,7 +97,7 @@ def pack(
     progress(done, total): bytes of the source; called from threads, one at a time. Raises UnsupportedModelError
     (quantised already, experts not stored one by one, other multiples), ConfigError (`out` holds something else),
     CapacityError (the disk is too small or full, or no memory for a matrix), CheckpointError (NaN or infinity) or
-    TransferError (the disk failed); what is finished is kept for the next run.
+    TransferError (the disk failed). Shards that are finished are kept for the next run; where none is, nothing is left.
     """
     started = time.perf_counter()
     source = locate(model, **hub)
@@ -122,10 +119,14 @@ def pack(
     planned = check_loads(folder, shards, hf_config, quantisation)
     checkpoint = source.fetch(checkpoint)
     job = _Job(folder, checkpoint, shards, tuple(layer.name for layer in catalog.layers), progress)
-    manifest = _Manifest.of(folder, _identity(checkpoint), how, shard_bytes)
-    kept = job.finished(manifest)
-    job.check_space(kept)
-    job.write(manifest, kept)
+    manifest = Manifest.of(folder, checkpoint, how, shard_bytes)
+    try:
+        kept = job.finished(manifest)
+        job.check_space(kept)
+        job.write(manifest, kept)
+    except BaseException:
+        manifest.give_up()
+        raise
     _write_rest(checkpoint.folder, folder, shards, quantisation)
     assert Checkpoint.open(folder).tensors == planned.tensors
     losses = [Loss()] * len(job.layers)
@@ -141,64 +142,6 @@ def pack(
         len(kept),
         dict(zip(job.layers, losses, strict=True)),
     )
-
-
-class _Finished(NamedTuple):
-    """A shard that is on the disk; what its experts lost, by number of their layer."""
-
-    digest: str
-    losses: dict[int, Loss]
-
-
-@dataclass
-class _Manifest:
-    """What a folder is going to hold, and which shards are finished, by file name."""
-
-    path: Path
-    plan: dict[str, object]
-    shards: dict[str, _Finished]
-
-    @classmethod
-    def of(cls, folder: Path, source: dict[str, object], how: WeightFormat, shard_bytes: int) -> _Manifest:
-        """That of a folder, begun if there is nothing yet; ConfigError if it is of something else."""
-        options = {"experts": how.kind, "group": how.group, "zero_points": how.zero_points, "shard_bytes": shard_bytes}
-        plan = {"format": "offmoe-pack", "version": VERSION, "source": source, "options": options}
-        path = folder / MANIFEST
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            holds = sorted(os.listdir(folder))
-        except OSError as error:
-            raise ConfigError(f"{folder}: cannot be used ({error.strerror}); give another folder") from error
-        if not holds:
-            manifest = cls(path, plan, {})
-            manifest.write()
-            return manifest
-        remedy = f"give an empty folder, or delete {folder} and pack again"
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            shards = {
-                str(file): _Finished(str(shard["digest"]), {int(n): Loss(*v) for n, v in shard["layers"].items()})
-                for file, shard in found["shards"].items()
-            }
-        except FileNotFoundError:
-            raise ConfigError(f"{folder}: holds other files ({holds[0]}); {remedy}") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ConfigError(f"{path}: not a manifest of offmoe pack ({error!r}); {remedy}") from error
-        names = [key for key in plan if found.get(key) != plan[key]]
-        if names:
-            other = {
-                "source": "from another model, or the model has changed since",
-                "options": f"with other options ({found.get('options')})",
-            }
-            raise ConfigError(f"{folder}: was packed {other.get(names[0], 'by another version of offmoe')}; {remedy}")
-        return cls(path, plan, shards)
-
-    def write(self) -> None:
-        shards = {
-            file: {"digest": shard.digest, "layers": {str(n): astuple(loss) for n, loss in shard.losses.items()}}
-            for file, shard in sorted(self.shards.items())
-        }
-        write_file(self.path, [json.dumps({**self.plan, "shards": shards}, indent=1).encode()])
 
 
 @dataclass
@@ -218,7 +161,7 @@ class _Job:
     def bytes_in(self) -> int:
         return sum(info.nbytes for info in self.checkpoint.tensors.values())
 
-    def finished(self, manifest: _Manifest) -> frozenset[str]:
+    def finished(self, manifest: Manifest) -> frozenset[str]:
         """Files that an earlier run finished and that still are what it wrote."""
         kept = set()
         for shard in self.shards:
@@ -240,7 +183,7 @@ class _Job:
                 "or pack to another disk"
             )
 
-    def write(self, manifest: _Manifest, kept: frozenset[str]) -> None:
+    def write(self, manifest: Manifest, kept: frozenset[str]) -> None:
         todo = [shard for shard in self.shards if shard.file not in kept]
         # The pool is left first, and waits for its threads, which stop at their next piece.
         with quantiser() as quantise, ThreadPoolExecutor(AT_ONCE, "offmoe-pack") as pool:
@@ -254,17 +197,25 @@ class _Job:
                     future.cancel()
                 raise
 
-    def _write_one(self, shard: NewShard, manifest: _Manifest, quantise: Quantiser) -> None:
+    def _write_one(self, shard: NewShard, manifest: Manifest, quantise: Quantiser) -> None:
         losses: dict[int, Loss] = {}
-        digest = write_file(self.folder / shard.file, self._pieces(shard, losses, quantise))
+        try:
+            digest = write_file(self.folder / shard.file, self._pieces(shard, losses, quantise))
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            raise CapacityError(
+                f"{self.folder / shard.file}: no memory to make it, which takes {format_size(_largest(shard))} for one "
+                "weight after the other and as much again; end other programs and pack again, finished shards are kept"
+            ) from error
         with self._lock:
-            manifest.shards[shard.file] = _Finished(digest, losses)
+            manifest.shards[shard.file] = Finished(digest, losses)
             manifest.write()
             logger.info("%s: written, %d of %d", self.folder / shard.file, len(manifest.shards), len(self.shards))
 
     def _pieces(self, shard: NewShard, losses: dict[int, Loss], quantise: Quantiser) -> Iterator[bytes | memoryview]:
         yield shard.head
-        space = _space(max((item.source for item in shard.items if item.how), key=lambda s: s.nbytes, default=None))
+        space = torch.empty(_largest(shard), dtype=torch.uint8)
         for item in shard.items:
             path, source = self.checkpoint.shards[item.source.shard], item.source
             if item.how is None or item.layer is None:
@@ -297,17 +248,9 @@ class _Stopped(Exception):
     """Another shard failed, or the user stopped: this one is given up."""
 
 
-def _space(largest: Segment | None) -> torch.Tensor:
-    """Memory for one matrix after the other of a shard, uint8. CapacityError if there is none."""
-    if largest is None:
-        return torch.empty(0, dtype=torch.uint8)
-    try:
-        return torch.empty(largest.nbytes, dtype=torch.uint8)
-    except RuntimeError as error:  # what torch's allocator raises
-        raise CapacityError(
-            f"{largest.name}: no memory for its {format_size(largest.nbytes)}; end other programs and do it again, "
-            "finished shards are kept"
-        ) from error
+def _largest(shard: NewShard) -> int:
+    """Bytes of the largest weight that is quantised."""
+    return max((item.source.nbytes for item in shard.items if item.how), default=0)
 
 
 def _refuse_place(folder: Path, source: Path) -> None:
@@ -319,20 +262,10 @@ def _refuse_place(folder: Path, source: Path) -> None:
         raise ConfigError(f"{folder}: is not a folder; give a folder that is empty or not there yet")
 
 
-def _identity(checkpoint: Checkpoint) -> dict[str, object]:
-    """What tells this source from another, or from what it was before; not where it is."""
-    config = (checkpoint.folder / CONFIG_FILE).read_bytes()
-    files = {}
-    for path in checkpoint.shards:
-        status = path.stat()
-        files[path.relative_to(checkpoint.folder).as_posix()] = [status.st_size, status.st_mtime_ns]
-    return {"config": hashlib.blake2b(config, digest_size=16).hexdigest(), "shards": files}
-
-
 def _write_rest(source: Path, folder: Path, shards: tuple[NewShard, ...], quantisation: dict[str, object]) -> None:
     """Tokenizer and other small files, the index, and last what makes the folder a model."""
     for name in sorted(os.listdir(source)):
-        ours = name in (CONFIG_FILE, MANIFEST) or name.endswith((".safetensors", ".index.json"))
+        ours = name in (CONFIG_FILE, PACK_MANIFEST) or name.endswith((".safetensors", ".index.json"))
         if not ours and any(fnmatch.fnmatch(name, pattern) for pattern in MODEL_FILES) and (source / name).is_file():
             write_file(folder / name, read_chunks(source / name, 0, (source / name).stat().st_size))
     index = {

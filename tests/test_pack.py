@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import builtins
+import errno
+import io
 import itertools
 import json
 import re
@@ -27,7 +30,8 @@ from offmoe.errors import (
     TransferError,
     UnsupportedModelError,
 )
-from offmoe.pack import MANIFEST, pack, weight_format
+from offmoe.hf.load import PACK_MANIFEST
+from offmoe.pack import pack, weight_format
 from offmoe.runtime.packing import WeightFormat
 from offmoe.runtime.quantise import quantise
 from tests import quantised, tiny
@@ -207,11 +211,13 @@ def interrupted(source: Path, out: Path, after: int) -> None:
 def test_an_interrupted_run_goes_on_and_makes_the_same_files(tmp_path: Path) -> None:
     source, out = save(tmp_path / "source"), tmp_path / "out"
     whole = pack(source, tmp_path / "whole", INT4, shard_bytes=SHARD_BYTES)
-    for share in (0.0, 0.3, 0.7):
+    interrupted(source, out, 0)
+    assert not out.exists()
+    for share in (0.3, 0.7):
         interrupted(source, out, int(share * whole.bytes_in))
         assert not list(out.glob("*.partial"))
         assert not (out / "config.json").exists()
-        with pytest.raises(OffmoeError, match=r"config\.json"):
+        with pytest.raises(CheckpointError, match=r"was interrupted; run the same 'offmoe pack' again"):
             offmoe.from_pretrained(out, device="cpu")
     kept = pack(source, out, INT4, shard_bytes=SHARD_BYTES)
     assert 0 < kept.kept < len(list(out.glob("*.safetensors")))
@@ -247,8 +253,8 @@ def test_a_finished_shard_that_was_damaged_is_made_again(tmp_path: Path) -> None
 )
 def test_another_manifest_is_refused(tmp_path: Path, change, says: str) -> None:
     source, out = save(tmp_path / "source"), tmp_path / "out"
-    interrupted(source, out, 1)
-    (out / MANIFEST).write_text(json.dumps(change(json.loads((out / MANIFEST).read_text()))))
+    interrupted(source, out, 200_000)
+    (out / PACK_MANIFEST).write_text(json.dumps(change(json.loads((out / PACK_MANIFEST).read_text()))))
     before = contents(out)
     with pytest.raises(ConfigError, match=f"{says}.*pack again"):
         pack(source, out, INT4, shard_bytes=SHARD_BYTES)
@@ -282,14 +288,14 @@ def test_models_that_cannot_be_packed_are_refused_before_anything_is_written(tmp
     pack(wide, out, weight_format("int4", 32))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
+@pytest.mark.parametrize(("value", "how"), [(float("nan"), INT4), (float("inf"), INT4), (float("-inf"), INT8)], ids=str)
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float, how: WeightFormat) -> None:
     source, out = save(tmp_path / "source"), tmp_path / "out"
     name = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
     weight = tiny.tensor(source, name)
     weight[5, 6] = value
     tiny.edit(source, {name: weight})
-    refused(CheckpointError, f"{re.escape(name)} holds NaN or infinity", source, out)
+    refused(CheckpointError, f"{re.escape(name)} holds NaN or infinity", source, out, how)
     assert not (out / "config.json").exists()
 
 
@@ -340,22 +346,63 @@ def test_a_disk_that_is_too_small_is_refused_with_numbers(tmp_path: Path, monkey
     assert pack(source, out, INT4, shard_bytes=SHARD_BYTES).kept
 
 
-def test_memory_that_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_up_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, out = save(tmp_path / "source"), tmp_path / "out"
-    matrix, empty = 2 * 64 * 64, torch.empty
+    open_file = builtins.open
 
-    def full(*shape: object, **options: object) -> torch.Tensor:
-        if shape == (matrix,):
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+    class Full(io.FileIO):
+        def write(self, data: object) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def opened(path: Path, *args: object, **options: object):
+        if Path(path).name == full:
+            return Full(path, "wb")
+        return open_file(path, *args, **options)
+
+    monkeypatch.setattr(builtins, "open", opened)
+    full = f"{PACK_MANIFEST}.partial"
+    refused(CapacityError, "the disk is full.*make room", source, out)
+    assert not out.exists()
+    full = "model-00005-of-00005.safetensors.partial"
+    refused(CapacityError, "the disk is full.*make room.*finished shards are kept", source, out)
+    monkeypatch.undo()
+    assert pack(source, out, INT4, shard_bytes=SHARD_BYTES).kept
+
+
+def test_a_killed_run_goes_on_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It leaves what it was writing; neither a run that is refused nor one that goes on stumbles over that."""
+    source, out = save(tmp_path / "source"), tmp_path / "out"
+    whole = pack(source, out, INT4, shard_bytes=SHARD_BYTES)
+    before = contents(out)
+    left = json.loads(before[PACK_MANIFEST]) | {"shards": {}}
+    for path in out.iterdir():
+        path.unlink()
+    (out / PACK_MANIFEST).write_text(json.dumps(left))
+    (out / "model-00001-of-00005.safetensors.partial").write_bytes(b"half")
+    usage = namedtuple("usage", "free")
+    with monkeypatch.context() as patch:
+        patch.setattr(packing.shutil, "disk_usage", lambda path: usage(1000))
+        with pytest.raises(CapacityError):
+            pack(source, out, INT4, shard_bytes=SHARD_BYTES)
+    assert pack(source, out, INT4, shard_bytes=SHARD_BYTES).bytes_out == whole.bytes_out
+    assert contents(out) == before
+
+
+def test_memory_that_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever in the work it happens, it is one error, and the next run goes on."""
+    source, out = save(tmp_path / "source"), tmp_path / "out"
+    empty = torch.empty
+
+    def scarce(*shape: object, **options: object) -> torch.Tensor:
+        if threading.current_thread().name.startswith("offmoe-pack") and next(room, None) is None:
+            raise error
         return empty(*shape, **options)
 
-    monkeypatch.setattr(packing.torch, "empty", full)
-    refused(
-        CapacityError,
-        r"w\d.weight: no memory for its 8.0 KiB; end other programs.*finished shards are kept",
-        source,
-        out,
-    )
+    monkeypatch.setattr(torch, "empty", scarce)
+    full = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 9 bytes")
+    for allocations, reason in ((0, full), (9, full), (60, full), (40, MemoryError())):
+        room, error = iter(range(allocations)), reason
+        refused(CapacityError, "no memory to make it.*8.0 KiB.*finished shards are kept", source, out)
     monkeypatch.undo()
     assert pack(source, out, INT4, shard_bytes=SHARD_BYTES).kept
 
@@ -381,7 +428,7 @@ def test_shards_are_made_at_the_same_time_and_all_are_given_up_together(
     monkeypatch.setattr(packing, "write_file", meet)
     with pytest.raises(OSError, match="disk is gone"):
         pack(source, out, INT4, shard_bytes=200_000, progress=halt)
-    assert [path.name for path in out.iterdir()] == [MANIFEST]
+    assert not out.exists()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("offmoe-pack")]
 
 
@@ -390,10 +437,11 @@ def test_a_source_that_changes_meanwhile_is_noticed(tmp_path: Path) -> None:
     shard = max(source.glob("*.safetensors"))
 
     def replace(done: int, total: int) -> None:
-        shutil.copyfile(shard, tmp_path / "copy")
-        shutil.move(tmp_path / "copy", shard)
+        if done > 200_000:
+            shutil.copyfile(shard, tmp_path / "copy")
+            shutil.move(tmp_path / "copy", shard)
 
     with pytest.raises((CheckpointError, TransferError), match="was replaced"):
-        pack(source, out, INT4, progress=replace)
+        pack(source, out, INT4, shard_bytes=SHARD_BYTES, progress=replace)
     with pytest.raises(ConfigError, match="the model has changed since"):
-        pack(source, out, INT4)
+        pack(source, out, INT4, shard_bytes=SHARD_BYTES)

@@ -14,7 +14,7 @@ from contextlib import suppress
 
 from offmoe.cli.interrupt import STATUS as INTERRUPTED
 from offmoe.cli.interrupt import CtrlC
-from offmoe.errors import CapacityError, ConfigError, OffmoeError
+from offmoe.errors import CapacityError, ConfigError, OffmoeError, out_of_memory
 
 VERBS = {
     "inspect": "what a model needs and what fits on this machine; reads headers, loads nothing",
@@ -105,7 +105,7 @@ def _complain(error: BaseException) -> int:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         error = OffmoeError(f"cannot write: {error.strerror}; free space or send the output elsewhere.")
     if not isinstance(error, OffmoeError):
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise error
         reason = " ".join(str(error).split())[:200]
         error = CapacityError(
@@ -113,14 +113,6 @@ def _complain(error: BaseException) -> int:
         )
     _say("error: " + " ".join(str(error).split()))
     return error.exit_status
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    """Python's own, torch's on a device (by name: torch may not be loaded), or torch's on a CPU (a RuntimeError)."""
-    names = {cls.__name__ for cls in type(error).__mro__}
-    return bool(names & {"MemoryError", "OutOfMemoryError"}) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
 
 
 def _say(line: str) -> None:

@@ -13,7 +13,6 @@ checkpoint without experts (save.py).
 from __future__ import annotations
 
 import copy
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -25,13 +24,20 @@ import torch
 import transformers
 from torch.overrides import TorchFunctionMode
 
-from offmoe.errors import CapacityError, CheckpointError, ConfigError, MissingTensorError, UnsupportedModelError
+from offmoe.errors import (
+    CapacityError,
+    CheckpointError,
+    ConfigError,
+    MissingTensorError,
+    UnsupportedModelError,
+    out_of_memory,
+)
 from offmoe.hf.adapters import find_experts, require_adapter
 from offmoe.hf.catalog import ExpertCatalog
 from offmoe.hf.cataloguing import COMPUTABLE
 from offmoe.hf.dense import ParkedLayers
 from offmoe.hf.hub import resolve_folder
-from offmoe.hf.sanity import check_config, check_generation
+from offmoe.hf.sanity import check_config, check_generation, read_object
 from offmoe.hf.save import attach_safe_save
 from offmoe.hf.upstream import forget_tie
 from offmoe.runtime.checkpoint import INDEX_FILE, PICKLES, SINGLE_FILE, Checkpoint
@@ -52,6 +58,8 @@ __all__ = [
 ]
 
 CONFIG_FILE = "config.json"
+PACK_MANIFEST = "offmoe-pack.json"
+"""What `offmoe pack` keeps beside the shards it has finished; without a config there, it was interrupted."""
 WEIGHTS = (".safetensors", INDEX_FILE, *PICKLES)
 """Endings of the files that make a folder more than a configuration."""
 OURS = frozenset({"config", "device_map", "experts_implementation", "output_loading_info"})
@@ -98,14 +106,15 @@ def read_config(model: str | os.PathLike[str]) -> PreTrainedConfig:
 
     path = Path(model) if os.path.isfile(model) else Path(model) / CONFIG_FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}); give the folder of a complete model"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON ({error}); download it again") from error
-    known = values.get("model_type") if isinstance(values, dict) else None
+        values = read_object(path)
+    except FileNotFoundError:
+        if os.path.exists(path.with_name(PACK_MANIFEST)):
+            raise CheckpointError(
+                f"{path.parent}: packing into this folder was interrupted; run the same 'offmoe pack' again, and it "
+                "goes on where it was"
+            ) from None
+        raise CheckpointError(f"{path}: is not there; give the folder of a complete model") from None
+    known = values.get("model_type")
     if not known or not isinstance(known, str):
         raise CheckpointError(f'{path}: has no "model_type", so it is not the config of a transformers model')
     if known not in CONFIG_MAPPING:
@@ -173,6 +182,8 @@ def build_meta(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrain
         with torch.device("meta"), _NoInitialisation():
             model = cls(copy.deepcopy(config))
     except Exception as error:  # sizes and names that contradict each other fail in any way, deep in an architecture
+        if out_of_memory(error):
+            raise
         raise CheckpointError(
             f"{name if name.suffix == '.json' else name / CONFIG_FILE}: does not describe a {cls.__name__} "
             f"({type(error).__name__}: {error}); download it again"

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import copy
 import logging
+import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from offmoe.errors import ConfigError, ShardChangedError
+from offmoe.config import format_size
+from offmoe.errors import CapacityError, ConfigError, ShardChangedError, TransferError
 from offmoe.hf.catalog import ExpertCatalog
 from offmoe.hf.cataloguing import build_catalog
 from offmoe.hf.estimate import quantisation_method
@@ -98,8 +100,21 @@ def write(catalog: ExpertCatalog, source: Path, how: WeightFormat, name: str) ->
         name,
         how.kind,
     )
-    folder = tempfile.TemporaryDirectory(prefix=f"offmoe-{how.kind}-")  # lives as long as the model
     try:
+        folder = tempfile.TemporaryDirectory(prefix=f"offmoe-{how.kind}-")  # lives as long as the model
+    except OSError as error:
+        raise TransferError(
+            f"experts={how.kind!r}: no temporary folder to quantise into ({error}); set TMPDIR to a folder on a disk "
+            "with room"
+        ) from error
+    try:
+        needed = sum(info.nbytes for info in catalog.view.checkpoint.tensors.values())
+        free = shutil.disk_usage(folder.name).free
+        if needed > free:
+            raise CapacityError(
+                f"experts={how.kind!r}: the quantised model takes {format_size(needed)}, and {format_size(free)} are "
+                f"free in {tempfile.gettempdir()}; make room there, or set TMPDIR to a folder on another disk"
+            )
         out = Path(folder.name, "model")
         pack(source, out, how)
         checkpoint = Checkpoint.open(out)

@@ -23,6 +23,21 @@ COUNTS = ("num_beams", "num_return_sequences", "max_new_tokens", "max_length", "
 NUMBERS = ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty")
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object, as config files are. Raises CheckpointError if it is damaged, FileNotFoundError if not there."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check file and disk") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON ({error}); download it again") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: not a JSON object; download it again")
+    return values
+
+
 def check_config(values: Mapping[str, Any], path: Path) -> None:
     """CheckpointError for a number of layers or experts that no model has, or a token id that is none. path: its file.
 
@@ -41,15 +56,9 @@ def check_generation(folder: Path) -> None:
     """CheckpointError if the folder has a generation_config.json that `generate` could not use."""
     path = folder / "generation_config.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_object(path)
     except FileNotFoundError:
         return
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check file and disk") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON ({error}); download it again, or remove it") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: not an object of options; download it again, or remove it")
     _check_tokens(values, path)
     for name in TOKEN_LISTS:
         value = values.get(name)

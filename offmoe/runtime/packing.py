@@ -65,8 +65,18 @@ class WeightFormat:
         if rows % TILE_ROWS or cols % multiple or rows < 1 or cols < 1:
             raise UnsupportedModelError(
                 f"{name} is [{rows}, {cols}]; {self} needs multiples of [{TILE_ROWS}, {multiple}]. "
-                "Use a smaller group, or experts='native'"
+                + self._remedy(rows, cols)
             )
+
+    def _remedy(self, rows: int, cols: int) -> str:
+        """What holds a weight of this shape instead."""
+        if self.kind in ("int4", "int8") and rows and cols and rows % TILE_ROWS == 0:
+            group = next((n for n in reversed(INT4_GROUPS) if cols % n == 0), None)
+            if self.kind == "int4" and group:
+                return f"Use groups of {group} ('offmoe pack MODEL OUT --group {group}'), or experts='native'"
+            if self.kind == "int4" and cols % TILE_ROWS == 0:
+                return "Use experts='int8', which fits it, or 'native'"
+        return "Use experts='native'"
 
     def params(self, name: str, rows: int, cols: int, tiled: bool) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Tensors that hold a weight [rows, cols], as `ExpertLayout.of` takes them; in tiles or row by row."""

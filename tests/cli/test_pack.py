@@ -55,7 +55,7 @@ def test_refusals(offmoe: Run, checkpoint: Path, tmp_path: Path) -> None:
     refused(2, "use 'int4' or 'int8'", "demo", tmp_path / "out", "--experts", "int5")
     refused(2, "48 is not one of 32, 64, 128", "demo", tmp_path / "out", "--group", "48")
     refused(2, "one scale per row", "demo", tmp_path / "out", "--experts", "int8", "--zero-points")
-    refused(1, "needs multiples of [16, 64]", checkpoint, tmp_path / "out")
+    refused(1, "needs multiples of [16, 64]. Use groups of 32 (", checkpoint, tmp_path / "out")
     refused(2, "the model's own folder", checkpoint, checkpoint / "out")
     (tmp_path / "notes.txt").write_text("mine")
     refused(2, "holds other files (notes.txt)", "demo", tmp_path)
@@ -92,6 +92,9 @@ def test_ctrl_c_leaves_finished_shards(offmoe: Run, tmp_path: Path) -> None:
         read_until(child, lambda line: "written, 1 of 2" in line)
         check(interrupt(child))
     assert sorted(path.name for path in out.iterdir()) == ["model-00001-of-00002.safetensors", "offmoe-pack.json"]
+    half = offmoe("generate", out, "Once upon a time")
+    assert (half.status, half.err.count("\n")) == (1, 1)
+    assert "packing into this folder was interrupted; run the same 'offmoe pack' again" in half.err
     outcome = offmoe("pack", "demo", out, "--zero-points")
     assert outcome.status == 0
     assert "finished by an earlier run: 1 of 2 shards" in outcome.err

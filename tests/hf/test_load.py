@@ -155,9 +155,10 @@ def test_options_of_transformers_are_passed_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "error", "match"),
     [
-        (None, CheckpointError, "cannot be read"),
+        (None, CheckpointError, "is not there; give the folder of a complete model"),
         ("{", CheckpointError, "not JSON"),
-        ("[]", CheckpointError, "model_type"),
+        ("[]", CheckpointError, "not a JSON object"),
+        ("{}", CheckpointError, "model_type"),
         ('{"model_type": ["mixtral"]}', CheckpointError, "model_type"),
         ("[" * 100_000, CheckpointError, "not JSON"),
         ('{"model_type": "nonsense"}', UnsupportedModelError, "nonsense"),
@@ -199,7 +200,7 @@ def test_config_beyond_any_model_builds_nothing(tmp_path: Path, name: str, value
         ('{"suppress_tokens": ["a"]}', "not a list of token ids"),
         ('{"num_beams": "4"}', "'num_beams' is '4', not a whole number"),
         ('{"temperature": NaN}', "'temperature' is nan, not a number"),
-        ("[]", "not an object"),
+        ("[]", "not a JSON object"),
         ("{", "not JSON"),
     ],
 )

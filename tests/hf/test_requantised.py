@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections import namedtuple
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 import offmoe
 from offmoe import pack as packing
 from offmoe.config import OffloadConfig
-from offmoe.errors import CapacityError, ConfigError, UnsupportedModelError
+from offmoe.errors import CapacityError, CheckpointError, ConfigError, TransferError, UnsupportedModelError
 from offmoe.hf import requantised
 from offmoe.inspection import inspect, survey
 from offmoe.pack import pack, weight_format
@@ -94,8 +95,22 @@ def test_what_cannot_be_quantised(tmp_path: Path) -> None:
 def test_a_disk_without_room(checkpoint: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(packing.shutil, "disk_usage", lambda folder: usage(1000))
-    with pytest.raises(CapacityError, match="make room"):
+    with pytest.raises(CapacityError, match=r"takes .* and 1000 B.* are free in .*set TMPDIR"):
         logits(checkpoint, experts="int4")
+    assert list(temporary.iterdir()) == []
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary / "gone"))
+    with pytest.raises(TransferError, match=r"no temporary folder.*gone.*set TMPDIR"):
+        logits(checkpoint, experts="int4")
+
+
+@pytest.mark.parametrize("experts", ["int4", "int8"])
+def test_weights_that_are_not_finite(checkpoint: Path, temporary: Path, experts: str) -> None:
+    name = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
+    weight = tiny.tensor(checkpoint, name)
+    weight[5, 6] = float("inf")
+    tiny.edit(checkpoint, {name: weight})
+    with pytest.raises(CheckpointError, match=f"{re.escape(name)} holds NaN or infinity"):
+        logits(checkpoint, experts=experts)
     assert list(temporary.iterdir()) == []
 
 

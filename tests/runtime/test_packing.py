@@ -121,18 +121,20 @@ def test_a_record_changes_its_order_and_nothing_else(how: WeightFormat) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "shape", "needs"),
+    ("how", "shape", "needs", "instead"),
     [
-        (int4(64), (40, 128), "[16, 64]"),
-        (int4(64), (32, 96), "[16, 64]"),
-        (int4(128), (32, 64), "[16, 128]"),
-        (INT8, (32, 24), "[16, 16]"),
-        (INT8, (0, 32), "[16, 16]"),
-        (MXFP4, (32, 48), "[16, 32]"),
+        (int4(64), (40, 128), "[16, 64]", "experts='native'"),
+        (int4(64), (32, 96), "[16, 64]", "--group 32"),
+        (int4(64), (32, 48), "[16, 64]", "experts='int8', which fits"),
+        (int4(64), (32, 40), "[16, 64]", "experts='native'"),
+        (int4(128), (32, 64), "[16, 128]", "--group 64"),
+        (INT8, (32, 24), "[16, 16]", "experts='native'"),
+        (INT8, (0, 32), "[16, 16]", "experts='native'"),
+        (MXFP4, (32, 48), "[16, 32]", "experts='native'"),
     ],
 )
-def test_shapes_that_no_format_holds(how: WeightFormat, shape: tuple[int, int], needs: str) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"down_proj is .*" + re.escape(needs) + ".*smaller group"):
+def test_shapes_that_no_format_holds(how: WeightFormat, shape: tuple[int, int], needs: str, instead: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=rf"down_proj is .*{re.escape(needs)}.*{re.escape(instead)}"):
         record_layout({"down_proj": shape}, how)
 
 

@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import platform
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from offmoe.errors import ConfigError
 from offmoe.runtime.kernels import library as module
+from offmoe.runtime.kernels.cpu import NativeKernels
 from offmoe.runtime.kernels.library import Library, status
 from offmoe.runtime.kernels.native import build as builder
 from offmoe.runtime.kernels.native.build import BuildError, build, find_compiler
+from offmoe.runtime.packing import int4
+from offmoe.runtime.quantise import NativeQuantiser, TorchQuantiser
 from tests.native import VARIANTS, library
 
 
@@ -79,6 +85,39 @@ def test_variants_that_the_compiler_does_not_know_are_left_out(tmp_path: Path) -
     build(tmp_path / "kernels.so", str(old))
     assert (tmp_path / "kernels.so").stat().st_mtime_ns == written, "it was there already"
     assert Library(tmp_path / "kernels.so").variants == ("portable",)
+
+
+OLD_CPU = """#!/bin/sh
+case "$*" in *" -mavx"*|*probe.c*|*-shared*) check= ;; *) check="-include {check}" ;; esac
+exec {cc} -march=haswell -D'__builtin_cpu_supports(x)=0' $check "$@" -O0
+"""
+"""A compiler that makes AVX2 by default, on a processor without it."""
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="there is no C compiler")
+@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="only x86-64 has variants")
+def test_a_processor_that_lacks_what_was_compiled(tmp_path: Path) -> None:
+    """The variants are in the library, and none but the portable one is used, for kernels and encoder alike."""
+    compiler = tmp_path / "cc"
+    check = tmp_path / "check.h"
+    check.write_text("#ifdef __AVX__\n#error AVX for every processor\n#endif\n")
+    compiler.write_text(OLD_CPU.format(cc=find_compiler(), check=check))
+    compiler.chmod(0o755)
+    build(tmp_path / "kernels.so", str(compiler))
+    assert b"avx2" in (tmp_path / "kernels.so").read_bytes()
+    found = Library(tmp_path / "kernels.so")
+    assert found.variants == ("portable",)
+    with pytest.raises(ConfigError, match="kernel variant 'avx2' does not run here; there are portable"):
+        found.variant("avx2")
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
+    with NativeQuantiser(found, 1) as quantise:
+        packed = quantise(weight, int4(32))
+    right = TorchQuantiser()(weight, int4(32))
+    assert torch.equal(packed.words, right.words)
+    assert torch.equal(packed.scales, right.scales)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(2))
+    with NativeKernels(found, 1, int8_activations=False) as native:
+        assert torch.allclose(native.linear(packed.tiled())(x), x @ packed.values().T, atol=0.01, rtol=0.01)
 
 
 def _path_of(found: Library) -> str:

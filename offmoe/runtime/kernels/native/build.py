@@ -33,6 +33,9 @@ GCC_FLAGS = ("-fno-tree-coalesce-vars",)
 kernel's inner loop are moves between registers.
 """
 
+X86_FLAGS = ("-march=x86-64",)
+"""Whatever the compiler was set up to make by default: only the variants, chosen by what a processor has, take more."""
+
 AVX2_FLAGS = ("-O3", "-mavx2", "-mfma", "-mf16c")
 AVX512_FLAGS = (*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
 EXACT_FLAGS = ("-ffp-contract=off",)
@@ -92,6 +95,7 @@ def build(library: Path = LIBRARY, compiler: str | None = None) -> None:
         known_flags = [
             flag for flag in GCC_FLAGS if _run(compiler, "-Werror", flag, "-c", str(probe), "-o", f"{probe}.o") is None
         ]
+        known_flags += X86_FLAGS if x86 else ()
 
         def compile_one(source: str, *flags: str) -> Path | str:
             """The object, or what the compiler said."""
