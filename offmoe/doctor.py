@@ -158,6 +158,7 @@ def memory() -> Check:
     text = f"{format_size(ram.total)} of RAM, {format_size(available)} available"
     if limit is not None:
         text += f"; a cgroup (v{limit[1]}) allows {format_size(limit[0])}"
+    text += "; slots in RAM fill as experts are asked for, so the first tokens come from disk"
     little = available < LITTLE_MEMORY
     where = "Raise the container's memory limit" if left < ram.available else "Close other programs"
     return _check(

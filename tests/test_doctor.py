@@ -60,6 +60,8 @@ def test_little_memory(monkeypatch) -> None:
     check = doctor.memory()
     assert check.verdict == "warn"
     assert check.advice.startswith("Raise the container's memory limit")
+    assert "a cgroup (v2) allows" in check.found
+    assert "slots in RAM fill as experts are asked for" in check.found
     assert (check.values["available"], check.values["cgroup_limit"], check.values["cgroup_version"]) == (
         10**9,
         3 * 10**9,

@@ -21,15 +21,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import read
+import checkout  # noqa: F401
 import torch
-from gpu_decode import decode
-from gpu_kernels import kernels
-from gpu_section import MIB, SPARE_BYTES, WRITE_BYTES_PER_S, Section, copy_gb_s, reads_directly
 
 import offmoe
 from offmoe.runtime.arena import HostBuffers
 from offmoe.runtime.backend import select_backend
+from tools.bench import read
+from tools.bench.gpu_decode import decode
+from tools.bench.gpu_kernels import kernels
+from tools.bench.gpu_section import MIB, SPARE_BYTES, WRITE_BYTES_PER_S, Section, copy_gb_s, reads_directly
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy", "psutil", "typer", "rich", "pytest")
 

@@ -12,15 +12,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import read
 import torch
-from gpu_section import MIB, SPARE_BYTES, WRITE_BYTES_PER_S, Section, copy_gb_s, reads_directly
-from synthetic import write_mixtral
 
 import offmoe
 from offmoe.runtime.arena import HostBuffers
 from offmoe.runtime.backend import Backend, select_backend
 from offmoe.runtime.checkpoint import Checkpoint
+from tools.bench import read
+from tools.bench.gpu_section import MIB, SPARE_BYTES, WRITE_BYTES_PER_S, Section, copy_gb_s, reads_directly
+from tools.bench.synthetic import write_mixtral
 
 SHAPES = ((4096, 14336), (2048, 7168), (1024, 3584), (256, 896))
 """Hidden and intermediate size, Mixtral 8x7B's first; the largest that disk, device and time allow is taken."""

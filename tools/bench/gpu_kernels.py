@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from gpu_section import MIB, Section, seconds
 
 from offmoe.runtime.arena import SlotArena
 from offmoe.runtime.backend import select_backend
@@ -22,6 +21,7 @@ from offmoe.runtime.kernels.operands import GatedOperands, coded_operand, float_
 from offmoe.runtime.packing import INT8, MXFP4, PackedWeight, WeightFormat, int4, record_layout
 from offmoe.runtime.quantise import quantise
 from offmoe.runtime.quantized import ScaledFloat
+from tools.bench.gpu_section import MIB, Section, seconds
 
 SHAPES = {"mixtral": (4096, 14336, 2), "qwen3": (2048, 768, 8)}
 """Hidden and intermediate size, experts per token."""

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import checkout  # noqa: F401
 import torch
 import torch.nn.functional as F
 

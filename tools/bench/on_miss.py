@@ -24,10 +24,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import checkout  # noqa: F401
 import numpy as np
 import torch
 import transformers
-from synthetic import write_mixtral, write_qwen3
 from transformers import AutoTokenizer
 
 import offmoe
@@ -43,6 +43,7 @@ from offmoe.profile import CostModel
 from offmoe.simulator import Recording
 from offmoe.trace import Trace, read_trace
 from offmoe.tuning import Settings, evaluate
+from tools.bench.synthetic import write_mixtral, write_qwen3
 
 GPT_OSS = Path(__file__).parents[2] / "tests" / "data" / "gptoss20b_6req.npz"
 PROMPT_TOKENS, WARM_TOKENS = 8, 48

@@ -24,14 +24,15 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import checkout  # noqa: F401
 import torch
-from synthetic import write_mixtral
 
 from offmoe.pack import pack, weight_format
 from offmoe.runtime.arena import HostBuffers
 from offmoe.runtime.kernels.cpu import physical_cores
 from offmoe.runtime.probes import drop_page_cache
 from offmoe.runtime.quantise import quantiser
+from tools.bench.synthetic import write_mixtral
 
 HIDDEN, FF, LAYERS, EXPERTS = 2048, 4096, 5, 8
 REQUEST_BYTES = 16 << 20

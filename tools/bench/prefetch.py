@@ -16,6 +16,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import checkout  # noqa: F401
 import numpy as np
 import torch
 import transformers

@@ -28,12 +28,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import checkout  # noqa: F401
 import numpy as np
 import torch
 import transformers
-from prefetch import FIXTURE, TEXT, record_demo
-from synthetic import write_mixtral
-from transfer import interval
 from transformers import AutoTokenizer
 
 from offmoe.api import load
@@ -48,6 +46,9 @@ from offmoe.runtime.probes import DiskProbe, drop_page_cache
 from offmoe.runtime.store import ExpertStore
 from offmoe.trace import Trace, read_trace
 from offmoe.types import CacheStats
+from tools.bench.prefetch import FIXTURE, TEXT, record_demo
+from tools.bench.synthetic import write_mixtral
+from tools.bench.transfer import interval
 
 TRAINED_REQUESTS = 2
 """Of the fixture, that transitions are counted on."""

@@ -23,6 +23,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import checkout
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
@@ -31,7 +32,7 @@ from offmoe.perplexity import WINDOW, scores, windows
 from offmoe.runtime.packing import INT8, WeightFormat, int4
 from offmoe.runtime.quantise import quantise
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = checkout.ROOT
 MODEL = ROOT / "offmoe" / "demo" / "model"
 TEXT = Path(__file__).with_suffix(".txt")
 INT8_AT_MOST, SEARCH_RECOVERS = 0.003, 0.25

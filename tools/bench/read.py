@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import checkout  # noqa: F401
 import torch
 from safetensors.torch import save_file
 

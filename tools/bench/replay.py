@@ -14,6 +14,8 @@ import os
 import time
 from pathlib import Path
 
+import checkout  # noqa: F401
+
 from offmoe.simulator import Recording
 from offmoe.trace import read_trace
 from offmoe.tuning import Settings, evaluate, grid, split_requests, sweep

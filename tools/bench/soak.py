@@ -25,6 +25,7 @@ from typing import Any
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")  # both are read when torch is imported
 os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
 
+import checkout  # noqa: F401
 import psutil
 import torch
 

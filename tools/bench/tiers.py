@@ -21,13 +21,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from synthetic import write_mixtral
+import checkout  # noqa: F401
 
 import offmoe
 from offmoe.bench.scratch import ended_by_sigterm, scratch_folder
 from offmoe.cli.bench import LIBRARIES_BYTES, TEXTS
 from offmoe.config import parse_size
 from offmoe.pack import pack, weight_format
+from tools.bench.synthetic import write_mixtral
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, VOCABULARY = 7, 8, 2, 2048, 5632, 32000
 TINY = (256, 352)

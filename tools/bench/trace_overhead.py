@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import checkout  # noqa: F401
 import numpy as np
 import torch
 import transformers

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import checkout  # noqa: F401
 import torch
 from safetensors.torch import save_file
 
