@@ -122,7 +122,7 @@ class Contender:
             return Costs(None, None)
         if self._replayed is not None:
             self._replayed.detach()
-        empty, extra = Steps(self.model, self._inspected).measure(1, COMPUTE_SECONDS)
+        empty, extra = Steps(self.model, self._inspected, decoding=True).measure(1, COMPUTE_SECONDS)
         if self._replayed is not None:
             self._replayed.attach(self._experts())
         backend = self._inspected.backend

@@ -19,8 +19,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from offmoe.hf import rerouted
 from offmoe.hf.adapter import ExpertsAdapter, Place, Routing, Rows
+from offmoe.hf.rerouted import Choose
 from offmoe.runtime.kernels import ExpertMath, GatedFFN, accumulate
 
 Activation = Callable[[Tensor], Tensor]
@@ -92,12 +95,15 @@ class Llama4(_Family):
             scores, logits = module.router(hidden)  # [T, E] twice
             ids = ids_of((scores, logits))  # [T, k]
             scaled = hidden.unsqueeze(1) * scores.gather(1, ids).unsqueeze(2)  # [T, k, H]
-            made = rows(alone if len(hidden) == 1 else among_others, scaled.flatten(0, 1), ids)
+            made = rows(alone if len(hidden) == 1 else among_others, scaled.flatten(0, 1), rows.routed(ids))
             out = module.shared_expert(hidden)
             out.add_(made.view(scaled.shape).sum(dim=1))
             return out, logits
 
         return forward
+
+    def reroute(self, module: Any, choose: Choose) -> RemovableHandle:
+        return rerouted.scores(module.router, choose, self.routing(module).ids)
 
 
 @dataclass(frozen=True)
@@ -149,11 +155,15 @@ class Dbrx(_Family):
         math = self.math(module)
 
         def forward(hidden_states: Tensor) -> Tensor:
-            weights, ids = module.route_tokens_to_experts(module.router(hidden_states))  # [T, k] each
+            weights, routed = module.route_tokens_to_experts(module.router(hidden_states))  # [T, k] each
+            ids = rows.routed(routed)
             made = rows(math, hidden_states.reshape(-1, hidden_states.shape[-1]), ids)
             return accumulate(made * weights.reshape(-1, 1), ids, hidden_states.dtype).view(hidden_states.shape)
 
         return forward
+
+    def reroute(self, module: Any, choose: Choose) -> RemovableHandle:
+        return rerouted.ids_argument(module.experts, choose)
 
 
 class JetMoe(_Family):
@@ -194,13 +204,17 @@ class JetMoe(_Family):
         def forward(layer_input: Tensor) -> Tensor:
             hidden = layer_input.reshape(-1, layer_input.shape[-1])  # [T, H]
             logits = module.router(hidden)[-1]  # [T, E] float32
-            chosen, ids = logits.topk(module.router.top_k, dim=1)  # [T, k]; the router itself gives them sorted
+            chosen, routed = logits.topk(module.router.top_k, dim=1)  # [T, k]; the router itself gives them sorted
             weights = torch.softmax(chosen, dim=1).type_as(hidden)
+            ids = rows.routed(routed)
             made = rows(math, hidden, ids)
             out = accumulate(made * weights.reshape(-1, 1), ids, hidden.dtype).view(layer_input.shape)
             return torch.add(out, module.bias)
 
         return forward
+
+    def reroute(self, module: Any, choose: Choose) -> RemovableHandle:
+        return rerouted.sorted_pairs(module.router, choose)
 
 
 class LongcatFlash(_Family):
@@ -231,12 +245,16 @@ class LongcatFlash(_Family):
         math = self.math(module)
 
         def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-            made = rows(math, hidden_states, top_k_index)  # [T * k, H]
-            identity = (top_k_index >= module.num_routed_experts).view(-1, 1)
-            made = torch.where(identity, hidden_states.repeat_interleave(top_k_index.shape[1], dim=0), made)
-            return accumulate(made * top_k_weights.reshape(-1, 1), top_k_index, hidden_states.dtype)
+            ids = rows.routed(top_k_index)
+            made = rows(math, hidden_states, ids)  # [T * k, H]
+            identity = (ids >= module.num_routed_experts).view(-1, 1)
+            made = torch.where(identity, hidden_states.repeat_interleave(ids.shape[1], dim=0), made)
+            return accumulate(made * top_k_weights.reshape(-1, 1), ids, hidden_states.dtype)
 
         return forward
+
+    def nobody(self, module: Any) -> int | None:
+        return int(module.num_routed_experts) if module.zero_expert_num else None
 
 
 class Step3p7(_Family):
@@ -255,8 +273,9 @@ class Step3p7(_Family):
         math = self.math(module)
 
         def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-            made = rows(math, hidden_states, top_k_index)  # [T * k, H]
-            return accumulate(made * top_k_weights.reshape(-1, 1), top_k_index, hidden_states.dtype)
+            ids = rows.routed(top_k_index)
+            made = rows(math, hidden_states, ids)  # [T * k, H]
+            return accumulate(made * top_k_weights.reshape(-1, 1), ids, hidden_states.dtype)
 
         return forward
 
@@ -283,6 +302,9 @@ class _ModuleDict(_Family):
         for expert in range(1, self.num_experts(module)):  # one says what all compute
             del module.experts[f"expert_{expert}"]
 
+    def nobody(self, module: nn.Module) -> int:
+        return -1  # a token that its expert has no capacity for
+
     def math(self, module: Any) -> ExpertMath:
         up, down = self.params[0].rpartition(".")[0], self.params[-1].rpartition(".")[0]
         activate: Activation = module.experts["expert_0"].act
@@ -308,24 +330,22 @@ class SwitchTransformers(_ModuleDict):
         return 1
 
     def routing(self, module: Any) -> Routing:
-        def ids(outputs: Sequence[Tensor]) -> Tensor:
-            one_hot = outputs[0].flatten(0, -2)  # [T, E]
-            routed = one_hot.sum(dim=1, keepdim=True)  # [T, 1], 0 or 1
-            return one_hot.argmax(dim=1, keepdim=True).masked_fill(routed == 0, -1)
-
-        return Routing(module.router, ids)
+        return Routing(module.router, lambda outputs: rerouted.ids_of_one_hot(outputs[0].flatten(0, -2)))
 
     def forward(self, module: Any, rows: Rows) -> Callable[..., Any]:
         math, ids_of = self.math(module), self.routing(module).ids
 
         def forward(hidden_states: Tensor) -> Tensor:
             outputs = module.router(hidden_states)  # one-hot [B, S, E], probability [B, S, 1], logits
-            ids = ids_of(outputs)  # [T, 1]
+            ids = rows.routed(ids_of(outputs))  # [T, 1]
             made = rows(math, hidden_states.reshape(len(ids), -1), ids)
             out = accumulate(made * outputs[1].reshape(-1, 1), ids, hidden_states.dtype)
             return out.view(hidden_states.shape)
 
         return forward
+
+    def reroute(self, module: Any, choose: Choose) -> RemovableHandle:
+        return rerouted.one_hot(module.experts, choose)
 
 
 class NllbMoe(_ModuleDict):
@@ -355,14 +375,17 @@ class NllbMoe(_ModuleDict):
         def forward(hidden_states: Tensor, padding_mask: Tensor | None = None) -> Tensor:
             hidden = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, H]
             mask, probs, _ = module.router(hidden, padding_mask)  # [T, E] twice; at most two of a row are not 0
-            weights = torch.stack([torch.where(mask == e, probs, 0).sum(dim=1) for e in (0, 1)], dim=1)  # [T, 2]
-            ids = torch.arange(2, device=mask.device).expand(len(hidden), 2).masked_fill(weights == 0, -1)
+            routed, weights = rerouted.ids_of_mask(mask, probs)
+            ids = rows.routed(routed)
             weighted = rows(math, hidden, ids) * weights.reshape(-1, 1)
             if kept < 1:
                 weighted = weighted * kept
             return accumulate(weighted, ids, hidden.dtype).view(hidden_states.shape)
 
         return forward
+
+    def reroute(self, module: Any, choose: Choose) -> RemovableHandle:
+        return rerouted.mask_as_ids(module.experts, choose)
 
 
 FAMILIES: tuple[ExpertsAdapter, ...] = (
