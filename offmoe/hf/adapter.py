@@ -138,9 +138,9 @@ class ExpertsAdapter(ABC):
         """
         return rerouted.ids_argument(module, choose)
 
-    def nobody(self, module: nn.Module) -> int | None:
-        """The id that its forward takes for a choice that no expert's weights serve; None: every choice needs one."""
-        return None
+    def nobodys(self, module: nn.Module) -> Sequence[int]:
+        """Ids that its forward takes for choices that no expert's weights serve; none if every choice needs one."""
+        return ()
 
 
 class RegistryExperts(ExpertsAdapter):

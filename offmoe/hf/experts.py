@@ -73,7 +73,7 @@ def attach(module: nn.Module, executor: ExpertExecutor, layer: int) -> None:
 def reroute(module: nn.Module, choose: Choose) -> Removable:
     """Let an experts module, of ours or of stock transformers, compute with the ids that `choose` says.
 
-    With stock, only ids of experts, or `nobody` of its adapter. Removing what is returned leaves no trace.
+    With stock, only ids of experts, or `nobodys` of its adapter. Removing what is returned leaves no trace.
     """
     rows: ExecutorRows | None = getattr(module, ROWS, None)
     return require_adapter(module).reroute(module, choose) if rows is None else _Choosing(rows, choose)

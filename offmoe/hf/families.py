@@ -253,8 +253,8 @@ class LongcatFlash(_Family):
 
         return forward
 
-    def nobody(self, module: Any) -> int | None:
-        return int(module.num_routed_experts) if module.zero_expert_num else None
+    def nobodys(self, module: Any) -> Sequence[int]:
+        return range(module.num_routed_experts, module.total_experts)
 
 
 class Step3p7(_Family):
@@ -302,8 +302,8 @@ class _ModuleDict(_Family):
         for expert in range(1, self.num_experts(module)):  # one says what all compute
             del module.experts[f"expert_{expert}"]
 
-    def nobody(self, module: nn.Module) -> int:
-        return -1  # a token that its expert has no capacity for
+    def nobodys(self, module: nn.Module) -> Sequence[int]:
+        return (-1,)  # of a token that its expert has no capacity for
 
     def math(self, module: Any) -> ExpertMath:
         up, down = self.params[0].rpartition(".")[0], self.params[-1].rpartition(".")[0]

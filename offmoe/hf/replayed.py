@@ -75,10 +75,10 @@ class ReplayedRouting:
 
     def attach(self, experts: Sequence[nn.Module]) -> None:
         """Route these experts modules, MoE layer 0 first, from now on; ConfigError where tokens lack an expert."""
-        nobodys = [require_adapter(module).nobody(module) for module in experts]
+        nobodys = [tuple(require_adapter(module).nobodys(module)) for module in experts]
         for layer, nobody in enumerate(nobodys):
             ids = self._ids_at(layer, self._steps[layer].all)
-            if nobody is None and (ids < 0).any() and not (ids < 0).all():  # all: it is not called for text, say
+            if not nobody and (ids < 0).any() and not (ids < 0).all():  # all: it is not called for text, say
                 raise ConfigError(
                     f"the trace has tokens without all of their experts in layer {layer % self._layers}, and "
                     f"{type(experts[layer]).__name__} needs all of them; record another."
@@ -104,13 +104,15 @@ class ReplayedRouting:
             return None
         return self._predicted[self._steps[layer - 1].rows, there]
 
-    def _choose(self, layer: int, nobody: int | None, ids: torch.Tensor) -> torch.Tensor:
+    def _choose(self, layer: int, nobodys: tuple[int, ...], ids: torch.Tensor) -> torch.Tensor:
         """Those of the trace in place of ids [T, k]."""
         chosen = self._ids_at(layer, self._steps[layer].step(len(ids)))
         if (chosen < 0).any():
-            if nobody is None:
+            if not nobodys:
                 raise ConfigError(f"the trace has no experts for MoE layer {layer}: record one of the same work.")
-            chosen = chosen.masked_fill(chosen < 0, nobody)
+            # each its own: stock adds up a token's choices of one id at once, which in bf16 rounds otherwise
+            number = (chosen < 0).cumsum(dim=1) - 1
+            chosen = torch.where(chosen < 0, torch.tensor(nobodys)[number % len(nobodys)], chosen)
         return chosen.to(ids.device, ids.dtype)
 
     def _ids_at(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
