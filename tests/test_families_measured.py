@@ -25,6 +25,11 @@ from tests.test_families import greedy, in_registry, logits, stock_model
 ROUNDING = 1e-5
 """What stock's implementations of some families differ by from each other; tests/test_families.py has it exactly."""
 ROW = 3
+OFTEN = (
+    *("dbrx", "jetmoe", "llama4_text", "longcat_flash", "nllb-moe", "step3p7", "switch_transformers"),  # by an adapter
+    *("deepseek_v4", "diffusion_gemma", "dots3_note", "ernie4_5_vl_moe", "gpt_oss", "mixtral", "zaya"),
+)
+"""One of each way in which ids come to experts; the other families share one of these."""
 
 
 def random_routing(shape: CacheShape, dropping: bool) -> Trace:
@@ -38,15 +43,17 @@ def random_routing(shape: CacheShape, dropping: bool) -> Trace:
     return Trace("", shape, experts, request=np.zeros(9, np.int32), step=np.arange(9, dtype=np.int32))
 
 
-def outputs(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    torch.manual_seed(0)
-    return logits(model, inputs), greedy(model)
+def plain(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    torch.manual_seed(0)  # one family begins with random tokens
+    return logits(model, inputs)
 
 
 @pytest.mark.filterwarnings(
     "ignore:`torch.jit.script_method` is deprecated"
 )  # diffusion_gemma imports torch's compiler
-@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=() if f in OFTEN else pytest.mark.slow) for f in families.FAMILIES]
+)
 def test_family(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "COPY_BYTES", 1 << 16)
     monkeypatch.setattr(calibration, "LEAST_ROUNDS", 1)
@@ -59,7 +66,7 @@ def test_family(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) ->
     recording = tmp_path / "run.npz"
     ours = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3, prefetch=0, trace=recording)
     stock, inputs = stock_model(folder, torch.float32), families.inputs(family)
-    own = outputs(stock, inputs)
+    own = plain(stock, inputs)
     modules = [find_experts(stock)[layer.name] for layer in inspected.catalog.layers]
     dropping = all(require_adapter(module).nobodys(module) for module in modules)
     routing = random_routing(inspected.shape, dropping)
@@ -69,18 +76,18 @@ def test_family(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) ->
         replayed = ReplayedRouting(routing, inspected.shape)
         replayed.attach([by_name[layer.name] for layer in inspected.catalog.layers])
         replayed.seek(ROW)
-        found.append(outputs(model, inputs))
+        found.append((plain(model, inputs), greedy(model)))
         replayed.detach()
     replayed_tokens = ours.offload.trace.tokens
     with ours.offload:
-        assert torch.equal(greedy(ours), own[1])
+        torch.testing.assert_close(plain(ours, inputs), own, rtol=0, atol=ROUNDING)
     assert torch.equal(found[0][1], found[1][1])
     if family == "nllb-moe" or any(map(in_registry, modules)):  # where nobody's rows are in products, with weight 0
         torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=ROUNDING)
     else:
         assert torch.equal(found[0][0], found[1][0])
-    assert not torch.equal(found[0][0], own[0])
-    assert all(map(torch.equal, outputs(stock, inputs), own))
+    assert (found[1][0] - own).abs().max() > 100 * ROUNDING
+    assert torch.equal(plain(stock, inputs), own)
     check_recorded(read_trace(recording).experts[:replayed_tokens], routing)
 
 
