@@ -157,8 +157,8 @@ class Steps:
     def _choose(self, layer: int, some: bool, ids: torch.Tensor) -> torch.Tensor:
         self._called.add(layer)
         top_k = self._top_k[layer]
-        fixed = torch.arange(top_k) if some else torch.full((top_k,), NONE)
-        return fixed.to(ids.device, ids.dtype).expand(len(ids), top_k)
+        fixed = torch.arange(top_k, dtype=ids.dtype, device=ids.device)  # made there: a copy would be waited for
+        return (fixed if some else torch.full_like(fixed, NONE)).expand(len(ids), top_k)
 
     def _inputs(self, tokens: int) -> dict[str, Any]:
         ids = torch.zeros(1, tokens, dtype=torch.int64, device=self._backend.device)
