@@ -12,24 +12,23 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 
 from offmoe.api import load
 from offmoe.hf.adapters import find_experts
-from offmoe.hf.replayed import ReplayedRouting
+from offmoe.hf.experts import reroute
 from offmoe.inspection import Inspected
 from offmoe.profile import CostModel
 from offmoe.runtime.backend import CpuBackend
 from offmoe.runtime.probes import DiskProbe, copy_gb_s, host_expert, host_expert_us
 from offmoe.runtime.store import ExpertStore
-from offmoe.trace import NONE, Trace
-from offmoe.types import CacheShape
+from offmoe.trace import NONE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,10 +79,9 @@ def calibrate(inspected: Inspected, seconds: float, progress: Progress = lambda 
                 host_beside = _host_beside(inspected, disk, host_expert(layout, 1), left, link)
     finally:
         store.close()
-    per_token = sum(catalog.shape.top_k)
 
     def expert_us(step_s: float) -> float:
-        return round(max(0.0, step_s) / per_token * 1e6, 3)
+        return round(max(0.0, step_s) / steps.experts * 1e6, 3)
 
     return CostModel(
         disk_gb_s=_figure(alone),
@@ -103,27 +101,38 @@ def calibrate(inspected: Inspected, seconds: float, progress: Progress = lambda 
 
 
 class Steps:
-    """Forward passes of a loaded model over some tokens, with the routing fixed, so that nothing has to move."""
+    """Forward passes of a loaded model over some tokens, with the routing fixed, so that nothing has to move.
 
-    def __init__(self, model: PreTrainedModel, inspected: Inspected):
+    `experts`: how many a token meets on its way through a pass; known after one.
+    """
+
+    def __init__(self, model: PreTrainedModel, inspected: Inspected, *, decoding: bool = False):
+        """decoding: of an encoder and a decoder, the decoder alone."""
         self._model: Any = model
         self._backend = inspected.backend
         self._modules = [find_experts(model)[layer.name] for layer in inspected.catalog.layers]
-        shape = inspected.catalog.shape
-        self._fixed = {some: ReplayedRouting(_fixed(shape, some), shape, dropped=True) for some in (True, False)}
+        self._top_k = inspected.catalog.shape.top_k
+        self._called: set[int] = set()
+        both = bool(model.config.is_encoder_decoder)
+        self._from_encoder, self._with_encoder = both and decoding, both and not decoding
+
+    @property
+    def experts(self) -> int:
+        """Of the layers that passes have come through: text does not meet the experts for images."""
+        return sum(self._top_k[layer] for layer in self._called)
 
     def measure(self, tokens: int, seconds: float) -> tuple[float, float]:
         """Median seconds of a pass without experts, and of what the same with experts in slots takes more."""
         without: list[float] = []
         more: list[float] = []
         for some in (True, False):  # slots filled, allocator and caches warm
-            with self._routed(some):
-                self._pass(tokens)
+            with self._routed(some, tokens) as step:
+                step()
         deadline = time.perf_counter() + seconds
         while len(more) < LEAST_ROUNDS or time.perf_counter() < deadline:
             for some in (False, True):
-                with self._routed(some):
-                    took = self._pass(tokens)
+                with self._routed(some, tokens) as step:
+                    took = step()
                 if some:
                     more.append(took - without[-1])
                 else:
@@ -133,37 +142,40 @@ class Steps:
     @contextmanager
     def resident(self, tokens: int) -> Iterator[Callable[[], float]]:
         """What makes one pass with experts that are in slots, and gives its seconds."""
-        with self._routed(True):
-            self._pass(tokens)
-            yield lambda: self._pass(tokens)
+        with self._routed(True, tokens) as step:
+            step()
+            yield step
 
     @contextmanager
-    def _routed(self, some: bool) -> Iterator[None]:
-        self._fixed[some].attach(self._modules)
-        try:
-            yield
-        finally:
-            self._fixed[some].detach()
+    def _routed(self, some: bool, tokens: int) -> Iterator[Callable[[], float]]:
+        """What makes one pass, with the first top_k experts of every layer or with none."""
+        with ExitStack() as stack:
+            for layer, module in enumerate(self._modules):
+                stack.callback(reroute(module, partial(self._choose, layer, some)).remove)
+            inputs = self._inputs(tokens)
+            yield lambda: self._pass(inputs)
 
-    def _pass(self, tokens: int) -> float:
+    def _choose(self, layer: int, some: bool, ids: torch.Tensor) -> torch.Tensor:
+        self._called.add(layer)
+        top_k = self._top_k[layer]
+        fixed = torch.arange(top_k, dtype=ids.dtype, device=ids.device)  # made there: a copy would be waited for
+        return (fixed if some else torch.full_like(fixed, NONE)).expand(len(ids), top_k)
+
+    def _inputs(self, tokens: int) -> dict[str, Any]:
         ids = torch.zeros(1, tokens, dtype=torch.int64, device=self._backend.device)
-        both = {"decoder_input_ids": ids} if self._model.config.is_encoder_decoder else {}
+        if self._from_encoder:
+            with torch.no_grad():
+                return {"encoder_outputs": self._model.get_encoder()(input_ids=ids), "decoder_input_ids": ids}
+        return {"input_ids": ids, "decoder_input_ids": ids} if self._with_encoder else {"input_ids": ids}
+
+    def _pass(self, inputs: Mapping[str, Any]) -> float:
         done = self._backend.event()
         began = time.perf_counter()
         with torch.no_grad():
-            self._model(input_ids=ids, use_cache=False, **both)
+            self._model(**inputs, use_cache=False)
         done.record(self._backend.compute)
         done.synchronize()
         return time.perf_counter() - began
-
-
-def _fixed(shape: CacheShape, some: bool) -> Trace:
-    """One row: the first top_k experts of every layer, or none."""
-    width = max(shape.top_k)
-    experts = np.full((1, shape.layers, width), NONE, np.int16)
-    for layer, top_k in enumerate(shape.top_k if some else ()):
-        experts[0, layer, :top_k] = np.arange(top_k)
-    return Trace("", shape, experts, request=np.zeros(1, np.int32), step=np.zeros(1, np.int32))
 
 
 def _reading(disk: DiskProbe, expert_bytes: int, seconds: float) -> tuple[float, float]:

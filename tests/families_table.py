@@ -53,6 +53,13 @@ the family (transformers {version}, CPU, three expert slots per layer, or top_k 
   equal in every case.
 * **images**: the same for a prompt with an image, in bf16; -: no vision, or not tested with images.
 
+All of them can be calibrated, benchmarked and driven by a recorded routing (`offmoe bench --replay-routing`); with one,
+offmoe and stock give the same tokens, and in fp32 logits within 1e-5 (`tests/test_families_measured.py`). A token that
+lacks an expert in the recording is refused, but where the family has such tokens: switch_transformers and nllb-moe
+drop them, longcat_flash sends them to identities. nllb-moe computes with weight 0 for what it drops; in fp32 that can
+change the last bits of other rows of the same product. diffusion_gemma writes blocks of tokens in several steps:
+`bench` divides their time among the tokens, takes no `--random-tokens`, and leaves computing out of the bound.
+
 {count} families.
 
 """

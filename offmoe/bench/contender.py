@@ -83,32 +83,41 @@ class Contender:
         self._watch = _Watch()
 
     def run(self, work: Pass) -> Outcome:
-        """One pass; its cache of keys and values is gone afterwards, experts stay where they are."""
-        import torch
+        """One pass; its cache of keys and values is gone afterwards, experts stay where they are.
 
+        What a model that writes blocks of tokens takes after the first step is divided evenly among all its tokens.
+        """
+        import torch
+        from transformers import LogitsProcessorList
+
+        torch.manual_seed(0)  # such a model begins with random tokens
         if self._replayed is not None:
             self._replayed.seek(work.row)
         ids = torch.tensor([work.prompt], device=self._inspected.backend.device)
         before = self._offload.stats if self._offload is not None else lambda: None
         self._watch.begin(work.forced, before)
         read = _read_bytes()
-        self.model.generate(
+        out = self.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
             num_beams=1,
             max_new_tokens=work.new_tokens,
             min_new_tokens=work.new_tokens,
-            logits_processor=[self._watch],
+            logits_processor=LogitsProcessorList([self._watch]),
             disable_compile=True,
         )
         times = self._watch.times
+        token_s = [b - a for a, b in pairwise(times[1:])]
+        if self._watch.blocks:
+            tokens = getattr(out, "sequences", out).shape[1] - ids.shape[1]
+            token_s = [sum(token_s) / tokens] * tokens
         after = before()
         return Outcome(
             tokens=tuple(self._watch.tokens),
             digest=self._watch.digest.hexdigest(),
             ttft_s=times[1] - times[0],
-            token_s=tuple(b - a for a, b in pairwise(times[1:])),
+            token_s=tuple(token_s),
             stats=None if after is None else (after - self._watch.prefilled).to_dict(),
             read_bytes=None if read is None else (_read_bytes() or 0) - read,
         )
@@ -122,12 +131,15 @@ class Contender:
             return Costs(None, None)
         if self._replayed is not None:
             self._replayed.detach()
-        empty, extra = Steps(self.model, self._inspected).measure(1, COMPUTE_SECONDS)
+        compute_s = None
+        if not self._watch.blocks:  # how many steps a block takes is not known
+            empty, extra = Steps(self.model, self._inspected, decoding=True).measure(1, COMPUTE_SECONDS)
+            compute_s = empty + max(0.0, extra)
         if self._replayed is not None:
             self._replayed.attach(self._experts())
         backend = self._inspected.backend
         link = None if backend.staging_counts else copy_gb_s(backend, LINK_BYTES)
-        return Costs(empty + max(0.0, extra), link)
+        return Costs(compute_s, link)
 
     def peak(self) -> Peak:
         """The most memory so far."""
@@ -196,7 +208,12 @@ class Contender:
 
 
 class _Watch:
-    """Logits processor that takes the time, the likeliest token and a digest of the logits, and may force another."""
+    """Logits processor that takes the time, the likeliest token and a digest of the logits, and may force another.
+
+    blocks: whether logits are of all tokens of a block, [1, n, V] and not [1, V].
+    """
+
+    blocks = False
 
     def begin(self, forced: tuple[int, ...], stats: Callable[[], Any]) -> None:
         self._forced, self._stats = forced, stats
@@ -211,7 +228,10 @@ class _Watch:
         if self.prefilled is None:
             self.prefilled = self._stats()
         self.digest.update(host.numpy().tobytes())
-        self.tokens.append(int(host.argmax()))
+        self.tokens += host.argmax(dim=-1).flatten().tolist()
+        self.blocks = scores.ndim == 3
+        if self.blocks and self._forced:
+            raise ConfigError("the model writes blocks of tokens at once, so no tokens can be given to it.")
         token = len(self.times) - 2
         if token < len(self._forced):
             scores = scores.new_full(scores.shape, -float("inf"))

@@ -298,7 +298,8 @@ def _words(args: argparse.Namespace, results: dict[str, Any]) -> list[str]:
     parts = [f"disk {bound['disk_ms']:.2f} ms at {bound['disk_gb_s']:.2f} GB/s"]
     if bound["link_ms"] is not None:
         parts.append(f"link {bound['link_ms']:.2f} ms at {bound['link_gb_s']:.1f} GB/s")
-    parts.append(f"computing {bound['compute_ms']:.2f} ms")
+    if bound["compute_ms"] is not None:
+        parts.append(f"computing {bound['compute_ms']:.2f} ms")
     lines = [f"bound per token: {', '.join(parts)}; {percent(bound['share'])} of it is reached"]
     if results["ratio"] is not None:
         found, first, equal = results["ratio"], results["ttft_ratio"], results["same"]

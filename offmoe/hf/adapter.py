@@ -14,19 +14,31 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
+from offmoe.hf import rerouted
+from offmoe.hf.rerouted import Choose
 from offmoe.runtime.kernels import ExpertMath, GatedFFN, combine
-
-Rows = Callable[[ExpertMath, torch.Tensor, torch.Tensor], torch.Tensor]
-"""rows(math, hidden [T, H], ids [T, k]) -> [T * k, H]: every token through its experts, unweighted, in the order of
-ids; a row whose id is no expert's is zero. hidden may be [T * k, H]: each (token, expert) pair's own input."""
 
 HANDLE = "_offmoe"
 """Attribute of a registry module that holds what computes for it."""
+
+
+class Rows(Protocol):
+    """What an adapter's forward computes experts through."""
+
+    def routed(self, ids: torch.Tensor) -> torch.Tensor:
+        """The ids [T, k] to compute with: these of the router, unless others are put in their place."""
+
+    def __call__(self, math: ExpertMath, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """hidden [T, H], ids [T, k] -> [T * k, H]: every token through its experts, unweighted, in the order of ids.
+
+        A row whose id is no expert's is zero. hidden may be [T * k, H]: each (token, expert) pair's own input.
+        """
 
 
 class Place(NamedTuple):
@@ -119,6 +131,17 @@ class ExpertsAdapter(ABC):
     def connect(self, module: nn.Module, rows: Rows) -> None:
         """Let this one module compute through `rows` from now on."""
 
+    def reroute(self, module: nn.Module, choose: Choose) -> RemovableHandle:
+        """Let a module of stock transformers compute with the experts that `choose` says, until the handle is removed.
+
+        It gives then what the same module gives that is connected to rows whose `routed` is `choose`.
+        """
+        return rerouted.ids_argument(module, choose)
+
+    def nobodys(self, module: nn.Module) -> Sequence[int]:
+        """Ids that its forward takes for choices that no expert's weights serve; none if every choice needs one."""
+        return ()
+
 
 class RegistryExperts(ExpertsAdapter):
     """Any class decorated with transformers' `use_experts_implementation`: fused parameters, experts first."""
@@ -151,7 +174,7 @@ class RegistryExperts(ExpertsAdapter):
         math = self.math(module)
 
         def forward(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-            return combine(rows(math, hidden, ids), weights, hidden.dtype)
+            return combine(rows(math, hidden, rows.routed(ids)), weights, hidden.dtype)
 
         setattr(module, HANDLE, forward)
 

@@ -15,9 +15,10 @@ from offmoe.bench import contender
 from offmoe.bench.contender import Contender
 from offmoe.bench.task import ACCELERATE, Costs, Pass, Task
 from offmoe.trace import write_trace
-from tests import tiny
+from tests import families, tiny
 from tests.hf.test_replayed import routing
 
+ADAPTED = ("dbrx", "jetmoe", "llama4_text", "longcat_flash", "nllb-moe", "step3p7", "switch_transformers")
 PROMPT = tuple(tiny.prompt(1, 5)[0].tolist())
 
 
@@ -77,3 +78,30 @@ def test_a_replayed_routing_drives_both(task: Task, tmp_path: Path) -> None:
         assert compute_s is not None
         assert compute_s > 0
         assert ours.run(work).digest == digest  # the replay goes on after the costs
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script_method` is deprecated"
+)  # diffusion_gemma imports torch's compiler
+@pytest.mark.parametrize("family", [*ADAPTED, "diffusion_gemma"])
+def test_families_outside_the_registry(task: Task, family: str, tmp_path: Path) -> None:
+    tiny_model = families.build(family, torch.bfloat16)
+    if family == "diffusion_gemma":
+        tiny_model.generation_config.max_denoising_steps = 4
+    folder = tiny.save(tiny_model, tmp_path / "model")
+    ours = replace(task, model=str(folder))
+    recording = str(tmp_path / "r.npz")
+    model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3, trace=recording)
+    with model.offload:
+        model.generate(input_ids=torch.tensor([PROMPT[::-1]]), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    work, digests = Pass(PROMPT, 4, row=2), []
+    for routed_by in ("", recording):
+        one, other = replace(ours, routing=routed_by), stock(ours, tmp_path, routing=routed_by)
+        with closing(Contender(one)) as a, closing(Contender(other)) as b:
+            found, there = a.run(work), b.run(work)
+            assert (found.tokens, found.digest) == (there.tokens, there.digest)
+            assert all(second > 0 for second in (*found.token_s, *there.token_s))
+            assert (a.costs().compute_s is None) == (family == "diffusion_gemma")
+            assert a.run(work).digest == found.digest
+        digests.append(found.digest)
+    assert (digests[0] == digests[1]) == (family == "nllb-moe")  # whose tokens have the same two experts always

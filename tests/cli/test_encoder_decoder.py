@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from offmoe.bench import contender, duel
+from offmoe.cli import bench
 from offmoe.simulator import replay
 from offmoe.trace import read_trace
 from tests import tiny
 from tests.cli.conftest import Outcome, byte_tokenizer
+from tests.cli.test_bench import Here
 from tests.hf.test_adapters import CONFIGS
 
 Run = Callable[..., Outcome]
@@ -64,3 +67,18 @@ def test_recording_replays(offmoe: Run, switch: Path, tmp_path: Path) -> None:
 def test_inspect_counts_both_sides(offmoe: Run, switch: Path) -> None:
     found = offmoe("inspect", switch, *CPU, "--json").json
     assert (found["layers"], found["moe_layers"], found["experts"], found["top_k"]) == (6, 3, 8, 1)
+
+
+def test_bench_against_accelerate_on_a_recording(
+    offmoe: Run, switch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "PROBE_SECONDS", 0.0)
+    monkeypatch.setattr(contender, "COMPUTE_SECONDS", 0.0)
+    monkeypatch.setattr(duel, "Opponent", Here)
+    recording = tmp_path / "t.npz"
+    assert offmoe("generate", switch, PROMPT, *CPU, "--max-new-tokens", 6, "--trace", recording).status == 0
+    argv = ("bench", switch, *CPU, "--device-memory", "4MiB", "--against", "accelerate", "--scratch", tmp_path)
+    found = offmoe(*argv, "--rounds", 1, "--new-tokens", 4, "--replay-routing", recording, "--json").json
+    assert found["same"] == {"tokens": True, "logits": True}
+    assert found["ours"]["hit_rate"] > 0
+    assert found["roofline"]["compute_ms"] > 0

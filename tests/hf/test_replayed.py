@@ -10,9 +10,10 @@ import torch
 
 import offmoe
 from offmoe.errors import ConfigError
+from offmoe.hf import rerouted
 from offmoe.hf.adapters import find_experts
 from offmoe.hf.replayed import ReplayedRouting
-from offmoe.trace import Trace, read_trace
+from offmoe.trace import NONE, Trace, read_trace
 from offmoe.types import CacheShape
 from tests import tiny
 
@@ -83,7 +84,6 @@ def one_row(experts: int, top_k: int, tokens: int = 1, expert: int = 0) -> Trace
         (one_row(9, 2), "layer 0 has 9 experts"),
         (one_row(8, 3), "top_k 3; the model's MoE layer 0 has 8, top_k 2"),
         (one_row(8, 2, tokens=0), "no token"),
-        (one_row(8, 2, expert=-1), "without all of their experts"),
     ],
 )
 def test_a_trace_of_another_model_is_refused(trace: Trace, says: str) -> None:
@@ -91,9 +91,46 @@ def test_a_trace_of_another_model_is_refused(trace: Trace, says: str) -> None:
         ReplayedRouting(trace, SHAPE)
 
 
+def test_tokens_that_lack_an_expert_are_refused_where_all_are_needed() -> None:
+    trace = routing()
+    trace.experts[2, 1, 1] = NONE
+    replayed = ReplayedRouting(trace, SHAPE)
+    experts = list(find_experts(tiny.build("mixtral")).values())
+    with pytest.raises(ConfigError, match="in layer 1, and MixtralExperts needs all"):
+        replayed.attach(experts)
+    assert not any(module._forward_pre_hooks for module in experts)
+
+
+def test_a_layer_without_recorded_experts_is_refused_when_it_is_called() -> None:
+    model = tiny.build("mixtral")
+    trace = routing(layers=3)
+    trace.experts[:, 1] = NONE
+    replayed = ReplayedRouting(trace, SHAPE)
+    replayed.attach(list(find_experts(model).values()))
+    with pytest.raises(ConfigError, match="no experts for MoE layer 1"):
+        model(input_ids=tiny.prompt(1, 3))
+
+
+def test_parts_that_ran_in_steps_of_their_own_get_their_own_rows() -> None:
+    trace = routing(tokens=7, layers=3)
+    trace.experts[:4, 1:] = NONE  # an encoder's layer, then two of a decoder
+    trace.experts[4:, 0] = NONE
+    layers = [tiny.build("mixtral", num_hidden_layers=1).model.layers[0].mlp.experts for _ in range(3)]
+    seen: list[list[list[int]]] = [[], [], []]
+    replayed = ReplayedRouting(trace, SHAPE)
+    replayed.attach(layers)
+    for layer, module in enumerate(layers):
+        module.register_forward_pre_hook(lambda _, args, layer=layer: seen[layer].extend(args[1].tolist()))
+    replayed.seek(1)
+    for layer, tokens in ((0, 5), (1, 2), (2, 2), (1, 1), (2, 1)):
+        some = torch.zeros(tokens, 2, dtype=torch.int64)
+        layers[layer](torch.zeros(tokens, 32), some, torch.ones(tokens, 2))
+    wanted = ([1, 2, 3, 0, 1], [5, 6, 4], [5, 6, 4])
+    assert seen == [trace.experts[rows, layer].tolist() for layer, rows in enumerate(wanted)]
+
+
 def test_modules_without_ids_are_refused() -> None:
-    replayed = ReplayedRouting(routing(), SHAPE)
     layer = torch.nn.Identity()
-    replayed.attach([layer])
-    with pytest.raises(ConfigError, match="Identity cannot be replayed"):
+    rerouted.ids_argument(layer, lambda ids: ids)
+    with pytest.raises(ConfigError, match="Identity cannot be replaced"):
         layer(torch.zeros(2, 2))

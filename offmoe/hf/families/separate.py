@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from offmoe.hf import rerouted
 from offmoe.hf.adapter import Place, Routing, Rows
 from offmoe.hf.families.family import Activation, Family
+from offmoe.hf.rerouted import Choose
 from offmoe.runtime.kernels import ExpertMath, accumulate
 
 
@@ -38,6 +40,9 @@ class _Separate(Family):
         super().strip(module)
         for expert in range(1, self.num_experts(module)):  # one says what all compute
             del module.experts[f"expert_{expert}"]
+
+    def nobodys(self, module: nn.Module) -> Sequence[int]:
+        return (-1,)  # of a token that its expert has no capacity for
 
     def math(self, module: Any) -> ExpertMath:
         up, down = self.params[0].rpartition(".")[0], self.params[-1].rpartition(".")[0]
@@ -64,24 +69,22 @@ class SwitchTransformers(_Separate):
         return 1
 
     def routing(self, module: Any) -> Routing:
-        def ids(outputs: Sequence[Tensor]) -> Tensor:
-            one_hot = outputs[0].flatten(0, -2)  # [T, E]
-            routed = one_hot.sum(dim=1, keepdim=True)  # [T, 1], 0 or 1
-            return one_hot.argmax(dim=1, keepdim=True).masked_fill(routed == 0, -1)
-
-        return Routing(module.router, ids)
+        return Routing(module.router, lambda outputs: rerouted.ids_of_one_hot(outputs[0].flatten(0, -2)))
 
     def forward(self, module: Any, rows: Rows) -> Callable[..., Any]:
         math, ids_of = self.math(module), self.routing(module).ids
 
         def forward(hidden_states: Tensor) -> Tensor:
             outputs = module.router(hidden_states)  # one-hot [B, S, E], probability [B, S, 1], logits
-            ids = ids_of(outputs)  # [T, 1]
+            ids = rows.routed(ids_of(outputs))  # [T, 1]
             made = rows(math, hidden_states.reshape(len(ids), -1), ids)
             out = accumulate(made * outputs[1].reshape(-1, 1), ids, hidden_states.dtype)
             return out.view(hidden_states.shape)
 
         return forward
+
+    def reroute(self, module: Any, choose: Choose) -> RemovableHandle:
+        return rerouted.one_hot(module.experts, choose)
 
 
 class NllbMoe(_Separate):
@@ -111,11 +114,14 @@ class NllbMoe(_Separate):
         def forward(hidden_states: Tensor, padding_mask: Tensor | None = None) -> Tensor:
             hidden = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, H]
             mask, probs, _ = module.router(hidden, padding_mask)  # [T, E] twice; at most two of a row are not 0
-            weights = torch.stack([torch.where(mask == e, probs, 0).sum(dim=1) for e in (0, 1)], dim=1)  # [T, 2]
-            ids = torch.arange(2, device=mask.device).expand(len(hidden), 2).masked_fill(weights == 0, -1)
+            routed, weights = rerouted.ids_of_mask(mask, probs)
+            ids = rows.routed(routed)
             weighted = rows(math, hidden, ids) * weights.reshape(-1, 1)
             if kept < 1:
                 weighted = weighted * kept
             return accumulate(weighted, ids, hidden.dtype).view(hidden_states.shape)
 
         return forward
+
+    def reroute(self, module: Any, choose: Choose) -> RemovableHandle:
+        return rerouted.mask_as_ids(module.experts, choose)

@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from offmoe.hf import rerouted
 from offmoe.hf.adapter import Place, Routing, Rows
 from offmoe.hf.families.family import Activation, Family
+from offmoe.hf.rerouted import Choose
 from offmoe.runtime.kernels import ExpertMath, GatedFFN, accumulate
 
 
@@ -54,12 +57,15 @@ class Llama4(Family):
             scores, logits = module.router(hidden)  # [T, E] twice
             ids = ids_of((scores, logits))  # [T, k]
             scaled = hidden.unsqueeze(1) * scores.gather(1, ids).unsqueeze(2)  # [T, k, H]
-            made = rows(alone if len(hidden) == 1 else among_others, scaled.flatten(0, 1), ids)
+            made = rows(alone if len(hidden) == 1 else among_others, scaled.flatten(0, 1), rows.routed(ids))
             out = module.shared_expert(hidden)
             out.add_(made.view(scaled.shape).sum(dim=1))
             return out, logits
 
         return forward
+
+    def reroute(self, module: Any, choose: Choose) -> RemovableHandle:
+        return rerouted.scores(module.router, choose, self.routing(module).ids)
 
 
 @dataclass(frozen=True)
@@ -111,11 +117,15 @@ class Dbrx(Family):
         math = self.math(module)
 
         def forward(hidden_states: Tensor) -> Tensor:
-            weights, ids = module.route_tokens_to_experts(module.router(hidden_states))  # [T, k] each
+            weights, routed = module.route_tokens_to_experts(module.router(hidden_states))  # [T, k] each
+            ids = rows.routed(routed)
             made = rows(math, hidden_states.reshape(-1, hidden_states.shape[-1]), ids)
             return accumulate(made * weights.reshape(-1, 1), ids, hidden_states.dtype).view(hidden_states.shape)
 
         return forward
+
+    def reroute(self, module: Any, choose: Choose) -> RemovableHandle:
+        return rerouted.ids_argument(module.experts, choose)
 
 
 class JetMoe(Family):
@@ -156,13 +166,17 @@ class JetMoe(Family):
         def forward(layer_input: Tensor) -> Tensor:
             hidden = layer_input.reshape(-1, layer_input.shape[-1])  # [T, H]
             logits = module.router(hidden)[-1]  # [T, E] float32
-            chosen, ids = logits.topk(module.router.top_k, dim=1)  # [T, k]; the router itself gives them sorted
+            chosen, routed = logits.topk(module.router.top_k, dim=1)  # [T, k]; the router itself gives them sorted
             weights = torch.softmax(chosen, dim=1).type_as(hidden)
+            ids = rows.routed(routed)
             made = rows(math, hidden, ids)
             out = accumulate(made * weights.reshape(-1, 1), ids, hidden.dtype).view(layer_input.shape)
             return torch.add(out, module.bias)
 
         return forward
+
+    def reroute(self, module: Any, choose: Choose) -> RemovableHandle:
+        return rerouted.sorted_pairs(module.router, choose)
 
 
 class LongcatFlash(Family):
@@ -193,12 +207,16 @@ class LongcatFlash(Family):
         math = self.math(module)
 
         def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-            made = rows(math, hidden_states, top_k_index)  # [T * k, H]
-            identity = (top_k_index >= module.num_routed_experts).view(-1, 1)
-            made = torch.where(identity, hidden_states.repeat_interleave(top_k_index.shape[1], dim=0), made)
-            return accumulate(made * top_k_weights.reshape(-1, 1), top_k_index, hidden_states.dtype)
+            ids = rows.routed(top_k_index)
+            made = rows(math, hidden_states, ids)  # [T * k, H]
+            identity = (ids >= module.num_routed_experts).view(-1, 1)
+            made = torch.where(identity, hidden_states.repeat_interleave(ids.shape[1], dim=0), made)
+            return accumulate(made * top_k_weights.reshape(-1, 1), ids, hidden_states.dtype)
 
         return forward
+
+    def nobodys(self, module: Any) -> Sequence[int]:
+        return range(module.num_routed_experts, module.total_experts)
 
 
 class Step3p7(Family):
@@ -217,7 +235,8 @@ class Step3p7(Family):
         math = self.math(module)
 
         def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-            made = rows(math, hidden_states, top_k_index)  # [T * k, H]
-            return accumulate(made * top_k_weights.reshape(-1, 1), top_k_index, hidden_states.dtype)
+            ids = rows.routed(top_k_index)
+            made = rows(math, hidden_states, ids)  # [T * k, H]
+            return accumulate(made * top_k_weights.reshape(-1, 1), ids, hidden_states.dtype)
 
         return forward
