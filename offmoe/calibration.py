@@ -3,7 +3,9 @@
 What moves: experts at random, from the shards through the staging buffers, for as long as the caller gives; on CUDA
 copies to the device. Computing is timed in the loaded model, with the routing fixed to experts that are in slots
 and to none at all: the difference is the experts', with all that the runtime does around them; the rest is the dense
-part. So nothing is estimated from sizes. Bound: the seconds given, after the dense part is loaded.
+part. So nothing is estimated from sizes. Then it decodes with a routing that wanders, as real ones do, so that some of
+what is asked for is missed, and the figures are corrected by what that took (correction.py). Bound: the seconds given,
+after the dense part is loaded.
 
 Must never leave the model that it measured open.
 """
@@ -21,6 +23,7 @@ import numpy as np
 import torch
 
 from offmoe.api import Inspected, load
+from offmoe.correction import TimedStep, corrected
 from offmoe.hf.adapters import find_experts
 from offmoe.hf.replayed import ReplayedRouting
 from offmoe.profile import CostModel
@@ -38,9 +41,12 @@ if TYPE_CHECKING:
 FEW = 4
 """Tokens of the second figure of an expert; the field of the profile is named after it."""
 COPY_BYTES = 64 << 20
-DISK_SHARE, COMPUTE_SHARE = 0.35, 0.25
-"""Of the time: reading alone, computing alone; the rest is for both at once and what lies between."""
+DISK_SHARE, COMPUTE_SHARE, RUN_SHARE = 0.25, 0.2, 0.25
+"""Of the time: reading alone, computing alone, decoding with misses; the rest is for two at once and what lies between.
+"""
 LEAST_ROUNDS, MOST_LONE_READS, WINDOWS = 3, 100, 5
+WANDERING_TOKENS, STAYING = 512, 0.5
+"""Of the routing with misses: its length, and the chance of an expert to be asked again by the next token."""
 Progress = Callable[[str], None]
 
 
@@ -70,13 +76,15 @@ def calibrate(inspected: Inspected, seconds: float, progress: Progress = lambda 
                 empty, extra = steps.measure(1, seconds * COMPUTE_SHARE / 2)
                 _, extra_few = steps.measure(FEW, seconds * COMPUTE_SHARE / 2)
                 progress("reading and computing at once")
-                left = seconds * (1 - DISK_SHARE - COMPUTE_SHARE) / (3 if linked else 2)
+                left = seconds * (1 - DISK_SHARE - COMPUTE_SHARE - RUN_SHARE) / (3 if linked else 2)
                 with steps.resident(1) as step:
                     beside: list[float] = []
                     busy = disk.gb_s(left, meanwhile=lambda: beside.append(step()))
                     link_busy = None if link is None else _copying(inspected, step, left, link)
                 progress("computing on the host beside " + ("copies" if linked else "reads"))
                 host_beside = _host_beside(inspected, disk, host_expert(layout, 1), left, link)
+                progress("decoding with misses")
+                timed = steps.decode(seconds * RUN_SHARE)
     finally:
         store.close()
     per_token = sum(catalog.shape.top_k)
@@ -84,7 +92,7 @@ def calibrate(inspected: Inspected, seconds: float, progress: Progress = lambda 
     def expert_us(step_s: float) -> float:
         return round(max(0.0, step_s) / per_token * 1e6, 3)
 
-    return CostModel(
+    apart = CostModel(
         disk_gb_s=_figure(alone),
         expert_us_device=expert_us(extra),
         dense_us_per_token=round(empty * 1e6, 3),
@@ -99,6 +107,7 @@ def calibrate(inspected: Inspected, seconds: float, progress: Progress = lambda 
         expert_us_host_4=None if host_few is None else round(host_few, 3),
         expert_us_host_overlapped=None if host_beside is None else round(host_beside * 1e6, 3),
     )
+    return corrected(apart, catalog.shape, timed)
 
 
 class Steps:
@@ -110,6 +119,7 @@ class Steps:
         self._modules = [find_experts(model)[layer.name] for layer in inspected.catalog.layers]
         shape = inspected.catalog.shape
         self._fixed = {some: ReplayedRouting(_fixed(shape, some), shape, dropped=True) for some in (True, False)}
+        self._wandering = ReplayedRouting(_wandering(shape), shape, dropped=True)
 
     def measure(self, tokens: int, seconds: float) -> tuple[float, float]:
         """Median seconds of a pass without experts, and of what the same with experts in slots takes more."""
@@ -136,13 +146,31 @@ class Steps:
             self._pass(tokens)
             yield lambda: self._pass(tokens)
 
+    def decode(self, seconds: float) -> tuple[TimedStep, ...]:
+        """Steps of one token each, with experts of which some are missed; none but those of the last half count."""
+        deadline, offload = time.perf_counter() + seconds, self._model.offload
+        with self._routed(self._wandering):
+            for _ in range(LEAST_ROUNDS):
+                self._pass(1)
+            while time.perf_counter() < deadline - seconds / 2:
+                self._pass(1)
+            offload.forget_times()
+            for _ in range(LEAST_ROUNDS):
+                self._pass(1)
+            while time.perf_counter() < deadline:
+                self._pass(1)
+        found: tuple[TimedStep, ...] = offload.timed_steps()
+        return found
+
     @contextmanager
-    def _routed(self, some: bool) -> Iterator[None]:
-        self._fixed[some].attach(self._modules)
+    def _routed(self, routing: bool | ReplayedRouting) -> Iterator[None]:
+        """routing: to experts in slots, to none, or this one."""
+        replayed = self._fixed[routing] if isinstance(routing, bool) else routing
+        replayed.attach(self._modules)
         try:
             yield
         finally:
-            self._fixed[some].detach()
+            replayed.detach()
 
     def _pass(self, tokens: int) -> float:
         ids = torch.zeros(1, tokens, dtype=torch.int64, device=self._backend.device)
@@ -163,6 +191,19 @@ def _fixed(shape: CacheShape, some: bool) -> Trace:
     for layer, top_k in enumerate(shape.top_k if some else ()):
         experts[0, layer, :top_k] = np.arange(top_k)
     return Trace("", shape, experts, request=np.zeros(1, np.int32), step=np.zeros(1, np.int32))
+
+
+def _wandering(shape: CacheShape) -> Trace:
+    """Tokens that share some of their experts with the one before, the others drawn evenly."""
+    chance = np.random.default_rng(0)
+    experts = np.full((WANDERING_TOKENS, shape.layers, max(shape.top_k)), NONE, np.int16)
+    for layer, (num_experts, top_k) in enumerate(zip(shape.experts, shape.top_k, strict=True)):
+        worth = chance.random(num_experts)
+        for token in range(WANDERING_TOKENS):
+            worth = np.where(chance.random(num_experts) < STAYING, worth, chance.random(num_experts))
+            experts[token, layer, :top_k] = np.sort(np.argpartition(-worth, top_k - 1)[:top_k])
+    rows = np.arange(WANDERING_TOKENS, dtype=np.int32)
+    return Trace("", shape, experts, request=np.zeros_like(rows), step=rows)
 
 
 def _reading(disk: DiskProbe, expert_bytes: int, seconds: float) -> tuple[float, float]:
