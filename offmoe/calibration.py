@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 FEW = 4
 """Tokens of the second figure of an expert; the field of the profile is named after it."""
 COPY_BYTES = 64 << 20
-DISK_SHARE, COMPUTE_SHARE, RUN_SHARE = 0.25, 0.2, 0.25
+DISK_SHARE, COMPUTE_SHARE, RUN_SHARE = 0.2, 0.2, 0.35
 """Of the time: reading alone, computing alone, decoding with misses; the rest is for two at once and what lies between.
 """
 LEAST_ROUNDS, MOST_LONE_READS, WINDOWS = 3, 100, 5
@@ -147,12 +147,12 @@ class Steps:
             yield lambda: self._pass(tokens)
 
     def decode(self, seconds: float) -> tuple[TimedStep, ...]:
-        """Steps of one token each, with experts of which some are missed; none but those of the last half count."""
+        """Steps of one token each, with experts of which some are missed; the first third of them does not count."""
         deadline, offload = time.perf_counter() + seconds, self._model.offload
         with self._routed(self._wandering):
             for _ in range(LEAST_ROUNDS):
                 self._pass(1)
-            while time.perf_counter() < deadline - seconds / 2:
+            while time.perf_counter() < deadline - seconds * 2 / 3:
                 self._pass(1)
             offload.forget_times()
             for _ in range(LEAST_ROUNDS):
