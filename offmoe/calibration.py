@@ -3,7 +3,9 @@
 What moves: experts at random, from the shards through the staging buffers, for as long as the caller gives; on CUDA
 copies to the device. Computing is timed in the loaded model, with the routing fixed to experts that are in slots
 and to none at all: the difference is the experts', with all that the runtime does around them; the rest is the dense
-part. So nothing is estimated from sizes. Bound: the seconds given, after the dense part is loaded.
+part. So nothing is estimated from sizes. Then it decodes with a routing that wanders, as real ones do, so that some of
+what is asked for is missed, and the figures are corrected by what that took (correction.py). Bound: the seconds given,
+after the dense part is loaded.
 
 Must never leave the model that it measured open.
 """
@@ -18,9 +20,11 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 
 from offmoe.api import load
+from offmoe.correction import TimedStep, corrected
 from offmoe.hf.adapters import find_experts
 from offmoe.hf.experts import reroute
 from offmoe.inspection import Inspected
@@ -29,6 +33,7 @@ from offmoe.runtime.backend import CpuBackend
 from offmoe.runtime.probes import DiskProbe, copy_gb_s, host_expert, host_expert_us
 from offmoe.runtime.store import ExpertStore
 from offmoe.trace import NONE
+from offmoe.types import CacheShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,9 +43,12 @@ if TYPE_CHECKING:
 FEW = 4
 """Tokens of the second figure of an expert; the field of the profile is named after it."""
 COPY_BYTES = 64 << 20
-DISK_SHARE, COMPUTE_SHARE = 0.35, 0.25
-"""Of the time: reading alone, computing alone; the rest is for both at once and what lies between."""
+DISK_SHARE, COMPUTE_SHARE, RUN_SHARE = 0.2, 0.2, 0.35
+"""Of the time: reading alone, computing alone, decoding with misses; the rest is for two at once and what lies between.
+"""
 LEAST_ROUNDS, MOST_LONE_READS, WINDOWS = 3, 100, 5
+WANDERING_TOKENS, STAYING = 512, 0.5
+"""Of the routing with misses: its length, and the chance of an expert to be asked again by the next token."""
 Progress = Callable[[str], None]
 
 
@@ -70,20 +78,22 @@ def calibrate(inspected: Inspected, seconds: float, progress: Progress = lambda 
                 empty, extra = steps.measure(1, seconds * COMPUTE_SHARE / 2)
                 _, extra_few = steps.measure(FEW, seconds * COMPUTE_SHARE / 2)
                 progress("reading and computing at once")
-                left = seconds * (1 - DISK_SHARE - COMPUTE_SHARE) / (3 if linked else 2)
+                left = seconds * (1 - DISK_SHARE - COMPUTE_SHARE - RUN_SHARE) / (3 if linked else 2)
                 with steps.resident(1) as step:
                     beside: list[float] = []
                     busy = disk.gb_s(left, meanwhile=lambda: beside.append(step()))
                     link_busy = None if link is None else _copying(inspected, step, left, link)
                 progress("computing on the host beside " + ("copies" if linked else "reads"))
                 host_beside = _host_beside(inspected, disk, host_expert(layout, 1), left, link)
+                progress("decoding with misses")
+                timed = steps.decode(seconds * RUN_SHARE)
     finally:
         store.close()
 
     def expert_us(step_s: float) -> float:
         return round(max(0.0, step_s) / steps.experts * 1e6, 3)
 
-    return CostModel(
+    apart = CostModel(
         disk_gb_s=_figure(alone),
         expert_us_device=expert_us(extra),
         dense_us_per_token=round(empty * 1e6, 3),
@@ -98,6 +108,7 @@ def calibrate(inspected: Inspected, seconds: float, progress: Progress = lambda 
         expert_us_host_4=None if host_few is None else round(host_few, 3),
         expert_us_host_overlapped=None if host_beside is None else round(host_beside * 1e6, 3),
     )
+    return corrected(apart, catalog.shape, timed)
 
 
 class Steps:
@@ -111,8 +122,12 @@ class Steps:
         self._model: Any = model
         self._backend = inspected.backend
         self._modules = [find_experts(model)[layer.name] for layer in inspected.catalog.layers]
-        self._top_k = inspected.catalog.shape.top_k
+        shape = inspected.catalog.shape
+        self._top_k = shape.top_k
         self._called: set[int] = set()
+        # On the device: a copy there would be waited for.
+        self._drawn = torch.from_numpy(_wandering(shape)).to(self._backend.device)  # [tokens, layers, top_k]
+        self._token = 0
         both = bool(model.config.is_encoder_decoder)
         self._from_encoder, self._with_encoder = both and decoding, both and not decoding
 
@@ -126,12 +141,12 @@ class Steps:
         without: list[float] = []
         more: list[float] = []
         for some in (True, False):  # slots filled, allocator and caches warm
-            with self._routed(some, tokens) as step:
+            with self._routed(self._first if some else self._none, tokens) as step:
                 step()
         deadline = time.perf_counter() + seconds
         while len(more) < LEAST_ROUNDS or time.perf_counter() < deadline:
             for some in (False, True):
-                with self._routed(some, tokens) as step:
+                with self._routed(self._first if some else self._none, tokens) as step:
                     took = step()
                 if some:
                     more.append(took - without[-1])
@@ -142,24 +157,46 @@ class Steps:
     @contextmanager
     def resident(self, tokens: int) -> Iterator[Callable[[], float]]:
         """What makes one pass with experts that are in slots, and gives its seconds."""
-        with self._routed(True, tokens) as step:
+        with self._routed(self._first, tokens) as step:
             step()
             yield step
 
+    def decode(self, seconds: float) -> tuple[TimedStep, ...]:
+        """Steps of one token each, with experts of which some are missed; the first third of them does not count."""
+        deadline, offload = time.perf_counter() + seconds, self._model.offload
+        with self._routed(self._next_drawn, 1) as step:
+            for end in (deadline - seconds * 2 / 3, deadline):
+                offload.forget_times()
+                for _ in range(LEAST_ROUNDS):
+                    self._token += 1
+                    step()
+                while time.perf_counter() < end:
+                    self._token += 1
+                    step()
+        found: tuple[TimedStep, ...] = offload.timed_steps()
+        return found
+
     @contextmanager
-    def _routed(self, some: bool, tokens: int) -> Iterator[Callable[[], float]]:
-        """What makes one pass, with the first top_k experts of every layer or with none."""
+    def _routed(self, choose: Callable[[int], torch.Tensor], tokens: int) -> Iterator[Callable[[], float]]:
+        """What makes one pass, every token with the experts [top_k] that `choose` gives for a layer."""
         with ExitStack() as stack:
             for layer, module in enumerate(self._modules):
-                stack.callback(reroute(module, partial(self._choose, layer, some)).remove)
+                stack.callback(reroute(module, partial(self._route, choose, layer)).remove)
             inputs = self._inputs(tokens)
             yield lambda: self._pass(inputs)
 
-    def _choose(self, layer: int, some: bool, ids: torch.Tensor) -> torch.Tensor:
+    def _route(self, choose: Callable[[int], torch.Tensor], layer: int, ids: torch.Tensor) -> torch.Tensor:
         self._called.add(layer)
-        top_k = self._top_k[layer]
-        fixed = torch.arange(top_k, dtype=ids.dtype, device=ids.device)  # made there: a copy would be waited for
-        return (fixed if some else torch.full_like(fixed, NONE)).expand(len(ids), top_k)
+        return choose(layer).to(ids.dtype).expand(len(ids), self._top_k[layer])
+
+    def _first(self, layer: int) -> torch.Tensor:
+        return torch.arange(self._top_k[layer], device=self._drawn.device)
+
+    def _none(self, layer: int) -> torch.Tensor:
+        return torch.full_like(self._first(layer), NONE)
+
+    def _next_drawn(self, layer: int) -> torch.Tensor:
+        return self._drawn[self._token % WANDERING_TOKENS, layer, : self._top_k[layer]]
 
     def _inputs(self, tokens: int) -> dict[str, Any]:
         ids = torch.zeros(1, tokens, dtype=torch.int64, device=self._backend.device)
@@ -176,6 +213,18 @@ class Steps:
         done.record(self._backend.compute)
         done.synchronize()
         return time.perf_counter() - began
+
+
+def _wandering(shape: CacheShape) -> np.ndarray:
+    """Ids [tokens, layers, top_k] of tokens that share some experts with the one before, the others drawn evenly."""
+    chance = np.random.default_rng(0)
+    ids = np.full((WANDERING_TOKENS, shape.layers, max(shape.top_k)), NONE, np.int64)
+    for layer, (num_experts, top_k) in enumerate(zip(shape.experts, shape.top_k, strict=True)):
+        worth = chance.random(num_experts)
+        for token in range(WANDERING_TOKENS):
+            worth = np.where(chance.random(num_experts) < STAYING, worth, chance.random(num_experts))
+            ids[token, layer, :top_k] = np.sort(np.argpartition(-worth, top_k - 1)[:top_k])
+    return ids
 
 
 def _reading(disk: DiskProbe, expert_bytes: int, seconds: float) -> tuple[float, float]:

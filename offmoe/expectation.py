@@ -63,7 +63,8 @@ def _busy_s(shape: CacheShape, options: CacheOptions, costs: CostModel, part: Pa
     """Seconds that computing on the device, the way in and computing beside a device would take by themselves."""
     stats, largest = part.stats, max(shape.expert_bytes)
     on_host = stats.host_computed if options.miss_costs is not None else 0
-    device = part.tokens * costs.dense_us_per_token + (stats.demands - on_host) * costs.expert_us_device
+    fetched = (stats.misses - on_host) * costs.fetch_us
+    device = part.tokens * costs.dense_us_per_token + (stats.demands - on_host) * costs.expert_us_device + fetched
     link = 0.0 if costs.h2d_gb_s is None else stats.h2d_bytes / costs.h2d_gb_s / 1e3
     disk = stats.disk_bytes / costs.disk_gb_s / 1e3
     host = on_host * costs.miss_costs(largest).host_us
@@ -73,7 +74,8 @@ def _busy_s(shape: CacheShape, options: CacheOptions, costs: CostModel, part: Pa
 def _seconds(shape: CacheShape, costs: CostModel, hit_rate: float) -> float:
     """Of a token, as if nothing were computed while experts arrive."""
     computing = costs.dense_us_per_token + costs.expert_us_device * sum(shape.top_k)
-    fetching = sum(k * costs.fetch_s(nbytes) for k, nbytes in zip(shape.top_k, shape.expert_bytes, strict=True))
+    fetches = zip(shape.top_k, shape.expert_bytes, strict=True)
+    fetching = sum(k * (costs.fetch_us * 1e-6 + costs.fetch_s(nbytes)) for k, nbytes in fetches)
     return max(computing * 1e-6 + (1 - hit_rate) * fetching, 1e-9)
 
 

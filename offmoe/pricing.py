@@ -3,9 +3,9 @@
 Nothing is measured here; the costs come from a profile. Bound: some 2 us per (step, layer). The model: a layer computes
 what is resident first, then every expert as it arrives; one fetch at a time occupies the way in; demands go before
 prefetches that have not started, and the fetches of all waves are asked for at once; what computing does not cover is
-stall. What the host computes beside a device is read like the rest, starts with the layer and ends before anything is
-computed with that was fetched. Rough for prompts, where the dense part of many tokens costs less than that many times
-one token's. Must never influence a plan (rule R1)."""
+stall. Asking for a fetch takes time from computing. What the host computes beside a device is read like the rest,
+starts with the layer and ends before anything is computed with that was fetched. Rough for prompts, where the dense
+part of many tokens costs less than that many times one token's. Must never influence a plan (rule R1)."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class Clock:
         self._scales = [nbytes / largest for nbytes in shape.expert_bytes]
         self._misses = costs.miss_costs(largest)
         self._expert_s = costs.expert_us_device * 1e-6
+        self._asking_s = costs.fetch_us * 1e-6
         self._dense_s = costs.dense_us_per_token * 1e-6 / shape.layers
         self._free_at = 0.0
         # Prefetches that have not started: when they were asked for, and whether they are to be read from disk.
@@ -50,6 +51,7 @@ class Clock:
             read = fetched.get(key, read)
             if read is not None:
                 self._fetch(key, self.now_s, read)
+                self.now_s += self._asking_s
         for i, key in enumerate(keys):
             if i == residents:
                 self._wait(host_done)

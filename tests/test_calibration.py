@@ -29,8 +29,24 @@ def test_figures(inspected) -> None:
     for name, value in found.items():
         assert value > 0 or name not in ("disk_gb_s", "dense_us_per_token", "ram_gb_s", "disk_gb_s_overlapped"), name
     assert said[0] == "copying"
-    assert said[-1] == "computing on the host beside reads"
+    assert said[-1] == "decoding with misses"
     assert not [t for t in threading.enumerate() if t.name.startswith("offmoe")]
+
+
+def test_decoding_with_misses(inspected) -> None:
+    model = load(inspected)
+    with model.offload as offload:
+        steps = calibration.Steps(model, inspected)
+        found = steps.decode(0.0)
+        assert len(found) == calibration.LEAST_ROUNDS
+        assert all(len(step.layers) == inspected.catalog.shape.layers for step in found)
+        offload.forget_times()
+        before = offload.stats()
+        found = steps.decode(0.3)
+        counts = offload.stats() - before
+        assert counts.hits > 0 < counts.misses
+        assert 0 < sum(plan.misses for step in found for _, plan in step.layers) <= counts.misses
+        assert sum(step.stall_s for step in found) <= counts.stall_s
 
 
 def test_steps_compute_with_what_is_in_slots(inspected) -> None:

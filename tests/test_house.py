@@ -41,6 +41,7 @@ FLOORS = {
     "offmoe.specialisation": "2 offline",
     "offmoe.token_types": "2 offline",
     "offmoe.pricing": "2 offline",
+    "offmoe.correction": "2 offline",
     "offmoe.tuning": "2 offline",
     "offmoe.search": "2 offline",
     "offmoe.predictions": "2 offline",

@@ -75,6 +75,16 @@ def test_a_slot_in_ram_is_filled_by_a_copy_that_the_next_read_does_not_wait_for(
     assert price([access(0, [1, 2])], costs=copied).now_s == pytest.approx(2e-3 + 0.5e-3)
 
 
+def test_asking_for_a_fetch_takes_time_from_computing():
+    asked = CostModel(disk_gb_s=0.001, expert_us_device=100.0, dense_us_per_token=400.0, fetch_us=50.0)
+    warm, one = access(0, [1, 2, 3, 4]), access(0, [1, 5])
+    before, after = (price(steps, costs=asked).now_s for steps in ([warm], [warm, one]))
+    assert after - before == pytest.approx(0.2e-3 + 1e-3 + 0.1e-3)  # it would wait for the fetch anyway
+    fast = CostModel(disk_gb_s=1000.0, expert_us_device=100.0, dense_us_per_token=400.0, fetch_us=50.0)
+    before, after = (price(steps, costs=fast).now_s for steps in ([warm], [warm, one]))
+    assert after - before == pytest.approx(0.2e-3 + 0.05e-3 + 0.2e-3, rel=1e-4)
+
+
 def test_what_passes_through_scratch_costs_what_a_fetch_does():
     first, then = access(0, [1, 2, 3, 4]), access(0, [5, 6])
     fetched, passed = (price([first, then], on_miss=how) for how in ("fetch", "cpu"))

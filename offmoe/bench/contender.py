@@ -123,12 +123,17 @@ class Contender:
         )
 
     def costs(self) -> Costs:
-        """Time of computing alone, with the routing fixed to experts in slots, and of copies to the device."""
+        """Time of computing alone, with the routing fixed to experts in slots, and of copies to the device; and what
+        the passes say about the costs that the task names.
+        """
         from offmoe.calibration import Steps
+        from offmoe.profile import CostModel
         from offmoe.runtime.probes import copy_gb_s
 
         if self._offload is None:
             return Costs(None, None)
+        priced = self._task.costs
+        corrected = priced and self._offload.corrected_costs(CostModel.from_dict(priced)).to_dict()
         if self._replayed is not None:
             self._replayed.detach()
         compute_s = None
@@ -139,7 +144,7 @@ class Contender:
             self._replayed.attach(self._experts())
         backend = self._inspected.backend
         link = None if backend.staging_counts else copy_gb_s(backend, LINK_BYTES)
-        return Costs(compute_s, link)
+        return Costs(compute_s, link, corrected)
 
     def peak(self) -> Peak:
         """The most memory so far."""

@@ -32,6 +32,7 @@ FIGURES = {
     "expert_us_host": ("one expert, one token, on the CPU", "us"),
     "expert_us_host_4": ("one expert, four tokens, on the CPU", "us"),
     "expert_us_host_overlapped": ("one expert, one token, on the CPU beside reading or copying", "us"),
+    "fetch_us": ("one fetch, of the thread that computes", "us"),
     "dense_us_per_token": ("all but the experts, per token", "us"),
 }
 

@@ -211,6 +211,8 @@ class Planner:
     ) -> tuple[tuple[Fetch, ...], Sequence[int]]:
         """Fetches of those that are worth the slot of another, the best first to choose; and those that are not."""
         pool, score = self._pools[layer], self._policies[layer].score
+        if not admission.replaces and pool.full:
+            return (), missing
         if len(protected) > FEW:
             protected = frozenset(protected)
         fetches, passing = [], []
