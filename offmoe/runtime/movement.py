@@ -53,8 +53,7 @@ class Mover:
         self._staging = HostBuffers(plan.buffers, store.buffer_bytes, register=backend.pin, unregister=backend.unpin)
         self._staged = [backend.event() for _ in range(plan.buffers)]
         self._idle: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for i in range(plan.buffers):
-            self._idle.put(i)
+        self.reclaim()
         try:  # after staging: where little can be pinned, that little is what everything passes through
             self._host = host_buffers(host_slots, store.buffer_bytes, backend) if host_slots else None
         except BaseException:
@@ -65,6 +64,13 @@ class Mover:
         self._piece_order = threading.Lock()
         self.queue = TicketQueue(READERS, plan.at_once, plan.ahead, self._idle.put)
         self._stop = threading.Event()
+
+    def reclaim(self) -> None:
+        """Every staging buffer is idle, when nothing is under way: an interrupt may have lost one in between."""
+        while not self._idle.empty():
+            self._idle.get()
+        for i in range(len(self._staged)):
+            self._idle.put(i)
 
     def stop(self) -> None:
         """Reads under way end at once, with an error."""
