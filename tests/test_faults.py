@@ -39,7 +39,7 @@ def model(request, folder, monkeypatch):
     engine = loaded.offload._executor._transfer
     loaded.offload.close()
     assert not [t for t in threading.enumerate() if isinstance(t, Reader)]
-    assert engine._mover._idle.qsize() == len(engine._mover._staged), "every staging buffer is back"
+    assert engine._queue.idle_buffers == len(engine._mover._staged), "every staging buffer is back"
     assert not getattr(backend, "pinned", None)
 
 

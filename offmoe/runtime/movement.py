@@ -10,7 +10,6 @@ Must never write to a slot before its turn, nor go on reading what nobody can wa
 from __future__ import annotations
 
 import functools
-import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -52,8 +51,6 @@ class Mover:
         plan = staging_plan(store.buffer_bytes)
         self._staging = HostBuffers(plan.buffers, store.buffer_bytes, register=backend.pin, unregister=backend.unpin)
         self._staged = [backend.event() for _ in range(plan.buffers)]
-        self._idle: queue.SimpleQueue[int] = queue.SimpleQueue()
-        self.reclaim()
         try:  # after staging: where little can be pinned, that little is what everything passes through
             self._host = host_buffers(host_slots, store.buffer_bytes, backend) if host_slots else None
         except BaseException:
@@ -62,15 +59,8 @@ class Mover:
         self._copied = [backend.event() for _ in range(host_slots)]
         self._pieces = deque(backend.event() for _ in range(PIECES_IN_FLIGHT))
         self._piece_order = threading.Lock()
-        self.queue = TicketQueue(READERS, plan.at_once, plan.ahead, self._idle.put)
+        self.queue = TicketQueue(READERS, plan, self._needs_buffer)
         self._stop = threading.Event()
-
-    def reclaim(self) -> None:
-        """Every staging buffer is idle, when nothing is under way: an interrupt may have lost one in between."""
-        while not self._idle.empty():
-            self._idle.get()
-        for i in range(len(self._staged)):
-            self._idle.put(i)
 
     def stop(self) -> None:
         """Reads under way end at once, with an error."""
@@ -86,16 +76,15 @@ class Mover:
 
     def move(self, ticket: Ticket) -> bool:
         """Whether there is nothing more to do: false for what has been read ahead and waits to be fetched."""
-        if ticket.buffer is None and ticket.fetch.host is not None:
-            self._move_through_ram(ticket)
+        if ticket.arrival is None and ticket.fetch.host is not None:
+            self._move_through_ram(ticket, ticket.fetch.host)
             return True
+        assert ticket.buffer is not None
         if ticket.arrival is None:
-            self._take_buffer(ticket)
-            assert ticket.buffer is not None
+            self._staged[ticket.buffer].synchronize()  # W3
             self._bring(ticket, self._staging.memory(ticket.buffer), self._staging.tensor(ticket.buffer))
             if self.queue.parks(ticket):
                 return False
-        assert ticket.buffer is not None
         buffer = self._staging.tensor(ticket.buffer)
         if ticket.fetch.host is None:
             self._land(ticket, buffer, self._staged[ticket.buffer])
@@ -106,29 +95,28 @@ class Mover:
         self._land(ticket, buffer, self._staged[ticket.buffer])
         return True
 
-    def _move_through_ram(self, ticket: Ticket) -> None:
-        key, host = ticket.fetch.key, ticket.fetch.host
+    def _move_through_ram(self, ticket: Ticket, host: int) -> None:
         assert self._host is not None
-        assert host is not None
+        key, i = ticket.fetch.key, ticket.buffer
         self._wait_for_ram(ticket)
         memory, tensor = self._host.memory(host), self._host.tensor(host)
-        if self._host.pinned(host) or not self._staging.pinned(0):
+        if i is None:
             if ticket.fetch.read:
                 self._bring(ticket, memory, tensor)
             self._land(ticket, tensor, self._copied[host])
             return
         if ticket.fetch.read:
             self._read_parts(ticket, lambda part: self._store.read_part(key, part, memory, self._stop))
-        self._take_buffer(ticket)  # a copy from memory that is not pinned would hold up the stream
-        assert ticket.buffer is not None
-        self._staging.tensor(ticket.buffer).copy_(tensor)
-        self._land(ticket, self._staging.tensor(ticket.buffer), self._staged[ticket.buffer])
+        self._staged[i].synchronize()
+        self._staging.tensor(i).copy_(tensor)
+        self._land(ticket, self._staging.tensor(i), self._staged[i])
 
-    def _take_buffer(self, ticket: Ticket) -> None:
-        """The queue takes it back when the ticket is done."""
-        i = self._idle.get()
-        self._staged[i].synchronize()  # W3
-        ticket.buffer = i
+    def _needs_buffer(self, ticket: Ticket) -> bool:
+        """Also where it comes from a RAM slot that is not pinned: a copy from there would hold up the stream."""
+        host = ticket.fetch.host
+        if host is None or self._host is None:
+            return True
+        return self._staging.pinned(0) and not self._host.pinned(host)
 
     def _wait_for_ram(self, ticket: Ticket) -> None:
         """Until the RAM slot of a ticket holds what is copied from there, or may be written to."""

@@ -6,8 +6,9 @@ longer what comes next, so newer ones go before it. At most half of the readers 
 many prefetches are queued or running, a demand finds a reader free and shares the disk with that half only, which
 bounds both the bytes in flight for prefetching and what a demand loses by it.
 
-What is read ahead has no slot, and keeps its staging buffer when it has been read (it is *parked*) until it is fetched
-or given up. Giving up stops a read between two parts.
+Staging buffers are given out here, in the order in which fetches are taken: a later one that has a buffer and waits for
+its turn could otherwise keep it from the one before it for ever. What is read ahead has no slot, and keeps its buffer
+when it has been read (it is *parked*) until it is fetched or given up. Giving up stops a read between two parts.
 
 Must never hand out a ticket after `close`, nor wait for anything but work."""
 
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from offmoe.runtime.staging import StagingPlan
 from offmoe.types import Fetch
 
 DEMAND, NEXT, LATER = 0, 1, 2
@@ -66,7 +68,7 @@ class Ticket:
         """Whether it is going into its slot: it can no longer be dropped."""
         self.dropped = False
         self.buffer: int | None = None
-        """The staging buffer that it is read into, from then on."""
+        """The staging buffer that it passes through, from when it is taken."""
         self.arrival: Arrival | None = None
         """How far its read is, from when it begins."""
         self.issued = threading.Event()
@@ -169,17 +171,15 @@ class SharedRead:
 class TicketQueue:
     """What readers do next. Callers hold `lock`, but not for `take`, `land`, `share` and `done`, which readers call."""
 
-    def __init__(self, readers: int, tickets: int, parked: int, release: Callable[[int], None]):
-        """readers: how many call `take`. tickets: how many of those may be under way at once; the others help.
-
-        parked: how many may be read ahead and not be fetched so far. release: takes a staging buffer back.
-        """
+    def __init__(self, readers: int, plan: StagingPlan, needs_buffer: Callable[[Ticket], bool]):
+        """readers: how many call `take`; those that may not take another ticket help. needs_buffer: of staging."""
         self.lock = threading.Condition()
         self.under_way: list[Ticket] = []
         self.parked: list[Ticket] = []
         self._shared: list[SharedRead] = []
-        self._tickets, self._most_parked, self._release = tickets, parked, release
-        self._ahead = max(1, tickets // 2)
+        self._plan, self._needs_buffer = plan, needs_buffer
+        self._idle = [*range(plan.buffers)]
+        self._ahead = max(1, plan.at_once // 2)
         self._ahead_readers = max(1, readers // 2)
         self._waiting: list[Ticket] = []
         self._order = itertools.count()
@@ -248,9 +248,17 @@ class TicketQueue:
     def _end(self, ticket: Ticket) -> None:
         """No reader will have anything to do with it any more."""
         if ticket.buffer is not None:
-            self._release(ticket.buffer)
+            self._idle.append(ticket.buffer)
             ticket.buffer = None
         ticket.issued.set()
+
+    def reclaim(self) -> None:
+        """Every staging buffer is idle, since nothing is under way: an interrupt may have lost one in between."""
+        self._idle = [*range(self._plan.buffers)]
+
+    @property
+    def idle_buffers(self) -> int:
+        return len(self._idle)
 
     def close(self) -> None:
         self._closed = True
@@ -265,6 +273,8 @@ class TicketQueue:
                 if self._may_take() and (first is None or self._waiting[0] < first.ticket):
                     ticket = heapq.heappop(self._waiting)
                     self.under_way.append(ticket)
+                    if ticket.buffer is None and self._needs_buffer(ticket):
+                        ticket.buffer = self._idle.pop()
                     return ticket
                 if first is not None:  # one after the other: the first is computed while the second is read
                     return first
@@ -312,9 +322,12 @@ class TicketQueue:
             self.lock.notify_all()
 
     def _may_take(self) -> bool:
-        if not self._waiting or len(self.under_way) >= self._tickets:
+        if not self._waiting or len(self.under_way) >= self._plan.at_once:
             return False
-        if self._waiting[0].priority == DEMAND:
+        first = self._waiting[0]
+        if first.buffer is None and not self._idle and self._needs_buffer(first):
+            return False
+        if first.priority == DEMAND:
             return True
         ahead = sum(t.priority != DEMAND for t in self.under_way)
-        return ahead < self._ahead and ahead + len(self.parked) < self._most_parked
+        return ahead < self._ahead and ahead + len(self.parked) < self._plan.ahead

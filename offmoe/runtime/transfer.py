@@ -168,7 +168,7 @@ class TransferEngine:
             under_way = self._queue.clear()  # not only those with a ticket: a read may be for a slot given away since
         for ticket in under_way:
             ticket.issued.wait()
-        self._mover.reclaim()
+        self._queue.reclaim()
         self._last_on = [None] * len(self._last_on)
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import offmoe.runtime.staging as staging_module
 import offmoe.runtime.transfer as transfer_module
 from offmoe.config import CacheOptions
 from offmoe.errors import TransferError
@@ -110,10 +111,17 @@ def slow_at_random(seed):
     return slow
 
 
+@pytest.fixture(params=["small", "large"])
+def size(request, monkeypatch):
+    """Large ones pass through two staging buffers, of which what is read ahead may hold one."""
+    if request.param == "large":
+        monkeypatch.setattr(staging_module, "FEW_BYTES", 0)
+
+
 @pytest.mark.parametrize("backend", [DeferredBackend, CpuBackend])
 @pytest.mark.parametrize("scope", ["layer", "model"])
 @pytest.mark.parametrize("slots", [3, 4, 7])
-def test_every_use_sees_its_expert(checkpoint, backend, scope, slots):
+def test_every_use_sees_its_expert(checkpoint, backend, scope, slots, size):
     rig = Rig(checkpoint, backend(), CacheOptions("lru", scope, slots, prefetch=3), slow_at_random(slots))
     try:
         wrong = sum(rig.run(access) for access in random_accesses(slots, 40))
@@ -143,7 +151,7 @@ def test_every_use_sees_its_expert_without_a_slot(checkpoint, on_miss, miss_cost
 @pytest.mark.parametrize("pins", [0, 8, 99], ids=["pageable", "some pinned", "pinned"])
 @pytest.mark.parametrize("scope", ["layer", "model"])
 @pytest.mark.parametrize(("slots", "host_slots"), [(3, 2), (4, 7), (3, (0, 3, 12))])
-def test_every_use_sees_its_expert_through_ram(checkpoint, scope, slots, host_slots, pins):
+def test_every_use_sees_its_expert_through_ram(checkpoint, scope, slots, host_slots, pins, size):
     reads, slow = [], slow_at_random(slots)
 
     def counted(descriptor, buffer, offset):
