@@ -18,6 +18,11 @@ import numpy as np
 
 TAIL_TOKENS = 64
 """Rows at the end of a step that say what decoding will need next (house.md, Decisions)."""
+PART_BYTES = 8 * 1024 * 1024
+"""Of an expert that a reader brings in one system call, at most. Several readers share one that is larger, since one
+alone does not keep the disk busy (one reader 1.4 GB/s, four 2.1 on the disk of docs/measurements.md); what one has read
+is copied while the others read; and between two parts a read can be stopped.
+"""
 
 
 class ExpertKey(NamedTuple):
@@ -59,13 +64,15 @@ class Access(NamedTuple):
 class Fetch(NamedTuple):
     """One movement of one expert into a device slot, forgetting what the slot held (`evicted`, None if it was free).
 
-    It comes from RAM slot `host`; `read`: after having been read there from disk. No host: it is read past RAM."""
+    It comes from RAM slot `host`; `read`: after having been read there from disk. No host: it is read past RAM.
+    `ahead`: reading it began when the layer before ran (`Plan.ahead`), and was counted then."""
 
     key: ExpertKey
     slot: int
     evicted: ExpertKey | None
     host: int | None = None
     read: bool = True
+    ahead: bool = False
 
 
 class Wave(NamedTuple):
@@ -81,6 +88,8 @@ class Wave(NamedTuple):
 class Plan(NamedTuple):
     """What to do for one access. Waves run in order; prefetches (of the next layer) start after the last one.
 
+    `ahead` are experts that the next layer may want and that are on disk. Reading them begins behind the fetches of
+    this plan; they get no slot before they are demanded, and what the next plan does not fetch is not read further.
     `hits`, `pending` and `misses` count demands; `host_computed` of the misses get no slot. On a device whose memory is
     the host's they pass through scratch slots in `waves`, like the others. Beside a device with memory of its own, the
     host computes the waves `on_host` from scratch slots in RAM; they are fetched first, and computed while the device
@@ -94,6 +103,7 @@ class Plan(NamedTuple):
     misses: int
     host_computed: int = 0
     on_host: tuple[Wave, ...] = ()
+    ahead: tuple[ExpertKey, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,10 +126,11 @@ class CacheShape:
 class CacheStats:
     """Counts of what a cache did, folded from plans; the same class for one layer and for a whole model.
 
-    hits + pending + misses == demands. Bytes are those of fetches and prefetches. `h2d_bytes` arrived in device slots
-    (on a CPU the slots are RAM), `disk_bytes` were read from disk, the rest came from the host tier. What the host
-    computes beside a device never arrives there, but may have been read. `stall_s` is time and no part of `==`: seconds
-    that computing waited for an expert. Snapshots subtract."""
+    hits + pending + misses == demands; pending ones were prefetched, into a slot or read ahead without one. Bytes are
+    those of fetches and prefetches; what is read ahead counts as a whole, however soon it was stopped. `h2d_bytes`
+    arrived in device slots (on a CPU the slots are RAM), `disk_bytes` were read from disk, the rest came from the host
+    tier. What the host computes beside a device never arrives there, but may have been read. `stall_s` is time and no
+    part of `==`: seconds that computing waited for an expert. Snapshots subtract."""
 
     hits: int = 0
     pending: int = 0
@@ -153,10 +164,10 @@ class CacheStats:
         for wave in plan.waves:
             if wave.fetches:
                 fetched += len(wave.fetches)
-                read += sum([fetch.read for fetch in wave.fetches])
+                read += sum([fetch.read and not fetch.ahead for fetch in wave.fetches])
                 evicted += sum([fetch.evicted is not None for fetch in wave.fetches])
         for wave in plan.on_host:
-            read += sum([fetch.read for fetch in wave.fetches])
+            read += sum([fetch.read and not fetch.ahead for fetch in wave.fetches])
         nbytes = shape.expert_bytes[layer]
         for stats in (self, self.by_layer[layer]):
             stats.hits += plan.hits
@@ -174,6 +185,10 @@ class CacheStats:
                 stats.evictions += fetch.evicted is not None
                 stats.h2d_bytes += shape.expert_bytes[target]
                 stats.disk_bytes += shape.expert_bytes[target] * fetch.read
+        for key in plan.ahead:
+            for stats in (self, self.by_layer[key.layer]):
+                stats.prefetched += 1
+                stats.disk_bytes += shape.expert_bytes[key.layer]
 
     def stalled(self, layer: int, seconds: float) -> None:
         self.stall_s += seconds

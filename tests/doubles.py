@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from offmoe.runtime import transfer
+from offmoe.runtime import movement, transfer
 from offmoe.runtime.backend import CpuBackend
 
 
@@ -121,15 +121,28 @@ class DeviceBesideRam(DeferredBackend):
         self.pinned.remove(address)
 
 
-def without(wait, module=transfer):
-    """transfer.py, or another module that waits, with the line of one wait taken out."""
+def without(wait, module=movement):
+    """movement.py, or another module that waits, with the line of one wait taken out."""
     assert module.__file__ is not None
-    source = Path(module.__file__).read_text()
-    lines = source.splitlines()
+    lines = Path(module.__file__).read_text().splitlines()
     found = [i for i, line in enumerate(lines) if line.endswith(f"  # {wait}")]
     assert len(found) == 1, f"{wait} must stand in {module.__file__} exactly once"
     lines[found[0]] = lines[found[0]][: len(lines[found[0]]) - len(lines[found[0]].lstrip())] + "pass"
-    spec = importlib.util.spec_from_loader(f"{module.__name__}_without_{wait}", loader=None)
+    return made_of(lines, f"{module.__name__} without {wait}")
+
+
+def engine_without(wait):
+    """transfer.py with the line of one wait taken out of it, or out of what moves for it."""
+    if wait == "W1":
+        return without(wait, transfer)
+    made = made_of(Path(transfer.__file__).read_text().splitlines(), f"{transfer.__name__} without {wait}")
+    made.Mover = without(wait).Mover
+    return made
+
+
+def made_of(lines, name):
+    """A module of these lines."""
+    spec = importlib.util.spec_from_loader(name, loader=None)
     made = importlib.util.module_from_spec(spec)
-    exec(compile("\n".join(lines), f"{module.__name__} without {wait}", "exec"), made.__dict__)
+    exec(compile("\n".join(lines), name, "exec"), made.__dict__)
     return made

@@ -14,6 +14,7 @@ import offmoe
 import offmoe.inspection
 from offmoe.errors import OffmoeError, ShardChangedError, TransferError
 from offmoe.runtime.backend import CpuBackend
+from offmoe.runtime.staging import staging_plan
 from offmoe.runtime.transfer import Reader
 from offmoe.types import ExpertKey, Fetch
 from tests import tiny
@@ -32,13 +33,13 @@ def model(request, folder, monkeypatch):
     monkeypatch.setattr(offmoe.inspection, "select_backend", lambda name: backend)
     if isinstance(backend, DeviceBesideRam):
         read = max(e.read for e in offmoe.inspection.inspect(folder, offmoe.OffloadConfig(slots_per_layer=3)).experts)
-        backend.ram = (5 + 3 * 3) * read
+        backend.ram = (staging_plan(read).buffers + 3 * 3) * read
     loaded = offmoe.from_pretrained(folder, slots_per_layer=3, prefetch=2)
     yield loaded
     engine = loaded.offload._executor._transfer
     loaded.offload.close()
     assert not [t for t in threading.enumerate() if isinstance(t, Reader)]
-    assert engine._idle.qsize() == len(engine._staged), "every staging buffer is back"
+    assert engine._queue.idle_buffers == len(engine._mover._staged), "every staging buffer is back"
     assert not getattr(backend, "pinned", None)
 
 
@@ -92,7 +93,7 @@ def test_a_typed_error_or_the_right_tokens(model, fault, nth):
     want = generate(model)
     executor = model.offload._executor
     executor.forget()
-    store = executor._transfer._store
+    store = executor._transfer._mover._store
     right = store._read_at
     store._read_at = Faulty(store, nth, times, what)
     raised = got = None
@@ -152,7 +153,7 @@ def test_ctrl_c_at_random_points(model, points, interrupts):
 
 def test_closing_while_prefetches_are_read(model):
     generate(model)
-    store = model.offload._executor._transfer._store
+    store = model.offload._executor._transfer._mover._store
     begun, go_on, read = threading.Event(), threading.Event(), store._read_at
 
     def slow(*arguments):

@@ -308,7 +308,7 @@ def test_the_hammer_notices_a_missing_wait(wide, resident, monkeypatch, without)
     with model.offload:
         engine = model.offload._executor._transfer
         if without == "W3":
-            engine._staged = [DeafEvent() for _ in engine._staged]
+            engine._mover._staged = [DeafEvent() for _ in engine._mover._staged]
         assert not same(many_steps(model, 4), resident[:4])
         torch.cuda.synchronize()  # copies may still read staging buffers that nothing waits for
 
@@ -345,7 +345,7 @@ def test_one_wait_of_the_host_per_layer(demo_prompts, record_property, prefetch)
 def test_staging_is_pinned_until_closed(wide):
     model = offmoe.from_pretrained(wide, device=DEVICE, slots_per_layer=2)
     with model.offload:
-        staging = model.offload._executor._transfer._staging
+        staging = model.offload._executor._transfer._mover._staging
         buffers = [staging.tensor(i) for i in range(len(staging))]
         assert all(staging.pinned(i) for i in range(len(staging)))
         assert all(buffer.is_pinned() for buffer in buffers)

@@ -52,8 +52,8 @@ def test_experts_are_nowhere_in_the_model(model):
     names = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
     assert not any("experts" in name for name in names)
     plan = model.offload.memory()
-    assert plan.slots == 3 * 3 * model.offload._executor._transfer._arena.nbytes // len(
-        model.offload._executor._transfer._arena
+    assert plan.slots == 3 * 3 * model.offload._executor._transfer._mover._arena.nbytes // len(
+        model.offload._executor._transfer._mover._arena
     )
     assert not any(p.requires_grad for p in model.parameters())
 
@@ -235,7 +235,7 @@ def test_a_closed_model_gives_its_slots_back(folder):
     """At once, not when the garbage collector comes by: what it leaves behind are circles."""
     model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3)
     generate(model)
-    slots = StorageWeakRef(model.offload._executor._transfer._arena.memory.untyped_storage())
+    slots = StorageWeakRef(model.offload._executor._transfer._mover._arena.memory.untyped_storage())
     assert not slots.expired()
     model.offload.close()
     assert slots.expired()
@@ -246,7 +246,7 @@ def test_after_a_failure_the_next_generation_is_right(folder, monkeypatch):
     model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3)
     with model.offload:
         want = generate(stock)
-        store, calls = model.offload._executor._transfer._store, []
+        store, calls = model.offload._executor._transfer._mover._store, []
         original = store.read_part
 
         def fails_once(key, part, buffer, stop=None):
@@ -283,7 +283,7 @@ def test_a_shard_replaced_while_in_use_is_noticed(folder):
     model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=2, prefetch=0)
     with model.offload:
         generate(model)
-        store = model.offload._executor._transfer._store
+        store = model.offload._executor._transfer._mover._store
         store._clock = lambda: 1e9  # the next look at the shards is due
         for shard in sorted(folder.glob("*.safetensors")):
             other = shard.with_suffix(".new")
@@ -301,10 +301,10 @@ def test_a_model_on_the_deferred_device_computes_the_same(folder, monkeypatch):
     for slots, prefetch in ((2, 0), (3, 2), (3, "auto"), (8, 0)):
         model = offmoe.from_pretrained(folder, slots_per_layer=slots, prefetch=prefetch)
         with model.offload:
-            engine, arena = model.offload._executor._transfer, model.offload._executor._transfer._arena
+            engine, arena = model.offload._executor._transfer, model.offload._executor._transfer._mover._arena
             backend.regions.clear()
             for slot in range(len(arena)):
-                backend.guard(arena.bytes(slot), engine._last_read[slot])
+                backend.guard(arena.bytes(slot), engine._mover.last_read[slot])
             assert torch.equal(generate(model), want)
 
 
@@ -357,7 +357,7 @@ def test_a_model_collected_by_a_reader_closes_without_waiting_for_itself(folder)
     model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3)
     engine, finalizer = model.offload._executor._transfer, model.offload._finalizer
     closed = threading.Event()
-    engine._store.read_part = lambda *_: (finalizer(), closed.set())
+    engine._mover._store.read_part = lambda *_: (finalizer(), closed.set())
     engine.fetch([Fetch(ExpertKey(0, 0), 0, None)])
     assert closed.wait(20)
     for thread in [*engine._threads, *(t for t in threading.enumerate() if t.name == "offmoe-closing")]:
@@ -388,7 +388,7 @@ def test_a_relative_folder_survives_a_change_of_directory(folder, monkeypatch):
     model = offmoe.from_pretrained("model", device="cpu", slots_per_layer=2)
     with model.offload:
         monkeypatch.chdir("/")
-        model.offload._executor._transfer._store._clock = lambda: 1e9
+        model.offload._executor._transfer._mover._store._clock = lambda: 1e9
         generate(model)
 
 

@@ -71,7 +71,7 @@ def model_bytes(
     """
     config = meta_model.config
     buffer_bytes = max(expert.read for expert in experts)
-    staging = staging_plan(buffer_bytes)[1] * buffer_bytes if staging_counts else 0
+    staging = staging_plan(buffer_bytes).buffers * buffer_bytes if staging_counts else 0
     text = config.get_text_config()
     limit = int(getattr(text, "max_position_embeddings", None) or 0)
     widest = max(int(getattr(text, "vocab_size", 0)), 8 * int(text.hidden_size))

@@ -82,6 +82,10 @@ class Planner:
         self._scales = [nbytes / largest for nbytes in shape.expert_bytes]
         self._ram = self.num_host_slots > 0
         self.may_prefetch = options.prefetch != 0
+        self._ahead: tuple[int, Collection[int]] = 0, ()
+        """Layer and keys that the last plan has begun to read for it."""
+        self._came: Collection[int] = ()
+        """What of this access was read ahead."""
 
     def wants_prediction(self, layer: int) -> bool:
         """Whether a prediction for `layer` could change a plan now: it is worth computing one."""
@@ -100,7 +104,10 @@ class Planner:
         keys = [first + e for e in experts] if first else experts
         here, missing, pending = pool.split(keys)
         if self.may_prefetch:
-            self._prefetch.demanded(layer, experts, len(missing))
+            ahead_of, on_their_way = self._ahead
+            self._came = [key for key in missing if key in on_their_way] if ahead_of == layer else ()
+            self._ahead = 0, ()
+            self._prefetch.demanded(layer, experts, len(missing) - len(self._came))
         policy.used(keys, demands, access.tail)
         host = self._host[layer]
         if host is not None:
@@ -119,8 +126,10 @@ class Planner:
             waves = (self._wave(layer, here, self._admit(layer, missing, keys) if missing else ()),)
         else:
             waves = self._waves(layer, here, missing)
-        prefetches = self._prefetches(layer + 1, access) if access.predicted else ()
-        return Plan(layer, waves, prefetches, len(here) - pending, pending, len(missing), passing)
+        came, self._came = len(self._came), ()
+        prefetches, ahead = self._prefetches(layer + 1, access) if access.predicted else ((), ())
+        hits, misses = len(here) - pending, len(missing) - came
+        return Plan(layer, waves, prefetches, hits, pending + came, misses, passing, (), ahead)
 
     def _selective(
         self, layer: int, admission: AdmissionPolicy, here: Sequence[int], missing: Sequence[int], keys: Sequence[int]
@@ -187,11 +196,12 @@ class Planner:
         if through and waves[0].fetches:  # what is there already is computed beside the host
             first, fetches = waves[0].experts, waves[0].fetches
             waves = (Wave(first[: -len(fetches)], ()), Wave(first[-len(fetches) :], fetches), *waves[1:])
-        prefetches = self._prefetches(layer + 1, access) if access.predicted else ()
+        came, self._came = len(self._came), ()
+        prefetches, ahead = self._prefetches(layer + 1, access) if access.predicted else ((), ())
         if access.tail == 1 and through and admission.replaces:
             prefetches += self._fill(layer, through, chances, protected)
-        hits = len(here) - pending
-        return Plan(layer, waves, prefetches, hits, pending, len(missing), len(computed), through)
+        hits, misses = len(here) - pending, len(missing) - came
+        return Plan(layer, waves, prefetches, hits, pending + came, misses, len(computed), through, ahead)
 
     def _fill(
         self, layer: int, through: Sequence[Wave], chances: Mapping[int, float], protected: Collection[int]
@@ -252,14 +262,15 @@ class Planner:
         base, (slot, evicted) = self._base[layer], admission
         wanted = self._key_of[base + key]
         forgotten = None if evicted is None else self._key_of[base + evicted]
+        came = key in self._came
         if not self._ram:
-            return Fetch(wanted, slot, forgotten)
+            return Fetch(wanted, slot, forgotten, ahead=came) if came else Fetch(wanted, slot, forgotten)
         if forgotten is not None and (before := self._host[forgotten.layer]) is not None:
             before.left(forgotten.expert)
         host = self._host[layer]
         if host is None:
-            return Fetch(wanted, slot, forgotten)
-        return Fetch(wanted, slot, forgotten, *host.place(wanted.expert, on_device=slot < self.num_slots))
+            return Fetch(wanted, slot, forgotten, ahead=came)
+        return Fetch(wanted, slot, forgotten, *host.place(wanted.expert, on_device=slot < self.num_slots), came)
 
     def _wave(self, layer: int, here: Sequence[int], fetches: tuple[Fetch, ...]) -> Wave:
         """Residents `here`, then what is fetched."""
@@ -284,29 +295,36 @@ class Planner:
             waves.append(self._wave(layer, (), self._admit(layer, wave, {*held, *wave})))
         return _victims_first(waves) if here else tuple(waves)
 
-    def _prefetches(self, layer: int, access: Access) -> tuple[Fetch, ...]:
-        """Of what `access`, of the layer before, predicts for `layer`."""
+    def _prefetches(self, layer: int, access: Access) -> tuple[tuple[Fetch, ...], tuple[ExpertKey, ...]]:
+        """Of what `access`, of the layer before, predicts for `layer`: what is copied from RAM into a slot, and what is
+        read ahead from disk.
+        """
         if not self._prefetch.wants_prediction(layer):
-            return ()
-        pool, first = self._pools[layer], self._first_key[layer]
+            return (), ()
+        pool, first, ram = self._pools[layer], self._first_key[layer], self._host[layer]
         predicted = access.predicted[: pool.capacity]
         missing = pool.split([first + e for e in predicted])[1]
         if not missing:
-            return ()
+            return (), ()
         away = frozenset(missing)
         candidates = [Candidate(rank, e) for rank, e in enumerate(predicted) if first + e in away]
         chosen = self._prefetch.choose(layer, candidates, single=access.tail == 1)
         if not chosen:
-            return ()
+            return (), ()
         protected = {first + e for e in predicted}
         fetches: list[Fetch] = []
+        ahead: list[int] = []
         for _, expert in chosen:
+            if ram is None or not ram.holds(expert):
+                ahead.append(expert)
+                continue
             admission = pool.admit(first + expert, protected, pending=True)
             if admission is None:
                 break
             fetches.append(self._fetch(layer, first + expert, admission))
-        self._prefetch.issued(len(fetches))
-        return tuple(fetches)
+        self._prefetch.issued(layer, len(fetches) + len(ahead))
+        self._ahead = layer, [first + expert for expert in ahead]
+        return tuple(fetches), tuple([ExpertKey(layer, expert) for expert in ahead])
 
     def missing(self, layer: int, experts: Sequence[int]) -> list[int]:
         """Which experts of a layer have no slot now; mutates nothing."""

@@ -1,9 +1,11 @@
 """Which predictions to act on, and when to stop.
 
-Nothing moves. A prefetch that the next access of its layer does not demand is a read for nothing: it delays what is
-demanded and costs a resident. How much time a right one saves depends on how long computing takes beside a read, which
-counts do not know, so "auto" holds on to what is true of any machine: where computing costs nothing, time is reads, and
-reads for nothing are the whole loss. They are kept below one in `READS_PER_WASTE` of the reads that were needed.
+Nothing moves. A prefetch that the next access of its layer does not demand is a read for nothing, which delays what is
+demanded. How much time a right one saves depends on how long computing takes beside a read, which counts do not know.
+So "auto" assumes little (`HIDDEN`) and holds on to what is true of any machine: a read of many parts is stopped when
+it turns out to be for nothing, and has cost one of them; a read of one part has cost all of it. What is lost by that is
+kept below one in `READS_PER_WASTE` of the reads that were needed, and below a few of them where reads can be stopped,
+since then it is lost only where the disk is what computing waits for.
 
 Whether predictions are good is learned without reading: a prediction that is only noted is as right or wrong as one
 that is fetched. Counts only, no clocks (rule R1): replay takes the same decisions. State is plain integers."""
@@ -13,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from offmoe.types import CacheShape
+from offmoe.types import PART_BYTES, CacheShape
 
 WORTH_BYTES = 1 << 20
 """Of one expert. Foretelling takes a norm, a router and a ranking, some 0.1 ms per layer; of the demo model's experts,
@@ -35,8 +37,8 @@ class PrefetchPolicy(Protocol):
     def choose(self, layer: int, candidates: Sequence[Candidate], *, single: bool) -> Sequence[Candidate]:
         """Those to fetch ahead for the next access of `layer`. single: for a step of one token."""
 
-    def issued(self, count: int) -> None:
-        """So many of the chosen ones, the first, were started."""
+    def issued(self, layer: int, count: int) -> None:
+        """So many of those chosen for `layer`, the first, were started."""
 
     def demanded(self, layer: int, experts: Sequence[int], misses: int) -> None:
         """`layer` demands these experts now, of which so many have no slot."""
@@ -54,7 +56,7 @@ class FixedPrefetch:
     def choose(self, layer: int, candidates: Sequence[Candidate], *, single: bool) -> Sequence[Candidate]:
         return candidates[: self._count]
 
-    def issued(self, count: int) -> None:
+    def issued(self, layer: int, count: int) -> None:
         pass
 
     def demanded(self, layer: int, experts: Sequence[int], misses: int) -> None:
@@ -66,21 +68,28 @@ class AutoPrefetch:
 
     Layers differ, and so do places within a layer's prediction (of the demo model's misses at 2 of 8 slots the first
     is right in .64 to .98 by layer, the second in .47 to .78), so each (layer, place) is judged by itself, and steps of
-    many tokens apart from those of one. A place is trusted from `TRUST` on and until it falls below `DISTRUST`. A layer
-    that has no trusted place after `TRIAL` accesses asks for no predictions for a while, which doubles each time."""
+    many tokens apart from those of one. A place is trusted while what the right ones hide is worth what the wrong ones
+    cost, and at first when it is better than that by `MARGIN`. A layer that has no trusted place after `TRIAL` accesses
+    asks for no predictions for a while, which doubles each time."""
 
-    TRUST, DISTRUST = 0.9, 0.8
+    HIDDEN, MARGIN = 0.25, 0.1
+    """Of the time of a read, what computing hides; of predictions, 0.8 must be right where reads have one part."""
     EVIDENCE, MEMORY = 24, 96
     """Predictions that a place is judged by, at least and at most."""
     TRIAL = 128
     PAUSE, LONGEST = 128, 2048
     """Accesses of the layer."""
     READS_PER_WASTE, BURST = 64, 16
+    STOPPED = 4
+    """By so much less again does a read for nothing count that can be stopped."""
 
-    def __init__(self, top_k: tuple[int, ...]):
-        self._places = [_Places(k) for k in top_k]
+    def __init__(self, top_k: tuple[int, ...], expert_bytes: tuple[int, ...]):
+        parts = [-(-nbytes // PART_BYTES) for nbytes in expert_bytes]
+        self._places = [_Places(k, 1 / (1 + self.HIDDEN * n)) for k, n in zip(top_k, parts, strict=True)]
+        self._waste = [max(1, self.READS_PER_WASTE // (self.STOPPED * n if n > 1 else 1)) for n in parts]
+        """Of a read for nothing, in units of 1 / READS_PER_WASTE of a read."""
         self._allowed = 0
-        """Reads for nothing that are allowed now, in units of 1 / READS_PER_WASTE; those under way count as such."""
+        """In these units; those under way count as for nothing."""
 
     def wants_prediction(self, layer: int) -> bool:
         return self._places[layer].pause == 0
@@ -92,18 +101,18 @@ class AutoPrefetch:
         places.single = single
         places.waiting = candidates[: places.top_k]
         places.fetched = [c for c in places.waiting if places.trusted[places.of(c)]]
-        del places.fetched[self._allowed // self.READS_PER_WASTE :]
+        del places.fetched[max(0, self._allowed) // self._waste[layer] :]
         return places.fetched
 
-    def issued(self, count: int) -> None:
-        self._allowed -= count * self.READS_PER_WASTE
+    def issued(self, layer: int, count: int) -> None:
+        self._allowed -= count * self._waste[layer]
 
     def demanded(self, layer: int, experts: Sequence[int], misses: int) -> None:
         places = self._places[layer]
         if places.waiting:
             used = sum([c.expert in experts for c in places.fetched])
             misses += used
-            self._allowed += used * self.READS_PER_WASTE
+            self._allowed += used * self._waste[layer]
             places.judge(experts)
         self._allowed = min(self._allowed + misses, self.BURST * self.READS_PER_WASTE)
         places.pass_time()
@@ -112,8 +121,10 @@ class AutoPrefetch:
 class _Places:
     """What is known of the predictions for one layer."""
 
-    def __init__(self, top_k: int):
+    def __init__(self, top_k: int, enough: float):
+        """enough: the share of right predictions below which a place is not trusted."""
         self.top_k = top_k
+        self._enough = enough
         self.trusted = [False] * (top_k + 1)  # by place; the last: all places of steps of many tokens
         self.pause = 0
         self.single = True
@@ -136,7 +147,7 @@ class _Places:
             judged[place] += 1
             right[place] += candidate.expert in experts
             if judged[place] >= AutoPrefetch.EVIDENCE:
-                bar = AutoPrefetch.DISTRUST if self.trusted[place] else AutoPrefetch.TRUST
+                bar = self._enough + AutoPrefetch.MARGIN * (not self.trusted[place])
                 self.trusted[place] = right[place] >= bar * judged[place]
             if judged[place] >= AutoPrefetch.MEMORY:
                 judged[place] //= 2
@@ -160,4 +171,4 @@ def build_prefetch(option: int | str, shape: CacheShape) -> PrefetchPolicy:
     """Of the option `prefetch`: a number, or "auto", which leaves experts alone that are read as fast as foretold."""
     if not isinstance(option, str):
         return FixedPrefetch(option)
-    return AutoPrefetch(shape.top_k) if max(shape.expert_bytes) >= WORTH_BYTES else FixedPrefetch(0)
+    return AutoPrefetch(shape.top_k, shape.expert_bytes) if max(shape.expert_bytes) >= WORTH_BYTES else FixedPrefetch(0)

@@ -41,7 +41,7 @@ class DiskProbe:
         """shards: what the store reads; dropped from the page cache now."""
         self._store, self._keys = store, list(keys)
         self._random = random.Random(0)
-        self.at_once = staging_plan(store.buffer_bytes)[0]
+        self.at_once = staging_plan(store.buffer_bytes).at_once
         self._buffers = HostBuffers(self.at_once, store.buffer_bytes)
         drop_page_cache(shards)
 

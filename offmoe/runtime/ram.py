@@ -59,7 +59,7 @@ def plan_host(
             )
         return None
     slot = aligned(read_bytes, ALIGNMENT)
-    staging = staging_plan(read_bytes)[1] * slot
+    staging = staging_plan(read_bytes).buffers * slot
     needed = staging + scratch
     budget = max(0, free - taken)
     if config.host_memory != "auto":

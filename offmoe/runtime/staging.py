@@ -6,6 +6,7 @@ buffer for each expert that is read at once."""
 from __future__ import annotations
 
 import logging
+from typing import NamedTuple
 
 from offmoe.runtime.arena import HostBuffers
 from offmoe.runtime.backend import Backend
@@ -16,13 +17,29 @@ READERS = 4
 """Threads; they reach the disk's limit for 5 MB and 50 MB experts alike (io.md section 1)."""
 
 
-def staging_plan(buffer_bytes: int) -> tuple[int, int]:
-    """How many experts of this size are read at once, and staging buffers for them.
+FEW_BYTES = 64 << 20
+MOST_AHEAD = 8
 
-    Above 64 MB two, each by several readers and in a buffer of its own, which keeps the buffers of 352 MB experts at
-    0.7 GB: while one is read the other is copied. Smaller ones have a buffer more, so that none waits for its own copy.
+
+class StagingPlan(NamedTuple):
+    """Experts that are read at once, staging buffers, and how many of these what is read ahead may hold."""
+
+    at_once: int
+    buffers: int
+    ahead: int
+
+
+def staging_plan(buffer_bytes: int) -> StagingPlan:
+    """For experts of this size.
+
+    Above 64 MB two at once, each by several readers and in a buffer of its own, which keeps the buffers of 352 MB
+    experts at 0.7 GB: while one is read the other is copied. Smaller ones have a buffer more, so that none waits for
+    its own copy, and as many as fit in 64 MB may be read ahead.
     """
-    return (READERS, READERS + 1) if buffer_bytes <= 64 << 20 else (READERS // 2, READERS // 2)
+    if buffer_bytes > FEW_BYTES:
+        return StagingPlan(READERS // 2, READERS // 2, 1)
+    ahead = min(MOST_AHEAD, max(2, FEW_BYTES // max(1, buffer_bytes)))
+    return StagingPlan(READERS, READERS - 1 + ahead, ahead)
 
 
 def host_buffers(count: int, nbytes: int, backend: Backend) -> HostBuffers:

@@ -27,7 +27,7 @@ import torch
 from offmoe.errors import CheckpointError, MissingTensorError, ShardChangedError, TransferError
 from offmoe.runtime.checkpoint import identity
 from offmoe.runtime.formats import ExpertRecord, aligned
-from offmoe.types import ExpertKey
+from offmoe.types import PART_BYTES, ExpertKey
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +36,6 @@ ALIGNMENT = 4096
 
 READ_THROUGH_BYTES = 64 * 1024
 """Gaps below this are read rather than skipped: another request costs more than their bytes."""
-
-PART_BYTES = 8 * 1024 * 1024
-"""Of one system call at most. Several readers share an expert that is larger, since one alone does not keep the disk
-busy (one reader 1.4 GB/s, four 2.1 on the disk of docs/measurements.md), and what one has read is copied while the
-others read.
-"""
 
 CHECK_EVERY_S = 1.0
 """Between two looks at a shard's identity. Every system call may cost a switch of the interpreter lock, up to 5 ms."""

@@ -6,6 +6,10 @@ longer what comes next, so newer ones go before it. At most half of the readers 
 many prefetches are queued or running, a demand finds a reader free and shares the disk with that half only, which
 bounds both the bytes in flight for prefetching and what a demand loses by it.
 
+Staging buffers are given out here, in the order in which fetches are taken: a later one that has a buffer and waits for
+its turn could otherwise keep it from the one before it for ever. What is read ahead has no slot, and keeps its buffer
+when it has been read (it is *parked*) until it is fetched or given up. Giving up stops a read between two parts.
+
 Must never hand out a ticket after `close`, nor wait for anything but work."""
 
 from __future__ import annotations
@@ -13,19 +17,26 @@ from __future__ import annotations
 import heapq
 import itertools
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
-from offmoe.types import ExpertKey, Fetch
+import torch
+
+from offmoe.runtime.staging import StagingPlan
+from offmoe.types import Fetch
 
 DEMAND, NEXT, LATER = 0, 1, 2
 """Somebody waits for it; the layer that comes next may want it; a layer that has run did not."""
+NO_SLOT = -1
+"""Of what is read ahead."""
 
 
 class Ticket:
     """One fetch on its way."""
 
     __slots__ = (
+        "arrival",
         "behind",
+        "buffer",
         "dropped",
         "error",
         "fetch",
@@ -54,8 +65,12 @@ class Ticket:
         self.next: Ticket | None = None
         """What lands in the same slot after this one has been computed with."""
         self.landing = False
-        """Whether it is past its read and going into its slot: it can no longer be dropped or sent elsewhere."""
+        """Whether it is going into its slot: it can no longer be dropped."""
         self.dropped = False
+        self.buffer: int | None = None
+        """The staging buffer that it passes through, from when it is taken."""
+        self.arrival: Arrival | None = None
+        """How far its read is, from when it begins."""
         self.issued = threading.Event()
         """Set when the copy into the slot has been given to the copy stream, has failed, or will not be."""
         self.error: BaseException | None = None
@@ -69,11 +84,35 @@ class Ticket:
         turned = self.turn is None or self.turn.is_set()
         return turned and (self.previous is None or self.previous.issued.is_set())
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether what is left of its read is for nothing; what RAM is to keep is read all the same."""
+        return self.dropped and self.fetch.host is None
+
     def drop(self) -> None:
         """It goes nowhere any more; a reader that waits for its turn need not."""
         self.dropped = True
         if self.turn is not None:
             self.turn.set()
+
+
+class Arrival:
+    """The parts of an expert that are in host memory and not in its slot so far."""
+
+    def __init__(self) -> None:
+        self.runs: Sequence[torch.Tensor | None] | None = None
+        """Per segment the slot's memory that it goes to as it is (`Assembly.runs`); None before landing has begun."""
+        self.lock = threading.Lock()
+        self._parts: list[int] = []
+
+    def add(self, part: int) -> None:
+        with self.lock:
+            self._parts.append(part)
+
+    def take(self) -> int | None:
+        """A part that nobody else will copy; None if there is none."""
+        with self.lock:
+            return self._parts.pop() if self._parts else None
 
 
 class SharedRead:
@@ -90,8 +129,16 @@ class SharedRead:
 
     @property
     def is_begun(self) -> bool:
-        """Whether every part has its reader."""
-        return self._begun == self._parts
+        """Whether every part has its reader, or needs none."""
+        return self._begun == self._parts or self.ticket.is_stopped
+
+    def wants(self, ahead: int) -> bool:
+        """Whether one more reader would help; no more than `ahead` at once while nobody waits for it, since those must
+        end before a read is stopped.
+        """
+        if self.is_begun:
+            return False
+        return self.ticket.priority == DEMAND or self._begun - self.ended < ahead
 
     def help(self) -> bool:
         """Read one part; False if none is left."""
@@ -116,7 +163,7 @@ class SharedRead:
         while self.help():
             pass
         with self.changed:
-            self.changed.wait_for(lambda: self.ended == self._parts)
+            self.changed.wait_for(lambda: self.ended == self._begun)
         if self._error is not None:
             raise self._error
 
@@ -124,13 +171,16 @@ class SharedRead:
 class TicketQueue:
     """What readers do next. Callers hold `lock`, but not for `take`, `land`, `share` and `done`, which readers call."""
 
-    def __init__(self, readers: int, tickets: int | None = None):
-        """readers: how many call `take`. tickets: how many of those may be under way at once; the others help."""
+    def __init__(self, readers: int, plan: StagingPlan, needs_buffer: Callable[[Ticket], bool]):
+        """readers: how many call `take`; those that may not take another ticket help. needs_buffer: of staging."""
         self.lock = threading.Condition()
         self.under_way: list[Ticket] = []
+        self.parked: list[Ticket] = []
         self._shared: list[SharedRead] = []
-        self._tickets = readers if tickets is None else tickets
-        self._ahead = max(1, self._tickets // 2)
+        self._plan, self._needs_buffer = plan, needs_buffer
+        self._idle = [*range(plan.buffers)]
+        self._ahead = max(1, plan.at_once // 2)
+        self._ahead_readers = max(1, readers // 2)
         self._waiting: list[Ticket] = []
         self._order = itertools.count()
         self._closed = False
@@ -144,12 +194,6 @@ class TicketQueue:
     def waits(self, ticket: Ticket) -> bool:
         """Whether no reader has taken it yet."""
         return ticket in self._waiting
-
-    def lost(self, key: ExpertKey) -> Ticket | None:
-        """A ticket for this expert that was dropped but is still going to be read, or is being read."""
-        return next(
-            (t for t in (*self.under_way, *self._waiting) if t.dropped and t.fetch.key == key and not t.landing), None
-        )
 
     def promote(self, tickets: Iterable[Ticket], priority: int = DEMAND) -> None:
         """These come at least as soon, whether they are queued or under way, and so does what they stand behind."""
@@ -172,23 +216,49 @@ class TicketQueue:
         """Nobody waits for this any more: it gets no device slot. What is to stay in RAM is read all the same, or what
         stands behind it would find nothing there."""
         ticket.drop()
-        if ticket.fetch.host is None and ticket in self._waiting:
+        if ticket in self.parked:
+            self.parked.remove(ticket)
+            self._end(ticket)
+        elif ticket.fetch.host is None and ticket in self._waiting:
             self.remove(ticket)
 
     def remove(self, ticket: Ticket) -> None:
         """Take a ticket off the queue."""
         self._waiting.remove(ticket)
         heapq.heapify(self._waiting)
-        ticket.issued.set()
+        self._end(ticket)
+
+    def resume(self, ticket: Ticket, priority: int) -> None:
+        """What was read ahead has a slot now; its read goes on as what it is from now on."""
+        self.promote([ticket], priority)
+        if ticket in self.parked:
+            self.parked.remove(ticket)
+            self.push(ticket)
 
     def clear(self) -> list[Ticket]:
         """Drop everything; what readers are still busy with."""
-        for ticket in self._waiting:
-            ticket.issued.set()
+        for ticket in (*self._waiting, *self.parked):
+            self._end(ticket)
         self._waiting.clear()
+        self.parked.clear()
         for ticket in self.under_way:
             ticket.drop()
         return list(self.under_way)
+
+    def _end(self, ticket: Ticket) -> None:
+        """No reader will have anything to do with it any more."""
+        if ticket.buffer is not None:
+            self._idle.append(ticket.buffer)
+            ticket.buffer = None
+        ticket.issued.set()
+
+    def reclaim(self) -> None:
+        """Every staging buffer is idle, since nothing is under way: an interrupt may have lost one in between."""
+        self._idle = [*range(self._plan.buffers)]
+
+    @property
+    def idle_buffers(self) -> int:
+        return len(self._idle)
 
     def close(self) -> None:
         self._closed = True
@@ -198,11 +268,13 @@ class TicketQueue:
         """What to do next: a fetch, or another reader's to help with; waits for one. None after `close`."""
         with self.lock:
             while not self._closed:
-                wanting = [read for read in self._shared if not read.is_begun]
+                wanting = [read for read in self._shared if read.wants(self._ahead_readers)]
                 first = min(wanting, key=lambda read: read.ticket, default=None)
                 if self._may_take() and (first is None or self._waiting[0] < first.ticket):
                     ticket = heapq.heappop(self._waiting)
                     self.under_way.append(ticket)
+                    if ticket.buffer is None and self._needs_buffer(ticket):
+                        ticket.buffer = self._idle.pop()
                     return ticket
                 if first is not None:  # one after the other: the first is computed while the second is read
                     return first
@@ -225,14 +297,37 @@ class TicketQueue:
         with self.lock:
             ticket.landing = True
 
+    def lands_early(self, ticket: Ticket) -> bool:
+        """Whether it goes into its slot from now on while it is read: somebody waits for it, and its slot is free."""
+        with self.lock:
+            if ticket.priority == DEMAND and ticket.fetch.slot != NO_SLOT and ticket.lands_now and not ticket.dropped:
+                ticket.landing = True
+            return ticket.landing
+
+    def parks(self, ticket: Ticket) -> bool:
+        """Its read is over. If it has no slot and may still get one, it keeps its buffer, and its reader is done."""
+        with self.lock:
+            if ticket.fetch.slot != NO_SLOT or ticket.dropped:
+                return False
+            self.under_way.remove(ticket)
+            self.parked.append(ticket)
+            self.lock.notify_all()
+            return True
+
     def done(self, ticket: Ticket) -> None:
         with self.lock:
             self.under_way.remove(ticket)
             ticket.previous = ticket.behind = None
-            ticket.issued.set()
+            self._end(ticket)
             self.lock.notify_all()
 
     def _may_take(self) -> bool:
-        if not self._waiting or len(self.under_way) >= self._tickets:
+        if not self._waiting or len(self.under_way) >= self._plan.at_once:
             return False
-        return self._waiting[0].priority == DEMAND or sum(t.priority != DEMAND for t in self.under_way) < self._ahead
+        first = self._waiting[0]
+        if first.buffer is None and not self._idle and self._needs_buffer(first):
+            return False
+        if first.priority == DEMAND:
+            return True
+        ahead = sum(t.priority != DEMAND for t in self.under_way)
+        return ahead < self._ahead and ahead + len(self.parked) < self._plan.ahead

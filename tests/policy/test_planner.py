@@ -66,6 +66,7 @@ def test_slots_hold_what_plans_say(steps, eviction, scope, slots, prefetch, on_m
         options = dataclasses.replace(options, miss_costs=costs, host_slots=3)
     planner, twin = build_planner(options, SHAPE), build_planner(options, SHAPE)
     held: dict[int, ExpertKey] = {}
+    ahead: tuple[ExpertKey, ...] = ()
     stats = CacheStats.for_layers(3)
     for step in steps:
         plan = planner.plan(step)
@@ -83,16 +84,21 @@ def test_slots_hold_what_plans_say(steps, eviction, scope, slots, prefetch, on_m
                 if slot >= planner.num_slots and costs is not None:
                     del held[slot]
         assert sorted(served) == [d.expert for d in step.demands]
+        assert {f.key for wave in plan.on_host + plan.waves for f in wave.fetches if f.ahead} <= {*ahead}
+        ahead = plan.ahead
+        assert all(key.layer == step.layer + 1 and key.expert in step.predicted for key in ahead)
+        assert not {*ahead} & {*held.values()}
         for fetch in plan.prefetches:
             if fetch.key.layer == step.layer + 1:
                 assert fetch.key.expert in step.predicted
+                assert not fetch.read
             else:  # what the host has computed, and RAM holds
                 assert fetch.key in [f.key for wave in plan.on_host for f in wave.fetches]
                 assert not fetch.read
             assert held.get(fetch.slot) == fetch.evicted
             held[fetch.slot] = fetch.key
         through = [f for wave in plan.on_host + plan.waves for f in wave.fetches if f.slot >= planner.num_slots]
-        assert len(through) == plan.host_computed <= plan.misses
+        assert len(through) == plan.host_computed <= plan.misses + plan.pending
         assert all(f.slot < planner.num_slots + planner.num_scratch for f in through)
         for slot in range(planner.num_slots, planner.num_slots + planner.num_scratch):
             held.pop(slot, None)
@@ -141,10 +147,33 @@ def test_residents_that_make_room_are_computed_first():
 def test_pending_counts_once():
     planner = build_planner(CacheOptions(slots_per_layer=3, prefetch=2), SHAPE)
     plan = planner.plan(access(0, [0, 1], predicted=[4, 5]))
-    assert [f.key for f in plan.prefetches] == [ExpertKey(1, 4), ExpertKey(1, 5)]
+    assert plan.ahead == (ExpertKey(1, 4), ExpertKey(1, 5))
+    assert not plan.prefetches, "what is on disk takes no slot before it is demanded"
     first, second = planner.plan(access(1, [4, 5])), planner.plan(access(1, [4, 5]))
+    assert all(fetch.ahead for fetch in first.waves[0].fetches)
     assert (first.pending, first.hits, first.misses) == (2, 0, 0)
     assert (second.pending, second.hits, second.misses) == (0, 2, 0)
+
+
+def test_what_is_read_ahead_is_for_the_next_access_alone():
+    planner = build_planner(CacheOptions(slots_per_layer=3, prefetch=2), SHAPE)
+    planner.plan(access(0, [0, 1], predicted=[4, 5]))
+    planner.plan(access(1, [0, 4]))
+    plan = planner.plan(access(1, [0, 5]))
+    assert (plan.pending, plan.misses) == (0, 1)
+    assert not plan.waves[0].fetches[0].ahead
+
+
+def test_what_is_in_ram_goes_into_a_slot_ahead():
+    planner = build_planner(CacheOptions("lru", slots_per_layer=2, prefetch=2, host_slots=4), SHAPE)
+    for pair in ([0, 1], [2, 3], [4, 5]):
+        planner.plan(access(1, pair))
+    plan = planner.plan(access(0, [0, 1], predicted=[2, 0]))
+    assert len(plan.prefetches) + len(plan.ahead) == 2
+    assert all(not fetch.read for fetch in plan.prefetches)
+    assert plan.prefetches
+    after = planner.plan(access(1, [0, 2]))
+    assert (after.hits, after.pending, after.misses) == (0, 2, 0)
 
 
 def test_no_prediction_is_wanted_where_everything_is_resident():
@@ -184,7 +213,8 @@ def test_ram_holds_what_plans_say(steps, eviction, scope, host_slots, prefetch):
     stats = CacheStats.for_layers(3)
     for step in steps:
         plan, without = planner.plan(step), bare.plan(step)
-        assert plan.hits == without.hits, "RAM has no say in what the device holds"
+        if not prefetch:  # what is in RAM takes slots ahead
+            assert plan.hits == without.hits, "RAM has no say in what the device holds"
         for fetch in [f for wave in plan.waves for f in wave.fetches] + list(plan.prefetches):
             if not fetch.read:
                 assert held[fetch.host] == fetch.key
@@ -194,7 +224,10 @@ def test_ram_holds_what_plans_say(steps, eviction, scope, host_slots, prefetch):
         assert len(held) <= planner.num_host_slots
         planner.check()
         stats.add(plan, SHAPE)
-    assert stats.disk_bytes <= stats.h2d_bytes
+    for_nothing = sum(
+        (s.prefetched - s.prefetched_used) * n for s, n in zip(stats.by_layer, SHAPE.expert_bytes, strict=True)
+    )
+    assert stats.disk_bytes <= stats.h2d_bytes + for_nothing
 
 
 def test_ram_keeps_what_the_device_does_not_have():

@@ -8,7 +8,7 @@ import pytest
 from offmoe.config import CacheOptions
 from offmoe.policy.planner import Planner, build_planner
 from offmoe.policy.prefetch import WORTH_BYTES, AutoPrefetch, Candidate
-from offmoe.types import Access, CacheShape, CacheStats, Demand
+from offmoe.types import PART_BYTES, Access, CacheShape, CacheStats, Demand
 
 SHAPE = CacheShape((16, 16), (2, 2), (WORTH_BYTES, WORTH_BYTES))
 
@@ -86,8 +86,8 @@ def test_only_the_places_that_are_precise_are_fetched():
     for experts in routing(800):
         predicted = [experts[0], wrong(experts)[0]]
         plan = planner.plan(access(0, [0, 1], predicted))
-        for fetch in plan.prefetches:
-            fetched[predicted.index(fetch.key.expert)] += 1
+        for key in plan.ahead:
+            fetched[predicted.index(key.expert)] += 1
         planner.plan(access(1, experts))
     assert fetched[0] > 300
     assert fetched[1] == 0
@@ -103,25 +103,38 @@ def test_reads_for_nothing_stay_below_their_share(period):
 
 
 def test_prefetches_under_way_count_as_read_for_nothing():
-    policy = AutoPrefetch((2, 2))
+    policy = AutoPrefetch((2, 2), SHAPE.expert_bytes)
     both = [Candidate(0, 4), Candidate(1, 5)]
     for _ in range(AutoPrefetch.EVIDENCE):
         assert not policy.choose(1, both, single=True)
         policy.demanded(1, [4, 5], 2)
     policy.demanded(0, [0], 2 * AutoPrefetch.READS_PER_WASTE - 2 * AutoPrefetch.EVIDENCE - 1)
     assert list(policy.choose(1, both, single=True)) == both[:1]
-    policy.issued(1)
+    policy.issued(1, 1)
     assert not policy.choose(1, both, single=True)
 
 
 def test_many_tokens_are_judged_apart_from_one():
-    policy = AutoPrefetch((2, 2))
+    policy = AutoPrefetch((2, 2), SHAPE.expert_bytes)
     candidates = [Candidate(0, 4)]
     for _ in range(AutoPrefetch.EVIDENCE):
         policy.choose(1, candidates, single=False)
         policy.demanded(1, [4], 50)
     assert not policy.choose(1, candidates, single=True)
     assert list(policy.choose(1, candidates, single=False)) == candidates
+
+
+@pytest.mark.parametrize(
+    ("parts", "right", "acts"), [(1, 0.7, False), (2, 0.5, False), (9, 0.55, True), (9, 0.2, False)]
+)
+def test_reads_that_can_be_stopped_need_less_trust(parts, right, acts):
+    """Of an expert in nine parts, 69 MB, a wrong prediction costs a ninth of a read."""
+    shape = CacheShape((16, 16), (2, 2), (parts * PART_BYTES,) * 2)
+    planner = build_planner(CacheOptions(slots_per_layer=4, prefetch="auto"), shape)
+    chance = np.random.default_rng(3)
+    stats = run(planner, routing(2000), lambda _, experts: experts if chance.random() < right else wrong(experts))
+    assert (stats.prefetched > 500) is acts
+    assert acts or stats.prefetched < 100
 
 
 def test_experts_that_are_read_as_fast_as_foretold_are_left_alone():

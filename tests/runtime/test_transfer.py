@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import offmoe.runtime.movement as movement_module
 import offmoe.runtime.store as store_module
 import offmoe.runtime.transfer as transfer_module
 from offmoe.errors import TransferError
@@ -19,7 +20,7 @@ from offmoe.runtime.checkpoint import Checkpoint
 from offmoe.runtime.formats import Assembly, ExpertLayout, ExpertRecord, Part
 from offmoe.runtime.store import ExpertStore
 from offmoe.types import ExpertKey, Fetch, Wave
-from tests.doubles import DeferredBackend, without
+from tests.doubles import DeferredBackend, engine_without
 
 EXPERTS, ROWS, COLUMNS = 24, 16, 96
 LAYOUT = ExpertLayout.of({"up": (torch.float32, (ROWS, COLUMNS)), "down": (torch.float32, (COLUMNS, ROWS))})
@@ -92,7 +93,7 @@ class Rig:
         )
         if isinstance(self.backend, DeferredBackend):
             for slot in range(slots):
-                self.backend.guard(self.arena.bytes(slot), self.engine._last_read[slot])
+                self.backend.guard(self.arena.bytes(slot), self.engine._mover.last_read[slot])
 
     def fetch(self, *pairs, ahead=False):
         self.engine.fetch([Fetch(ExpertKey(0, e), slot, None) for e, slot in pairs], ahead=ahead)
@@ -118,10 +119,10 @@ class Rig:
 
 def several_waves(rig):
     """More fetches than staging buffers, slots used again and again: needs W1, W2 and W3."""
-    for start in range(0, EXPERTS, 8):
-        wave = [(start + i, i) for i in range(8)]
+    for start in range(0, EXPERTS, 12):
+        wave = [(start + i, i) for i in range(12)]
         rig.fetch(*wave)
-        for slot in range(8):
+        for slot in range(12):
             rig.engine._tickets[slot].issued.wait(20)  # all issued before the first is waited for
         if not rig.use(*wave):
             return False
@@ -189,7 +190,7 @@ def waves_through_one_slot(rig, patience=0.1):
 
 @pytest.mark.parametrize("backend", [DeferredBackend, CpuBackend])
 def test_every_wave_computes_with_its_own_experts(checkpoint, backend, reading):
-    rig = Rig(checkpoint, backend=backend())
+    rig = Rig(checkpoint, backend=backend(), slots=12)
     try:
         assert several_waves(rig)
     finally:
@@ -211,7 +212,7 @@ def test_experts_that_pass_through_one_slot_land_one_after_the_other(checkpoint,
 
 @pytest.mark.parametrize("wait", ["W1", "W2", "W3"])
 def test_without_the_wait_weights_are_wrong(checkpoint, wait, reading):
-    rig = Rig(checkpoint, without(wait))
+    rig = Rig(checkpoint, engine_without(wait), slots=12)
     try:
         assert not several_waves(rig)
     finally:
@@ -219,11 +220,11 @@ def test_without_the_wait_weights_are_wrong(checkpoint, wait, reading):
 
 
 def test_without_w4_the_earlier_expert_lands_last(checkpoint, reading):
-    assert not a_slot_given_away_while_it_is_copied_into(checkpoint, without("W4"))
+    assert not a_slot_given_away_while_it_is_copied_into(checkpoint, engine_without("W4"))
 
 
 def test_without_w5_an_expert_lands_on_one_that_is_still_needed(checkpoint, reading):
-    rig = Rig(checkpoint, without("W5"))
+    rig = Rig(checkpoint, engine_without("W5"))
     try:
         assert not waves_through_one_slot(rig, patience=30)
     finally:
@@ -373,7 +374,8 @@ def test_newer_prefetches_go_before_older_ones(checkpoint):
         rig.close()
 
 
-def test_a_read_whose_slot_was_given_away_goes_nowhere_or_where_it_is_wanted_again(checkpoint):
+def test_a_read_whose_slot_was_given_away_goes_nowhere(checkpoint, in_parts):
+    """And what is left of it is not read."""
     reads = GatedReads()
     for expert in (0, 1):
         reads.hold(start_of(checkpoint, expert))
@@ -382,19 +384,146 @@ def test_a_read_whose_slot_was_given_away_goes_nowhere_or_where_it_is_wanted_aga
         rig.fetch((0, 0), (1, 1), ahead=True)
         for started in started_of(reads, checkpoint, 0, 1):
             assert started.wait(20)
-        lost, moved = (rig.engine._tickets[slot] for slot in (0, 1))
+        lost = [rig.engine._tickets[slot] for slot in (0, 1)]
         rig.fetch((5, 0), (6, 1))
-        rig.fetch((1, 2))
-        assert rig.engine._tickets[2] is moved
         for gate in reads.gates.values():
             gate.set()
-        assert rig.use((5, 0), (6, 1), (1, 2))
-        assert lost.issued.wait(20)
+        assert rig.use((5, 0), (6, 1))
+        assert all(ticket.issued.wait(20) for ticket in lost)
         assert rig.sees(5, 0)
-        assert [o // 4096 for o in reads.offsets].count(start_of(checkpoint, 1) // 4096) == 1
+        for_nothing = [o for o in reads.offsets if o // 4096 in blocks_of(checkpoint, 0, 1)]
+        assert len(for_nothing) <= 4, "two parts of each were being read"
     finally:
         for gate in reads.gates.values():
             gate.set()
+        rig.close()
+
+
+def blocks_of(checkpoint, *experts):
+    """Of 4,096 bytes that these experts' reads begin at, but for those that they share with the next expert."""
+    return {start_of(checkpoint, e) // 4096 + i for e in experts for i in range(3)}
+
+
+def read_ahead(rig, *experts):
+    rig.engine.read_ahead([ExpertKey(0, e) for e in experts])
+    return [rig.engine._ahead[ExpertKey(0, e)] for e in experts]
+
+
+def fetch_it(rig, *pairs):
+    rig.engine.fetch([Fetch(ExpertKey(0, e), slot, None, ahead=True) for e, slot in pairs])
+    rig.engine.read_ahead(())
+
+
+def parked(rig, *tickets):
+    with rig.engine._queue.lock:
+        return rig.engine._queue.lock.wait_for(lambda: all(t in rig.engine._queue.parked for t in tickets), 20)
+
+
+@pytest.mark.parametrize("backend", [DeferredBackend, CpuBackend])
+def test_what_was_read_ahead_is_not_read_again(checkpoint, reading, backend):
+    reads = GatedReads()
+    rig = Rig(checkpoint, backend=backend(), read_at=reads)
+    try:
+        for _ in range(20):  # more often than there are buffers
+            del reads.offsets[:]
+            assert parked(rig, *read_ahead(rig, 3, 4))
+            fetch_it(rig, (4, 1), (3, 0))
+            assert rig.use((4, 1), (3, 0))
+            assert len(reads.offsets) == rig.store.parts(ExpertKey(0, 3)) + rig.store.parts(ExpertKey(0, 4))
+        assert rig.engine._queue.idle_buffers == len(rig.engine._mover._staged)
+    finally:
+        rig.close()
+
+
+@pytest.mark.parametrize("backend", [DeferredBackend, CpuBackend])
+def test_what_is_read_ahead_becomes_a_demand_in_the_middle(checkpoint, in_parts, backend):
+    """Its first part arrived when nobody waited, the second comes when its slot is known and the first lands too."""
+    reads = GatedReads()
+    first = start_of(checkpoint, 2) // 4096
+    reads.hold((first + 2) * 4096)
+    rig = Rig(checkpoint, backend=backend(), read_at=reads)
+    try:
+        (ticket,) = read_ahead(rig, 2)
+        assert reads.started[first + 2].wait(20)
+        fetch_it(rig, (2, 5))
+        assert rig.engine._tickets[5] is ticket
+        reads.gates[first + 2].set()
+        assert rig.use((2, 5))
+        assert len(reads.offsets) == rig.store.parts(ExpertKey(0, 2))
+    finally:
+        reads.gates[first + 2].set()
+        rig.close()
+
+
+def test_reading_ahead_takes_half_of_the_readers_and_stops_when_it_is_for_nothing(checkpoint, in_parts):
+    reads = GatedReads()
+    first = start_of(checkpoint, 2) // 4096
+    for i in range(4):
+        reads.hold((first + i) * 4096)
+    rig = Rig(checkpoint, read_at=reads)
+    try:
+        (ticket,) = read_ahead(rig, 2)
+        assert reads.started[first].wait(20)
+        assert reads.started[first + 1].wait(20)
+        assert not reads.started[first + 2].wait(0.1)
+        rig.fetch((9, 3))
+        rig.engine.read_ahead(())
+        assert rig.use((9, 3)), "while the read that is for nothing is held"
+        for gate in reads.gates.values():
+            gate.set()
+        assert ticket.issued.wait(20)
+        assert not reads.started[first + 2].is_set()
+        assert rig.engine._queue.idle_buffers == len(rig.engine._mover._staged)
+    finally:
+        for gate in reads.gates.values():
+            gate.set()
+        rig.close()
+
+
+def test_no_more_is_read_ahead_than_may_be_parked(checkpoint):
+    rig = Rig(checkpoint, read_at=(reads := GatedReads()))
+    try:
+        tickets = read_ahead(rig, *range(12))
+        assert parked(rig, *tickets[:8])
+        assert len(reads.offsets) == 8
+        fetch_it(rig, (11, 2), (0, 3))
+        assert rig.use((11, 2), (0, 3))
+        assert rig.engine._queue.idle_buffers == len(rig.engine._mover._staged)
+    finally:
+        rig.close()
+
+
+def test_a_read_ahead_that_failed_is_tried_again_by_who_needs_it(checkpoint, reading):
+    failing = threading.Event()
+    failing.set()
+
+    def read(descriptor, buffer, offset):
+        if failing.is_set():
+            raise OSError(5, "Input/output error")
+        return os.preadv(descriptor, [buffer], offset)
+
+    rig = Rig(checkpoint, read_at=read)
+    try:
+        tickets = read_ahead(rig, 3, 4)
+        assert all(ticket.issued.wait(20) for ticket in tickets)
+        failing.clear()
+        fetch_it(rig, (3, 0))
+        assert rig.use((3, 0))
+    finally:
+        rig.close()
+
+
+@pytest.mark.parametrize("end", ["forget", "close"])
+def test_what_is_parked_does_not_outlive_the_end(checkpoint, end):
+    rig = Rig(checkpoint)
+    try:
+        assert parked(rig, *read_ahead(rig, 3, 4))
+        getattr(rig.engine, end)()
+        assert rig.engine._queue.idle_buffers == len(rig.engine._mover._staged)
+        if end == "forget":
+            fetch_it(rig, (3, 0))
+            assert rig.use((3, 0))
+    finally:
         rig.close()
 
 
@@ -417,7 +546,7 @@ class CountedCopies(DeferredBackend):
 
 @pytest.mark.parametrize("ahead", [True, False])
 def test_copies_that_nobody_waits_for_go_in_pieces_two_at_a_time(checkpoint, ahead, monkeypatch):
-    monkeypatch.setattr(transfer_module, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(movement_module, "PIECE_BYTES", 1000)
     backend = CountedCopies()
     rig = Rig(checkpoint, backend=backend)
     try:
