@@ -2,17 +2,17 @@
 
 Nothing is measured here; the costs come from a profile. Bound: some 2 us per (step, layer). The model: a layer computes
 what is resident first, then every expert as it arrives; one fetch at a time occupies the way in; demands go before
-prefetches that have not started, and the fetches of all waves are asked for at once; what computing does not cover is
-stall. Asking for a fetch takes time from computing. What the host computes beside a device is read like the rest,
+prefetches that have not started, and the fetches of all waves are asked for at once; what is read ahead begins behind
+them and costs a part where it was for nothing; what computing does not cover is stall. Asking for a fetch takes time from computing. What the host computes beside a device is read like the rest,
 starts with the layer and ends before anything is computed with that was fetched. Rough for prompts, where the dense
 part of many tokens costs less than that many times one token's. Must never influence a plan (rule R1)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from offmoe.profile import CostModel
-from offmoe.types import Access, CacheShape, ExpertKey, Plan
+from offmoe.types import PART_BYTES, Access, CacheShape, ExpertKey, Plan
 
 
 class Clock:
@@ -35,6 +35,12 @@ class Clock:
         # Prefetches that have not started: when they were asked for, and whether they are to be read from disk.
         self._queue: dict[ExpertKey, tuple[float, bool]] = {}
         self._lands: dict[ExpertKey, float] = {}
+        self._stop_s = [
+            s * min(1.0, PART_BYTES / nbytes) for s, nbytes in zip(self._fetch_s[True], shape.expert_bytes, strict=True)
+        ]
+        """Until a read has stopped that was for nothing."""
+        self._ahead: tuple[float, tuple[ExpertKey, ...]] = 0.0, ()
+        """When reading ahead was asked for, and what."""
 
     def add(self, access: Access, plan: Plan, rows: int) -> None:
         """One layer's access, in a step of `rows` tokens."""
@@ -46,12 +52,15 @@ class Clock:
         residents = len(plan.waves[0].experts) - len(plan.waves[0].fetches) if plan.on_host else -1
         keys = [ExpertKey(layer, expert) for wave in plan.waves for expert, _ in wave.experts]
         fetched = {fetch.key: fetch.read for wave in plan.waves for fetch in wave.fetches}
+        for key in self._read_ahead(fetched):
+            del fetched[key]
         for key in keys:  # a prefetch that is demanded before it has started is a demand like the others
             _, read = self._queue.pop(key, (0.0, None))
             read = fetched.get(key, read)
             if read is not None:
                 self._fetch(key, self.now_s, read)
                 self.now_s += self._asking_s
+        self._ahead = self.now_s, plan.ahead
         for i, key in enumerate(keys):
             if i == residents:
                 self._wait(host_done)
@@ -64,6 +73,21 @@ class Clock:
     def _fetch(self, key: ExpertKey, asked_at: float, read: bool) -> None:
         self._free_at = max(self._free_at, asked_at) + self._fetch_s[read][key.layer]
         self._lands[key] = self._free_at + self._landing_s[key.layer]
+
+    def _read_ahead(self, wanted: Collection[ExpertKey]) -> list[ExpertKey]:
+        """What of `wanted` is being read since the layer before, or has been; the rest of that stops now."""
+        asked_at, keys = self._ahead
+        came = []
+        for key in keys:
+            began = max(self._free_at, asked_at)
+            if began >= self.now_s:
+                break
+            ends = began + self._fetch_s[True][key.layer]
+            if key in wanted:
+                came.append(key)
+                self._lands[key] = ends + self._landing_s[key.layer]
+            self._free_at = ends if key in wanted else min(ends, self.now_s + self._stop_s[key.layer])
+        return came
 
     def _wait(self, until: float) -> None:
         if until > self.now_s:

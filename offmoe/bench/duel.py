@@ -150,6 +150,7 @@ class Record:
             "ms_per_token": token_s * 1e3,
             "tokens_per_s": 1 / token_s,
             "hit_rate": self._counted(lambda stats, tokens: stats["hit_rate"]),
+            "foretold_rate": self._counted(_foretold),
             "disk_bytes_per_token": self._counted(lambda stats, tokens: stats["disk_bytes"] / tokens),
             "h2d_bytes_per_token": self._counted(lambda stats, tokens: stats["h2d_bytes"] / tokens),
             "prefetched_per_token": self._counted(lambda stats, tokens: stats["prefetched"] / tokens),
@@ -168,6 +169,12 @@ class Record:
     def _median(values: Sequence[float | None]) -> float | None:
         known = [value for value in values if value is not None]
         return statistics.median(known) if known else None
+
+
+def _foretold(stats: Mapping[str, Any], tokens: int) -> float:
+    """Of what is demanded, the share that counts as hit because it was prefetched."""
+    demands = stats["hits"] + stats["pending"] + stats["misses"]
+    return float(stats["pending"] / demands) if demands else 0.0
 
 
 def mean_s(outcome: Outcome) -> float:
@@ -218,12 +225,14 @@ def same(a: Record, b: Record) -> dict[str, bool]:
 
 def roofline(record: Record, costs: Costs, disk_gb_s: float) -> dict[str, float | None]:
     """What disk, link and computing would need for the bytes that were missed, and the share of the slowest in the
-    time that a token took."""
+    time that a token took. What was read ahead for nothing reached no slot, and is no part of a bound.
+    """
     measured = record.to_dict()
-    disk_s = (measured["disk_bytes_per_token"] or 0.0) / (disk_gb_s * 1e9)
+    arrived = measured["h2d_bytes_per_token"] or 0.0
+    disk_s = min(measured["disk_bytes_per_token"] or 0.0, arrived) / (disk_gb_s * 1e9)
     link_s = None
     if costs.link_gb_s is not None:
-        link_s = (measured["h2d_bytes_per_token"] or 0.0) / (costs.link_gb_s * 1e9)
+        link_s = arrived / (costs.link_gb_s * 1e9)
     bound = max(disk_s, link_s or 0.0, costs.compute_s or 0.0)
     return {
         "disk_gb_s": disk_gb_s,

@@ -68,9 +68,10 @@ class AutoPrefetch:
 
     Layers differ, and so do places within a layer's prediction (of the demo model's misses at 2 of 8 slots the first
     is right in .64 to .98 by layer, the second in .47 to .78), so each (layer, place) is judged by itself, and steps of
-    many tokens apart from those of one. A place is trusted while what the right ones hide is worth what the wrong ones
-    cost, and at first when it is better than that by `MARGIN`. A layer that has no trusted place after `TRIAL` accesses
-    asks for no predictions for a while, which doubles each time."""
+    many tokens apart from those of one; as long as little is known of it, by this place in all layers. A place is
+    trusted while what the right ones hide is worth what the wrong ones cost, and at first when it is better than that by
+    `MARGIN`. A layer that has no trusted place after `TRIAL` accesses asks for no predictions for a while, which doubles
+    each time."""
 
     HIDDEN, MARGIN = 0.25, 0.1
     """Of the time of a read, what computing hides; of predictions, 0.8 must be right where reads have one part."""
@@ -88,6 +89,8 @@ class AutoPrefetch:
         self._places = [_Places(k, 1 / (1 + self.HIDDEN * n)) for k, n in zip(top_k, parts, strict=True)]
         self._waste = [max(1, self.READS_PER_WASTE // (self.STOPPED * n if n > 1 else 1)) for n in parts]
         """Of a read for nothing, in units of 1 / READS_PER_WASTE of a read."""
+        self._of_all = _Places(max(top_k), max(places.enough for places in self._places))
+        """All layers together: what a place is judged by while its own layer knows too little of it."""
         self._allowed = 0
         """In these units; those under way count as for nothing."""
 
@@ -100,7 +103,7 @@ class AutoPrefetch:
             return ()
         places.single = single
         places.waiting = candidates[: places.top_k]
-        places.fetched = [c for c in places.waiting if places.trusted[places.of(c)]]
+        places.fetched = [c for c in places.waiting if self._trusts(places, places.of(c))]
         del places.fetched[max(0, self._allowed) // self._waste[layer] :]
         return places.fetched
 
@@ -113,18 +116,25 @@ class AutoPrefetch:
             used = sum([c.expert in experts for c in places.fetched])
             misses += used
             self._allowed += used * self._waste[layer]
+            self._of_all.single, self._of_all.waiting = places.single, places.waiting
+            self._of_all.judge(experts)
             places.judge(experts)
         self._allowed = min(self._allowed + misses, self.BURST * self.READS_PER_WASTE)
         places.pass_time()
 
+    def _trusts(self, places: _Places, place: int) -> bool:
+        if places.knows(place):
+            return places.trusted[place]
+        return self._of_all.trusted[place if places.single else -1]
+
 
 class _Places:
-    """What is known of the predictions for one layer."""
+    """What is known of the predictions for one layer, or for all."""
 
     def __init__(self, top_k: int, enough: float):
         """enough: the share of right predictions below which a place is not trusted."""
         self.top_k = top_k
-        self._enough = enough
+        self.enough = enough
         self.trusted = [False] * (top_k + 1)  # by place; the last: all places of steps of many tokens
         self.pause = 0
         self.single = True
@@ -139,6 +149,10 @@ class _Places:
         """The place that a candidate is judged as."""
         return min(candidate.rank, self.top_k - 1) if self.single else self.top_k
 
+    def knows(self, place: int) -> bool:
+        """Whether there have been enough predictions of it to judge it by itself."""
+        return self._judged[place] >= AutoPrefetch.EVIDENCE
+
     def judge(self, experts: Sequence[int]) -> None:
         """The candidates that wait were for an access that demands these experts."""
         judged, right = self._judged, self._right
@@ -147,7 +161,7 @@ class _Places:
             judged[place] += 1
             right[place] += candidate.expert in experts
             if judged[place] >= AutoPrefetch.EVIDENCE:
-                bar = self._enough + AutoPrefetch.MARGIN * (not self.trusted[place])
+                bar = self.enough + AutoPrefetch.MARGIN * (not self.trusted[place])
                 self.trusted[place] = right[place] >= bar * judged[place]
             if judged[place] >= AutoPrefetch.MEMORY:
                 judged[place] //= 2

@@ -137,6 +137,19 @@ def test_reads_that_can_be_stopped_need_less_trust(parts, right, acts):
     assert acts or stats.prefetched < 100
 
 
+def test_layers_learn_from_each_other_at_first():
+    """Ten layers know after three tokens what one alone would know after twelve."""
+    layers = 10
+    shape = CacheShape((16,) * layers, (2,) * layers, (WORTH_BYTES,) * layers)
+    planner, acted = build_planner(CacheOptions(slots_per_layer=2, prefetch="auto"), shape), []
+    for token in range(40):
+        wanted = routing(layers + 1, seed=token)
+        for layer in range(layers):
+            plan = planner.plan(access(layer, wanted[layer], wanted[layer + 1] if layer + 1 < layers else ()))
+            acted += [token] * len(plan.ahead)
+    assert 2 <= min(acted) <= 8
+
+
 def test_experts_that_are_read_as_fast_as_foretold_are_left_alone():
     small = CacheShape((16, 16), (2, 2), (WORTH_BYTES - 1, WORTH_BYTES - 1))
     asks = [

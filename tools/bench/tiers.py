@@ -77,6 +77,7 @@ def figures(against: dict[str, Any], cap: int) -> dict[str, Any]:
         "vs_accelerate": round(against["ratio"]["median"], 3),
         "vs_bound": round(1 / against["roofline"]["share"], 3),
         "hit_rate": round(ours["hit_rate"], 4),
+        "foretold_rate": round(ours["foretold_rate"], 4),
         "peak_bytes": ours["peak"]["cgroup"],
         "accelerate_peak_bytes": baseline["peak"]["cgroup"],
         "cap_bytes": cap,
@@ -103,7 +104,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=8, help="new ones per round")
     parser.add_argument("--prompt-tokens", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=0, help="that both compute with (default: torch's own choice)")
     parser.add_argument("--quick", action="store_true", help="tiny experts and no cap: does everything run?")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args()
@@ -119,7 +120,8 @@ def main() -> None:
         write_mixtral(model, hidden, intermediate, layers=LAYERS, experts=EXPERTS, top_k=TOP_K, vocabulary=VOCABULARY)
         if args.routing is None:
             record_demo(routing)
-        common = ["--rounds", str(args.rounds), "--new-tokens", str(args.tokens), "--threads", str(args.threads)]
+        threads = ["--threads", str(args.threads)] if args.threads else []
+        common = ["--rounds", str(args.rounds), "--new-tokens", str(args.tokens), *threads]
         common += ["--prompt-tokens", str(args.prompt_tokens), "--scratch", str(scratch), "--max-context", "512"]
         if not args.quick:
             common += ["--memory-cap", str(cap), "--device-memory", str(cap - LIBRARIES_BYTES)]
