@@ -204,18 +204,14 @@ def _spread(room: int, shape: CacheShape, slot_bytes: Sequence[int], least: Sequ
     """Equal quotas as far as they go, what is left over to the first layers that still can take one more."""
     quotas = list(least)
     room -= _bytes(quotas, slot_bytes)
-    grown = True
-    while grown:
-        grown = False
-        for layer, size in enumerate(slot_bytes):
-            if quotas[layer] < shape.experts[layer] and quotas[layer] == min(
-                q for q, e in zip(quotas, shape.experts, strict=True) if q < e
-            ):
-                if size > room:
+    while growing := [layer for layer, experts in enumerate(shape.experts) if quotas[layer] < experts]:
+        lowest = min(quotas[layer] for layer in growing)
+        for layer in growing:
+            if quotas[layer] == lowest:
+                if slot_bytes[layer] > room:
                     return tuple(quotas)
                 quotas[layer] += 1
-                room -= size
-                grown = True
+                room -= slot_bytes[layer]
     return tuple(quotas)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.hf.test_catalog import read_expert
 
 from offmoe.errors import CheckpointError, MissingTensorError, OffmoeError, UnsupportedModelError
 from offmoe.hf.catalog import ExpertCatalog
@@ -17,6 +16,7 @@ from offmoe.hf.encoded import DenseView
 from offmoe.hf.load import build_meta, model_class, read_config
 from offmoe.runtime.checkpoint import Checkpoint
 from tests import quantised, tiny
+from tests.hf.test_cataloguing import read_expert
 
 EXPERT = "model.layers.1.mlp.experts.5.up_proj"
 DENSE = "model.layers.1.self_attn.q_proj"

@@ -9,7 +9,7 @@ import torch
 
 from offmoe.errors import CheckpointError, MissingTensorError
 from tests import families, tiny
-from tests.hf.test_catalog import assert_same_experts, open_catalog
+from tests.hf.test_cataloguing import assert_same_experts, open_catalog
 
 UP = "model.layers.1.mlp.experts.{}.up_proj.weight"
 
