@@ -3,9 +3,10 @@
 Nothing is measured here; the costs come from a profile. Bound: some 2 us per (step, layer). The model: a layer computes
 what is resident first, then every expert as it arrives; one fetch at a time occupies the way in; demands go before
 prefetches that have not started, and the fetches of all waves are asked for at once; what is read ahead begins behind
-them and costs a part where it was for nothing; what computing does not cover is stall. Asking for a fetch takes time from computing. What the host computes beside a device is read like the rest,
-starts with the layer and ends before anything is computed with that was fetched. Rough for prompts, where the dense
-part of many tokens costs less than that many times one token's. Must never influence a plan (rule R1)."""
+them and costs a part where it was for nothing; what computing does not cover is stall. Asking for a fetch takes time
+from computing. What the host computes beside a device is read like the rest, starts with the layer and ends before
+anything is computed with that was fetched. Rough for prompts, where the dense part of many tokens costs less than that
+many times one token's. Must never influence a plan (rule R1)."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ FLOORS = {
 MAX_LINES = 360
 """The aim is 350: past it a module is split along its row of the table in docs/structure.md."""
 
-STILL_LONGER = {"offmoe.policy.planner": 370, "offmoe.runtime.store": 380, "offmoe.runtime.transfer": 390}
+STILL_LONGER = {"offmoe.runtime.store": 366}
 """Modules that are yet to be split."""
 
 HEAVY = ("torch", "transformers", "safetensors", "accelerate", "tokenizers", "huggingface_hub")

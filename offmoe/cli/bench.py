@@ -309,7 +309,9 @@ def _table(results: dict[str, Any]) -> Table:
     for title, (key, form) in ROWS.items():
         table.add_row(title, *("-" if c[key] is None else form.format(c[key]) for c in contenders))
     table.add_row("hit rate", *("-" if c["hit_rate"] is None else percent(c["hit_rate"]) for c in contenders))
-    table.add_row("of it foretold", *("-" if c["hit_rate"] is None else percent(c["foretold_rate"]) for c in contenders))
+    table.add_row(
+        "of it foretold", *("-" if c["hit_rate"] is None else percent(c["foretold_rate"]) for c in contenders)
+    )
     for title, key in SIZES.items():
         table.add_row(title, *("-" if c[key] is None else format_size(c[key]) for c in contenders))
     for place in ("rss", "cgroup", "device"):

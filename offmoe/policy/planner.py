@@ -14,22 +14,18 @@ afterwards, while the link is idle."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from itertools import accumulate, chain
+from collections.abc import Collection, Mapping, Sequence
+from itertools import accumulate
 
 from offmoe.config import CacheOptions
 from offmoe.policy.admission import AdmissionPolicy, build_admission
-from offmoe.policy.eviction import LRU, LRU2, AgedLFU, EvictionPolicy, Static
+from offmoe.policy.choice import MakePolicy, eviction_policies
 from offmoe.policy.host import HostTier
 from offmoe.policy.prefetch import Candidate, PrefetchPolicy, build_prefetch
-from offmoe.policy.queues import S3FIFO, Sieve
 from offmoe.policy.residency import Admission, Residency
 from offmoe.policy.split import Missed, on_host
 from offmoe.profile import MissCosts
 from offmoe.types import Access, CacheShape, ExpertKey, Fetch, Lookup, Plan, Wave
-
-MakePolicy = Callable[[int, int], EvictionPolicy]
-"""(index of the pool, number of keys) -> its eviction policy. Scope "layer" has a pool per layer, scope "model" one."""
 
 FEW = 16
 """Keys that are searched as fast in a list as in a set."""
@@ -360,21 +356,4 @@ def build_planner(options: CacheOptions, shape: CacheShape) -> Planner:
     """The planner of a run; runtime and simulator both get theirs here. ConfigError if the options do not fit the
     model.
     """
-    return Planner(shape, options, _policies(options, shape))
-
-
-def _policies(options: CacheOptions, shape: CacheShape) -> MakePolicy:
-    if options.eviction == "static":
-        by_layer = options.popularity_of(shape)
-        pooled = list(chain.from_iterable(by_layer))
-        return lambda pool, _: Static(by_layer[pool] if options.scope == "layer" else pooled)
-    if options.eviction == "aged-lfu":
-        # The half-life counts accesses of one layer; a pool of all layers sees one of each per step.
-        half_life = options.half_life * (shape.layers if options.scope == "model" else 1)
-        return lambda _, keys: AgedLFU(keys, half_life)
-    make = _SIMPLE[options.eviction]
-    return lambda _, keys: make(keys)
-
-
-_SIMPLE: dict[str, Callable[[int], EvictionPolicy]] = {"lru": LRU, "lru-2": LRU2, "s3-fifo": S3FIFO, "sieve": Sieve}
-"""Policies that need nothing but the number of keys."""
+    return Planner(shape, options, eviction_policies(options, shape))

@@ -68,10 +68,10 @@ class AutoPrefetch:
 
     Layers differ, and so do places within a layer's prediction (of the demo model's misses at 2 of 8 slots the first
     is right in .64 to .98 by layer, the second in .47 to .78), so each (layer, place) is judged by itself, and steps of
-    many tokens apart from those of one; as long as little is known of it, by this place in all layers. A place is
-    trusted while what the right ones hide is worth what the wrong ones cost, and at first when it is better than that by
-    `MARGIN`. A layer that has no trusted place after `TRIAL` accesses asks for no predictions for a while, which doubles
-    each time."""
+    many tokens apart from those of one; as long as little is known of it, by this place in all layers. It is trusted
+    while what the right ones hide is worth what the wrong ones cost, and at first when it is better than that by
+    `MARGIN`. A layer that has no trusted place after `TRIAL` accesses asks for no predictions for a while, which
+    doubles each time."""
 
     HIDDEN, MARGIN = 0.25, 0.1
     """Of the time of a read, what computing hides; of predictions, 0.8 must be right where reads have one part."""

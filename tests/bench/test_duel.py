@@ -56,6 +56,7 @@ def test_the_peak_under_a_cap_is_known(task: Task) -> None:
 
 def outcome(ttft_s: float, token_s: float, missed: int = 0, digest: str = "x") -> Outcome:
     stats = {"hit_rate": 0.5, "disk_bytes": missed, "h2d_bytes": missed, "prefetched": 0, "stall_s": 0.0}
+    stats |= {"hits": 5, "pending": 0, "misses": 5}
     return Outcome((1, 2, 3), digest, ttft_s, (token_s, token_s), stats, None)
 
 

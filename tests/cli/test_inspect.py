@@ -94,16 +94,18 @@ def test_measured_costs_let_it_tell_the_speed(offmoe: Run, checkpoint: Path, tmp
     assert everything["tokens_per_s_uniform"] == pytest.approx(100)
 
 
-@pytest.mark.parametrize("memory", ["3MiB", "620000", "800000"])
+@pytest.mark.parametrize("memory", ["3MiB", "760000", "900000"])
 def test_the_advice_reaches_the_knee(offmoe: Run, checkpoint: Path, memory: str) -> None:
-    """What the line tells to pass gives 2 x top_k slots."""
+    """What the line tells to pass gives 2 x top_k slots; rounded up, it may hold an expert of 24 kB or two more."""
     outcome = offmoe("inspect", checkpoint, "--device", "cpu", "--device-memory", memory)
     advised = re.search(r"--device-memory (\S+) --max-context (\d+)", outcome.out)
     assert advised
     again = offmoe(
         "inspect", checkpoint, "--json", "--device-memory", advised[1], "--max-context", advised[2], "--device", "cpu"
     )
-    assert again.json["plan"]["slots_per_layer"] == [4, 4, 4]
+    slots = again.json["plan"]["slots_per_layer"]
+    assert min(slots) == 4
+    assert sum(slots) <= 3 * 4 + 2
 
 
 @pytest.mark.parametrize(
