@@ -204,9 +204,11 @@ class _Job:
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
+            largest = _largest(shard)
+            takes = f"takes {format_size(largest)} for one weight after the other and as much again" if largest else ""
             raise CapacityError(
-                f"{self.folder / shard.file}: no memory to make it, which takes {format_size(_largest(shard))} for one "
-                "weight after the other and as much again; end other programs and pack again, finished shards are kept"
+                f"{self.folder / shard.file}: no memory to make it, which {takes or 'is only copied'}; end other "
+                "programs and pack again, finished shards are kept"
             ) from error
         with self._lock:
             manifest.shards[shard.file] = Finished(digest, losses)

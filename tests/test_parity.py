@@ -108,7 +108,8 @@ def test_demo_equals_stock_bit_for_bit(tmp_path, prompts, stock, slots, eviction
     trace = read_trace(path)
     assert replay(trace, trace.options).stats == stats
     assert stats.demands == stats.hits + stats.pending + stats.misses > 0
-    assert stats.h2d_bytes == (stats.misses + stats.prefetched) * 196_608
+    assert stats.h2d_bytes == (stats.misses + stats.pending) * 196_608
+    assert stats.disk_bytes == (stats.misses + stats.prefetched) * 196_608
 
 
 @pytest.mark.parametrize("scope", ["layer", "model"])

@@ -227,14 +227,17 @@ class ExpertExecutor:
 def _groups(top_k_index: torch.Tensor, demands: Sequence[Demand], by_choice: bool) -> dict[int, torch.Tensor]:
     """For each demanded expert, the positions of its (token, expert) pairs in the flattened [T * k].
 
-    Ascending, or by_choice with all first choices before all second ones.
+    In the order in which stock computes them: as torch.sort leaves them, or by_choice with all first choices before all
+    second ones.
     """
     if by_choice:
         tokens, k = top_k_index.shape
         order = torch.argsort(top_k_index.T.reshape(-1), stable=True)  # positions in [k * T]
         order = order % tokens * k + order // tokens
     else:
-        order = torch.argsort(top_k_index.reshape(-1), stable=True)
+        # As transformers sorts for grouped_mm, not stable: with several threads torch's matrix products on a CPU differ in
+        # the last bits with a row's place among the rows, so an expert must see its tokens in the very same order.
+        order = torch.sort(top_k_index.reshape(-1))[1]
     start = 0
     if order.numel() > sum(d.tokens for d in demands):  # ids that are nobody's sort before 0 or behind the last expert
         start = int((top_k_index < 0).sum())
