@@ -235,8 +235,8 @@ def _groups(top_k_index: torch.Tensor, demands: Sequence[Demand], by_choice: boo
         order = torch.argsort(top_k_index.T.reshape(-1), stable=True)  # positions in [k * T]
         order = order % tokens * k + order // tokens
     else:
-        # As transformers sorts for grouped_mm, not stable: with several threads torch's matrix products on a CPU differ in
-        # the last bits with a row's place among the rows, so an expert must see its tokens in the very same order.
+        # As transformers sorts for grouped_mm, not stable: with several threads torch's products on a CPU differ in the
+        # last bits with a row's place among the others, so an expert must see its tokens in the very same order.
         order = torch.sort(top_k_index.reshape(-1))[1]
     start = 0
     if order.numel() > sum(d.tokens for d in demands):  # ids that are nobody's sort before 0 or behind the last expert
