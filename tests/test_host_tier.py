@@ -129,7 +129,7 @@ def test_what_the_host_computes_is_right_and_replay_follows(tmp_path, folder, de
             folder,
             slots_per_layer=3,
             scope=scope,
-            host_memory=(7 + 3 * slots_in_ram) * reads_of(folder),
+            host_memory=(BUFFERS + 2 + 3 * slots_in_ram) * reads_of(folder),
             exactness="numeric",
             on_miss=on_miss,
             profile=Profile(costs=FAST_HOST),
