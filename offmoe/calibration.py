@@ -12,6 +12,7 @@ Must never leave the model that it measured open.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -122,12 +123,9 @@ class Steps:
         self._model: Any = model
         self._backend = inspected.backend
         self._modules = [find_experts(model)[layer.name] for layer in inspected.catalog.layers]
-        shape = inspected.catalog.shape
-        self._top_k = shape.top_k
+        self._shape = inspected.catalog.shape
+        self._top_k = self._shape.top_k
         self._called: set[int] = set()
-        # On the device: a copy there would be waited for.
-        self._drawn = torch.from_numpy(_wandering(shape)).to(self._backend.device)  # [tokens, layers, top_k]
-        self._token = 0
         both = bool(model.config.is_encoder_decoder)
         self._from_encoder, self._with_encoder = both and decoding, both and not decoding
 
@@ -163,15 +161,18 @@ class Steps:
 
     def decode(self, seconds: float) -> tuple[TimedStep, ...]:
         """Steps of one token each, with experts of which some are missed; the first third of them does not count."""
+        # On the device: a copy there would be waited for.
+        drawn = torch.from_numpy(_wandering(self._shape)).to(self._backend.device)  # [tokens, layers, top_k]
+        row = drawn[0]
+        tokens = itertools.cycle(drawn)
         deadline, offload = time.perf_counter() + seconds, self._model.offload
-        with self._routed(self._next_drawn, 1) as step:
+        with self._routed(lambda layer: row[layer, : self._top_k[layer]], 1) as step:
             for end in (deadline - seconds * 2 / 3, deadline):
                 offload.forget_times()
-                for _ in range(LEAST_ROUNDS):
-                    self._token += 1
-                    step()
-                while time.perf_counter() < end:
-                    self._token += 1
+                for done in itertools.count():
+                    if done >= LEAST_ROUNDS and time.perf_counter() >= end:
+                        break
+                    row = next(tokens)
                     step()
         found: tuple[TimedStep, ...] = offload.timed_steps()
         return found
@@ -190,13 +191,10 @@ class Steps:
         return choose(layer).to(ids.dtype).expand(len(ids), self._top_k[layer])
 
     def _first(self, layer: int) -> torch.Tensor:
-        return torch.arange(self._top_k[layer], device=self._drawn.device)
+        return torch.arange(self._top_k[layer], device=self._backend.device)
 
     def _none(self, layer: int) -> torch.Tensor:
         return torch.full_like(self._first(layer), NONE)
-
-    def _next_drawn(self, layer: int) -> torch.Tensor:
-        return self._drawn[self._token % WANDERING_TOKENS, layer, : self._top_k[layer]]
 
     def _inputs(self, tokens: int) -> dict[str, Any]:
         ids = torch.zeros(1, tokens, dtype=torch.int64, device=self._backend.device)

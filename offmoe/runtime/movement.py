@@ -30,7 +30,7 @@ PIECES_IN_FLIGHT = 2
 
 
 class Mover:
-    """Carries out tickets; every method but `close` is called by reader threads, several at once."""
+    """Carries out tickets. Reader threads call `move`, several at once; `stop` and `close` are their owner's."""
 
     def __init__(
         self,

@@ -169,7 +169,9 @@ class SharedRead:
 
 
 class TicketQueue:
-    """What readers do next. Callers hold `lock`, but not for `take`, `land`, `share` and `done`, which readers call."""
+    """What readers do next. Callers hold `lock`, but not for `take`, `share`, `land`, `lands_early`, `parks` and
+    `done`, which readers call.
+    """
 
     def __init__(self, readers: int, plan: StagingPlan, needs_buffer: Callable[[Ticket], bool]):
         """readers: how many call `take`; those that may not take another ticket help. needs_buffer: of staging."""
