@@ -113,9 +113,8 @@ def _factors(costs: CostModel, shape: CacheShape, steps: Sequence[TimedStep]) ->
 
 
 def _computing(costs: CostModel, by: float) -> CostModel:
-    return _scaled(
-        costs, by, "dense_us_per_token", "expert_us_device", "expert_us_device_4", "expert_us_device_overlapped"
-    )
+    on_device = ("expert_us_device", "expert_us_device_4", "expert_us_device_overlapped", "expert_us_landed")
+    return _scaled(costs, by, "dense_us_per_token", *on_device)
 
 
 def _reading(costs: CostModel, by: float) -> CostModel:

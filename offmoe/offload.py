@@ -119,6 +119,11 @@ class Offload:
     def reset_stats(self) -> None:
         self._baseline = self._executor.stats.copy()
 
+    @property
+    def begins_early(self) -> bool:
+        """Whether experts have been computed with while they arrived: less is left to do then when they are there."""
+        return self._executor.begins_early
+
     def timed_steps(self) -> tuple[TimedStep, ...]:
         """The latest decoding steps of one sequence, a few thousand layers of them at most: what they asked for, what
         was done about it, how long they took and waited. On a device of its own, until all work was given to it.

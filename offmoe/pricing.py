@@ -1,19 +1,19 @@
 """What plans cost in time: one compute stream, one way in for experts, and the runtime's order of both.
 
 Nothing is measured here; the costs come from a profile. Bound: some 2 us per (step, layer). The model: a layer computes
-what is resident first, then every expert as it arrives; one fetch at a time occupies the way in; demands go before
-prefetches that have not started, and the fetches of all waves are asked for at once; what is read ahead begins behind
-them and costs a part where it was for nothing; what computing does not cover is stall. Asking for a fetch takes time
-from computing. What the host computes beside a device is read like the rest, starts with the layer and ends before
-anything is computed with that was fetched. Rough for prompts, where the dense part of many tokens costs less than that
-many times one token's. Must never influence a plan (rule R1)."""
+what is resident first, then every expert as it arrives, and some of a large one before all of it has; one fetch at a
+time occupies the way in; demands go before prefetches that have not started, and the fetches of all waves are asked for
+at once; what is read ahead begins behind them and costs a few MB where it was for nothing; what computing does not
+cover is stall. Asking for a fetch takes time from computing. What the host computes beside a device is read like the
+rest, starts with the layer and ends before anything is computed with that was fetched. Rough for prompts, where the
+dense part of many tokens costs less than that many times one token's. Must never influence a plan (rule R1)."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
 from offmoe.profile import CostModel
-from offmoe.types import PART_BYTES, Access, CacheShape, ExpertKey, Plan
+from offmoe.types import IN_HAND_BYTES, STOP_BYTES, WHOLE_BYTES, Access, CacheShape, ExpertKey, Plan
 
 
 class Clock:
@@ -25,11 +25,17 @@ class Clock:
         self._fetch_s = {
             read: [costs.fetch_s(nbytes, read=read) for nbytes in shape.expert_bytes] for read in (True, False)
         }
-        self._landing_s = [costs.landing_s(nbytes) for nbytes in shape.expert_bytes]
+        shares = [1.0 if n <= WHOLE_BYTES else min(1.0, IN_HAND_BYTES / n) for n in shape.expert_bytes]
+        self._landing_s = [costs.landing_s(n) * share for n, share in zip(shape.expert_bytes, shares, strict=True)]
         largest = max(shape.expert_bytes)
         self._scales = [nbytes / largest for nbytes in shape.expert_bytes]
         self._misses = costs.miss_costs(largest)
         self._expert_s = costs.expert_us_device * 1e-6
+        landed_us = costs.expert_us_device if costs.expert_us_landed is None else costs.expert_us_landed
+        self._early_s = [
+            0.0 if n <= WHOLE_BYTES else max(0.0, costs.expert_us_device - landed_us) * 1e-6 for n in shape.expert_bytes
+        ]
+        """Of an expert's computing for one token, what is done before all of it is there."""
         self._asking_s = costs.fetch_us * 1e-6
         self._dense_s = costs.dense_us_per_token * 1e-6 / shape.layers
         self._free_at = 0.0
@@ -37,7 +43,7 @@ class Clock:
         self._queue: dict[ExpertKey, tuple[float, bool]] = {}
         self._lands: dict[ExpertKey, float] = {}
         self._stop_s = [
-            s * min(1.0, PART_BYTES / nbytes) for s, nbytes in zip(self._fetch_s[True], shape.expert_bytes, strict=True)
+            s * min(1.0, STOP_BYTES / nbytes) for s, nbytes in zip(self._fetch_s[True], shape.expert_bytes, strict=True)
         ]
         """Until a read has stopped that was for nothing."""
         self._ahead: tuple[float, tuple[ExpertKey, ...]] = 0.0, ()
@@ -65,8 +71,9 @@ class Clock:
         for i, key in enumerate(keys):
             if i == residents:
                 self._wait(host_done)
-            self._wait(self._lands.pop(key, 0.0))
-            self.now_s += self._expert_s * tokens[key.expert]
+            n = tokens[key.expert]
+            self._wait(self._lands.pop(key, 0.0) - (self._early_s[layer] if n == 1 else 0.0))
+            self.now_s += self._expert_s * n
         self._wait(host_done)
         for fetch in plan.prefetches:
             self._queue[fetch.key] = self.now_s, fetch.read

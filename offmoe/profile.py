@@ -73,8 +73,9 @@ class CostModel:
     read_latency_us: of one fetch, beside its bytes. expert_us_device: one expert on one token. dense_us_per_token:
     everything but the experts, all layers together. expert_us_host: one expert on one token on the CPU. ..._4: on four
     tokens. ..._overlapped: the same while experts are read (and copied) and computed at once. ram_gb_s: copies within
-    RAM, which slots in RAM are filled by. fetch_us: what one fetch costs the thread that computes beside waiting for
-    it: asking, and giving way to the threads that bring it."""
+    RAM, which slots in RAM are filled by. expert_us_landed: what of expert_us_device is left when all of a large expert
+    has landed, where computing begins before; None: all of it. fetch_us: what one fetch costs the thread that computes
+    beside waiting for it: asking, and giving way to the threads that bring it."""
 
     disk_gb_s: float
     expert_us_device: float
@@ -89,6 +90,7 @@ class CostModel:
     expert_us_device_overlapped: float | None = None
     expert_us_host_4: float | None = None
     expert_us_host_overlapped: float | None = None
+    expert_us_landed: float | None = None
     fetch_us: float = 0.0
 
     def __post_init__(self) -> None:

@@ -18,11 +18,21 @@ import numpy as np
 
 TAIL_TOKENS = 64
 """Rows at the end of a step that say what decoding will need next (house.md, Decisions)."""
-PART_BYTES = 8 * 1024 * 1024
-"""Of an expert that a reader brings in one system call, at most. Several readers share one that is larger, since one
-alone does not keep the disk busy (one reader 1.4 GB/s, four 2.1 on the disk of docs/measurements.md); what one has read
-is copied while the others read; and between two parts a read can be stopped.
+WHOLE_BYTES = 8 * 1024 * 1024
+"""An expert up to this is read by one reader in one system call. One reader alone does not keep the disk busy (1.4
+GB/s, four 2.1 on the disk of docs/measurements.md), so several share a larger one.
 """
+PART_BYTES = 2 * 1024 * 1024
+"""Of a larger expert, in one system call. What has arrived is copied, and may be computed with, while others read, and
+the parts that four readers have in hand arrive last, all at once: with 8 MB that was half an expert of 69 MB, and left
+6 ms of copying and computing behind the last read; 4 MB left 3.5, 2 MB 2.2 (at 20 ms a read of one reader).
+"""
+IN_HAND_BYTES = 4 * PART_BYTES
+"""What four readers have in hand of one expert, and what is still to be copied when the last of it has been read."""
+AHEAD_BYTES = 1024 * 1024
+"""Of what is read while nobody waits for it, in one system call: it may turn out to be for nothing in between."""
+STOP_BYTES = 2 * AHEAD_BYTES
+"""What is read for nothing of an expert when that has turned out: two readers, the most that read one ahead."""
 
 
 class ExpertKey(NamedTuple):

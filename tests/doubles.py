@@ -70,6 +70,8 @@ class DeferredStream:
 class DeferredBackend(CpuBackend):
     """A CPU that behaves like the least obliging GPU."""
 
+    lands_at_once = False
+
     def __init__(self) -> None:
         super().__init__()
         self.lock = threading.RLock()

@@ -25,7 +25,7 @@ def test_figures(inspected) -> None:
     said: list[str] = []
     costs = calibration.calibrate(inspected, 0.0, said.append)
     found = costs.to_dict()
-    assert {"h2d_gb_s", "h2d_gb_s_overlapped"} == set(type(costs).__dataclass_fields__) - set(found)
+    assert {"h2d_gb_s", "h2d_gb_s_overlapped", "expert_us_landed"} == set(type(costs).__dataclass_fields__) - set(found)
     for name, value in found.items():
         assert value > 0 or name not in ("disk_gb_s", "dense_us_per_token", "ram_gb_s", "disk_gb_s_overlapped"), name
     assert said[0] == "copying"

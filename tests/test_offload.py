@@ -249,11 +249,11 @@ def test_after_a_failure_the_next_generation_is_right(folder, monkeypatch):
         store, calls = model.offload._executor._transfer._mover._store, []
         original = store.read_part
 
-        def fails_once(key, part, buffer, stop=None):
+        def fails_once(key, part, buffer, *how):
             calls.append(key)
             if len(calls) == 5:
                 raise offmoe.TransferError("injected")
-            original(key, part, buffer, stop)
+            original(key, part, buffer, *how)
 
         monkeypatch.setattr(store, "read_part", fails_once)
         with pytest.raises(offmoe.TransferError, match="injected"):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from offmoe.config import CacheOptions
 from offmoe.policy.planner import build_planner
 from offmoe.pricing import Clock
 from offmoe.profile import CostModel
-from offmoe.types import PART_BYTES, Access, CacheShape, Demand
+from offmoe.types import IN_HAND_BYTES, STOP_BYTES, Access, CacheShape, Demand
 
 SHAPE = CacheShape((8, 8), (2, 2), (1000, 1000))
 COSTS = CostModel(disk_gb_s=0.001, expert_us_device=100.0, dense_us_per_token=400.0)  # 1 ms a fetch, 200 us a layer
@@ -56,8 +58,8 @@ def test_a_demand_goes_before_prefetches_that_have_not_started():
     assert wrong.stall_s == pytest.approx(plain.stall_s + 0.7e-3)  # one had started 0.3 ms ago, two had not
 
 
-def test_a_read_for_nothing_costs_the_part_that_is_under_way():
-    nbytes = 10 * PART_BYTES
+def test_a_read_for_nothing_costs_what_is_under_way():
+    nbytes = 10 * STOP_BYTES
     shape = CacheShape((8, 8), (2, 2), (nbytes, nbytes))
     costs = CostModel(disk_gb_s=nbytes / 1e6, expert_us_device=100.0, dense_us_per_token=400.0)  # 1 ms an expert
     stalls = []
@@ -67,6 +69,22 @@ def test_a_read_for_nothing_costs_the_part_that_is_under_way():
             clock.add(step, planner.plan(step), 1)
         stalls.append(clock.stall_s)
     assert stalls[1] == pytest.approx(stalls[0] + 0.1e-3)
+
+
+def test_a_large_expert_is_computed_with_while_it_arrives():
+    nbytes = 4 * IN_HAND_BYTES
+    shape = CacheShape((8,), (2,), (nbytes,))
+    whole = CostModel(nbytes / 1e6, expert_us_device=400.0, dense_us_per_token=0.0, ram_gb_s=nbytes / 1e6)
+    for costs, tokens, us in (
+        (whole, 1, 1000 + 250 + 400),  # a quarter of it is still to be copied when it has been read
+        (replace(whole, expert_us_landed=100.0), 1, 1000 + 250 + 100),
+        (replace(whole, expert_us_landed=100.0), 3, 1000 + 250 + 3 * 400),
+    ):
+        planner, clock = build_planner(CacheOptions(slots_per_layer=4), shape), Clock(costs, shape)
+        step = access(0, [1], tokens=tokens)
+        clock.add(step, planner.plan(step), tokens)
+        assert clock.now_s == pytest.approx(us * 1e-6)
+        assert clock.stall_s == pytest.approx((us - 400 * tokens) * 1e-6)
 
 
 def test_a_prefetch_that_has_not_started_is_promoted():

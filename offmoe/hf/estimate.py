@@ -26,7 +26,7 @@ from offmoe.hf.load import build_meta
 from offmoe.hf.needs import ExpertBytes, Parameters, count_parameters, model_bytes
 from offmoe.runtime.formats import PARAM_ALIGNMENT, ExpertLayout, aligned
 from offmoe.runtime.memory import DenseLayerBytes, ModelBytes
-from offmoe.runtime.store import ALIGNMENT
+from offmoe.runtime.read_plan import ALIGNMENT
 from offmoe.types import CacheShape
 
 if TYPE_CHECKING:

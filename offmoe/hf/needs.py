@@ -18,8 +18,8 @@ from offmoe.hf.dense import DenseLayer
 from offmoe.runtime.arena import PAGE_BYTES
 from offmoe.runtime.formats import PARAM_ALIGNMENT, ExpertLayout, aligned
 from offmoe.runtime.memory import DenseLayerBytes, ModelBytes
+from offmoe.runtime.read_plan import plan_reads
 from offmoe.runtime.staging import staging_plan
-from offmoe.runtime.store import plan_reads
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -2,20 +2,21 @@
 
 Nothing moves. A prefetch that the next access of its layer does not demand is a read for nothing, which delays what is
 demanded. How much time a right one saves depends on how long computing takes beside a read, which counts do not know.
-So "auto" assumes little (`HIDDEN`) and holds on to what is true of any machine: a read of many parts is stopped when
-it turns out to be for nothing, and has cost one of them; a read of one part has cost all of it. What is lost by that is
+So "auto" assumes little (`HIDDEN`) and holds on to what is true of any machine: a read is stopped when it turns out to
+be for nothing, and has cost computing a few MB by then, which of a small expert is all of it. What is lost by that is
 kept below one in `READS_PER_WASTE` of the reads that were needed, and below a few of them where reads can be stopped,
 since then it is lost only where the disk is what computing waits for.
 
 Whether predictions are good is learned without reading: a prediction that is only noted is as right or wrong as one
-that is fetched. Counts only, no clocks (rule R1): replay takes the same decisions. State is plain integers."""
+that is fetched. Only where one right in two is more than enough are they acted on before that is known.
+Counts only, no clocks (rule R1): replay takes the same decisions. State is plain integers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from offmoe.types import PART_BYTES, CacheShape
+from offmoe.types import STOP_BYTES, CacheShape
 
 WORTH_BYTES = 1 << 20
 """Of one expert. Foretelling takes a norm, a router and a ranking, some 0.1 ms per layer; of the demo model's experts,
@@ -74,7 +75,10 @@ class AutoPrefetch:
     doubles each time."""
 
     HIDDEN, MARGIN = 0.25, 0.1
-    """Of the time of a read, what computing hides; of predictions, 0.8 must be right where reads have one part."""
+    """Of the time of a read, what computing hides; of predictions, 0.8 must be right where reads cannot be stopped."""
+    ASSUMED = 0.5
+    """Of predictions, those that are right, until it is known. Models give 0.47 to 0.98, routers of random weights 0.5
+    to 0.8."""
     EVIDENCE, MEMORY = 24, 96
     """Predictions that a place is judged by, at least and at most."""
     TRIAL = 128
@@ -85,9 +89,9 @@ class AutoPrefetch:
     """By so much less again does a read for nothing count that can be stopped."""
 
     def __init__(self, top_k: tuple[int, ...], expert_bytes: tuple[int, ...]):
-        parts = [-(-nbytes // PART_BYTES) for nbytes in expert_bytes]
-        self._places = [_Places(k, 1 / (1 + self.HIDDEN * n)) for k, n in zip(top_k, parts, strict=True)]
-        self._waste = [max(1, self.READS_PER_WASTE // (self.STOPPED * n if n > 1 else 1)) for n in parts]
+        lost = [min(1.0, STOP_BYTES / nbytes) for nbytes in expert_bytes]  # of a read, if it is for nothing
+        self._places = [_Places(k, n / (n + self.HIDDEN)) for k, n in zip(top_k, lost, strict=True)]
+        self._waste = [max(1, int(self.READS_PER_WASTE * n / (self.STOPPED if n < 1 else 1))) for n in lost]
         """Of a read for nothing, in units of 1 / READS_PER_WASTE of a read."""
         self._of_all = _Places(max(top_k), max(places.enough for places in self._places))
         """All layers together: what a place is judged by while its own layer knows too little of it."""
@@ -135,7 +139,8 @@ class _Places:
         """enough: the share of right predictions below which a place is not trusted."""
         self.top_k = top_k
         self.enough = enough
-        self.trusted = [False] * (top_k + 1)  # by place; the last: all places of steps of many tokens
+        sure = enough + AutoPrefetch.MARGIN <= AutoPrefetch.ASSUMED
+        self.trusted = [sure] * (top_k + 1)  # by place; the last: all places of steps of many tokens
         self.pause = 0
         self.single = True
         self.waiting: Sequence[Candidate] = ()

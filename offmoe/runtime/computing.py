@@ -15,16 +15,17 @@ import logging
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 
 from offmoe.errors import OffmoeError
 from offmoe.runtime.arena import SlotArena
+from offmoe.runtime.arrival import Arriving
 from offmoe.runtime.device_slots import device_form, form_of_tiles
 from offmoe.runtime.formats import ExpertLayout
-from offmoe.runtime.kernels import ExpertMath, expert_ffn
+from offmoe.runtime.kernels import ExpertMath, GatedFFN, expert_ffn
 from offmoe.runtime.kernels.cpu import CpuKernels, Rows, cpu_kernels, physical_cores
 from offmoe.runtime.kernels.device import DeviceKernels, Pairs, available
 from offmoe.runtime.quantized import ExpertDecoding
@@ -49,8 +50,23 @@ class Work(NamedTuple):
         return self.hidden if self.pairs is None else self.hidden[self.pairs[expert] // self.sharing]
 
 
+class Slots(Protocol):
+    """What fills slots, as whoever computes sees it."""
+
+    def ready(self, slot: int) -> None:
+        """Wait for what is to be in a slot."""
+
+    def arriving(self, slot: int) -> Arriving | None:
+        """What is on its way there and may be computed with as it comes, before `ready`; None: nothing."""
+
+
 class ExpertCompute(ABC):
     """Computes experts of all layers of one model; one thread at a time."""
+
+    @property
+    def begins_early(self) -> bool:
+        """Whether it has computed with an expert before all of it was there, and would again."""
+        return False
 
     @abstractmethod
     def expert(self, layer: int, slot: int, math: ExpertMath, x: torch.Tensor) -> torch.Tensor:
@@ -62,15 +78,15 @@ class ExpertCompute(ABC):
         math: ExpertMath,
         experts: Sequence[tuple[int, int]],
         work: Work,
-        ready: Callable[[int], object],
+        slots: Slots,
     ) -> Iterator[torch.Tensor]:
-        """Rows [n, H] of each of `experts` ((expert, slot)), in their order. ready(slot) waits for what is to be there.
+        """Rows [n, H] of each of `experts` ((expert, slot)), in their order.
 
         Of the dtype of hidden; for one token it may be a wider one, since whoever puts the rows together casts them.
         A slot may be given to another expert as soon as the next rows are asked for.
         """
         for expert, slot in experts:
-            ready(slot)
+            slots.ready(slot)
             yield self.expert(layer, slot, math, work.inputs(expert))
 
     @abstractmethod
@@ -88,6 +104,48 @@ class TorchCompute(ExpertCompute):
         decodings: Sequence[ExpertDecoding | None],
     ) -> None:
         self._arena, self._layouts, self._decodings = arena, layouts, decodings
+        self._same_by_rows: dict[tuple[object, ...], bool] = {}
+        """Whether computing by blocks of rows gives the bits of the whole, by what torch goes by."""
+
+    @property
+    def begins_early(self) -> bool:
+        return any(self._same_by_rows.values())
+
+    def wave(
+        self,
+        layer: int,
+        math: ExpertMath,
+        experts: Sequence[tuple[int, int]],
+        work: Work,
+        slots: Slots,
+    ) -> Iterator[torch.Tensor]:
+        for expert, slot in experts:
+            x = work.inputs(expert)
+            rows = None
+            if len(x) == 1 and isinstance(math, GatedFFN) and not math.transposed and self._decodings[layer] is None:
+                rows = self._as_it_arrives(layer, slot, math, x, slots)
+            slots.ready(slot)
+            yield self.expert(layer, slot, math, x) if rows is None else rows
+
+    def _as_it_arrives(
+        self, layer: int, slot: int, math: GatedFFN, x: torch.Tensor, slots: Slots
+    ) -> torch.Tensor | None:
+        """One token's row [1, H], complete when all of the expert is there; None if it is to be computed then."""
+        arriving = slots.arriving(slot)
+        if arriving is None:
+            return None
+        weights = self._arena.views(slot, self._layouts[layer])
+        shapes = [(weights[name].shape, weights[name].dtype) for name in (math.up, math.down)]
+        kind = (*shapes, x.dtype, torch.get_num_threads())
+        if not self._same_by_rows.get(kind, True) or any(w.dtype != x.dtype for w in weights.values()):
+            return None
+        rows = math.as_it_arrives(weights, x, arriving.wait)
+        if kind in self._same_by_rows:
+            return rows
+        slots.ready(slot)  # the first of its kind: is it what the whole gives?
+        whole = math(weights, x)
+        self._same_by_rows[kind] = torch.equal(rows, whole)
+        return whole
 
     def expert(self, layer: int, slot: int, math: ExpertMath, x: torch.Tensor) -> torch.Tensor:
         weights = self._arena.views(slot, self._layouts[layer])
@@ -115,6 +173,10 @@ class KernelCompute(ExpertCompute):
         self._calling = threading.Lock()
         self._closed = False
 
+    @property
+    def begins_early(self) -> bool:
+        return self._otherwise.begins_early
+
     def expert(self, layer: int, slot: int, math: ExpertMath, x: torch.Tensor) -> torch.Tensor:
         form = self._slots[layer]
         if form is None:
@@ -134,14 +196,14 @@ class KernelCompute(ExpertCompute):
         math: ExpertMath,
         experts: Sequence[tuple[int, int]],
         work: Work,
-        ready: Callable[[int], object],
+        slots: Slots,
     ) -> Iterator[torch.Tensor]:
         if self._slots[layer] is None:
-            yield from self._otherwise.wave(layer, math, experts, work, ready)
+            yield from self._otherwise.wave(layer, math, experts, work, slots)
             return
         # Converted once, not by every expert: a conversion of one row takes as long as a tenth of a small expert.
         dtype, work = work.hidden.dtype, work._replace(hidden=work.hidden.float())
-        for rows in super().wave(layer, math, experts, work, ready):
+        for rows in super().wave(layer, math, experts, work, slots):
             yield rows if work.pairs is None else rows.to(dtype)
 
     def close(self) -> None:
@@ -177,23 +239,23 @@ class DeviceCompute(ExpertCompute):
         math: ExpertMath,
         experts: Sequence[tuple[int, int]],
         work: Work,
-        ready: Callable[[int], object],
+        slots: Slots,
     ) -> Iterator[torch.Tensor]:
         kernels, pairs = self._kernels[layer], work.pairs
         if kernels is None:
-            yield from self._otherwise.wave(layer, math, experts, work, ready)
+            yield from self._otherwise.wave(layer, math, experts, work, slots)
             return
         at_once = len(experts) if pairs is None else EXPERTS_AT_ONCE
         for start in range(0, len(experts), at_once):
             some = experts[start : start + at_once]
-            slots = [slot for _, slot in some]
-            for slot in slots:
-                ready(slot)
+            numbers = [slot for _, slot in some]
+            for slot in numbers:
+                slots.ready(slot)
             if pairs is None:
-                asked = Pairs(slots, [1] * len(some))
+                asked = Pairs(numbers, [1] * len(some))
             else:
                 order = torch.cat([pairs[expert] for expert, _ in some])
-                asked = Pairs(slots, [len(pairs[expert]) for expert, _ in some], order, work.sharing)
+                asked = Pairs(numbers, [len(pairs[expert]) for expert, _ in some], order, work.sharing)
             yield from kernels.compute(asked, work.hidden).split(list(asked.counts))
 
     def close(self) -> None:

@@ -97,6 +97,11 @@ class ExpertExecutor:
         self._sound = True
         """Whether slots hold what residency says; false while a layer runs, and after a failure cut short."""
 
+    @property
+    def begins_early(self) -> bool:
+        """Whether an expert has been computed with while it arrived."""
+        return self._compute.begins_early
+
     @contextmanager
     def step(self, rows: int) -> Iterator[None]:
         """Around one forward pass of `rows` tokens; what went through whole with a single one is kept in `timed`."""
@@ -202,7 +207,7 @@ class ExpertExecutor:
         transfer.read_ahead(plan.ahead)
         streaming = len(plan.waves) > 1
         for wave in plan.waves:
-            made = self._compute.wave(plan.layer, math, wave.experts, work, transfer.ready)
+            made = self._compute.wave(plan.layer, math, wave.experts, work, transfer)
             for (expert, slot), out in zip(wave.experts, made, strict=True):
                 place(expert, out)
                 if streaming:

@@ -17,16 +17,28 @@ from collections.abc import Callable, Sequence
 import torch
 
 from offmoe.runtime.arena import HostBuffers, SlotArena
+from offmoe.runtime.arrival import Arriving
 from offmoe.runtime.backend import Backend, Event
 from offmoe.runtime.formats import Assembly, ExpertLayout
 from offmoe.runtime.staging import READERS, host_buffers, staging_plan
 from offmoe.runtime.store import ExpertStore
-from offmoe.runtime.tickets import DEMAND, Arrival, SharedRead, Ticket, TicketQueue
+from offmoe.runtime.tickets import DEMAND, SharedRead, Ticket, TicketQueue
+from offmoe.types import AHEAD_BYTES
 
 PIECE_BYTES = 16 << 20
 """Of a copy that nobody waits for: 0.7 ms of a 24 GB/s link. The copy engine takes copies in order (io.md section 6:
 51 KB waited 12 ms behind 200 MB)."""
 PIECES_IN_FLIGHT = 2
+
+
+class _Interest:
+    """Asked between two system calls of a read: is it still for something?"""
+
+    def __init__(self, ticket: Ticket, closing: threading.Event):
+        self._ticket, self._closing = ticket, closing
+
+    def is_set(self) -> bool:
+        return self._closing.is_set() or self._ticket.is_stopped
 
 
 class Mover:
@@ -74,13 +86,32 @@ class Mover:
         if self._host is not None:
             self._host.close()
 
+    def arriving(self, ticket: Ticket) -> Arriving | None:
+        """For what is copied into its slot part by part and stays as it was read; None for anything else."""
+        key = ticket.fetch.key
+        parts = self._store.parts(key)
+        if parts == 1 or not self._backend.lands_at_once:
+            return None
+        views = self._arena.views(ticket.fetch.slot, self._layouts[key.layer])
+        assembly, runs = self._assemblies[key.layer], self._runs(ticket)
+        places: dict[str, list[tuple[int, int, int]]] = {name: [] for name in views}
+        for part in range(parts):
+            for segment, start, end in self._store.arrived(key, part):
+                run = runs[segment]
+                if run is None:
+                    return None
+                name = assembly.parts[segment].param
+                at = run.data_ptr() - views[name].data_ptr()
+                places[name].append((at + start, at + end, part))
+        return Arriving(ticket.arrival, places)
+
     def move(self, ticket: Ticket) -> bool:
         """Whether there is nothing more to do: false for what has been read ahead and waits to be fetched."""
-        if ticket.arrival is None and ticket.fetch.host is not None:
+        if not ticket.arrival.begun and ticket.fetch.host is not None:
             self._move_through_ram(ticket, ticket.fetch.host)
             return True
         assert ticket.buffer is not None
-        if ticket.arrival is None:
+        if not ticket.arrival.begun:
             self._staged[ticket.buffer].synchronize()  # W3
             self._bring(ticket, self._staging.memory(ticket.buffer), self._staging.tensor(ticket.buffer))
             if self.queue.parks(ticket):
@@ -133,15 +164,16 @@ class Mover:
 
         As soon as somebody waits for it and its slot is free, what has arrived is copied while the rest is read.
         """
-        arrival = ticket.arrival = Arrival()
-        key = ticket.fetch.key
+        arrival, key = ticket.arrival, ticket.fetch.key
+        arrival.begun = True
         in_staging = ticket.buffer is not None
 
         def read(part: int) -> None:
-            self._store.read_part(key, part, memory, self._stop)
+            step = None if ticket.priority == DEMAND else AHEAD_BYTES
+            self._store.read_part(key, part, memory, _Interest(ticket, self._stop), step)
             arrival.add(part)
             if not in_staging or ticket.fetch.host is None:  # else it goes into its RAM slot first
-                self._copy_arrived(ticket, arrival, buffer)
+                self._copy_arrived(ticket, buffer)
 
         self._read_parts(ticket, read)
 
@@ -152,8 +184,9 @@ class Mover:
         else:
             self.queue.share(SharedRead(ticket, parts, read))
 
-    def _copy_arrived(self, ticket: Ticket, arrival: Arrival, buffer: torch.Tensor) -> None:
+    def _copy_arrived(self, ticket: Ticket, buffer: torch.Tensor) -> None:
         """Into the slot, if that is the device's and it may land by now."""
+        arrival = ticket.arrival
         if ticket.fetch.slot >= self._arena.on_device:
             return
         if arrival.runs is None:
@@ -162,6 +195,7 @@ class Mover:
                     arrival.runs = self._runs(ticket)
         while arrival.runs is not None and (part := arrival.take()) is not None:
             self._copy_part(ticket, part, buffer, arrival.runs)
+            arrival.landed(part)
 
     def _runs(self, ticket: Ticket) -> Sequence[torch.Tensor | None]:
         key, slot = ticket.fetch.key, ticket.fetch.slot
@@ -195,9 +229,9 @@ class Mover:
         arrived; `copied` marks when that is done.
         """
         arrival = ticket.arrival
-        if arrival is not None and arrival.runs is None and ticket.priority == DEMAND:  # read while nobody waited
-            self._read_parts(ticket, lambda part: self._copy_arrived(ticket, arrival, buffer))
-        early = None if arrival is None else arrival.runs
+        if arrival.begun and arrival.runs is None and ticket.priority == DEMAND:  # read while nobody waited
+            self._read_parts(ticket, lambda part: self._copy_arrived(ticket, buffer))
+        early = arrival.runs
         there = () if early is None else [i for i, run in enumerate(early) if run is not None]
         if early is None and not self._begin(ticket):
             return

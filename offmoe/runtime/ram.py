@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from offmoe.config import OffloadConfig, format_size
 from offmoe.errors import CapacityError, ConfigError
 from offmoe.runtime.formats import aligned
+from offmoe.runtime.read_plan import ALIGNMENT
 from offmoe.runtime.staging import staging_plan
-from offmoe.runtime.store import ALIGNMENT
 from offmoe.types import CacheShape
 
 

@@ -20,22 +20,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from pathlib import Path
-from typing import NamedTuple
+from typing import Protocol
 
 import torch
 
 from offmoe.errors import CheckpointError, MissingTensorError, ShardChangedError, TransferError
 from offmoe.runtime.checkpoint import identity
-from offmoe.runtime.formats import ExpertRecord, aligned
-from offmoe.types import PART_BYTES, ExpertKey
+from offmoe.runtime.formats import ExpertRecord
+from offmoe.runtime.read_plan import ALIGNMENT, Window, plan_reads
+from offmoe.types import ExpertKey
 
 logger = logging.getLogger(__name__)
-
-ALIGNMENT = 4096
-"""Bytes. File offset, length and memory address of an unbuffered read; 512 is often enough, 4096 always."""
-
-READ_THROUGH_BYTES = 64 * 1024
-"""Gaps below this are read rather than skipped: another request costs more than their bytes."""
 
 CHECK_EVERY_S = 1.0
 """Between two looks at a shard's identity. Every system call may cost a switch of the interpreter lock, up to 5 ms."""
@@ -46,26 +41,10 @@ ReadAt = Callable[[int, memoryview, int], int]
 """read_at(descriptor, buffer, offset) -> bytes read, at most len(buffer); 0 at the end of the file. One system call."""
 
 
-class Window(NamedTuple):
-    """One read: file bytes [offset, offset + nbytes) of a shard to buffer byte `at`; all multiples of ALIGNMENT."""
+class Stop(Protocol):
+    """Whether a read is for nothing by now: a threading.Event, say."""
 
-    shard: int
-    offset: int
-    nbytes: int
-    at: int
-
-
-class ReadPlan(NamedTuple):
-    """How one expert is read: its windows, and per segment in record order (start in the buffer, nbytes).
-
-    parts: the same windows, none larger than PART_BYTES, in groups that may be read by different readers.
-    """
-
-    windows: tuple[Window, ...]
-    parts: tuple[tuple[Window, ...], ...]
-    places: tuple[tuple[int, int], ...]
-    shards: tuple[int, ...]
-    nbytes: int
+    def is_set(self) -> bool: ...
 
 
 class ExpertStore:
@@ -114,7 +93,7 @@ class ExpertStore:
         """The expert's segments."""
         return self._records[key]
 
-    def read_into(self, key: ExpertKey, buffer: memoryview, stop: threading.Event | None = None) -> None:
+    def read_into(self, key: ExpertKey, buffer: memoryview, stop: Stop | None = None) -> None:
         """Read one expert; blocks without the interpreter lock. `segments` says where its tensors then stand.
 
         buffer: writable bytes, at least the expert's windows (`buffer_bytes` always do), aligned to ALIGNMENT;
@@ -129,8 +108,13 @@ class ExpertStore:
         """Into how many parts the reading of this expert can be divided."""
         return len(self._plans[key].parts)
 
-    def read_part(self, key: ExpertKey, part: int, buffer: memoryview, stop: threading.Event | None = None) -> None:
-        """One part of `read_into`, to its place in the same buffer; any thread may read any part at any time."""
+    def read_part(
+        self, key: ExpertKey, part: int, buffer: memoryview, stop: Stop | None = None, step: int | None = None
+    ) -> None:
+        """One part of `read_into`, to its place in the same buffer; any thread may read any part at any time.
+
+        step: bytes of one system call at most, a multiple of ALIGNMENT; None: all. `stop` is asked before each.
+        """
         plan = self._plans[key]
         assert len(buffer) >= plan.nbytes
         assert not buffer.readonly
@@ -141,7 +125,7 @@ class ExpertStore:
             self._readers += 1
         try:
             for window in plan.parts[part]:
-                self._read_window(window, buffer, stop)
+                self._read_window(window, buffer, stop, step)
             # After the read: what was found unchanged now has not changed while it was read.
             for number in plan.shards:
                 self._shards[number].check_unchanged(self._clock())
@@ -186,7 +170,7 @@ class ExpertStore:
                         f"{segment.offset + segment.nbytes}; the file is truncated: download it again"
                     )
 
-    def _read_window(self, window: Window, buffer: memoryview, stop: threading.Event | None) -> None:
+    def _read_window(self, window: Window, buffer: memoryview, stop: Stop | None, step: int | None) -> None:
         shard = self._shards[window.shard]
         wanted = min(window.nbytes, shard.size - window.offset)
         done = 0
@@ -199,6 +183,7 @@ class ExpertStore:
             # After a short read the rest may start anywhere, which only a buffered descriptor can do.
             direct = shard.direct if done % ALIGNMENT == 0 else None
             end = wanted if direct is None else window.nbytes
+            end = end if step is None else min(end, done + step)
             into = buffer[window.at + done : window.at + end]
             try:
                 read = self._read_at(shard.buffered if direct is None else direct, into, window.offset + done)
@@ -312,53 +297,3 @@ def positional_read() -> ReadAt:
             return file.readinto(buffer) or 0
 
     return seek_and_read
-
-
-def plan_reads(record: ExpertRecord) -> ReadPlan:
-    """Merge neighbouring segments into extents, widen these to aligned windows, lay them out one after the other."""
-    order = sorted(range(len(record.segments)), key=lambda i: (record.segments[i].shard, record.segments[i].offset))
-    places = [(0, 0)] * len(order)
-    windows: list[Window] = []
-    extent: list[int] = []
-    end = at = 0
-
-    def finish() -> None:
-        nonlocal at
-        if not extent:
-            return
-        first = record.segments[extent[0]]
-        offset = first.offset // ALIGNMENT * ALIGNMENT
-        windows.append(Window(first.shard, offset, aligned(end, ALIGNMENT) - offset, at))
-        for i in extent:
-            places[i] = (at + record.segments[i].offset - offset, record.segments[i].nbytes)
-        at += windows[-1].nbytes
-
-    for i in order:
-        segment = record.segments[i]
-        if not segment.nbytes:
-            continue
-        if extent and (record.segments[extent[0]].shard != segment.shard or segment.offset - end >= READ_THROUGH_BYTES):
-            finish()
-            extent, end = [], 0
-        extent.append(i)
-        end = max(end, segment.offset + segment.nbytes)
-    finish()
-    return ReadPlan(tuple(windows), _parts(windows, at), tuple(places), tuple(sorted({w.shard for w in windows})), at)
-
-
-def _parts(windows: Sequence[Window], nbytes: int) -> tuple[tuple[Window, ...], ...]:
-    """Windows in groups of at most PART_BYTES, as equal as whole pages allow, in the order of the buffer."""
-    size = aligned(-(-nbytes // max(1, -(-nbytes // PART_BYTES))), ALIGNMENT)
-    parts: list[list[Window]] = []
-    room = 0
-    for window in windows:
-        done = 0
-        while done < window.nbytes:
-            if not room:
-                parts.append([])
-                room = size
-            n = min(room, window.nbytes - done)
-            parts[-1].append(Window(window.shard, window.offset + done, n, window.at + done))
-            done += n
-            room -= n
-    return tuple(map(tuple, parts))

@@ -17,10 +17,9 @@ from __future__ import annotations
 import heapq
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
-import torch
-
+from offmoe.runtime.arrival import Arrival
 from offmoe.runtime.staging import StagingPlan
 from offmoe.types import Fetch
 
@@ -69,8 +68,8 @@ class Ticket:
         self.dropped = False
         self.buffer: int | None = None
         """The staging buffer that it passes through, from when it is taken."""
-        self.arrival: Arrival | None = None
-        """How far its read is, from when it begins."""
+        self.arrival = Arrival()
+        """How far it is."""
         self.issued = threading.Event()
         """Set when the copy into the slot has been given to the copy stream, has failed, or will not be."""
         self.error: BaseException | None = None
@@ -94,25 +93,6 @@ class Ticket:
         self.dropped = True
         if self.turn is not None:
             self.turn.set()
-
-
-class Arrival:
-    """The parts of an expert that are in host memory and not in its slot so far."""
-
-    def __init__(self) -> None:
-        self.runs: Sequence[torch.Tensor | None] | None = None
-        """Per segment the slot's memory that it goes to as it is (`Assembly.runs`); None before landing has begun."""
-        self.lock = threading.Lock()
-        self._parts: list[int] = []
-
-    def add(self, part: int) -> None:
-        with self.lock:
-            self._parts.append(part)
-
-    def take(self) -> int | None:
-        """A part that nobody else will copy; None if there is none."""
-        with self.lock:
-            return self._parts.pop() if self._parts else None
 
 
 class SharedRead:
@@ -253,6 +233,7 @@ class TicketQueue:
             self._idle.append(ticket.buffer)
             ticket.buffer = None
         ticket.issued.set()
+        ticket.arrival.end()
 
     def reclaim(self) -> None:
         """Every staging buffer is idle, since nothing is under way: an interrupt may have lost one in between."""

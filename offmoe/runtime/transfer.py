@@ -35,6 +35,7 @@ from collections.abc import Callable, Sequence
 
 from offmoe.errors import OffmoeError, TransferError
 from offmoe.runtime.arena import SlotArena
+from offmoe.runtime.arrival import Arriving
 from offmoe.runtime.backend import Backend
 from offmoe.runtime.formats import Assembly, ExpertLayout
 from offmoe.runtime.movement import Mover
@@ -131,15 +132,27 @@ class TransferEngine:
             if found:
                 self._queue.promote(found)
 
+    def arriving(self, slot: int) -> Arriving | None:
+        """What is on its way into `slot` and may be computed with as it comes, before `ready` is called for the slot;
+        None if there is nothing to gain by it, or the device cannot.
+        """
+        ticket = self._tickets.get(slot)
+        if ticket is None or ticket.uses > self._uses[slot] or ticket.issued.is_set():
+            return None
+        return self._mover.arriving(ticket)
+
     def ready(self, slot: int) -> None:
         """Make compute wait for what was fetched into `slot`; raises what went wrong with a fetch."""
         ticket = self._tickets.get(slot)
         if ticket is None or ticket.uses > self._uses[slot]:
             return
+        waited = ticket.arrival.waited_s()
         if not ticket.issued.is_set():
             began = time.perf_counter()
             ticket.issued.wait()
-            self._on_stall(ticket.fetch.key.layer, time.perf_counter() - began)
+            waited += time.perf_counter() - began
+        if waited:
+            self._on_stall(ticket.fetch.key.layer, waited)
         if ticket.next is None:
             del self._tickets[slot]
         else:

@@ -8,7 +8,7 @@ import pytest
 from offmoe.config import CacheOptions
 from offmoe.policy.planner import Planner, build_planner
 from offmoe.policy.prefetch import WORTH_BYTES, AutoPrefetch, Candidate
-from offmoe.types import PART_BYTES, Access, CacheShape, CacheStats, Demand
+from offmoe.types import STOP_BYTES, Access, CacheShape, CacheStats, Demand
 
 SHAPE = CacheShape((16, 16), (2, 2), (WORTH_BYTES, WORTH_BYTES))
 
@@ -125,16 +125,24 @@ def test_many_tokens_are_judged_apart_from_one():
 
 
 @pytest.mark.parametrize(
-    ("parts", "right", "acts"), [(1, 0.7, False), (2, 0.5, False), (9, 0.55, True), (9, 0.2, False)]
+    ("stops", "right", "acts"), [(1, 0.7, False), (2, 0.6, False), (2, 0.85, True), (33, 0.3, True), (33, 0.05, False)]
 )
-def test_reads_that_can_be_stopped_need_less_trust(parts, right, acts):
-    """Of an expert in nine parts, 69 MB, a wrong prediction costs a ninth of a read."""
-    shape = CacheShape((16, 16), (2, 2), (parts * PART_BYTES,) * 2)
+def test_reads_that_can_be_stopped_need_less_trust(stops, right, acts):
+    """Of an expert of 69 MB, a wrong prediction costs a 33rd of a read."""
+    shape = CacheShape((16, 16), (2, 2), (stops * STOP_BYTES,) * 2)
     planner = build_planner(CacheOptions(slots_per_layer=4, prefetch="auto"), shape)
     chance = np.random.default_rng(3)
     stats = run(planner, routing(2000), lambda _, experts: experts if chance.random() < right else wrong(experts))
     assert (stats.prefetched > 500) is acts
     assert acts or stats.prefetched < 100
+
+
+@pytest.mark.parametrize(("stops", "at_once"), [(4, False), (33, True)])
+def test_what_costs_little_is_tried_before_anything_is_known(stops, at_once):
+    shape = CacheShape((16, 16), (2, 2), (stops * STOP_BYTES,) * 2)
+    planner = build_planner(CacheOptions(slots_per_layer=4, prefetch="auto"), shape)
+    planner.plan(access(1, range(4)))  # what is missed allows reads for nothing
+    assert bool(planner.plan(access(0, [0, 1], [8, 9])).ahead) is at_once
 
 
 def test_layers_learn_from_each_other_at_first():

@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from offmoe.errors import CheckpointError, MissingTensorError, ShardChangedError, TransferError
+from offmoe.runtime import read_plan
 from offmoe.runtime import store as store_module
 from offmoe.runtime.arena import HostBuffers
 from offmoe.runtime.formats import ExpertRecord, Segment
-from offmoe.runtime.store import ALIGNMENT, READ_THROUGH_BYTES, ExpertStore, ReadAt, positional_read
+from offmoe.runtime.read_plan import ALIGNMENT, READ_THROUGH_BYTES
+from offmoe.runtime.store import ExpertStore, ReadAt, positional_read
 from offmoe.types import ExpertKey
 
 SHARD_BYTES = 300_001  # no multiple of anything
@@ -164,7 +166,8 @@ class TestBytes:
     def test_large_reads_are_cut(
         self, shards: list[Path], buffers: HostBuffers, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(store_module, "PART_BYTES", 2 * ALIGNMENT)
+        monkeypatch.setattr(read_plan, "WHOLE_BYTES", 2 * ALIGNMENT)
+        monkeypatch.setattr(read_plan, "PART_BYTES", 2 * ALIGNMENT)
         store = ExpertStore(shards, RECORDS)
         for key in RECORDS:
             assert read(store, key, buffers) == expected(shards, key)

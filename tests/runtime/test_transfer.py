@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import types
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import offmoe.runtime.movement as movement_module
-import offmoe.runtime.store as store_module
+import offmoe.runtime.read_plan as read_plan
 import offmoe.runtime.transfer as transfer_module
 from offmoe.errors import TransferError
 from offmoe.runtime.arena import SlotArena
@@ -23,35 +24,41 @@ from offmoe.types import ExpertKey, Fetch, Wave
 from tests.doubles import DeferredBackend, engine_without
 
 EXPERTS, ROWS, COLUMNS = 24, 16, 96
-LAYOUT = ExpertLayout.of({"up": (torch.float32, (ROWS, COLUMNS)), "down": (torch.float32, (COLUMNS, ROWS))})
+LAYOUT = ExpertLayout.of({"in": (torch.float32, (ROWS, COLUMNS)), "out": (torch.float32, (COLUMNS, ROWS))})
 
 
 def weight(expert, name):
-    return torch.full((ROWS, COLUMNS) if name == "up" else (COLUMNS, ROWS), expert + (0.25 if name == "up" else 0.5))
+    return torch.full((ROWS, COLUMNS) if name == "in" else (COLUMNS, ROWS), expert + (0.25 if name == "in" else 0.5))
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    tensors = {f"{e}.{name}": weight(e, name) for e in range(EXPERTS) for name in ("up", "down")}
+    tensors = {f"{e}.{name}": weight(e, name) for e in range(EXPERTS) for name in ("in", "out")}
     save_file(tensors, tmp_path / "model.safetensors")
     return Checkpoint.open(tmp_path)
+
+
+def cut(monkeypatch):
+    """Even these experts are read in parts, of one page each."""
+    monkeypatch.setattr(read_plan, "WHOLE_BYTES", 4096)
+    monkeypatch.setattr(read_plan, "PART_BYTES", 4096)
 
 
 @pytest.fixture(params=["whole", "in parts"])
 def reading(request, monkeypatch):
     """Experts are read by one reader each, or in several parts by all of them."""
     if request.param == "in parts":
-        monkeypatch.setattr(store_module, "PART_BYTES", 4096)
+        cut(monkeypatch)
     return request.param
 
 
 @pytest.fixture
 def in_parts(monkeypatch):
-    monkeypatch.setattr(store_module, "PART_BYTES", 4096)
+    cut(monkeypatch)
 
 
 def start_of(checkpoint, expert):
-    return min(checkpoint.segment(f"{expert}.{name}").offset for name in ("up", "down"))
+    return min(checkpoint.segment(f"{expert}.{name}").offset for name in ("in", "out"))
 
 
 class GatedReads:
@@ -81,12 +88,12 @@ class Rig:
     def __init__(self, checkpoint, module: types.ModuleType = transfer_module, backend=None, slots=8, read_at=None):
         self.backend = backend or DeferredBackend()
         self.records = {
-            ExpertKey(0, e): ExpertRecord((checkpoint.segment(f"{e}.up"), checkpoint.segment(f"{e}.down")))
+            ExpertKey(0, e): ExpertRecord((checkpoint.segment(f"{e}.in"), checkpoint.segment(f"{e}.out")))
             for e in range(EXPERTS)
         }
         self.store = ExpertStore(checkpoint.shards, self.records, read_at=read_at)
         self.arena = SlotArena(self.backend.allocate, [LAYOUT] * slots)
-        assembly = Assembly((Part("up", 0, 0), Part("down", 0, 0)))
+        assembly = Assembly((Part("in", 0, 0), Part("out", 0, 0)))
         self.stalls = []
         self.engine = module.TransferEngine(
             self.store, self.arena, self.backend, [LAYOUT], [assembly], on_stall=lambda *a: self.stalls.append(a)
@@ -101,7 +108,7 @@ class Rig:
     def sees(self, expert, slot):
         """Whether computing with the slot now would use exactly this expert."""
         views = self.arena.views(slot, LAYOUT)
-        return all(torch.equal(views[name], weight(expert, name)) for name in ("up", "down"))
+        return all(torch.equal(views[name], weight(expert, name)) for name in ("in", "out"))
 
     def use(self, *pairs):
         slots = [slot for _, slot in pairs]
@@ -396,6 +403,80 @@ def test_a_read_whose_slot_was_given_away_goes_nowhere(checkpoint, in_parts):
     finally:
         for gate in reads.gates.values():
             gate.set()
+        rig.close()
+
+
+def test_what_has_arrived_can_be_computed_with(checkpoint, in_parts):
+    reads = GatedReads()
+    first = start_of(checkpoint, 2) // 4096
+    rig = Rig(checkpoint, backend=CpuBackend(), read_at=reads)
+    parts = rig.store.parts(ExpertKey(0, 2))
+    reads.hold((first + parts - 1) * 4096)
+    try:
+        rig.fetch((2, 5))
+        arriving = rig.engine.arriving(5)
+        nbytes = LAYOUT.params[0].nbytes
+        arriving.wait("in", 0, nbytes)
+        assert torch.equal(rig.arena.views(5, LAYOUT)["in"], weight(2, "in")), "the second weight is still to come"
+        assert not rig.engine._tickets[5].issued.is_set()
+        threading.Timer(0.1, reads.gates[first + parts - 1].set).start()
+        arriving.wait("out", 0, nbytes)
+        assert rig.use((2, 5))
+        assert rig.stalls[0][1] >= 0.05, "it was waited for, though not in `ready`"
+        assert rig.engine.arriving(5) is None
+    finally:
+        reads.gates[first + parts - 1].set()
+        rig.close()
+
+
+def test_whoever_waits_for_what_does_not_come_is_told(checkpoint, in_parts):
+    first = start_of(checkpoint, 2) // 4096
+
+    def read(descriptor, buffer, offset):
+        if offset // 4096 == first + 1:
+            raise OSError(errno.EIO, "injected")
+        return os.preadv(descriptor, [buffer], offset)
+
+    rig = Rig(checkpoint, backend=CpuBackend(), read_at=read)
+    try:
+        rig.fetch((2, 5))
+        arriving = rig.engine.arriving(5)
+        arriving.wait("out", 0, LAYOUT.params[1].nbytes)
+        with pytest.raises(TransferError, match="reading failed"):
+            rig.engine.ready(5)
+    finally:
+        rig.close()
+
+
+def test_what_cannot_be_computed_with_before_it_is_there(checkpoint, monkeypatch):
+    """One part, or a device where a copy that was made is not there yet."""
+    rig = Rig(checkpoint, backend=CpuBackend())
+    rig.fetch((2, 5))
+    assert rig.engine.arriving(5) is None
+    assert rig.engine.arriving(4) is None, "nothing was asked for"
+    rig.close()
+    cut(monkeypatch)
+    rig = Rig(checkpoint, backend=DeferredBackend())
+    rig.fetch((2, 5))
+    assert rig.engine.arriving(5) is None
+    rig.close()
+
+
+def test_what_is_read_ahead_stops_within_a_part(checkpoint, monkeypatch):
+    reads = GatedReads()
+    first = start_of(checkpoint, 2) // 4096
+    monkeypatch.setattr(movement_module, "AHEAD_BYTES", 4096)
+    reads.hold((first + 1) * 4096)
+    rig = Rig(checkpoint, read_at=reads)
+    try:
+        (ticket,) = read_ahead(rig, 2)
+        assert reads.started[first + 1].wait(20)
+        rig.engine.read_ahead(())
+        reads.gates[first + 1].set()
+        assert ticket.issued.wait(20)
+        assert len(reads.offsets) == 2
+    finally:
+        reads.gates[first + 1].set()
         rig.close()
 
 

@@ -17,6 +17,14 @@ ExpertMath = Callable[[Mapping[str, torch.Tensor], torch.Tensor], torch.Tensor]
 """math(weights of one expert by name, x [n, H]) -> [n, H], all of one dtype: what an architecture's experts compute."""
 
 
+WaitFor = Callable[[str, int, int], object]
+"""wait(name, start, end): until bytes [start, end) of a parameter are in the slot."""
+BLOCK_BYTES = 4 << 20
+"""Of the weights that are computed with at once while an expert arrives: half a part, some 0.5 ms of computing."""
+BLOCK_ROWS = 64
+"""Blocks are of so many rows, or of a multiple: in fp32, four rows more or less do change the bits."""
+
+
 @dataclass(frozen=True)
 class GatedFFN:
     """The math of transformers' registry, as its implementations read it off an experts module.
@@ -33,12 +41,45 @@ class GatedFFN:
     down: str = "down_proj"
 
     def __call__(self, weights: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        up, down = weights[self.up], weights[self.down]
-        h = torch.mm(x, up) if self.transposed else F.linear(x, up)
+        def product(name: str, x: torch.Tensor) -> torch.Tensor:
+            return torch.mm(x, weights[name]) if self.transposed else F.linear(x, weights[name])
+
+        return self._through(product, weights, x)
+
+    def as_it_arrives(self, weights: Mapping[str, torch.Tensor], x: torch.Tensor, wait: WaitFor) -> torch.Tensor:
+        """The same of one token, x [1, H], every block of rows as soon as it is there; weights must not be transposed.
+
+        With torch 2.13 on a CPU, one row by some rows of a matrix has the bits that it has by all of them (bf16, fp16,
+        fp32, seven shapes, one and two threads). That is torch's doing: whoever relies on it checks it.
+        """
+        assert not self.transposed
+        assert len(x) == 1
+
+        def product(name: str, x: torch.Tensor) -> torch.Tensor:
+            weight = weights[name]  # [out, in]
+            row_bytes = weight.nbytes // len(weight)
+            rows = max(1, BLOCK_BYTES // (BLOCK_ROWS * row_bytes)) * BLOCK_ROWS
+            done = []
+            for start in range(0, len(weight), rows):
+                block = weight[start : start + rows]
+                wait(name, start * row_bytes, start * row_bytes + block.nbytes)
+                done.append(F.linear(x, block))
+            if self.biased:
+                wait(name + "_bias", 0, weights[name + "_bias"].nbytes)
+            return torch.cat(done, dim=1)
+
+        return self._through(product, weights, x)
+
+    def _through(
+        self,
+        product: Callable[[str, torch.Tensor], torch.Tensor],
+        weights: Mapping[str, torch.Tensor],
+        x: torch.Tensor,
+    ) -> torch.Tensor:
+        h = product(self.up, x)
         if self.biased:
             h = h + weights[self.up + "_bias"]
-        h = self.activate(h)  # [n, I]
-        h = torch.mm(h, down) if self.transposed else F.linear(h, down)
+        h = product(self.down, self.activate(h))  # of [n, I]
         if self.biased:
             h = h + weights[self.down + "_bias"]
         return h if self.normalize is None else self.normalize(h)
