@@ -34,7 +34,7 @@ from offmoe.runtime.backend import CpuBackend
 from offmoe.runtime.probes import DiskProbe, copy_gb_s, host_expert, host_expert_us
 from offmoe.runtime.store import ExpertStore
 from offmoe.trace import NONE
-from offmoe.types import IN_HAND_BYTES, CacheShape
+from offmoe.types import CacheShape, last_share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,7 +89,6 @@ def calibrate(inspected: Inspected, seconds: float, progress: Progress = lambda 
                 progress("decoding with misses")
                 timed = steps.decode(seconds * RUN_SHARE)
                 begins_early = cast("Offload", model.offload).begins_early
-                in_hand = min(1.0, IN_HAND_BYTES / max(catalog.shape.expert_bytes))
     finally:
         store.close()
 
@@ -110,7 +109,7 @@ def calibrate(inspected: Inspected, seconds: float, progress: Progress = lambda 
         expert_us_device_overlapped=expert_us(statistics.median(beside) - empty),
         expert_us_host_4=None if host_few is None else round(host_few, 3),
         expert_us_host_overlapped=None if host_beside is None else round(host_beside * 1e6, 3),
-        expert_us_landed=expert_us(extra * in_hand) if begins_early else None,
+        expert_us_landed=expert_us(extra * last_share(max(catalog.shape.expert_bytes))) if begins_early else None,
     )
     return corrected(apart, catalog.shape, timed)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from offmoe.profile import CostModel
-from offmoe.types import IN_HAND_BYTES, STOP_BYTES, WHOLE_BYTES, Access, CacheShape, ExpertKey, Plan
+from offmoe.types import STOP_BYTES, WHOLE_BYTES, Access, CacheShape, ExpertKey, Plan, last_share
 
 
 class Clock:
@@ -25,8 +25,7 @@ class Clock:
         self._fetch_s = {
             read: [costs.fetch_s(nbytes, read=read) for nbytes in shape.expert_bytes] for read in (True, False)
         }
-        shares = [1.0 if n <= WHOLE_BYTES else min(1.0, IN_HAND_BYTES / n) for n in shape.expert_bytes]
-        self._landing_s = [costs.landing_s(n) * share for n, share in zip(shape.expert_bytes, shares, strict=True)]
+        self._landing_s = [costs.landing_s(n) * last_share(n) for n in shape.expert_bytes]
         largest = max(shape.expert_bytes)
         self._scales = [nbytes / largest for nbytes in shape.expert_bytes]
         self._misses = costs.miss_costs(largest)

@@ -22,17 +22,25 @@ WHOLE_BYTES = 8 * 1024 * 1024
 """An expert up to this is read by one reader in one system call. One reader alone does not keep the disk busy (1.4
 GB/s, four 2.1 on the disk of docs/measurements.md), so several share a larger one.
 """
-PART_BYTES = 2 * 1024 * 1024
-"""Of a larger expert, in one system call. What has arrived is copied, and may be computed with, while others read, and
-the parts that four readers have in hand arrive last, all at once: with 8 MB that was half an expert of 69 MB, and left
-6 ms of copying and computing behind the last read; 4 MB left 3.5, 2 MB 2.2 (at 20 ms a read of one reader).
+LEAST_PART_BYTES, MOST_PART_BYTES, PARTS = 2 * 1024 * 1024, 8 * 1024 * 1024, 32
+"""What has arrived is copied, and may be computed with, while the rest is read; the parts that four readers have in
+hand arrive last, all at once. Of 69 MB, parts of 8 MB left 6 ms of copying and computing behind the last read, 4 MB
+3.5, 2 MB 2.2. A part takes its reader some 0.1 ms beside reading, so those of the largest experts are larger.
 """
-IN_HAND_BYTES = 4 * PART_BYTES
-"""What four readers have in hand of one expert, and what is still to be copied when the last of it has been read."""
 AHEAD_BYTES = 1024 * 1024
 """Of what is read while nobody waits for it, in one system call: it may turn out to be for nothing in between."""
 STOP_BYTES = 2 * AHEAD_BYTES
 """What is read for nothing of an expert when that has turned out: two readers, the most that read one ahead."""
+
+
+def part_bytes(nbytes: int) -> int:
+    """Of an expert, what a reader brings in one system call, at most."""
+    return nbytes if nbytes <= WHOLE_BYTES else max(LEAST_PART_BYTES, min(nbytes // PARTS, MOST_PART_BYTES))
+
+
+def last_share(nbytes: int) -> float:
+    """Of an expert, what four readers have in hand, and what is still to be copied when the last of it was read."""
+    return min(1.0, 4 * part_bytes(nbytes) / max(1, nbytes))
 
 
 class ExpertKey(NamedTuple):

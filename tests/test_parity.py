@@ -182,8 +182,7 @@ def test_with_several_threads_too(tmp_path, two_threads):
 @pytest.mark.parametrize("architecture", ["mixtral", "qwen2_moe", "deepseek_v3"])
 def test_computing_with_what_is_still_arriving(tmp_path, monkeypatch, architecture, dtype):
     """Experts in parts of a page, blocks as small as they get: the same tokens and bits, and it did happen."""
-    monkeypatch.setattr(read_plan, "WHOLE_BYTES", 4096)
-    monkeypatch.setattr(read_plan, "PART_BYTES", 4096)
+    monkeypatch.setattr(read_plan, "part_bytes", lambda nbytes: 4096)
     monkeypatch.setattr(torch_ffn, "BLOCK_BYTES", 1)
     sizes = {"hidden_size": 128, "intermediate_size": 192}
     if architecture != "mixtral":

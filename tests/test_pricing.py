@@ -10,7 +10,7 @@ from offmoe.config import CacheOptions
 from offmoe.policy.planner import build_planner
 from offmoe.pricing import Clock
 from offmoe.profile import CostModel
-from offmoe.types import IN_HAND_BYTES, STOP_BYTES, Access, CacheShape, Demand
+from offmoe.types import LEAST_PART_BYTES, STOP_BYTES, Access, CacheShape, Demand
 
 SHAPE = CacheShape((8, 8), (2, 2), (1000, 1000))
 COSTS = CostModel(disk_gb_s=0.001, expert_us_device=100.0, dense_us_per_token=400.0)  # 1 ms a fetch, 200 us a layer
@@ -72,7 +72,7 @@ def test_a_read_for_nothing_costs_what_is_under_way():
 
 
 def test_a_large_expert_is_computed_with_while_it_arrives():
-    nbytes = 4 * IN_HAND_BYTES
+    nbytes = 16 * LEAST_PART_BYTES
     shape = CacheShape((8,), (2,), (nbytes,))
     whole = CostModel(nbytes / 1e6, expert_us_device=400.0, dense_us_per_token=0.0, ram_gb_s=nbytes / 1e6)
     for costs, tokens, us in (

@@ -56,7 +56,7 @@ class Backend(ABC):
     """Whether the CPU's own kernels can read slots."""
     has_device_kernels: bool
     """Whether Triton's kernels run here."""
-    lands_at_once = False
+    lands_at_once: bool
     """Whether what was copied is there when `copy` returns."""
 
     @property
@@ -117,12 +117,19 @@ class _Immediate:
         pass
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
-        # Bytes not by torch: every reader that calls it would have a team of threads of its own, which spin on the
-        # cores that compute for a while after each copy (25 of 175 ms per token that the disk stood idle, 2 cores).
-        if destination.dtype == source.dtype == torch.uint8 and destination.is_contiguous():
-            np.copyto(destination.numpy(), source.numpy())
-        else:
-            destination.copy_(source)
+        copy_in_ram(destination, source)
+
+
+def copy_in_ram(destination: torch.Tensor, source: torch.Tensor) -> None:
+    """Of one shape, both in host memory; by the calling thread alone where it is bytes.
+
+    torch would give every reader that copies a team of threads of its own, which go on spinning on the cores that
+    compute (25 of 175 ms per token in which the disk stood idle, on two cores).
+    """
+    if destination.dtype == source.dtype == torch.uint8 and destination.is_contiguous():
+        np.copyto(destination.numpy(), source.numpy())
+    else:
+        destination.copy_(source)
 
 
 class CpuBackend(Backend):
@@ -190,6 +197,7 @@ class CudaBackend(Backend):
     staging_counts = False
     slots_in_ram = False
     has_device_kernels = True
+    lands_at_once = False
 
     def __init__(self, device: torch.device):
         index = torch.cuda.current_device() if device.index is None else device.index

@@ -18,7 +18,7 @@ import torch
 
 from offmoe.runtime.arena import HostBuffers, SlotArena
 from offmoe.runtime.arrival import Arriving
-from offmoe.runtime.backend import Backend, Event
+from offmoe.runtime.backend import Backend, Event, copy_in_ram
 from offmoe.runtime.formats import Assembly, ExpertLayout
 from offmoe.runtime.staging import READERS, host_buffers, staging_plan
 from offmoe.runtime.store import ExpertStore
@@ -122,7 +122,7 @@ class Mover:
             return True
         self._wait_for_ram(ticket)
         assert self._host is not None
-        self._host.tensor(ticket.fetch.host).copy_(buffer)
+        copy_in_ram(self._host.tensor(ticket.fetch.host), buffer)
         self._land(ticket, buffer, self._staged[ticket.buffer])
         return True
 
@@ -139,7 +139,7 @@ class Mover:
         if ticket.fetch.read:
             self._read_parts(ticket, lambda part: self._store.read_part(key, part, memory, self._stop))
         self._staged[i].synchronize()
-        self._staging.tensor(i).copy_(tensor)
+        copy_in_ram(self._staging.tensor(i), tensor)
         self._land(ticket, self._staging.tensor(i), self._staged[i])
 
     def _needs_buffer(self, ticket: Ticket) -> bool:
@@ -239,7 +239,7 @@ class Mover:
         views = self._arena.views(slot, self._layouts[key.layer])
         segments, data = self._store.record(key).segments, self._store.segments(key, buffer)
         if slot >= self._arena.on_device:  # in RAM, where only the host reads it, and is done when it says so
-            self._assemblies[key.layer].place(segments, data, views, torch.Tensor.copy_)
+            self._assemblies[key.layer].place(segments, data, views, copy_in_ram)
             return
         self._assemblies[key.layer].place(segments, data, views, functools.partial(self._copy, ticket), there)
         self.landed[slot].record(copies)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from offmoe.runtime.formats import ExpertRecord, aligned
-from offmoe.types import PART_BYTES, WHOLE_BYTES
+from offmoe.types import part_bytes
 
 ALIGNMENT = 4096
 """Bytes. File offset, length and memory address of an unbuffered read; 512 is often enough, 4096 always."""
@@ -32,8 +32,8 @@ class Window(NamedTuple):
 class ReadPlan(NamedTuple):
     """How one expert is read: its windows, and per segment in record order (start in the buffer, nbytes).
 
-    parts: the same windows in groups that may be read by different readers, of at most PART_BYTES where there are
-    several; those with the record's first segments, which computing begins with, come first.
+    parts: the same windows in groups of at most `part_bytes`, which may be read by different readers; those with the
+    record's first segments, which computing begins with, come first.
     """
 
     windows: tuple[Window, ...]
@@ -84,11 +84,9 @@ def _first_segment(part: Sequence[Window], places: Sequence[tuple[int, int]]) ->
 
 
 def _parts(windows: Sequence[Window], nbytes: int) -> list[tuple[Window, ...]]:
-    """Windows in groups of at most PART_BYTES, as equal as whole pages allow, in the order of the buffer; small ones
-    in one.
-    """
-    count = 1 if nbytes <= WHOLE_BYTES else -(-nbytes // PART_BYTES)
-    size = aligned(-(-nbytes // count), ALIGNMENT)
+    """Windows in groups, as equal as whole pages allow, in the order of the buffer."""
+    count = -(-nbytes // part_bytes(max(1, nbytes)))
+    size = aligned(-(-nbytes // max(1, count)), ALIGNMENT)
     parts: list[list[Window]] = []
     room = 0
     for window in windows:

@@ -166,8 +166,7 @@ class TestBytes:
     def test_large_reads_are_cut(
         self, shards: list[Path], buffers: HostBuffers, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(read_plan, "WHOLE_BYTES", 2 * ALIGNMENT)
-        monkeypatch.setattr(read_plan, "PART_BYTES", 2 * ALIGNMENT)
+        monkeypatch.setattr(read_plan, "part_bytes", lambda nbytes: 2 * ALIGNMENT)
         store = ExpertStore(shards, RECORDS)
         for key in RECORDS:
             assert read(store, key, buffers) == expected(shards, key)

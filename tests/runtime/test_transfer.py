@@ -40,8 +40,7 @@ def checkpoint(tmp_path):
 
 def cut(monkeypatch):
     """Even these experts are read in parts, of one page each."""
-    monkeypatch.setattr(read_plan, "WHOLE_BYTES", 4096)
-    monkeypatch.setattr(read_plan, "PART_BYTES", 4096)
+    monkeypatch.setattr(read_plan, "part_bytes", lambda nbytes: 4096)
 
 
 @pytest.fixture(params=["whole", "in parts"])
