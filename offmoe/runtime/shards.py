@@ -10,10 +10,10 @@ What it must never do: leave a file under its final name that is not what was me
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,35 +70,35 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
 
     Raises CapacityError (the disk is full) or TransferError (it failed, or holds something else than was written).
     """
-    partial, hashed = path.with_name(f"{path.name}.partial"), _hash()
+    partial, checksum = path.with_name(f"{path.name}.partial"), _Checksum()
     try:
         with _said(path), open(partial, "wb", buffering=0) as file:
             for piece in pieces:
-                hashed.update(piece)
+                checksum.update(piece)
                 rest = memoryview(piece)
                 while rest.nbytes:
                     rest = rest[file.write(rest) :]
             os.fsync(file.fileno())
         with _said(path):
-            if digest_of(partial) != hashed.hexdigest():
+            if digest_of(partial) != checksum.text():
                 raise TransferError(f"{path}: what is on the disk is not what was written; check disk and memory")
             os.replace(partial, path)
             _sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
-    return hashed.hexdigest()
+    return checksum.text()
 
 
 def digest_of(path: Path) -> str:
     """Of the bytes that the disk has, where the system lets go of its cached ones. Raises OSError."""
-    hashed = _hash()
+    checksum = _Checksum()
     with open(path, "rb", buffering=0) as file:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         buffer = memoryview(bytearray(CHUNK_BYTES))
         while read := file.readinto(buffer):
-            hashed.update(buffer[:read])
-    return hashed.hexdigest()
+            checksum.update(buffer[:read])
+    return checksum.text()
 
 
 def read_chunks(path: Path, offset: int, nbytes: int) -> Iterator[memoryview]:
@@ -131,8 +131,20 @@ def fill(path: Path, offset: int, buffer: memoryview) -> Iterator[int]:
         raise TransferError(f"{path}: reading failed ({error.strerror}); check the disk") from error
 
 
-def _hash() -> hashlib.blake2b:
-    return hashlib.blake2b(digest_size=16)
+class _Checksum:
+    """CRC-32 and length: a disk or memory that errs does not do so to deceive, and a core takes 3.1 GB/s (blake2b: 0.7,
+    which was an eighth of the time of packing on two cores).
+    """
+
+    def __init__(self) -> None:
+        self._crc = self._nbytes = 0
+
+    def update(self, piece: bytes | memoryview) -> None:
+        self._crc = zlib.crc32(piece, self._crc)
+        self._nbytes += memoryview(piece).nbytes
+
+    def text(self) -> str:
+        return f"{self._crc:08x}-{self._nbytes:x}"
 
 
 def _sync_folder(folder: Path) -> None:
