@@ -11,6 +11,7 @@ from offmoe import calibration
 from offmoe.api import load
 from offmoe.config import OffloadConfig
 from offmoe.inspection import inspect
+from offmoe.runtime import read_plan
 from tests import tiny
 
 
@@ -31,6 +32,13 @@ def test_figures(inspected) -> None:
     assert said[0] == "copying"
     assert said[-1] == "decoding with misses"
     assert not [t for t in threading.enumerate() if t.name.startswith("offmoe")]
+
+
+def test_experts_that_are_computed_with_while_they_arrive(inspected, monkeypatch) -> None:
+    monkeypatch.setattr(read_plan, "part_bytes", lambda nbytes: 4096)
+    monkeypatch.setattr(calibration, "last_share", lambda nbytes: 0.25)
+    costs = calibration.calibrate(inspected, 0.0)
+    assert costs.expert_us_landed == pytest.approx(costs.expert_us_device / 4, rel=0.01)
 
 
 def test_decoding_with_misses(inspected) -> None:
