@@ -267,3 +267,14 @@ def test_help_starts_without_torch(verb: list[str]) -> None:
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert "offmoe" in imported
     assert imported & set(HEAVY) == set()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tools" / "bench").glob("*.py")), ids=lambda path: path.name)
+def test_benchmarks_find_each_other_from_anywhere(path: Path) -> None:
+    """`checkout`, which makes the checkout importable, is the only neighbour that is imported by its bare name."""
+    neighbours = {other.stem for other in path.parent.glob("*.py")} - {"checkout"}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module or ""]
+        assert not neighbours.intersection(names), f"{path.name}:{getattr(node, 'lineno', 0)}"

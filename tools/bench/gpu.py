@@ -137,9 +137,9 @@ def disk(section: Section) -> None:
 def resident(section: Section) -> None:
     """Decode of the demo with a slot for every expert: what offmoe's own steps cost beside stock transformers."""
     import transformers
-    from overhead import PROMPT, seconds_per_token
 
     from offmoe.hf.load import resolve_folder
+    from tools.bench.overhead import PROMPT, seconds_per_token
 
     transformers.logging.disable_progress_bar()
     folder = resolve_folder("demo")
