@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from offmoe.profile import CostModel
-from offmoe.types import STOP_BYTES, WHOLE_BYTES, Access, CacheShape, ExpertKey, Plan, last_share
+from offmoe.types import WHOLE_BYTES, Access, CacheShape, ExpertKey, Plan, last_share, stop_share
 
 
 class Clock:
@@ -41,9 +41,7 @@ class Clock:
         # Prefetches that have not started: when they were asked for, and whether they are to be read from disk.
         self._queue: dict[ExpertKey, tuple[float, bool]] = {}
         self._lands: dict[ExpertKey, float] = {}
-        self._stop_s = [
-            s * min(1.0, STOP_BYTES / nbytes) for s, nbytes in zip(self._fetch_s[True], shape.expert_bytes, strict=True)
-        ]
+        self._stop_s = [s * stop_share(n) for s, n in zip(self._fetch_s[True], shape.expert_bytes, strict=True)]
         """Until a read has stopped that was for nothing."""
         self._ahead: tuple[float, tuple[ExpertKey, ...]] = 0.0, ()
         """When reading ahead was asked for, and what."""

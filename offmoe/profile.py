@@ -74,8 +74,8 @@ class CostModel:
     everything but the experts, all layers together. expert_us_host: one expert on one token on the CPU. ..._4: on four
     tokens. ..._overlapped: the same while experts are read (and copied) and computed at once. ram_gb_s: copies within
     RAM, which slots in RAM are filled by. expert_us_landed: what of expert_us_device is left when all of a large expert
-    has landed, where computing begins before; None: all of it. fetch_us: what one fetch costs the thread that computes
-    beside waiting for it: asking, and giving way to the threads that bring it."""
+    has landed, told from its size, where computing begins before; None: all of it. fetch_us: what one fetch costs the
+    thread that computes beside waiting for it: asking, and giving way to the threads that bring it."""
 
     disk_gb_s: float
     expert_us_device: float

@@ -18,6 +18,8 @@ import numpy as np
 
 TAIL_TOKENS = 64
 """Rows at the end of a step that say what decoding will need next (house.md, Decisions)."""
+READERS = 4
+"""Threads; they reach the disk's limit for 5 MB and 50 MB experts alike (io.md section 1)."""
 WHOLE_BYTES = 8 * 1024 * 1024
 """An expert up to this is read by one reader in one system call. One reader alone does not keep the disk busy (1.4
 GB/s, four 2.1 on the disk of docs/measurements.md), so several share a larger one.
@@ -29,8 +31,8 @@ hand arrive last, all at once. Of 69 MB, parts of 8 MB left 6 ms of copying and 
 """
 AHEAD_BYTES = 1024 * 1024
 """Of what is read while nobody waits for it, in one system call: it may turn out to be for nothing in between."""
-STOP_BYTES = 2 * AHEAD_BYTES
-"""What is read for nothing of an expert when that has turned out: two readers, the most that read one ahead."""
+STOP_BYTES = READERS // 2 * AHEAD_BYTES
+"""What is still read of an expert when that turns out to be for nothing: half of the readers read one ahead at most."""
 
 
 def part_bytes(nbytes: int) -> int:
@@ -39,8 +41,13 @@ def part_bytes(nbytes: int) -> int:
 
 
 def last_share(nbytes: int) -> float:
-    """Of an expert, what four readers have in hand, and what is still to be copied when the last of it was read."""
-    return min(1.0, 4 * part_bytes(nbytes) / max(1, nbytes))
+    """Of an expert, what all readers have in hand, and what is still to be copied when the last of it was read."""
+    return min(1.0, READERS * part_bytes(nbytes) / nbytes)
+
+
+def stop_share(nbytes: int) -> float:
+    """Of an expert, what a read costs that turns out to be for nothing."""
+    return min(1.0, STOP_BYTES / nbytes)
 
 
 class ExpertKey(NamedTuple):

@@ -29,7 +29,7 @@ FIGURES = {
     "expert_us_device": ("one expert, one token", "us"),
     "expert_us_device_4": ("one expert, four tokens", "us"),
     "expert_us_device_overlapped": ("one expert, one token, beside reading", "us"),
-    "expert_us_landed": ("one expert, one token, when the last of it has landed", "us"),
+    "expert_us_landed": ("one expert, one token, left when all of it has landed (told from its size)", "us"),
     "expert_us_host": ("one expert, one token, on the CPU", "us"),
     "expert_us_host_4": ("one expert, four tokens, on the CPU", "us"),
     "expert_us_host_overlapped": ("one expert, one token, on the CPU beside reading or copying", "us"),

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from offmoe.types import STOP_BYTES, CacheShape
+from offmoe.types import CacheShape, stop_share
 
 WORTH_BYTES = 1 << 20
 """Of one expert. Foretelling takes a norm, a router and a ranking, some 0.1 ms per layer; of the demo model's experts,
@@ -89,7 +89,7 @@ class AutoPrefetch:
     """By so much less again does a read for nothing count that can be stopped."""
 
     def __init__(self, top_k: tuple[int, ...], expert_bytes: tuple[int, ...]):
-        lost = [min(1.0, STOP_BYTES / nbytes) for nbytes in expert_bytes]  # of a read, if it is for nothing
+        lost = [stop_share(nbytes) for nbytes in expert_bytes]
         self._places = [_Places(k, n / (n + self.HIDDEN)) for k, n in zip(top_k, lost, strict=True)]
         self._waste = [max(1, int(self.READS_PER_WASTE * n / (self.STOPPED if n < 1 else 1))) for n in lost]
         """Of a read for nothing, in units of 1 / READS_PER_WASTE of a read."""

@@ -86,8 +86,12 @@ class ExpertCompute(ABC):
         A slot may be given to another expert as soon as the next rows are asked for.
         """
         for expert, slot in experts:
-            slots.ready(slot)
-            yield self.expert(layer, slot, math, work.inputs(expert))
+            yield self._awaited(layer, slot, math, work.inputs(expert), slots)
+
+    def _awaited(self, layer: int, slot: int, math: ExpertMath, x: torch.Tensor, slots: Slots) -> torch.Tensor:
+        """As `expert`, of one that may still be on its way into its slot."""
+        slots.ready(slot)
+        return self.expert(layer, slot, math, x)
 
     @abstractmethod
     def close(self) -> None:
@@ -111,41 +115,23 @@ class TorchCompute(ExpertCompute):
     def begins_early(self) -> bool:
         return any(self._same_by_rows.values())
 
-    def wave(
-        self,
-        layer: int,
-        math: ExpertMath,
-        experts: Sequence[tuple[int, int]],
-        work: Work,
-        slots: Slots,
-    ) -> Iterator[torch.Tensor]:
-        for expert, slot in experts:
-            x = work.inputs(expert)
-            rows = None
-            if len(x) == 1 and isinstance(math, GatedFFN) and not math.transposed and self._decodings[layer] is None:
-                rows = self._as_it_arrives(layer, slot, math, x, slots)
-            slots.ready(slot)
-            yield self.expert(layer, slot, math, x) if rows is None else rows
-
-    def _as_it_arrives(
-        self, layer: int, slot: int, math: GatedFFN, x: torch.Tensor, slots: Slots
-    ) -> torch.Tensor | None:
-        """One token's row [1, H], complete when all of the expert is there; None if it is to be computed then."""
-        arriving = slots.arriving(slot)
+    def _awaited(self, layer: int, slot: int, math: ExpertMath, x: torch.Tensor, slots: Slots) -> torch.Tensor:
+        divides = isinstance(math, GatedFFN) and not math.transposed and self._decodings[layer] is None
+        arriving = slots.arriving(slot) if divides and len(x) == 1 else None
         if arriving is None:
-            return None
+            return super()._awaited(layer, slot, math, x, slots)
+        assert isinstance(math, GatedFFN)
         weights = self._arena.views(slot, self._layouts[layer])
-        shapes = [(weights[name].shape, weights[name].dtype) for name in (math.up, math.down)]
-        kind = (*shapes, x.dtype, torch.get_num_threads())
+        kind = (weights[math.up].shape, weights[math.down].shape, x.dtype, torch.get_num_threads())
         if not self._same_by_rows.get(kind, True) or any(w.dtype != x.dtype for w in weights.values()):
-            return None
+            return super()._awaited(layer, slot, math, x, slots)
         rows = math.as_it_arrives(weights, x, arriving.wait)
-        if kind in self._same_by_rows:
-            return rows
-        slots.ready(slot)  # the first of its kind: is it what the whole gives?
-        whole = math(weights, x)
-        self._same_by_rows[kind] = torch.equal(rows, whole)
-        return whole
+        slots.ready(slot)  # which raises what went wrong with what has been computed with
+        if kind not in self._same_by_rows:  # the first of its kind: is it what the whole gives?
+            whole = math(weights, x)
+            self._same_by_rows[kind] = torch.equal(rows, whole)
+            return whole
+        return rows
 
     def expert(self, layer: int, slot: int, math: ExpertMath, x: torch.Tensor) -> torch.Tensor:
         weights = self._arena.views(slot, self._layouts[layer])

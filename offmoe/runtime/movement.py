@@ -20,10 +20,10 @@ from offmoe.runtime.arena import HostBuffers, SlotArena
 from offmoe.runtime.arrival import Arriving
 from offmoe.runtime.backend import Backend, Event, copy_in_ram
 from offmoe.runtime.formats import Assembly, ExpertLayout
-from offmoe.runtime.staging import READERS, host_buffers, staging_plan
+from offmoe.runtime.staging import host_buffers, staging_plan
 from offmoe.runtime.store import ExpertStore
 from offmoe.runtime.tickets import DEMAND, SharedRead, Ticket, TicketQueue
-from offmoe.types import AHEAD_BYTES
+from offmoe.types import AHEAD_BYTES, READERS
 
 PIECE_BYTES = 16 << 20
 """Of a copy that nobody waits for: 0.7 ms of a 24 GB/s link. The copy engine takes copies in order (io.md section 6:
@@ -166,11 +166,11 @@ class Mover:
         """
         arrival, key = ticket.arrival, ticket.fetch.key
         arrival.begun = True
-        in_staging = ticket.buffer is not None
+        in_staging, interest = ticket.buffer is not None, _Interest(ticket, self._stop)
 
         def read(part: int) -> None:
             step = None if ticket.priority == DEMAND else AHEAD_BYTES
-            self._store.read_part(key, part, memory, _Interest(ticket, self._stop), step)
+            self._store.read_part(key, part, memory, interest, step)
             arrival.add(part)
             if not in_staging or ticket.fetch.host is None:  # else it goes into its RAM slot first
                 self._copy_arrived(ticket, buffer)

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from offmoe.runtime.arena import HostBuffers
 from offmoe.runtime.backend import Backend
 from offmoe.runtime.formats import ExpertLayout
-from offmoe.runtime.staging import READERS, staging_plan
+from offmoe.runtime.staging import staging_plan
 from offmoe.runtime.store import ExpertStore
-from offmoe.types import ExpertKey
+from offmoe.types import READERS, ExpertKey
 
 ROUNDS = 5
 COLD_BYTES = 64 << 20

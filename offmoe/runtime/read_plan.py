@@ -85,8 +85,10 @@ def _first_segment(part: Sequence[Window], places: Sequence[tuple[int, int]]) ->
 
 def _parts(windows: Sequence[Window], nbytes: int) -> list[tuple[Window, ...]]:
     """Windows in groups, as equal as whole pages allow, in the order of the buffer."""
-    count = -(-nbytes // part_bytes(max(1, nbytes)))
-    size = aligned(-(-nbytes // max(1, count)), ALIGNMENT)
+    if not windows:
+        return []
+    count = -(-nbytes // part_bytes(nbytes))
+    size = aligned(-(-nbytes // count), ALIGNMENT)
     parts: list[list[Window]] = []
     room = 0
     for window in windows:

@@ -10,12 +10,9 @@ from typing import NamedTuple
 
 from offmoe.runtime.arena import HostBuffers
 from offmoe.runtime.backend import Backend
+from offmoe.types import READERS
 
 logger = logging.getLogger(__name__)
-
-READERS = 4
-"""Threads; they reach the disk's limit for 5 MB and 50 MB experts alike (io.md section 1)."""
-
 
 FEW_BYTES = 64 << 20
 MOST_AHEAD = 8

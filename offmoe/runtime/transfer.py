@@ -39,10 +39,9 @@ from offmoe.runtime.arrival import Arriving
 from offmoe.runtime.backend import Backend
 from offmoe.runtime.formats import Assembly, ExpertLayout
 from offmoe.runtime.movement import Mover
-from offmoe.runtime.staging import READERS
 from offmoe.runtime.store import ExpertStore
 from offmoe.runtime.tickets import DEMAND, NEXT, NO_SLOT, SharedRead, Ticket
-from offmoe.types import ExpertKey, Fetch, Wave
+from offmoe.types import READERS, ExpertKey, Fetch, Wave
 
 
 class Reader(threading.Thread):

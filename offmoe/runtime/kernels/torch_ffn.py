@@ -20,7 +20,7 @@ ExpertMath = Callable[[Mapping[str, torch.Tensor], torch.Tensor], torch.Tensor]
 WaitFor = Callable[[str, int, int], object]
 """wait(name, start, end): until bytes [start, end) of a parameter are in the slot."""
 BLOCK_BYTES = 4 << 20
-"""Of the weights that are computed with at once while an expert arrives: half a part, some 0.5 ms of computing."""
+"""Of the weights that are computed with at once while an expert arrives: some 0.5 ms of computing."""
 BLOCK_ROWS = 64
 """Blocks are of so many rows, or of a multiple: in fp32, four rows more or less do change the bits."""
 
