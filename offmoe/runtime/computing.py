@@ -231,6 +231,8 @@ class DeviceCompute(ExpertCompute):
         if kernels is None:
             yield from self._otherwise.wave(layer, math, experts, work, slots)
             return
+        if not experts:  # a wave of a step whose experts the host computes, or all are still to come
+            return
         at_once = len(experts) if pairs is None else EXPERTS_AT_ONCE
         for start in range(0, len(experts), at_once):
             some = experts[start : start + at_once]

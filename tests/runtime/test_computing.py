@@ -8,9 +8,10 @@ import torch.nn.functional as F
 
 from offmoe.runtime.arena import SlotArena
 from offmoe.runtime.backend import CpuBackend
-from offmoe.runtime.computing import TorchCompute, Work
+from offmoe.runtime.computing import DeviceCompute, TorchCompute, Work
 from offmoe.runtime.formats import ExpertLayout
 from offmoe.runtime.kernels import GatedFFN, torch_ffn
+from offmoe.runtime.kernels.device import DeviceKernels
 
 LAYOUT = ExpertLayout.of({"w": (torch.float32, (1,))})
 
@@ -118,3 +119,13 @@ def test_what_does_not_have_the_same_bits_by_blocks_is_computed_whole() -> None:
         assert torch.equal(rows, F.relu(x @ weights["up"].T) @ weights["down"].T)
         assert bool(coming.waited) is (turn == 0)
     assert not compute.begins_early
+
+
+def test_a_wave_without_experts_gives_no_rows() -> None:
+    """A layer without a hit begins with one, where the host computes what missed: also of a GPU's kernels."""
+    arena = SlotArena(CpuBackend().allocate, [LAYOUT])
+    by_torch = TorchCompute(arena, [LAYOUT], [None])
+    kernels = DeviceKernels.__new__(DeviceKernels)  # which launch nothing here
+    for compute in (by_torch, DeviceCompute([kernels], by_torch)):
+        for pairs in (None, {}):
+            assert not list(compute.wave(0, scaled, [], Work(torch.ones(1, 1), pairs, 1), Filling(print)))

@@ -96,3 +96,23 @@ def test_what_the_kernels_do_not_read_is_computed_by_torch(
     assert error(folder, tiny.prompt(1, 2)) == 0
     assert not launched
     assert "1 MoE layers are computed by torch's operators: the device kernels do not read awq" in caplog.text
+
+
+def test_a_layer_without_a_hit_whose_misses_the_host_computes(
+    tmp_path: Path, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first wave is empty."""
+    monkeypatch.setattr(CpuBackend, "staging_counts", False)
+    folder = tiny.save(tiny.build("mixtral", torch.float32, **SIZES), tmp_path / "dense")
+    model = offmoe.from_pretrained(
+        folder, device="cpu", on_miss="cpu", slots_per_layer=2, exactness="numeric", prefetch=0
+    )
+    with model.offload:
+        prompt = tiny.prompt(1, 3)
+        ours = model.generate(prompt, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+        stats = model.offload.stats()
+    model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=8)
+    with model.offload:
+        assert torch.equal(ours, model.generate(prompt, max_new_tokens=12, min_new_tokens=12, do_sample=False))
+    assert stats.host_computed
+    assert launched
