@@ -167,7 +167,14 @@ def load(
         closing.insert(0, transfer.close)
         closing.append(arena.close)
         decodings, kernels = [layer.decode for layer in catalog.layers], [layer.kernel for layer in catalog.layers]
-        compute = build_compute(arena, layouts, decodings, kernels, int8_activations=config.activations == "int8")
+        compute = build_compute(
+            arena,
+            layouts,
+            decodings,
+            kernels,
+            dtype=inspected.dtype,
+            int8_activations=config.activations == "int8",
+        )
         closing.insert(0, compute.close)
         host = None
         if scratch and not backend.staging_counts:

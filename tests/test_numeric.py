@@ -295,7 +295,7 @@ def test_closing_waits_for_the_call_under_way() -> None:
 
     slot = Slot(layout, Assembly(), (None,) * 3, Glu(), False)
     kernels = Kernels()
-    compute = KernelCompute(kernels, arena, [slot], TorchCompute(arena, [layout], [None]))
+    compute = KernelCompute(kernels, arena, [slot], TorchCompute(arena, [layout], [None], torch.float32))
     with ThreadPoolExecutor(2) as pool:
         call = pool.submit(compute.expert, 0, 0, None, torch.ones(1, 1))
         assert inside.wait(30)

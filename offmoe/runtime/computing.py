@@ -50,6 +50,15 @@ class Work(NamedTuple):
         return self.hidden if self.pairs is None else self.hidden[self.pairs[expert] // self.sharing]
 
 
+def together(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Rows [n, H] of all parts, in their order.
+
+    Not under torch.autocast: where it is enabled, cat takes no half precision but autocast's own.
+    """
+    with torch.autocast(parts[0].device.type, enabled=False):
+        return torch.cat(list(parts))
+
+
 class Slots(Protocol):
     """What fills slots, as whoever computes sees it."""
 
@@ -83,6 +92,7 @@ class ExpertCompute(ABC):
         """Rows [n, H] of each of `experts` ((expert, slot)), in their order.
 
         Of the dtype of hidden; for one token it may be a wider one, since whoever puts the rows together casts them.
+        Under torch.autocast they have the dtype that the math gives.
         A slot may be given to another expert as soon as the next rows are asked for.
         """
         for expert, slot in experts:
@@ -106,7 +116,10 @@ class TorchCompute(ExpertCompute):
         arena: SlotArena,
         layouts: Sequence[ExpertLayout],
         decodings: Sequence[ExpertDecoding | None],
+        dtype: torch.dtype,
     ) -> None:
+        """dtype: of the model. Under torch.autocast inputs may have another one; weights keep the model's then."""
+        self._dtype = dtype
         self._arena, self._layouts, self._decodings = arena, layouts, decodings
         self._same_by_rows: dict[tuple[object, ...], bool] = {}
         """Whether computing by blocks of rows gives the bits of the whole, by what torch goes by."""
@@ -117,7 +130,8 @@ class TorchCompute(ExpertCompute):
 
     def _awaited(self, layer: int, slot: int, math: ExpertMath, x: torch.Tensor, slots: Slots) -> torch.Tensor:
         divides = isinstance(math, GatedFFN) and not math.transposed and self._decodings[layer] is None
-        arriving = slots.arriving(slot) if divides and len(x) == 1 else None
+        autocast = torch.is_autocast_enabled(x.device.type)
+        arriving = slots.arriving(slot) if divides and len(x) == 1 and not autocast else None
         if arriving is None:
             return super()._awaited(layer, slot, math, x, slots)
         assert isinstance(math, GatedFFN)
@@ -136,7 +150,8 @@ class TorchCompute(ExpertCompute):
     def expert(self, layer: int, slot: int, math: ExpertMath, x: torch.Tensor) -> torch.Tensor:
         weights = self._arena.views(slot, self._layouts[layer])
         decode = self._decodings[layer]
-        return expert_ffn(math, weights if decode is None else decode(weights, x.dtype), x)
+        dtype = self._dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
+        return expert_ffn(math, weights if decode is None else decode(weights, dtype), x, dtype)
 
     def close(self) -> None:
         pass  # torch's threads are the process's
@@ -292,14 +307,15 @@ def build_compute(
     decodings: Sequence[ExpertDecoding | None],
     slots: Sequence[KernelSlot | None],
     *,
+    dtype: torch.dtype,
     int8_activations: bool = False,
 ) -> ExpertCompute:
-    """What computes the experts of a model; to be closed. Everything but the arena is given per layer.
+    """What computes the experts of a model; to be closed. Sequences have an entry per layer; dtype is the model's.
 
     Kernels have as many threads as torch has now, and no more than there are physical cores: more do not read memory
     faster.
     """
-    by_torch = TorchCompute(arena, layouts, decodings)
+    by_torch = TorchCompute(arena, layouts, decodings, dtype)
     if not any(slots):
         return by_torch
     kernels = cpu_kernels(min(torch.get_num_threads(), physical_cores()), int8_activations)

@@ -18,7 +18,7 @@ import torch
 
 from offmoe.runtime.arena import HostBuffers
 from offmoe.runtime.backend import Backend
-from offmoe.runtime.computing import ExpertCompute, Work
+from offmoe.runtime.computing import ExpertCompute, Work, together
 from offmoe.runtime.kernels import ExpertMath
 from offmoe.runtime.transfer import TransferEngine
 from offmoe.types import Wave
@@ -83,7 +83,7 @@ class HostPart:
         """
         if work.pairs is None:
             return self._exchange.to_host(work.hidden)
-        return self._exchange.to_host(torch.cat([work.inputs(expert) for wave in waves for expert, _ in wave.experts]))
+        return self._exchange.to_host(together([work.inputs(expert) for wave in waves for expert, _ in wave.experts]))
 
     def run(
         self,

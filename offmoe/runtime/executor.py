@@ -27,7 +27,7 @@ from offmoe.errors import OffmoeError, TraceError
 from offmoe.policy.planner import Planner, build_planner
 from offmoe.recording import TraceWriter
 from offmoe.runtime.backend import Backend
-from offmoe.runtime.computing import ExpertCompute, Work
+from offmoe.runtime.computing import ExpertCompute, Work, together
 from offmoe.runtime.exchange import HostPart
 from offmoe.runtime.kernels import ExpertMath
 from offmoe.runtime.transfer import TransferEngine
@@ -188,13 +188,16 @@ class ExpertExecutor:
         """Rows of every (token, expert) pair."""
         transfer, hidden, pairs = self._transfer, work.hidden, work.pairs
         outputs: dict[int, torch.Tensor] = {}
-        rows = None if pairs is None else hidden.new_zeros(ids.size, hidden.shape[-1])
+        rows: torch.Tensor | None = None
 
         def place(expert: int, out: torch.Tensor) -> None:
-            if rows is None or pairs is None:
+            nonlocal rows
+            if pairs is None:
                 outputs[expert] = out
-            else:
-                rows[pairs[expert]] = out
+                return
+            if rows is None:
+                rows = out.new_zeros(ids.size, hidden.shape[-1])
+            rows[pairs[expert]] = out.to(rows.dtype)
 
         given = None
         if plan.on_host:
@@ -220,13 +223,15 @@ class ExpertExecutor:
                 given = None
         if plan.prefetches:
             transfer.fetch(plan.prefetches, ahead=True)
-        if rows is None:
-            order = ids[0].tolist()
-            if len(outputs) == len(order):
-                return torch.cat([outputs[expert] for expert in order]).to(hidden.dtype)
-            nothing = torch.zeros_like(hidden)
-            return torch.cat([outputs.get(expert, nothing) for expert in order]).to(hidden.dtype)
-        return rows
+        if rows is not None:
+            return rows
+        order = ids[0].tolist()
+        if len(outputs) < len(order):
+            nothing = torch.zeros_like(next(iter(outputs.values())))
+            outputs |= {expert: nothing for expert in order if expert not in outputs}
+        rows = together([outputs[expert] for expert in order])
+        # Stock reduces what its experts give under autocast; kernels may give float32, which costs more to reduce.
+        return rows if torch.is_autocast_enabled(rows.device.type) else rows.to(hidden.dtype)
 
 
 def _groups(top_k_index: torch.Tensor, demands: Sequence[Demand], by_choice: bool) -> dict[int, torch.Tensor]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from offmoe.runtime.arena import SlotArena
 from offmoe.runtime.backend import CpuBackend
-from offmoe.runtime.computing import DeviceCompute, TorchCompute, Work
+from offmoe.runtime.computing import DeviceCompute, TorchCompute, Work, together
 from offmoe.runtime.formats import ExpertLayout
 from offmoe.runtime.kernels import GatedFFN, torch_ffn
 from offmoe.runtime.kernels.device import DeviceKernels
@@ -32,7 +32,7 @@ class Filling:
 
 def test_an_expert_is_read_once_its_slot_is_ready() -> None:
     arena = SlotArena(CpuBackend().allocate, [LAYOUT] * 3)
-    compute = TorchCompute(arena, [LAYOUT], [None])
+    compute = TorchCompute(arena, [LAYOUT], [None], torch.float32)
 
     def ready(slot: int) -> None:
         arena.views(slot, LAYOUT)["w"].fill_(slot + 1.0)
@@ -74,7 +74,7 @@ def test_an_expert_is_computed_with_as_it_arrives(monkeypatch, dtype, biased, th
     )
     layout = ExpertLayout.of({name: (dtype, shape) for name, shape in shapes.items()})
     arena = SlotArena(CpuBackend().allocate, [layout])
-    compute, views = TorchCompute(arena, [layout], [None]), arena.views(0, layout)
+    compute, views = TorchCompute(arena, [layout], [None], torch.float32), arena.views(0, layout)
     math = GatedFFN("up", lambda h: F.silu(h[:, :INNER]) * h[:, INNER:], biased, down="down")
     used = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -105,7 +105,7 @@ class Off(GatedFFN):
 def test_what_does_not_have_the_same_bits_by_blocks_is_computed_whole() -> None:
     layout = ExpertLayout.of({"up": (torch.float32, (INNER, WIDE)), "down": (torch.float32, (WIDE, INNER))})
     arena = SlotArena(CpuBackend().allocate, [layout])
-    compute, views = TorchCompute(arena, [layout], [None]), arena.views(0, layout)
+    compute, views = TorchCompute(arena, [layout], [None], torch.float32), arena.views(0, layout)
     weights = {name: torch.randn(view.shape) for name, view in views.items()}
     math, x = Off("up", F.relu, down="down"), torch.randn(1, WIDE)
 
@@ -124,8 +124,18 @@ def test_what_does_not_have_the_same_bits_by_blocks_is_computed_whole() -> None:
 def test_a_wave_without_experts_gives_no_rows() -> None:
     """A layer without a hit begins with one, where the host computes what missed: also of a GPU's kernels."""
     arena = SlotArena(CpuBackend().allocate, [LAYOUT])
-    by_torch = TorchCompute(arena, [LAYOUT], [None])
+    by_torch = TorchCompute(arena, [LAYOUT], [None], torch.float32)
     kernels = DeviceKernels.__new__(DeviceKernels)  # which launch nothing here
     for compute in (by_torch, DeviceCompute([kernels], by_torch)):
         for pairs in (None, {}):
             assert not list(compute.wave(0, scaled, [], Work(torch.ones(1, 1), pairs, 1), Filling(print)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+def test_rows_of_any_dtype_are_put_together_under_autocast(dtype: torch.dtype, autocast: torch.dtype) -> None:
+    parts = torch.randn(3, 2, 4).to(dtype)
+    with torch.autocast("cpu", dtype=autocast):
+        rows = together(list(parts))
+    assert rows.dtype == dtype
+    assert torch.equal(rows, parts.flatten(0, 1))

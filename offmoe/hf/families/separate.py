@@ -50,7 +50,9 @@ class _Separate(Family):
 
         def math(weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
             h = activate(F.linear(x, weights[f"{up}.weight"], weights.get(f"{up}.bias")))  # [n, I]
-            return F.linear(h, weights[f"{down}.weight"], weights.get(f"{down}.bias"))
+            weight = weights[f"{down}.weight"]
+            # The modules cast too, which under autocast rounds once more.
+            return F.linear(h.to(weight.dtype), weight, weights.get(f"{down}.bias"))
 
         return math
 

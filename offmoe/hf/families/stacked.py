@@ -158,7 +158,7 @@ class JetMoe(Family):
             return out
 
         up, down = self.params
-        return GatedFFN(up=up, activate=activate, down=down)
+        return GatedFFN(up=up, activate=activate, down=down, autocasts=True)
 
     def forward(self, module: Any, rows: Rows) -> Callable[..., Any]:
         math = self.math(module)
@@ -201,7 +201,7 @@ class LongcatFlash(Family):
             out: Tensor = module.act_fn(gate) * up
             return out
 
-        return GatedFFN(up="gate_up_proj", activate=activate)
+        return GatedFFN(up="gate_up_proj", activate=activate, autocasts=True)
 
     def forward(self, module: Any, rows: Rows) -> Callable[..., Any]:
         math = self.math(module)
@@ -210,8 +210,11 @@ class LongcatFlash(Family):
             ids = rows.routed(top_k_index)
             made = rows(math, hidden_states, ids)  # [T * k, H]
             identity = (ids >= module.num_routed_experts).view(-1, 1)
-            made = torch.where(identity, hidden_states.repeat_interleave(ids.shape[1], dim=0), made)
-            return accumulate(made * top_k_weights.reshape(-1, 1), ids, hidden_states.dtype)
+            weights = top_k_weights.reshape(-1, 1)
+            same = hidden_states.repeat_interleave(ids.shape[1], dim=0)
+            # Weighted one by one: under autocast they may have two dtypes, and each is rounded in its own.
+            weighted = torch.where(identity, (same * weights).to(same.dtype), (made * weights).to(same.dtype))
+            return accumulate(weighted, ids, same.dtype)
 
         return forward
 
@@ -229,7 +232,7 @@ class Step3p7(Family):
         return int(module.get_parameter("down_proj").shape[0])
 
     def math(self, module: Any) -> ExpertMath:
-        return GatedFFN(up="gate_up_proj", activate=module._apply_gate)
+        return GatedFFN(up="gate_up_proj", activate=module._apply_gate, autocasts=True)
 
     def forward(self, module: Any, rows: Rows) -> Callable[..., Any]:
         math = self.math(module)

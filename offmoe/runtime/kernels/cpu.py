@@ -161,7 +161,8 @@ class TorchKernels(CpuKernels):
     def linear(self, weight: Weight, bias: torch.Tensor | None = None) -> Rows:
         def rows(x: torch.Tensor) -> torch.Tensor:
             values = weight.values() if isinstance(weight, PackedWeight) else weight
-            return F.linear(x, values.to(x.dtype), None if bias is None else bias.to(x.dtype))
+            with torch.autocast("cpu", enabled=False):  # which the C kernels do not follow either
+                return F.linear(x, values.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
         return rows
 

@@ -14,7 +14,10 @@ import torch
 import torch.nn.functional as F
 
 ExpertMath = Callable[[Mapping[str, torch.Tensor], torch.Tensor], torch.Tensor]
-"""math(weights of one expert by name, x [n, H]) -> [n, H], all of one dtype: what an architecture's experts compute."""
+"""math(weights of one expert by name, x [n, H]) -> [n, H]: what an architecture's experts compute.
+
+All of one dtype, unless torch.autocast is enabled: then x may have another dtype than the weights, and so may the rows.
+"""
 
 
 WaitFor = Callable[[str, int, int], object]
@@ -30,7 +33,8 @@ class GatedFFN:
     """The math of transformers' registry, as its implementations read it off an experts module.
 
     up, down: names of the weights. activate: [n, 2I] (gated, as its module splits it) or [n, I] -> [n, I]. transposed:
-    weights are [in, out].
+    weights are [in, out]. autocasts: its products follow torch.autocast, as F.linear and torch.mm do; those of the
+    registry do not, since grouped_mm casts its input to the dtype of the weights instead.
     """
 
     up: str
@@ -39,12 +43,18 @@ class GatedFFN:
     transposed: bool = False
     normalize: Callable[[torch.Tensor], torch.Tensor] | None = None
     down: str = "down_proj"
+    autocasts: bool = False
 
     def __call__(self, weights: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         def product(name: str, x: torch.Tensor) -> torch.Tensor:
             return torch.mm(x, weights[name]) if self.transposed else F.linear(x, weights[name])
 
-        return self._through(product, weights, x)
+        def uncast(name: str, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast(x.device.type, enabled=False):
+                return product(name, x.to(weights[name].dtype))
+
+        autocast = torch.is_autocast_enabled(x.device.type) and not self.autocasts
+        return self._through(uncast if autocast else product, weights, x)
 
     def as_it_arrives(self, weights: Mapping[str, torch.Tensor], x: torch.Tensor, wait: WaitFor) -> torch.Tensor:
         """The same of one token, x [1, H], every block of rows as soon as it is there; weights must not be transposed.
@@ -85,10 +95,12 @@ class GatedFFN:
         return h if self.normalize is None else self.normalize(h)
 
 
-def expert_ffn(math: ExpertMath, weights: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """One expert on its tokens: x [n, H] -> [n, H]. Weights of another dtype are cast to x's, as loading would have."""
-    if any(w.dtype != x.dtype for w in weights.values()):
-        weights = {name: w.to(x.dtype) for name, w in weights.items()}
+def expert_ffn(
+    math: ExpertMath, weights: Mapping[str, torch.Tensor], x: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """One expert on its tokens: x [n, H] -> [n, H]. Weights are cast to `dtype`, as loading would have done."""
+    if any(w.dtype != dtype for w in weights.values()):
+        weights = {name: w.to(dtype) for name, w in weights.items()}
     return math(weights, x)
 
 
