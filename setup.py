@@ -10,7 +10,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-NATIVE = "offmoe.runtime.kernels.native"
+NATIVE = "offmoe.compute.kernels.native"
 FOLDER = Path(__file__).parent.joinpath(*NATIVE.split("."))
 
 

@@ -14,23 +14,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from offmoe.budget.inspect import Inspected, inspect
+from offmoe.compute.compute import build_compute, device_compute
 from offmoe.config import Default, OffloadConfig, format_size
+from offmoe.device.arena import SlotArena, slot_layouts
 from offmoe.errors import ConfigError
-from offmoe.hf import experts as hf_experts
-from offmoe.hf.adapters import find_experts, require_adapter
-from offmoe.hf.dense import ParkedLayers, dense_layers
-from offmoe.hf.load import load_dense
-from offmoe.hf.requantised import write
-from offmoe.inspection import Inspected, inspect
-from offmoe.offload import Offload
+from offmoe.handle import Offload
+from offmoe.hf.adapters.find import find_experts, require_adapter
+from offmoe.hf.load import attach as hf_experts
+from offmoe.hf.load.dense_layers import ParkedLayers, dense_layers
+from offmoe.hf.load.load import load_dense
+from offmoe.pack.on_load import write
 from offmoe.policy.planner import build_planner
-from offmoe.recording import TraceWriter
-from offmoe.runtime.arena import SlotArena, slot_layouts
-from offmoe.runtime.computing import build_compute, device_compute
-from offmoe.runtime.exchange import HostExchange, HostPart
 from offmoe.runtime.executor import ExpertExecutor
-from offmoe.runtime.store import ExpertStore
-from offmoe.runtime.transfer import TransferEngine
+from offmoe.storage.store import ExpertStore
+from offmoe.trace.recorder import TraceWriter
+from offmoe.transfer.engine import TransferEngine
+from offmoe.transfer.host_exchange import HostExchange, HostPart
 from offmoe.types import CacheStats
 
 if TYPE_CHECKING:

@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 import torch
 
-from offmoe.runtime.formats import PARAM_ALIGNMENT, ExpertLayout, aligned
-from offmoe.runtime.kernels.cpu import Glu
-from offmoe.runtime.kernels.device import Pairs
-from offmoe.runtime.kernels.operands import GatedOperands, coded_operand, float_operand, packed_operand
-from offmoe.runtime.packing import INT8, MXFP4, PackedWeight, WeightFormat, int4, record_layout
-from offmoe.runtime.quantise import quantise
-from offmoe.runtime.quantized import Mxfp4, PackedInt, ScaledFloat
+from offmoe.compute.kernels.cpu import Glu
+from offmoe.compute.kernels.device import Pairs
+from offmoe.compute.kernels.operands import GatedOperands, coded_operand, float_operand, packed_operand
+from offmoe.pack.quantizer import quantise
+from offmoe.quant import Mxfp4, PackedInt, ScaledFloat
+from offmoe.quant.packed_weight import INT8, MXFP4, PackedWeight, WeightFormat, int4, record_layout
+from offmoe.storage.layout import PARAM_ALIGNMENT, ExpertLayout, aligned
 
 Views = dict[str, torch.Tensor]
 
@@ -209,7 +209,7 @@ def interpret_quickly() -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 
-    from offmoe.runtime.kernels.triton.elements import lane
+    from offmoe.compute.kernels.triton.elements import lane
 
     interpreter._patch_lang(lane.fn)
     interpreter._patch_lang(tl.zeros.fn)

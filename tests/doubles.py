@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from offmoe.runtime import movement, transfer
-from offmoe.runtime.backend import CpuBackend
+from offmoe.device.backend import CpuBackend
+from offmoe.transfer import engine, mover
 
 
 class DeferredEvent:
@@ -123,7 +123,7 @@ class DeviceBesideRam(DeferredBackend):
         self.pinned.remove(address)
 
 
-def without(wait, module=movement):
+def without(wait, module=mover):
     """movement.py, or another module that waits, with the line of one wait taken out."""
     assert module.__file__ is not None
     lines = Path(module.__file__).read_text().splitlines()
@@ -136,8 +136,8 @@ def without(wait, module=movement):
 def engine_without(wait):
     """transfer.py with the line of one wait taken out of it, or out of what moves for it."""
     if wait == "W1":
-        return without(wait, transfer)
-    made = made_of(Path(transfer.__file__).read_text().splitlines(), f"{transfer.__name__} without {wait}")
+        return without(wait, engine)
+    made = made_of(Path(engine.__file__).read_text().splitlines(), f"{engine.__name__} without {wait}")
     made.Mover = without(wait).Mover
     return made
 

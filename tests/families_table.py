@@ -40,7 +40,7 @@ Written by `tools/families`, not by hand: each line is what `tests/test_families
 the family (transformers {version}, CPU, three expert slots per layer, or top_k where that is more).
 
 * **path**: registry: experts dispatch through transformers' experts registry, and no code of ours knows the family;
-  adapter: a class in `offmoe/hf/families/`.
+  adapter: a class in `offmoe/hf/adapters/families/`.
 * **layouts**: names of the experts' tensors in the family's own checkpoint format, and how one expert is read: per
   expert (tensors of its own) or slice (a row of a tensor of all experts); by block copies, or, where it says so, by a
   conversion (transformers' own operations, one expert at a time). transposed: turned on the way. [in, out], biased,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from offmoe.runtime.kernels.library import Library, status
-from offmoe.runtime.kernels.native.build import BuildError, build, find_compiler, sources_digest
+from offmoe.compute.kernels.library import Library, status
+from offmoe.compute.kernels.native.build import BuildError, build, find_compiler, sources_digest
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 import offmoe
-from offmoe.hf.load import model_class, read_config
-from offmoe.runtime.backend import CpuBackend
+from offmoe.device.backend import CpuBackend
+from offmoe.hf.load.load import model_class, read_config
 from tests import families, tiny
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -21,14 +21,14 @@ from transformers import AutoConfig, PreTrainedModel
 
 import offmoe
 from offmoe.errors import UnsupportedModelError
-from offmoe.hf.adapters import RegistryExperts, adapter_of, find_experts
-from offmoe.hf.catalog import CatalogLayer, ExpertCatalog
-from offmoe.hf.foresight import foresee
-from offmoe.hf.load import build_meta, model_class, read_config
-from offmoe.hf.wiring import NOT_CALLED, RouterWiring, _tensors
-from offmoe.runtime.store import ExpertStore
-from offmoe.simulator import replay
-from offmoe.trace import read_trace
+from offmoe.hf.adapters.find import RegistryExperts, adapter_of, find_experts
+from offmoe.hf.catalog.catalog import CatalogLayer, ExpertCatalog
+from offmoe.hf.load.load import build_meta, model_class, read_config
+from offmoe.hf.predict.meta import foresee
+from offmoe.hf.predict.wiring import NOT_CALLED, RouterWiring, _tensors
+from offmoe.simulate.replay import replay
+from offmoe.storage.store import ExpertStore
+from offmoe.trace.trace import read_trace
 from offmoe.types import ExpertKey
 from tests import families, families_table, tiny
 from tests.families_table import Finding
@@ -245,7 +245,7 @@ def test_family_equals_stock(tmp_path: Path, family: str, dtype: str, families_f
     assert type(ours) is type(stock)
     by_implementation = all_logits(stock, inputs)
     assert torch.equal(tokens, greedy(stock))
-    inspected = offmoe.inspection.inspect(folder, ours.offload.config)
+    inspected = offmoe.budget.inspect.inspect(folder, ours.offload.config)
     check_expert_bytes(inspected.checkpoint.shards, inspected.catalog, stock)
     result = judge(found, by_implementation)
     families_found.text.append(

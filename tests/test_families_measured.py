@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import offmoe
-from offmoe import calibration
+from offmoe.budget.inspect import inspect
 from offmoe.config import OffloadConfig
-from offmoe.hf.adapters import find_experts, require_adapter
-from offmoe.hf.replayed import ReplayedRouting
-from offmoe.inspection import inspect
-from offmoe.trace import NONE, Trace, read_trace
+from offmoe.hf.adapters.find import find_experts, require_adapter
+from offmoe.hf.replay import ReplayedRouting
+from offmoe.measure import calibrate
+from offmoe.trace.trace import NONE, Trace, read_trace
 from offmoe.types import CacheShape
 from tests import families, tiny
 from tests.test_families import greedy, in_registry, logits, stock_model
@@ -55,11 +55,11 @@ def plain(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     "family", [pytest.param(f, marks=() if f in OFTEN else pytest.mark.slow) for f in families.FAMILIES]
 )
 def test_family(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "COPY_BYTES", 1 << 16)
-    monkeypatch.setattr(calibration, "LEAST_ROUNDS", 1)
+    monkeypatch.setattr(calibrate, "COPY_BYTES", 1 << 16)
+    monkeypatch.setattr(calibrate, "LEAST_ROUNDS", 1)
     folder = tiny.save(families.build(family), tmp_path / "model")
     inspected = inspect(folder, OffloadConfig(device="cpu", slots_per_layer=3, prefetch=0))
-    costs = calibration.calibrate(inspected, 0.0).to_dict()
+    costs = calibrate.calibrate(inspected, 0.0).to_dict()
     assert costs["dense_us_per_token"] > 0
     assert all(math.isfinite(value) for value in costs.values())
 

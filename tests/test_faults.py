@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import offmoe
-import offmoe.inspection
+import offmoe.budget.inspect
+from offmoe.device.backend import CpuBackend
 from offmoe.errors import OffmoeError, ShardChangedError, TransferError
-from offmoe.runtime.backend import CpuBackend
-from offmoe.runtime.staging import staging_plan
-from offmoe.runtime.transfer import Reader
+from offmoe.transfer.engine import Reader
+from offmoe.transfer.staging import staging_plan
 from offmoe.types import ExpertKey, Fetch
 from tests import tiny
 from tests.doubles import DeviceBesideRam
@@ -30,9 +30,10 @@ def folder(tmp_path_factory):
 def model(request, folder, monkeypatch):
     """Few slots, so that prompts come in waves; some experts in RAM where the device is another."""
     backend = request.param()
-    monkeypatch.setattr(offmoe.inspection, "select_backend", lambda name: backend)
+    monkeypatch.setattr(offmoe.budget.inspect, "select_backend", lambda name: backend)
     if isinstance(backend, DeviceBesideRam):
-        read = max(e.read for e in offmoe.inspection.inspect(folder, offmoe.OffloadConfig(slots_per_layer=3)).experts)
+        found = offmoe.budget.inspect.inspect(folder, offmoe.OffloadConfig(slots_per_layer=3))
+        read = max(e.read for e in found.experts)
         backend.ram = (staging_plan(read).buffers + 3 * 3) * read
     loaded = offmoe.from_pretrained(folder, slots_per_layer=3, prefetch=2)
     yield loaded
@@ -177,7 +178,7 @@ def test_what_cannot_be_pinned_is_said_and_still_right(folder, monkeypatch, capl
     for pins in (1000, 6, 0):
         backend = DeviceBesideRam()
         backend.pins = pins
-        monkeypatch.setattr(offmoe.inspection, "select_backend", lambda name, backend=backend: backend)
+        monkeypatch.setattr(offmoe.budget.inspect, "select_backend", lambda name, backend=backend: backend)
         caplog.clear()
         model = offmoe.from_pretrained(folder, slots_per_layer=3)
         with model.offload:

@@ -17,12 +17,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import offmoe
+from offmoe.device.backend import CudaBackend, _CudaEvent, _CudaStream, select_backend
 from offmoe.errors import CapacityError
-from offmoe.hf.adapters import find_experts
-from offmoe.hf.load import resolve_folder
-from offmoe.runtime.backend import CudaBackend, _CudaEvent, _CudaStream, select_backend
-from offmoe.simulator import replay
-from offmoe.trace import read_trace
+from offmoe.hf.adapters.find import find_experts
+from offmoe.hf.load.load import resolve_folder
+from offmoe.simulate.replay import replay
+from offmoe.trace.trace import read_trace
 from tests import tiny
 
 pytestmark = pytest.mark.gpu
@@ -269,7 +269,7 @@ def resident(wide):
 
 def load_slow(wide, monkeypatch, backend, computing, **options):
     with monkeypatch.context() as patch:
-        patch.setattr("offmoe.inspection.select_backend", lambda device: backend)
+        patch.setattr("offmoe.budget.inspect.select_backend", lambda device: backend)
         model = offmoe.from_pretrained(wide, slots_per_layer=2, **options)
     for experts in find_experts(model).values():
         experts.act_fn = SlowActivation(experts.act_fn, computing)

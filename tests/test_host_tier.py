@@ -9,13 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import offmoe
-import offmoe.inspection
+import offmoe.budget.inspect
 from offmoe.errors import CapacityError, ConfigError
 from offmoe.profile import CostModel, Profile
-from offmoe.runtime.exchange import HostPart
-from offmoe.runtime.staging import staging_plan
-from offmoe.simulator import replay
-from offmoe.trace import read_trace
+from offmoe.simulate.replay import replay
+from offmoe.trace.trace import read_trace
+from offmoe.transfer.host_exchange import HostPart
+from offmoe.transfer.staging import staging_plan
 from tests import tiny
 from tests.doubles import DeviceBesideRam
 
@@ -25,7 +25,7 @@ FAST_HOST = CostModel(disk_gb_s=1.0, expert_us_device=1.0, dense_us_per_token=1.
 @pytest.fixture
 def device(monkeypatch):
     made = DeviceBesideRam()
-    monkeypatch.setattr(offmoe.inspection, "select_backend", lambda name: made)
+    monkeypatch.setattr(offmoe.budget.inspect, "select_backend", lambda name: made)
     return made
 
 
@@ -43,7 +43,7 @@ BUFFERS = staging_plan(1).buffers
 
 
 def reads_of(folder):
-    return max(e.read for e in offmoe.inspection.inspect(folder, offmoe.OffloadConfig(slots_per_layer=3)).experts)
+    return max(e.read for e in offmoe.budget.inspect.inspect(folder, offmoe.OffloadConfig(slots_per_layer=3)).experts)
 
 
 @pytest.mark.parametrize(("slots_in_ram", "scope", "pins"), [(0, "layer", 99), (3, "layer", 99), (8, "model", 7)])
@@ -85,11 +85,11 @@ def test_tokens_are_stocks_and_replay_follows(tmp_path, folder, device, slots_in
 def test_auto_takes_what_there_is_and_no_more(folder, device):
     read = reads_of(folder)
     device.ram = (BUFFERS + 7) * read
-    plan = offmoe.inspection.inspect(folder, offmoe.OffloadConfig(slots_per_layer=3)).plan
+    plan = offmoe.budget.inspect.inspect(folder, offmoe.OffloadConfig(slots_per_layer=3)).plan
     assert plan.host.slots_per_layer == (3, 2, 2)
     assert plan.host.slots + plan.host.staging <= plan.host.budget == device.ram
     assert "slots of 7 experts" in plan.describe()
-    whole = offmoe.inspection.inspect(folder, offmoe.OffloadConfig(slots_per_layer=(8, 8, 3))).plan
+    whole = offmoe.budget.inspect.inspect(folder, offmoe.OffloadConfig(slots_per_layer=(8, 8, 3))).plan
     assert whole.host.slots_per_layer == (0, 0, 7), "a layer that is whole on the device needs no RAM"
 
 
@@ -97,9 +97,9 @@ def test_a_profile_may_ask_for_less(folder, device, tmp_path):
     device.ram = 100 * reads_of(folder)
     profile = tmp_path / "tuned.json"
     Profile({"slots_per_layer": 3, "host_slots": [2, 0, 9]}).write(profile)
-    plan = offmoe.inspection.inspect(folder, offmoe.OffloadConfig(profile=profile)).plan
+    plan = offmoe.budget.inspect.inspect(folder, offmoe.OffloadConfig(profile=profile)).plan
     assert plan.host.slots_per_layer == (2, 0, 8)
-    assert offmoe.inspection.inspect(folder, offmoe.OffloadConfig(slots_per_layer=3)).plan.host.slots_per_layer == (
+    assert offmoe.budget.inspect.inspect(folder, offmoe.OffloadConfig(slots_per_layer=3)).plan.host.slots_per_layer == (
         8,
         8,
         8,

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from offmoe.budget.inspect import inspect
 from offmoe.config import OffloadConfig
-from offmoe.inspection import inspect
 
 EXPERTS, HIDDEN, INTERMEDIATE = 64, 1024, 4096
 EXPERT_BYTES = 3 * HIDDEN * INTERMEDIATE * 2

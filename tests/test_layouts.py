@@ -9,9 +9,9 @@ import torch
 from transformers import AutoConfig
 
 import offmoe
-from offmoe.runtime.checkpoint import Checkpoint
-from offmoe.simulator import replay
-from offmoe.trace import read_trace
+from offmoe.simulate.replay import replay
+from offmoe.storage.checkpoint import Checkpoint
+from offmoe.trace.trace import read_trace
 from tests import families, tiny
 from tests.test_families import stock_model
 
@@ -82,5 +82,5 @@ def test_layers_of_different_counts_and_shapes(tmp_path: Path, family: str, scop
     assert all(torch.equal(logits, found[0]) for logits in found)
 
 
-def catalog_of(folder: Path) -> tuple[offmoe.hf.catalog.CatalogLayer, ...]:
-    return offmoe.inspection.inspect(folder, offmoe.config.OffloadConfig(device="cpu")).catalog.layers
+def catalog_of(folder: Path) -> tuple[offmoe.hf.catalog.catalog.CatalogLayer, ...]:
+    return offmoe.budget.inspect.inspect(folder, offmoe.config.OffloadConfig(device="cpu")).catalog.layers

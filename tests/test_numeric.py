@@ -13,21 +13,21 @@ import pytest
 import torch
 
 import offmoe
+from offmoe.budget.inspect import inspect
+from offmoe.compute.compute import KernelCompute, TorchCompute
+from offmoe.compute.cpu_slot import KernelSlot
+from offmoe.compute.kernels.cpu import GatedExpert, Glu, NativeKernels, Rows, TorchKernels
+from offmoe.compute.kernels.library import KernelStatus, status
 from offmoe.config import OffloadConfig
+from offmoe.device.arena import SlotArena
+from offmoe.device.backend import CpuBackend
 from offmoe.errors import CheckpointError, OffmoeError
-from offmoe.hf import catalog
-from offmoe.inspection import inspect
-from offmoe.pack import pack, weight_format
-from offmoe.runtime.arena import SlotArena
-from offmoe.runtime.backend import CpuBackend
-from offmoe.runtime.computing import KernelCompute, TorchCompute
-from offmoe.runtime.formats import Assembly, ExpertLayout
-from offmoe.runtime.kernels.cpu import GatedExpert, Glu, NativeKernels, Rows, TorchKernels
-from offmoe.runtime.kernels.library import KernelStatus, status
-from offmoe.runtime.tiling import KernelSlot
-from offmoe.simulator import replay
-from offmoe.trace import read_trace
-from tests import quantised, tiny
+from offmoe.hf.catalog import catalog
+from offmoe.pack.pack import pack, weight_format
+from offmoe.simulate.replay import replay
+from offmoe.storage.layout import Assembly, ExpertLayout
+from offmoe.trace.trace import read_trace
+from tests import quantized, tiny
 from tests.doubles import DeferredBackend
 
 SIZES: dict[str, object] = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -47,12 +47,12 @@ def kernels() -> None:
 
 @pytest.fixture
 def groups_of_32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(quantised, "BLOCK", BLOCK)
+    monkeypatch.setattr(quantized, "BLOCK", BLOCK)
     for kind in ("awq", "gptq", "gptq-int8-desc-act"):
-        monkeypatch.setitem(quantised.FORMATS[kind][1], "group_size", BLOCK)
-    monkeypatch.setitem(quantised.FORMATS["fp8"][1], "weight_block_size", [BLOCK, BLOCK])
+        monkeypatch.setitem(quantized.FORMATS[kind][1], "group_size", BLOCK)
+    monkeypatch.setitem(quantized.FORMATS["fp8"][1], "weight_block_size", [BLOCK, BLOCK])
     for kind in ("ct-int4", "ct-int4-asym", "ct-int8"):
-        weights = quantised.FORMATS[kind][1]["config_groups"]["group_0"]["weights"]
+        weights = quantized.FORMATS[kind][1]["config_groups"]["group_0"]["weights"]
         monkeypatch.setitem(weights, "group_size", BLOCK)
     return
 
@@ -125,7 +125,7 @@ def test_fused_experts_of_transformers_own_format(tmp_path: Path, fused: bool) -
 @pytest.mark.usefixtures("groups_of_32")
 def test_published_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, family: str) -> None:
     own = {"moe_intermediate_size": 64} if "moe_intermediate_size" in tiny.CONFIGS[family] else {}
-    folder, _ = quantised.save(tmp_path, family, kind, **SIZES, **own)
+    folder, _ = quantized.save(tmp_path, family, kind, **SIZES, **own)
     assert set(without_kernels(folder)) == {None}
     right, tokens = run(folder)
     computed: set[str] = set()
@@ -199,13 +199,13 @@ def test_what_no_kernel_has_is_computed_as_ever(
 )
 @pytest.mark.usefixtures("groups_of_32")
 def test_formats_without_kernels(tmp_path: Path, kind: str, why: str) -> None:
-    folder, _ = quantised.save(tmp_path, "mixtral", kind, **SIZES)
+    folder, _ = quantized.save(tmp_path, "mixtral", kind, **SIZES)
     assert all(why in str(reason) for reason in without_kernels(folder))
     assert torch.equal(run(folder, exactness="numeric")[0], run(folder)[0])
 
 
 def test_fp8_in_small_blocks_is_computed_as_ever(tmp_path: Path) -> None:
-    folder, _ = quantised.save(tmp_path, "mixtral", "fp8", **SIZES)
+    folder, _ = quantized.save(tmp_path, "mixtral", "fp8", **SIZES)
     assert all("no fp8 in blocks of 8 columns" in str(reason) for reason in without_kernels(folder))
     assert torch.equal(run(folder, exactness="numeric")[0], run(folder)[0])
 
@@ -220,7 +220,7 @@ def test_without_the_library_torch_computes(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.usefixtures("groups_of_32")
 def test_an_index_that_the_config_denies_is_found_out(tmp_path: Path) -> None:
-    folder, _ = quantised.save(tmp_path, "mixtral", "gptq", **SIZES)
+    folder, _ = quantized.save(tmp_path, "mixtral", "gptq", **SIZES)
     name = "model.layers.0.block_sparse_moe.experts.{}.w1.g_idx"
     tiny.edit(folder, {name.format(e): torch.arange(64, dtype=torch.int32).flip(0) // BLOCK for e in range(8)})
     with pytest.raises(CheckpointError, match=r"not in the order of their groups.*exactness='bitwise'"):
@@ -241,7 +241,7 @@ def test_every_wait_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     pack(dense(tmp_path, "mixtral"), folder, weight_format("int4"))
     right, _ = run(folder, experts="int4")
     backend = DeferredBackend()
-    monkeypatch.setattr("offmoe.inspection.select_backend", lambda device: backend)
+    monkeypatch.setattr("offmoe.budget.inspect.select_backend", lambda device: backend)
     for slots, prefetch in ((2, 0), (3, 2)):
         assert torch.equal(run(folder, slots=slots, prefetch=prefetch, experts="int4")[0], right)
 

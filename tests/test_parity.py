@@ -12,11 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import offmoe
-from offmoe.hf.load import resolve_folder
-from offmoe.runtime import read_plan
-from offmoe.runtime.kernels import torch_ffn
-from offmoe.simulator import replay
-from offmoe.trace import read_trace
+from offmoe.compute.kernels import torch_ffn
+from offmoe.hf.load.load import resolve_folder
+from offmoe.simulate.replay import replay
+from offmoe.storage import read_plan
+from offmoe.trace.trace import read_trace
 from tests import tiny
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import offmoe
-from offmoe.runtime import backend, cgroup
-from offmoe.runtime.backend import CudaBackend
+from offmoe.device import backend, cgroup
+from offmoe.device.backend import CudaBackend
 from tests import tiny
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from offmoe.hf.load import model_class
+from offmoe.hf.load.load import model_class
 
 logging.disable_progress_bar()
 

@@ -19,8 +19,8 @@ import train_demo
 from transformers import AutoTokenizer, MixtralForCausalLM
 
 from offmoe.config import CacheOptions
-from offmoe.simulator import belady, replay
-from offmoe.trace import Trace
+from offmoe.simulate.replay import belady, replay
+from offmoe.trace.trace import Trace
 from offmoe.types import CacheShape
 
 MODEL = Path(__file__).resolve().parents[1] / "offmoe" / "demo" / "model"

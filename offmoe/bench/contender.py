@@ -23,7 +23,7 @@ from offmoe.errors import ConfigError, OffmoeError
 if TYPE_CHECKING:
     import torch
 
-    from offmoe.inspection import Inspected
+    from offmoe.budget.inspect import Inspected
 
 COMPUTE_SECONDS = 2.0
 LINK_BYTES = 64 << 20
@@ -126,9 +126,9 @@ class Contender:
         """Time of computing alone, with the routing fixed to experts in slots, and of copies to the device; and what
         the passes say about the costs that the task names.
         """
-        from offmoe.calibration import Steps
+        from offmoe.measure.calibrate import Steps
+        from offmoe.measure.probes import copy_gb_s
         from offmoe.profile import CostModel
-        from offmoe.runtime.probes import copy_gb_s
 
         if self._offload is None:
             return Costs(None, None)
@@ -155,8 +155,8 @@ class Contender:
             self._offload.close()
 
     def _inspect(self) -> Inspected:
+        from offmoe.budget.inspect import inspect
         from offmoe.config import OffloadConfig
-        from offmoe.inspection import inspect
 
         task = self._task
         config = OffloadConfig(device=task.device)
@@ -196,14 +196,14 @@ class Contender:
         return model
 
     def _experts(self) -> list[Any]:
-        from offmoe.hf.adapters import find_experts
+        from offmoe.hf.adapters.find import find_experts
 
         modules = find_experts(self.model)
         return [modules[layer.name] for layer in self._inspected.catalog.layers]
 
     def _replay(self) -> Any:
-        from offmoe.hf.replayed import ReplayedRouting
-        from offmoe.trace import read_trace
+        from offmoe.hf.replay import ReplayedRouting
+        from offmoe.trace.trace import read_trace
 
         replayed = ReplayedRouting(read_trace(self._task.routing), self._inspected.catalog.shape)
         replayed.attach(self._experts())

@@ -22,8 +22,8 @@ from typing import Any, TypeVar
 import offmoe
 from offmoe.bench.task import Costs, Outcome, Pass, Peak, Task, restore, to_line
 from offmoe.config import format_size
+from offmoe.device.cgroup import MemoryCap
 from offmoe.errors import CapacityError, ConfigError, OffmoeError
-from offmoe.runtime.cgroup import MemoryCap
 
 T = TypeVar("T")
 

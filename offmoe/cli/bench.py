@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from offmoe.bench.task import Pass
-    from offmoe.inspection import Inspected
+    from offmoe.budget.inspect import Inspected
 
 ACCELERATE, NO_PREFETCH = "accelerate", "no-prefetch"
 AGAINST = (ACCELERATE, NO_PREFETCH)
@@ -139,7 +139,7 @@ def _profile(args: argparse.Namespace, config: OffloadConfig) -> Profile:
 def _inspect(args: argparse.Namespace, config: OffloadConfig, cap: int | None, hub: dict[str, Any]) -> Inspected:
     """With "auto" memory made to fit the cap, or two contenders at once."""
     from offmoe.api import fetch
-    from offmoe.inspection import inspect
+    from offmoe.budget.inspect import inspect
 
     if config.device_memory == "auto" and cap is not None:
         config = replace(config, device_memory=max(1, cap - LIBRARIES_BYTES))
@@ -181,8 +181,8 @@ def _measure(
 ) -> dict[str, Any]:
     from offmoe.bench import duel
     from offmoe.bench import task as tasks
-    from offmoe.runtime.probes import DiskProbe, drop_page_cache
-    from offmoe.runtime.store import ExpertStore
+    from offmoe.measure.probes import DiskProbe, drop_page_cache
+    from offmoe.storage.store import ExpertStore
 
     stock_of = _stock(args, found)
     scratch_in = None if stock_of is None else _scratch(args, stock_of)
@@ -260,7 +260,7 @@ def _stock(args: argparse.Namespace, found: Inspected) -> Inspected | None:
             raise ConfigError("--against-model says what accelerate runs; give --against accelerate too.")
         return None
     from offmoe.api import fetch
-    from offmoe.inspection import inspect
+    from offmoe.budget.inspect import inspect
 
     model = found.source.folder if args.against_model is None else args.against_model
     if not _reweighted(args, found):

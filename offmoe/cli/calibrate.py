@@ -69,9 +69,9 @@ def run(args: argparse.Namespace, out: Output) -> None:
         elif not output.parent.is_dir():
             raise ConfigError(f"-o {args.output}: the folder does not exist; create it first.")
     from offmoe.api import fetch
-    from offmoe.calibration import calibrate
+    from offmoe.budget.inspect import inspect
     from offmoe.cli.libraries import hide_bars, quiet
-    from offmoe.inspection import inspect
+    from offmoe.measure.calibrate import calibrate
 
     quiet(args.verbose, args.json)
     inspected = fetch(inspect(args.model, config, dtype=args.dtype, **hub))

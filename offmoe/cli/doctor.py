@@ -13,7 +13,7 @@ from offmoe.errors import ConfigError, OffmoeError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from offmoe.doctor import Check
+    from offmoe.measure.doctor import Check
 
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
     folder = Path(args.folder)
     if not folder.is_dir():
         raise ConfigError(f"FOLDER {args.folder!r} is no folder; give one on the disk that holds your models.")
-    from offmoe.doctor import examine
+    from offmoe.measure.doctor import examine
 
     checks = []
     with out.progress("checking", 12, "checks") as advance:

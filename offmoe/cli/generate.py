@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from offmoe.offload import Offload
+    from offmoe.handle import Offload
     from offmoe.types import CacheStats
 
 
@@ -48,8 +48,8 @@ def run(args: argparse.Namespace, out: Output) -> None:
     import torch
 
     from offmoe.api import fetch, load
+    from offmoe.budget.inspect import inspect
     from offmoe.cli.libraries import hide_bars, quiet
-    from offmoe.inspection import inspect
 
     quiet(args.verbose, args.json)
     inspected = inspect(args.model, config, dtype=args.dtype, **hub)

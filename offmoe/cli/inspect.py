@@ -19,8 +19,8 @@ from offmoe.profile import Profile
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from offmoe.expectation import Expectation
-    from offmoe.inspection import Survey
+    from offmoe.budget.inspect import Survey
+    from offmoe.simulate.expect import Expectation
 
 Unpredictable = tuple[str | None, ...] | None
 """For each MoE layer why its experts cannot be predicted, None where they can; None if only a run can tell."""
@@ -47,8 +47,8 @@ def run(args: argparse.Namespace, out: Output) -> None:
 
 def _run(args: argparse.Namespace, out: Output) -> None:
     config, hub = options.offload_config(args), options.hub_options(args)
+    from offmoe.budget.inspect import survey
     from offmoe.cli.libraries import quiet
-    from offmoe.inspection import survey
 
     quiet(args.verbose, args.json)
     found = survey(args.model, config, dtype=args.dtype, **hub)
@@ -97,7 +97,7 @@ def _kernels_in_figures(found: Survey) -> dict[str, object]:
     """In how many MoE layers the CPU's kernels compute, and why not in the others; not asked, or not known without
     headers.
     """
-    from offmoe.inspection import Inspected
+    from offmoe.budget.inspect import Inspected
 
     if found.config.exactness == "bitwise" or not isinstance(found, Inspected):
         return {"kernel_layers": None, "without_kernels": []}
@@ -107,7 +107,7 @@ def _kernels_in_figures(found: Survey) -> dict[str, object]:
 
 
 def _computed(found: Survey) -> str:
-    from offmoe.inspection import Inspected
+    from offmoe.budget.inspect import Inspected
 
     if found.config.exactness == "bitwise":
         return "as transformers does, bit for bit"
@@ -127,7 +127,7 @@ def _speed(found: Survey) -> Expectation | None:
     profile = found.config.profile
     if not isinstance(profile, Profile) or profile.costs is None:
         return None
-    from offmoe.expectation import expect
+    from offmoe.simulate.expect import expect
 
     # The routing is made up, so there are no predictions that a prefetch could act on.
     return expect(found.shape, replace(found.config.cache(), prefetch=0), profile)
@@ -135,7 +135,7 @@ def _speed(found: Survey) -> Expectation | None:
 
 def _by_way(found: Survey) -> dict[str, Expectation]:
     """What each on_miss that can be had here lets expect, at the same slots."""
-    from offmoe.expectation import expect
+    from offmoe.simulate.expect import expect
 
     profile, cache = found.config.profile, replace(found.config.cache(), prefetch=0)
     assert isinstance(profile, Profile)
@@ -203,7 +203,7 @@ def _needs(name: str, found: Survey, unpredictable: Unpredictable) -> Table:
 
 def _formats(found: Survey) -> list[str]:
     """What the experts themselves are stored in, if quantised; a configuration alone does not say it."""
-    from offmoe.inspection import Inspected
+    from offmoe.budget.inspect import Inspected
 
     return list(found.catalog.formats) if isinstance(found, Inspected) else []
 
@@ -219,7 +219,7 @@ def _predictable(unpredictable: Unpredictable) -> str:
 
 
 def _from_config(found: Survey) -> bool:
-    from offmoe.inspection import Inspected
+    from offmoe.budget.inspect import Inspected
 
     return not isinstance(found, Inspected)
 
@@ -297,6 +297,6 @@ def _rounded_up(size: int) -> str:
 
 
 def _layers(found: Survey) -> int:
-    from offmoe.hf.needs import num_layers
+    from offmoe.budget.needs import num_layers
 
     return num_layers(found.hf_config)

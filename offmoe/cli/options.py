@@ -106,7 +106,7 @@ def offload_config(args: argparse.Namespace) -> OffloadConfig:
 
 
 def hub_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Options of the download, as `offmoe.inspection.inspect` takes them."""
+    """Options of the download, as `offmoe.budget.inspect.inspect` takes them."""
     return {"revision": args.revision, "local_files_only": args.local_files_only}
 
 

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor
 
-    from offmoe.offload import Offload
-    from offmoe.pack import Packed
-    from offmoe.perplexity import Score
+    from offmoe.handle import Offload
+    from offmoe.measure.perplexity import Score
+    from offmoe.pack.pack import Packed
 
 
 def parser() -> options.Parser:
@@ -49,7 +49,7 @@ def parser() -> options.Parser:
 
 def run(args: argparse.Namespace, out: Output) -> None:
     from offmoe.cli.libraries import quiet
-    from offmoe.pack import pack, weight_format
+    from offmoe.pack.pack import pack, weight_format
 
     how = weight_format(args.experts, args.group, args.zero_points)
     quiet(args.verbose, args.json)
@@ -92,8 +92,8 @@ def run(args: argparse.Namespace, out: Output) -> None:
 def _windows(args: argparse.Namespace) -> Tensor:
     """The text in windows, before anything is packed. ConfigError for a file that is none, or holds too little."""
     from offmoe.cli import prompts
-    from offmoe.hf.hub import locate
-    from offmoe.perplexity import windows
+    from offmoe.hf.hub.locate import locate
+    from offmoe.measure.perplexity import windows
 
     try:
         text = Path(args.perplexity).read_text(encoding="utf-8")
@@ -107,7 +107,7 @@ def _windows(args: argparse.Namespace) -> Tensor:
 
 def _score(model: str, ids: Tensor, args: argparse.Namespace, out: Output) -> Score:
     from offmoe.api import from_pretrained
-    from offmoe.perplexity import scores
+    from offmoe.measure.perplexity import scores
 
     hub = options.hub_options(args) if model == args.model else {}
     loaded = from_pretrained(model, **hub)

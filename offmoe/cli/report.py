@@ -10,10 +10,10 @@ import argparse
 from typing import TYPE_CHECKING
 
 from offmoe.cli import options
-from offmoe.cli.findings import findings, missing
 from offmoe.cli.output import Output, percent
-from offmoe.report import ALERT, Report, describe
-from offmoe.trace import read_trace
+from offmoe.report.findings import findings, missing
+from offmoe.report.report import ALERT, Report, describe
+from offmoe.trace.trace import read_trace
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
     report = describe(read_trace(args.trace))
     page = None
     if args.output is not None:
-        from offmoe.cli.page import write_page
+        from offmoe.report.page import write_page
 
         write_page(args.output, report)
         page = args.output

@@ -14,9 +14,9 @@ from offmoe.cli.output import Output, percent, plain, span
 from offmoe.config import CacheOptions, format_size
 from offmoe.errors import ConfigError
 from offmoe.profile import Profile, read_profile
-from offmoe.simulator import Recording, belady, uniform_hit_rate
-from offmoe.trace import Trace, read_trace
-from offmoe.tuning import Part, Settings, evaluate
+from offmoe.simulate.replay import Recording, belady, uniform_hit_rate
+from offmoe.simulate.sweep import Part, Settings, evaluate
+from offmoe.trace.trace import Trace, read_trace
 
 if TYPE_CHECKING:
     from rich.table import Table

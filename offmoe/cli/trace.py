@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from offmoe.inspection import Inspected
-    from offmoe.offload import Offload
-    from offmoe.trace import Parameters
+    from offmoe.budget.inspect import Inspected
+    from offmoe.handle import Offload
+    from offmoe.trace.trace import Parameters
 
 
 def parser() -> options.Parser:
@@ -61,8 +61,8 @@ def run(args: argparse.Namespace, out: Output) -> None:
 def _merge(args: argparse.Namespace, out: Output) -> None:
     if args.model is not None or args.prompts is not None:
         raise ConfigError("--merge joins recordings and runs no model; leave MODEL and --prompts out.")
-    from offmoe.merge import merge_traces
-    from offmoe.trace import read_trace, write_trace
+    from offmoe.trace.merge import merge_traces
+    from offmoe.trace.trace import read_trace, write_trace
 
     parts = [read_trace(path) for path in args.merge]
     try:
@@ -91,8 +91,8 @@ def _record(args: argparse.Namespace, out: Output) -> None:
     import torch
 
     from offmoe.api import fetch, load
+    from offmoe.budget.inspect import inspect
     from offmoe.cli.libraries import hide_bars, quiet
-    from offmoe.inspection import inspect
 
     quiet(args.verbose, args.json)
     inspected = inspect(args.model, config, dtype=args.dtype, **hub)
@@ -177,7 +177,7 @@ class _Count:
 
 def _parameters(model: PreTrainedModel, inspected: Inspected) -> Parameters:
     """Counts for the trace's header: a loaded model holds all of its parameters except the experts'."""
-    from offmoe.trace import Parameters
+    from offmoe.trace.trace import Parameters
 
     weights = {id(p): p.numel() for p in model.parameters()}
     looked_up, output = model.get_input_embeddings(), model.get_output_embeddings()

@@ -17,11 +17,10 @@ from offmoe.cli.output import Output, percent, plain, span
 from offmoe.cli.plot import Curve, Figure, check_plot, write_plot
 from offmoe.config import EVICTIONS, ON_MISS, SCOPES, CacheOptions, parse_size
 from offmoe.errors import ConfigError
-from offmoe.predictions import PredictionQuality, total
 from offmoe.profile import Profile, read_profile
-from offmoe.search import Found, search
-from offmoe.trace import Trace, read_trace
-from offmoe.tuning import (
+from offmoe.simulate.predictions import PredictionQuality, total
+from offmoe.simulate.search import Found, search
+from offmoe.simulate.sweep import (
     Bounds,
     Outcome,
     Settings,
@@ -32,6 +31,7 @@ from offmoe.tuning import (
     split_requests,
     sweep,
 )
+from offmoe.trace.trace import Trace, read_trace
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -20,10 +20,10 @@ from itertools import accumulate
 from offmoe.config import CacheOptions
 from offmoe.policy.admission import AdmissionPolicy, build_admission
 from offmoe.policy.choice import MakePolicy, eviction_policies
-from offmoe.policy.host import HostTier
+from offmoe.policy.host_split import Missed, on_host
+from offmoe.policy.host_tier import HostTier
 from offmoe.policy.prefetch import Candidate, PrefetchPolicy, build_prefetch
 from offmoe.policy.residency import Admission, Residency
-from offmoe.policy.split import Missed, on_host
 from offmoe.profile import MissCosts
 from offmoe.types import Access, CacheShape, ExpertKey, Fetch, Lookup, Plan, Wave
 

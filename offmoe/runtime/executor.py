@@ -22,15 +22,15 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from offmoe.correction import TimedStep
+from offmoe.compute.compute import ExpertCompute, Work, together
+from offmoe.compute.kernels import ExpertMath
+from offmoe.device.backend import Backend
 from offmoe.errors import OffmoeError, TraceError
 from offmoe.policy.planner import Planner, build_planner
-from offmoe.recording import TraceWriter
-from offmoe.runtime.backend import Backend
-from offmoe.runtime.computing import ExpertCompute, Work, together
-from offmoe.runtime.exchange import HostPart
-from offmoe.runtime.kernels import ExpertMath
-from offmoe.runtime.transfer import TransferEngine
+from offmoe.simulate.fit_costs import TimedStep
+from offmoe.trace.recorder import TraceWriter
+from offmoe.transfer.engine import TransferEngine
+from offmoe.transfer.host_exchange import HostPart
 from offmoe.types import Access, CacheStats, Demand, Plan, count_demands, rank_predictions
 
 logger = logging.getLogger(__name__)

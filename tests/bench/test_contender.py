@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import offmoe
-from offmoe import calibration
 from offmoe.bench import contender
 from offmoe.bench.contender import Contender
 from offmoe.bench.task import ACCELERATE, Costs, Pass, Task
-from offmoe.trace import write_trace
+from offmoe.measure import calibrate
+from offmoe.trace.trace import write_trace
 from tests import families, tiny
-from tests.hf.test_replayed import routing
+from tests.hf.test_replay import routing
 
 ADAPTED = ("dbrx", "jetmoe", "llama4_text", "longcat_flash", "nllb-moe", "step3p7", "switch_transformers")
 PROMPT = tuple(tiny.prompt(1, 5)[0].tolist())
@@ -25,7 +25,7 @@ PROMPT = tuple(tiny.prompt(1, 5)[0].tolist())
 @pytest.fixture(autouse=True)
 def quick(monkeypatch) -> None:
     monkeypatch.setattr(contender, "COMPUTE_SECONDS", 0.0)
-    monkeypatch.setattr(calibration, "LEAST_ROUNDS", 1)
+    monkeypatch.setattr(calibrate, "LEAST_ROUNDS", 1)
 
 
 def stock(task: Task, scratch: Path, **changes: object) -> Task:

@@ -6,8 +6,8 @@ import pytest
 
 from offmoe.bench import duel
 from offmoe.bench.task import Costs, Outcome, Pass, Task, from_line, restore, to_line
+from offmoe.device.cgroup import MemoryCap
 from offmoe.errors import CapacityError, OffmoeError
-from offmoe.runtime.cgroup import MemoryCap
 
 
 def test_messages_survive_the_way() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from offmoe import calibration
+from offmoe.measure import calibrate
 from offmoe.profile import read_profile
 from tests.cli.conftest import Outcome
 
@@ -15,7 +15,7 @@ Run = Callable[..., Outcome]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch) -> None:
-    monkeypatch.setattr(calibration, "COPY_BYTES", 1 << 16)
+    monkeypatch.setattr(calibrate, "COPY_BYTES", 1 << 16)
 
 
 def test_costs_go_into_the_profile_and_price_a_trace(offmoe: Run, checkpoint: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from offmoe import doctor
+from offmoe.measure import doctor
 from tests.cli.conftest import Outcome
 
 Run = Callable[..., Outcome]

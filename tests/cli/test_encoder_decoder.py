@@ -10,12 +10,12 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from offmoe.bench import contender, duel
 from offmoe.cli import bench
-from offmoe.simulator import replay
-from offmoe.trace import read_trace
+from offmoe.simulate.replay import replay
+from offmoe.trace.trace import read_trace
 from tests import tiny
 from tests.cli.conftest import Outcome, byte_tokenizer
 from tests.cli.test_bench import Here
-from tests.hf.test_adapters import CONFIGS
+from tests.hf.adapters.test_find import CONFIGS
 
 Run = Callable[..., Outcome]
 

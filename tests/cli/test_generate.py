@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from offmoe.cli.generate import TextStream
 from offmoe.cli.output import Output
-from offmoe.trace import read_trace
+from offmoe.trace.trace import read_trace
 from tests import tiny
 from tests.cli.conftest import TEMPLATE, Outcome, byte_tokenizer
 

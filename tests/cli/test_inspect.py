@@ -8,11 +8,11 @@ import pytest
 
 from offmoe.cli.inspect import _rounded_up
 from offmoe.config import ON_MISS, CacheOptions, parse_size
-from offmoe.expectation import expect
+from offmoe.device.backend import CpuBackend
 from offmoe.profile import CostModel, Profile
-from offmoe.runtime.backend import CpuBackend
+from offmoe.simulate.expect import expect
 from offmoe.types import CacheShape
-from tests import families, quantised, tiny
+from tests import families, quantized, tiny
 from tests.cli.conftest import Outcome
 
 Run = Callable[..., Outcome]
@@ -44,7 +44,7 @@ def test_layers_without_experts_do_not_count(offmoe: Run, tmp_path: Path) -> Non
 
 
 def test_formats_of_quantised_experts(offmoe: Run, tmp_path: Path) -> None:
-    folder, _ = quantised.save(tmp_path, "qwen3_moe", "ct-int4")
+    folder, _ = quantized.save(tmp_path, "qwen3_moe", "ct-int4")
     found = offmoe("inspect", folder, "--json", "--device", "cpu").json
     assert (found["quantisation"], found["expert_formats"]) == ("compressed-tensors", ["compressed-tensors int4"])
     raw = 3 * 24 * 32 * 3 // 4  # half a byte and a scale of two bytes for 8 columns

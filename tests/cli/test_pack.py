@@ -69,7 +69,7 @@ def test_refusals(offmoe: Run, checkpoint: Path, tmp_path: Path) -> None:
 
 SLOW = """
 import sys, time
-import offmoe.pack as packing
+import offmoe.pack.pack as packing
 from offmoe.cli import main
 
 def slow(pieces):

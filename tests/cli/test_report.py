@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from offmoe.report import describe
-from offmoe.trace import Parameters, Trace, read_trace, write_trace
+from offmoe.report.report import describe
+from offmoe.trace.trace import Parameters, Trace, read_trace, write_trace
 from offmoe.types import CacheShape
 from tests.cli.conftest import Outcome
 
@@ -100,7 +100,7 @@ def test_the_page_needs_nothing_from_elsewhere(offmoe: Run, tmp_path: Path) -> N
 
 
 def test_the_script_puts_texts_in_as_text() -> None:
-    html = (Path(__file__).parents[2] / "offmoe" / "cli" / "report.html").read_text(encoding="utf-8")
+    html = (Path(__file__).parents[2] / "offmoe" / "report" / "page.html").read_text(encoding="utf-8")
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function", html)
 
 

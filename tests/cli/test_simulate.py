@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from offmoe.config import CacheOptions
-from offmoe.simulator import belady, replay, uniform_hit_rate
-from offmoe.trace import read_trace, write_arrays
+from offmoe.simulate.replay import belady, replay, uniform_hit_rate
+from offmoe.trace.trace import read_trace, write_arrays
 from tests.cli.conftest import Outcome
 
 Run = Callable[..., Outcome]

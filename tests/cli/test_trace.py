@@ -12,7 +12,7 @@ import pytest
 
 from offmoe.cli import prompts
 from offmoe.errors import ConfigError
-from offmoe.trace import read_trace
+from offmoe.trace.trace import read_trace
 from tests.cli.conftest import TEMPLATE, Outcome, byte_tokenizer
 
 Run = Callable[..., Outcome]

@@ -13,8 +13,8 @@ import torch
 import offmoe as package
 from offmoe.cli.plot import Curve, Figure, page
 from offmoe.config import EVICTIONS
-from offmoe.simulator import replay
-from offmoe.trace import read_trace, write_arrays
+from offmoe.simulate.replay import replay
+from offmoe.trace.trace import read_trace, write_arrays
 from tests.cli.conftest import Outcome
 from tests.cli.test_simulate import write
 

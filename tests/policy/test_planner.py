@@ -15,8 +15,8 @@ from offmoe.config import EVICTIONS, ON_MISS, CacheOptions
 from offmoe.errors import ConfigError
 from offmoe.policy.planner import build_planner
 from offmoe.profile import MissCosts
-from offmoe.simulator import Recording, replay
-from offmoe.trace import read_trace
+from offmoe.simulate.replay import Recording, replay
+from offmoe.trace.trace import read_trace
 from offmoe.types import Access, CacheShape, CacheStats, Demand, ExpertKey, count_demands
 
 SHAPE = CacheShape(experts=(6, 6, 8), top_k=(2, 2, 2), expert_bytes=(10, 10, 20))

@@ -23,14 +23,14 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import offmoe
+from offmoe.budget.inspect import inspect
 from offmoe.config import OffloadConfig
 from offmoe.errors import OffmoeError
-from offmoe.hf.catalog import ExpertCatalog
-from offmoe.hf.cataloguing import build_catalog
-from offmoe.hf.load import build_meta, model_class, read_config
-from offmoe.inspection import inspect
-from offmoe.runtime.checkpoint import INDEX_FILE, Checkpoint
-from offmoe.runtime.store import ExpertStore
+from offmoe.hf.catalog.build import build_catalog
+from offmoe.hf.catalog.catalog import ExpertCatalog
+from offmoe.hf.load.load import build_meta, model_class, read_config
+from offmoe.storage.checkpoint import INDEX_FILE, Checkpoint
+from offmoe.storage.store import ExpertStore
 from tests import tiny
 
 pytestmark = pytest.mark.slow

@@ -25,8 +25,8 @@ import checkout  # noqa: F401
 import torch
 
 import offmoe
-from offmoe.runtime.arena import HostBuffers
-from offmoe.runtime.backend import select_backend
+from offmoe.device.arena import HostBuffers
+from offmoe.device.backend import select_backend
 from tools.bench import read
 from tools.bench.gpu_decode import decode
 from tools.bench.gpu_kernels import kernels
@@ -138,7 +138,7 @@ def resident(section: Section) -> None:
     """Decode of the demo with a slot for every expert: what offmoe's own steps cost beside stock transformers."""
     import transformers
 
-    from offmoe.hf.load import resolve_folder
+    from offmoe.hf.load.load import resolve_folder
     from tools.bench.overhead import PROMPT, seconds_per_token
 
     transformers.logging.disable_progress_bar()

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 import offmoe
-from offmoe.runtime.arena import HostBuffers
-from offmoe.runtime.backend import Backend, select_backend
-from offmoe.runtime.checkpoint import Checkpoint
+from offmoe.device.arena import HostBuffers
+from offmoe.device.backend import Backend, select_backend
+from offmoe.storage.checkpoint import Checkpoint
 from tools.bench import read
 from tools.bench.gpu_section import MIB, SPARE_BYTES, WRITE_BYTES_PER_S, Section, copy_gb_s, reads_directly
 from tools.bench.synthetic import write_mixtral

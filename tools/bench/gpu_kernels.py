@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from offmoe.runtime.arena import SlotArena
-from offmoe.runtime.backend import select_backend
-from offmoe.runtime.formats import ExpertLayout
-from offmoe.runtime.kernels.cpu import Glu
-from offmoe.runtime.kernels.device import DECODE_PAIRS, DeviceKernels, Pairs, available
-from offmoe.runtime.kernels.operands import GatedOperands, coded_operand, float_operand, packed_operand
-from offmoe.runtime.packing import INT8, MXFP4, PackedWeight, WeightFormat, int4, record_layout
-from offmoe.runtime.quantise import quantise
-from offmoe.runtime.quantized import ScaledFloat
+from offmoe.compute.kernels.cpu import Glu
+from offmoe.compute.kernels.device import DECODE_PAIRS, DeviceKernels, Pairs, available
+from offmoe.compute.kernels.operands import GatedOperands, coded_operand, float_operand, packed_operand
+from offmoe.device.arena import SlotArena
+from offmoe.device.backend import select_backend
+from offmoe.pack.quantizer import quantise
+from offmoe.quant import ScaledFloat
+from offmoe.quant.packed_weight import INT8, MXFP4, PackedWeight, WeightFormat, int4, record_layout
+from offmoe.storage.layout import ExpertLayout
 from tools.bench.gpu_section import MIB, Section, seconds
 
 SHAPES = {"mixtral": (4096, 14336, 2), "qwen3": (2048, 768, 8)}

@@ -31,11 +31,11 @@ import checkout  # noqa: F401
 import torch
 import torch.nn.functional as F
 
-from offmoe.runtime.arena import SlotArena, map_pages
-from offmoe.runtime.formats import ExpertLayout
-from offmoe.runtime.kernels.cpu import GatedExpert, Glu, NativeKernels, Rows, physical_cores
-from offmoe.runtime.kernels.library import status
-from offmoe.runtime.packing import PackedWeight, WeightFormat, fp8, int4, record_layout
+from offmoe.compute.kernels.cpu import GatedExpert, Glu, NativeKernels, Rows, physical_cores
+from offmoe.compute.kernels.library import status
+from offmoe.device.arena import SlotArena, map_pages
+from offmoe.quant.packed_weight import PackedWeight, WeightFormat, fp8, int4, record_layout
+from offmoe.storage.layout import ExpertLayout
 
 GROUP, FP8_GROUP = 64, 128
 PROBE_BYTES = 32 * 2**20

@@ -34,19 +34,19 @@ from transformers import AutoTokenizer
 
 import offmoe
 from offmoe.bench.scratch import ended_by_sigterm, scratch_folder
-from offmoe.calibration import calibrate
+from offmoe.budget.inspect import inspect
 from offmoe.cli.bench import TEXTS
 from offmoe.config import ON_MISS, OffloadConfig
-from offmoe.correction import TimedStep, corrected
-from offmoe.hf.adapters import find_experts
-from offmoe.hf.load import resolve_folder
-from offmoe.hf.replayed import ReplayedRouting
-from offmoe.inspection import inspect
-from offmoe.offload import Offload
+from offmoe.handle import Offload
+from offmoe.hf.adapters.find import find_experts
+from offmoe.hf.load.load import resolve_folder
+from offmoe.hf.replay import ReplayedRouting
+from offmoe.measure.calibrate import calibrate
 from offmoe.profile import CostModel
-from offmoe.simulator import Recording
-from offmoe.trace import Trace, read_trace
-from offmoe.tuning import Part, Settings, evaluate
+from offmoe.simulate.fit_costs import TimedStep, corrected
+from offmoe.simulate.replay import Recording
+from offmoe.simulate.sweep import Part, Settings, evaluate
+from offmoe.trace.trace import Trace, read_trace
 from offmoe.types import CacheStats
 from tools.bench.synthetic import write_mixtral, write_qwen3
 

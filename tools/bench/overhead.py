@@ -24,9 +24,9 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 import offmoe
 from offmoe.config import CacheOptions
-from offmoe.hf.load import resolve_folder
+from offmoe.hf.load.load import resolve_folder
 from offmoe.policy.planner import build_planner
-from offmoe.trace import read_trace
+from offmoe.trace.trace import read_trace
 from offmoe.types import Access, CacheShape, single_demands
 
 PROMPT = "In the beginning God created the heaven and the earth. And the earth was without form, and"

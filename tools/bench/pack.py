@@ -27,11 +27,11 @@ from typing import NamedTuple
 import checkout  # noqa: F401
 import torch
 
-from offmoe.pack import pack, weight_format
-from offmoe.runtime.arena import HostBuffers
-from offmoe.runtime.kernels.cpu import physical_cores
-from offmoe.runtime.probes import drop_page_cache
-from offmoe.runtime.quantise import quantiser
+from offmoe.compute.kernels.cpu import physical_cores
+from offmoe.device.arena import HostBuffers
+from offmoe.measure.probes import drop_page_cache
+from offmoe.pack.pack import pack, weight_format
+from offmoe.pack.quantizer import quantiser
 from tools.bench.synthetic import write_mixtral
 
 HIDDEN, FF, LAYERS, EXPERTS = 2048, 4096, 5, 8

@@ -24,13 +24,13 @@ from transformers import AutoTokenizer
 
 import offmoe
 from offmoe.config import CacheOptions
-from offmoe.hf.load import resolve_folder
+from offmoe.hf.load.load import resolve_folder
 from offmoe.policy.planner import build_planner
-from offmoe.predictions import transition_predictions
-from offmoe.pricing import Clock
 from offmoe.profile import CostModel
-from offmoe.simulator import Recording
-from offmoe.trace import NONE, Trace, read_trace
+from offmoe.simulate.clock import Clock
+from offmoe.simulate.predictions import transition_predictions
+from offmoe.simulate.replay import Recording
+from offmoe.trace.trace import NONE, Trace, read_trace
 from offmoe.types import CacheShape, CacheStats
 
 TEXT = Path(__file__).parent / "quality.txt"

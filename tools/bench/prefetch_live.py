@@ -36,15 +36,15 @@ from transformers import AutoTokenizer
 
 from offmoe.api import load
 from offmoe.bench.scratch import ended_by_sigterm, scratch_folder
+from offmoe.budget.inspect import Inspected, inspect
 from offmoe.config import OffloadConfig
-from offmoe.hf.adapters import find_experts
-from offmoe.hf.load import resolve_folder
-from offmoe.hf.replayed import ReplayedRouting
-from offmoe.inspection import Inspected, inspect
-from offmoe.predictions import transition_predictions
-from offmoe.runtime.probes import DiskProbe, drop_page_cache
-from offmoe.runtime.store import ExpertStore
-from offmoe.trace import Trace, read_trace
+from offmoe.hf.adapters.find import find_experts
+from offmoe.hf.load.load import resolve_folder
+from offmoe.hf.replay import ReplayedRouting
+from offmoe.measure.probes import DiskProbe, drop_page_cache
+from offmoe.simulate.predictions import transition_predictions
+from offmoe.storage.store import ExpertStore
+from offmoe.trace.trace import Trace, read_trace
 from offmoe.types import CacheStats
 from tools.bench.prefetch import FIXTURE, TEXT, record_demo
 from tools.bench.synthetic import write_mixtral

@@ -5,7 +5,7 @@ documents that training held out (tools/train_demo.py, every fiftieth): the King
 set.mm, the Jargon File and the Devil's Dictionary, all in the public domain (set.mm: CC0). The second half of every
 window of 512 tokens is scored, so that each scored token has a context; windows overlap by half.
 int4 is in groups of 64; "rtn" rounds to nearest with
-symmetric absmax scales, without the search of offmoe/runtime/quantise.py.
+symmetric absmax scales, without the search of offmoe/pack/quantizer.py.
 
 Perplexity of a small text moves by chance too, in either direction; the divergence from the native model does not, and
 says the same more reliably.
@@ -28,9 +28,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
 
-from offmoe.perplexity import WINDOW, scores, windows
-from offmoe.runtime.packing import INT8, WeightFormat, int4
-from offmoe.runtime.quantise import quantise
+from offmoe.measure.perplexity import WINDOW, scores, windows
+from offmoe.pack.quantizer import quantise
+from offmoe.quant.packed_weight import INT8, WeightFormat, int4
 
 ROOT = checkout.ROOT
 MODEL = ROOT / "offmoe" / "demo" / "model"

@@ -32,10 +32,10 @@ import checkout  # noqa: F401
 import torch
 from safetensors.torch import save_file
 
-from offmoe.runtime.arena import HostBuffers
-from offmoe.runtime.checkpoint import INDEX_FILE, Checkpoint
-from offmoe.runtime.formats import ExpertRecord
-from offmoe.runtime.store import ExpertStore
+from offmoe.device.arena import HostBuffers
+from offmoe.storage.checkpoint import INDEX_FILE, Checkpoint
+from offmoe.storage.layout import ExpertRecord
+from offmoe.storage.store import ExpertStore
 from offmoe.types import ExpertKey
 
 THREADS = 4

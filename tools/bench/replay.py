@@ -16,9 +16,9 @@ from pathlib import Path
 
 import checkout  # noqa: F401
 
-from offmoe.simulator import Recording
-from offmoe.trace import read_trace
-from offmoe.tuning import Settings, evaluate, grid, split_requests, sweep
+from offmoe.simulate.replay import Recording
+from offmoe.simulate.sweep import Settings, evaluate, grid, split_requests, sweep
+from offmoe.trace.trace import read_trace
 
 TRACE = Path(__file__).parents[2] / "tests" / "data" / "gptoss20b_6req.npz"
 POLICIES = ("aged-lfu", "lru", "lru-2", "s3-fifo", "sieve")

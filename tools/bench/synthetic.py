@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import save_file
 
-from offmoe.runtime.checkpoint import INDEX_FILE
+from offmoe.storage.checkpoint import INDEX_FILE
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -27,7 +27,7 @@ import offmoe
 from offmoe.bench.scratch import ended_by_sigterm, scratch_folder
 from offmoe.cli.bench import LIBRARIES_BYTES, TEXTS
 from offmoe.config import parse_size
-from offmoe.pack import pack, weight_format
+from offmoe.pack.pack import pack, weight_format
 from tools.bench.synthetic import write_mixtral
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, VOCABULARY = 7, 8, 2, 2048, 5632, 32000
@@ -57,7 +57,7 @@ def record_demo(path: Path) -> None:
     import torch
     from transformers import AutoTokenizer
 
-    from offmoe.hf.load import resolve_folder
+    from offmoe.hf.load.load import resolve_folder
 
     tokenizer = AutoTokenizer.from_pretrained(resolve_folder("demo"))
     model: Any = offmoe.from_pretrained("demo", device="cpu", slots_per_layer=4, prefetch=2, trace=path)

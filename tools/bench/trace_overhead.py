@@ -23,10 +23,10 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedModel
 
 import offmoe
+from offmoe.budget.inspect import inspect
 from offmoe.config import CacheOptions
-from offmoe.hf.load import resolve_folder
-from offmoe.inspection import inspect
-from offmoe.recording import TraceWriter
+from offmoe.hf.load.load import resolve_folder
+from offmoe.trace.recorder import TraceWriter
 from offmoe.types import CacheShape
 
 PROMPT = "In the beginning God created the heaven and the earth. And the earth was without form, and"

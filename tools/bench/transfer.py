@@ -28,13 +28,13 @@ import torch
 from safetensors.torch import save_file
 
 from offmoe.config import CacheOptions
+from offmoe.device.arena import SlotArena
+from offmoe.device.backend import CpuBackend
 from offmoe.policy.planner import build_planner
-from offmoe.runtime.arena import SlotArena
-from offmoe.runtime.backend import CpuBackend
-from offmoe.runtime.checkpoint import Checkpoint
-from offmoe.runtime.formats import Assembly, ExpertLayout, ExpertRecord, Part
-from offmoe.runtime.store import ExpertStore
-from offmoe.runtime.transfer import TransferEngine
+from offmoe.storage.checkpoint import Checkpoint
+from offmoe.storage.layout import Assembly, ExpertLayout, ExpertRecord, Part
+from offmoe.storage.store import ExpertStore
+from offmoe.transfer.engine import TransferEngine
 from offmoe.types import Access, CacheShape, Demand, ExpertKey, Fetch, Plan
 
 LAYERS, EXPERTS, SLOTS, TOKENS = 4, 8, 4, 4

@@ -1,0 +1,227 @@
+"""What goes where before anything is loaded: one budget, divided once, with the numbers that divided it.
+
+What moves: nothing. On the device stand the dense weights, the expert slots, the KV cache and a workspace; on a CPU
+also the staging buffers. Slots take what the others leave. Dense weights are needed by every token, an expert only by
+some, so as many decoder layers as fit keep theirs on the device; the last ones give them up where nothing else helps,
+and then share one piece of memory, to which their weights come when their turn is. Must never promise what does not
+fit: the smallest budget that works is part of every refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+from offmoe.budget.host import HostPlan
+from offmoe.config import OffloadConfig, format_size
+from offmoe.errors import CapacityError
+from offmoe.policy.planner import SCRATCH_SLOTS
+from offmoe.types import CacheShape
+
+MIN_CONTEXT = 256
+"""Tokens of KV cache without which a model is not usable."""
+KV_SHARE = 0.25
+"""Most of what is not needed otherwise that an unstated max_context may take; the slots get the rest."""
+KV_SEQUENCES = 8
+"""Full-length sequences that an unstated max_context makes room for at most: a batch, or beams."""
+
+
+SLOTS_PER_SCRATCH = 128
+"""Slots beside which a scratch slot is worth its memory to on_miss="auto": choosing who gets a slot saves 1 to 4 % of
+the misses, and two slots less in a hundred lose as much."""
+
+HOST, DISK = "host", "disk"
+"""Where dense layers are that are not on the device."""
+
+
+class DenseLayerBytes(NamedTuple):
+    """Of one decoder layer: weights that may leave the device, the room they come back to, a buffer to read them."""
+
+    weights: int
+    landing: int
+    reading: int
+
+
+@dataclass(frozen=True)
+class ModelBytes:
+    """What a model needs apart from its experts. slot_bytes: a slot of each MoE layer. context_limit: of a sequence.
+
+    dense: all of it, `layers` included.
+    """
+
+    dense: int
+    kv_per_token: int
+    context_limit: int
+    slot_bytes: tuple[int, ...]
+    staging: int
+    workspace: int
+    layers: tuple[DenseLayerBytes, ...] = ()
+
+    def dense_with(self, parked: int) -> tuple[int, int]:
+        """(resident, in flight) bytes of the dense part if the last `parked` layers are not on the device."""
+        layers = self.layers[len(self.layers) - parked :]
+        if not layers:
+            return self.dense, 0
+        in_flight = max(layer.landing for layer in layers) + max(layer.reading for layer in layers)
+        return self.dense - sum(layer.weights for layer in layers), in_flight
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The division of the device's memory, bytes; `budget` is the cap that the parts add up to at most.
+
+    dense: what is always on the device. parked_layers: how many decoder layers, the last ones, have their dense weights
+    (`parked` bytes) in `parked_in` and come to the device one at a time (`in_flight`). smallest: the least budget that
+    works at all; smallest_dense: with the whole dense part on the device.
+    """
+
+    budget: int
+    dense: int
+    slots: int
+    kv: int
+    staging: int
+    workspace: int
+    smallest: int
+    max_context: int
+    slots_per_layer: tuple[int, ...]
+    smallest_dense: int = 0
+    in_flight: int = 0
+    parked: int = 0
+    parked_layers: int = 0
+    parked_in: str | None = None
+    scratch: int = 0
+    """For experts that are computed without a slot."""
+    host: HostPlan | None = None
+    """RAM that experts are kept in beside the device; None where RAM is the device."""
+
+    @property
+    def used(self) -> int:
+        return self.dense + self.in_flight + self.slots + self.scratch + self.kv + self.staging + self.workspace
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "slots_per_layer": list(self.slots_per_layer), "used": self.used}
+
+    def describe(self) -> str:
+        """One line for people."""
+        parts = [("dense", self.dense), ("expert slots", self.slots), (f"KV of {self.max_context} tokens", self.kv)]
+        parts += [("scratch", self.scratch), ("staging", self.staging), ("workspace", self.workspace)]
+        parts[1:1] = [("a dense layer in flight", self.in_flight)]
+        text = ", ".join(f"{name} {format_size(size)}" for name, size in parts if size)
+        if self.parked_layers:
+            text += f"; dense weights of {self.parked_layers} layers, {format_size(self.parked)}, come from "
+            text += f"{self.parked_in} in every pass"
+        if self.host is not None:
+            text += f"; {self.host.describe()}"
+        return f"{format_size(self.budget)}: {text}"
+
+
+def plan_on_miss(
+    config: OffloadConfig, shape: CacheShape, model: ModelBytes, *, free: int, share: float
+) -> tuple[str, MemoryPlan]:
+    """`plan_memory` of a device whose memory is the host's, with scratch slots where they are worth it; and what
+    on_miss comes to.
+    """
+
+    def plan(scratch: int) -> MemoryPlan:
+        return plan_memory(config, shape, model, free=free, share=share, scratch=scratch * max(model.slot_bytes))
+
+    if config.on_miss == "fetch":
+        return "fetch", plan(0)
+    try:
+        found = plan(SCRATCH_SLOTS)
+    except CapacityError:
+        if config.on_miss == "cpu":
+            raise
+        return "fetch", plan(0)
+    if config.on_miss == "cpu":
+        return "cpu", found if found.slots_per_layer != shape.experts else plan(0)
+    enough = config.slots_per_layer is not None or sum(found.slots_per_layer) >= SLOTS_PER_SCRATCH * SCRATCH_SLOTS
+    return ("auto", found) if enough and found.slots_per_layer != shape.experts else ("fetch", plan(0))
+
+
+def plan_memory(
+    config: OffloadConfig,
+    shape: CacheShape,
+    model: ModelBytes,
+    *,
+    free: int,
+    share: float = 1.0,
+    host_free: int = 0,
+    scratch: int = 0,
+) -> MemoryPlan:
+    """Divide the device's memory, of which `free` bytes can be had and "auto" takes `share`.
+
+    host_free: bytes of a memory other than the device's that dense layers may take; what does not fit there stays on
+    disk. scratch: bytes for experts that get no slot. CapacityError naming the smallest budget that works. A pool of
+    all layers sizes each slot for the largest expert.
+    """
+    budget = int(free * share) if config.device_memory == "auto" else min(int(config.device_memory), free)
+    if config.scope == "model":
+        model = replace(model, slot_bytes=(max(model.slot_bytes),) * shape.layers)
+    least = tuple(min(k, e) for k, e in zip(shape.top_k, shape.experts, strict=True))
+    explicit = None if config.slots_per_layer is None else config.cache().quotas(shape)
+    wanted_context = config.max_context or min(model.context_limit, MIN_CONTEXT)
+    around = model.staging + model.workspace + scratch + model.kv_per_token * wanted_context
+    dense_parts = [sum(model.dense_with(parked)) for parked in range(len(model.layers) + 1)]
+    smallest = min(dense_parts) + around + _bytes(least, model.slot_bytes)
+    around += _bytes(explicit or least, model.slot_bytes)
+    parked = next((n for n, dense in enumerate(dense_parts) if dense + around <= budget), None)
+    if parked is None:
+        asked = f"slots_per_layer={config.slots_per_layer}" if explicit else f"top_k={max(shape.top_k)} slots per layer"
+        raise _too_small(min(dense_parts) + around, budget, asked, config, smallest)
+    resident, in_flight = model.dense_with(parked)
+    fixed = resident + in_flight + model.staging + model.workspace + scratch
+    if config.max_context is not None:
+        context = config.max_context
+    elif model.kv_per_token == 0:
+        context = KV_SEQUENCES * model.context_limit
+    else:
+        room = budget - fixed - _bytes(explicit or least, model.slot_bytes)
+        reserve = room if explicit else max(int(room * KV_SHARE), model.kv_per_token * wanted_context)
+        context = min(KV_SEQUENCES * model.context_limit, reserve // model.kv_per_token)
+    kv = model.kv_per_token * context
+    slots = explicit or _spread(budget - fixed - kv, shape, model.slot_bytes, least)
+    return MemoryPlan(
+        budget=budget,
+        dense=resident,
+        slots=_bytes(slots, model.slot_bytes),
+        kv=kv,
+        staging=model.staging,
+        workspace=model.workspace,
+        scratch=scratch,
+        smallest=smallest,
+        max_context=context,
+        slots_per_layer=slots,
+        smallest_dense=smallest - min(dense_parts) + model.dense,
+        in_flight=in_flight,
+        parked=model.dense - resident,
+        parked_layers=parked,
+        parked_in=None if not parked else HOST if model.dense - resident <= host_free else DISK,
+    )
+
+
+def _spread(room: int, shape: CacheShape, slot_bytes: Sequence[int], least: Sequence[int]) -> tuple[int, ...]:
+    """Equal quotas as far as they go, what is left over to the first layers that still can take one more."""
+    quotas = list(least)
+    room -= _bytes(quotas, slot_bytes)
+    while growing := [layer for layer, experts in enumerate(shape.experts) if quotas[layer] < experts]:
+        lowest = min(quotas[layer] for layer in growing)
+        for layer in growing:
+            if quotas[layer] == lowest:
+                if slot_bytes[layer] > room:
+                    return tuple(quotas)
+                quotas[layer] += 1
+                room -= slot_bytes[layer]
+    return tuple(quotas)
+
+
+def _bytes(quotas: Sequence[int], slot_bytes: Sequence[int]) -> int:
+    return sum(n * size for n, size in zip(quotas, slot_bytes, strict=True))
+
+
+def _too_small(needed: int, budget: int, what: str, config: OffloadConfig, smallest: int) -> CapacityError:
+    have = "device_memory" if budget == config.device_memory else "what is free"
+    return CapacityError(
+        f"{have}, {format_size(budget)}, is too small: {what} needs {needed} bytes ({format_size(needed)}). "
+        f"The smallest device_memory that works for this model is {smallest} bytes ({format_size(smallest)})."
+    )

@@ -1,0 +1,100 @@
+"""What goes where, and how misses are met: options and a model's needs against what the machine has.
+
+Nothing moves and nothing is loaded. Must never leave an "auto" behind but for prefetch and on_miss, where it is a
+policy that goes on deciding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from offmoe.budget.device import HOST, MemoryPlan, ModelBytes, plan_memory, plan_on_miss
+from offmoe.budget.host import plan_host
+from offmoe.budget.needs import ExpertBytes
+from offmoe.config import OffloadConfig
+from offmoe.device.backend import Backend
+from offmoe.errors import CapacityError, ConfigError
+from offmoe.policy.planner import SCRATCH_SLOTS
+from offmoe.profile import MissCosts, Profile
+from offmoe.types import CacheShape
+
+BOUNDLESS = 1 << 60
+"""Bytes that any model fits into."""
+
+
+def divide_or_say(
+    config: OffloadConfig,
+    shape: CacheShape,
+    experts: Sequence[ExpertBytes],
+    needs: ModelBytes,
+    backend: Backend,
+    free: int,
+) -> tuple[OffloadConfig, MemoryPlan, CapacityError | None]:
+    """`divide`; where nothing fits, the plan of a device that is large enough, and the refusal."""
+    try:
+        return (*divide(config, shape, experts, needs, backend, free), None)
+    except CapacityError as refusal:
+        boundless = replace(config, device_memory=BOUNDLESS, host_memory="auto", slots_per_layer=None)
+        return (*divide(boundless, shape, experts, needs, backend, BOUNDLESS), refusal)
+
+
+def divide(
+    config: OffloadConfig,
+    shape: CacheShape,
+    experts: Sequence[ExpertBytes],
+    needs: ModelBytes,
+    backend: Backend,
+    free: int,
+) -> tuple[OffloadConfig, MemoryPlan]:
+    """The options resolved, and the division of memory; `free` bytes of the device can be had."""
+    beside = backend.host_free_bytes()
+    if backend.staging_counts:
+        on_miss, plan = plan_on_miss(config, shape, needs, free=free, share=backend.auto_share)
+    else:
+        on_miss = on_miss_beside(config, str(backend.device))
+        plan = plan_memory(config, shape, needs, free=free, share=backend.auto_share, host_free=beside)
+        if plan.slots_per_layer == shape.experts:
+            on_miss = "fetch"
+    slots = plan.slots_per_layer
+    by_host = on_miss != "fetch" and not backend.staging_counts
+    host = plan_host(
+        config,
+        shape,
+        slots,
+        read_bytes=max(expert.read for expert in experts),
+        scratch=SCRATCH_SLOTS * max(expert.slot for expert in experts) if by_host else 0,
+        free=beside,
+        taken=plan.parked if plan.parked_in == HOST else 0,
+    )
+    resolved = config.resolved(
+        device=str(backend.device),
+        device_memory=plan.budget,
+        host_memory=0 if host is None else host.budget,
+        host_slots=0 if host is None else host.slots_per_layer,
+        slots_per_layer=slots[0] if len(set(slots)) == 1 else slots,
+        max_context=plan.max_context,
+        on_miss=on_miss,
+        miss_costs=miss_costs(config, max(shape.expert_bytes)) if by_host else None,
+        exactness="numeric" if config.is_numeric else "bitwise",
+    )
+    return resolved, replace(plan, host=host)
+
+
+def on_miss_beside(config: OffloadConfig, device: str) -> str:
+    """on_miss on a device with memory of its own, whose kernels are not the host's."""
+    if config.is_numeric:
+        return config.on_miss
+    if config.on_miss == "cpu":
+        raise ConfigError(
+            f"on_miss='cpu' on {device}: the CPU sums in another order than the device, so results would depend on "
+            "what was cached. It takes exactness='numeric'; on_miss='fetch' is bitwise."
+        )
+    return "fetch"
+
+
+def miss_costs(config: OffloadConfig, expert_bytes: int) -> MissCosts:
+    """Of the profile, as far as it has them, else assumed."""
+    profile = config.profile
+    if isinstance(profile, Profile) and profile.costs is not None:
+        return profile.costs.miss_costs(expert_bytes)
+    return MissCosts.assumed(expert_bytes)

@@ -1,0 +1,235 @@
+"""Experts computed on the CPU: the C kernels where they were built, torch's operators elsewhere.
+
+What moves: the bytes of one expert through the core's caches, once per call of up to 64 tokens; memory bandwidth bounds
+one token, arithmetic bounds many. Weights are read where they stand (RAM, pinned or mapped), so the bytes must not
+change during a call, and what is prepared here must be prepared again for another slot.
+
+Numbers are those of `exactness="numeric"` only: sums run in another order than torch's, and with int8 activations every
+group of inputs is rounded to 8 bits first (about 1 % of the output's norm in int4).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+
+import psutil
+import torch
+import torch.nn.functional as F
+
+from offmoe.compute.kernels.library import KINDS, MAX_TOKENS, SCALE_TYPES, Library, Threads, WeightStruct, status
+from offmoe.errors import CapacityError, UnsupportedModelError
+from offmoe.quant.packed_weight import TILE_ROWS, PackedWeight
+
+Weight = PackedWeight | torch.Tensor
+"""In tiles, or bf16 [rows, cols]."""
+
+Rows = Callable[[torch.Tensor], torch.Tensor]
+"""rows(x [n, in]) -> [n, out], of x's dtype."""
+
+NativeCall = Callable[[int, int, int], int]
+"""call(address of x, tokens, address of the output) -> 0, or an error number of expert.c."""
+
+ACTIVATION_GROUPS = (128, 64, 32, 16)
+"""Inputs that int8 weights' activations share a scale over: the largest that divides a row."""
+
+BF16_GROUP = 32
+
+
+@dataclass(frozen=True)
+class Glu:
+    """How gate and up become one: "silu" or "gelu_tanh" of the gate times up; "clamped" is gpt-oss', with its limit and
+    alpha: min(gate, limit) * sigmoid(alpha * gate) * (clamp(up) + 1).
+    """
+
+    kind: str = "silu"
+    limit: float = 7.0
+    alpha: float = 1.702
+
+    KINDS = ("silu", "gelu_tanh", "clamped")
+
+    def __call__(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """The definition, in torch."""
+        if self.kind == "silu":
+            return F.silu(gate) * up
+        if self.kind == "gelu_tanh":
+            return F.gelu(gate, approximate="tanh") * up
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return gate * torch.sigmoid(self.alpha * gate) * (up + 1)
+
+
+@dataclass(frozen=True)
+class GatedExpert:
+    """Weights of one expert: gate and up [I, H], down [H, I]; biases float32 or None."""
+
+    gate: Weight
+    up: Weight
+    down: Weight
+    gate_bias: torch.Tensor | None = None
+    up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+
+    @classmethod
+    def stacked(cls, gate_up: Weight, down: Weight) -> GatedExpert:
+        """From transformers' gate_up_proj [2 I, H], gate first; no bytes move."""
+        if isinstance(gate_up, PackedWeight):
+            half = gate_up.rows // 2
+            return cls(gate_up.row_range(0, half), gate_up.row_range(half, 2 * half), down)
+        gate, up = gate_up.chunk(2)
+        return cls(gate, up, down)
+
+
+class CpuKernels(ABC):
+    """Computes experts; a context manager. Prepared functions must not be used after `close`."""
+
+    @abstractmethod
+    def expert(self, weights: GatedExpert, glu: Glu) -> Rows:
+        """Prepare one expert: down(glu(gate(x), up(x))). The function keeps the weights' memory alive."""
+
+    @abstractmethod
+    def linear(self, weight: Weight, bias: torch.Tensor | None = None) -> Rows:
+        """Prepare one weight: x w^T + bias; for experts whose activation is none of `Glu`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End its threads; idempotent."""
+
+    def __enter__(self) -> CpuKernels:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+class NativeKernels(CpuKernels):
+    """The C kernels with a pool of threads of their own. int8_activations=False keeps activations in float32."""
+
+    def __init__(
+        self, library: Library, threads: int | None = None, variant: str | None = None, int8_activations: bool = True
+    ) -> None:
+        self._calls, self._variant = library.calls, library.variant(variant)
+        self.int8_activations = int8_activations
+        self._precision = 0 if int8_activations else 1
+        self._threads = Threads(library, physical_cores() if threads is None else threads)
+
+    def expert(self, weights: GatedExpert, glu: Glu) -> Rows:
+        gate = _struct(weights.gate, weights.gate_bias)
+        up = _struct(weights.up, weights.up_bias)
+        down = _struct(weights.down, weights.down_bias)
+        assert (gate.kind, gate.rows, gate.cols) == (up.kind, up.rows, up.cols), "gate and up differ"
+        assert (down.rows, down.cols) == (up.cols, up.rows), "down does not take what up gives"
+        pointers = tuple(map(ctypes.byref, (gate, up, down)))
+        options = (self._precision, Glu.KINDS.index(glu.kind), glu.limit, glu.alpha)
+        native, variant = self._calls.offmoe_expert, self._variant
+
+        def call(x: int, tokens: int, out: int) -> int:
+            return native(self._threads.handle, variant, *pointers, *options, x, tokens, out)  # type: ignore[no-any-return]
+
+        return _rows(call, up.cols, down.rows, weights)
+
+    def linear(self, weight: Weight, bias: torch.Tensor | None = None) -> Rows:
+        struct = _struct(weight, bias)
+        pointer = ctypes.byref(struct)
+        native, variant = self._calls.offmoe_linear, self._variant
+
+        def call(x: int, tokens: int, out: int) -> int:
+            return native(self._threads.handle, variant, pointer, self._precision, x, tokens, out)  # type: ignore[no-any-return]
+
+        return _rows(call, struct.cols, struct.rows, (weight, bias))
+
+    def read(self, memory: torch.Tensor) -> None:
+        """Read contiguous memory with all threads, as fast as loads go: the bound of the kernels, to compare with."""
+        self._calls.offmoe_read(self._threads.handle, self._variant, memory.data_ptr(), memory.nbytes)
+
+    def close(self) -> None:
+        self._threads.close()
+
+
+class TorchKernels(CpuKernels):
+    """torch's operators on weights that are unpacked for every call: right, and slow."""
+
+    def expert(self, weights: GatedExpert, glu: Glu) -> Rows:
+        gate = self.linear(weights.gate, weights.gate_bias)
+        up = self.linear(weights.up, weights.up_bias)
+        down = self.linear(weights.down, weights.down_bias)
+        return lambda x: down(glu(gate(x), up(x)))
+
+    def linear(self, weight: Weight, bias: torch.Tensor | None = None) -> Rows:
+        def rows(x: torch.Tensor) -> torch.Tensor:
+            values = weight.values() if isinstance(weight, PackedWeight) else weight
+            with torch.autocast("cpu", enabled=False):  # which the C kernels do not follow either
+                return F.linear(x, values.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+        return rows
+
+    def close(self) -> None:
+        pass
+
+
+def cpu_kernels(threads: int | None = None, int8_activations: bool = True) -> CpuKernels:
+    """The fastest that this installation and processor have; `library.status` says which and why."""
+    library = status().library
+    return TorchKernels() if library is None else NativeKernels(library, threads, None, int8_activations)
+
+
+def physical_cores() -> int:
+    """Cores that this process may use, hyper-threads counted once: more threads do not read memory faster."""
+    cores = psutil.cpu_count(logical=False) or 1
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+    return max(1, min(cores, allowed))
+
+
+def _struct(weight: Weight, bias: torch.Tensor | None) -> WeightStruct:
+    assert bias is None or (bias.dtype == torch.float32 and bias.is_contiguous())
+    out = WeightStruct(bias=None if bias is None else bias.data_ptr())
+    if isinstance(weight, PackedWeight):
+        how = weight.format
+        if (how.group is None) != (how.kind == "int8") or (how.group or 0) > ACTIVATION_GROUPS[0]:
+            raise UnsupportedModelError(
+                f"the CPU kernels have no {how}, only int8 per row, fp8 and 4 bits in groups of at most "
+                f"{ACTIVATION_GROUPS[0]}; use on_miss='fetch'"
+            )
+        assert weight.is_tiled, "kernels read tiles"
+        assert all(part.is_contiguous() for part in weight.params("").values())
+        out.words, out.scales = weight.words.data_ptr(), weight.scales.data_ptr()
+        out.zeros = None if weight.zeros is None else weight.zeros.data_ptr()
+        out.rows, out.cols, out.kind = weight.rows, weight.cols, KINDS[how.kind]
+        out.group = how.group or next(g for g in ACTIVATION_GROUPS if weight.cols % g == 0)
+        out.scale_type = SCALE_TYPES[str(how.scale_dtype).removeprefix("torch.")]
+        return out
+    rows, cols = weight.shape
+    if weight.dtype != torch.bfloat16 or rows % TILE_ROWS or cols % BF16_GROUP:
+        raise UnsupportedModelError(
+            f"the CPU kernels compute bf16 weights with multiples of [{TILE_ROWS}, {BF16_GROUP}], not {weight.dtype} "
+            f"[{rows}, {cols}]; use on_miss='fetch'"
+        )
+    assert weight.is_contiguous()
+    out.words, out.rows, out.cols, out.kind, out.group = weight.data_ptr(), rows, cols, KINDS["bf16"], BF16_GROUP
+    return out
+
+
+def _rows(call: NativeCall, cols: int, rows: int, alive: object) -> Rows:
+    """A function of any number of tokens from one of up to MAX_TOKENS; `alive` is what the C structures point to.
+
+    A small expert takes 0.1 ms, and every torch call some microseconds: nothing is done that need not be.
+    """
+
+    def run(x: torch.Tensor, alive: object = alive) -> torch.Tensor:
+        tokens = x.shape[0]
+        assert x.ndim == 2 and x.shape[1] == cols, (x.shape, cols)  # noqa: PT018
+        inputs = x if x.dtype == torch.float32 else x.float()
+        if not inputs.is_contiguous():
+            inputs = inputs.contiguous()
+        out = torch.empty(tokens, rows)
+        source, destination = inputs.data_ptr(), out.data_ptr()
+        for start in range(0, tokens, MAX_TOKENS):
+            n = min(MAX_TOKENS, tokens - start)
+            if call(source + 4 * cols * start, n, destination + 4 * rows * start):
+                raise CapacityError("no memory for the activations of one expert; run fewer tokens at once")
+        return out if x.dtype == torch.float32 else out.to(x.dtype)
+
+    return run

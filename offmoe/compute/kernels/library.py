@@ -1,0 +1,173 @@
+"""The shared library of C kernels: found, checked and called through ctypes, which releases the GIL around every call.
+
+What it must never do: use a library that was built from other sources than those it stands beside, or keep a thread or
+a pointer alive after its pool was closed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from offmoe.compute.kernels.native.build import LIBRARY, sources_digest
+from offmoe.errors import CapacityError, ConfigError
+
+MAX_TOKENS = 64
+"""Of one call; offmoe.h."""
+
+KINDS = {"int4": 0, "mxfp4": 1, "int8": 2, "fp8": 3, "bf16": 4}
+SCALE_TYPES = {"bfloat16": 0, "float16": 1, "float32": 2, "uint8": 3}
+
+
+class WeightStruct(ctypes.Structure):
+    """`struct weight` of offmoe.h."""
+
+    _fields_ = (
+        ("words", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("rows", ctypes.c_int32),
+        ("cols", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+        ("kind", ctypes.c_int32),
+        ("scale_type", ctypes.c_int32),
+    )
+
+
+class EncodingStruct(ctypes.Structure):
+    """`struct encoding` of offmoe.h."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("words", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("factors", ctypes.c_void_p),
+        ("rows", ctypes.c_int32),
+        ("cols", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+        ("bits", ctypes.c_int32),
+        ("weight_type", ctypes.c_int32),
+        ("scale_type", ctypes.c_int32),
+        ("candidates", ctypes.c_int32),
+        ("refits", ctypes.c_int32),
+    )
+
+
+class EncodedStruct(ctypes.Structure):
+    """`struct encoded` of offmoe.h."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("words", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("rows", ctypes.c_int32),
+        ("cols", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+        ("bits", ctypes.c_int32),
+        ("weight_type", ctypes.c_int32),
+        ("scale_type", ctypes.c_int32),
+    )
+
+
+class Library:
+    """A loaded library. OSError if `path` is none, or was built from other sources."""
+
+    def __init__(self, path: Path) -> None:
+        c = ctypes.CDLL(str(path))
+        c.offmoe_sources.restype = c.offmoe_variant_name.restype = ctypes.c_char_p
+        if (built := c.offmoe_sources().decode()) != sources_digest():
+            raise OSError(f"{path} was built from other sources ({built})")
+        c.offmoe_variant.restype = c.offmoe_pool_new.restype = ctypes.c_void_p
+        c.offmoe_variant_name.argtypes = (ctypes.c_void_p,)
+        c.offmoe_pool_free.argtypes = (ctypes.c_void_p,)
+        c.offmoe_pool_free.restype = None
+        weight, pointer, integer = ctypes.POINTER(WeightStruct), ctypes.c_void_p, ctypes.c_int
+        number = ctypes.c_float
+        c.offmoe_expert.argtypes = (
+            *(pointer, pointer, weight, weight, weight, integer, integer, number, number, pointer, integer, pointer),
+        )
+        c.offmoe_linear.argtypes = (pointer, pointer, weight, integer, pointer, integer, pointer)
+        c.offmoe_read.argtypes = (pointer, pointer, pointer, ctypes.c_size_t)
+        c.offmoe_read.restype = ctypes.c_uint64
+        c.offmoe_encode.argtypes = (pointer, pointer, ctypes.POINTER(EncodingStruct))
+        c.offmoe_compare.argtypes = (pointer, pointer, ctypes.POINTER(EncodedStruct))
+        c.offmoe_compare.restype = None
+        self.calls = c
+        self._variants: dict[str, int] = {}
+        while handle := c.offmoe_variant(len(self._variants)):
+            self._variants[c.offmoe_variant_name(handle).decode()] = handle
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Those that this processor runs, fastest last."""
+        return tuple(self._variants)
+
+    def variant(self, name: str | None = None) -> int:
+        """Handle of a variant, None for the fastest. ConfigError for one that is not there."""
+        name = name or self.variants[-1]
+        if name not in self._variants:
+            raise ConfigError(f"kernel variant {name!r} does not run here; there are {', '.join(self.variants)}")
+        return self._variants[name]
+
+
+class Threads:
+    """A pool of threads of the library, the caller among them. CapacityError if there is no memory for it."""
+
+    def __init__(self, library: Library, count: int) -> None:
+        self._calls, self._process = library.calls, os.getpid()
+        self._pool = library.calls.offmoe_pool_new(count)
+        if not self._pool:
+            raise CapacityError("no memory for the CPU kernels' threads; give them fewer")
+
+    @property
+    def handle(self) -> int:
+        """What C functions take."""
+        assert self._pool, "used after close"
+        assert self._process == os.getpid(), "threads do not follow into a forked process"
+        return self._pool  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """End them; idempotent."""
+        if self._pool and self._process == os.getpid():
+            self._calls.offmoe_pool_free(self._pool)
+        self._pool = None
+
+
+@dataclass(frozen=True)
+class KernelStatus:
+    """Whether experts can be computed on the CPU by the C kernels. `message` says what is used, or what to do."""
+
+    library: Library | None
+    message: str
+
+    @property
+    def variant(self) -> str | None:
+        """The one in use."""
+        return self.library.variants[-1] if self.library else None
+
+
+def status(path: Path = LIBRARY) -> KernelStatus:
+    """What `offmoe doctor` reports; the library is loaded once and kept."""
+    return _status(path)
+
+
+@cache
+def _status(path: Path) -> KernelStatus:
+    remedy = (
+        "experts are computed on the CPU by torch's operators, several times slower. "
+        "Install a C compiler (Debian, Ubuntu: apt install gcc libc6-dev) and install offmoe again"
+    )
+    if not path.exists():
+        return KernelStatus(None, f"the CPU kernels were not built: {remedy}")
+    try:
+        library = Library(path)
+    except (OSError, AttributeError) as error:
+        return KernelStatus(None, f"the CPU kernels do not load ({error}): {remedy}")
+    return KernelStatus(library, f"CPU kernels {library.variants[-1]} (available: {', '.join(library.variants)})")

@@ -1,0 +1,112 @@
+/* What the files of this library share: weights, activations, and the table of functions of one instruction set.
+ *
+ * A weight is 16-row tiles of 32-bit words (offmoe/quant/packed_weight.py), or rows of bf16. Activations are float32
+ * [tokens][cols] and are rewritten once per call into blocks of 1, 2, 4 or 8 tokens, in the order that kernels read them;
+ * a block may be padded with zero tokens. Kernels compute 16 rows times one block, so that a weight word is read once
+ * for all tokens of the block.
+ */
+#ifndef OFFMOE_H
+#define OFFMOE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define UNROLL _Pragma("GCC unroll 8")
+#define EXPORT __attribute__((visibility("default")))
+
+enum { TILE = 16, MAX_BLOCK = 8, MAX_TOKENS = 64 };
+
+enum kind { KIND_INT4, KIND_MXFP4, KIND_INT8, KIND_FP8, KIND_BF16, KINDS };
+enum scale_type { SCALE_BF16, SCALE_FP16, SCALE_FP32, SCALE_E8M0 };
+enum precision { ACTIVATIONS_INT8, ACTIVATIONS_FLOAT };
+enum glu { GLU_SILU, GLU_GELU_TANH, GLU_CLAMPED };
+
+/* One weight [rows][cols]. group: columns per scale, and per scale of int8 activations; int8 weights have one scale per
+ * row, and group says how activations are cut. scales: [rows / 16][cols / group][16], int8: [rows / 16][1][16]. zeros:
+ * uint8 of the scales' shape, or null for 8. bias: float32 [rows] or null. Mirrored in offmoe/compute/kernels/library.py. */
+struct weight {
+    const uint8_t *words;
+    const void *scales;
+    const uint8_t *zeros;
+    const float *bias;
+    int32_t rows, cols, group, kind, scale_type;
+};
+
+/* Activations of `tokens` tokens (1, 2, 4 or 8), in the order of the kernel of `precision` and kind:
+ *   int8, int4 or mxfp4 weights   data int32 [cols / 8][tokens][2]: inputs 0 2 4 6 and 1 3 5 7 of a word
+ *   int8, int8 weights            data int32 [cols / 4][tokens]
+ *   float, or fp8 weights         data float [cols][tokens]
+ *   float, bf16 weights           data float [cols / 32][tokens][2][16]: even inputs, odd inputs
+ * scale: float [cols / group][tokens]; sum: int32 or float of that shape, the sum of a group's (quantised) inputs. */
+struct block {
+    int32_t tokens;
+    void *data;
+    float *scale;
+    void *sum;
+};
+
+/* y: float [block tokens][16], the rows of one tile. A pair computes two tiles of equal format, sharing activations. */
+typedef void tile_function(const struct weight *w, int tile, const struct block *x, float *y);
+typedef void pair_function(const struct weight *const *w, const int *tile, const struct block *x, float *const *y);
+
+/* Float weights [rows][cols] of weight_type that become words row by row, scales [rows][cols / group] of scale_type and,
+ * unless null, zeros of that shape. factors [16]: scales that are tried, `candidates` of them, relative to the first that comes to mind; refits:
+ * rounds of fitting the best one by least squares. Mirrored in offmoe/compute/kernels/library.py. */
+struct encoding {
+    const void *weight;
+    uint8_t *words;
+    void *scales;
+    uint8_t *zeros;
+    const float *factors;
+    int32_t rows, cols, group, bits, weight_type, scale_type, candidates, refits;
+};
+
+/* Encode a row, with memory for `cols` floats; 1 if it holds what is not finite. */
+typedef int encode_function(const struct encoding *e, int row, float *memory);
+encode_function encode_portable, encode_avx2, encode_avx512;
+
+/* A weight of that kind and the tensors it became, as they stand in compressed-tensors' files: codes with 2^(bits - 1)
+ * added, zeros [rows / 8][cols / group] words along a column or null. out: float [rows][4], the largest |error| of a row,
+ * the sums of |error|, of error^2 and of value^2, once decoded in the dtype of the scales. */
+struct encoded {
+    const void *weight;
+    const uint8_t *words;
+    const void *scales;
+    const uint32_t *zeros;
+    float *out;
+    int32_t rows, cols, group, bits, weight_type, scale_type;
+};
+typedef void compare_function(const struct encoded *e, int row);
+compare_function compare_portable, compare_avx2, compare_avx512;
+
+struct kernels {
+    const char *name;
+    int max_block;
+    tile_function *tile[KINDS][2][4]; /* [kind][precision][log2 block] */
+    pair_function *pair[KINDS][2][4];
+    /* Write columns [start, start + count) of a block from x [valid][stride]; whole groups; missing tokens are zero. */
+    void (*pack)(const struct weight *w, int precision, const float *x, size_t stride, int valid, int start, int count,
+                 struct block *out);
+    /* gate[i] = glu(gate[i], up[i]) */
+    void (*activate)(int glu, float limit, float alpha, float *gate, const float *up, size_t count);
+    /* Read memory as fast as loads go; the result only keeps the compiler from leaving it out. */
+    uint64_t (*read)(const uint8_t *p, size_t nbytes);
+    encode_function *encode;
+    compare_function *compare;
+};
+
+extern const struct kernels kernels_portable;
+#if defined(__x86_64__) || defined(_M_X64)
+extern const struct kernels kernels_avx2, kernels_avxvnni, kernels_vnni256, kernels_avx512vnni;
+#endif
+
+/* The pool (pool.c): tasks 0 .. first - 1, then, when all of them are done, the tasks up to total. */
+struct pool;
+typedef void task_function(void *job, int task, int worker);
+void pool_run(struct pool *pool, task_function *run, void *job, int first, int total);
+int pool_threads(const struct pool *pool);
+void *pool_scratch(struct pool *pool, size_t nbytes); /* valid until the next call; null if memory ran out */
+void pool_lock(struct pool *pool);
+void pool_unlock(struct pool *pool);
+
+#endif

@@ -1,0 +1,249 @@
+"""Where one weight of an expert stands in a slot, as the device kernels need to know it.
+
+Nothing moves here. All experts of a layer have the same operands: what differs is where their slot starts. A kernel is
+compiled once per operand, with everything below as constants, so an operand is a frozen value of plain numbers and
+strings, equal and printed alike wherever it is made.
+
+What it must never do: stand for a format that the kernels do not read. Those are refused with UnsupportedModelError,
+and the caller computes with torch's operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from offmoe.errors import UnsupportedModelError
+from offmoe.quant import Codec, Mxfp4, PackedInt, ScaledFloat
+from offmoe.quant.packed_weight import SCALES, TILE_ROWS, ZEROS, WeightFormat
+from offmoe.storage.layout import ExpertLayout, Param
+
+ELEMENTS = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.uint8: "uint8",
+    torch.float8_e8m0fnu: "uint8",
+}
+"""Triton's names of what scales, biases and unquantised weights are; bytes of scales are exponents of two."""
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+VALUES = {"float": 1, "fp8": 1, "int8": 4, "uint8": 4, "int4": 8, "mxfp4": 8}
+"""Weights in one element: a number, a byte, or an int32 word. uint8 is int8 with 128 added."""
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A weight [rows, cols] that computes x w^T, and its bias if it has one. Offsets are bytes from the slot's start.
+
+    kind: of VALUES. element, scale, bias: Triton's names of dtypes, "" for none. at: the parameter's first element.
+    Row r of the weight is row first + r * step of its parameter (gate and up may stand in halves of one, or take
+    turns). row_stride, col_stride: elements from one row or column to the next, unless `tiled`: then words stand in
+    tiles of 16 rows (offmoe.quant.packed_weight). group: columns that share a scale, scale_rows: rows that do.
+    zero_at: -1 without a plane of zero points.
+    """
+
+    kind: str
+    element: str
+    rows: int
+    cols: int
+    at: int
+    first: int = 0
+    step: int = 1
+    row_stride: int = 1
+    col_stride: int = 1
+    tiled: bool = False
+    scale: str = ""
+    scale_at: int = 0
+    scale_rows: int = 1
+    group: int = 1
+    zero_at: int = -1
+    bias: str = ""
+    bias_at: int = 0
+
+    @property
+    def values(self) -> int:
+        """Weights per element."""
+        return VALUES[self.kind]
+
+    @property
+    def has_offset(self) -> bool:
+        """Whether its numbers are integers, some zero point away from what they stand for."""
+        return self.kind in ("int8", "uint8", "int4")
+
+    @property
+    def width(self) -> int:
+        """Elements per row."""
+        return self.cols // self.values
+
+    @property
+    def groups(self) -> int:
+        """Scales per row."""
+        return -(-self.cols // self.group)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights, without scales: what computing with one expert reads at least."""
+        sizes = {"bf16": 2, "fp16": 2, "fp32": 4, "uint8": 1, "int32": 4}
+        return self.rows * self.width * sizes[self.element]
+
+    def part(self, rows: int, first: int, step: int = 1) -> Operand:
+        """`rows` of its rows, from `first` on, every `step`th."""
+        assert first + (rows - 1) * step < self.rows, (rows, first, step)
+        if self.tiled and step != 1:
+            raise UnsupportedModelError("gate and up take turns in tiles of rows, which the device kernels do not read")
+        return replace(self, rows=rows, first=self.first + first * self.step, step=self.step * step)
+
+    def with_bias(self, bias: Param) -> Operand:
+        """The same with a bias that stands in the slot as `bias`, one value for every row of the parameter."""
+        return replace(self, bias=_element(bias), bias_at=bias.offset)
+
+
+@dataclass(frozen=True)
+class GatedOperands:
+    """One expert: gate and up [I, H], down [H, I]."""
+
+    gate: Operand
+    up: Operand
+    down: Operand
+
+    def __post_init__(self) -> None:
+        gate, up, down = self.gate, self.up, self.down
+        assert (gate.kind, gate.rows, gate.cols) == (up.kind, up.rows, up.cols), "gate and up differ"
+        assert (down.rows, down.cols) == (up.cols, up.rows), "down does not take what up gives"
+
+    @classmethod
+    def stacked(cls, gate_up: Operand, down: Operand, interleaved: bool = False) -> GatedOperands:
+        """From gate_up_proj [2 I, H]: gate first, or (gpt-oss) gate and up in turns."""
+        half = gate_up.rows // 2
+        if interleaved:
+            return cls(gate_up.part(half, 0, 2), gate_up.part(half, 1, 2), down)
+        return cls(gate_up.part(half, 0), gate_up.part(half, half), down)
+
+    @property
+    def hidden(self) -> int:
+        return self.down.rows
+
+    @property
+    def inner(self) -> int:
+        return self.down.cols
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights."""
+        return self.gate.nbytes + self.up.nbytes + self.down.nbytes
+
+
+def packed_operand(layout: ExpertLayout, name: str, how: WeightFormat) -> Operand:
+    """The weight `name` of a record of `offmoe.quant.packed_weight.record_layout`, in tiles or row by row."""
+    params = _by_name(layout)
+    words, scales = params[name], params[name + SCALES]
+    tiled = len(words.shape) == 3
+    width = words.shape[1]
+    cols = width * how.word_values
+    group = how.group or cols
+    if how.kind == "fp8":
+        raise _unread("words of fp8")
+    if group % 8:
+        raise UnsupportedModelError(f"the device kernels read groups of 8 and more, not {how}; use exactness='bitwise'")
+    return Operand(
+        kind=how.kind,
+        element="int32",
+        rows=words.shape[0] * (TILE_ROWS if tiled else 1),
+        cols=cols,
+        at=words.offset,
+        row_stride=width,
+        tiled=tiled,
+        scale=_element(scales),
+        scale_at=scales.offset,
+        group=group,
+        zero_at=params[name + ZEROS].offset if how.zero_points else -1,
+    )
+
+
+def float_operand(weight: Param, transposed: bool = False) -> Operand:
+    """A weight that is not quantised: [rows, cols], or transposed [cols, rows]."""
+    if weight.dtype not in FLOATS or len(weight.shape) != 2:
+        raise _unread(f"{weight.dtype} {list(weight.shape)}")
+    a, b = weight.shape
+    rows, cols, row_stride, col_stride = (b, a, 1, b) if transposed else (a, b, b, 1)
+    return Operand(
+        "float", ELEMENTS[weight.dtype], rows, cols, weight.offset, row_stride=row_stride, col_stride=col_stride
+    )
+
+
+def coded_operand(codec: Codec, parts: Mapping[str, Param]) -> Operand:
+    """A weight as a quantised checkpoint stores it: `parts` are its components in the slot, by the codec's names.
+
+    For MXFP4 that is [out, in], not the transpose that the codec's `decode` makes.
+    """
+    if isinstance(codec, Mxfp4):
+        blocks, scales = parts["blocks"], parts["scales"]
+        rows, groups, _ = blocks.shape
+        return Operand(
+            kind="mxfp4",
+            element="int32",
+            rows=rows,
+            cols=groups * 32,
+            at=blocks.offset,
+            row_stride=groups * 4,
+            scale="uint8",
+            scale_at=scales.offset,
+            group=32,
+        )
+    if isinstance(codec, ScaledFloat) and parts["weight"].dtype == torch.float8_e4m3fn:
+        weight, scale = parts["weight"], parts["scale"]
+        rows, cols = weight.shape
+        scale_rows, group = 1 if scale.shape[:1] == (rows,) else rows, cols
+        if codec.block is not None and scale.shape == tuple(
+            -(-size // step) for size, step in zip(weight.shape, codec.block, strict=True)
+        ):
+            scale_rows, group = codec.block
+        return Operand(
+            kind="fp8",
+            element="uint8",
+            rows=rows,
+            cols=cols,
+            at=weight.offset,
+            row_stride=cols,
+            scale=_element(scale),
+            scale_at=scale.offset,
+            scale_rows=scale_rows,
+            group=group,
+        )
+    if isinstance(codec, PackedInt) and codec.symmetric and not codec.ordered:
+        words, scale = parts["packed"], parts["scale"]
+        rows, width = words.shape
+        cols = width * (32 // codec.bits)
+        group = codec.group or cols
+        if group % 8 == 0 and cols % group == 0:
+            return Operand(
+                kind="int4" if codec.bits == 4 else "uint8",
+                element="int32",
+                rows=rows,
+                cols=cols,
+                at=words.offset,
+                row_stride=width,
+                scale=_element(scale),
+                scale_at=scale.offset,
+                scale_rows=rows if codec.group is None and scale.shape[:1] != (rows,) else 1,
+                group=group,
+            )
+    raise _unread(codec.name)
+
+
+def _by_name(layout: ExpertLayout) -> dict[str, Param]:
+    return {param.name: param for param in layout.params}
+
+
+def _element(param: Param) -> str:
+    if param.dtype not in ELEMENTS:
+        raise _unread(f"{param.dtype} in {param.name!r}")
+    return ELEMENTS[param.dtype]
+
+
+def _unread(what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"the device kernels do not read {what}; use exactness='bitwise'")

@@ -1,0 +1,115 @@
+"""Few tokens: every (token, expert) pair reads its expert's weights once, as fast as memory gives them.
+
+What moves: the bytes of the chosen experts, from their slots to registers, dequantised there; one launch for gate, up
+and activation, one for down, over all pairs of a layer. Device memory bounds both. Pairs are the fastest axis of the
+grid, so programs that want the same rows of one expert run at the same time and share them in the L2 cache.
+
+What it must never do: write a row of another pair.
+"""
+
+import triton
+import triton.language as tl
+
+from offmoe.compute.kernels.triton.elements import (
+    activate,
+    bias,
+    elements,
+    group_of,
+    in_half_units,
+    lane,
+    offsets,
+    row_numbers,
+    scales,
+)
+
+
+@triton.jit
+def inputs(x, at, i: tl.constexpr, W: tl.constexpr, BW: tl.constexpr):
+    """What weight i of elements `at` [BW] is multiplied with: float32 [BW], 0 beyond the end."""
+    if W.width % BW == 0:
+        found = tl.load(x + at * W.values + i)
+    else:
+        found = tl.load(x + at * W.values + i, mask=at < W.width, other=0.0)
+    return in_half_units(found.to(tl.float32), W)
+
+
+@triton.jit
+def settled(part, total, slot, W: tl.constexpr, rows, groups):
+    """part [BN, BW]: sums of lane * input; total [BW]: of inputs. -> what the weights themselves would have given."""
+    if W.has_offset:
+        part -= offsets(slot, W, rows, groups) * total[None, :]
+    if W.kind != "float":
+        part *= scales(slot, W, rows, groups)
+    return part
+
+
+@triton.jit
+def gate_up_rows(
+    slab,
+    places,
+    order,
+    x,
+    h,
+    SHARING: tl.constexpr,
+    GATE: tl.constexpr,
+    UP: tl.constexpr,
+    GLU: tl.constexpr,
+    BN: tl.constexpr,
+    BW: tl.constexpr,
+):
+    """h [pairs, I] float32 = glu(gate, up) of x [n, H]. grid: (pairs, blocks of BN rows).
+
+    places int32 [pairs]: where the slot of the pair's expert starts, in units of 256 bytes. order int64 [pairs]: its
+    input is row order // SHARING; None: row 0, for all.
+    """
+    VALUES: tl.constexpr = GATE.values
+    pair, block = tl.program_id(0), tl.program_id(1)
+    slot = slab + tl.load(places + pair).to(tl.int64) * 256
+    if order is not None:
+        x += tl.load(order + pair) // SHARING * GATE.cols
+    gate_rows, up_rows = row_numbers(block * BN, GATE, BN), row_numbers(block * BN, UP, BN)
+    gate_sum = tl.zeros([BN, BW], dtype=tl.float32)
+    up_sum = tl.zeros([BN, BW], dtype=tl.float32)
+    for first in range(0, GATE.width, BW):
+        at = first + tl.arange(0, BW)
+        gate = elements(slot, GATE, gate_rows, at, BW)
+        up = elements(slot, UP, up_rows, at, BW)
+        gate_part = tl.zeros([BN, BW], dtype=tl.float32)
+        up_part = tl.zeros([BN, BW], dtype=tl.float32)
+        total = tl.zeros([BW], dtype=tl.float32)
+        for i in tl.static_range(VALUES):
+            value = inputs(x, at, i, GATE, BW)
+            gate_part += lane(gate, i, GATE) * value[None, :]
+            up_part += lane(up, i, UP) * value[None, :]
+            total += value
+        groups = group_of(first, at, GATE, BW)
+        gate_sum += settled(gate_part, total, slot, GATE, gate_rows, groups)
+        up_sum += settled(up_part, total, slot, UP, up_rows, groups)
+    made_gate = tl.sum(gate_sum, axis=1) + bias(slot, GATE, gate_rows)
+    made_up = tl.sum(up_sum, axis=1) + bias(slot, UP, up_rows)
+    row = block * BN + tl.arange(0, BN)
+    tl.store(h + pair.to(tl.int64) * GATE.rows + row, activate(made_gate, made_up, GLU), mask=row < GATE.rows)
+
+
+@triton.jit
+def down_rows(slab, places, h, out, DOWN: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
+    """out [pairs, H] = h [pairs, I] times down. grid: (pairs, blocks of BN rows)."""
+    VALUES: tl.constexpr = DOWN.values
+    pair, block = tl.program_id(0), tl.program_id(1)
+    slot = slab + tl.load(places + pair).to(tl.int64) * 256
+    h += pair.to(tl.int64) * DOWN.cols
+    rows = row_numbers(block * BN, DOWN, BN)
+    made = tl.zeros([BN, BW], dtype=tl.float32)
+    for first in range(0, DOWN.width, BW):
+        at = first + tl.arange(0, BW)
+        down = elements(slot, DOWN, rows, at, BW)
+        part = tl.zeros([BN, BW], dtype=tl.float32)
+        total = tl.zeros([BW], dtype=tl.float32)
+        for i in tl.static_range(VALUES):
+            value = inputs(h, at, i, DOWN, BW)
+            part += lane(down, i, DOWN) * value[None, :]
+            total += value
+        made += settled(part, total, slot, DOWN, rows, group_of(first, at, DOWN, BW))
+    row = block * BN + tl.arange(0, BN)
+    value = tl.sum(made, axis=1) + bias(slot, DOWN, rows)
+    tl.store(out + pair.to(tl.int64) * DOWN.rows + row, value.to(out.dtype.element_ty), mask=row < DOWN.rows)

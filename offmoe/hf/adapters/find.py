@@ -1,0 +1,101 @@
+"""Which adapter knows a module, and what all adapters say about a whole model.
+
+Nothing moves here. Must never name an architecture: those are in families/.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from offmoe.errors import UnsupportedModelError
+from offmoe.hf.adapters.base import HANDLE, ExpertsAdapter, Place, RegistryExperts, Routing, Rows
+from offmoe.hf.adapters.families import FAMILIES
+
+__all__ = [
+    "ADAPTERS",
+    "HANDLE",
+    "ExpertsAdapter",
+    "Place",
+    "RegistryExperts",
+    "Routing",
+    "Rows",
+    "adapter_of",
+    "expert_parameters",
+    "find_experts",
+    "find_top_k",
+    "require_adapter",
+]
+
+
+TOP_K_NAMES = (
+    "top_k",
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "top_k_experts",
+    "moe_k",
+)
+"""What architectures call the number of experts per token, as attributes of modules and of configs."""
+
+ADAPTERS: tuple[ExpertsAdapter, ...] = (RegistryExperts(), *FAMILIES)
+
+
+def adapter_of(module: nn.Module) -> ExpertsAdapter | None:
+    """The adapter that claims `module`, if one does."""
+    return next((adapter for adapter in ADAPTERS if adapter.claims(module)), None)
+
+
+def require_adapter(module: nn.Module) -> ExpertsAdapter:
+    """The adapter of an experts module, such as `find_experts` gives."""
+    adapter = adapter_of(module)
+    assert adapter is not None, f"{type(module).__name__} is no experts module"
+    return adapter
+
+
+def find_experts(model: nn.Module) -> dict[str, nn.Module]:
+    """Experts modules of a model by module path, in module order, which is the order of a forward."""
+    found: dict[str, nn.Module] = {}
+    waiting: list[tuple[str, nn.Module]] = [("", model)]
+    seen: set[nn.Module] = set()
+    while waiting:
+        name, module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        if adapter_of(module) is not None:
+            found[name] = module  # and nothing below it: 2048 experts may be modules of their own
+            continue
+        prefix = f"{name}." if name else ""
+        waiting += [(prefix + child, part) for child, part in reversed(list(module.named_children()))]
+    return found
+
+
+def expert_parameters(model: nn.Module) -> dict[str, tuple[str, Place]]:
+    """Experts' parameters of a whole model by full name -> (name of the experts module, what of whom it holds)."""
+    out: dict[str, tuple[str, Place]] = {}
+    for name, module in find_experts(model).items():
+        adapter = require_adapter(module)
+        out |= {f"{name}.{param}": (name, place) for param, place in adapter.places(module).items()}
+    return out
+
+
+def find_top_k(module: nn.Module, block: nn.Module, config: object) -> int:
+    """Experts per token of one layer, as its adapter or its own modules say, or else a config.
+
+    Asked in this order: the adapter, and for any of TOP_K_NAMES the experts module, the block it stands in, the block's
+    other children (one of them is the router), the layer's config, the model's config.
+    """
+    adapter = adapter_of(module)
+    known = None if adapter is None else adapter.top_k(module)
+    if known is not None:
+        return known
+    for source in (module, block, *block.children(), getattr(module, "config", None), config):
+        for name in TOP_K_NAMES:
+            value = getattr(source, name, None)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return value
+    raise UnsupportedModelError(
+        f"cannot tell how many experts per token {type(block).__name__} uses: neither its modules nor config.json "
+        f"have any of {', '.join(TOP_K_NAMES)}"
+    )

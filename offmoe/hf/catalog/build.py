@@ -1,0 +1,291 @@
+"""How a checkpoint's tensors become the parameters that experts modules compute with: makes the catalog.
+
+Nothing moves: the input is the checkpoint's headers and a model on the meta device. No architecture is known by name:
+adapters say which parameters hold which experts; the checkpoint's names are mapped by the loader's own renamings and
+converters, and what a converter does is worked out once per layer (convert.py). Work is linear in the number of
+tensors: 90,000 names take seconds.
+
+What it must never do: guess. An expert that is absent, of another shape or of mixed dtype is an error here, before
+anything is loaded.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from offmoe.errors import CheckpointError, MissingTensorError, UnsupportedModelError
+from offmoe.hf.adapters.find import Place, expert_parameters, find_experts, find_top_k, require_adapter
+from offmoe.hf.catalog.catalog import CatalogLayer, ExpertCatalog
+from offmoe.hf.catalog.convert import ExpertConversion, Group, Kind, Value, parts_of, trace, trace_share
+from offmoe.hf.catalog.dense_view import DenseView
+from offmoe.hf.catalog.shared_lists import check_count, divide, repeat_tied
+from offmoe.hf.upstream import MappedName, map_names
+from offmoe.quant import RawSlot, raw_slot
+from offmoe.storage.checkpoint import Checkpoint
+from offmoe.storage.layout import Assembly, ExpertLayout, ExpertRecord, Part
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+COMPUTABLE = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+OTHER_MODEL = "config.json and the shards are not of the same model"
+
+
+def build_catalog(checkpoint: Checkpoint, meta_model: PreTrainedModel) -> ExpertCatalog:
+    """Locate every expert of `meta_model` (meta device, experts not stripped) in `checkpoint`.
+
+    Raises UnsupportedModelError (no experts, an unknown quantisation, a conversion that mixes experts),
+    MissingTensorError (naming the tensor) or CheckpointError (a tensor of another shape or dtype, dense ones included).
+    """
+    view = DenseView.of(checkpoint, meta_model.config)
+    modules = find_experts(meta_model)
+    if not modules:
+        raise UnsupportedModelError(
+            f"{checkpoint.folder}: {type(meta_model).__name__} has no experts that offmoe can find (none of its "
+            "modules is in transformers' experts registry or known to an adapter); use a Mixture-of-Experts model such "
+            "as Mixtral, Qwen-MoE, DeepSeek or gpt-oss"
+        )
+    owned = expert_parameters(meta_model)
+    groups: dict[str, dict[str, Group]] = {name: {} for name in modules}
+    parameters = meta_model.state_dict()
+    keys: set[str] = set()
+    dense: dict[str, str] = {}
+    for mapped in map_names(meta_model, view.tensors):
+        if mapped.target in owned:
+            name, place = owned[mapped.target]
+            _collect(groups[name], mapped, name, place, checkpoint)
+            keys.update(view.raw_names(mapped.name))
+        elif mapped.converter is None and mapped.target in parameters:
+            _check_shape(view, mapped.name, tuple(parameters[mapped.target].shape))
+            if parameters[mapped.target].is_floating_point():
+                _check_computable(view, mapped.name)
+            if mapped.name not in view.encoded:
+                dense[mapped.target] = mapped.name
+    divide(groups, meta_model, checkpoint.folder)
+    repeat_tied(groups, modules)
+    builder = _Builder(view, meta_model, groups)
+    layers = tuple(builder.layer(name, module) for name, module in modules.items())
+    return ExpertCatalog(layers, frozenset(keys), frozenset(owned), dense, view)
+
+
+def _collect(groups: dict[str, Group], mapped: MappedName, layer: str, place: Place, checkpoint: Checkpoint) -> None:
+    """Put a tensor of the checkpoint to those that make the same parameter of `layer`."""
+    target, expert = f"{layer}.{place.param}", place.expert
+    group = groups.setdefault(target, Group(target, mapped.converter, entries=place.entries))
+    if expert is None:
+        source: str | int = mapped.pattern or mapped.name
+        first = next((names[0] for names in group.names.values()), None)
+        twice = group.converter is None and first is not None
+    else:
+        source, first = expert, group.owned.get(expert)
+        twice = first is not None
+    if twice or group.converter is not mapped.converter:
+        raise CheckpointError(
+            f"{checkpoint.folder}: tensors {first!r} and {mapped.name!r} both become {mapped.target!r}; "
+            "keep one of the two formats in the checkpoint"
+        )
+    if isinstance(source, int):
+        group.owned[source] = mapped.name
+    else:
+        group.names.setdefault(source, []).append(mapped.name)
+
+
+def _check_shape(view: DenseView, name: str, expected: tuple[int, ...]) -> None:
+    info = view.tensors[name]
+    if info.shape != expected:
+        raise CheckpointError(
+            f"{view.where(name)}: tensor {name!r} has shape {list(info.shape)}, the model expects "
+            f"{list(expected)}; {OTHER_MODEL}"
+        )
+
+
+def _check_computable(view: DenseView, name: str) -> None:
+    """transformers would cast whatever it finds, and compute with codes as if they were weights."""
+    dtype = view.tensors[name].dtype
+    if dtype not in COMPUTABLE:
+        raise UnsupportedModelError(
+            f"{view.where(name)}: tensor {name!r} is {dtype}, no dtype to compute in, and nothing in the checkpoint "
+            "says how to decode it; use a bf16/fp16 checkpoint of the model"
+        )
+
+
+@dataclass
+class _Builder:
+    """Turns the collected names of each layer into its catalog entry; equal layers share a layout and one trial."""
+
+    view: DenseView
+    model: PreTrainedModel
+    groups: dict[str, dict[str, Group]]
+    layouts: dict[ExpertLayout, ExpertLayout] = field(default_factory=dict)
+    tried: dict[object, dict[str, torch.dtype]] = field(default_factory=dict)
+    traced: dict[object, Value] = field(default_factory=dict)
+
+    def layer(self, name: str, module: nn.Module) -> CatalogLayer:
+        adapter = require_adapter(module)
+        num_experts, per_expert = adapter.num_experts(module), adapter.shapes(module)
+        groups = tuple(group.settled(num_experts) for group in self.groups[name].values())
+        self._check_present(name, tuple(per_expert), groups)
+        kinds = [[self._kind(group, names, num_experts) for names in group.names.values()] for group in groups]
+        flat = [k for kind in kinds for k in kind]
+        parts: list[Part] = []
+        dtypes: dict[str, torch.dtype] = {}
+        for group, kind in zip(groups, kinds, strict=True):
+            param = group.target.removeprefix(f"{name}.")
+            dtypes[param] = self._one_dtype(group, kind)
+            value = self._trace(group, kind, per_expert[param])
+            if value is None:
+                break
+            self._check_tiling(group, kind, value, per_expert[param], num_experts)
+            made = parts_of(param, value)
+            if made is None:
+                break
+            parts += made
+        if len(parts) == sum(len(group.names) for group in groups):
+            assembly = Assembly(parts=tuple(parts))
+        else:
+            conversion = ExpertConversion(self.model, name, per_expert, groups)
+            structure = (tuple((id(g.converter), g.per_expert) for g in groups), tuple(flat), tuple(per_expert.items()))
+            if structure not in self.tried:
+                self.tried[structure] = conversion.check(flat)
+            dtypes = self.tried[structure]
+            assembly = Assembly(convert=conversion)
+        wanted = {param: (dtypes[param], shape) for param, shape in per_expert.items()}
+        slot = RawSlot(ExpertLayout.of(wanted), assembly, None)
+        if any(kind.encoding for kind in flat):
+            slot = raw_slot(flat, assembly, per_expert)
+        block = self.model.get_submodule(name.rpartition(".")[0])
+        top_k = find_top_k(module, block, self.model.config)
+        if top_k > num_experts:
+            raise CheckpointError(
+                f"{self.view.folder}: config.json asks for {top_k} experts per token of the {num_experts} that "
+                f"{name!r} has; download config.json again"
+            )
+        return CatalogLayer(
+            name=name,
+            num_experts=num_experts,
+            top_k=top_k,
+            layout=self.layouts.setdefault(slot.layout, slot.layout),
+            assembly=slot.assembly,
+            records=self._records(groups, num_experts),
+            decode=slot.decode,
+        )
+
+    def _trace(self, group: Group, kinds: list[Kind], expected: tuple[int, ...]) -> Value | None:
+        if group.share is None:
+            return trace(group, [k.shape for k in kinds], (1, *expected))
+        structure = (id(group.converter), group.share.number, tuple(kinds), expected)
+        if structure not in self.traced:
+            self.traced[structure] = trace_share(group, kinds, expected, self.model)
+        return self.traced[structure]
+
+    def _records(self, groups: Sequence[Group], num_experts: int) -> tuple[ExpertRecord, ...]:
+        segments = self.view.segments
+        sources = [
+            (names, None if group.per_expert else self._entries(group, names[0], num_experts))
+            for group in groups
+            for names in group.names.values()
+        ]
+        by_expert = (
+            [segments(names[0], e, n) if n else segments(names[e]) for names, n in sources] for e in range(num_experts)
+        )
+        return tuple(ExpertRecord(tuple(chain.from_iterable(found))) for found in by_expert)
+
+    def _entries(self, group: Group, name: str, num_experts: int) -> int:
+        """How many experts' rows follow each other in a tensor of all, those that are nobody's counted."""
+        return num_experts if self.view.tensors[name].shape[:1] != (group.entries,) else group.entries or 0
+
+    def _check_present(self, name: str, params: Sequence[str], groups: Sequence[Group]) -> None:
+        made = {target for group in groups for target in group.targets}
+        for param in params:
+            if f"{name}.{param}" in made:
+                continue
+            others = (g for layer in self.groups.values() for t, g in layer.items() if t.endswith(f".{param}"))
+            other = next(others, None)
+            hint = f" (in another layer it is {next(iter(other.names.values()))[0]!r})" if other else ""
+            raise MissingTensorError(
+                f"{self.view.folder}: no tensor of the checkpoint becomes {f'{name}.{param}'!r}{hint}; the "
+                "download is incomplete, or the checkpoint is quantised or of another architecture"
+            )
+
+    def _kind(self, group: Group, names: list[str], num_experts: int) -> Kind:
+        """What all tensors of one pattern are; an error if they are not one per expert, or not all alike."""
+        infos = [self.view.tensors[name] for name in names]
+        shape, dtype = Counter((info.shape, info.dtype) for info in infos).most_common(1)[0][0]
+        entries = self._entries(group, names[0], num_experts)
+        if group.per_expert:
+            if group.share is None:
+                check_count(self.view.folder, group, names, num_experts)
+        elif not shape or not shape[0] or shape[0] % entries:
+            raise CheckpointError(
+                f"{self.view.where(names[0])}: tensor {names[0]!r} has shape {list(shape)}, the model "
+                f"expects [{num_experts}, ...], equal parts for all experts; {OTHER_MODEL}"
+            )
+        encoding = self.view.common_encoding(names, None if group.per_expert else entries)
+        for name, info in zip(names, infos, strict=True):
+            _check_computable(self.view, name)
+            if info.shape != shape:
+                _check_shape(self.view, name, shape)
+            if info.dtype != dtype:
+                self._mixed(name, info.dtype, dtype)
+        if group.per_expert:
+            return Kind(shape, dtype, encoding)
+        return Kind(shape[1:] if shape[0] == entries else (shape[0] // entries, *shape[1:]), dtype, encoding)
+
+    def _check_tiling(
+        self, group: Group, kinds: Sequence[Kind], value: Value, expected: tuple[int, ...], num_experts: int
+    ) -> None:
+        """The blocks must cover one expert's parameter exactly; blame the first tensor that prevents it."""
+        axis = value.axis
+        if value.shape == (1, *expected) and all(
+            size == whole
+            for block in value.blocks
+            for i, (size, whole) in enumerate(zip(block.shape, value.shape, strict=True))
+            if i != axis
+        ):
+            return
+        absent = [p for p in group.converter.source_patterns if p not in group.names] if group.converter else []
+        patterns = list(group.names)
+        if absent:
+            beside, tail = group.names[patterns[0]][0], patterns[0].rpartition("*")[2]
+            name = beside.removesuffix(tail) + absent[0].rpartition("*")[2] if beside.endswith(tail) else absent[0]
+            raise MissingTensorError(
+                f"{self.view.folder}: the checkpoint has no tensor {name!r}, which {group.target!r} is made of "
+                f"beside {beside!r}; complete the download"
+            )
+        for block in value.blocks:
+            wanted = list(expected)
+            if axis:
+                wanted[axis - 1] //= len(value.blocks)
+            if block.swapped:
+                wanted[-2:] = wanted[:-3:-1]
+            if kinds[block.source].shape != tuple(wanted):
+                name = group.names[patterns[block.source]][0]
+                if not group.per_expert and len(self.view.tensors[name].shape) == len(wanted):
+                    wanted[0] *= num_experts
+                elif not group.per_expert:
+                    wanted.insert(0, num_experts)
+                _check_shape(self.view, name, tuple(wanted))
+        raise CheckpointError(
+            f"{self.view.folder}: the tensors of {group.target!r} make {list(value.shape[1:])} per expert, the "
+            f"model expects {list(expected)}; {OTHER_MODEL}"
+        )
+
+    def _one_dtype(self, group: Group, kinds: Sequence[Kind]) -> torch.dtype:
+        plain = [k for k in kinds if k.encoding is None] or kinds
+        for names, kind in zip(group.names.values(), kinds, strict=True):
+            if kind.encoding is None and kind.dtype != plain[0].dtype:
+                self._mixed(names[0], kind.dtype, plain[0].dtype)
+        return plain[0].dtype
+
+    def _mixed(self, name: str, found: torch.dtype, others: torch.dtype) -> None:
+        raise CheckpointError(
+            f"{self.view.where(name)}: tensor {name!r} is {found}, but belongs "
+            f"to a parameter of {others}; save the checkpoint in one dtype"
+        )

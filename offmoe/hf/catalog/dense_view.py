@@ -1,0 +1,300 @@
+"""A quantised checkpoint as if it were not: dense names and shapes in front, raw tensors behind.
+
+What moves: nothing for experts; of the dense part, each weight once while transformers loads the model, read, sent to
+the device raw and decoded there, one at a time. Because the dense names are what the same checkpoint would have without
+quantisation, transformers' own renamings and converters apply to them, and every architecture works with every format.
+
+What it must never do: let a weight pass whose parts are not all there and all understood. No quantizer of transformers
+takes part, and none of their packages is needed.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from offmoe.errors import CheckpointError, MissingTensorError, ShardChangedError, UnsupportedModelError
+from offmoe.hf.catalog.quant_config import ACTIVATIONS, REMEDY, Method, read_method
+from offmoe.quant import Codec, Encoding, Spec
+from offmoe.quant.raw_slot import OFFSET, STATE, offset_of
+from offmoe.storage.checkpoint import Checkpoint
+from offmoe.storage.header import TensorInfo
+from offmoe.storage.layout import Segment
+
+logger = logging.getLogger(__name__)
+
+
+class Encoded(NamedTuple):
+    """A quantised weight of the checkpoint. names: of its components. stacked: it has a row for every expert. shape: of
+    one matrix, decoded.
+    """
+
+    encoding: Encoding
+    names: Mapping[str, str]
+    stacked: int | None
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class DenseView:
+    """The checkpoint by dense names. `tensors` has what `encoded` has, too, with the shape it will have decoded."""
+
+    checkpoint: Checkpoint
+    tensors: Mapping[str, TensorInfo]
+    encoded: Mapping[str, Encoded] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, config: object) -> DenseView:
+        """Read the config of a model; without quantisation, the names are the checkpoint's own.
+
+        Raises UnsupportedModelError (a method, layout or component that offmoe does not know), MissingTensorError (a
+        component) or CheckpointError (components that make no matrix).
+        """
+        method = read_method(checkpoint.folder, config)
+        if method is None:
+            return cls(checkpoint, checkpoint.tensors)
+        return _Reading(checkpoint, method).view()
+
+    @property
+    def folder(self) -> Path:
+        return self.checkpoint.folder
+
+    def where(self, name: str) -> str:
+        """The shard that holds a tensor of this dense name, for messages."""
+        return str(self.checkpoint.shards[self.tensors[name].shard])
+
+    def raw_names(self, name: str) -> Iterable[str]:
+        """The checkpoint's tensors that make the one of this dense name."""
+        found = self.encoded.get(name)
+        return (name,) if found is None else found.names.values()
+
+    def common_encoding(self, names: Sequence[str], rows: int | None) -> Encoding | None:
+        """Of one expert's part of each of these tensors, None if they are not quantised; CheckpointError if they
+        differ. rows: experts that each has a row for.
+        """
+        found = [self.encoded.get(name) for name in names]
+        encodings = [None if one is None else one.encoding for one in found]
+        common = Counter(encodings).most_common(1)[0][0]
+        for name, encoding in zip(names, encodings, strict=True):
+            if encoding != common:
+                raise CheckpointError(
+                    f"{self.where(name)}: tensor {name!r} is {_describe(encoding)}, those of other experts of its "
+                    f"layer are {_describe(common)}; quantise all experts of a layer alike"
+                )
+        for name, one in zip(names, found, strict=True):
+            if one is not None and one.stacked != rows:
+                raise UnsupportedModelError(
+                    f"{self.where(name)}: quantised weight {name!r} holds several experts in a way that offmoe cannot "
+                    f"take apart; {REMEDY}"
+                )
+        return common
+
+    def segments(self, name: str, part: int | None = None, parts: int = 1) -> tuple[Segment, ...]:
+        """Bytes of a tensor, or of one expert's part of it, component by component."""
+        return tuple([self.checkpoint.segment(raw, part, parts) for raw in self.raw_names(name)])
+
+    def lazy(self, names: Iterable[str], device: torch.device) -> dict[str, LazyTensor]:
+        """Values for transformers' loader, each read and decoded on `device` when the loader takes it."""
+        one = threading.Lock()
+        return {name: LazyTensor(self, name, device, one) for name in names}
+
+    def decode(self, name: str, device: torch.device) -> torch.Tensor:
+        """A whole tensor; one that is quantised in float32, which any dtype to compute in is rounded from."""
+        found = self.encoded.get(name)
+        if found is None:
+            return read_tensor(self.checkpoint, name).to(device)
+        raw = {component: read_tensor(self.checkpoint, raw) for component, raw in found.names.items()}
+        codec = found.encoding.codec
+        if STATE in raw:
+            raw[STATE] = offset_of(raw[STATE], codec, name)
+        raw = {component: tensor.to(device) for component, tensor in raw.items()}
+        if found.stacked is None:
+            return codec.decode(raw, torch.float32)
+        rows = [codec.decode({c: t[i] for c, t in raw.items()}, torch.float32) for i in range(found.stacked)]
+        return torch.stack(rows)
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """Stands for a tensor in the dictionary that transformers loads from: it takes `value[...]`, once."""
+
+    view: DenseView
+    name: str
+    device: torch.device
+    one: threading.Lock
+
+    def __getitem__(self, index: object) -> torch.Tensor:
+        assert index is Ellipsis
+        with self.one:  # the loader's threads would each hold the raw and the decoded bytes of a weight
+            return self.view.decode(self.name, self.device)
+
+
+def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """One tensor of a checkpoint in memory of its own; ShardChangedError if the shard is shorter than it was."""
+    info = checkpoint.info(name)
+    octets = torch.empty(info.nbytes, dtype=torch.uint8)
+    with open(checkpoint.shards[info.shard], "rb", buffering=0) as file:
+        file.seek(info.offset)
+        memory, done = memoryview(octets.numpy()), 0  # type: ignore[arg-type]
+        while done < info.nbytes:
+            count = file.readinto(memory[done:])
+            if not count:
+                raise ShardChangedError(
+                    f"{checkpoint.shards[info.shard]}: ends before tensor {name!r} does; it was truncated while the "
+                    "model was loading"
+                )
+            done += count
+    return octets.view(info.dtype).view(info.shape)
+
+
+@dataclass
+class _Reading:
+    """Sorts a checkpoint's names into plain tensors and components of quantised ones."""
+
+    checkpoint: Checkpoint
+    method: Method
+    known: dict[object, Codec] = field(default_factory=dict)
+    checked: dict[Encoding, tuple[Encoding, tuple[int, ...]]] = field(default_factory=dict)
+    """Encodings that make a matrix -> the one object of each, and the shape of the matrix."""
+
+    def view(self) -> DenseView:
+        plain: dict[str, TensorInfo] = {}
+        components: dict[str, dict[str, str]] = {}
+        dropped: list[tuple[str, str]] = []
+        for name, info in self.checkpoint.tensors.items():
+            split = self.method.split(name)
+            if split is None:
+                plain[name] = info
+            elif split[1]:
+                self._add(components.setdefault(split[0], {}), *split, name)
+            else:
+                dropped.append((name, split[0]))
+        for name in components.keys() & plain.keys():
+            if not self.method.main:
+                raise CheckpointError(
+                    f"{self.checkpoint.folder}: has {name!r} both dense and quantised "
+                    f"({next(iter(components[name].values()))!r}); keep one of the two"
+                )
+            del plain[name]
+            components[name]["weight"] = name
+        self._refuse_unknown(plain, components)
+        activations = [name for name, of in dropped if of in components and name.endswith(ACTIVATIONS)]
+        if activations:
+            logger.warning(
+                "%s: %d scales of activations are not used (%s is one): weights are decoded, activations stay as they "
+                "are",
+                self.checkpoint.folder,
+                len(activations),
+                activations[0],
+            )
+        encoded = {name: self._encoded(name, names) for name, names in components.items()}
+        tensors = plain | {name: self._info(found) for name, found in encoded.items()}
+        return DenseView(self.checkpoint, tensors, encoded)
+
+    def _add(self, names: dict[str, str], dense: str, component: str, name: str) -> None:
+        if component in names:
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: {names[component]!r} and {name!r} are both the {component} of {dense!r}; "
+                "keep one of the two"
+            )
+        names[component] = name
+
+    def _refuse_unknown(self, plain: Mapping[str, TensorInfo], components: Mapping[str, object]) -> None:
+        for name in plain:
+            module, _, last = name.rpartition(".")
+            if last != "bias" and (f"{module}.weight" in components or module in components):
+                raise UnsupportedModelError(
+                    f"{self._shard(name)}: tensor {name!r} stands beside a quantised weight, and offmoe does not know "
+                    f"what it means for it; {REMEDY}"
+                )
+
+    def _encoded(self, name: str, names: dict[str, str]) -> Encoded:
+        specs = {}
+        for component, raw in names.items():
+            info = self.checkpoint.tensors[raw]
+            specs[component] = Spec(info.shape, info.dtype)
+        stacked = _stacked(specs)
+        if stacked is not None:
+            specs = {c: Spec(spec.shape[1:], spec.dtype) for c, spec in specs.items()}
+        try:
+            codec = self._codec(name, names, specs)
+            if STATE in specs:
+                specs[STATE] = OFFSET
+            # sorted, so that equal weights have equal slots, in whatever order the checkpoint has their parts
+            encoding = Encoding(codec, tuple(sorted(specs.items())))
+            if encoding not in self.checked:
+                self._check(name, names, codec, specs)
+                self.checked[encoding] = encoding, codec.shape(specs)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self._shard(next(iter(names.values())))}: quantised weight {name!r} cannot be decoded: {error}; "
+                "config.json and the shards are not of the same model, or the download is damaged"
+            ) from error
+        encoding, shape = self.checked[encoding]
+        return Encoded(encoding, {part: names[part] for part, _ in encoding.parts}, stacked, shape)
+
+    def _check(self, name: str, names: Mapping[str, str], codec: Codec, specs: Mapping[str, Spec]) -> None:
+        absent, unknown = sorted(codec.required - specs.keys()), sorted(specs.keys() - codec.required)
+        if absent:
+            raise MissingTensorError(
+                f"{self.checkpoint.folder}: quantised weight {name!r} ({codec.name}) lacks its {absent[0]}, it has "
+                f"only {', '.join(repr(n) for n in sorted(names.values()))}; complete the download"
+            )
+        if unknown:
+            raise ValueError(f"{names[unknown[0]]!r} is no part of {codec.name}")
+
+    def _codec(self, name: str, names: Mapping[str, str], specs: Mapping[str, Spec]) -> Codec:
+        """bitsandbytes' is in a file: read once for weights that look alike, but for the numbers in their names."""
+
+        def read(component: str) -> bytes:
+            return read_tensor(self.checkpoint, names[component]).numpy().tobytes()
+
+        if STATE not in specs:
+            return self.method.codec(name, specs, read)
+        alike = NUMBER.sub(".#", name), tuple(sorted((c, s) for c, s in specs.items() if c != STATE))
+        if alike not in self.known:
+            self.known[alike] = self.method.codec(name, specs, read)
+        return self.known[alike]
+
+    def _info(self, found: Encoded) -> TensorInfo:
+        first = self.checkpoint.tensors[next(iter(found.names.values()))]
+        shape = found.shape if found.stacked is None else (found.stacked, *found.shape)
+        return TensorInfo(first.shard, first.offset, first.nbytes, DECODED, shape)
+
+    def _shard(self, name: str) -> str:
+        return str(self.checkpoint.shards[self.checkpoint.tensors[name].shard])
+
+
+DECODED = torch.bfloat16
+"""Stands for the dtype of what is decoded, which is any dtype to compute in."""
+
+
+def _describe(encoding: Encoding | None) -> str:
+    if encoding is None:
+        return "not quantised"
+    parts = ", ".join(f"{name} {list(spec.shape)}" for name, spec in encoding.parts)
+    return f"{encoding.codec.name} ({parts})"
+
+
+NUMBER = re.compile(r"\.\d+(?=\.)")
+"""Of a layer or an expert in a name; w1 and w2 are two different things."""
+MATRICES = {"weight": 2, "blocks": 3, "packed": 2, "qweight": 2}
+"""Dimensions of one matrix' largest component."""
+
+
+def _stacked(specs: Mapping[str, Spec]) -> int | None:
+    """Experts that a weight holds behind each other; None if it is one matrix."""
+    for component, dims in MATRICES.items():
+        if component in specs:
+            shape = specs[component].shape
+            alike = all(spec.shape[:1] == shape[:1] for spec in specs.values())
+            return shape[0] if len(shape) == dims + 1 and alike else None
+    return None

@@ -1,0 +1,322 @@
+"""What `quantization_config` promises: the names that a quantised tensor has in the checkpoint, and how to decode it.
+
+Nothing moves here. A `Method` says which endings of tensor names belong to a format and which codec a weight's parts
+want. Whether a weight is quantised at all is decided by what the checkpoint holds, not by lists of modules in the
+config: those name modules of the model that was quantised, and an expert is seldom one of transformers' modules. The
+config gives what the tensors cannot say (the size of a block, how zeros are stored) and must not contradict them.
+
+What it must never do: take a format for another. Everything that is not known to be read right is refused by name.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from offmoe.errors import CheckpointError, UnsupportedModelError
+from offmoe.quant import Awq, Codec, Gptq, Mxfp4, PackedInt, ScaledFloat, Spec
+from offmoe.quant.bitsandbytes import read_state
+from offmoe.quant.raw_slot import STATE
+
+logger = logging.getLogger(__name__)
+
+REMEDY = "use another quantisation of the model (FP8, MXFP4, compressed-tensors, GPTQ, AWQ or bitsandbytes), or bf16"
+
+
+class Method(ABC):
+    """One quantisation method as configured by one checkpoint."""
+
+    main = True
+    """Whether the tensor under the dense name itself is a component, "weight"."""
+    endings: ClassVar[Mapping[str, tuple[str, str]]]
+    """Ending of a tensor's name -> (what the dense name ends in instead, component; "" for one that is not needed)."""
+
+    @abstractmethod
+    def codec(self, name: str, specs: Mapping[str, Spec], read: Callable[[str], bytes]) -> Codec:
+        """For the weight of this dense name with these components. read(component) gives the bytes of a small one.
+
+        Raises ValueError with the reason, beginning with what is wrong about the tensor.
+        """
+
+    def split(self, name: str) -> tuple[str, str] | None:
+        """(dense name, component) of a tensor's name; None for one that is not this method's."""
+        for ending, (instead, component) in self.endings.items():
+            if name.endswith(ending):
+                return name[: -len(ending)] + instead, component
+        return None
+
+
+ACTIVATIONS = (".input_scale", ".activation_scale", ".input_zero_point", ".input_global_scale")
+"""Endings of scales for activations, which are not quantised here: the weights alone are what stock computes with where
+it dequantises, and activations in full precision are closer to the unquantised model."""
+
+
+def _without(endings: tuple[str, ...]) -> dict[str, tuple[str, str]]:
+    return dict.fromkeys(endings, (".weight", ""))
+
+
+@dataclass(frozen=True)
+class Fp8(Method):
+    """FP8 of transformers, DeepSeek and vLLM: `x.weight` beside `x.weight_scale_inv` or `x.weight_scale`."""
+
+    block: tuple[int, int] | None
+
+    endings: ClassVar = {
+        ".weight_scale_inv": (".weight", "scale"),
+        ".weight_scale": (".weight", "scale"),
+        "_proj_scale_inv": ("_proj", "scale"),  # fused experts, as transformers saves them
+        "_proj_activation_scale": ("_proj", ""),
+        **_without(ACTIVATIONS),
+    }
+
+    def codec(self, name: str, specs: Mapping[str, Spec], read: Callable[[str], bytes]) -> Codec:
+        return ScaledFloat(self.block)
+
+
+class Mxfp4Method(Method):
+    """gpt-oss: `x_blocks` and `x_scales`."""
+
+    main = False
+    endings: ClassVar = {"_blocks": ("", "blocks"), "_scales": ("", "scales")}
+
+    def codec(self, name: str, specs: Mapping[str, Spec], read: Callable[[str], bytes]) -> Codec:
+        return Mxfp4()
+
+
+@dataclass(frozen=True)
+class GptqMethod(Method):
+    """`x.qweight`, `x.qzeros`, `x.scales`, `x.g_idx`; bits follow from the index where there is one."""
+
+    bits: int
+    group: int | None
+    minus_one: bool
+    uniform: bool
+    """Whether bits and group are those of all modules."""
+    needs_index: bool
+
+    main = False
+    endings: ClassVar = {f".{c}": (".weight", c) for c in ("qweight", "qzeros", "scales", "g_idx")}
+
+    def codec(self, name: str, specs: Mapping[str, Spec], read: Callable[[str], bytes]) -> Codec:
+        bits, index = self.bits, specs.get("g_idx")
+        if index is None and (self.needs_index or not self.uniform):
+            raise ValueError("it has no g_idx, which says the order of its columns; complete the download")
+        if index is not None and "qweight" in specs and index.shape and index.shape[0]:
+            bits = specs["qweight"].shape[0] * 32 // index.shape[0]
+        if bits not in (4, 8):
+            raise UnsupportedModelError(f"tensor {name!r} is GPTQ in {bits} bits, which offmoe cannot decode; {REMEDY}")
+        reordered = index is not None and (self.needs_index or not self.uniform)
+        return Gptq(bits, self.group, index is not None, self.minus_one, reordered)
+
+
+@dataclass(frozen=True)
+class AwqMethod(Method):
+    """`x.qweight`, `x.qzeros`, `x.scales` in the layout "gemm"."""
+
+    group: int | None
+
+    main = False
+    endings: ClassVar = {f".{c}": (".weight", c) for c in ("qweight", "qzeros", "scales")}
+
+    def codec(self, name: str, specs: Mapping[str, Spec], read: Callable[[str], bytes]) -> Codec:
+        return Awq(self.group)
+
+
+class BitsAndBytes(Method):
+    """`x.weight` beside `x.weight.absmax`, `.quant_map`, `.quant_state.*` and, doubly quantised, `.nested_*`."""
+
+    endings: ClassVar = {
+        **{f".weight.{c}": (".weight", c) for c in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")},
+        ".weight.quant_state.bitsandbytes__nf4": (".weight", STATE),
+        ".weight.quant_state.bitsandbytes__fp4": (".weight", STATE),
+    }
+
+    def codec(self, name: str, specs: Mapping[str, Spec], read: Callable[[str], bytes]) -> Codec:
+        if STATE not in specs:
+            raise ValueError("it has no quant_state; complete the download")
+        return read_state(read(STATE))[0]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One group of a compressed-tensors config. targets: class names, module names or "re:" patterns."""
+
+    targets: tuple[str, ...]
+    packed: bool
+    bits: int
+    group: int | None
+    symmetric: bool
+    ordered: bool
+    block: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class CompressedTensors(Method):
+    """`x.weight_packed` or an FP8 `x.weight`, beside `x.weight_scale`, `_zero_point`, `_g_idx`."""
+
+    schemes: tuple[Scheme, ...]
+
+    endings: ClassVar = {
+        ".weight_packed": (".weight", "packed"),
+        ".weight_scale": (".weight", "scale"),
+        ".weight_zero_point": (".weight", "zero"),
+        ".weight_g_idx": (".weight", "g_idx"),
+        ".weight_shape": (".weight", ""),  # follows from the others
+        **_without(ACTIVATIONS),
+    }
+
+    def codec(self, name: str, specs: Mapping[str, Spec], read: Callable[[str], bytes]) -> Codec:
+        scheme = self._scheme(name.removesuffix(".weight"))
+        if not scheme.packed:
+            return ScaledFloat(scheme.block)
+        if scheme.ordered and "g_idx" not in specs:
+            raise ValueError("it has no weight_g_idx, which says the order of its columns; complete the download")
+        return PackedInt(scheme.bits, scheme.group, scheme.symmetric, "g_idx" in specs)
+
+    def _scheme(self, module: str) -> Scheme:
+        def named(target: str) -> bool:
+            if target.startswith("re:"):
+                return re.match(target.removeprefix("re:"), module) is not None
+            return module == target or module.endswith(f".{target}")
+
+        found = [scheme for scheme in self.schemes if any(map(named, scheme.targets))]
+        by_class = [s for s in self.schemes if any("." not in t and not t.startswith("re:") for t in s.targets)]
+        for candidates in (found, by_class, self.schemes):
+            if len(set(candidates)) == 1:
+                return candidates[0]
+            if candidates:
+                raise ValueError(f"{len(candidates)} of the config's groups claim it")
+        raise ValueError("none of the config's groups claims it")
+
+
+def read_method(source: object, config: object) -> Method | None:
+    """The method that a transformers config names, None if it names none; `source` is whose it is, for messages.
+
+    Raises UnsupportedModelError for a method or layout that offmoe does not decode, CheckpointError for a config that
+    makes no sense.
+    """
+    values = _values(config)
+    if values is None:
+        return None
+    method = str(getattr(values.get("quant_method"), "value", values.get("quant_method")))
+    reader = READERS.get(method)
+    if reader is None:
+        raise UnsupportedModelError(f"{source}: quantised by {method!r}, which offmoe cannot decode; {REMEDY}")
+    try:
+        return reader(values)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{source}: {error}; {REMEDY}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+        raise CheckpointError(
+            f"{source}: quantization_config of config.json is not one of {method} ({error!r}); download it again"
+        ) from error
+
+
+def shapes_are_in_shards(config: object) -> bool:
+    """Whether headers alone do not say what the weights of a checkpoint are, because of how it is quantised."""
+    return (_values(config) or {}).get("quant_method") == "bitsandbytes"
+
+
+def _values(config: object) -> Mapping[str, Any] | None:
+    """`quantization_config` of a model or of its text part, as plain data."""
+    text = getattr(config, "get_text_config", lambda: None)()
+    for holder in (config, text):
+        found = getattr(holder, "quantization_config", None)
+        if found is not None:
+            values: Mapping[str, Any] = found if isinstance(found, Mapping) else found.to_dict()
+            return values
+    return None
+
+
+def _pair(value: Any) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    high, wide = (int(size) for size in value)
+    if high < 1 or wide < 1:
+        raise ValueError(f"blocks of {high} x {wide}")
+    return high, wide
+
+
+def _group(value: Any) -> int | None:
+    """Columns of a group; None for all of them, which configs call -1."""
+    return int(value) if value is not None and int(value) > 0 else None
+
+
+def _fp8(values: Mapping[str, Any]) -> Method:
+    return Fp8(_pair(values.get("weight_block_size")))
+
+
+def _gptq(values: Mapping[str, Any]) -> Method:
+    layout = str(values.get("checkpoint_format") or "gptq")
+    if layout not in ("gptq", "gptq_v2") or values.get("is_marlin_format"):
+        raise UnsupportedModelError(f"GPTQ in the layout {layout!r}, which is repacked for one kernel")
+    return GptqMethod(
+        bits=int(values["bits"]),
+        group=_group(values.get("group_size")),
+        minus_one=layout == "gptq",
+        uniform=not values.get("dynamic"),
+        needs_index=bool(values.get("desc_act")),
+    )
+
+
+def _awq(values: Mapping[str, Any]) -> Method:
+    bits = int(values.get("bits", values.get("w_bit", 4)))
+    layout = str(getattr(values.get("version"), "value", values.get("version", "gemm"))).lower()
+    layout = str(values.get("format", layout)).rpartition(".")[2].lower()
+    if bits != 4 or layout != "gemm" or not values.get("zero_point", True):
+        points = "" if values.get("zero_point", True) else ", without zero points"
+        raise UnsupportedModelError(f"AWQ in {bits} bits and the layout {layout!r}{points}")
+    return AwqMethod(_group(values.get("group_size", values.get("q_group_size", 128))))
+
+
+def _bitsandbytes(values: Mapping[str, Any]) -> Method:
+    if values.get("load_in_8bit") or values.get("_load_in_8bit"):
+        raise UnsupportedModelError("bitsandbytes in 8 bits, whose outliers are split off when it multiplies")
+    return BitsAndBytes()
+
+
+def _compressed_tensors(values: Mapping[str, Any]) -> Method:
+    sparsity = (values.get("sparsity_config") or {}).get("format", "dense")
+    if sparsity != "dense":
+        raise UnsupportedModelError(f"compressed-tensors with sparsity in the format {sparsity!r}")
+    if (values.get("transform_config") or {}).get("config_groups"):
+        raise UnsupportedModelError("compressed-tensors with rotations of activations (transform_config)")
+    return CompressedTensors(tuple(_scheme(group, values) for group in values["config_groups"].values()))
+
+
+def _scheme(group: Mapping[str, Any], values: Mapping[str, Any]) -> Scheme:
+    weights, layout = group["weights"], group.get("format") or values.get("format")
+    bits, kind, strategy = int(weights["num_bits"]), weights.get("type", "int"), weights.get("strategy")
+    group_size = _group(weights.get("group_size"))
+    strategy = strategy or ("group" if group_size else "tensor" if weights.get("group_size") is None else "channel")
+    packed = layout == "pack-quantized" and kind == "int" and bits in (4, 8)
+    scaled = layout in ("float-quantized", "naive-quantized") and kind == "float" and bits == 8
+    strategies = ("group", "channel", "tensor") if packed else ("tensor", "channel", "block")
+    if not (packed or scaled) or strategy not in strategies:
+        raise UnsupportedModelError(
+            f"compressed-tensors in the format {layout!r} with {bits}-bit {kind} weights by {strategy}"
+        )
+    return Scheme(
+        targets=tuple(map(str, group["targets"])),
+        packed=packed,
+        bits=bits,
+        group=group_size if strategy == "group" else None,
+        symmetric=bool(weights.get("symmetric", True)),
+        ordered=weights.get("actorder") in ("group", "dynamic", True),
+        block=_pair(weights.get("block_structure")) if strategy == "block" else None,
+    )
+
+
+READERS: Mapping[str, Callable[[Mapping[str, Any]], Method]] = {
+    "fp8": _fp8,
+    "mxfp4": lambda values: Mxfp4Method(),
+    "gptq": _gptq,
+    "awq": _awq,
+    "bitsandbytes": _bitsandbytes,
+    "compressed-tensors": _compressed_tensors,
+}
+"""quant_method -> what reads the rest of its config."""

@@ -1,0 +1,222 @@
+"""Decoder layers whose dense weights are on the device only while they run: for a dense part larger than the device.
+
+What moves: the matrices of one such layer, from host memory or from the shards into one piece of device memory that
+all of them share, before the layer runs, in every forward pass. Bound: the link or the disk; nothing overlaps it.
+transformers' loader leaves these weights where its device_map says: on the "cpu", or on "disk" in the original shards;
+only what it has to convert is written once more, into a folder that is removed at the end. Its hooks are taken off
+again: they would map files, load every small module by itself, and stand around modules that never move.
+
+Norms, biases, buffers and routers stay: they are small, and the next layer's router is asked before its layer runs.
+
+What it must never do: leave weights in a layer whose forward failed, or lend the memory to two layers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from accelerate.hooks import remove_hook_from_module
+from torch import nn
+
+from offmoe.budget.device import DISK, HOST
+from offmoe.device.backend import Backend
+from offmoe.errors import MissingTensorError, OffmoeError
+from offmoe.hf.adapters.find import expert_parameters, find_experts, require_adapter
+from offmoe.hf.load.dense_source import HostImages, LayerSource, ShardTensors
+from offmoe.storage.checkpoint import Checkpoint
+from offmoe.storage.layout import ExpertLayout, Segment
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PLACES = {HOST: "cpu", DISK: "disk"}
+"""What transformers' device_map calls the places of a memory plan."""
+
+
+@dataclass(frozen=True)
+class DenseLayer:
+    """A decoder layer by module path. shapes: of the weights that may be elsewhere while it does not run, by name."""
+
+    name: str
+    shapes: dict[str, tuple[int, ...]]
+
+    def layout(self, dtype: torch.dtype) -> ExpertLayout:
+        """The weights in device memory."""
+        return ExpertLayout.of({name: (dtype, shape) for name, shape in self.shapes.items()})
+
+
+def dense_layers(meta_model: PreTrainedModel) -> tuple[DenseLayer, ...]:
+    """Layers of every stack that has experts somewhere, in module order; those without experts among them.
+
+    meta_model: with its experts. Weights that two modules share stay.
+    """
+    experts = find_experts(meta_model)
+    uses = Counter(id(param) for _, param in meta_model.named_parameters(remove_duplicate=False))
+    stays = set(expert_parameters(meta_model)) | _routers(meta_model, experts)
+    out = []
+    for stack in dict.fromkeys(_stack_of(meta_model, name) for name in experts):
+        for child, layer in [] if stack is None else meta_model.get_submodule(stack).named_children():
+            named = {f"{stack}.{child}.{name}": param for name, param in layer.named_parameters()}
+            moving = (n for n, p in named.items() if p.dim() > 1 and uses[id(p)] == 1 and n not in stays)
+            out.append(DenseLayer(f"{stack}.{child}", {name: tuple(named[name].shape) for name in moving}))
+    return tuple(layer for layer in out if layer.shapes)
+
+
+def _stack_of(model: nn.Module, name: str) -> str | None:
+    """The outermost list of modules that a module is in."""
+    parts = name.split(".")
+    prefixes = (".".join(parts[:n]) for n in range(1, len(parts)))
+    return next((prefix for prefix in prefixes if isinstance(model.get_submodule(prefix), nn.ModuleList)), None)
+
+
+def _routers(model: nn.Module, experts: Mapping[str, nn.Module]) -> set[str]:
+    """Matrices with a row or a column per expert, in the block that the experts stand in."""
+    out = set()
+    for name, module in experts.items():
+        adapter = require_adapter(module)
+        count, block = adapter.num_experts(module), name.rpartition(".")[0]
+        out |= {
+            f"{block}.{n}"
+            for n, p in model.get_submodule(block).named_parameters()
+            if p.dim() == 2 and count in p.shape
+        }
+    return out
+
+
+class _Weight(NamedTuple):
+    """A parameter of a parked layer: who has it, under which name, and what it is while the layer does (not) run."""
+
+    owner: nn.Module
+    param: str
+    absent: nn.Parameter
+    present: nn.Parameter
+
+
+class ParkedLayers:
+    """The parked layers of one model, from before loading to the end.
+
+    `device_map` and `folder` are for transformers' loader; `take_over` makes the loaded model run; `close` ends
+    it.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[DenseLayer],
+        place: str,
+        meta_model: PreTrainedModel,
+        checkpoint: Checkpoint,
+        sources: Mapping[str, str],
+        backend: Backend,
+    ) -> None:
+        """place: HOST or DISK. sources: the checkpoint's tensor of each parameter that is loaded as it is."""
+        self._layers, self._place = tuple(layers), place
+        self._checkpoint, self._sources, self._backend = checkpoint, sources, backend
+        self.names = {name for layer in layers for name in layer.shapes}
+        """Of the weights that come and go."""
+        experts = expert_parameters(meta_model)
+        tensors = [*meta_model.named_parameters(remove_duplicate=False)]
+        names = [name for name, _ in [*tensors, *meta_model.named_buffers(remove_duplicate=False)]]
+        self.device_map = {
+            n: PLACES[place] if n in self.names else str(backend.device) for n in names if n not in experts
+        }
+        """A place for every parameter and buffer, by full name: transformers matches prefixes, and `layers.1` is one of
+        `layers.10`."""
+        self._folder = tempfile.TemporaryDirectory(prefix="offmoe-dense-")
+        self._source: LayerSource | None = None
+        self._user = threading.Lock()
+        self._thread = 0
+        self._present: int | None = None
+        self._weights: list[list[_Weight]] = []
+
+    @property
+    def folder(self) -> Path:
+        """Where converted weights are written."""
+        return Path(self._folder.name)
+
+    def take_over(self, model: PreTrainedModel) -> None:
+        """Let the layers of a model just loaded come and go.
+
+        Raises CapacityError if there is no memory, MissingTensorError if a weight is nowhere.
+        """
+        remove_hook_from_module(model)
+        loaded = [{name: model.get_parameter(name) for name in layer.shapes} for layer in self._layers]
+        layouts = [ExpertLayout.of({n: (p.dtype, tuple(p.shape)) for n, p in layer.items()}) for layer in loaded]
+        if self._place == HOST:
+            self._source = HostImages(layouts, loaded, self._backend)
+        else:
+            self._source = ShardTensors(*self._find(), self._backend)
+        landing = self._backend.allocate(max(layout.nbytes for layout in layouts))
+        for number, (layer, layout) in enumerate(zip(self._layers, layouts, strict=True)):
+            memory = landing[: layout.nbytes]
+            views = layout.views(memory)
+            self._weights.append([_weight(model, name, view) for name, view in views.items()])
+            self._show(number, present=False)
+            self._attach(number, model.get_submodule(layer.name), memory, views)
+
+    def close(self) -> None:
+        """Let go of memory and files. The model cannot run afterwards."""
+        if self._source is not None:
+            self._source.close()
+        self._folder.cleanup()
+
+    def _attach(self, number: int, layer: nn.Module, memory: torch.Tensor, views: Mapping[str, torch.Tensor]) -> None:
+        def enter(*_: object) -> None:
+            self._take(number)
+            assert self._source is not None
+            self._source.fetch(number, memory, views)
+            self._show(number, present=True)
+
+        def leave(*_: object) -> None:
+            if self._present == number:
+                self._show(number, present=False)
+                self._present = None
+                self._user.release()
+
+        layer.register_forward_pre_hook(enter, prepend=True)
+        layer.register_forward_hook(leave, always_call=True)
+
+    def _take(self, number: int) -> None:
+        """Have the memory for one layer; OffmoeError if another thread has it."""
+        if not self._user.acquire(blocking=False):
+            if self._thread != threading.get_ident() or self._present is None:
+                raise OffmoeError("the model is already running in another thread; wait for it, or load it once more")
+            self._show(self._present, present=False)  # this thread's last forward was interrupted
+        self._present, self._thread = number, threading.get_ident()
+
+    def _show(self, number: int, *, present: bool) -> None:
+        for weight in self._weights[number]:
+            weight.owner._parameters[weight.param] = weight.present if present else weight.absent
+
+    def _find(self) -> tuple[tuple[Path, ...], list[dict[str, Segment]]]:
+        """Shards, and per layer where each weight is in them: as converted by the loader, else as in the checkpoint."""
+        checkpoint, shards = self._checkpoint, self._checkpoint.shards
+        segments: dict[str, Segment] = {}
+        for name in (name for layer in self._layers for name in layer.shapes):
+            if name in self._sources:
+                segments[name] = checkpoint.segment(self._sources[name])
+        if os.listdir(self.folder):
+            converted = Checkpoint.open(self.folder)
+            for name in converted.tensors:
+                segment = converted.segment(name)
+                segments[name] = replace(segment, shard=len(shards) + segment.shard)
+            shards = (*shards, *converted.shards)
+        missing = next((name for layer in self._layers for name in layer.shapes if name not in segments), None)
+        if missing is not None:
+            raise MissingTensorError(
+                f"{checkpoint.folder}: no tensor of the checkpoint becomes {missing!r}; complete the download"
+            )
+        return shards, [{name: segments[name] for name in layer.shapes} for layer in self._layers]
+
+
+def _weight(model: nn.Module, name: str, view: torch.Tensor) -> _Weight:
+    owner, _, param = name.rpartition(".")
+    absent = nn.Parameter(torch.empty_like(view, device="meta"), requires_grad=False)
+    return _Weight(model.get_submodule(owner), param, absent, nn.Parameter(view, requires_grad=False))

@@ -1,0 +1,161 @@
+"""Saving a model whose experts are elsewhere: copy the checkpoint that it came from, or refuse.
+
+What moves: all files of the checkpoint, from one folder to another; bounded by the disk. Stock `save_pretrained` would
+write the parameters that the model has, which is everything but the experts. So the model gets a `save_pretrained` of
+its own, on the instance: as long as no dense weight and no config was changed since loading, the source is the model,
+byte for byte.
+
+What it must never do: write a checkpoint without experts, lose a change, or leave half a checkpoint that looks like a
+whole one.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import shutil
+import types
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from offmoe.errors import ConfigError, ShardChangedError
+from offmoe.storage.checkpoint import INDEX_FILE, Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from offmoe.hf.catalog.catalog import ExpertCatalog
+
+MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+"""Files of a model's folder: weights, index, configs, tokenizer."""
+
+HONOURED: dict[str, tuple[object, ...]] = {
+    "state_dict": (None,),
+    "push_to_hub": (False,),
+    "variant": (None,),
+    "token": (None,),
+    "save_peft_format": (True,),
+    "save_original_format": (True,),
+    "safe_serialization": (True,),
+    "distributed_checkpoint": (False,),
+}
+"""Options of save_pretrained and the values that copying fulfils."""
+
+
+@dataclass(frozen=True, eq=False)
+class SourceCopy:
+    """The `save_pretrained` of one loaded model, called with the model first (a bound function of it).
+
+    weights: every dense tensor at load time with its version counter, which counts changes in place.
+    """
+
+    folder: Path
+    keys: frozenset[str]
+    weights: dict[str, tuple[weakref.ref[torch.Tensor], int]]
+    config: dict[str, object]
+    generation_config: dict[str, object] | None
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        **options: object,
+    ) -> None:
+        """Copy the checkpoint that this model was loaded from to `save_directory`, experts included.
+
+        Raises ConfigError if weights or config were changed since loading (the copy would lose that), for options that
+        need the weights rewritten, and if the folder is the source or holds another checkpoint.
+        """
+        for option, value in options.items():
+            if not any(value is allowed for allowed in HONOURED.get(option, ())):
+                raise ConfigError(
+                    f"save_pretrained({option}={value!r}): the experts of this model are not in it, so its "
+                    "checkpoint can only be copied as it is; leave the option out, or load the model with stock "
+                    "transformers to convert it"
+                )
+        self._refuse_changes(model)
+        if is_main_process:
+            _copy(self.folder, Path(save_directory), self.keys)
+            if _generation(model) != self.generation_config:
+                model.generation_config.save_pretrained(save_directory)
+
+    def _refuse_changes(self, model: PreTrainedModel) -> None:
+        now = _dense(model)
+        changed = sorted(now.keys() ^ self.weights.keys()) + [
+            name
+            for name, (tensor, version) in self.weights.items()
+            if name in now and (tensor() is not now[name] or now[name]._version != version)
+        ]
+        if changed:
+            raise ConfigError(
+                f"save_pretrained: weight {changed[0]!r} was changed since loading, and copying the checkpoint would "
+                "lose that; save model.state_dict() yourself, or change the model under stock transformers"
+            )
+        config = model.config.to_dict()
+        different = [k for k in sorted(config.keys() | self.config.keys()) if config.get(k) != self.config.get(k)]
+        if different:
+            raise ConfigError(
+                f"save_pretrained: config.{different[0]} was changed since loading, and copying the checkpoint would "
+                "lose that; undo it, or edit config.json in the copy"
+            )
+
+
+def attach_safe_save(model: PreTrainedModel, source_folder: str | os.PathLike[str], catalog: ExpertCatalog) -> None:
+    """Give this instance a `save_pretrained` that copies its source or refuses; to be called right after loading.
+
+    Changes are seen through identity and version counters, so one made behind autograd's back (`tensor.data`) is not.
+    """
+    weights = {name: (weakref.ref(tensor), tensor._version) for name, tensor in _dense(model).items()}
+    copier = SourceCopy(
+        Path(source_folder).absolute(), catalog.keys, weights, model.config.to_dict(), _generation(model)
+    )
+    # on the instance, and bound: a deep copy of the model binds to the copy
+    setattr(model, "save_pretrained", types.MethodType(copier, model))  # noqa: B010 -- it is a method of the class
+
+
+def _dense(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, torch.Tensor)
+    }
+
+
+def _generation(model: PreTrainedModel) -> dict[str, object] | None:
+    config = getattr(model, "generation_config", None)
+    return None if config is None else config.to_dict()
+
+
+def _copy(source: Path, out: Path, keys: frozenset[str]) -> None:
+    checkpoint = Checkpoint.open(source)
+    if not keys <= checkpoint.tensors.keys():
+        raise ShardChangedError(f"{source}: the checkpoint lost experts since the model was loaded from it; restore it")
+    if out.exists() and (not out.is_dir() or out.resolve() == source.resolve()):
+        raise ConfigError(f"save_pretrained: {out} is the model's own source or a file; give another folder")
+    weights = [shard.relative_to(source).as_posix() for shard in checkpoint.shards]
+    others = [
+        name
+        for name in sorted(os.listdir(source))
+        if any(fnmatch.fnmatch(name, pattern) for pattern in MODEL_FILES) and not name.endswith(".safetensors")
+    ]
+    if INDEX_FILE in others and weights == ["model.safetensors"]:
+        others.remove(INDEX_FILE)  # of another set of shards, which the source's own loader ignores too
+    out.mkdir(parents=True, exist_ok=True)
+    foreign = sorted(
+        p.name
+        for p in out.iterdir()
+        if p.name.endswith((".safetensors", ".safetensors.index.json")) and p.name not in (*weights, *others)
+    )
+    if foreign:
+        raise ConfigError(f"save_pretrained: {out} holds another checkpoint ({foreign[0]}); give an empty folder")
+    for name in (*weights, *others):  # index and configs last: without them nobody takes the folder for a checkpoint
+        target, partial = out / name, out / f"{name}.partial"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            shutil.copyfile(source / name, partial)
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)

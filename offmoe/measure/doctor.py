@@ -1,0 +1,332 @@
+"""What this machine can do for offmoe: one check per fact, each with a verdict and, where it is not ok, what to change.
+
+Nothing is loaded. What moves: 128 MiB to a file and back, to see what the disk gives, and on CUDA as much over the
+link; bounded by the disk, a second or so. Checks that need torch come last, so that a machine where torch does not
+start still hears the rest. A check that fails in an unforeseen way says so and stops no other.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import platform
+import re
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from offmoe.config import format_size
+from offmoe.device.cgroup import memory_left, memory_limit
+
+Verdict = Literal["ok", "warn", "fail"]
+Probe = Callable[[], "Check"]
+
+PYTHON = (3, 10)
+LIBRARIES = {
+    "torch": ("2.10", "2.13"),
+    "transformers": ("5.17", "5.23"),
+    "accelerate": ("1.10", None),
+    "safetensors": ("0.5", None),
+    "numpy": ("1.26", None),
+    "psutil": ("5.9", None),
+    "rich": ("13.7", None),
+}
+"""Lowest version that works, and highest minor that was tested where that matters."""
+TRANSFORMERS_BELOW = "5.24"
+PROBE_BYTES = 128 << 20
+REQUEST_BYTES = 16 << 20
+SLOW_DISK_GB_S = 0.5
+"""Below it a token of a large model takes seconds: some 1 GB of experts is missed per token."""
+LITTLE_DISK, LITTLE_MEMORY = 5 * 10**9, 2 * 10**9
+"""Bytes: no room to unpack a model; no room for Python, torch and a small model's dense part."""
+CPU_FEATURES = ("avx2", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "bf16", "i8mm", "sve")
+PIN_CHUNK_BYTES, PIN_PROBE_BYTES = 256 << 20, 2 << 30
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding. advice: what to change, "" where nothing is needed. values: the figures, for programs."""
+
+    name: str
+    verdict: Verdict
+    found: str
+    advice: str
+    values: dict[str, object]
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def examine(folder: Path) -> Iterator[Check]:
+    """All checks, as they are made. folder: an existing one, on the disk that holds models."""
+    named: dict[str, Probe] = {
+        "system": system,
+        "libraries": libraries,
+        "processor": processor,
+        "memory": memory,
+        "huge pages": huge_pages,
+        "open files": open_files,
+        "disk": lambda: disk(folder),
+        "compiler": compiler,
+        "device": device,
+        "kernels": kernels,
+        "pinning": pinning,
+        "link": link,
+    }
+    for name, probe in named.items():
+        try:
+            yield probe()
+        except Exception as error:  # a machine can refuse anything; the other checks are still worth having
+            yield _check(name, "warn", f"could not be checked ({type(error).__name__}: {error})", "")
+
+
+def _check(name: str, verdict: Verdict, found: str, advice: str, **values: object) -> Check:
+    return Check(name, verdict, found, "" if verdict == "ok" else advice, values)
+
+
+def system() -> Check:
+    """Operating system and Python."""
+    values = {"system": platform.system(), "release": platform.release(), "machine": platform.machine()}
+    python = platform.python_version()
+    found = f"Python {python} on {values['system']} {values['release']}, {values['machine']}"
+    if sys.version_info < PYTHON:
+        return _check("system", "fail", found, "Install Python 3.10 or newer.", python=python, **values)
+    untried = values["system"] != "Linux"
+    advice = "offmoe was only tried on Linux; reads go through the page cache here and are slower."
+    return _check("system", "warn" if untried else "ok", found, advice, python=python, **values)
+
+
+def libraries() -> Check:
+    """Versions that are installed against those that offmoe was written for and tested with; imports none of them."""
+    versions: dict[str, str | None] = {}
+    verdict: Verdict = "ok"
+    advice: list[str] = []
+    for name, (lowest, tested) in LIBRARIES.items():
+        try:
+            versions[name] = found = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+            verdict = "fail"
+            advice.append(f"Install {name} >= {lowest}.")
+            continue
+        if _version(found) < _version(lowest) or (
+            name == "transformers" and _version(found) >= _version(TRANSFORMERS_BELOW)
+        ):
+            upper = f", < {TRANSFORMERS_BELOW}" if name == "transformers" else ""
+            verdict = "fail"
+            advice.append(f"Install {name} >= {lowest}{upper}: {found} is outside what offmoe runs with.")
+        elif tested is not None and _version(found)[:2] > _version(tested)[:2]:
+            verdict = "warn" if verdict == "ok" else verdict
+            advice.append(f"{name} {found} is newer than {tested}, the newest that was tested.")
+    text = ", ".join(f"{name} {found or 'missing'}" for name, found in versions.items())
+    return _check("libraries", verdict, text, " ".join(advice), **versions)
+
+
+def processor() -> Check:
+    """Cores that this process may use, and instructions that matrix products profit from."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    model, flags = platform.processor(), set[str]()
+    with suppress(OSError), open("/proc/cpuinfo") as file:
+        for line in file:
+            key, _, value = (part.strip() for part in line.partition(":"))
+            model = value if key == "model name" else model
+            if key in ("flags", "Features"):
+                flags = set(value.split())
+                break
+    features = [name for name in CPU_FEATURES if name in flags]
+    text = f"{model or platform.machine()}, {cores} cores, {' '.join(features) or 'features unknown'}"
+    old = bool(flags) and platform.machine() in ("x86_64", "AMD64") and "avx2" not in flags
+    advice = "Without AVX2 experts compute several times slower on this CPU; use a GPU or a newer machine."
+    return _check("processor", "warn" if old else "ok", text, advice, model=model, cores=cores, features=features)
+
+
+def memory() -> Check:
+    """RAM, and what a memory cgroup leaves of it: experts in RAM and page cache both count there."""
+    import psutil
+
+    ram = psutil.virtual_memory()
+    limit, left = memory_limit(), memory_left()
+    available = min(int(ram.available), left)
+    text = f"{format_size(ram.total)} of RAM, {format_size(available)} available"
+    if limit is not None:
+        text += f"; a cgroup (v{limit[1]}) allows {format_size(limit[0])}"
+    text += "; slots in RAM fill as experts are asked for, so the first tokens come from disk"
+    little = available < LITTLE_MEMORY
+    where = "Raise the container's memory limit" if left < ram.available else "Close other programs"
+    return _check(
+        "memory",
+        "warn" if little else "ok",
+        text,
+        f"{where}: torch and transformers alone take about 0.5 GB, and experts in RAM need the rest.",
+        total=int(ram.total),
+        available=available,
+        cgroup_limit=None if limit is None else limit[0],
+        cgroup_version=None if limit is None else limit[1],
+    )
+
+
+def huge_pages() -> Check:
+    """Whether reads can land on 2 MiB pages, which halves what they cost on virtual disks."""
+    file = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    chosen = re.search(r"\[(\w+)\]", file.read_text()) if file.exists() else None
+    if chosen is None:
+        return _check("huge pages", "ok", "no transparent huge pages on this system", "", enabled=None)
+    never = chosen[1] == "never"
+    advice = f"Let programs ask for them: echo madvise | sudo tee {file}"
+    found = f"transparent huge pages: {chosen[1]}"
+    return _check("huge pages", "warn" if never else "ok", found, advice, enabled=chosen[1])
+
+
+def open_files() -> Check:
+    """Descriptors that a process may have: two per shard are kept open."""
+    try:
+        import resource
+    except ImportError:
+        return _check("open files", "ok", "no such limit on this system", "", limit=None)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    advice = f"Two are needed per shard, and large models have 200: ulimit -n {min(hard, 4096)}"
+    return _check("open files", "warn" if soft < 512 else "ok", f"{soft} allowed", advice, limit=soft)
+
+
+def disk(folder: Path) -> Check:
+    """Free space, whether reads can go past the page cache, and what a short one gives."""
+    free = shutil.disk_usage(folder).free
+    values: dict[str, object] = {"folder": str(folder), "free": free}
+    text = f"{folder}: {format_size(free)} free"
+    if not os.access(folder, os.W_OK) or free < 4 * PROBE_BYTES:
+        why = "it cannot be written" if free >= 4 * PROBE_BYTES else "it is full"
+        return _check("disk", "warn", text, f"Reading was not tried, because {why}; give another folder.", **values)
+    direct, rate = read_probe(folder)
+    values |= {"direct": direct, "read_gb_s": round(rate, 3)}
+    text += f", unbuffered reads {'work' if direct else 'are refused'}, {rate:.2f} GB/s in a short one"
+    if not direct:
+        advice = (
+            "Keep models on a local ext4, xfs or btrfs disk: the page cache makes reading take three times as long."
+        )
+    elif rate < SLOW_DISK_GB_S:
+        advice = "An NVMe disk reads ten times as fast; until then give experts as many slots as memory allows."
+    else:
+        advice = "Little room: models take tens of GB."
+    poor = not direct or rate < SLOW_DISK_GB_S or free < LITTLE_DISK
+    return _check("disk", "warn" if poor else "ok", text, advice, **values)
+
+
+def read_probe(folder: Path) -> tuple[bool, float]:
+    """(whether O_DIRECT works, GB/s of a few requests of 16 MiB, the median); writes a file and removes it."""
+    buffer = mmap.mmap(-1, REQUEST_BYTES)  # anonymous memory begins on a page, as unbuffered reads want it
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):
+            buffer.madvise(mmap.MADV_HUGEPAGE)
+    buffer.write(os.urandom(1 << 20) * (REQUEST_BYTES >> 20))  # touched; and a disk that compresses gains nothing
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="offmoe-doctor-") as file:
+        for _ in range(PROBE_BYTES // REQUEST_BYTES):
+            file.write(buffer)
+        file.flush()
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
+        if hasattr(os, "O_DIRECT") and hasattr(os, "preadv"):
+            with suppress(OSError):
+                return True, _read_rate(file.name, flags | os.O_DIRECT, buffer)
+        return False, _read_rate(file.name, flags, buffer)
+
+
+def _read_rate(path: str, flags: int, buffer: mmap.mmap) -> float:
+    """GB/s. Raises OSError where the flags are refused, on opening or on reading."""
+    descriptor = os.open(path, flags)
+    rates = []
+    try:
+        for offset in range(0, PROBE_BYTES, REQUEST_BYTES):
+            began = time.perf_counter()
+            if hasattr(os, "preadv"):
+                read = os.preadv(descriptor, [buffer], offset)
+            else:
+                read = len(os.read(descriptor, REQUEST_BYTES))
+            rates.append(read / 1e9 / max(time.perf_counter() - began, 1e-9))
+    finally:
+        os.close(descriptor)
+    return statistics.median(rates)
+
+
+def compiler() -> Check:
+    """What could compile kernels; whether that is needed, "kernels" says."""
+    found = {name: shutil.which(name) for name in ("cc", "clang", "nvcc")}
+    have = ", ".join(f"{name} ({path})" for name, path in found.items() if path)
+    return _check("compiler", "ok", have or "none", "", **found)
+
+
+def device() -> Check:
+    """Devices that torch can compute on."""
+    from offmoe.device.backend import cuda_devices
+
+    devices = cuda_devices()
+    if devices:
+        text = "; ".join(
+            f"cuda:{i} {d.name}, {format_size(d.free)} of {format_size(d.total)} free, compute {d.capability}"
+            for i, d in enumerate(devices)
+        )
+        return _check("device", "ok", text, "", cuda=[d._asdict() for d in devices])
+    unused = shutil.which("nvidia-smi") is not None
+    advice = "There is an NVIDIA driver, but this torch cannot use it: install a CUDA build of torch from pytorch.org."
+    text = f"the CPU; torch {metadata.version('torch')} finds no GPU"
+    return _check("device", "warn" if unused else "ok", text, advice, cuda=[])
+
+
+def kernels() -> Check:
+    """What experts are computed with where they are computed on the CPU."""
+    from offmoe.compute.kernels.library import status
+
+    found = status()
+    if found.library is not None:
+        return _check("kernels", "ok", found.message, "", variant=found.variant)
+    fact, _, remedy = found.message.partition(": ")
+    return _check("kernels", "warn", fact, remedy, variant=None)
+
+
+def pinning() -> Check:
+    """How much memory the driver pins, chunk by chunk, up to a bound: what copies to a GPU run fastest from."""
+    from offmoe.device.arena import HostBuffers
+    from offmoe.device.backend import cuda_devices, select_backend
+
+    if not cuda_devices():
+        return _check("pinning", "ok", "not needed without a GPU", "", pinned=None)
+    cuda = select_backend("cuda")
+    wanted = min(PIN_PROBE_BYTES, memory_left() // 4) // PIN_CHUNK_BYTES
+    began = time.perf_counter()
+    buffers = HostBuffers(max(1, wanted), PIN_CHUNK_BYTES, register=cuda.pin, unregister=cuda.unpin)
+    try:
+        pinned = sum(buffers.pinned(i) for i in range(len(buffers))) * PIN_CHUNK_BYTES
+    finally:
+        buffers.close()
+    took = time.perf_counter() - began
+    refused = pinned < len(buffers) * PIN_CHUNK_BYTES
+    text = f"{format_size(pinned)} could be pinned ({took:.1f} s{', then it was refused' if refused else ''})"
+    advice = "Copies from unpinned memory are slower: on WSL2 and in containers raise the memory limit (ulimit -l)."
+    return _check("pinning", "warn" if refused else "ok", text, advice, pinned=pinned, refused=refused)
+
+
+def link() -> Check:
+    """What host memory gives to the device, pinned."""
+    from offmoe.device.backend import cuda_devices, select_backend
+    from offmoe.measure.probes import copy_gb_s
+
+    if not cuda_devices():
+        return _check("link", "ok", "not needed without a GPU", "", gb_s=None)
+    rate = copy_gb_s(select_backend("cuda"), 64 << 20)
+    slow = rate < 5
+    advice = "That is a link of few lanes or an old generation: is the card in a slot of 16 lanes?"
+    return _check("link", "warn" if slow else "ok", f"{rate:.1f} GB/s to the device", advice, gb_s=round(rate, 2))
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """(2, 13, 0) of '2.13.0+cpu'."""
+    return tuple(int(part) for part in re.findall(r"\d+", text.partition("+")[0])[:3])

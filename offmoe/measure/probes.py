@@ -1,0 +1,198 @@
+"""What moving and computing cost on this machine, each measured the way the runtime does it.
+
+What moves: experts from the shards to staging buffers, staging buffers to the device, one expert's matrices through the
+host's cores. Every figure is a median, because a shared machine's mean is somebody else's. Bound: the seconds that the
+caller gives. Must never report the page cache as a disk: shards are dropped from it first.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+import torch
+import torch.nn.functional as F
+
+from offmoe.device.arena import HostBuffers
+from offmoe.device.backend import Backend
+from offmoe.storage.layout import ExpertLayout
+from offmoe.storage.store import ExpertStore
+from offmoe.transfer.staging import staging_plan
+from offmoe.types import READERS, ExpertKey
+
+ROUNDS = 5
+COLD_BYTES = 64 << 20
+"""Of zeros, written between two rounds of computing, so that weights come from memory as they do in a run."""
+
+
+class DiskProbe:
+    """Reads of whole experts in random order, by as many threads as the runtime has, as many at once; a context
+    manager.
+    """
+
+    def __init__(self, store: ExpertStore, keys: Iterable[ExpertKey], shards: Sequence[Path]):
+        """shards: what the store reads; dropped from the page cache now."""
+        self._store, self._keys = store, list(keys)
+        self._random = random.Random(0)
+        self.at_once = staging_plan(store.buffer_bytes).at_once
+        self._buffers = HostBuffers(self.at_once, store.buffer_bytes)
+        drop_page_cache(shards)
+
+    def __enter__(self) -> DiskProbe:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._buffers.close()
+
+    def lone_s(self) -> float:
+        """Seconds of one read with no other under way."""
+        key = self._random.choice(self._keys)
+        began = time.perf_counter()
+        if self._store.parts(key) == 1:  # as one reader does that is there already: starting threads takes longer
+            self._read_share(key, 0, 0, 1)
+            return time.perf_counter() - began
+        self._together(lambda i: self._read_share(key, 0, i, READERS))
+        return time.perf_counter() - began
+
+    def gb_s(self, seconds: float, meanwhile: Callable[[], object] | None = None) -> float:
+        """GB/s of all readers together over some seconds, a read each at least.
+
+        meanwhile: called in this thread, once at least, again and again while they read.
+        """
+        stop, done = threading.Event(), [0] * READERS
+        sharing = READERS // self.at_once
+        order = [self._random.sample(self._keys, len(self._keys)) for _ in range(self.at_once)]
+
+        def read(i: int) -> None:
+            buffer, turn = i % self.at_once, 0
+            while not stop.is_set() or not turn:
+                key = order[buffer][turn % len(self._keys)]
+                done[i] += self._read_share(key, buffer, i // self.at_once, sharing)
+                turn += 1
+
+        def wait() -> None:
+            if meanwhile is None:
+                stop.wait(seconds)
+                return
+            meanwhile()
+            while time.perf_counter() - began < seconds:
+                meanwhile()
+
+        began = time.perf_counter()
+        self._together(read, wait, stop)
+        return sum(done) / 1e9 / (time.perf_counter() - began)
+
+    def _read_share(self, key: ExpertKey, buffer: int, share: int, of: int) -> int:
+        """One reader's parts of an expert; bytes."""
+        parts = self._store.parts(key)
+        for part in range(share, parts, of):
+            self._store.read_part(key, part, self._buffers.memory(buffer))
+        return self._store.record(key).nbytes * len(range(share, parts, of)) // max(1, parts)
+
+    @staticmethod
+    def _together(
+        work: Callable[[int], object],
+        meanwhile: Callable[[], object] | None = None,
+        stop: threading.Event | None = None,
+    ) -> None:
+        """work(i) in a thread for each reader; `stop` is set when `meanwhile` has returned."""
+        errors: list[BaseException] = []
+
+        def run(i: int) -> None:
+            try:
+                work(i)
+            except BaseException as error:  # raised where the figure is wanted
+                errors.append(error)
+
+        threads = [threading.Thread(target=run, args=(i,), name=f"offmoe-probe-{i}") for i in range(READERS)]
+        for thread in threads:
+            thread.start()
+        try:
+            if meanwhile is not None:
+                meanwhile()
+        finally:
+            if stop is not None:
+                stop.set()
+            for thread in threads:
+                thread.join()
+        if errors:
+            raise errors[0]
+
+
+def drop_page_cache(files: Iterable[Path]) -> None:
+    """Forget what the system has read of these files; nothing happens where that cannot be asked for."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for path in files:
+        with suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
+
+
+def copy_gb_s(backend: Backend, nbytes: int, rounds: int = ROUNDS) -> float:
+    """GB/s of copies of `nbytes` from a staging buffer to the device, pinned if that can be had; the median."""
+    buffers = HostBuffers(1, nbytes, register=backend.pin, unregister=backend.unpin)
+    try:
+        destination = torch.empty(buffers.nbytes, dtype=torch.uint8, device=backend.device)
+        event = backend.event()
+
+        def copy() -> None:
+            backend.copies.copy(destination, buffers.tensor(0))
+            event.record(backend.copies)
+            event.synchronize()
+
+        return buffers.nbytes / 1e9 / median_s(copy, rounds)
+    finally:
+        buffers.close()
+
+
+def host_expert_us(layout: ExpertLayout, tokens: int, rounds: int = ROUNDS) -> float | None:
+    """Microseconds of one expert's matrix products with `tokens` rows on the CPU; None if it has no plain matrices.
+
+    Activation and biases, which are small beside them, are left out.
+    """
+    compute = host_expert(layout, tokens)
+    if compute is None:
+        return None
+    others = torch.empty(COLD_BYTES, dtype=torch.uint8)
+    return median_s(compute, rounds, before=others.zero_) * 1e6
+
+
+def host_expert(layout: ExpertLayout, tokens: int) -> Callable[[], None] | None:
+    """What `host_expert_us` times."""
+    params = [p for p in layout.params if len(p.shape) == 2]
+    if not params or any(not p.dtype.is_floating_point or p.dtype.itemsize < 2 for p in params):
+        return None
+    weights = [torch.ones(p.shape, dtype=p.dtype) for p in params]
+    inputs = [torch.ones(tokens, p.shape[1], dtype=p.dtype) for p in params]
+
+    def compute() -> None:
+        for x, weight in zip(inputs, weights, strict=True):
+            F.linear(x, weight)
+
+    return compute
+
+
+def median_s(work: Callable[[], object], rounds: int, before: Callable[[], object] | None = None) -> float:
+    """Median seconds of `work`, after one call that does not count. before: done each time, and not timed."""
+    work()
+    times = []
+    for _ in range(rounds):
+        if before is not None:
+            before()
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)

@@ -1,0 +1,126 @@
+"""A dense checkpoint as it will be once its experts are quantised: what `experts="int4"` makes of it while loading.
+
+Nothing moves here until `write`, which quantises into a temporary folder: as much disk as the packed model takes, and
+the quantiser's time, at every load. From the headers alone it is known before that what every tensor will be and where,
+so memory is divided for the quantised experts, and nothing is written for a model that then does not fit.
+
+What it must never do: leave the folder behind, or quantise what is quantised already.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from offmoe.budget.estimate import quantisation_method
+from offmoe.config import format_size
+from offmoe.errors import CapacityError, ConfigError, ShardChangedError, TransferError
+from offmoe.hf.catalog.build import build_catalog
+from offmoe.hf.catalog.catalog import ExpertCatalog
+from offmoe.hf.load.load import build_meta, model_class
+from offmoe.pack.pack import SHARD_BYTES, pack, weight_format
+from offmoe.pack.plan import check_loads, plan_shards, quantization_config
+from offmoe.quant.packed_weight import WeightFormat
+from offmoe.storage.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+
+class Written(NamedTuple):
+    """A quantised checkpoint on the disk. folder: removed by its `cleanup`."""
+
+    folder: tempfile.TemporaryDirectory[str]
+    checkpoint: Checkpoint
+    catalog: ExpertCatalog
+
+
+def to_quantise(catalog: ExpertCatalog, config: PretrainedConfig, experts: str) -> WeightFormat | None:
+    """What `experts` ("int4", "int8") asks to make of a checkpoint's experts; None if they are that already.
+
+    ConfigError if they are quantised otherwise.
+    """
+    method = quantisation_method(config)
+    if method is None:
+        return weight_format(experts)
+    if catalog.formats and all(name.endswith(f" {experts}") for name in catalog.formats):
+        return None
+    found = " and ".join(catalog.formats) or "not quantised, but other weights are"
+    raise ConfigError(
+        f"experts={experts!r}: the experts of this checkpoint are {found} ({method}), and quantising what is quantised "
+        "would only lose more. Use experts='native' (with exactness='numeric' for the CPU's kernels), or the bf16 "
+        "checkpoint of the model."
+    )
+
+
+def with_experts(config: PretrainedConfig, experts: str) -> PretrainedConfig:
+    """A config that says how `experts` would be quantised, as far as sizes follow from it; the same if they are."""
+    if experts == "native" or quantisation_method(config) is not None:
+        return config
+    how = weight_format(experts)
+    config = copy.deepcopy(config)
+    weights = {"num_bits": how.bits, "group_size": how.group, "symmetric": not how.zero_points}
+    config.quantization_config = {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"group_0": {"weights": weights}},
+    }
+    return config
+
+
+def planned(
+    catalog: ExpertCatalog, meta: PreTrainedModel, config: PretrainedConfig, how: WeightFormat
+) -> tuple[ExpertCatalog, PretrainedConfig]:
+    """The catalog and the config that the checkpoint will have; nothing is written.
+
+    UnsupportedModelError for experts that cannot be packed.
+    """
+    shards = plan_shards(catalog, meta, how, SHARD_BYTES)
+    quantisation = quantization_config(catalog, meta, how)
+    checkpoint = check_loads(catalog.view.folder, shards, config, quantisation)
+    config = copy.deepcopy(config)
+    config.quantization_config = quantisation
+    return build_catalog(checkpoint, build_meta(config, model_class(config))), config
+
+
+def write(catalog: ExpertCatalog, source: Path, how: WeightFormat, name: str) -> Written:
+    """Quantise the model in `source` as `planned` has said. name: what the user calls it.
+
+    Raises what `pack` does, CapacityError for a disk that is too small among it, and ShardChangedError.
+    """
+    logger.warning(
+        "%s: its experts are quantised now, and will be at every load; 'offmoe pack %s OUT --experts %s' does it once, "
+        "and OUT then loads at once",
+        name,
+        name,
+        how.kind,
+    )
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=f"offmoe-{how.kind}-")  # lives as long as the model
+    except OSError as error:
+        raise TransferError(
+            f"experts={how.kind!r}: no temporary folder to quantise into ({error}); set TMPDIR to a folder on a disk "
+            "with room"
+        ) from error
+    try:
+        needed = sum(info.nbytes for info in catalog.view.checkpoint.tensors.values())
+        free = shutil.disk_usage(folder.name).free
+        if needed > free:
+            raise CapacityError(
+                f"experts={how.kind!r}: the quantised model takes {format_size(needed)}, and {format_size(free)} are "
+                f"free in {tempfile.gettempdir()}; make room there, or set TMPDIR to a folder on another disk"
+            )
+        out = Path(folder.name, "model")
+        pack(source, out, how)
+        checkpoint = Checkpoint.open(out)
+        if checkpoint.tensors != catalog.view.checkpoint.tensors:
+            raise ShardChangedError(f"{source}: was changed while it was being quantised; load it again")
+        return Written(folder, checkpoint, catalog.moved(checkpoint))
+    except BaseException:
+        folder.cleanup()
+        raise

@@ -1,0 +1,194 @@
+"""Weights as 4-bit or 8-bit integers in int32 words: compressed-tensors (pack-quantized), GPTQ and AWQ (gemm).
+
+What moves: half a byte or a byte per weight in, the matrix out; bounded by memory. All three compute
+(code - zero) * scale in the dtype of the scales, which is rounded once and then cast to the dtype to compute in, as
+their reference implementations do: compressed-tensors 0.20 (compressors/pack_quantized, lifecycle/forward_helpers.py),
+GPTQModel 7.7 (nn_modules/qlinear/torch.py, utils/model.py for the zeros of format v1), AutoAWQ 0.2.9
+(utils/packing_utils.py). The differences are exact in every dtype of scales: codes have at most 8 bits. Must never
+assume that columns are in the order of their groups where an index says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from offmoe.quant.codec import Spec, codes_of_words, expect
+
+SCALES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _apply(
+    codes: torch.Tensor, zeros: torch.Tensor | int, scales: torch.Tensor, groups: torch.Tensor | None
+) -> torch.Tensor:
+    """(codes - zeros) * scales in the scales' dtype: codes [out, in], zeros and scales [out, groups] -> [out, in].
+
+    groups: int [in], the group of every column; None: equal runs of columns.
+    """
+    out = codes.shape[0]
+    if groups is not None:
+        if isinstance(zeros, torch.Tensor):
+            zeros = zeros.index_select(1, groups)
+        return (codes.to(scales.dtype) - zeros).mul_(scales.index_select(1, groups))
+    grouped = codes.to(scales.dtype).view(out, scales.shape[1], -1)
+    grouped -= zeros.unsqueeze(-1) if isinstance(zeros, torch.Tensor) else zeros
+    return grouped.mul_(scales.unsqueeze(-1)).view(out, -1)
+
+
+@dataclass(frozen=True)
+class PackedInt:
+    """compressed-tensors, format pack-quantized: words along a row, scales [out, groups] in runs of `group` columns.
+
+    Components: packed int32 [out, in * bits / 32]; scale [out, groups] (also [out] or [1], of a whole row or of all);
+    unless `symmetric`, zero int32 [out * bits / 32, groups], words along a column; if `ordered`, g_idx int [in]. Codes
+    and zeros are stored with 2**(bits - 1) added.
+    """
+
+    bits: int
+    group: int | None
+    symmetric: bool = True
+    ordered: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"compressed-tensors int{self.bits}"
+
+    @property
+    def required(self) -> frozenset[str]:
+        more = (() if self.symmetric else ("zero",)) + (("g_idx",) if self.ordered else ())
+        return frozenset({"packed", "scale", *more})
+
+    def shape(self, specs: Mapping[str, Spec]) -> tuple[int, ...]:
+        packed, scale, per_word = specs["packed"], specs["scale"], 32 // self.bits
+        expect(packed.dtype == torch.int32 and len(packed.shape) == 2, f"its words are {packed}")
+        expect(scale.dtype in SCALES, f"its scale is {scale.dtype}")
+        rows, words = packed.shape
+        cols = words * per_word
+        if self.group is not None:
+            cols = self.group * scale.shape[1] if len(scale.shape) == 2 else 0
+            expect(
+                scale.shape[:1] == (rows,) and -(-cols // per_word) == words,
+                f"{list(packed.shape)} words of {self.bits} bits with scales {list(scale.shape)} are no groups of "
+                f"{self.group} columns",
+            )
+        else:
+            expect(scale.shape in ((), (1,), (1, 1), (rows,), (rows, 1)), f"its scale has shape {list(scale.shape)}")
+        if not self.symmetric:
+            wanted = (-(-rows // per_word), scale.shape[1] if len(scale.shape) == 2 else 1)
+            expect(specs["zero"] == (wanted, torch.int32), f"its zero points are {specs['zero']}, not {wanted} int32")
+        if self.ordered:
+            index = specs["g_idx"]
+            expect(index.shape == (cols,) and not index.dtype.is_floating_point, f"its g_idx is {index}")
+        return rows, cols
+
+    def decode(self, raw: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        rows, scale = len(raw["packed"]), raw["scale"]
+        scale = scale if scale.ndim == 2 and len(scale) == rows else scale.reshape(-1, 1).expand(rows, 1)
+        codes = codes_of_words(raw["packed"], self.bits)  # [out, in]
+        if self.group is not None:
+            codes = codes[:, : self.group * scale.shape[1]]
+        zeros: torch.Tensor | int = 1 << (self.bits - 1)
+        if not self.symmetric:
+            zeros = codes_of_words(raw["zero"].mT, self.bits).mT[:rows].to(scale.dtype)  # [out, groups]
+        groups = None
+        if self.ordered:
+            assert self.group is not None
+            groups = raw["g_idx"].long()
+            in_turn = torch.arange(len(groups), device=groups.device) // self.group
+            groups = torch.where(groups < 0, in_turn, groups)  # -1 for all: no activation order was used after all
+        return _apply(codes.contiguous(), zeros, scale, groups).to(dtype)
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """GPTQ: words along a column, transposed: qweight int32 [in * bits / 32, out], qzeros int32 [groups, out * bits /
+    32], scales [groups, out] and, if `ordered`, g_idx int [in] -> [out, in].
+
+    group: columns of a group where there is no index. minus_one: format v1, whose zeros were lessened by one, as words:
+    adding it back word by word undoes that also where a zero of 0 had borrowed from its neighbour. reordered: whether
+    the index, if there is one, may say anything else than runs of `group` columns.
+    """
+
+    bits: int
+    group: int | None
+    ordered: bool
+    minus_one: bool = True
+    reordered: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"gptq int{self.bits}"
+
+    @property
+    def required(self) -> frozenset[str]:
+        return frozenset({"qweight", "qzeros", "scales", *(("g_idx",) if self.ordered else ())})
+
+    def shape(self, specs: Mapping[str, Spec]) -> tuple[int, ...]:
+        weight, zeros, scales, per_word = specs["qweight"], specs["qzeros"], specs["scales"], 32 // self.bits
+        expect(weight.dtype == zeros.dtype == torch.int32 and len(weight.shape) == 2, f"its words are {weight}")
+        expect(scales.dtype in SCALES and len(scales.shape) == 2, f"its scales are {scales}")
+        cols, rows = weight.shape[0] * per_word, weight.shape[1]
+        groups = scales.shape[0]
+        expect(
+            scales.shape[1] == rows and zeros.shape == (groups, -(-rows // per_word)) and groups > 0,
+            f"qweight {list(weight.shape)}, qzeros {list(zeros.shape)} and scales {list(scales.shape)} in {self.bits} "
+            "bits are not of one matrix",
+        )
+        if self.ordered:
+            expect(specs["g_idx"].shape == (cols,), f"its g_idx has shape {list(specs['g_idx'].shape)}, not [{cols}]")
+            expect(not specs["g_idx"].dtype.is_floating_point, f"its g_idx is {specs['g_idx'].dtype}")
+        else:
+            group = self.group or cols
+            expect(groups * group == cols, f"it has {groups} groups of {group} columns for {cols} columns")
+        return rows, cols
+
+    def decode(self, raw: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        scales = raw["scales"].mT.contiguous()  # [out, groups]
+        zeros = codes_of_words(self.true_zeros(raw["qzeros"]), self.bits)[:, : len(scales)]
+        zeros = zeros.mT.to(scales.dtype)  # [out, groups]
+        codes = codes_of_words(raw["qweight"].mT, self.bits)  # [out, in]
+        return _apply(codes, zeros, scales, raw["g_idx"].long() if self.ordered else None).to(dtype)
+
+    def true_zeros(self, qzeros: torch.Tensor) -> torch.Tensor:
+        """Words of zeros as they are meant."""
+        return qzeros + (0x11111111 if self.bits == 4 else 0x01010101) if self.minus_one else qzeros
+
+
+@dataclass(frozen=True)
+class Awq:
+    """AWQ, layout "gemm", 4 bits: qweight int32 [in, out / 8], qzeros int32 [groups, out / 8], scales [groups, out]
+    in runs of `group` rows of qweight -> [out, in]. A word holds columns 0 2 4 6 1 3 5 7, lowest bits first.
+    """
+
+    group: int | None
+    name = "awq int4"
+    required = frozenset({"qweight", "qzeros", "scales"})
+
+    def shape(self, specs: Mapping[str, Spec]) -> tuple[int, ...]:
+        weight, zeros, scales = specs["qweight"], specs["qzeros"], specs["scales"]
+        expect(weight.dtype == zeros.dtype == torch.int32 and len(weight.shape) == 2, f"its words are {weight}")
+        expect(scales.dtype in SCALES and len(scales.shape) == 2, f"its scales are {scales}")
+        cols, rows = weight.shape[0], weight.shape[1] * 8
+        groups = cols // (self.group or cols)
+        expect(
+            groups * (self.group or cols) == cols
+            and zeros.shape == (groups, weight.shape[1])
+            and scales.shape == (groups, rows),
+            f"qweight {list(weight.shape)}, qzeros {list(zeros.shape)} and scales {list(scales.shape)} are not of one "
+            f"matrix in groups of {self.group or cols}",
+        )
+        return rows, cols
+
+    def decode(self, raw: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        scales = raw["scales"].mT.contiguous()  # [out, groups]
+        zeros = in_order(raw["qzeros"]).mT.to(scales.dtype)  # [out, groups]
+        codes = in_order(raw["qweight"]).mT.contiguous()  # [out, in]
+        return _apply(codes, zeros, scales, None).to(dtype)
+
+
+def in_order(words: torch.Tensor) -> torch.Tensor:
+    """Codes of AWQ's words by column: int32 [n, out / 8] -> uint8 [n, out]."""
+    codes = codes_of_words(words, 4).view(len(words), -1, 2, 2, 2)  # place in a word, in binary: h m l
+    return codes.permute(0, 1, 3, 4, 2).reshape(len(words), -1)  # is column m l h

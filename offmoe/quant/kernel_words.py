@@ -1,0 +1,118 @@
+"""Quantised weights as kernels read them, row by row: words of consecutive inputs, scales and zero points of outputs.
+
+What moves: nothing where a format has such words already (compressed-tensors in 4 bits, MXFP4, FP8, and GPTQ seen the
+other way round): the result is a view, and whoever copies it re-orders it. Bytes of int8 change their sign bit, AWQ's
+nibbles their neighbours; these are made anew, in a few passes over one matrix. Values are those of the codecs, exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from offmoe.errors import CheckpointError
+from offmoe.quant.codec import Codec, codes_of_words
+from offmoe.quant.float_formats import Mxfp4, ScaledFloat
+from offmoe.quant.int_formats import Awq, Gptq, PackedInt, in_order
+from offmoe.quant.packed_weight import INT4_GROUPS, MXFP4, SCALES, ZEROS, WeightFormat, fp8
+
+SIGN_BITS = -0x7F7F7F80
+"""0x80808080: bytes at rest have 128 added, kernels' are signed."""
+
+
+def is_rows_first(codec: Codec) -> bool:
+    """Whether a row of its decoded matrix is one of its rows of words; MXFP4 is decoded to the transpose."""
+    return not isinstance(codec, Mxfp4)
+
+
+def format_of(codec: Codec, cols: int, dtype: torch.dtype) -> WeightFormat | str:
+    """The kernels' format for weights of `cols` inputs; or why they have none. Larger groups repeat their scales.
+
+    dtype: of the codec's "weight" if that is a component, else of its scales.
+    """
+    if isinstance(codec, Mxfp4):
+        return MXFP4
+    if isinstance(codec, ScaledFloat):
+        return _fp8_format(codec, cols, dtype)
+    if not isinstance(codec, (PackedInt, Gptq, Awq)):
+        return f"kernels have no {codec.name}"
+    bits = 4 if isinstance(codec, Awq) else codec.bits
+    if isinstance(codec, PackedInt) and bits == 8 and codec.symmetric and not codec.ordered:
+        return WeightFormat("int8", None, scale_dtype=dtype) if codec.group is None else _no_group(codec)
+    if bits != 4:
+        return f"kernels have no {codec.name}"
+    if (isinstance(codec, PackedInt) and codec.ordered) or (isinstance(codec, Gptq) and codec.reordered):
+        return f"columns of {codec.name} are in activation order"
+    stored = codec.group or cols
+    group = next((g for g in reversed(INT4_GROUPS) if stored % g == 0), None)
+    if group is None or cols % stored:
+        return _no_group(codec)
+    has_zeros = not isinstance(codec, PackedInt) or not codec.symmetric
+    return WeightFormat("int4", group, has_zeros, dtype)
+
+
+def rows_of(codec: Codec, raw: Mapping[str, torch.Tensor], how: WeightFormat) -> dict[str, torch.Tensor]:
+    """Raw components of one matrix -> "", ".scales" and perhaps ".zeros": [out, words], [out, groups] twice.
+
+    CheckpointError for columns that are not in the order of their groups although the config says so.
+    """
+    zeros: torch.Tensor | None = None
+    if isinstance(codec, Mxfp4):
+        return {"": raw["blocks"].flatten(1).view(torch.int32), SCALES: raw["scales"]}
+    if isinstance(codec, ScaledFloat):
+        assert how.group is not None
+        weight = raw["weight"]
+        return {"": weight.view(torch.int32), SCALES: codec.scales_of_groups(weight.shape, raw["scale"], how.group)}
+    if isinstance(codec, PackedInt):
+        words, rows = raw["packed"], len(raw["packed"])
+        scales = raw["scale"]
+        scales = scales if scales.ndim == 2 and len(scales) == rows else scales.reshape(-1, 1).expand(rows, 1)
+        if not codec.symmetric:
+            zeros = codes_of_words(raw["zero"].mT, codec.bits).mT[:rows]
+        if codec.bits == 8:
+            words = words ^ SIGN_BITS
+    else:
+        assert isinstance(codec, (Gptq, Awq))
+        scales, qzeros = raw["scales"].mT, raw["qzeros"]
+        if isinstance(codec, Awq):
+            words, zeros = _words_of_awq(raw["qweight"]).mT, in_order(qzeros).mT
+        else:
+            if codec.ordered:
+                _check_order(raw["g_idx"], codec)
+            words, zeros = raw["qweight"].mT, codes_of_words(codec.true_zeros(qzeros), 4)[:, : len(scales)].mT
+    cols = words.shape[1] * how.word_values
+    finer = how.groups(cols) // scales.shape[1]
+    out = {"": words, SCALES: scales if finer == 1 else scales.repeat_interleave(finer, dim=1)}
+    if zeros is not None:
+        out[ZEROS] = zeros if finer == 1 else zeros.repeat_interleave(finer, dim=1)
+    return out
+
+
+def _fp8_format(codec: ScaledFloat, cols: int, dtype: torch.dtype) -> WeightFormat | str:
+    if dtype != torch.float8_e4m3fn:
+        return f"kernels have no {str(dtype).removeprefix('torch.')}"
+    wide = cols if codec.block is None else codec.block[1]
+    group = next((g for g in reversed(INT4_GROUPS) if wide % g == 0 and cols % g == 0), None)
+    return f"kernels have no fp8 in blocks of {wide} columns, {cols} in all" if group is None else fp8(group)
+
+
+def _no_group(codec: PackedInt | Gptq | Awq) -> str:
+    return f"kernels have no {codec.name} in groups of {codec.group}"
+
+
+def _words_of_awq(qweight: torch.Tensor) -> torch.Tensor:
+    """int32 [in, out / 8] -> words of 8 consecutive inputs, int32 [in / 8, out]."""
+    codes = in_order(qweight)  # uint8 [in, out]
+    pairs = codes.view(-1, 4, 2, codes.shape[1])
+    octets = pairs[:, :, 0] | pairs[:, :, 1] << 4  # [in / 8, 4, out], lowest bits first
+    return octets.mT.contiguous().view(torch.int32).squeeze(-1)
+
+
+def _check_order(index: torch.Tensor, codec: Gptq) -> None:
+    group = codec.group or len(index)
+    if not torch.equal(index.long(), torch.arange(len(index)) // group):
+        raise CheckpointError(
+            f"columns of {codec.name} are not in the order of their groups, although the config's desc_act is off; "
+            "use exactness='bitwise', which follows the index"
+        )

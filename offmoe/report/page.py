@@ -1,0 +1,170 @@
+"""The page of `offmoe report -o`: one HTML file that needs nothing but a browser.
+
+The template holds style and drawing; this module gives it numbers and texts as JSON. Bound: the page's size, some
+bytes per (layer, type, expert) and per pair of experts, which is why only the busiest experts of very wide layers are
+paired. Texts of tokens are foreign input: they must never stand in the file in a form that a browser could run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from offmoe.cli.output import percent
+from offmoe.errors import ConfigError, OffmoeError
+from offmoe.report.coactivation import MIN_EXPECTED
+from offmoe.report.findings import findings, missing
+from offmoe.report.report import ALERT, Report, mean
+from offmoe.report.specialization import CLEAR, MIN_TOKENS
+from offmoe.report.token_types import TYPES
+
+DATA = "/*DATA*/"
+PAIRED_EXPERTS = 64
+"""Experts of a layer in the page's co-activation maps: the square of it times layers is what the page grows by."""
+
+
+def page(report: Report) -> str:
+    """The report as a self-contained HTML page."""
+    template = files("offmoe.report").joinpath("page.html").read_text(encoding="utf-8")
+    assert template.count(DATA) == 1
+    # "<" ends a script element and opens a comment; as an escape it is the same text to JSON and no markup to HTML.
+    data = json.dumps(_data(report), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    return template.replace(DATA, data.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029"))
+
+
+def write_page(path: str, report: Report) -> None:
+    """Write the page, whole or not at all."""
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise ConfigError(f"-o {path}: the folder does not exist; create it first.")
+    partial = target.with_name(target.name + ".partial")
+    try:
+        partial.write_text(page(report), encoding="utf-8")
+        os.replace(partial, target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OffmoeError(f"cannot write {path}: {error.strerror}. Free space or choose another path.") from error
+
+
+def _data(report: Report) -> dict[str, Any]:
+    return {
+        "model": report.model or "unnamed model",
+        "tokens": report.tokens,
+        "requests": report.requests,
+        "top_k": list(report.shape.top_k),
+        "cards": _cards(report),
+        "findings": findings(report),
+        "missing": missing(report),
+        "alert": ALERT,
+        "min_expected": MIN_EXPECTED,
+        "min_tokens": MIN_TOKENS,
+        "clear": CLEAR,
+        "layers": [
+            {
+                **{name: _rounded(value) for name, value in {**load.to_dict(), **consistency.to_dict()}.items()},
+                "loads": load.routes.tolist(),
+                "prefill": prefill.routes.tolist(),
+                "decode": decode.routes.tolist(),
+                "consecutive_prefill": _rounded(first),
+                "consecutive_decode": _rounded(second),
+            }
+            for load, consistency, prefill, decode, first, second in zip(
+                report.loads,
+                report.consistency,
+                report.prefill.loads,
+                report.decode.loads,
+                report.prefill.consecutive,
+                report.decode.consecutive,
+                strict=True,
+            )
+        ],
+        "phases": {
+            name: {key: _rounded(value) for key, value in phase.to_dict().items()}
+            for name, phase in (("prefill", report.prefill), ("decode", report.decode))
+        },
+        "pairs": [_pairs(report, i) for i in range(len(report.coactivation))],
+        "types": _types(report),
+    }
+
+
+def _cards(report: Report) -> list[dict[str, str]]:
+    overall = report.overall()
+    gini, busiest = mean([load.gini for load in report.loads]), mean([load.busiest for load in report.loads])
+    active = report.active
+    chance = _percent(overall["independent"])
+    return [
+        {"label": "Gini of loads", "value": _number(gini, ".2f"), "note": "0 even, 1 one expert does all"},
+        {"label": "Busiest expert", "value": _number(busiest, ".1f", "x"), "note": "the mean, average of layers"},
+        {
+            "label": "Alerts",
+            "value": str(len(report.alerts)),
+            "note": f"experts above {ALERT:g}x the mean",
+            "level": "bad" if report.alerts else "good",
+        },
+        {
+            "label": "Experts kept",
+            "value": _percent(overall["consecutive"]),
+            "note": f"from token to token; chance {chance}",
+        },
+        {
+            "label": "Same token",
+            "value": _percent(overall["same_token"]),
+            "note": f"meets the same experts; chance {chance}",
+        },
+        {
+            "label": "Active per token",
+            "value": percent(active.expert_bytes / active.expert_bytes_total),
+            "note": "of the expert weights",
+        },
+    ]
+
+
+def _pairs(report: Report, index: int) -> dict[str, Any]:
+    pair = report.coactivation[index]
+    rows = np.sort(np.argsort(-pair.before, kind="stable")[:PAIRED_EXPERTS])
+    cols = np.sort(np.argsort(-pair.after, kind="stable")[:PAIRED_EXPERTS])
+    return {
+        "rows": rows.tolist(),
+        "cols": cols.tolist(),
+        "before": pair.before[rows].tolist(),
+        "after": pair.after[cols].tolist(),
+        "both": pair.both,
+        "tokens": pair.tokens[np.ix_(rows, cols)].tolist(),
+        "guessed": _rounded(pair.guessed),
+        "by_popularity": _rounded(pair.by_popularity),
+    }
+
+
+def _types(report: Report) -> dict[str, Any] | None:
+    found = report.specialisation
+    if found is None:
+        return None
+    return {
+        "names": list(found.types),
+        "meaning": [TYPES.get(name, f"letters of this script: {name}") for name in found.types],
+        "tokens": list(found.types.values()),
+        "routes": [routes.tolist() for routes in found.routes],
+        "favourites": [
+            [[[t.piece, t.routes, t.occurrences, _rounded(t.lift)] for t in tokens] for tokens in experts]
+            for experts in found.favourites
+        ],
+        "strongest": [[s.layer, s.expert, s.type, s.routes, _rounded(s.lift)] for s in found.strongest()],
+    }
+
+
+def _rounded(value: object) -> object:
+    """Four digits are more than a picture shows."""
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def _percent(share: float | None) -> str:
+    return "\u2013" if share is None else percent(share)
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "\u2013" if value is None else f"{value:{form}}{unit}"

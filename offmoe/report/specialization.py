@@ -1,0 +1,160 @@
+"""Which tokens go to which expert: by the type of their text, and one by one.
+
+Only counts. Bound: linear in routes, and a table [tokens that occur often enough, experts] per layer. Must never show
+a preference that chance would explain: every lift stands on enough expected routes, and carries its counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from offmoe.report.token_types import TYPES, token_type
+from offmoe.trace.trace import Trace
+
+MIN_TOKENS = 20
+"""Tokens of a type below which nothing is said about it."""
+CLEAR = 8.0
+"""Nats of evidence that a preference needs: among 10,000 cells, chance alone passes it less than once."""
+TOKENS_PER_EXPERT = 6
+STRONGEST = 20
+
+
+@dataclass(frozen=True)
+class TokenLift:
+    """Occurrences of one token that one expert took, against those its load would have brought it."""
+
+    piece: str
+    token: int
+    routes: int
+    occurrences: int
+    lift: float
+
+
+@dataclass(frozen=True)
+class TypeLift:
+    """Tokens of one type that one expert took, against those its load would have brought it."""
+
+    layer: int
+    expert: int
+    type: str
+    routes: int
+    expected: float
+    lift: float
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """types: tokens of each type, the most frequent first. routes[layer]: int [types, experts]. expected: likewise,
+    what loads alone would give. favourites[layer][expert]: tokens that stand out there, the clearest first."""
+
+    types: dict[str, int]
+    routes: tuple[np.ndarray, ...]
+    expected: tuple[np.ndarray, ...]
+    favourites: tuple[tuple[tuple[TokenLift, ...], ...], ...]
+    min_expected: float
+
+    def lift(self, layer: int) -> np.ndarray:
+        """float [types, experts]: routes over expected ones; NaN without enough support."""
+        enough = np.array([count >= MIN_TOKENS for count in self.types.values()], bool)[:, None]
+        supported = enough & (self.expected[layer] >= self.min_expected)
+        return np.where(supported, self.routes[layer] / np.where(supported, self.expected[layer], 1), np.nan)
+
+    def strongest(self, most: int = STRONGEST) -> list[TypeLift]:
+        """Expert and type that belong together most clearly, one entry per expert."""
+        found = []
+        names = list(self.types)
+        for layer in range(len(self.routes)):
+            lift = self.lift(layer)
+            score = _evidence(self.routes[layer], self.expected[layer], lift)
+            for expert in range(lift.shape[1]):
+                best = int(np.argmax(score[:, expert])) if len(names) else 0
+                if len(names) and score[best, expert] > 0:
+                    routes, expected = int(self.routes[layer][best, expert]), float(self.expected[layer][best, expert])
+                    entry = TypeLift(layer, expert, names[best], routes, expected, float(lift[best, expert]))
+                    found.append((float(score[best, expert]), entry))
+        return [entry for _, entry in sorted(found, key=lambda item: -item[0])[:most]]
+
+    def to_dict(self) -> dict[str, object]:
+        return {
+            "types": self.types,
+            "strongest": [vars(entry) for entry in self.strongest()],
+            "favourites": [[[vars(token) for token in tokens] for tokens in experts] for experts in self.favourites],
+        }
+
+
+def specialisation(trace: Trace, chosen: Iterable[np.ndarray], min_expected: float) -> Specialisation | None:
+    """Of a trace with tokens and their pieces, else None. chosen: bool [T, experts] of each layer."""
+    if trace.token is None or trace.pieces is None or not trace.tokens:
+        return None
+    ids, index, counts = np.unique(trace.token, return_inverse=True, return_counts=True)
+    index = index.reshape(-1)
+    pieces = [trace.pieces.get(token) for token in ids.tolist()]
+    kinds = [None if piece is None else token_type(piece) for piece in pieces]
+    tally: dict[str, int] = {}
+    for kind, count in zip(kinds, counts.tolist(), strict=True):
+        if kind is not None:
+            tally[kind] = tally.get(kind, 0) + count
+    order = list(TYPES)
+    types = dict(sorted(tally.items(), key=lambda item: (-item[1], order.index(item[0]) if item[0] in TYPES else 99)))
+    number = {kind: i for i, kind in enumerate(types)}
+    of_token = np.array([-1 if kind is None else number[kind] for kind in kinds])[index]
+    routes, expected, favourites = [], [], []
+    for table in chosen:
+        shares = table.sum(axis=0) / max(int(table.sum()), 1)
+        tokens, experts = table.nonzero()
+        cells = of_token[tokens] * table.shape[1] + experts
+        found = np.bincount(cells[of_token[tokens] >= 0], minlength=len(types) * table.shape[1])
+        found = found.reshape(len(types), table.shape[1])
+        routes.append(found)
+        expected.append(np.outer(found.sum(axis=1), shares))
+        favourites.append(_favourites(table, index, ids, counts, pieces, shares, min_expected))
+    return Specialisation(types, tuple(routes), tuple(expected), tuple(favourites), min_expected)
+
+
+def _favourites(
+    chosen: np.ndarray,
+    index: np.ndarray,
+    ids: np.ndarray,
+    counts: np.ndarray,
+    pieces: list[str | None],
+    shares: np.ndarray,
+    min_expected: float,
+) -> tuple[tuple[TokenLift, ...], ...]:
+    """Per expert, the tokens that it takes most clearly more often than its load explains."""
+    frequent = np.flatnonzero((counts >= min_expected) & np.array([piece is not None for piece in pieces]))
+    row = np.full(len(ids), -1)
+    row[frequent] = np.arange(len(frequent))
+    tokens, experts = chosen.nonzero()
+    of_row = row[index[tokens]]
+    cells = of_row[of_row >= 0] * chosen.shape[1] + experts[of_row >= 0]
+    routes = np.bincount(cells, minlength=len(frequent) * chosen.shape[1]).reshape(len(frequent), chosen.shape[1])
+    expected = np.outer(routes.sum(axis=1), shares)
+    lift = np.where(routes >= min_expected, routes / np.maximum(expected, 1e-12), np.nan)
+    score = _evidence(routes, expected, lift)
+    out = []
+    for expert in range(chosen.shape[1]):
+        best = [i for i in np.argsort(-score[:, expert], kind="stable")[:TOKENS_PER_EXPERT] if score[i, expert] > 0]
+        out.append(
+            tuple(
+                TokenLift(
+                    str(pieces[frequent[i]]),
+                    int(ids[frequent[i]]),
+                    int(routes[i, expert]),
+                    int(counts[frequent[i]]),
+                    float(lift[i, expert]),
+                )
+                for i in best
+            )
+        )
+    return tuple(out)
+
+
+def _evidence(routes: np.ndarray, expected: np.ndarray, lift: np.ndarray) -> np.ndarray:
+    """Log-likelihood ratio of a cell against its expectation (Poisson), in nats; 0 where it is below CLEAR, no lift is
+    known, or the lift is below 1.
+    """
+    known = ~np.isnan(lift) & (lift > 1)
+    score = routes * np.log(np.where(known, lift, 1.0)) - (routes - expected)
+    return np.where(known & (score >= CLEAR), score, 0.0)

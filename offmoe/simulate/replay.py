@@ -1,0 +1,170 @@
+"""Replay a trace through the runtime's own planner and count what would have happened. No torch, no weights, no clock.
+
+Bound: the planner, some 10 us per (step, layer); the accesses of a trace are made once for many replays (`Recording`).
+`replay(trace).stats` equals the statistics of the run that recorded the trace, exactly, when the options are the run's
+(rule R2). Must never take a decision of its own."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+
+from offmoe.config import CacheOptions
+from offmoe.policy.eviction import Belady
+from offmoe.policy.planner import Planner, build_planner
+from offmoe.trace.trace import Trace
+from offmoe.types import Access, CacheShape, CacheStats
+
+
+class Recording:
+    """A trace with its accesses made, for replaying it many times."""
+
+    def __init__(self, trace: Trace, steps: Sequence[Step] | None = None):
+        self.trace = trace
+        self.shape = trace.shape
+        self.steps = (
+            steps
+            if steps is not None
+            else [
+                Step(int(trace.request[rows.start]), rows.stop - rows.start, tuple(trace.step_accesses(rows)))
+                for rows in trace.steps()
+            ]
+        )
+
+    def accesses(self) -> Iterator[Access]:
+        for step in self.steps:
+            yield from step.accesses
+
+    def by_request(self) -> list[Recording]:
+        """One recording per run of steps of one request; a batch counts as the request of its first row."""
+        return [Recording(self.trace, list(steps)) for _, steps in groupby(self.steps, lambda step: step.request)]
+
+
+class Step(NamedTuple):
+    """One forward pass: the request of its first row, its rows, and what its layers asked for."""
+
+    request: int
+    rows: int
+    accesses: tuple[Access, ...]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Outcome of one configuration: the options it ran with and what it counted."""
+
+    options: CacheOptions
+    stats: CacheStats
+
+
+def replay(trace: Trace | Recording, options: CacheOptions) -> Replay:
+    """Count one configuration over a trace, from an empty cache. ConfigError if the options do not fit the model."""
+    return Replay(options, _count(build_planner(options, trace.shape), trace.accesses(), trace.shape))
+
+
+def belady(trace: Trace | Recording, options: CacheOptions) -> CacheStats:
+    """The same cache with perfect knowledge of the future: the bound for prefetch 0 and forced admission.
+
+    It bounds single-token steps; in longer steps waves may pass an expert through that MIN would not have admitted.
+    """
+    options = CacheOptions(slots_per_layer=options.slots_per_layer, scope=options.scope, prefetch=0)
+    accesses = list(trace.accesses())
+    uses = _uses(accesses, trace.shape, options.scope)
+    planner = Planner(trace.shape, options, lambda pool, _: Belady(uses[pool]))
+    return _count(planner, accesses, trace.shape)
+
+
+def belady_with_bypass(trace: Trace | Recording, options: CacheOptions) -> float:
+    """Hit rate of MIN where an expert may be used without taking a slot: no cache that fetches on demand does better,
+    whatever its admission, and whatever the length of the steps. No policy of ours: slots here take what is demanded.
+    """
+    accesses = list(trace.accesses())
+    quotas = options.quotas(trace.shape)
+    pooled = options.scope == "model"
+    uses = _uses(accesses, trace.shape, options.scope)
+    first = [sum(trace.shape.experts[:layer]) if pooled else 0 for layer in range(trace.shape.layers)]
+    pools = [_Min(u, sum(quotas) if pooled else quotas[i]) for i, u in enumerate(uses)]
+    demands = 0
+    for access in accesses:
+        pool = pools[0] if pooled else pools[access.layer]
+        pool.use([first[access.layer] + demand.expert for demand in access.demands])
+        demands += len(access.demands)
+    return sum(pool.hits for pool in pools) / demands if demands else 0.0
+
+
+class _Min:
+    """Of what is held and what is demanded, the keys that are used again soonest stay. A lazy heap by next use."""
+
+    def __init__(self, uses: Sequence[Sequence[int]], capacity: int):
+        self.hits = 0
+        self._uses, self._capacity = uses, capacity
+        self._next = [0] * len(uses)
+        self._held: set[int] = set()
+        self._farthest: list[tuple[float, int]] = []
+
+    def use(self, keys: Sequence[int]) -> None:
+        for key in keys:
+            self.hits += key in self._held
+            self._next[key] += 1
+            self._held.add(key)
+            heapq.heappush(self._farthest, (-self._when(key), key))
+        while len(self._held) > self._capacity:
+            when, key = heapq.heappop(self._farthest)
+            if key in self._held and -when == self._when(key):
+                self._held.remove(key)
+
+    def _when(self, key: int) -> float:
+        uses, i = self._uses[key], self._next[key]
+        return uses[i] if i < len(uses) else math.inf
+
+
+def shuffled(trace: Trace, seed: int = 0) -> Trace:
+    """The trace with its tokens in a random order: the skew of the experts' popularity stays, memory goes."""
+    order = np.random.default_rng(seed).permutation(trace.tokens)
+    return replace(trace, experts=trace.experts[order], token=None, probs=None, predicted=None)
+
+
+def uniform_hit_rate(trace: Trace | Recording, options: CacheOptions) -> float:
+    """What routing without skew or memory would hit on average: the demand-weighted share of experts that have a
+    slot.
+    """
+    quotas = options.quotas(trace.shape)
+    if options.scope == "model":
+        return min(1.0, sum(quotas) / sum(trace.shape.experts))
+    demands = [0] * trace.shape.layers
+    for access in trace.accesses():
+        demands[access.layer] += len(access.demands)
+    total = sum(demands)
+    return (
+        sum(d * q / e for d, q, e in zip(demands, quotas, trace.shape.experts, strict=True)) / total if total else 0.0
+    )
+
+
+def _count(planner: Planner, accesses: Iterable[Access], shape: CacheShape) -> CacheStats:
+    stats = CacheStats.for_layers(shape.layers)
+    for access in accesses:
+        stats.add(planner.plan(access), shape)
+    return stats
+
+
+def _uses(accesses: Iterable[Access], shape: CacheShape, scope: str) -> list[list[list[int]]]:
+    """Per pool and key, the indices of the pool's accesses that demand the key."""
+    if scope == "layer":
+        uses: list[list[list[int]]] = [[[] for _ in range(n)] for n in shape.experts]
+        counts = [0] * shape.layers
+        for access in accesses:
+            for demand in access.demands:
+                uses[access.layer][demand.expert].append(counts[access.layer])
+            counts[access.layer] += 1
+        return uses
+    first = [sum(shape.experts[:layer]) for layer in range(shape.layers)]
+    pooled: list[list[int]] = [[] for _ in range(sum(shape.experts))]
+    for i, access in enumerate(accesses):
+        for demand in access.demands:
+            pooled[first[access.layer] + demand.expert].append(i)
+    return [pooled]

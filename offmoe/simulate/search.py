@@ -1,0 +1,173 @@
+"""The search behind `offmoe tune`: which configurations are worth replaying, and what to make of the outcomes.
+
+Nothing moves. Two rounds: every policy at every capacity; then, at one capacity, what else there is to choose (scope,
+prefetch, unequal quotas, what a miss gets) for the two best policies. All at once would be hundreds of replays for what
+nobody asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from offmoe.config import EVICTIONS, CacheOptions
+from offmoe.errors import ConfigError
+from offmoe.simulate.predictions import PredictionQuality, analyse, transition_predictions
+from offmoe.simulate.sweep import Bounds, Outcome, Settings, fit_quotas, gap_closed, grid, knee, rank
+from offmoe.trace.trace import Trace
+
+REFINED = 2
+"""Policies that the second round tries everything with."""
+
+Sweep = Callable[[Sequence[CacheOptions], Sequence[CacheOptions]], tuple[list[Outcome], list[Bounds]]]
+"""(candidates, bounds) -> outcomes: tuning.sweep with everything else decided."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Everything that was replayed. slots: the capacity that was asked for, or the knee's; ranked: the outcomes of that
+    capacity, best first.
+    """
+
+    trace: Trace
+    settings: Settings
+    outcomes: list[Outcome]
+    bounds: list[Bounds]
+    slots: int
+    ranked: list[Outcome]
+
+    @property
+    def best(self) -> Outcome:
+        return self.ranked[0]
+
+    @property
+    def policies(self) -> list[str]:
+        return list(dict.fromkeys(outcome.options.eviction for outcome in self.outcomes))
+
+    def curve(self, eviction: str) -> dict[int, float]:
+        """Hit rate over slots per layer, equal quotas of one policy without prefetch."""
+        return {n: outcome.whole.stats.hit_rate for n, outcome in _equal_quotas(self.outcomes, eviction).items()}
+
+    def gap(self, outcome: Outcome) -> float | None:
+        """Share of the way from LRU to Belady; None where Belady is no bound, or LRU was not tried."""
+        slots = outcome.options.slots_per_layer
+        bound = next((b for b in self.bounds if b.slots_per_layer == slots), None)
+        lru = next((rate for n, rate in self.curve("lru").items() if n == slots), None)
+        options = outcome.options
+        if bound is None or lru is None or (options.scope, options.prefetch, options.on_miss) != ("layer", 0, "fetch"):
+            return None
+        return gap_closed(outcome.whole.stats.hit_rate, lru, bound.belady)
+
+    def others(self) -> list[Outcome]:
+        """Outcomes of other capacities."""
+        ranked = {id(outcome) for outcome in self.ranked}
+        return [outcome for outcome in self.outcomes if id(outcome) not in ranked]
+
+    def predictions(self) -> dict[str, list[PredictionQuality]]:
+        """Quality per layer of the "recorded" predictions and of the "transitions" baseline, against the best cache, on
+        the requests that the baseline was not counted on.
+        """
+        trace, test = self.trace, self.settings.test_requests
+        if trace.shape.layers < 2:
+            return {}
+        cache = replace(self.best.options, prefetch=0)
+        counted = replace(trace, predicted=transition_predictions(trace, test))
+        baseline = {"transitions": analyse(counted, cache, test or None)}
+        if trace.predicted is None:
+            return baseline
+        return {"recorded": analyse(trace, cache, test or None), **baseline}
+
+
+def search(
+    trace: Trace,
+    settings: Settings,
+    sweep: Sweep,
+    sizes: Sequence[int],
+    slots: int | None = None,
+    evictions: Sequence[str] = EVICTIONS,
+    scopes: Sequence[str] | None = None,
+    prefetches: Sequence[int | str] | None = None,
+    on_misses: Sequence[str] | None = None,
+    host_sizes: Sequence[int] | None = None,
+) -> Found:
+    """Replay what is worth it. sizes: slots per layer to sweep. slots: the capacity to choose for; None: the knee.
+
+    scopes, prefetches, on_misses: what to cross with every policy and size; None: scope "layer", no prefetch and a slot
+    for every miss everywhere, the rest in the second round. host_sizes: slots per layer in RAM behind the device's; the
+    most everywhere, fewer in the second round; None: those of the recorded run, and half of them. ConfigError for what
+    the trace cannot answer."""
+    if trace.predicted is None and any(prefetch != 0 for prefetch in prefetches or ()):
+        raise ConfigError("--prefetch: the trace holds no predictions; record one with 'offmoe generate --prefetch N'.")
+    sizes = sorted({*sizes, *([slots] if slots else [])})
+    in_ram, fewer = _host_sizes(trace, host_sizes)
+    candidates = grid(
+        trace,
+        sizes,
+        evictions,
+        scopes or ("layer",),
+        prefetches or (0,),
+        on_misses or ("fetch",),
+        settings.test_requests,
+        in_ram,
+    )
+    outcomes, bounds = sweep(candidates, [CacheOptions(slots_per_layer=n) for n in sizes])
+    if slots is None:
+        best: dict[int, float] = {}
+        for options, outcome in zip(candidates, outcomes, strict=True):
+            assert isinstance(options.slots_per_layer, int)
+            best[options.slots_per_layer] = max(best.get(options.slots_per_layer, 0.0), outcome.train.stats.hit_rate)
+        slots = knee(best)
+    here = rank(outcome for outcome in outcomes if outcome.options.slots_per_layer == slots)
+    refined = _refinements(trace, outcomes, here, slots, scopes is None, prefetches is None, on_misses is None, fewer)
+    second, _ = sweep(refined, [])
+    return Found(trace, settings, outcomes, bounds, slots, rank([*here, *second]))
+
+
+def _refinements(
+    trace: Trace,
+    outcomes: list[Outcome],
+    here: list[Outcome],
+    slots: int,
+    scopes: bool,
+    prefetches: bool,
+    on_misses: bool,
+    host_sizes: Sequence[int],
+) -> list[CacheOptions]:
+    """What the best policies have not been tried with at the chosen capacity."""
+    refined = []
+    for policy in list(dict.fromkeys(outcome.options.eviction for outcome in here))[:REFINED]:
+        base = next(outcome.options for outcome in here if outcome.options.eviction == policy)
+        curve = _equal_quotas(outcomes, policy)
+        if scopes:
+            refined.append(replace(base, scope="model"))
+        if prefetches and trace.predicted is not None:
+            ahead: list[int | str] = list(dict.fromkeys([1, max(trace.shape.top_k), "auto"]))
+            refined += [replace(base, prefetch=n) for n in ahead]
+        if on_misses:
+            refined += [replace(base, on_miss="cpu"), replace(base, on_miss="auto")]
+        refined += [replace(base, host_slots=n) for n in host_sizes]
+        if len(curve) > 1:
+            fitted = fit_quotas(curve, slots, trace.shape)
+            if len(set(fitted)) > 1:
+                refined.append(replace(base, scope="layer", prefetch=0, on_miss="fetch", slots_per_layer=fitted))
+    return refined
+
+
+def _host_sizes(trace: Trace, sizes: Sequence[int] | None) -> tuple[int | tuple[int, ...], tuple[int, ...]]:
+    """Slots per layer in RAM to try everything with, and fewer to try the best with."""
+    if sizes is not None:
+        in_order = sorted({*sizes}, reverse=True)
+        return in_order[0], tuple(in_order[1:])
+    own = 0 if trace.options is None else trace.options.host_slots
+    half = (own if isinstance(own, int) else max(own)) // 2
+    return own, (half, 0) if half else ()
+
+
+def _equal_quotas(outcomes: Sequence[Outcome], eviction: str) -> dict[int, Outcome]:
+    """One policy by slots per layer, no prefetch, every miss fetched: the runs that curves and quotas are made of."""
+    return {
+        o.options.slots_per_layer: o
+        for o in outcomes
+        if isinstance(o.options.slots_per_layer, int)
+        and (o.options.eviction, o.options.scope, o.options.prefetch, o.options.on_miss)
+        == (eviction, "layer", 0, "fetch")
+    }

@@ -1,0 +1,318 @@
+"""Which cache is best for a trace: many configurations replayed, compared with bounds, ranked without self-deception.
+
+Nothing moves. Bound: the planner (30,000 accesses per second and core or more) times the configurations, spread over
+processes. Requests are split in two: what is fitted (popularity, quotas, the choice itself) sees the train half only,
+the test half says what it is worth. Whatever is not a bound knows no future."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from offmoe.config import EVICTIONS, CacheOptions
+from offmoe.errors import CapacityError
+from offmoe.policy.planner import Planner, build_planner
+from offmoe.profile import CostModel
+from offmoe.simulate.clock import Clock
+from offmoe.simulate.processes import run_tasks
+from offmoe.simulate.replay import Recording, belady, belady_with_bypass, replay, shuffled, uniform_hit_rate
+from offmoe.trace.trace import Trace
+from offmoe.types import CacheShape, CacheStats
+
+Progress = Callable[[int, int], None]
+"""(done, all) after every configuration."""
+
+
+@dataclass
+class Part:
+    """What some of the requests did. Seconds are 0 without costs; `single_*` count steps of one token."""
+
+    stats: CacheStats
+    tokens: int = 0
+    seconds: float = 0.0
+    single_tokens: int = 0
+    single_seconds: float = 0.0
+
+    @property
+    def misses_per_token(self) -> float:
+        return self.stats.misses / self.tokens if self.tokens else 0.0
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.stats.h2d_bytes / self.tokens if self.tokens else 0.0
+
+    @property
+    def disk_bytes_per_token(self) -> float:
+        return self.stats.disk_bytes / self.tokens if self.tokens else 0.0
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Of decoding, where there is any; None without costs."""
+        if self.single_seconds:
+            return self.single_tokens / self.single_seconds
+        return self.tokens / self.seconds if self.seconds else None
+
+    def __add__(self, other: Part) -> Part:
+        return Part(
+            self.stats + other.stats,
+            self.tokens + other.tokens,
+            self.seconds + other.seconds,
+            self.single_tokens + other.single_tokens,
+            self.single_seconds + other.single_seconds,
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One configuration over a whole trace, counted apart for the requests that were fitted to and the others."""
+
+    options: CacheOptions
+    train: Part
+    test: Part
+
+    @property
+    def whole(self) -> Part:
+        return self.train + self.test
+
+    @property
+    def judged(self) -> Part:
+        """The part that says what the choice is worth: test, or all there is."""
+        return self.test if self.test.tokens else self.train
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Hit rates at one capacity that frame every policy's: `belady` for prefetch 0 and forced admission (exact for
+    single-token steps), `belady_bypass` for any demand-fetched cache; `uniform`: routing without skew or memory;
+    `shuffled`: LRU on the tokens in random order, skew without memory.
+    """
+
+    slots_per_layer: int | tuple[int, ...]
+    scope: str
+    belady: float
+    belady_bypass: float
+    uniform: float
+    shuffled: float
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How all configurations are replayed. test_requests: see `split_requests`."""
+
+    costs: CostModel | None = None
+    clear_between_requests: bool = False
+    test_requests: frozenset[int] = field(default_factory=frozenset)
+
+
+def split_requests(trace: Trace) -> frozenset[int]:
+    """Every other request, to test on; empty when there is only one, which then is all there is to fit to."""
+    in_order = list(dict.fromkeys(trace.request.tolist()))
+    return frozenset(in_order[1::2])
+
+
+def evaluate(recording: Recording, options: CacheOptions, settings: Settings) -> Outcome:
+    """Replay one configuration from an empty cache, and again from one where a request begins if that is asked."""
+    shape = recording.shape
+    train, test = Part(CacheStats.for_layers(shape.layers)), Part(CacheStats.for_layers(shape.layers))
+    clock = None if settings.costs is None else Clock(settings.costs, shape)
+    planner: Planner | None = None
+    request = -1
+    for step in recording.steps:
+        if planner is None or (settings.clear_between_requests and step.request != request):
+            planner = build_planner(options, shape)
+        request = step.request
+        part = test if request in settings.test_requests else train
+        plan_of, add, stats = planner.plan, part.stats.add, part.stats
+        began = 0.0 if clock is None else clock.now_s
+        for access in step.accesses:
+            plan = plan_of(access)
+            add(plan, shape)
+            if clock is not None:
+                waited = clock.stall_s
+                clock.add(access, plan, step.rows)
+                stats.stalled(access.layer, clock.stall_s - waited)
+        part.tokens += step.rows
+        seconds = 0.0 if clock is None else clock.now_s - began
+        part.seconds += seconds
+        if step.rows == 1:
+            part.single_tokens += 1
+            part.single_seconds += seconds
+    return Outcome(options, train, test)
+
+
+def bound(recording: Recording, options: CacheOptions, settings: Settings) -> Bounds:
+    """The bounds at the capacity and scope of `options`."""
+    lru = replace(options, eviction="lru", prefetch=0, popularity=None, on_miss="fetch", host_slots=0)
+    parts = recording.by_request() if settings.clear_between_requests else [recording]
+    demands = [sum(len(access.demands) for access in part.accesses()) for part in parts]
+    total = sum(demands) or 1
+    best = sum(belady(part, lru).hits for part in parts) / total
+    bypass = sum(n * belady_with_bypass(part, lru) for n, part in zip(demands, parts, strict=True)) / total
+    mixed = replay(shuffled(recording.trace), lru).stats.hit_rate
+    return Bounds(lru.slots_per_layer, lru.scope, best, bypass, uniform_hit_rate(recording, lru), mixed)
+
+
+def sweep(
+    trace: Trace,
+    candidates: Sequence[CacheOptions],
+    bounds: Sequence[CacheOptions] = (),
+    settings: Settings | None = None,
+    *,
+    jobs: int = 1,
+    progress: Progress | None = None,
+) -> tuple[list[Outcome], list[Bounds]]:
+    """Every candidate replayed, and the bounds at the capacity and scope of every option set in `bounds`.
+
+    jobs: processes; with more than one, a script must guard its main module, as multiprocessing asks. Raises
+    ConfigError if a candidate does not fit the model."""
+    settings = settings or Settings()
+    for options in [*candidates, *bounds]:
+        build_planner(options, trace.shape)
+    tasks = [_Task(options, settings, False) for options in candidates]
+    tasks += [_Task(options, settings, True) for options in bounds]
+    results = run_tasks(Recording, trace, tasks, jobs, progress)
+    return (
+        [result for result in results if isinstance(result, Outcome)],
+        [result for result in results if isinstance(result, Bounds)],
+    )
+
+
+@dataclass(frozen=True)
+class _Task:
+    options: CacheOptions
+    settings: Settings
+    is_bound: bool
+
+    def __call__(self, recording: Recording) -> Outcome | Bounds:
+        return (bound if self.is_bound else evaluate)(recording, self.options, self.settings)
+
+
+def grid(
+    trace: Trace,
+    slots: Iterable[int | tuple[int, ...]],
+    evictions: Sequence[str] = EVICTIONS,
+    scopes: Sequence[str] = ("layer",),
+    prefetches: Sequence[int | str] = (0,),
+    on_misses: Sequence[str] = ("fetch",),
+    test_requests: frozenset[int] = frozenset(),
+    host_slots: int | tuple[int, ...] = 0,
+) -> list[CacheOptions]:
+    """All combinations, each with these slots in RAM; the popularity of "static" is counted on the requests that are
+    not tested on.
+    """
+    popular = popularity(trace, test_requests) if "static" in evictions else None
+    return [
+        CacheOptions(
+            eviction,
+            scope,
+            n,
+            prefetch,
+            popularity=popular if eviction == "static" else None,
+            host_slots=host_slots,
+            on_miss=on_miss,
+        )
+        for n in slots
+        for eviction in evictions
+        for scope in scopes
+        for prefetch in prefetches
+        for on_miss in on_misses
+    ]
+
+
+def popularity(trace: Trace, without: frozenset[int] = frozenset()) -> tuple[tuple[float, ...], ...]:
+    """Tokens routed to every expert of every layer, in the requests that are not in `without`."""
+    rows = ~np.isin(trace.request, list(without))
+    counts = []
+    for layer, num_experts in enumerate(trace.shape.experts):
+        ids = trace.experts[rows, layer].ravel()
+        counts.append(tuple(np.bincount(ids[ids >= 0], minlength=num_experts).astype(float).tolist()))
+    return tuple(counts)
+
+
+def capacities(shape: CacheShape) -> list[int]:
+    """Slots per layer worth trying: from top_k to all experts, in steps of about 1.4x."""
+    top_k, most = max(shape.top_k), max(shape.experts)
+    steps = {top_k << i for i in range(20)} | {top_k * 3 << i >> 1 for i in range(20)}
+    return sorted({n for n in steps if top_k <= n < most} | {most})
+
+
+def affordable(shape: CacheShape, budget: int) -> int:
+    """The most slots per layer that fit `budget` bytes; CapacityError when top_k of them do not."""
+    least = sum(k * nbytes for k, nbytes in zip(shape.top_k, shape.expert_bytes, strict=True))
+    each = max(max(shape.top_k), 1) * sum(shape.expert_bytes)
+    slots = budget // sum(shape.expert_bytes)
+    if slots < max(shape.top_k):
+        raise CapacityError(
+            f"a budget of {budget} bytes is too small: top_k={max(shape.top_k)} slots in every layer need {each} bytes"
+            + (f" (at the very least {least})." if least != each else ".")
+        )
+    return int(min(slots, max(shape.experts)))
+
+
+def fit_quotas(by_slots: Mapping[int, Outcome], slots: int, shape: CacheShape) -> tuple[int, ...]:
+    """Unequal slots per layer for the memory of `slots` in each, by greedy marginal gain of hits per byte.
+
+    by_slots: outcomes of one policy at several equal capacities, of which the train part is used; hits between two
+    capacities lie on the line between them. A layer's cache does not depend on the others', so its hits at n slots are
+    known from the run where all layers had n."""
+    known = sorted(by_slots)
+    curves = [
+        np.interp(range(most + 1), known, [by_slots[n].train.stats.by_layer[layer].hits for n in known])
+        for layer, most in enumerate(shape.experts)
+    ]
+    quotas = [min(k, e) for k, e in zip(shape.top_k, shape.experts, strict=True)]
+    room = slots * sum(shape.expert_bytes) - sum(n * b for n, b in zip(quotas, shape.expert_bytes, strict=True))
+    while True:
+        gains = [
+            (float(_best_slope(curve, quota)) / nbytes, -layer)
+            for layer, (curve, quota, nbytes) in enumerate(zip(curves, quotas, shape.expert_bytes, strict=True))
+            if quota < shape.experts[layer] and nbytes <= room
+        ]
+        if not gains:
+            return tuple(quotas)
+        layer = -max(gains)[1]
+        quotas[layer] += 1
+        room -= shape.expert_bytes[layer]
+
+
+def _best_slope(curve: np.ndarray, at: int) -> float:
+    """Hits per slot of the best next step, however many slots it takes: a flat stretch may lead to a steep one."""
+    ahead = np.arange(1, len(curve) - at)
+    return float(((curve[at + 1 :] - curve[at]) / ahead).max())
+
+
+def knee(curve: Mapping[int, float]) -> int:
+    """The capacity farthest above the line from the first to the last point of hit rate over slots."""
+    first, last = min(curve), max(curve)
+    if last == first or curve[last] <= curve[first]:
+        return first
+    rise = (curve[last] - curve[first]) / (last - first)
+    return max(sorted(curve), key=lambda n: curve[n] - rise * n)
+
+
+def gain_of_doubling(curve: Mapping[int, float], slots: int) -> float:
+    """Points of hit rate that twice the slots would add, as a share; between capacities on the line between them."""
+    known = sorted(curve)
+    at = np.interp([slots, 2 * slots], known, [curve[n] for n in known])
+    return float(at[1] - at[0])
+
+
+def gap_closed(rate: float, lru: float, best: float) -> float | None:
+    """Share of the way from LRU to Belady; None where there is no way to go."""
+    return (rate - lru) / (best - lru) if best > lru + 1e-12 else None
+
+
+def rank(outcomes: Iterable[Outcome]) -> list[Outcome]:
+    """Best first, judged on the train part: tokens per second where there are costs, else the fewest bytes read from
+    disk, then the fewest moved, then the most hits. What is equal keeps its order.
+    """
+
+    def worth(outcome: Outcome) -> tuple[float, ...]:
+        train = outcome.train
+        if train.tokens_per_s is not None:
+            return (-train.tokens_per_s,)
+        return train.disk_bytes_per_token, train.bytes_per_token, -train.stats.hit_rate
+
+    return sorted(outcomes, key=worth)

@@ -1,0 +1,216 @@
+"""What a safetensors checkpoint holds and where: its shards, and which of them has a tensor.
+
+Only headers and the index move; bounded by the number of tensors (90,000 in the largest models, seconds at most).
+Weights are never read here and nothing is mapped: a shard truncated under a mapping kills the process, a short read is
+an exception.
+
+What it must never do: unpickle (`.bin`, `.pth`), open a file outside the folder because an index says so, or end in
+anything but a checkpoint or an `OffmoeError`, whatever bytes the files hold.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from offmoe.errors import CheckpointError, MissingTensorError, ShardChangedError, UnsupportedModelError
+from offmoe.storage.header import (
+    MAX_HEADER_BYTES,
+    ShardHead,
+    TensorInfo,
+    parse_head,
+    parse_json,
+    read_head,
+    regular_size,
+)
+from offmoe.storage.layout import Segment
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLES = (".bin", ".pth", ".pt", ".ckpt")
+Identity = tuple[int, int, int, int]
+"""Device, inode, size and time of change of a file."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder of safetensors shards, by its headers. `tensors` maps the checkpoint's own names to places."""
+
+    folder: Path
+    shards: tuple[Path, ...]
+    tensors: dict[str, TensorInfo]
+    identities: tuple[Identity | None, ...] = ()
+    """Of the shards when their headers were read; None for one that is not in the folder."""
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str], heads: Mapping[str, ShardHead] | None = None) -> Checkpoint:
+        """Read the headers of a checkpoint folder.
+
+        As transformers does, `model.safetensors` is taken first, then the index; without either, every `*.safetensors`.
+        heads: of shards that are not in the folder (yet), by file name; they count as if they were there. Raises
+        MissingTensorError (a shard or a tensor of the index is absent), UnsupportedModelError (pickles only, a dtype
+        without a torch equivalent) or CheckpointError (a header or the index is not what it claims).
+        """
+        folder = Path(folder).absolute()  # the shards stay where they are when the process goes elsewhere
+        heads = heads or {}
+        weight_map: dict[str, str] | None = None
+        if SINGLE_FILE in heads or os.path.lexists(folder / SINGLE_FILE):
+            files = [SINGLE_FILE]
+        elif os.path.lexists(folder / INDEX_FILE):
+            weight_map = _read_index(folder / INDEX_FILE)
+            files = sorted(set(weight_map.values()))
+        else:
+            files = _safetensors_in(folder)
+        shards = tuple(folder / name for name in files)
+        identities = tuple(None if name in heads else _identity_of(folder / name) for name in files)
+        headers = [
+            dict(parse_head(heads[name] if name in heads else read_head(path), path, number))
+            for number, (name, path) in enumerate(zip(files, shards, strict=True))
+        ]
+        tensors = _merge(headers, files, folder) if weight_map is None else _pick(headers, files, weight_map, folder)
+        return cls(folder, shards, tensors, identities)
+
+    @property
+    def shards_absent(self) -> tuple[str, ...]:
+        """File names of the shards that are known by their heads only."""
+        pairs = zip(self.shards, self.identities, strict=True)
+        return tuple(path.relative_to(self.folder).as_posix() for path, known in pairs if known is None)
+
+    def check_unchanged(self) -> None:
+        """ShardChangedError if a shard is not the file any more whose header was read."""
+        for path, known in zip(self.shards, self.identities, strict=True):
+            if _identity_of(path) != known:
+                raise ShardChangedError(f"{path}: was replaced or rewritten while the model was loading; load it again")
+
+    def info(self, name: str) -> TensorInfo:
+        """Where tensor `name` is; MissingTensorError if the checkpoint has no such tensor."""
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise MissingTensorError(
+                f"{self.folder}: the checkpoint has no tensor {name!r}; "
+                "the download is incomplete or belongs to another architecture"
+            ) from None
+
+    def segment(self, name: str, part: int | None = None, parts: int = 1) -> Segment:
+        """Bytes of a whole tensor, or of part `part` of the `parts` equal ones that its first dimension is cut into.
+
+        A part of one row drops that dimension. Raises MissingTensorError for an unknown name, CheckpointError if the
+        tensor cannot be cut so.
+        """
+        info = self.info(name)
+        if part is None:
+            return Segment(info.shard, info.offset, info.nbytes, info.dtype, info.shape, name)
+        if not info.shape or not 0 <= part < parts or info.shape[0] % parts or not info.shape[0]:
+            raise CheckpointError(
+                f"{self.shards[info.shard]}: tensor {name!r} has shape {list(info.shape)} and therefore no part {part} "
+                f"of {parts} equal ones; config.json and the shards are not of the same model"
+            )
+        nbytes, rows = info.nbytes // parts, info.shape[0] // parts
+        shape = info.shape[1:] if rows == 1 else (rows, *info.shape[1:])
+        return Segment(info.shard, info.offset + part * nbytes, nbytes, info.dtype, shape, name)
+
+
+def identity(status: os.stat_result) -> Identity:
+    """What tells a file from its successor under the same name."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _identity_of(path: Path) -> Identity | None:
+    try:
+        return identity(os.stat(path))
+    except (OSError, ValueError):
+        return None
+
+
+def indexed_files(folder: Path) -> list[str]:
+    """File names of the shards that the folder's index names, sorted. Raises CheckpointError for a damaged index."""
+    return sorted(set(_read_index(folder / INDEX_FILE).values()))
+
+
+def _safetensors_in(folder: Path) -> list[str]:
+    try:
+        names = sorted(os.listdir(folder))
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise CheckpointError(f"{str(folder)!r}: not a readable checkpoint folder ({error})") from error
+    found = [name for name in names if name.endswith(".safetensors")]
+    if found:
+        return found
+    pickles = [name for name in names if name.endswith(PICKLES)]
+    if pickles:
+        raise UnsupportedModelError(
+            f"{folder}: holds only pickled weights ({pickles[0]}), which offmoe never loads because a pickle can run "
+            "code; convert them to safetensors (save_pretrained of transformers writes it) or get such a revision"
+        )
+    raise MissingTensorError(f"{folder}: no *.safetensors file here; give the folder that holds the model's shards")
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> shard file name, every one a path inside the folder."""
+    try:
+        size = regular_size(path)
+        if size > MAX_HEADER_BYTES:
+            raise CheckpointError(f"{path}: an index of {size} bytes is not one; download it again")
+        index = parse_json(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a JSON index ({error}); download it again") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the file's permissions") from error
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f'{path}: has no "weight_map" that names tensors and their shards; download it again')
+    files: set[str] = set()  # few, of very many tensors
+    for name, file in weight_map.items():
+        if isinstance(file, str) and file in files:
+            continue
+        if not isinstance(file, str) or not _stays_inside(file):
+            raise CheckpointError(
+                f"{path}: places tensor {name!r} in {file!r}, which is not a safetensors file inside the folder; "
+                "do not trust this checkpoint"
+            )
+        files.add(file)
+    return weight_map
+
+
+def _stays_inside(file: str) -> bool:
+    """Judged by the name alone: the Hub's cache keeps links to files elsewhere, and those are wanted."""
+    if not file.endswith(".safetensors") or "\0" in file or not file.isprintable():
+        return False
+    for path in (PurePosixPath(file), PureWindowsPath(file)):
+        if path.is_absolute() or path.drive or path.root or ".." in path.parts:
+            return False
+    return True
+
+
+def _merge(headers: list[dict[str, TensorInfo]], files: list[str], folder: Path) -> dict[str, TensorInfo]:
+    """Tensors of all shards; without an index, a name in two shards has no right answer."""
+    tensors: dict[str, TensorInfo] = {}
+    for header in headers:
+        for name, info in header.items():
+            if name in tensors:
+                first, second = files[tensors[name].shard], files[info.shard]
+                raise CheckpointError(
+                    f"{folder}: tensor {name!r} is in {first} and in {second}, and there is no {INDEX_FILE} "
+                    "to tell which; keep one set of shards in the folder"
+                )
+            tensors[name] = info
+    return tensors
+
+
+def _pick(
+    headers: list[dict[str, TensorInfo]], files: list[str], weight_map: dict[str, str], folder: Path
+) -> dict[str, TensorInfo]:
+    """Tensors that the index names, each from the shard it names."""
+    header_of = dict(zip(files, headers, strict=True))
+    tensors = {}
+    for name, file in weight_map.items():
+        info = header_of[file].get(name)
+        if info is None:
+            raise MissingTensorError(
+                f"{folder / file}: the index places tensor {name!r} here, but the shard does not have it; "
+                "index and shards are not of the same download: fetch both again"
+            )
+        tensors[name] = info
+    return tensors

@@ -1,0 +1,104 @@
+"""Where in a shard an expert's bytes are, and in which reads they come.
+
+Nothing moves here. Unbuffered reads go by whole pages of the file, so every run of bytes is widened to them; runs that
+stand close together are one, gaps included; and large experts are cut into parts of a few MB, which several threads
+read and which can be used while the rest is on its way. Bound: some microseconds per expert, once. Must never leave a
+byte of a segment out, or let two windows overlap in the buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from offmoe.storage.layout import ExpertRecord, aligned
+from offmoe.types import part_bytes
+
+ALIGNMENT = 4096
+"""Bytes. File offset, length and memory address of an unbuffered read; 512 is often enough, 4096 always."""
+
+READ_THROUGH_BYTES = 64 * 1024
+"""Gaps below this are read rather than skipped: another request costs more than their bytes."""
+
+
+class Window(NamedTuple):
+    """One read: file bytes [offset, offset + nbytes) of a shard to buffer byte `at`; all multiples of ALIGNMENT."""
+
+    shard: int
+    offset: int
+    nbytes: int
+    at: int
+
+
+class ReadPlan(NamedTuple):
+    """How one expert is read: its windows, and per segment in record order (start in the buffer, nbytes).
+
+    parts: the same windows in groups of at most `part_bytes`, which may be read by different readers; those with the
+    record's first segments, which computing begins with, come first.
+    """
+
+    windows: tuple[Window, ...]
+    parts: tuple[tuple[Window, ...], ...]
+    places: tuple[tuple[int, int], ...]
+    shards: tuple[int, ...]
+    nbytes: int
+
+
+def plan_reads(record: ExpertRecord) -> ReadPlan:
+    """Merge neighbouring segments into extents, widen these to aligned windows, lay them out one after the other."""
+    order = sorted(range(len(record.segments)), key=lambda i: (record.segments[i].shard, record.segments[i].offset))
+    places = [(0, 0)] * len(order)
+    windows: list[Window] = []
+    extent: list[int] = []
+    end = at = 0
+
+    def finish() -> None:
+        nonlocal at
+        if not extent:
+            return
+        first = record.segments[extent[0]]
+        offset = first.offset // ALIGNMENT * ALIGNMENT
+        windows.append(Window(first.shard, offset, aligned(end, ALIGNMENT) - offset, at))
+        for i in extent:
+            places[i] = (at + record.segments[i].offset - offset, record.segments[i].nbytes)
+        at += windows[-1].nbytes
+
+    for i in order:
+        segment = record.segments[i]
+        if not segment.nbytes:
+            continue
+        if extent and (record.segments[extent[0]].shard != segment.shard or segment.offset - end >= READ_THROUGH_BYTES):
+            finish()
+            extent, end = [], 0
+        extent.append(i)
+        end = max(end, segment.offset + segment.nbytes)
+    finish()
+    parts = sorted(_parts(windows, at), key=lambda part: _first_segment(part, places))
+    return ReadPlan(tuple(windows), tuple(parts), tuple(places), tuple(sorted({w.shard for w in windows})), at)
+
+
+def _first_segment(part: Sequence[Window], places: Sequence[tuple[int, int]]) -> int:
+    """Of those that a part holds bytes of, the first in the record; one past the last if there is none."""
+    begin, end = part[0].at, part[-1].at + part[-1].nbytes
+    held = (i for i, (start, nbytes) in enumerate(places) if start < end and begin < start + nbytes)
+    return min(held, default=len(places))
+
+
+def _parts(windows: Sequence[Window], nbytes: int) -> list[tuple[Window, ...]]:
+    """Windows in groups, as equal as whole pages allow, in the order of the buffer."""
+    if not windows:
+        return []
+    count = -(-nbytes // part_bytes(nbytes))
+    size = aligned(-(-nbytes // count), ALIGNMENT)
+    parts: list[list[Window]] = []
+    room = 0
+    for window in windows:
+        done = 0
+        while done < window.nbytes:
+            if not room:
+                parts.append([])
+                room = size
+            n = min(room, window.nbytes - done)
+            parts[-1].append(Window(window.shard, window.offset + done, n, window.at + done))
+            done += n
+            room -= n
+    return list(map(tuple, parts))

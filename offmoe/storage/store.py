@@ -1,0 +1,299 @@
+"""Experts at rest: the original safetensors shards, read one whole expert at a time into a buffer of the caller.
+
+What moves: the bytes of one expert, disk to host buffer, and up to 8 KiB around each run of them, because unbuffered
+reads (O_DIRECT) go by 4096. What bounds it: the disk. Buffered and mapped reads reach a third of what the same disk
+gives unbuffered (the page cache's faults and copies, 0.3 CPU-seconds per GB instead of 0.01), and many small reads lose
+to the interpreter lock what they gain in parallelism. Hence few, large system calls: tensors of one expert that stand
+close together in a shard are read at once, gaps included. In shards written by safetensors that is one read per expert.
+
+What it must never do: map a file (a shard truncated under a mapping kills the process), allocate per read, or return
+bytes of a shard that it knows to be another than the one that was opened.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from offmoe.errors import CheckpointError, MissingTensorError, ShardChangedError, TransferError
+from offmoe.storage.checkpoint import identity
+from offmoe.storage.layout import ExpertRecord
+from offmoe.storage.read_plan import ALIGNMENT, Window, plan_reads
+from offmoe.types import ExpertKey
+
+logger = logging.getLogger(__name__)
+
+CHECK_EVERY_S = 1.0
+"""Between two looks at a shard's identity. Every system call may cost a switch of the interpreter lock, up to 5 ms."""
+
+DIRECT_REFUSED = (errno.EINVAL, errno.EFAULT, errno.EOPNOTSUPP)
+
+ReadAt = Callable[[int, memoryview, int], int]
+"""read_at(descriptor, buffer, offset) -> bytes read, at most len(buffer); 0 at the end of the file. One system call."""
+
+
+class Stop(Protocol):
+    """Whether a read is for nothing by now: a threading.Event, say."""
+
+    def is_set(self) -> bool: ...
+
+
+class ExpertStore:
+    """Reads experts from shards. Thread-safe: any number of readers, each with its own buffer."""
+
+    buffer_bytes: int
+    """A buffer of this size, aligned to ALIGNMENT, holds any expert's windows."""
+
+    def __init__(
+        self,
+        shards: Sequence[Path],
+        records: Mapping[ExpertKey, ExpertRecord],
+        *,
+        direct: bool = True,
+        read_at: ReadAt | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Open the shards and plan every read.
+
+        shards: files that `Segment.shard` counts in. direct: unbuffered reads where file system and platform have them.
+        read_at, clock: how bytes and time are had; given by tests. Raises MissingTensorError (no such shard) or
+        CheckpointError (a shard cannot be opened, or is shorter than the records say).
+        """
+        self._records = dict(records)
+        self._plans = {key: plan_reads(record) for key, record in self._records.items()}
+        self.buffer_bytes = max((plan.nbytes for plan in self._plans.values()), default=0)
+        self._read_at = read_at or positional_read()
+        self._clock = clock
+        self._state = threading.Condition()
+        self._readers = 0
+        self._closed = False
+        self._warned = False
+        self._shards: list[_Shard] = []
+        try:
+            for path in shards:
+                self._shards.append(_Shard(Path(path), direct, clock()))
+            self._check_bounds()
+        except BaseException:
+            self.close()
+            raise
+        for shard in self._shards:
+            if shard.refused is not None:
+                self._warn(shard, shard.refused)
+
+    def record(self, key: ExpertKey) -> ExpertRecord:
+        """The expert's segments."""
+        return self._records[key]
+
+    def read_into(self, key: ExpertKey, buffer: memoryview, stop: Stop | None = None) -> None:
+        """Read one expert; blocks without the interpreter lock. `segments` says where its tensors then stand.
+
+        buffer: writable bytes, at least the expert's windows (`buffer_bytes` always do), aligned to ALIGNMENT;
+        undefined after an error. Raises ShardChangedError (replaced, rewritten, truncated or removed since it was
+        opened), TransferError (the disk failed, or the store is closed) or, if `stop` was set,
+        concurrent.futures.CancelledError.
+        """
+        for part in range(self.parts(key)):
+            self.read_part(key, part, buffer, stop)
+
+    def parts(self, key: ExpertKey) -> int:
+        """Into how many parts the reading of this expert can be divided."""
+        return len(self._plans[key].parts)
+
+    def read_part(
+        self, key: ExpertKey, part: int, buffer: memoryview, stop: Stop | None = None, step: int | None = None
+    ) -> None:
+        """One part of `read_into`, to its place in the same buffer; any thread may read any part at any time.
+
+        step: bytes of one system call at most, a multiple of ALIGNMENT; None: all. `stop` is asked before each.
+        """
+        plan = self._plans[key]
+        assert len(buffer) >= plan.nbytes
+        assert not buffer.readonly
+        assert torch.frombuffer(buffer, dtype=torch.uint8).data_ptr() % ALIGNMENT == 0
+        with self._state:
+            if self._closed:
+                raise TransferError("the expert store is closed; load the model again")
+            self._readers += 1
+        try:
+            for window in plan.parts[part]:
+                self._read_window(window, buffer, stop, step)
+            # After the read: what was found unchanged now has not changed while it was read.
+            for number in plan.shards:
+                self._shards[number].check_unchanged(self._clock())
+        finally:
+            with self._state:
+                self._readers -= 1
+                self._state.notify_all()
+
+    def segments(self, key: ExpertKey, buffer: torch.Tensor) -> list[torch.Tensor]:
+        """Views of a buffer (uint8 [bytes]) that `read_into` filled: uint8 [nbytes] per segment, in record order."""
+        return [buffer[start : start + nbytes] for start, nbytes in self._plans[key].places]
+
+    def arrived(self, key: ExpertKey, part: int) -> list[tuple[int, int, int]]:
+        """What a part holds of each segment that it touches: (index in the record, first byte, end) within it."""
+        plan = self._plans[key]
+        first, last = plan.parts[part][0], plan.parts[part][-1]
+        begin, end = first.at, last.at + last.nbytes
+        found = []
+        for index, (start, nbytes) in enumerate(plan.places):
+            low, high = max(begin, start), min(end, start + nbytes)
+            if low < high:
+                found.append((index, low - start, high - start))
+        return found
+
+    def close(self) -> None:
+        """Close the files, after reads under way have stopped (at the end of their current system call)."""
+        with self._state:
+            self._closed = True
+            # A descriptor closed under a reader could be reopened as another file and be read as weights.
+            self._state.wait_for(lambda: self._readers == 0)
+            for shard in self._shards:
+                shard.close()
+            self._shards.clear()
+
+    def _check_bounds(self) -> None:
+        for record in self._records.values():
+            for segment in record.segments:
+                shard = self._shards[segment.shard]
+                if segment.offset + segment.nbytes > shard.size:
+                    raise CheckpointError(
+                        f"{shard.path}: has {shard.size} bytes, tensor {segment.name!r} needs it to have "
+                        f"{segment.offset + segment.nbytes}; the file is truncated: download it again"
+                    )
+
+    def _read_window(self, window: Window, buffer: memoryview, stop: Stop | None, step: int | None) -> None:
+        shard = self._shards[window.shard]
+        wanted = min(window.nbytes, shard.size - window.offset)
+        done = 0
+        retried = False
+        while done < wanted:
+            if stop is not None and stop.is_set():
+                raise CancelledError
+            if self._closed:
+                raise TransferError("the expert store was closed while it was being read")
+            # After a short read the rest may start anywhere, which only a buffered descriptor can do.
+            direct = shard.direct if done % ALIGNMENT == 0 else None
+            end = wanted if direct is None else window.nbytes
+            end = end if step is None else min(end, done + step)
+            into = buffer[window.at + done : window.at + end]
+            try:
+                read = self._read_at(shard.buffered if direct is None else direct, into, window.offset + done)
+            except InterruptedError:
+                continue
+            except OSError as error:
+                if direct is not None and error.errno in DIRECT_REFUSED:
+                    self._stop_direct(shard, error)
+                elif error.errno == errno.EIO and not retried:
+                    retried = True
+                else:
+                    raise TransferError(
+                        f"{shard.path} @ byte {window.offset + done}: reading failed ({error.strerror}); "
+                        "check the disk and the system log"
+                    ) from error
+                continue
+            if read == 0:
+                raise ShardChangedError(
+                    f"{shard.path}: ends at byte {window.offset + done} although it had {shard.size} bytes when it was "
+                    "opened; it was truncated while in use: restore the file and load the model again"
+                )
+            done += read
+
+    def _stop_direct(self, shard: _Shard, error: OSError) -> None:
+        # The descriptor stays open until close(): other threads may be reading from it.
+        with self._state:
+            shard.direct = None
+        self._warn(shard, error)
+
+    def _warn(self, shard: _Shard, error: OSError) -> None:
+        """Say once per store that reads are buffered; where one shard refuses, its neighbours will."""
+        with self._state:
+            first, self._warned = not self._warned, True
+        if first:
+            logger.warning(
+                "%s: unbuffered reads are refused here (%s); reading through the page cache, which is slower. "
+                "A local ext4, xfs or btrfs disk avoids it.",
+                shard.path,
+                error.strerror,
+            )
+
+
+class _Shard:
+    """One open file, buffered and (if it can be had) unbuffered, and what identifies it."""
+
+    def __init__(self, path: Path, direct: bool, now: float) -> None:
+        self.path = path
+        self.direct: int | None = None
+        self.refused: OSError | None = None
+        flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
+        try:
+            self.buffered = os.open(path, flags)
+        except FileNotFoundError as error:
+            raise MissingTensorError(f"{path}: the shard is missing; complete the download") from error
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be opened ({error.strerror}); check file and limits") from error
+        self._descriptors = [self.buffered]
+        if direct and hasattr(os, "O_DIRECT"):
+            try:
+                self.direct = os.open(path, flags | os.O_DIRECT)
+                self._descriptors.append(self.direct)
+            except OSError as error:
+                self.refused = error
+        self._identity = identity(os.fstat(self.buffered))
+        self.size = self._identity[2]
+        self._checked = now
+
+    def check_unchanged(self, now: float) -> None:
+        """Raise ShardChangedError if the path no longer leads to the file that was opened, unmodified.
+
+        Looks at most once in CHECK_EVERY_S; after a change it looks, and raises, every time.
+        """
+        if now - self._checked < CHECK_EVERY_S:
+            return
+        try:
+            unchanged = identity(os.stat(self.path)) == self._identity
+            what = "was replaced or rewritten"
+        except OSError as error:
+            unchanged = False
+            what = f"can no longer be reached ({error.strerror})"
+        if not unchanged:
+            raise ShardChangedError(f"{self.path}: {what} while in use; load the model again")
+        self._checked = now
+
+    def close(self) -> None:
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+        self._descriptors.clear()
+
+
+def positional_read() -> ReadAt:
+    """The platform's way to read at an offset, safe to call from several threads on one descriptor.
+
+    `preadv` fills the caller's buffer; `pread` (older systems) copies once; elsewhere seek and read under a lock.
+    """
+    if hasattr(os, "preadv"):
+        return lambda descriptor, buffer, offset: os.preadv(descriptor, [buffer], offset)
+    if hasattr(os, "pread"):
+
+        def read_and_copy(descriptor: int, buffer: memoryview, offset: int) -> int:
+            data = os.pread(descriptor, len(buffer), offset)
+            buffer[: len(data)] = data
+            return len(data)
+
+        return read_and_copy
+    lock = threading.Lock()
+
+    def seek_and_read(descriptor: int, buffer: memoryview, offset: int) -> int:
+        with lock, open(descriptor, "rb", buffering=0, closefd=False) as file:
+            file.seek(offset)
+            return file.readinto(buffer) or 0
+
+    return seek_and_read

@@ -1,0 +1,139 @@
+"""Dividing the device's memory: never more than the budget, and refusals that name what would work."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from offmoe.budget.device import DISK, HOST, DenseLayerBytes, ModelBytes, plan_memory, plan_on_miss
+from offmoe.config import OffloadConfig
+from offmoe.errors import CapacityError, ConfigError
+from offmoe.types import CacheShape
+
+SHAPE = CacheShape((8, 8, 4), (2, 2, 1), (100, 100, 300))
+MODEL = ModelBytes(
+    dense=1000, kv_per_token=2, context_limit=4096, slot_bytes=(100, 100, 300), staging=600, workspace=50
+)
+SMALLEST = 1000 + 600 + 50 + 2 * 256 + 2 * 100 + 2 * 100 + 300
+
+
+@given(st.integers(1, 12_000))
+def test_parts_never_exceed_the_budget(budget):
+    config = OffloadConfig(device_memory=budget)
+    if budget < 1000 + 600 + 50 + 2 * 256 + 2 * 100 + 2 * 100 + 300:
+        with pytest.raises(CapacityError, match="smallest device_memory"):
+            plan_memory(config, SHAPE, MODEL, free=10**9)
+        return
+    plan = plan_memory(config, SHAPE, MODEL, free=10**9)
+    assert plan.used <= budget == plan.budget
+    assert all(k <= q <= e for k, q, e in zip(SHAPE.top_k, plan.slots_per_layer, SHAPE.experts, strict=True))
+    assert 256 <= plan.max_context <= 8 * 4096
+
+
+def test_the_smallest_budget_named_works():
+    with pytest.raises(CapacityError) as refused:
+        plan_memory(OffloadConfig(device_memory=2000), SHAPE, MODEL, free=10**9)
+    smallest = int(str(refused.value).split("works for this model is ")[1].split(" bytes")[0])
+    assert plan_memory(OffloadConfig(device_memory=smallest), SHAPE, MODEL, free=10**9).slots_per_layer == (2, 2, 1)
+    with pytest.raises(CapacityError):
+        plan_memory(OffloadConfig(device_memory=smallest - 1), SHAPE, MODEL, free=10**9)
+
+
+def test_with_room_for_all_every_expert_has_a_slot():
+    plan = plan_memory(OffloadConfig(), SHAPE, MODEL, free=10**6)
+    assert plan.slots_per_layer == SHAPE.experts
+    assert plan.max_context == 8 * 4096, "a batch"
+
+
+def test_explicit_slots_are_held_to():
+    plan = plan_memory(OffloadConfig(slots_per_layer=3), SHAPE, MODEL, free=10**6)
+    assert plan.slots_per_layer == (3, 3, 3)
+    assert plan.slots == 3 * 500
+    with pytest.raises(CapacityError, match="slots_per_layer=8"):
+        plan_memory(OffloadConfig(slots_per_layer=8, device_memory=4000), SHAPE, MODEL, free=10**9)
+    with pytest.raises(ConfigError, match="top_k"):
+        plan_memory(OffloadConfig(slots_per_layer=1), SHAPE, MODEL, free=10**6)
+
+
+def test_an_explicit_context_is_reserved():
+    plan = plan_memory(OffloadConfig(max_context=10_000, device_memory=30_000), SHAPE, MODEL, free=10**9)
+    assert (plan.max_context, plan.kv) == (10_000, 20_000)
+
+
+def test_a_budget_beyond_what_is_free_is_cut_to_it():
+    plan = plan_memory(OffloadConfig(device_memory=10**9), SHAPE, MODEL, free=5000)
+    assert plan.used <= plan.budget == 5000
+    with pytest.raises(CapacityError, match="what is free"):
+        plan_memory(OffloadConfig(device_memory=10**9), SHAPE, MODEL, free=100)
+
+
+def test_a_pool_sizes_every_slot_for_the_largest_expert():
+    plan = plan_memory(OffloadConfig(scope="model", slots_per_layer=2), SHAPE, MODEL, free=10**6)
+    assert plan.slots == 3 * 2 * 300
+
+
+LAYERED = replace(MODEL, layers=(DenseLayerBytes(300, 470, 40), *[DenseLayerBytes(150, 160, 20)] * 4))
+"""Four layers save 600 for 180 in flight; the first one is large and would cost more than it saves."""
+NEEDED = 1000 + 600 + 50 + 2 * 256 + 2 * 100 + 2 * 100 + 300
+
+
+def test_dense_layers_leave_only_as_far_as_they_must():
+    found = {}
+    for budget in range(NEEDED - 600 + 180, NEEDED + 1):
+        plan = plan_memory(OffloadConfig(device_memory=budget), SHAPE, LAYERED, free=10**9)
+        assert plan.used <= budget
+        assert (plan.dense + plan.parked, plan.smallest, plan.smallest_dense) == (1000, NEEDED - 420, NEEDED)
+        assert plan.parked == 150 * plan.parked_layers
+        assert plan.in_flight == (180 if plan.parked_layers else 0)
+        found.setdefault(plan.parked_layers, []).append(budget)
+    assert list(found) == [4, 3, 2, 0], "one alone comes back to as much room as it left"
+    assert all(budgets == list(range(budgets[0], budgets[-1] + 1)) for budgets in found.values())
+    with pytest.raises(CapacityError, match=f"works for this model is {NEEDED - 420} bytes"):
+        plan_memory(OffloadConfig(device_memory=NEEDED - 421), SHAPE, LAYERED, free=10**9)
+
+
+def test_dense_layers_make_room_for_what_was_asked_for():
+    enough = plan_memory(OffloadConfig(slots_per_layer=3, device_memory=NEEDED + 500), SHAPE, LAYERED, free=10**9)
+    assert (enough.slots_per_layer, enough.parked_layers) == ((3, 3, 3), 4)
+    longer = plan_memory(OffloadConfig(max_context=500, device_memory=NEEDED + 100), SHAPE, LAYERED, free=10**9)
+    assert (longer.max_context, longer.parked_layers > 0) == (500, True)
+
+
+@pytest.mark.parametrize(("host_free", "place"), [(0, DISK), (599, DISK), (600, HOST)])
+def test_dense_layers_go_to_the_host_if_it_has_room(host_free, place):
+    config = OffloadConfig(device_memory=NEEDED - 420)
+    plan = plan_memory(config, SHAPE, LAYERED, free=10**9, host_free=host_free)
+    assert (plan.parked, plan.parked_in) == (600, place)
+    assert f"4 layers, 600 B, come from {place}" in plan.describe()
+    roomy = plan_memory(OffloadConfig(), SHAPE, LAYERED, free=10**6, host_free=host_free)
+    assert (roomy.parked_in, roomy.in_flight) == (None, 0)
+    assert "come from" not in roomy.describe()
+
+
+@pytest.mark.parametrize(
+    ("options", "free", "resolved", "scratch"),
+    [
+        ({"slots_per_layer": 3}, 10**6, "auto", 600),
+        ({"slots_per_layer": 3, "on_miss": "fetch"}, 10**6, "fetch", 0),
+        ({"slots_per_layer": 3, "on_miss": "cpu"}, 10**6, "cpu", 600),
+        ({}, 10**6, "fetch", 0),  # everything has a slot
+        ({"device_memory": 5000, "max_context": 256}, 10**6, "fetch", 0),  # two of so few slots are worth more as such
+        ({"device_memory": 5000, "max_context": 256, "on_miss": "cpu"}, 10**6, "cpu", 600),
+        ({"device_memory": SMALLEST}, 10**6, "fetch", 0),
+    ],
+)
+def test_scratch_slots_where_they_are_worth_it(options, free, resolved, scratch):
+    on_miss, plan = plan_on_miss(OffloadConfig(**options), SHAPE, MODEL, free=free, share=1.0)
+    assert (on_miss, plan.scratch) == (resolved, scratch)
+    assert plan.used <= plan.budget
+    assert ("scratch" in plan.describe()) == bool(scratch)
+
+
+def test_scratch_that_does_not_fit_is_refused_only_where_it_was_asked_for():
+    with pytest.raises(CapacityError, match="smallest device_memory"):
+        plan_on_miss(OffloadConfig(device_memory=SMALLEST, on_miss="cpu"), SHAPE, MODEL, free=10**6, share=1.0)
+    large = CacheShape((400,) * 3, (2,) * 3, (90, 90, 290))
+    assert plan_on_miss(OffloadConfig(device_memory=10**5), large, MODEL, free=10**6, share=1.0)[0] == "auto"

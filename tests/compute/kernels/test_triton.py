@@ -1,0 +1,122 @@
+"""The GPU kernels without a GPU: run in Triton's interpreter, compiled for GPUs that are not there."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="the GPU kernels need Triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from offmoe.compute.kernels import device  # noqa: E402
+from offmoe.compute.kernels.cpu import Glu  # noqa: E402
+from offmoe.compute.kernels.device import DeviceKernels, Pairs  # noqa: E402
+from offmoe.errors import UnsupportedModelError  # noqa: E402
+from tests.device_cases import FORMATS  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.mark.parametrize("file", ["interpreted_triton.py", "interpreted_models.py"])
+def test_in_the_interpreter(file: str) -> None:
+    """Contract tests, in a process of their own: TRITON_INTERPRET has to be set before Triton is imported."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
+    done = subprocess.run(
+        [*command, f"tests/compute/kernels/{file}"],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=1800,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+class NoGpu:
+    """What Triton asks its driver before it compiles; a launch would fail."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # kernels are kept per device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.fixture
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(triton.runtime.driver, "_active", NoGpu(request.param))
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+
+
+def compiled(name: str, hidden: int, inner: int, tokens: int, top_k: int = 8) -> dict[str, str]:
+    """PTX of the kernels that so many tokens of a model of this shape take, by kernel: started as on a GPU."""
+    form, found = FORMATS[name](hidden, inner), {}
+
+    def launch(kernel: Any, grid: tuple[int, int], given: tuple[object, ...], sizes: Mapping[str, int]) -> None:
+        made = kernel.warmup(*given, grid=grid, **sizes)
+        assert made.metadata.shared <= 99 * 1024, "more shared memory than a desktop's GPU has"
+        found[kernel.__name__] = made.asm["ptx"]
+
+    kernels = DeviceKernels(form.operands, Glu(), torch.zeros(256, dtype=torch.uint8), [0] * top_k, launch=launch)
+    order = None if tokens == 1 else torch.arange(tokens * top_k)
+    pairs = Pairs(list(range(top_k)), [tokens] * top_k, order, top_k)
+    kernels.compute(pairs, torch.zeros(tokens, hidden, dtype=torch.bfloat16))
+    return found
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("gpu", "name", "hidden", "inner"),
+    [
+        (80, "bf16", 2048, 768),
+        (90, "bf16", 2048, 768),
+        (80, "int4-g64", 4096, 14336),
+        (90, "int4-g64", 2048, 768),
+        (80, "int8", 2048, 768),
+        (80, "mxfp4-gpt-oss", 2880, 2880),
+        (80, "fp8-blocks", 2048, 768),
+    ],
+    indirect=["gpu"],
+)
+def test_decoding_reads_16_bytes_at_a_time(name: str, hidden: int, inner: int) -> None:
+    found = compiled(name, hidden, inner, tokens=1)
+    assert found.keys() == {"gate_up_rows", "down_rows"}
+    for kernel, matrices in (("gate_up_rows", 2), ("down_rows", 1)):
+        assert len(re.findall(r"ld\.global\S*\.v4\.b32", found[kernel])) >= matrices
+        assert ".ftz" not in found[kernel], "subnormals carry the values of FP8 and MXFP4"
+        assert "fma.rn.f32" in found[kernel]
+        assert "ld.local" not in found[kernel], "registers are spilled"
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("gpu", "name", "tokens"),
+    [(80, "bf16", 64), (90, "bf16", 64), (80, "int4-g64", 64), (90, "int4-g64", 16)],
+    indirect=["gpu"],
+)
+def test_products_run_on_tensor_cores(name: str, tokens: int) -> None:
+    found = compiled(name, 2048, 768, tokens)
+    assert found.keys() == {"gate_up_blocks", "down_blocks"}
+    assert all(re.search(r"mma\.sync|wgmma\.mma_async", ptx) for ptx in found.values())
+
+
+def test_without_triton_nothing_is_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "find_spec", lambda name: None)
+    form = FORMATS["bf16"](64, 64)
+    with pytest.raises(UnsupportedModelError, match="need Triton, which is not installed"):
+        DeviceKernels(form.operands, Glu(), torch.zeros(256, dtype=torch.uint8), [0])

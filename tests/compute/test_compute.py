@@ -1,0 +1,141 @@
+"""What computes from slots waits for each slot before it reads it, and gives every expert its own tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from offmoe.compute.compute import DeviceCompute, TorchCompute, Work, together
+from offmoe.compute.kernels import GatedFFN, torch_ffn
+from offmoe.compute.kernels.device import DeviceKernels
+from offmoe.device.arena import SlotArena
+from offmoe.device.backend import CpuBackend
+from offmoe.storage.layout import ExpertLayout
+
+LAYOUT = ExpertLayout.of({"w": (torch.float32, (1,))})
+
+
+def scaled(weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    return x * weights["w"]
+
+
+class Filling:
+    """Slots that `fill` puts something into when it is waited for, and what is on its way."""
+
+    def __init__(self, fill, arriving=None):
+        self.ready, self._arriving = fill, arriving or {}
+
+    def arriving(self, slot):
+        return self._arriving.get(slot)
+
+
+def test_an_expert_is_read_once_its_slot_is_ready() -> None:
+    arena = SlotArena(CpuBackend().allocate, [LAYOUT] * 3)
+    compute = TorchCompute(arena, [LAYOUT], [None], torch.float32)
+
+    def ready(slot: int) -> None:
+        arena.views(slot, LAYOUT)["w"].fill_(slot + 1.0)
+
+    hidden = torch.tensor([[1.0], [10.0], [100.0]])
+    pairs = {4: torch.tensor([0, 5]), 2: torch.tensor([3])}  # of [3 * 2]
+    made = list(compute.wave(0, scaled, [(4, 2), (2, 0)], Work(hidden, pairs, 2), Filling(ready)))
+    assert made[0].tolist() == [[3.0], [300.0]]
+    assert made[1].tolist() == [[10.0]]
+    alone = list(compute.wave(0, scaled, [(4, 1)], Work(hidden[:1], None, 2), Filling(ready)))
+    assert alone[0].tolist() == [[2.0]]
+    assert not compute.begins_early
+
+
+WIDE, INNER = 96, 160
+
+
+class Trickling:
+    """An expert that comes block by block, each only when it is waited for, into slots that were NaN."""
+
+    def __init__(self, views, weights):
+        self.views, self.weights, self.waited = views, weights, []
+        for view in views.values():
+            view.fill_(float("nan"))
+
+    def wait(self, name, start, end):
+        self.waited.append((name, start, end))
+        view, weight = (w[name].view(-1).view(torch.uint8) for w in (self.views, self.weights))
+        view[start:end] = weight[start:end]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_expert_is_computed_with_as_it_arrives(monkeypatch, dtype, biased, threads) -> None:
+    monkeypatch.setattr(torch_ffn, "BLOCK_BYTES", 1)  # the smallest blocks
+    shapes = {"up": (2 * INNER, WIDE), "down": (WIDE, INNER)} | (
+        {"up_bias": (2 * INNER,), "down_bias": (WIDE,)} if biased else {}
+    )
+    layout = ExpertLayout.of({name: (dtype, shape) for name, shape in shapes.items()})
+    arena = SlotArena(CpuBackend().allocate, [layout])
+    compute, views = TorchCompute(arena, [layout], [None], torch.float32), arena.views(0, layout)
+    math = GatedFFN("up", lambda h: F.silu(h[:, :INNER]) * h[:, INNER:], biased, down="down")
+    used = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for turn in range(3):
+            torch.manual_seed(turn)
+            weights = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+            x = torch.randn(1, WIDE).to(dtype)
+            coming = Trickling(views, weights)
+            done: list[int] = []
+            (rows,) = compute.wave(0, math, [(5, 0)], Work(x, None, 2), Filling(done.append, {0: coming}))
+            assert torch.equal(rows, math(weights, x))
+            assert done, "it is asked at the end whether something went wrong"
+            blocks = [-(-size // 64) for size in (2 * INNER, WIDE)]
+            assert len(coming.waited) == sum(blocks) + 2 * biased
+            assert compute.begins_early
+    finally:
+        torch.set_num_threads(used)
+
+
+class Off(GatedFFN):
+    """Whose blocks are not what the whole gives."""
+
+    def as_it_arrives(self, weights, x, wait):
+        return super().as_it_arrives(weights, x, wait) + 1
+
+
+def test_what_does_not_have_the_same_bits_by_blocks_is_computed_whole() -> None:
+    layout = ExpertLayout.of({"up": (torch.float32, (INNER, WIDE)), "down": (torch.float32, (WIDE, INNER))})
+    arena = SlotArena(CpuBackend().allocate, [layout])
+    compute, views = TorchCompute(arena, [layout], [None], torch.float32), arena.views(0, layout)
+    weights = {name: torch.randn(view.shape) for name, view in views.items()}
+    math, x = Off("up", F.relu, down="down"), torch.randn(1, WIDE)
+
+    def fill(slot: int) -> None:
+        for name, view in views.items():
+            view.copy_(weights[name])
+
+    for turn in range(2):
+        coming = Trickling(views, weights)
+        (rows,) = compute.wave(0, math, [(5, 0)], Work(x, None, 2), Filling(fill, {0: coming}))
+        assert torch.equal(rows, F.relu(x @ weights["up"].T) @ weights["down"].T)
+        assert bool(coming.waited) is (turn == 0)
+    assert not compute.begins_early
+
+
+def test_a_wave_without_experts_gives_no_rows() -> None:
+    """A layer without a hit begins with one, where the host computes what missed: also of a GPU's kernels."""
+    arena = SlotArena(CpuBackend().allocate, [LAYOUT])
+    by_torch = TorchCompute(arena, [LAYOUT], [None], torch.float32)
+    kernels = DeviceKernels.__new__(DeviceKernels)  # which launch nothing here
+    for compute in (by_torch, DeviceCompute([kernels], by_torch)):
+        for pairs in (None, {}):
+            assert not list(compute.wave(0, scaled, [], Work(torch.ones(1, 1), pairs, 1), Filling(print)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+def test_rows_of_any_dtype_are_put_together_under_autocast(dtype: torch.dtype, autocast: torch.dtype) -> None:
+    parts = torch.randn(3, 2, 4).to(dtype)
+    with torch.autocast("cpu", dtype=autocast):
+        rows = together(list(parts))
+    assert rows.dtype == dtype
+    assert torch.equal(rows, parts.flatten(0, 1))

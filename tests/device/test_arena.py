@@ -1,0 +1,211 @@
+import gc
+import mmap
+import os
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from offmoe.device.arena import HUGE_PAGE_BYTES, HostBuffers, SlotArena, map_pages
+from offmoe.device.backend import CpuBackend
+from offmoe.errors import CapacityError, OffmoeError
+from offmoe.storage.layout import PARAM_ALIGNMENT, ExpertLayout
+
+SMALL = ExpertLayout.of({"up": (torch.bfloat16, (5, 3)), "down": (torch.bfloat16, (3, 5))})
+LARGE = ExpertLayout.of({"w": (torch.float32, (100, 7)), "bias": (torch.float32, (7,))})
+
+
+class Allocator:
+    """Aligned memory, and a record of what was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def __call__(self, nbytes: int) -> torch.Tensor:
+        self.asked.append(nbytes)
+        return torch.frombuffer(map_pages(max(nbytes, 1)), dtype=torch.uint8)[:nbytes]
+
+
+class TestSlotArena:
+    def test_allocates_once_and_exactly_the_sum_of_its_slots(self) -> None:
+        allocate = Allocator()
+        arena = SlotArena(allocate, [SMALL, LARGE, SMALL])
+        assert allocate.asked == [2 * SMALL.nbytes + LARGE.nbytes] == [arena.nbytes]
+        assert len(arena) == 3
+        assert [arena.bytes(i).numel() for i in range(3)] == [SMALL.nbytes, LARGE.nbytes, SMALL.nbytes]
+
+    def test_slots_are_aligned_and_do_not_overlap(self) -> None:
+        odd = ExpertLayout(SMALL.params, SMALL.nbytes - 200)  # a size that is no multiple of the alignment
+        arena = SlotArena(Allocator(), [odd, SMALL, odd, LARGE])
+        for i in range(4):
+            assert arena.bytes(i).data_ptr() % PARAM_ALIGNMENT == 0
+            arena.bytes(i).fill_(i)
+        assert [arena.bytes(i).unique().tolist() for i in range(4)] == [[0], [1], [2], [3]]
+
+    def test_views_show_the_slot(self) -> None:
+        arena = SlotArena(Allocator(), [SMALL, SMALL])
+        views = arena.views(1, SMALL)
+        assert {name: (v.dtype, tuple(v.shape)) for name, v in views.items()} == {
+            "up": (torch.bfloat16, (5, 3)),
+            "down": (torch.bfloat16, (3, 5)),
+        }
+        arena.bytes(0).fill_(0)
+        arena.bytes(1).fill_(0)
+        views["down"].fill_(1.5)
+        assert arena.views(1, SMALL)["down"].eq(1.5).all()
+        assert not arena.bytes(0).any()
+
+    def test_views_are_made_once_per_slot_and_equal_layout(self) -> None:
+        arena = SlotArena(Allocator(), [LARGE, LARGE])
+        again = ExpertLayout(SMALL.params, SMALL.nbytes)
+        assert again is not SMALL
+        assert arena.views(0, SMALL) is arena.views(0, SMALL)
+        assert arena.views(0, again) is arena.views(0, SMALL)
+        assert arena.views(1, again) is arena.views(1, SMALL)
+        assert arena.views(0, SMALL) is not arena.views(1, SMALL)
+        assert arena.views(0, LARGE) is not arena.views(0, SMALL)
+
+    def test_views_survive_layouts_that_are_gone(self) -> None:
+        arena = SlotArena(Allocator(), [LARGE])
+        for size in range(1, 200):  # ids of dead objects are reused at once
+            assert arena.views(0, ExpertLayout.of({"w": (torch.int8, (size,))}))["w"].shape == (size,)
+
+    def test_layout_above_the_slot_is_our_bug(self) -> None:
+        with pytest.raises(AssertionError):
+            SlotArena(Allocator(), [SMALL]).views(0, LARGE)
+
+    def test_unaligned_memory_is_our_bug(self) -> None:
+        with pytest.raises(AssertionError, match="aligned"):
+            SlotArena(lambda n: torch.frombuffer(map_pages(n + 64), dtype=torch.uint8)[64:], [SMALL])
+
+    def test_no_slots(self) -> None:
+        assert SlotArena(Allocator(), []).nbytes == 0
+
+
+class TestHostBuffers:
+    def test_buffers_are_separate_and_page_aligned(self) -> None:
+        buffers = HostBuffers(3, 5000)
+        assert (len(buffers), buffers.nbytes) == (3, 8192)
+        for i in range(3):
+            tensor = buffers.tensor(i)
+            assert tensor.dtype is torch.uint8
+            assert tensor.shape == (8192,)
+            assert tensor.data_ptr() % 4096 == 0
+            assert tensor.untyped_storage().data_ptr() == tensor.data_ptr()  # what is_pinned() asks about
+            buffers.memory(i)[:] = bytes([i + 1]) * 8192
+        assert [buffers.tensor(i).unique().tolist() for i in range(3)] == [[1], [2], [3]]
+        buffers.close()
+
+    def test_registered_buffers_are_pinned_and_unregistered_once(self) -> None:
+        log: list[tuple[str, int]] = []
+
+        def register(address: int, nbytes: int) -> bool:
+            assert nbytes == 4096
+            log.append(("register", address))
+            return True
+
+        buffers = HostBuffers(2, 4096, register=register, unregister=lambda address: log.append(("gone", address)))
+        addresses = [buffers.tensor(i).data_ptr() for i in range(2)]
+        assert [buffers.pinned(i) for i in range(2)] == [True, True]
+        buffers.close()
+        buffers.close()
+        assert log == [("register", a) for a in addresses] + [("gone", a) for a in addresses]
+
+    def test_refusal_leaves_the_rest_pageable(self) -> None:
+        asked, gone = [], []
+
+        def register(address: int, nbytes: int) -> bool:
+            asked.append(address)
+            return len(asked) < 2
+
+        buffers = HostBuffers(4, 4096, register=register, unregister=gone.append)
+        assert [buffers.pinned(i) for i in range(4)] == [True, False, False, False]
+        assert len(asked) == 2
+        buffers.close()
+        assert gone == asked[:1]
+
+    def test_error_while_registering_unregisters(self) -> None:
+        gone: list[int] = []
+        calls = iter([True])
+
+        def register(address: int, nbytes: int) -> bool:
+            return next(calls)  # StopIteration the second time
+
+        with pytest.raises(StopIteration):
+            HostBuffers(2, 4096, register=register, unregister=gone.append)
+        assert len(gone) == 1
+
+    def test_without_register_nothing_is_pinned(self) -> None:
+        buffers = HostBuffers(1, 4096)
+        assert not buffers.pinned(0)
+        buffers.close()
+
+    def test_memory_outlives_close_while_a_tensor_shows_it(self) -> None:
+        buffers = HostBuffers(1, 4096)
+        tensor = buffers.tensor(0)
+        buffers.close()
+        gc.collect()
+        assert tensor.fill_(3).eq(3).all()
+
+
+class TestMapPages:
+    def test_aligned_and_zero(self) -> None:
+        pages = map_pages(3 * HUGE_PAGE_BYTES + 1)
+        tensor = torch.frombuffer(pages, dtype=torch.uint8)
+        assert tensor.numel() == 3 * HUGE_PAGE_BYTES + 1
+        assert tensor.data_ptr() % HUGE_PAGE_BYTES == 0
+        assert not tensor.any()
+
+    @pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="looks into /proc")
+    def test_touched_huge_and_not_inherited(self) -> None:
+        pages = map_pages(2 * HUGE_PAGE_BYTES)
+        address = torch.frombuffer(pages, dtype=torch.uint8).data_ptr()
+        region = smaps_region(address)
+        assert int(region["Rss"].split()[0]) * 1024 >= 2 * HUGE_PAGE_BYTES
+        assert {"dc", "hg"} <= set(region["VmFlags"].split())  # dc: MADV_DONTFORK, hg: MADV_HUGEPAGE
+
+    def test_without_what_only_linux_has(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("MAP_PRIVATE", "MAP_ANONYMOUS", "MADV_HUGEPAGE", "MADV_DONTFORK"):
+            monkeypatch.delattr(mmap, name)
+        pages = map_pages(10_000)
+        pages[:] = bytes([7]) * 10_000
+        assert bytes(pages[-2:]) == b"\x07\x07"
+
+    def test_advice_that_the_kernel_refuses_is_optional(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 10_000)  # EINVAL
+        assert len(map_pages(4096)) == 4096
+
+    def test_no_memory_is_a_capacity_error(self) -> None:
+        with pytest.raises(CapacityError, match="lower host_memory"):
+            map_pages(2**62)
+
+
+def smaps_region(address: int) -> dict[str, str]:
+    """Fields of the mapping in /proc/self/smaps that holds the address."""
+    inside, fields = False, {}
+    with open("/proc/self/smaps") as lines:
+        for line in lines:
+            first = line.split()[0]
+            if not first.endswith(":"):
+                if inside:
+                    break
+                low, high = (int(end, 16) for end in first.split("-"))
+                inside = low <= address < high
+            elif inside:
+                name, _, value = line.partition(":")
+                fields[name] = value
+    return fields
+
+
+def test_a_closed_arena_holds_nothing_and_says_so() -> None:
+    layout = ExpertLayout.of({"a": (torch.float32, (4, 8))})
+    arena = SlotArena(CpuBackend().allocate, [layout] * 2)
+    memory = StorageWeakRef(arena.memory.untyped_storage())
+    view = arena.views(0, layout)["a"]
+    arena.close()
+    arena.close()
+    with pytest.raises(OffmoeError, match="was closed"):
+        arena.views(0, layout)
+    assert not memory.expired()  # somebody still computes with it
+    del view
+    assert memory.expired()

@@ -1,0 +1,179 @@
+"""Conversions that are more than copies of blocks: on one expert they give what stock gives, or they are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from transformers import AutoConfig, PreTrainedModel
+from transformers.core_model_loading import Concatenate, ConversionOps, Interleave, MergeModulelist, Transpose
+
+from offmoe.errors import CheckpointError, UnsupportedModelError
+from offmoe.hf.catalog.convert import Block, ExpertConversion, Group, Kind, Share, parts_of, trace, trace_share
+from offmoe.hf.load.load import build_meta, model_class
+from offmoe.hf.upstream import Concat, Merge, Swap, WeightConverter, steps
+from offmoe.storage.layout import Assembly, ExpertLayout, Part, Segment
+from tests import tiny
+
+UP, DOWN = "layer.experts.gate_up_proj", "layer.experts.down_proj"
+
+
+class Reversed(ConversionOps):
+    """An operation that mixes experts: their order is turned round."""
+
+    def convert(
+        self, input_dict: Mapping[str, list[torch.Tensor]], target_patterns: list[str], **_: object
+    ) -> dict[str, torch.Tensor]:
+        ((tensor,),) = input_dict.values()
+        return {target_patterns[0]: tensor.flip(0)}
+
+
+def converter(
+    sources: list[str], operations: list[ConversionOps], target: str = "experts.gate_up_proj"
+) -> WeightConverter:
+    return WeightConverter(source_patterns=sources, target_patterns=target, operations=operations)
+
+
+def conversion(group: Group, shape: tuple[int, ...]) -> ExpertConversion:
+    config = AutoConfig.for_model("mixtral", **{**tiny.COMMON, **tiny.CONFIGS["mixtral"]})
+    meta = build_meta(config, model_class(config))
+    return ExpertConversion(meta, "layer.experts", {"gate_up_proj": shape}, (group,))
+
+
+def test_operations_are_read_as_data() -> None:
+    ops: list[ConversionOps] = [MergeModulelist(dim=0), Concatenate(dim=1), Transpose(1, 2, check_dims=True)]
+    assert steps(converter(["a", "b"], ops)) == (Merge(0), Concat(1), Swap(1, 2, True))
+    assert steps(converter(["a"], [Interleave(dim=1)])) is None
+
+
+def test_merge_and_concatenate_are_blocks() -> None:
+    group = Group(UP, converter(["*.w1", "*.w3"], [MergeModulelist(0), Concatenate(1)]), {"*.w1": ["x"], "*.w3": ["y"]})
+    value = trace(group, [(3, 4), (5, 4)], (1, 8, 4))
+    assert value is not None
+    assert value.shape == (1, 8, 4)
+    assert value.blocks == (Block(0, (0, 0, 0), (1, 3, 4)), Block(1, (0, 3, 0), (1, 5, 4)))
+    assert parts_of("p", value) == [Part("p", 0, 0), Part("p", 0, 3)]
+
+
+def test_order_is_the_converters_not_the_files() -> None:
+    group = Group(UP, converter(["*.b", "*.a"], [MergeModulelist(0), Concatenate(1)]), {"*.a": ["x"], "*.b": ["y"]})
+    value = trace(group, [(3, 4), (5, 4)], (1, 8, 4))
+    assert value is not None
+    assert parts_of("p", value) == [Part("p", 0, 5), Part("p", 0, 0)]
+
+
+def test_concatenated_then_transposed_is_placed_like_stock() -> None:
+    """[E, in, gate] and [E, in, up] in the file, [E, gate + up, in] in the model."""
+    made = converter(["*.w1", "*.w3"], [MergeModulelist(0), Concatenate(2), Transpose(1, 2)])
+    group = Group(UP, made, {"*.w1": ["x"], "*.w3": ["y"]})
+    value = trace(group, [(4, 3), (4, 5)], (1, 8, 4))
+    assert value is not None
+    parts = parts_of("gate_up_proj", value)
+    assert parts == [Part("gate_up_proj", 1, 0, True), Part("gate_up_proj", 1, 3, True)]
+    sources = [torch.randn(4, 3), torch.randn(4, 5)]
+    segments = [Segment(0, 0, t.nbytes, t.dtype, tuple(t.shape), "") for t in sources]
+    layout = ExpertLayout.of({"gate_up_proj": (torch.float32, (8, 4))})
+    views = layout.views(torch.zeros(layout.nbytes, dtype=torch.uint8))
+    raw = [t.view(-1).view(torch.uint8) for t in sources]
+    Assembly(parts=tuple(parts)).place(segments, raw, views, lambda into, source: into.copy_(source))
+    stock = conversion(group, (8, 4))(sources)["gate_up_proj"]
+    assert torch.equal(views["gate_up_proj"], stock)
+
+
+def test_transpose_with_check_depends_on_the_shape() -> None:
+    group = Group(UP, converter(["w"], [Transpose(1, 2, check_dims=True)]), {"w": ["x"]})
+    as_is, turned = trace(group, [(3, 4)], (1, 3, 4)), trace(group, [(4, 3)], (1, 3, 4))
+    assert as_is is not None
+    assert turned is not None
+    assert parts_of("p", as_is) == [Part("p", 0, 0, False)]
+    assert parts_of("p", turned) == [Part("p", 1, 0, True)]
+
+
+@pytest.mark.parametrize(
+    "operations",
+    [[Interleave(1)], [Transpose(0, 1)], [Concatenate(0)], [Interleave(1), Transpose(1, 2)]],
+    ids=["interleave", "swaps experts", "joins experts", "chain"],
+)
+def test_what_blocks_cannot_say_is_left_to_the_operations(operations: list[ConversionOps]) -> None:
+    assert trace(Group(UP, converter(["w"], operations), {"w": ["x"]}), [(6, 4)], (1, 6, 4)) is None
+
+
+def test_interleaved_expert_is_converted_alone_as_in_its_layer() -> None:
+    group = Group(UP, converter(["w13"], [Interleave(dim=1)]), {"w13": ["x"]})
+    convert = conversion(group, (6, 4))
+    assert convert.check([Kind((6, 4), torch.bfloat16)]) == {"gate_up_proj": torch.bfloat16}
+    layer = torch.randn(8, 6, 4)
+    stock = Interleave(dim=1).convert({"w13": layer}, ["w13"], ["t"])["t"]
+    assert not torch.equal(stock, layer)
+    for expert in range(8):
+        assert torch.equal(convert([layer[expert]])["gate_up_proj"], stock[expert])
+
+
+def test_operation_that_mixes_experts_is_refused() -> None:
+    group = Group(UP, converter(["w"], [Reversed()]), {"w": ["x"]})
+    with pytest.raises(UnsupportedModelError, match="mixes experts in 'gate_up_proj'"):
+        conversion(group, (6, 4)).check([Kind((6, 4), torch.float32)])
+
+
+def test_operation_that_fails_on_one_expert_is_refused_with_its_reason() -> None:
+    group = Group(UP, converter(["w"], [Interleave(dim=1)]), {"w": ["x"]})
+    with pytest.raises(UnsupportedModelError, match=r"layer\.experts.*one expert at a time.*(invalid|shape)"):
+        conversion(group, (5, 4)).check([Kind((5, 4), torch.float32)])
+
+
+def test_conversion_to_another_shape_is_an_error() -> None:
+    group = Group(UP, converter(["w"], [Interleave(dim=1)]), {"w": ["x"]})
+    with pytest.raises(CheckpointError, match=r"\[6, 4\] per expert, the model expects \[4, 6\]"):
+        conversion(group, (4, 6)).check([Kind((6, 4), torch.float32)])
+
+
+class Divided(ConversionOps):
+    """An operation that gives each target every so many-th, or (as ernie4_5_vl_moe's) its own run of the experts."""
+
+    supports_many_to_many = True
+
+    def __init__(self, runs: bool, dim: int = 1) -> None:
+        self.runs, self.dim = runs, dim
+
+    def convert(
+        self, input_dict: Mapping[str, list[torch.Tensor]], target_patterns: list[str], **_: object
+    ) -> dict[str, torch.Tensor]:
+        number = len(target_patterns)
+        out = {}
+        for i, target in enumerate(target_patterns):
+            lists = [list(tensors) for tensors in input_dict.values()]
+            size = len(lists[0]) // number
+            own = [t[i * size : (i + 1) * size] if self.runs else t[i::number] for t in lists]
+            out[target] = torch.cat([torch.stack(t) for t in own], dim=self.dim)
+        return out
+
+
+def shared_group(operation: ConversionOps, number: int) -> tuple[Group, PreTrainedModel]:
+    """The up projections of two modules' experts, made of one list."""
+    targets = tuple(f"model.layers.{i}.mlp.experts.gate_up_proj" for i in range(2))
+    made = WeightConverter(["*.w1", "*.w3"], [t.removeprefix("model.") for t in targets], [operation])
+    config = AutoConfig.for_model("mixtral", **{**tiny.COMMON, **tiny.CONFIGS["mixtral"]})
+    meta = build_meta(config, model_class(config))
+    return Group(targets[number], made, {"*.w1": ["x"], "*.w3": ["y"]}, share=Share(number, targets)), meta
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize(("dim", "shape"), [(1, (8, 4)), (2, (4, 8))])
+def test_share_of_a_divided_list_is_blocks(number: int, dim: int, shape: tuple[int, int]) -> None:
+    group, meta = shared_group(Divided(runs=True, dim=dim), number)
+    value = trace_share(group, [Kind((4, 4), torch.bfloat16)] * 2, shape, meta)
+    assert value.shape == (1, *shape)
+    assert parts_of("p", value) == [Part("p", dim - 1, 0), Part("p", dim - 1, 4)]
+
+
+def test_list_divided_otherwise_is_refused() -> None:
+    group, meta = shared_group(Divided(runs=False), 1)
+    with pytest.raises(UnsupportedModelError, match=r"one expert at a time \(an expert is not made of its own tensors"):
+        trace_share(group, [Kind((4, 4), torch.bfloat16)] * 2, (8, 4), meta)
+
+
+def test_division_that_fails_is_refused_with_its_reason() -> None:
+    group, meta = shared_group(Divided(runs=True), 0)
+    with pytest.raises(UnsupportedModelError, match=r"one expert at a time.*Sizes of tensors"):
+        trace_share(group, [Kind((4, 4), torch.bfloat16), Kind((4, 5), torch.bfloat16)], (8, 4), meta)

@@ -1,0 +1,41 @@
+"""What can be predicted, told without weights; tests/test_families.py compares it with what every family does."""
+
+from __future__ import annotations
+
+import pytest
+
+from offmoe.hf.catalog.catalog import find_experts
+from offmoe.hf.load.load import build_meta, model_class
+from offmoe.hf.predict.meta import foresee
+from offmoe.hf.predict.wiring import NOT_CALLED, PER_CALL
+from tests import families
+
+
+def told(family: str) -> tuple[str | None, ...] | None:
+    config = families.config(family)
+    model = build_meta(config, model_class(config))
+    experts = list(find_experts(model).values())
+    found = foresee(model, experts)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not any("forward" in vars(module) for module in experts)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("mixtral", (None, None, None)),
+        ("deepseek_v3", (None, None)),
+        ("deepseek_v4", (PER_CALL, None, None)),  # its first layer looks experts up by token
+        ("dots3_note", (None, None, NOT_CALLED)),  # experts of the images' encoder
+        ("zaya", (None, PER_CALL, PER_CALL)),  # a router that remembers the router before it
+    ],
+)
+def test_told_by_how_routers_are_fed(family: str, expected: tuple[str | None, ...]) -> None:
+    assert told(family) == expected
+
+
+@pytest.mark.parametrize("family", ["glm5_next", "dbrx"])
+def test_what_only_a_run_can_tell(family: str) -> None:
+    """One looks at values, the other's router is inside its experts module."""
+    assert told(family) is None

@@ -1,0 +1,143 @@
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from offmoe.errors import ConfigError, UnsupportedModelError
+from offmoe.quant.packed_weight import (
+    INT8,
+    MXFP4,
+    PackedWeight,
+    WeightFormat,
+    fp8,
+    int4,
+    pack_words,
+    record_layout,
+    reorder,
+    to_rows,
+    to_tiles,
+    unpack_words,
+)
+from offmoe.storage.layout import PARAM_ALIGNMENT
+
+FORMATS = [INT8, int4(32), int4(64), int4(128), int4(32, zero_points=True), MXFP4, fp8(128)]
+
+
+def random_weight(how: WeightFormat, rows: int, cols: int) -> PackedWeight:
+    """Any bits are a weight; scales stay finite."""
+    g = torch.Generator().manual_seed(rows * 1000 + cols)
+    words = torch.randint(-(2**31), 2**31 - 1, (rows, cols // how.word_values), dtype=torch.int32, generator=g)
+    if how.kind == "fp8":
+        words &= -0x40404041  # bytes that are not a number have all of 0x7f
+    shape = (rows, how.groups(cols))
+    if how.scale_dtype == torch.uint8:
+        scales = torch.randint(90, 160, shape, dtype=torch.uint8, generator=g)
+    else:
+        scales = torch.randn(shape, generator=g).to(how.scale_dtype)
+    zeros = torch.randint(0, 17, shape, dtype=torch.uint8, generator=g) if how.zero_points else None
+    return PackedWeight(how, words, scales, zeros)
+
+
+def one_by_one(weight: PackedWeight) -> torch.Tensor:
+    """The definition, value by value in plain integers."""
+    how, out = weight.format, torch.empty(weight.rows, weight.cols)
+    e2m1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+    for n in range(weight.rows):
+        for k in range(weight.cols):
+            bits = weight.words[n, k // how.word_values].item() >> how.bits * (k % how.word_values)
+            g = 0 if how.group is None else k // how.group
+            if how.kind == "int8":
+                out[n, k] = ((bits + 128) % 256 - 128) * weight.scales[n, g].float()
+            elif how.kind == "fp8":
+                exponent, mantissa = bits >> 3 & 15, bits & 7
+                magnitude = (mantissa + 8) * 2.0 ** (exponent - 10) if exponent else mantissa * 2.0**-9
+                out[n, k] = (-magnitude if bits & 128 else magnitude) * weight.scales[n, g]
+            elif how.kind == "int4":
+                zero = 8 if weight.zeros is None else weight.zeros[n, g].item()
+                out[n, k] = (bits % 16 - zero) * weight.scales[n, g].float()
+            else:
+                magnitude = e2m1[bits % 8] * 2.0 ** (weight.scales[n, g].item() - 127)
+                out[n, k] = -magnitude if bits & 8 else magnitude
+    return out
+
+
+@pytest.mark.parametrize("how", FORMATS, ids=str)
+def test_values_are_what_the_format_says(how: WeightFormat) -> None:
+    weight = random_weight(how, 16, 2 * (how.group or 32))
+    assert torch.equal(weight.values(), one_by_one(weight))
+
+
+@pytest.mark.parametrize("how", FORMATS, ids=str)
+def test_tiles_are_the_same_words(how: WeightFormat) -> None:
+    weight = random_weight(how, 48, 3 * (how.group or 16))
+    tiled = weight.tiled()
+    assert (tiled.rows, tiled.cols, tiled.is_tiled) == (48, weight.cols, True)
+    for n, c in ((0, 0), (17, 1), (47, weight.words.shape[1] - 1)):
+        assert tiled.words[n // 16, c, n % 16] == weight.words[n, c]
+    back = tiled.by_row()
+    assert all(torch.equal(a, b) for a, b in zip(back.params("w").values(), weight.params("w").values(), strict=True))
+    assert torch.equal(tiled.values(), weight.values())
+    assert torch.equal(tiled.row_range(16, 48).values(), weight.values()[16:])
+    assert torch.equal(weight.row_range(16, 48).values(), weight.values()[16:])
+
+
+def test_words_are_those_of_compressed_tensors() -> None:
+    """Its pack_to_int32: value i of a word is bits 4i to 4i + 3."""
+    q = torch.arange(16, dtype=torch.uint8).view(1, 16)
+    assert [hex(w & 0xFFFFFFFF) for w in pack_words(q, int4()).flatten().tolist()] == ["0x76543210", "0xfedcba98"]
+    bytes_ = torch.tensor([[1, -2, 3, -128]], dtype=torch.int8)
+    assert pack_words(bytes_, INT8).item() & 0xFFFFFFFF == 0x8003FE01
+
+
+@given(st.integers(1, 4), st.integers(1, 9), st.sampled_from([INT8, int4()]))
+def test_packing_and_tiling_can_be_undone(tiles: int, words: int, how: WeightFormat) -> None:
+    dtype, limits = (torch.int8, (-128, 128)) if how.bits == 8 else (torch.uint8, (0, 16))
+    q = torch.randint(*limits, (16 * tiles, words * how.word_values), dtype=dtype)
+    packed = pack_words(q, how)
+    assert torch.equal(unpack_words(packed, how), q)
+    assert torch.equal(to_rows(to_tiles(packed)), packed)
+
+
+@pytest.mark.parametrize("how", FORMATS, ids=str)
+def test_a_record_changes_its_order_and_nothing_else(how: WeightFormat) -> None:
+    cols = 2 * (how.group or 32)
+    shapes, bias = {"gate_up_proj": (64, cols), "down_proj": (32, cols)}, {"bias": (torch.bfloat16, (64,))}
+    disk, ram = record_layout(shapes, how, bias, tiled=False), record_layout(shapes, how, bias)
+    assert [(p.name, p.offset, p.nbytes) for p in disk.params] == [(p.name, p.offset, p.nbytes) for p in ram.params]
+    assert all(p.offset % PARAM_ALIGNMENT == 0 for p in ram.params)
+
+    record = torch.randint(0, 255, (disk.nbytes,), dtype=torch.uint8)
+    tiles, back = torch.zeros_like(record), torch.zeros_like(record)
+    reorder(disk, record, ram, tiles)
+    reorder(ram, tiles, disk, back)
+    for name, part in disk.views(record).items():
+        assert torch.equal(disk.views(back)[name].view(torch.uint8), part.view(torch.uint8))
+    if how.scale_dtype != torch.uint8:  # random bits may be scales that are not numbers
+        return
+    weights = [PackedWeight.of(how, "down_proj", layout.views(r)) for layout, r in ((disk, record), (ram, tiles))]
+    assert torch.equal(weights[0].values(), weights[1].values())
+
+
+@pytest.mark.parametrize(
+    ("how", "shape", "needs", "instead"),
+    [
+        (int4(64), (40, 128), "[16, 64]", "experts='native'"),
+        (int4(64), (32, 96), "[16, 64]", "--group 32"),
+        (int4(64), (32, 48), "[16, 64]", "experts='int8', which fits"),
+        (int4(64), (32, 40), "[16, 64]", "experts='native'"),
+        (int4(128), (32, 64), "[16, 128]", "--group 64"),
+        (INT8, (32, 24), "[16, 16]", "experts='native'"),
+        (INT8, (0, 32), "[16, 16]", "experts='native'"),
+        (MXFP4, (32, 48), "[16, 32]", "experts='native'"),
+    ],
+)
+def test_shapes_that_no_format_holds(how: WeightFormat, shape: tuple[int, int], needs: str, instead: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=rf"down_proj is .*{re.escape(needs)}.*{re.escape(instead)}"):
+        record_layout({"down_proj": shape}, how)
+
+
+def test_unknown_group() -> None:
+    with pytest.raises(ConfigError, match="int4 group size 48 is not one of 32, 64, 128"):
+        int4(48)

@@ -1,0 +1,54 @@
+"""Who computes with what arrives waits for the parts that it needs, and no longer."""
+
+from __future__ import annotations
+
+import threading
+
+from offmoe.transfer.arrival import Arrival, Arriving
+
+
+def waiting_for(arrival: Arrival, parts) -> threading.Thread:
+    thread = threading.Thread(target=arrival.wait, args=(parts,))
+    thread.start()
+    return thread
+
+
+def test_parts_are_copied_in_the_order_in_which_they_were_read():
+    arrival = Arrival()
+    for part in (2, 0, 1):
+        arrival.add(part)
+    assert [arrival.take() for _ in range(4)] == [2, 0, 1, None]
+
+
+def test_a_wait_ends_with_the_last_of_its_parts():
+    arrival = Arrival()
+    thread = waiting_for(arrival, [0, 2])
+    arrival.landed(2)
+    arrival.landed(1)
+    thread.join(0.05)
+    assert thread.is_alive()
+    arrival.landed(0)
+    thread.join(20)
+    assert not thread.is_alive()
+    assert arrival.waited_s() >= 0.05
+    arrival.wait([0, 1, 2])
+    assert arrival.waited_s() == 0
+
+
+def test_a_wait_ends_when_nothing_more_will_come():
+    arrival = Arrival()
+    thread = waiting_for(arrival, [0])
+    arrival.end()
+    thread.join(20)
+    assert not thread.is_alive()
+    arrival.wait([7])
+
+
+def test_bytes_come_with_the_parts_that_they_are_in():
+    arrival = Arrival()
+    waits: list[set[int]] = []
+    arrival.wait = lambda parts: waits.append(set(parts))  # type: ignore[method-assign]
+    arriving = Arriving(arrival, {"up": [(0, 10, 0), (10, 30, 1)], "down": [(0, 5, 1), (5, 40, 2)]})
+    for name, start, end in (("up", 0, 10), ("up", 9, 11), ("up", 10, 12), ("down", 0, 40), ("bias", 0, 4)):
+        arriving.wait(name, start, end)
+    assert waits == [{0}, {0, 1}, {1}, {1, 2}, set()]

@@ -1,0 +1,757 @@
+"""The transfer engine on a device where nothing lands until it is waited for, and what happens without each wait."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import types
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import offmoe.storage.read_plan as read_plan
+import offmoe.transfer.engine as transfer_module
+import offmoe.transfer.mover as movement_module
+from offmoe.device.arena import SlotArena
+from offmoe.device.backend import CpuBackend
+from offmoe.errors import TransferError
+from offmoe.storage.checkpoint import Checkpoint
+from offmoe.storage.layout import Assembly, ExpertLayout, ExpertRecord, Part
+from offmoe.storage.store import ExpertStore
+from offmoe.types import ExpertKey, Fetch, Wave
+from tests.doubles import DeferredBackend, engine_without
+
+EXPERTS, ROWS, COLUMNS = 24, 16, 96
+LAYOUT = ExpertLayout.of({"in": (torch.float32, (ROWS, COLUMNS)), "out": (torch.float32, (COLUMNS, ROWS))})
+
+
+def weight(expert, name):
+    return torch.full((ROWS, COLUMNS) if name == "in" else (COLUMNS, ROWS), expert + (0.25 if name == "in" else 0.5))
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    tensors = {f"{e}.{name}": weight(e, name) for e in range(EXPERTS) for name in ("in", "out")}
+    save_file(tensors, tmp_path / "model.safetensors")
+    return Checkpoint.open(tmp_path)
+
+
+def cut(monkeypatch):
+    """Even these experts are read in parts, of one page each."""
+    monkeypatch.setattr(read_plan, "part_bytes", lambda nbytes: 4096)
+
+
+@pytest.fixture(params=["whole", "in parts"])
+def reading(request, monkeypatch):
+    """Experts are read by one reader each, or in several parts by all of them."""
+    if request.param == "in parts":
+        cut(monkeypatch)
+    return request.param
+
+
+@pytest.fixture
+def in_parts(monkeypatch):
+    cut(monkeypatch)
+
+
+def start_of(checkpoint, expert):
+    return min(checkpoint.segment(f"{expert}.{name}").offset for name in ("in", "out"))
+
+
+class GatedReads:
+    """Reads that wait until the test opens them, by byte offset of the expert."""
+
+    def __init__(self):
+        self.gates: dict[int, threading.Event] = {}
+        self.started: dict[int, threading.Event] = {}
+        self.offsets: list[int] = []
+
+    def hold(self, offset):
+        self.gates[offset // 4096] = threading.Event()
+        self.started[offset // 4096] = threading.Event()
+
+    def __call__(self, descriptor, buffer, offset):
+        self.offsets.append(offset)
+        gate = self.gates.get(offset // 4096)
+        if gate is not None:
+            self.started[offset // 4096].set()
+            assert gate.wait(20)
+        return os.preadv(descriptor, [buffer], offset)
+
+
+class Rig:
+    """Engine, slots and a record of what computing saw."""
+
+    def __init__(self, checkpoint, module: types.ModuleType = transfer_module, backend=None, slots=8, read_at=None):
+        self.backend = backend or DeferredBackend()
+        self.records = {
+            ExpertKey(0, e): ExpertRecord((checkpoint.segment(f"{e}.in"), checkpoint.segment(f"{e}.out")))
+            for e in range(EXPERTS)
+        }
+        self.store = ExpertStore(checkpoint.shards, self.records, read_at=read_at)
+        self.arena = SlotArena(self.backend.allocate, [LAYOUT] * slots)
+        assembly = Assembly((Part("in", 0, 0), Part("out", 0, 0)))
+        self.stalls = []
+        self.engine = module.TransferEngine(
+            self.store, self.arena, self.backend, [LAYOUT], [assembly], on_stall=lambda *a: self.stalls.append(a)
+        )
+        if isinstance(self.backend, DeferredBackend):
+            for slot in range(slots):
+                self.backend.guard(self.arena.bytes(slot), self.engine._mover.last_read[slot])
+
+    def fetch(self, *pairs, ahead=False):
+        self.engine.fetch([Fetch(ExpertKey(0, e), slot, None) for e, slot in pairs], ahead=ahead)
+
+    def sees(self, expert, slot):
+        """Whether computing with the slot now would use exactly this expert."""
+        views = self.arena.views(slot, LAYOUT)
+        return all(torch.equal(views[name], weight(expert, name)) for name in ("in", "out"))
+
+    def use(self, *pairs):
+        slots = [slot for _, slot in pairs]
+        self.engine.demand(slots)
+        for slot in slots:
+            self.engine.ready(slot)
+        right = all(self.sees(e, slot) for e, slot in pairs)
+        self.engine.computed(slots)
+        return right
+
+    def close(self):
+        self.engine.close()
+        self.store.close()
+
+
+def several_waves(rig):
+    """More fetches than staging buffers, slots used again and again: needs W1, W2 and W3."""
+    for start in range(0, EXPERTS, 12):
+        wave = [(start + i, i) for i in range(12)]
+        rig.fetch(*wave)
+        for slot in range(12):
+            rig.engine._tickets[slot].issued.wait(20)  # all issued before the first is waited for
+        if not rig.use(*wave):
+            return False
+    return True
+
+
+class HeldCopies(DeferredBackend):
+    """The first copy waits in its reader until the test lets it go."""
+
+    def __init__(self):
+        super().__init__()
+        self.begun, self.gate = threading.Event(), threading.Event()
+        copy = self.copies.copy
+
+        def held(destination, source):
+            if not self.begun.is_set():
+                self.begun.set()
+                assert self.gate.wait(20)
+            copy(destination, source)
+
+        self.copies.copy = held
+
+
+def a_slot_given_away_while_it_is_copied_into(checkpoint, module):
+    """Expert 0 is on its way from staging into slot 3 when the slot is given to expert 9: needs W4."""
+    backend = HeldCopies()
+    rig = Rig(checkpoint, module, backend)
+    try:
+        rig.fetch((0, 3), ahead=True)
+        assert backend.begun.wait(20)
+        earlier = rig.engine._tickets[3]
+        rig.fetch((9, 3))
+        later = rig.engine._tickets[3]
+        later.issued.wait(0.3)  # without W4 it is issued in this time, with W4 it cannot be
+        backend.gate.set()
+        assert earlier.issued.wait(20)
+        assert later.issued.wait(20)
+        return rig.use((9, 3))
+    finally:
+        backend.gate.set()
+        rig.close()
+
+
+def waves_through_one_slot(rig, patience=0.1):
+    """Expert 0 is resident; 1, 2 and 3 pass through its slot one after the other, read before it is free: needs W5."""
+    rig.fetch((0, 0))
+    if not rig.use((0, 0)):
+        return False
+    waves = [Wave(((0, 0),), ())] + [Wave(((e, 0),), (Fetch(ExpertKey(0, e), 0, None),)) for e in (1, 2, 3)]
+    rig.engine.stream(waves)
+    coming = [rig.engine._tickets[0]]
+    while coming[-1].next is not None:
+        coming.append(coming[-1].next)
+    assert len(coming) == 3
+    right = True
+    for wave in waves:
+        for ticket in coming:
+            ticket.issued.wait(patience)  # without W5 they are all copied in this time
+        ((expert, slot),) = wave.experts
+        rig.engine.ready(slot)
+        right &= rig.sees(expert, slot)
+        rig.engine.computed([slot])
+    return right
+
+
+@pytest.mark.parametrize("backend", [DeferredBackend, CpuBackend])
+def test_every_wave_computes_with_its_own_experts(checkpoint, backend, reading):
+    rig = Rig(checkpoint, backend=backend(), slots=12)
+    try:
+        assert several_waves(rig)
+    finally:
+        rig.close()
+
+
+def test_a_slot_given_away_holds_the_later_expert(checkpoint, reading):
+    assert a_slot_given_away_while_it_is_copied_into(checkpoint, transfer_module)
+
+
+@pytest.mark.parametrize("backend", [DeferredBackend, CpuBackend])
+def test_experts_that_pass_through_one_slot_land_one_after_the_other(checkpoint, backend, reading):
+    rig = Rig(checkpoint, backend=backend())
+    try:
+        assert waves_through_one_slot(rig)
+    finally:
+        rig.close()
+
+
+@pytest.mark.parametrize("wait", ["W1", "W2", "W3"])
+def test_without_the_wait_weights_are_wrong(checkpoint, wait, reading):
+    rig = Rig(checkpoint, engine_without(wait), slots=12)
+    try:
+        assert not several_waves(rig)
+    finally:
+        rig.close()
+
+
+def test_without_w4_the_earlier_expert_lands_last(checkpoint, reading):
+    assert not a_slot_given_away_while_it_is_copied_into(checkpoint, engine_without("W4"))
+
+
+def test_without_w5_an_expert_lands_on_one_that_is_still_needed(checkpoint, reading):
+    rig = Rig(checkpoint, engine_without("W5"))
+    try:
+        assert not waves_through_one_slot(rig, patience=30)
+    finally:
+        rig.close()
+
+
+def test_later_waves_are_read_while_their_slot_is_busy(checkpoint):
+    reads = GatedReads()
+    rig = Rig(checkpoint, read_at=reads)
+    for expert in (1, 2, 3):
+        reads.hold(start_of(checkpoint, expert))
+        reads.gates[start_of(checkpoint, expert) // 4096].set()
+    try:
+        rig.engine.stream([Wave(((e, 0),), (Fetch(ExpertKey(0, e), 0, None),)) for e in (0, 1, 2, 3)])
+        for started in reads.started.values():
+            assert started.wait(20), "nothing has been computed so far"
+        for expert in range(4):
+            assert rig.use((expert, 0))
+        assert not rig.engine._tickets
+    finally:
+        rig.close()
+
+
+@pytest.mark.parametrize("end", ["forget", "close"])
+def test_what_waits_for_its_turn_does_not_hold_up_the_end(checkpoint, end, reading):
+    rig = Rig(checkpoint)
+    try:
+        rig.engine.stream([Wave(((e, 0),), (Fetch(ExpertKey(0, e), 0, None),)) for e in range(8)])
+        rig.engine.ready(0)
+        ending = threading.Thread(target=getattr(rig.engine, end), daemon=True)
+        ending.start()
+        ending.join(20)
+        assert not ending.is_alive()
+        if end == "forget":
+            rig.fetch((9, 0))
+            assert rig.use((9, 0))
+    finally:
+        rig.close()
+
+
+def test_all_readers_share_one_expert(checkpoint, in_parts):
+    together = threading.Barrier(4)
+
+    def read(descriptor, buffer, offset):
+        together.wait(20)  # broken, and the demand an error, unless four parts are read at once
+        return os.preadv(descriptor, [buffer], offset)
+
+    rig = Rig(checkpoint, read_at=read)
+    try:
+        assert rig.store.parts(ExpertKey(0, 2)) == 4
+        for ahead in (False, True):
+            rig.fetch((2, 0), ahead=ahead)
+            assert rig.use((2, 0))
+    finally:
+        rig.close()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_what_is_demanded_lands_while_the_rest_is_read(checkpoint, in_parts, ahead):
+    """And what nobody waits for does not, since its slot may still be given to another."""
+    reads = GatedReads()
+    last = start_of(checkpoint, 2) // 4096 + 3
+    reads.hold(last * 4096)
+    rig = Rig(checkpoint, backend=CpuBackend(), read_at=reads)
+    slot = rig.arena.bytes(5)
+    slot.zero_()
+    try:
+        rig.fetch((2, 5), ahead=ahead)
+        assert reads.started[last].wait(20)
+        (shared,) = rig.engine._queue._shared
+        with shared.changed:
+            assert shared.changed.wait_for(lambda: shared.ended == 3, 20)
+        early = int((slot != 0).sum())
+        reads.gates[last].set()
+        assert rig.use((2, 5))
+        assert (early == 0) if ahead else (0 < early < int((slot != 0).sum()))
+    finally:
+        reads.gates[last].set()
+        rig.close()
+
+
+def test_a_part_that_fails_ends_the_others(checkpoint, in_parts):
+    """The demand says it, and the readers go on with what comes next."""
+    bad = start_of(checkpoint, 3) // 4096 * 4096 + 4096
+
+    def read(descriptor, buffer, offset):
+        if offset == bad:
+            raise OSError(5, "Input/output error")
+        return os.preadv(descriptor, [buffer], offset)
+
+    rig = Rig(checkpoint, read_at=read)
+    try:
+        rig.fetch((3, 2))
+        with pytest.raises(TransferError, match=r"expert 3 of MoE layer 0"):
+            rig.engine.ready(2)
+        rig.engine.forget()
+        rig.fetch((9, 2))
+        assert rig.use((9, 2))
+    finally:
+        rig.close()
+
+
+def started_of(reads, checkpoint, *experts):
+    return [reads.started[start_of(checkpoint, e) // 4096] for e in experts]
+
+
+def test_a_demand_behind_thirty_prefetches_is_read_at_once(checkpoint):
+    """Half of the readers is what prefetches may occupy: it waits for none of them, whatever becomes of those."""
+    reads = GatedReads()
+    for expert in (0, 1):
+        reads.hold(start_of(checkpoint, expert))
+    rig = Rig(checkpoint, read_at=reads, slots=31)
+    try:
+        rig.fetch(*[(e % 22, e) for e in range(30)], ahead=True)
+        for started in started_of(reads, checkpoint, 0, 1):
+            assert started.wait(20)
+        rig.fetch((23, 30))
+        assert rig.use((23, 30)), "while both reads for prefetches are held"
+        assert [o // 4096 for o in reads.offsets[2:]] == [start_of(checkpoint, 23) // 4096]
+        for gate in reads.gates.values():
+            gate.set()
+        assert rig.use(*[(e % 22, e) for e in range(30)])
+    finally:
+        for gate in reads.gates.values():
+            gate.set()
+        rig.close()
+
+
+def test_newer_prefetches_go_before_older_ones(checkpoint):
+    reads = GatedReads()
+    for expert in (0, 1):
+        reads.hold(start_of(checkpoint, expert))
+    rig = Rig(checkpoint, read_at=reads, slots=16)
+    try:
+        rig.fetch(*[(e, e) for e in range(6)], ahead=True)
+        for started in started_of(reads, checkpoint, 0, 1):
+            assert started.wait(20)
+        rig.fetch((20, 10), (21, 11), ahead=True)
+        reads.gates[start_of(checkpoint, 0) // 4096].set()  # one reader goes on, in the order of the queue
+        for slot in (10, 11, 2, 3, 4, 5):
+            assert rig.engine._tickets[slot].issued.wait(20)
+        order = [o // 4096 for o in reads.offsets[2:]]
+        assert order == [start_of(checkpoint, e) // 4096 for e in (20, 21, 2, 3, 4, 5)]
+    finally:
+        for gate in reads.gates.values():
+            gate.set()
+        rig.close()
+
+
+def test_a_read_whose_slot_was_given_away_goes_nowhere(checkpoint, in_parts):
+    """And what is left of it is not read."""
+    reads = GatedReads()
+    for expert in (0, 1):
+        reads.hold(start_of(checkpoint, expert))
+    rig = Rig(checkpoint, read_at=reads)
+    try:
+        rig.fetch((0, 0), (1, 1), ahead=True)
+        for started in started_of(reads, checkpoint, 0, 1):
+            assert started.wait(20)
+        lost = [rig.engine._tickets[slot] for slot in (0, 1)]
+        rig.fetch((5, 0), (6, 1))
+        for gate in reads.gates.values():
+            gate.set()
+        assert rig.use((5, 0), (6, 1))
+        assert all(ticket.issued.wait(20) for ticket in lost)
+        assert rig.sees(5, 0)
+        for_nothing = [o for o in reads.offsets if o // 4096 in blocks_of(checkpoint, 0, 1)]
+        assert len(for_nothing) <= 4, "two parts of each were being read"
+    finally:
+        for gate in reads.gates.values():
+            gate.set()
+        rig.close()
+
+
+def test_what_has_arrived_can_be_computed_with(checkpoint, in_parts):
+    reads = GatedReads()
+    first = start_of(checkpoint, 2) // 4096
+    rig = Rig(checkpoint, backend=CpuBackend(), read_at=reads)
+    parts = rig.store.parts(ExpertKey(0, 2))
+    reads.hold((first + parts - 1) * 4096)
+    try:
+        rig.fetch((2, 5))
+        arriving = rig.engine.arriving(5)
+        nbytes = LAYOUT.params[0].nbytes
+        arriving.wait("in", 0, nbytes)
+        assert torch.equal(rig.arena.views(5, LAYOUT)["in"], weight(2, "in")), "the second weight is still to come"
+        assert not rig.engine._tickets[5].issued.is_set()
+        threading.Timer(0.1, reads.gates[first + parts - 1].set).start()
+        arriving.wait("out", 0, nbytes)
+        assert rig.use((2, 5))
+        assert rig.stalls[0][1] >= 0.05, "it was waited for, though not in `ready`"
+        assert rig.engine.arriving(5) is None
+    finally:
+        reads.gates[first + parts - 1].set()
+        rig.close()
+
+
+def test_whoever_waits_for_what_does_not_come_is_told(checkpoint, in_parts):
+    first = start_of(checkpoint, 2) // 4096
+
+    def read(descriptor, buffer, offset):
+        if offset // 4096 == first + 1:
+            raise OSError(errno.EIO, "injected")
+        return os.preadv(descriptor, [buffer], offset)
+
+    rig = Rig(checkpoint, backend=CpuBackend(), read_at=read)
+    try:
+        rig.fetch((2, 5))
+        arriving = rig.engine.arriving(5)
+        arriving.wait("out", 0, LAYOUT.params[1].nbytes)
+        with pytest.raises(TransferError, match="reading failed"):
+            rig.engine.ready(5)
+    finally:
+        rig.close()
+
+
+def test_what_cannot_be_computed_with_before_it_is_there(checkpoint, monkeypatch):
+    """One part, or a device where a copy that was made is not there yet."""
+    rig = Rig(checkpoint, backend=CpuBackend())
+    rig.fetch((2, 5))
+    assert rig.engine.arriving(5) is None
+    assert rig.engine.arriving(4) is None, "nothing was asked for"
+    rig.close()
+    cut(monkeypatch)
+    rig = Rig(checkpoint, backend=DeferredBackend())
+    rig.fetch((2, 5))
+    assert rig.engine.arriving(5) is None
+    rig.close()
+
+
+def test_what_is_read_ahead_stops_within_a_part(checkpoint, monkeypatch):
+    reads = GatedReads()
+    first = start_of(checkpoint, 2) // 4096
+    monkeypatch.setattr(movement_module, "AHEAD_BYTES", 4096)
+    reads.hold((first + 1) * 4096)
+    rig = Rig(checkpoint, read_at=reads)
+    try:
+        (ticket,) = read_ahead(rig, 2)
+        assert reads.started[first + 1].wait(20)
+        rig.engine.read_ahead(())
+        reads.gates[first + 1].set()
+        assert ticket.issued.wait(20)
+        assert len(reads.offsets) == 2
+    finally:
+        reads.gates[first + 1].set()
+        rig.close()
+
+
+def blocks_of(checkpoint, *experts):
+    """Of 4,096 bytes that these experts' reads begin at, but for those that they share with the next expert."""
+    return {start_of(checkpoint, e) // 4096 + i for e in experts for i in range(3)}
+
+
+def read_ahead(rig, *experts):
+    rig.engine.read_ahead([ExpertKey(0, e) for e in experts])
+    return [rig.engine._ahead[ExpertKey(0, e)] for e in experts]
+
+
+def fetch_it(rig, *pairs):
+    rig.engine.fetch([Fetch(ExpertKey(0, e), slot, None, ahead=True) for e, slot in pairs])
+    rig.engine.read_ahead(())
+
+
+def parked(rig, *tickets):
+    with rig.engine._queue.lock:
+        return rig.engine._queue.lock.wait_for(lambda: all(t in rig.engine._queue.parked for t in tickets), 20)
+
+
+@pytest.mark.parametrize("backend", [DeferredBackend, CpuBackend])
+def test_what_was_read_ahead_is_not_read_again(checkpoint, reading, backend):
+    reads = GatedReads()
+    rig = Rig(checkpoint, backend=backend(), read_at=reads)
+    try:
+        for _ in range(20):  # more often than there are buffers
+            del reads.offsets[:]
+            assert parked(rig, *read_ahead(rig, 3, 4))
+            fetch_it(rig, (4, 1), (3, 0))
+            assert rig.use((4, 1), (3, 0))
+            assert len(reads.offsets) == rig.store.parts(ExpertKey(0, 3)) + rig.store.parts(ExpertKey(0, 4))
+        assert rig.engine._queue.idle_buffers == len(rig.engine._mover._staged)
+    finally:
+        rig.close()
+
+
+@pytest.mark.parametrize("backend", [DeferredBackend, CpuBackend])
+def test_what_is_read_ahead_becomes_a_demand_in_the_middle(checkpoint, in_parts, backend):
+    """Its first part arrived when nobody waited, the second comes when its slot is known and the first lands too."""
+    reads = GatedReads()
+    first = start_of(checkpoint, 2) // 4096
+    reads.hold((first + 2) * 4096)
+    rig = Rig(checkpoint, backend=backend(), read_at=reads)
+    try:
+        (ticket,) = read_ahead(rig, 2)
+        assert reads.started[first + 2].wait(20)
+        fetch_it(rig, (2, 5))
+        assert rig.engine._tickets[5] is ticket
+        reads.gates[first + 2].set()
+        assert rig.use((2, 5))
+        assert len(reads.offsets) == rig.store.parts(ExpertKey(0, 2))
+    finally:
+        reads.gates[first + 2].set()
+        rig.close()
+
+
+def test_reading_ahead_takes_half_of_the_readers_and_stops_when_it_is_for_nothing(checkpoint, in_parts):
+    reads = GatedReads()
+    first = start_of(checkpoint, 2) // 4096
+    for i in range(4):
+        reads.hold((first + i) * 4096)
+    rig = Rig(checkpoint, read_at=reads)
+    try:
+        (ticket,) = read_ahead(rig, 2)
+        assert reads.started[first].wait(20)
+        assert reads.started[first + 1].wait(20)
+        assert not reads.started[first + 2].wait(0.1)
+        rig.fetch((9, 3))
+        rig.engine.read_ahead(())
+        assert rig.use((9, 3)), "while the read that is for nothing is held"
+        for gate in reads.gates.values():
+            gate.set()
+        assert ticket.issued.wait(20)
+        assert not reads.started[first + 2].is_set()
+        assert rig.engine._queue.idle_buffers == len(rig.engine._mover._staged)
+    finally:
+        for gate in reads.gates.values():
+            gate.set()
+        rig.close()
+
+
+def test_no_more_is_read_ahead_than_may_be_parked(checkpoint):
+    rig = Rig(checkpoint, read_at=(reads := GatedReads()))
+    try:
+        tickets = read_ahead(rig, *range(12))
+        assert parked(rig, *tickets[:8])
+        assert len(reads.offsets) == 8
+        fetch_it(rig, (11, 2), (0, 3))
+        assert rig.use((11, 2), (0, 3))
+        assert rig.engine._queue.idle_buffers == len(rig.engine._mover._staged)
+    finally:
+        rig.close()
+
+
+def test_a_read_ahead_that_failed_is_tried_again_by_who_needs_it(checkpoint, reading):
+    failing = threading.Event()
+    failing.set()
+
+    def read(descriptor, buffer, offset):
+        if failing.is_set():
+            raise OSError(5, "Input/output error")
+        return os.preadv(descriptor, [buffer], offset)
+
+    rig = Rig(checkpoint, read_at=read)
+    try:
+        tickets = read_ahead(rig, 3, 4)
+        assert all(ticket.issued.wait(20) for ticket in tickets)
+        failing.clear()
+        fetch_it(rig, (3, 0))
+        assert rig.use((3, 0))
+    finally:
+        rig.close()
+
+
+@pytest.mark.parametrize("end", ["forget", "close"])
+def test_what_is_parked_does_not_outlive_the_end(checkpoint, end):
+    rig = Rig(checkpoint)
+    try:
+        assert parked(rig, *read_ahead(rig, 3, 4))
+        getattr(rig.engine, end)()
+        assert rig.engine._queue.idle_buffers == len(rig.engine._mover._staged)
+        if end == "forget":
+            fetch_it(rig, (3, 0))
+            assert rig.use((3, 0))
+    finally:
+        rig.close()
+
+
+class CountedCopies(DeferredBackend):
+    """Sizes of the copies, and the most that were given to the device before it was known to be done with earlier
+    ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.most = [], 0
+        copy = self.copies.copy
+
+        def counted(destination, source):
+            self.sizes.append(destination.nbytes)
+            copy(destination, source)
+            self.most = max(self.most, sum(not land.done[0] for land in self.copies.pending))
+
+        self.copies.copy = counted
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_copies_that_nobody_waits_for_go_in_pieces_two_at_a_time(checkpoint, ahead, monkeypatch):
+    monkeypatch.setattr(movement_module, "PIECE_BYTES", 1000)
+    backend = CountedCopies()
+    rig = Rig(checkpoint, backend=backend)
+    try:
+        rig.fetch((3, 2), ahead=ahead)
+        assert rig.engine._tickets[2].issued.wait(20)
+        if ahead:
+            assert max(backend.sizes) <= 1000
+            assert backend.most == 2
+        else:
+            assert backend.sizes == [ROWS * COLUMNS * 4] * 2
+        assert sum(backend.sizes) == 2 * ROWS * COLUMNS * 4
+        assert rig.use((3, 2))
+    finally:
+        rig.close()
+
+
+def test_what_is_demanded_while_it_queues_becomes_a_demand(checkpoint, reading):
+    rig = Rig(checkpoint, slots=16)
+    try:
+        rig.fetch(*[(e, e) for e in range(16)], ahead=True)
+        assert rig.use((15, 15))
+        assert rig.use(*[(e, e) for e in range(15)])
+        assert all(layer == 0 and seconds >= 0 for layer, seconds in rig.stalls)
+    finally:
+        rig.close()
+
+
+def test_an_error_surfaces_at_the_demand_that_needs_the_expert(checkpoint, reading):
+    def fails(descriptor, buffer, offset):
+        raise OSError(5, "Input/output error")
+
+    rig = Rig(checkpoint, read_at=fails)
+    try:
+        rig.fetch((3, 2))
+        with pytest.raises(TransferError, match=r"expert 3 of MoE layer 0"):
+            rig.engine.ready(2)
+    finally:
+        rig.close()
+
+
+def test_close_ends_threads_and_refuses_more(checkpoint, reading):
+    rig = Rig(checkpoint)
+    threads = [t for t in rig.engine._threads if t.is_alive()]
+    assert len(threads) == 4
+    rig.fetch(*[(e, e % 8) for e in range(8)], ahead=True)
+    rig.close()
+    rig.close()
+    assert not any(t.is_alive() for t in threads)
+    with pytest.raises(TransferError, match="closed"):
+        rig.fetch((1, 1))
+
+
+def test_forget_leaves_nothing_under_way(checkpoint, reading):
+    rig = Rig(checkpoint)
+    try:
+        rig.fetch(*[(e, e) for e in range(8)], ahead=True)
+        rig.engine.forget()
+        assert not rig.engine._tickets
+        rig.fetch((11, 0))
+        assert rig.use((11, 0))
+    finally:
+        rig.close()
+
+
+class InterruptedOnce:
+    """A ticket's event on which the first wait is cut short by Ctrl-C."""
+
+    def __init__(self, event):
+        self.event, self.waits = event, 0
+
+    def wait(self, *timeout):
+        self.waits += 1
+        if self.waits == 1:
+            raise KeyboardInterrupt
+        return self.event.wait(*timeout)
+
+    def __getattr__(self, name):
+        return getattr(self.event, name)
+
+
+def forgets_while_a_read_goes_on(rig, reads, block):
+    """`forget` in a thread; true if it returned before the read that is under way was let go on."""
+    forgetting = threading.Thread(target=rig.engine.forget)
+    forgetting.start()
+    forgetting.join(0.3)
+    early = not forgetting.is_alive()
+    reads.gates[block].set()
+    forgetting.join(20)
+    return early
+
+
+def test_forget_waits_for_a_read_whose_wait_was_interrupted(checkpoint):
+    reads = GatedReads()
+    reads.hold(start_of(checkpoint, 0))
+    (block,) = reads.gates
+    rig = Rig(checkpoint, read_at=reads)
+    try:
+        rig.fetch((0, 3))
+        assert reads.started[block].wait(20)
+        ticket = rig.engine._tickets[3]
+        ticket.issued = InterruptedOnce(ticket.issued)
+        with pytest.raises(KeyboardInterrupt):
+            rig.engine.ready(3)
+        assert not forgets_while_a_read_goes_on(rig, reads, block)
+        rig.fetch((9, 3))
+        assert rig.use((9, 3))
+    finally:
+        rig.close()
+
+
+def test_forget_waits_for_a_read_behind_which_another_was_queued(checkpoint):
+    reads = GatedReads()
+    for expert in range(4):
+        reads.hold(start_of(checkpoint, expert))
+    rig = Rig(checkpoint, read_at=reads)
+    try:
+        rig.fetch(*[(e, e) for e in range(4)])
+        for started in reads.started.values():
+            assert started.wait(20)
+        rig.fetch((9, 3))  # queued: all readers are busy, one of them with this slot
+        last = start_of(checkpoint, 3) // 4096
+        for block in reads.gates.keys() - {last}:
+            reads.gates[block].set()
+        assert not forgets_while_a_read_goes_on(rig, reads, last)
+        rig.fetch((11, 3))
+        assert rig.use((11, 3))
+    finally:
+        rig.close()
