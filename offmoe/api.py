@@ -16,7 +16,7 @@ import torch
 
 from offmoe.budget.inspect import Inspected, inspect
 from offmoe.compute.compute import build_compute, device_compute
-from offmoe.config import Default, OffloadConfig, format_size
+from offmoe.config import Default, OffloadConfig
 from offmoe.device.arena import SlotArena, slot_layouts
 from offmoe.errors import ConfigError
 from offmoe.handle import Offload
@@ -27,10 +27,12 @@ from offmoe.hf.load.load import load_dense
 from offmoe.pack.on_load import write
 from offmoe.policy.planner import build_planner
 from offmoe.runtime.executor import ExpertExecutor
+from offmoe.runtime.host_experts import HostPart
 from offmoe.storage.store import ExpertStore
+from offmoe.text import format_size
 from offmoe.trace.recorder import TraceWriter
 from offmoe.transfer.engine import TransferEngine
-from offmoe.transfer.host_exchange import HostExchange, HostPart
+from offmoe.transfer.host_exchange import HostExchange
 from offmoe.types import CacheStats
 
 if TYPE_CHECKING:

@@ -50,15 +50,6 @@ def parse_size(value: int | str, option: str) -> int:
     return int(size)
 
 
-def format_size(size: float) -> str:
-    """'1.5 GiB' of bytes."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
-
-
 @dataclass(frozen=True)
 class CacheOptions:
     """What decisions depend on besides the accesses; written into traces, read back by replay.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from offmoe.config import CacheOptions, OffloadConfig, format_size, parse_size
+from offmoe.config import CacheOptions, OffloadConfig, parse_size
 from offmoe.errors import ConfigError
+from offmoe.text import format_size
 
 
 @pytest.mark.parametrize(

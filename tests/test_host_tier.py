@@ -12,9 +12,9 @@ import offmoe
 import offmoe.budget.inspect
 from offmoe.errors import CapacityError, ConfigError
 from offmoe.profile import CostModel, Profile
+from offmoe.runtime.host_experts import HostPart
 from offmoe.simulate.replay import replay
 from offmoe.trace.trace import read_trace
-from offmoe.transfer.host_exchange import HostPart
 from offmoe.transfer.staging import staging_plan
 from tests import tiny
 from tests.doubles import DeviceBesideRam

@@ -148,6 +148,14 @@ def test_modules_say_what_they_are(module: str) -> None:
 # --- lazy imports and public names
 
 
+def test_the_offline_half_starts_without_torch() -> None:
+    """The import contracts in pyproject.toml say so of every line; this says so of what importing really loads."""
+    halves = ("config", "errors", "io_limits", "policy", "profile", "report", "simulate", "text", "trace", "types")
+    modules = [module for module in SOURCES if module.startswith(tuple(f"offmoe.{name}" for name in halves))]
+    assert {"offmoe.policy.planner", "offmoe.simulate.replay", "offmoe.trace.trace", "offmoe.config"} <= set(modules)
+    assert loaded_after("import " + ", ".join(modules)) == set()
+
+
 def test_import_offmoe_loads_nothing_heavy() -> None:
     assert loaded_after("import offmoe\nassert offmoe.__all__ and dir(offmoe) and offmoe.__doc__") == set()
 

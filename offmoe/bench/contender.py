@@ -70,7 +70,7 @@ class Contender:
     def __init__(self, task: Task):
         import torch
 
-        from offmoe.cli.libraries import quiet
+        from offmoe.hf.quiet import quiet
 
         if task.threads:
             torch.set_num_threads(task.threads)

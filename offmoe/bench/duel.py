@@ -20,10 +20,10 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import offmoe
+from offmoe.bench.memory_cap import MemoryCap
 from offmoe.bench.task import Costs, Outcome, Pass, Peak, Task, restore, to_line
-from offmoe.config import format_size
-from offmoe.device.cgroup import MemoryCap
 from offmoe.errors import CapacityError, ConfigError, OffmoeError
+from offmoe.text import format_size
 
 T = TypeVar("T")
 

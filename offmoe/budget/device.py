@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from offmoe.budget.host import HostPlan
-from offmoe.config import OffloadConfig, format_size
+from offmoe.config import OffloadConfig
 from offmoe.errors import CapacityError
 from offmoe.policy.planner import SCRATCH_SLOTS
-from offmoe.types import CacheShape
+from offmoe.text import format_size
+from offmoe.types import DISK, HOST, CacheShape
 
 MIN_CONTEXT = 256
 """Tokens of KV cache without which a model is not usable."""
@@ -30,7 +31,6 @@ SLOTS_PER_SCRATCH = 128
 """Slots beside which a scratch slot is worth its memory to on_miss="auto": choosing who gets a slot saves 1 to 4 % of
 the misses, and two slots less in a hundred lose as much."""
 
-HOST, DISK = "host", "disk"
 """Where dense layers are that are not on the device."""
 
 

@@ -23,6 +23,7 @@ from offmoe.budget.device import DenseLayerBytes, ModelBytes
 from offmoe.budget.needs import ExpertBytes, Parameters, count_parameters, model_bytes
 from offmoe.errors import CheckpointError, UnsupportedModelError
 from offmoe.hf.adapters.find import expert_parameters, find_experts, find_top_k, require_adapter
+from offmoe.hf.catalog.quant_config import quantization_config, quantization_method
 from offmoe.hf.load.dense_layers import dense_layers
 from offmoe.hf.load.load import build_meta
 from offmoe.storage.layout import PARAM_ALIGNMENT, ExpertLayout, aligned
@@ -42,12 +43,6 @@ MANY_MODULES = 64
 
 IGNORED_LISTS = ("modules_to_not_convert", "ignore", "ignored_layers", "llm_int8_skip_modules")
 """What quantisation methods call the modules that stay as they were."""
-
-
-def quantisation_method(config: PretrainedConfig) -> str | None:
-    """Name of the method that a checkpoint of this configuration is quantised by."""
-    asked = _quantisation(config).get("quant_method")
-    return None if asked is None else str(getattr(asked, "value", asked))
 
 
 class Estimate(NamedTuple):
@@ -170,17 +165,9 @@ def _read_bytes(at_rest: int, runs: int) -> int:
     return aligned(at_rest, ALIGNMENT) + 2 * runs * ALIGNMENT
 
 
-def _quantisation(config: PretrainedConfig) -> Mapping[str, object]:
-    found = getattr(config, "quantization_config", None)
-    if found is None:
-        return {}
-    values: Mapping[str, object] = found if isinstance(found, Mapping) else found.to_dict()
-    return values
-
-
 def _matrix_bytes(config: PretrainedConfig, name: str) -> MatrixBytes | None:
     """How this quantisation stores the matrices of experts module `name`; None if it leaves them as they are."""
-    values, method = _quantisation(config), quantisation_method(config)
+    values, method = quantization_config(config) or {}, quantization_method(config)
     if method is None or any(_matches(str(entry), name) for key in IGNORED_LISTS for entry in _list(values.get(key))):
         return None
     if method == "fp8":

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from offmoe.config import OffloadConfig, format_size
+from offmoe.config import OffloadConfig
 from offmoe.errors import CapacityError, ConfigError
 from offmoe.storage.layout import aligned
 from offmoe.storage.read_plan import ALIGNMENT
+from offmoe.text import format_size
 from offmoe.transfer.staging import staging_plan
 from offmoe.types import CacheShape
 

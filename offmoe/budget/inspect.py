@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from offmoe.budget.device import MemoryPlan
-from offmoe.budget.estimate import estimate, quantisation_method
+from offmoe.budget.estimate import estimate
 from offmoe.budget.needs import ExpertBytes, Parameters, count_parameters, expert_bytes, model_bytes
 from offmoe.budget.resolve import divide_or_say
 from offmoe.config import OffloadConfig
@@ -24,7 +24,7 @@ from offmoe.errors import CapacityError
 from offmoe.hf.adapters.find import find_experts
 from offmoe.hf.catalog.build import build_catalog
 from offmoe.hf.catalog.catalog import ExpertCatalog
-from offmoe.hf.catalog.quant_config import shapes_are_in_shards
+from offmoe.hf.catalog.quant_config import quantization_method, shapes_are_in_shards
 from offmoe.hf.hub.locate import Source, locate
 from offmoe.hf.load.dense_layers import dense_layers
 from offmoe.hf.load.load import build_meta, compute_dtype, lone_config, model_class, read_config, require_index
@@ -108,7 +108,7 @@ def survey(
     backend = select_backend(config.device)
     hf_config = read_config(source)
     cls = model_class(hf_config)
-    method = quantisation_method(hf_config)
+    method = quantization_method(hf_config)
     # what is quantised is computed in bfloat16, whatever else a config forgets to say
     compute = compute_dtype(dtype, hf_config, torch.float32 if method is None else torch.bfloat16)
     stored, counts = compute_dtype(None, hf_config, compute), backend.staging_counts
@@ -174,7 +174,7 @@ def _read_headers(
         catalog.shape,
         experts,
         count_parameters(meta),
-        quantisation_method(hf_config),
+        quantization_method(hf_config),
         compute,
         *divide_or_say(config, catalog.shape, experts, needs, backend, backend.free_bytes()),
         backend,

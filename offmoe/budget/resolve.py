@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from offmoe.budget.device import HOST, MemoryPlan, ModelBytes, plan_memory, plan_on_miss
+from offmoe.budget.device import MemoryPlan, ModelBytes, plan_memory, plan_on_miss
 from offmoe.budget.host import plan_host
 from offmoe.budget.needs import ExpertBytes
 from offmoe.config import OffloadConfig
@@ -16,7 +16,7 @@ from offmoe.device.backend import Backend
 from offmoe.errors import CapacityError, ConfigError
 from offmoe.policy.planner import SCRATCH_SLOTS
 from offmoe.profile import MissCosts, Profile
-from offmoe.types import CacheShape
+from offmoe.types import HOST, CacheShape
 
 BOUNDLESS = 1 << 60
 """Bytes that any model fits into."""

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 from offmoe.bench.scratch import ended_by_sigterm, scratch_folder
 from offmoe.cli import options, prompts
-from offmoe.cli.output import Output, percent
-from offmoe.config import OffloadConfig, format_size, parse_size
+from offmoe.cli.output import Output
+from offmoe.config import OffloadConfig, parse_size
 from offmoe.errors import ConfigError
 from offmoe.profile import CACHE_OPTIONS, CostModel, Profile
+from offmoe.text import format_size, percent
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -108,7 +109,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
     cap = None if args.memory_cap is None else parse_size(args.memory_cap, "memory_cap")
     config, hub = options.offload_config(args), options.hub_options(args)
     profile = _profile(args, config)
-    from offmoe.cli.libraries import hide_bars, quiet
+    from offmoe.hf.quiet import hide_bars, quiet
 
     quiet(args.verbose, args.json)
     found = _inspect(args, config, cap, hub)

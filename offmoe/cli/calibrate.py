@@ -70,7 +70,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
             raise ConfigError(f"-o {args.output}: the folder does not exist; create it first.")
     from offmoe.api import fetch
     from offmoe.budget.inspect import inspect
-    from offmoe.cli.libraries import hide_bars, quiet
+    from offmoe.hf.quiet import hide_bars, quiet
     from offmoe.measure.calibrate import calibrate
 
     quiet(args.verbose, args.json)

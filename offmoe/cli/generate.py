@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from offmoe.cli import options, prompts
-from offmoe.cli.output import Output, percent
-from offmoe.config import format_size
+from offmoe.cli.output import Output
 from offmoe.errors import CheckpointError, ConfigError
+from offmoe.text import format_size, percent
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
 
     from offmoe.api import fetch, load
     from offmoe.budget.inspect import inspect
-    from offmoe.cli.libraries import hide_bars, quiet
+    from offmoe.hf.quiet import hide_bars, quiet
 
     quiet(args.verbose, args.json)
     inspected = inspect(args.model, config, dtype=args.dtype, **hub)

@@ -12,9 +12,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from offmoe.cli import options
-from offmoe.cli.output import Output, percent, plain, span
-from offmoe.config import ON_MISS, OffloadConfig, format_size
+from offmoe.cli.output import Output
+from offmoe.config import ON_MISS, OffloadConfig
 from offmoe.profile import Profile
+from offmoe.text import format_size, percent, plain, span
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
 def _run(args: argparse.Namespace, out: Output) -> None:
     config, hub = options.offload_config(args), options.hub_options(args)
     from offmoe.budget.inspect import survey
-    from offmoe.cli.libraries import quiet
+    from offmoe.hf.quiet import quiet
 
     quiet(args.verbose, args.json)
     found = survey(args.model, config, dtype=args.dtype, **hub)

@@ -128,19 +128,3 @@ def logging_to_stderr(verbose: bool) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)
-
-
-def percent(share: float) -> str:
-    """'61.6 %' of 0.616."""
-    return f"{100 * share:.1f} %"
-
-
-def span(values: tuple[int, ...]) -> str:
-    """'8' of equal values, '2-8' of others."""
-    low, high = min(values), max(values)
-    return str(low) if low == high else f"{low}-{high}"
-
-
-def plain(values: tuple[int, ...]) -> int | list[int]:
-    """One int where all layers agree, else one per layer: the form of JSON output and of traces."""
-    return values[0] if len(set(values)) == 1 else list(values)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, cast
 
 from offmoe.cli import options
 from offmoe.cli.output import Output
-from offmoe.config import format_size
 from offmoe.errors import ConfigError
+from offmoe.text import format_size
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -48,7 +48,7 @@ def parser() -> options.Parser:
 
 
 def run(args: argparse.Namespace, out: Output) -> None:
-    from offmoe.cli.libraries import quiet
+    from offmoe.hf.quiet import quiet
     from offmoe.pack.pack import pack, weight_format
 
     how = weight_format(args.experts, args.group, args.zero_points)

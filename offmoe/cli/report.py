@@ -10,9 +10,10 @@ import argparse
 from typing import TYPE_CHECKING
 
 from offmoe.cli import options
-from offmoe.cli.output import Output, percent
+from offmoe.cli.output import Output
 from offmoe.report.findings import findings, missing
 from offmoe.report.report import ALERT, Report, describe
+from offmoe.text import percent
 from offmoe.trace.trace import read_trace
 
 if TYPE_CHECKING:

@@ -10,12 +10,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from offmoe.cli import options
-from offmoe.cli.output import Output, percent, plain, span
-from offmoe.config import CacheOptions, format_size
+from offmoe.cli.output import Output
+from offmoe.config import CacheOptions
 from offmoe.errors import ConfigError
 from offmoe.profile import Profile, read_profile
 from offmoe.simulate.replay import Recording, belady, uniform_hit_rate
 from offmoe.simulate.sweep import Part, Settings, evaluate
+from offmoe.text import format_size, percent, plain, span
 from offmoe.trace.trace import Trace, read_trace
 
 if TYPE_CHECKING:

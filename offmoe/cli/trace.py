@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from offmoe.cli import options, prompts
-from offmoe.cli.output import Output, percent
+from offmoe.cli.output import Output
 from offmoe.errors import ConfigError, OffmoeError, TraceError
+from offmoe.text import percent
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -92,7 +93,7 @@ def _record(args: argparse.Namespace, out: Output) -> None:
 
     from offmoe.api import fetch, load
     from offmoe.budget.inspect import inspect
-    from offmoe.cli.libraries import hide_bars, quiet
+    from offmoe.hf.quiet import hide_bars, quiet
 
     quiet(args.verbose, args.json)
     inspected = inspect(args.model, config, dtype=args.dtype, **hub)

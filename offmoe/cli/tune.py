@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offmoe.cli import options
-from offmoe.cli.output import Output, percent, plain, span
+from offmoe.cli.output import Output
 from offmoe.cli.plot import Curve, Figure, check_plot, write_plot
 from offmoe.config import EVICTIONS, ON_MISS, SCOPES, CacheOptions, parse_size
 from offmoe.errors import ConfigError
@@ -31,6 +31,7 @@ from offmoe.simulate.sweep import (
     split_requests,
     sweep,
 )
+from offmoe.text import percent, plain, span
 from offmoe.trace.trace import Trace, read_trace
 
 if TYPE_CHECKING:

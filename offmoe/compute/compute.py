@@ -23,6 +23,7 @@ import torch
 from offmoe.compute.cpu_slot import KernelSlot
 from offmoe.compute.gpu_slot import device_form, form_of_tiles
 from offmoe.compute.kernels import ExpertMath, GatedFFN, expert_ffn
+from offmoe.compute.kernels.autocast import autocast_enabled
 from offmoe.compute.kernels.cpu import CpuKernels, Rows, cpu_kernels, physical_cores
 from offmoe.compute.kernels.device import DeviceKernels, Pairs, available
 from offmoe.device.arena import SlotArena
@@ -48,15 +49,6 @@ class Work(NamedTuple):
     def inputs(self, expert: int) -> torch.Tensor:
         """x [n, H] of one expert."""
         return self.hidden if self.pairs is None else self.hidden[self.pairs[expert] // self.sharing]
-
-
-def together(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Rows [n, H] of all parts, in their order.
-
-    Not under torch.autocast: where it is enabled, cat takes no half precision but autocast's own.
-    """
-    with torch.autocast(parts[0].device.type, enabled=False):
-        return torch.cat(list(parts))
 
 
 class Slots(Protocol):
@@ -130,7 +122,7 @@ class TorchCompute(ExpertCompute):
 
     def _awaited(self, layer: int, slot: int, math: ExpertMath, x: torch.Tensor, slots: Slots) -> torch.Tensor:
         divides = isinstance(math, GatedFFN) and not math.transposed and self._decodings[layer] is None
-        autocast = torch.is_autocast_enabled(x.device.type)
+        autocast = autocast_enabled(x)
         arriving = slots.arriving(slot) if divides and len(x) == 1 and not autocast else None
         if arriving is None:
             return super()._awaited(layer, slot, math, x, slots)
@@ -150,7 +142,7 @@ class TorchCompute(ExpertCompute):
     def expert(self, layer: int, slot: int, math: ExpertMath, x: torch.Tensor) -> torch.Tensor:
         weights = self._arena.views(slot, self._layouts[layer])
         decode = self._decodings[layer]
-        dtype = self._dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
+        dtype = self._dtype if autocast_enabled(x) else x.dtype
         return expert_ffn(math, weights if decode is None else decode(weights, dtype), x, dtype)
 
     def close(self) -> None:

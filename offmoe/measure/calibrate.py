@@ -29,12 +29,13 @@ from offmoe.budget.inspect import Inspected
 from offmoe.device.backend import CpuBackend
 from offmoe.hf.adapters.find import find_experts
 from offmoe.hf.load.attach import reroute
+from offmoe.io_limits import last_share
 from offmoe.measure.probes import DiskProbe, copy_gb_s, host_expert, host_expert_us
 from offmoe.profile import CostModel
 from offmoe.simulate.fit_costs import TimedStep, corrected
 from offmoe.storage.store import ExpertStore
 from offmoe.trace.trace import NONE
-from offmoe.types import CacheShape, last_share
+from offmoe.types import CacheShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

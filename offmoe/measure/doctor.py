@@ -23,8 +23,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from offmoe.config import format_size
 from offmoe.device.cgroup import memory_left, memory_limit
+from offmoe.text import format_size
 
 Verdict = Literal["ok", "warn", "fail"]
 Probe = Callable[[], "Check"]

@@ -22,10 +22,11 @@ import torch.nn.functional as F
 
 from offmoe.device.arena import HostBuffers
 from offmoe.device.backend import Backend
+from offmoe.io_limits import READERS
 from offmoe.storage.layout import ExpertLayout
 from offmoe.storage.store import ExpertStore
 from offmoe.transfer.staging import staging_plan
-from offmoe.types import READERS, ExpertKey
+from offmoe.types import ExpertKey
 
 ROUNDS = 5
 COLD_BYTES = 64 << 20

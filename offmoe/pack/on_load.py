@@ -16,16 +16,16 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from offmoe.budget.estimate import quantisation_method
-from offmoe.config import format_size
 from offmoe.errors import CapacityError, ConfigError, ShardChangedError, TransferError
 from offmoe.hf.catalog.build import build_catalog
 from offmoe.hf.catalog.catalog import ExpertCatalog
+from offmoe.hf.catalog.quant_config import quantization_method
 from offmoe.hf.load.load import build_meta, model_class
 from offmoe.pack.pack import SHARD_BYTES, pack, weight_format
 from offmoe.pack.plan import check_loads, plan_shards, quantization_config
 from offmoe.quant.packed_weight import WeightFormat
 from offmoe.storage.checkpoint import Checkpoint
+from offmoe.text import format_size
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -46,7 +46,7 @@ def to_quantise(catalog: ExpertCatalog, config: PretrainedConfig, experts: str) 
 
     ConfigError if they are quantised otherwise.
     """
-    method = quantisation_method(config)
+    method = quantization_method(config)
     if method is None:
         return weight_format(experts)
     if catalog.formats and all(name.endswith(f" {experts}") for name in catalog.formats):
@@ -61,7 +61,7 @@ def to_quantise(catalog: ExpertCatalog, config: PretrainedConfig, experts: str) 
 
 def with_experts(config: PretrainedConfig, experts: str) -> PretrainedConfig:
     """A config that says how `experts` would be quantised, as far as sizes follow from it; the same if they are."""
-    if experts == "native" or quantisation_method(config) is not None:
+    if experts == "native" or quantization_method(config) is not None:
         return config
     how = weight_format(experts)
     config = copy.deepcopy(config)

@@ -28,13 +28,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from offmoe.budget.estimate import quantisation_method
-from offmoe.config import format_size
 from offmoe.errors import CapacityError, ConfigError, UnsupportedModelError, out_of_memory
 from offmoe.hf.catalog.build import build_catalog
-from offmoe.hf.hub.locate import locate
+from offmoe.hf.catalog.quant_config import quantization_method
+from offmoe.hf.hub.locate import MODEL_FILES, locate
 from offmoe.hf.load.load import CONFIG_FILE, PACK_MANIFEST, build_meta, model_class, read_config, require_index
-from offmoe.hf.load.save import MODEL_FILES
 from offmoe.pack.loss import Loss
 from offmoe.pack.manifest import Finished, Manifest
 from offmoe.pack.plan import Item, NewShard, check_loads, encode, plan_shards, quantization_config, raw_parts
@@ -42,6 +40,7 @@ from offmoe.pack.quantizer import Quantiser, quantiser
 from offmoe.quant.packed_weight import INT8, WeightFormat, int4
 from offmoe.storage.checkpoint import INDEX_FILE, Checkpoint
 from offmoe.storage.shard_writer import digest_of, fill, octets, read_chunks, write_file
+from offmoe.text import format_size
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +103,7 @@ def pack(
     folder = Path(os.path.expanduser(os.fspath(out))).absolute()
     _refuse_place(folder, source.folder)
     hf_config = read_config(source.folder)
-    method = quantisation_method(hf_config)
+    method = quantization_method(hf_config)
     if method is not None:
         raise UnsupportedModelError(
             f"{source.folder}: quantised by {method!r} already, and would only lose more; offmoe runs it as it is, "

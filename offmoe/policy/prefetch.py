@@ -16,7 +16,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from offmoe.types import CacheShape, stop_share
+from offmoe.io_limits import stop_share
+from offmoe.types import CacheShape
 
 WORTH_BYTES = 1 << 20
 """Of one expert. Foretelling takes a norm, a router and a ranking, some 0.1 ms per layer; of the demo model's experts,

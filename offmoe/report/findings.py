@@ -5,10 +5,9 @@ Words only. Must never state a finding that has no counts behind it.
 
 from __future__ import annotations
 
-from offmoe.cli.output import percent, span
-from offmoe.config import format_size
 from offmoe.report.report import ALERT, Report, mean
 from offmoe.report.specialization import TypeLift
+from offmoe.text import format_size, percent, span
 
 FEW_TOKENS = 100
 SPECIALISTS = 500

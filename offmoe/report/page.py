@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from offmoe.cli.output import percent
 from offmoe.errors import ConfigError, OffmoeError
 from offmoe.report.coactivation import MIN_EXPECTED
 from offmoe.report.findings import findings, missing
 from offmoe.report.report import ALERT, Report, mean
 from offmoe.report.specialization import CLEAR, MIN_TOKENS
 from offmoe.report.token_types import TYPES
+from offmoe.text import percent
 
 DATA = "/*DATA*/"
 PAIRED_EXPERTS = 64

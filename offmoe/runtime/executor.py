@@ -22,15 +22,16 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from offmoe.compute.compute import ExpertCompute, Work, together
+from offmoe.compute.compute import ExpertCompute, Work
 from offmoe.compute.kernels import ExpertMath
+from offmoe.compute.kernels.autocast import autocast_enabled, concatenate
 from offmoe.device.backend import Backend
 from offmoe.errors import OffmoeError, TraceError
 from offmoe.policy.planner import Planner, build_planner
+from offmoe.runtime.host_experts import HostPart
 from offmoe.simulate.fit_costs import TimedStep
 from offmoe.trace.recorder import TraceWriter
 from offmoe.transfer.engine import TransferEngine
-from offmoe.transfer.host_exchange import HostPart
 from offmoe.types import Access, CacheStats, Demand, Plan, count_demands, rank_predictions
 
 logger = logging.getLogger(__name__)
@@ -229,9 +230,9 @@ class ExpertExecutor:
         if len(outputs) < len(order):
             nothing = torch.zeros_like(next(iter(outputs.values())))
             outputs |= {expert: nothing for expert in order if expert not in outputs}
-        rows = together([outputs[expert] for expert in order])
+        rows = concatenate([outputs[expert] for expert in order])
         # Stock reduces what its experts give under autocast; kernels may give float32, which costs more to reduce.
-        return rows if torch.is_autocast_enabled(rows.device.type) else rows.to(hidden.dtype)
+        return rows if autocast_enabled(rows) else rows.to(hidden.dtype)
 
 
 def _groups(top_k_index: torch.Tensor, demands: Sequence[Demand], by_choice: bool) -> dict[int, torch.Tensor]:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+from offmoe.io_limits import WHOLE_BYTES, last_share, stop_share
 from offmoe.profile import CostModel
-from offmoe.types import WHOLE_BYTES, Access, CacheShape, ExpertKey, Plan, last_share, stop_share
+from offmoe.types import Access, CacheShape, ExpertKey, Plan
 
 
 class Clock:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from offmoe.io_limits import part_bytes
 from offmoe.storage.layout import ExpertRecord, aligned
-from offmoe.types import part_bytes
 
 ALIGNMENT = 4096
 """Bytes. File offset, length and memory address of an unbuffered read; 512 is often enough, 4096 always."""

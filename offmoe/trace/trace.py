@@ -25,6 +25,7 @@ import numpy as np
 
 from offmoe.config import CacheOptions
 from offmoe.errors import ConfigError, TraceError
+from offmoe.text import plain
 from offmoe.types import Access, CacheShape, count_demands, rank_predictions, single_demands
 
 FORMAT, VERSION = "offmoe-trace", 1
@@ -110,9 +111,9 @@ def write_trace(path: Path, trace: Trace) -> None:
     shape = trace.shape
     header: dict[str, Any] = {
         "model": trace.model,
-        "experts": _plain(shape.experts),
-        "top_k": _plain(shape.top_k),
-        "expert_bytes": _plain(shape.expert_bytes),
+        "experts": plain(shape.experts),
+        "top_k": plain(shape.top_k),
+        "expert_bytes": plain(shape.expert_bytes),
         "layers": shape.layers,
     }
     if trace.options is not None:
@@ -120,7 +121,7 @@ def write_trace(path: Path, trace: Trace) -> None:
     if trace.pieces is not None:
         header["pieces"] = {str(i): text for i, text in trace.pieces.items()}
     if trace.parameters is not None:
-        header["parameters"] = {"dense": trace.parameters.dense, "expert": _plain(trace.parameters.expert)}
+        header["parameters"] = {"dense": trace.parameters.dense, "expert": plain(trace.parameters.expert)}
     optional = {"token": trace.token, "probs": trace.probs, "predicted": trace.predicted}
     arrays = {"experts": trace.experts, "request": trace.request, "step": trace.step}
     write_arrays(path, header, {**arrays, **{name: array for name, array in optional.items() if array is not None}})
@@ -268,7 +269,3 @@ def _array(arrays: dict[str, np.ndarray], key: str, kind: str, shape: tuple[int 
 def _check_ids(key: str, ids: np.ndarray, limit: np.ndarray) -> None:
     if ids.size and ((ids < NONE) | (ids >= limit)).any():
         raise TraceError(f"{key!r} holds an id outside [0, experts).")
-
-
-def _plain(values: tuple[int, ...]) -> int | list[int]:
-    return values[0] if len(set(values)) == 1 else list(values)

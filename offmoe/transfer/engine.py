@@ -36,12 +36,13 @@ from collections.abc import Callable, Sequence
 from offmoe.device.arena import SlotArena
 from offmoe.device.backend import Backend
 from offmoe.errors import OffmoeError, TransferError
+from offmoe.io_limits import READERS
 from offmoe.storage.layout import Assembly, ExpertLayout
 from offmoe.storage.store import ExpertStore
 from offmoe.transfer.arrival import Arriving
 from offmoe.transfer.mover import Mover
 from offmoe.transfer.queue import DEMAND, NEXT, NO_SLOT, SharedRead, Ticket
-from offmoe.types import READERS, ExpertKey, Fetch, Wave
+from offmoe.types import ExpertKey, Fetch, Wave
 
 
 class Reader(threading.Thread):

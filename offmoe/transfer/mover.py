@@ -18,12 +18,12 @@ import torch
 
 from offmoe.device.arena import HostBuffers, SlotArena
 from offmoe.device.backend import Backend, Event, copy_in_ram
+from offmoe.io_limits import AHEAD_BYTES, READERS
 from offmoe.storage.layout import Assembly, ExpertLayout
 from offmoe.storage.store import ExpertStore
 from offmoe.transfer.arrival import Arriving
 from offmoe.transfer.queue import DEMAND, SharedRead, Ticket, TicketQueue
 from offmoe.transfer.staging import host_buffers, staging_plan
-from offmoe.types import AHEAD_BYTES, READERS
 
 PIECE_BYTES = 16 << 20
 """Of a copy that nobody waits for: 0.7 ms of a 24 GB/s link. The copy engine takes copies in order (io.md section 6:

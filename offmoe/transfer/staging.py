@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from offmoe.device.arena import HostBuffers
 from offmoe.device.backend import Backend
-from offmoe.types import READERS
+from offmoe.io_limits import READERS
 
 logger = logging.getLogger(__name__)
 

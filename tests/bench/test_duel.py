@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from offmoe.bench import duel
+from offmoe.bench.memory_cap import MemoryCap
 from offmoe.bench.task import Costs, Outcome, Pass, Task, from_line, restore, to_line
-from offmoe.device.cgroup import MemoryCap
 from offmoe.errors import CapacityError, OffmoeError
 
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offmoe.budget.device import DISK, HOST, DenseLayerBytes, ModelBytes, plan_memory, plan_on_miss
+from offmoe.budget.device import DenseLayerBytes, ModelBytes, plan_memory, plan_on_miss
 from offmoe.config import OffloadConfig
 from offmoe.errors import CapacityError, ConfigError
-from offmoe.types import CacheShape
+from offmoe.types import DISK, HOST, CacheShape
 
 SHAPE = CacheShape((8, 8, 4), (2, 2, 1), (100, 100, 300))
 MODEL = ModelBytes(

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from offmoe.cli.output import Output, logging_to_stderr, percent, plain, span
+from offmoe.cli.output import Output, logging_to_stderr
 from offmoe.errors import OffmoeError
+from offmoe.text import percent, plain, span
 
 
 class Full(io.StringIO):

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from offmoe.compute.compute import DeviceCompute, TorchCompute, Work, together
+from offmoe.compute.compute import DeviceCompute, TorchCompute, Work
 from offmoe.compute.kernels import GatedFFN, torch_ffn
+from offmoe.compute.kernels.autocast import concatenate
 from offmoe.compute.kernels.device import DeviceKernels
 from offmoe.device.arena import SlotArena
 from offmoe.device.backend import CpuBackend
@@ -136,6 +137,6 @@ def test_a_wave_without_experts_gives_no_rows() -> None:
 def test_rows_of_any_dtype_are_put_together_under_autocast(dtype: torch.dtype, autocast: torch.dtype) -> None:
     parts = torch.randn(3, 2, 4).to(dtype)
     with torch.autocast("cpu", dtype=autocast):
-        rows = together(list(parts))
+        rows = concatenate(list(parts))
     assert rows.dtype == dtype
     assert torch.equal(rows, parts.flatten(0, 1))

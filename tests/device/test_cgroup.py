@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from offmoe.bench.memory_cap import MemoryCap
 from offmoe.device import cgroup
-from offmoe.device.cgroup import UNLIMITED, MemoryCap, memory_left, memory_limit
+from offmoe.device.cgroup import UNLIMITED, memory_left, memory_limit
 from offmoe.errors import CapacityError
 
 V1 = {"limit": "memory.limit_in_bytes", "used": "memory.usage_in_bytes", "cache": "total_inactive_file"}
@@ -118,6 +119,5 @@ def test_here_if_this_machine_lets_us() -> None:
         assert cap.kills == 0
         assert cap.peak_bytes in (0, None)
     cap.close()
-    assert not any(
-        list(folder.glob(f"offmoe-{os.getpid()}-*")) for folder, _ in cgroup._around(cgroup.ROOT, cgroup.OF_PROCESS)
-    )
+    around = cgroup.cgroups_around(cgroup.ROOT, cgroup.OF_PROCESS)
+    assert not any(list(folder.glob(f"offmoe-{os.getpid()}-*")) for folder, _ in around)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from offmoe.config import CacheOptions
+from offmoe.io_limits import STOP_BYTES
 from offmoe.policy.planner import Planner, build_planner
 from offmoe.policy.prefetch import WORTH_BYTES, AutoPrefetch, Candidate
-from offmoe.types import STOP_BYTES, Access, CacheShape, CacheStats, Demand
+from offmoe.types import Access, CacheShape, CacheStats, Demand
 
 SHAPE = CacheShape((16, 16), (2, 2), (WORTH_BYTES, WORTH_BYTES))
 

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 
 from offmoe.config import CacheOptions
+from offmoe.io_limits import LEAST_PART_BYTES, STOP_BYTES
 from offmoe.policy.planner import build_planner
 from offmoe.profile import CostModel
 from offmoe.simulate.clock import Clock
-from offmoe.types import LEAST_PART_BYTES, STOP_BYTES, Access, CacheShape, Demand
+from offmoe.types import Access, CacheShape, Demand
 
 SHAPE = CacheShape((8, 8), (2, 2), (1000, 1000))
 COSTS = CostModel(disk_gb_s=0.001, expert_us_device=100.0, dense_us_per_token=400.0)  # 1 ms a fetch, 200 us a layer

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from offmoe.compute.kernels.autocast import autocast_enabled, without_autocast
+
 ExpertMath = Callable[[Mapping[str, torch.Tensor], torch.Tensor], torch.Tensor]
 """math(weights of one expert by name, x [n, H]) -> [n, H]: what an architecture's experts compute.
 
@@ -50,10 +52,10 @@ class GatedFFN:
             return torch.mm(x, weights[name]) if self.transposed else F.linear(x, weights[name])
 
         def uncast(name: str, x: torch.Tensor) -> torch.Tensor:
-            with torch.autocast(x.device.type, enabled=False):
+            with without_autocast(x):
                 return product(name, x.to(weights[name].dtype))
 
-        autocast = torch.is_autocast_enabled(x.device.type) and not self.autocasts
+        autocast = autocast_enabled(x) and not self.autocasts
         return self._through(uncast if autocast else product, weights, x)
 
     def as_it_arrives(self, weights: Mapping[str, torch.Tensor], x: torch.Tensor, wait: WaitFor) -> torch.Tensor:

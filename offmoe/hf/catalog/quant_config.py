@@ -199,7 +199,7 @@ def read_method(source: object, config: object) -> Method | None:
     Raises UnsupportedModelError for a method or layout that offmoe does not decode, CheckpointError for a config that
     makes no sense.
     """
-    values = _values(config)
+    values = quantization_config(config)
     if values is None:
         return None
     method = str(getattr(values.get("quant_method"), "value", values.get("quant_method")))
@@ -218,10 +218,16 @@ def read_method(source: object, config: object) -> Method | None:
 
 def shapes_are_in_shards(config: object) -> bool:
     """Whether headers alone do not say what the weights of a checkpoint are, because of how it is quantised."""
-    return (_values(config) or {}).get("quant_method") == "bitsandbytes"
+    return (quantization_config(config) or {}).get("quant_method") == "bitsandbytes"
 
 
-def _values(config: object) -> Mapping[str, Any] | None:
+def quantization_method(config: object) -> str | None:
+    """Name of the method that a checkpoint of this configuration is quantized by."""
+    method = (quantization_config(config) or {}).get("quant_method")
+    return None if method is None else str(getattr(method, "value", method))
+
+
+def quantization_config(config: object) -> Mapping[str, Any] | None:
     """`quantization_config` of a model or of its text part, as plain data."""
     text = getattr(config, "get_text_config", lambda: None)()
     for holder in (config, text):

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offmoe.config import format_size
 from offmoe.errors import (
     CapacityError,
     CheckpointError,
@@ -31,9 +30,9 @@ from offmoe.errors import (
     UnsupportedModelError,
 )
 from offmoe.hf.hub.errors import hub_errors, translated
-from offmoe.hf.load.save import MODEL_FILES
 from offmoe.storage.checkpoint import INDEX_FILE, PICKLES, SINGLE_FILE, Checkpoint, indexed_files
 from offmoe.storage.header import ShardHead, header_end
+from offmoe.text import format_size
 
 __all__ = ["Repository", "Source", "locate", "resolve_folder"]
 
@@ -41,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 DEMO = "demo"
 NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+"""Files of a model's folder: weights, index, configs, tokenizer."""
 SMALL_FILES = tuple(pattern for pattern in MODEL_FILES if pattern != "*.safetensors")
 JUNK = ("*/*", "consolidated*", "*[!s].index.json", "*.index.*.json")
 """Among SMALL_FILES: subfolders, the publisher's own format, indexes of other formats and of variants."""

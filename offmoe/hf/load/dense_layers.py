@@ -26,13 +26,13 @@ import torch
 from accelerate.hooks import remove_hook_from_module
 from torch import nn
 
-from offmoe.budget.device import DISK, HOST
 from offmoe.device.backend import Backend
 from offmoe.errors import MissingTensorError, OffmoeError
 from offmoe.hf.adapters.find import expert_parameters, find_experts, require_adapter
 from offmoe.hf.load.dense_source import HostImages, LayerSource, ShardTensors
 from offmoe.storage.checkpoint import Checkpoint
 from offmoe.storage.layout import ExpertLayout, Segment
+from offmoe.types import DISK, HOST
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -23,15 +23,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from offmoe.errors import ConfigError, ShardChangedError
+from offmoe.hf.hub.locate import MODEL_FILES
 from offmoe.storage.checkpoint import INDEX_FILE, Checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from offmoe.hf.catalog.catalog import ExpertCatalog
-
-MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
-"""Files of a model's folder: weights, index, configs, tokenizer."""
 
 HONOURED: dict[str, tuple[object, ...]] = {
     "state_dict": (None,),

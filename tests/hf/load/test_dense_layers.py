@@ -14,13 +14,13 @@ from transformers import PreTrainedModel
 
 import offmoe
 from offmoe.api import load
-from offmoe.budget.device import DISK, HOST
 from offmoe.budget.inspect import inspect
 from offmoe.config import OffloadConfig
 from offmoe.errors import CapacityError, ConfigError, OffmoeError, ShardChangedError
 from offmoe.hf.load.dense_layers import ParkedLayers, dense_layers
 from offmoe.simulate.replay import replay
 from offmoe.trace.trace import read_trace
+from offmoe.types import DISK, HOST
 from tests import tiny
 
 
