@@ -1,7 +1,7 @@
 """`from_pretrained`: compose catalog, store, arena, planner and transfer around a model of transformers.
 
 What moves: the dense weights, once, from the shards to the device; the experts stay where they are. Bound: reading
-the dense part. Must never materialise an expert as a parameter, not even while loading; what fits was decided before
+the dense part. Must never materialize an expert as a parameter, not even while loading; what fits was decided before
 (inspection.py).
 """
 
@@ -101,20 +101,20 @@ def from_pretrained(
 
 
 def fetch(inspected: Inspected) -> Inspected:
-    """The same with all shards here: downloads those that are not, and quantises experts that are to be.
+    """The same with all shards here: downloads those that are not, and quantizes experts that are to be.
 
     What that writes is removed with the model that `load` makes, or by `release`.
     """
     found = replace(inspected, checkpoint=inspected.source.fetch(inspected.checkpoint))
-    if found.quantise is None:
+    if found.quantize is None:
         return found
-    made = write(found.catalog, found.folder, found.quantise, str(found.folder))
+    made = write(found.catalog, found.folder, found.quantize, str(found.folder))
     return replace(
         found,
         folder=made.checkpoint.folder,
         checkpoint=made.checkpoint,
         catalog=made.catalog,
-        quantise=None,
+        quantize=None,
         temporary=made.folder,
     )
 

@@ -173,7 +173,7 @@ class OffloadConfig:
     """All options of `from_pretrained` (see interface.md); after loading, every "auto" is resolved.
 
     profile: a file, or one that was read; its cache options stand in for those that are not given. half_life and
-    popularity come from a profile as a rule. activations: "int8" rounds what quantised experts are given to 8 bits, in
+    popularity come from a profile as a rule. activations: "int8" rounds what quantized experts are given to 8 bits, in
     groups, where kernels compute them: faster, and about 1 % of an output's norm off. Raises ConfigError naming the
     option, its value and what would work.
     """
@@ -208,7 +208,7 @@ class OffloadConfig:
         _one_of("activations", self.activations, ACTIVATIONS)
         if self.experts != "native" and self.exactness == "bitwise":
             raise ConfigError(
-                f"exactness='bitwise' with experts={self.experts!r}: quantised experts have other weights than the "
+                f"exactness='bitwise' with experts={self.experts!r}: quantized experts have other weights than the "
                 "checkpoint's, so nothing could be equal to it. Leave exactness out, or use experts='native' (what "
                 "'offmoe pack' wrote is native to its folder, and computed bitwise unless asked otherwise)."
             )
@@ -238,7 +238,7 @@ class OffloadConfig:
 
     @property
     def is_numeric(self) -> bool:
-        """Whether results may differ from stock's by the order of sums; "auto": once experts are quantised."""
+        """Whether results may differ from stock's by the order of sums; "auto": once experts are quantized."""
         return self.exactness == "numeric" or (self.exactness == "auto" and self.experts != "native")
 
     def most_in_ram(self, shape: CacheShape) -> tuple[int, ...]:

@@ -35,7 +35,7 @@ class MissingTensorError(CheckpointError):
 
 
 class UnsupportedModelError(CheckpointError):
-    """The architecture, file format or quantisation is not one that offmoe runs."""
+    """The architecture, file format or quantization is not one that offmoe runs."""
 
 
 class ShardChangedError(CheckpointError):

@@ -11,7 +11,7 @@ import torch
 from offmoe.compute.kernels.cpu import Glu
 from offmoe.compute.kernels.device import Pairs
 from offmoe.compute.kernels.operands import GatedOperands, coded_operand, float_operand, packed_operand
-from offmoe.pack.quantizer import quantise
+from offmoe.pack.quantizer import quantize
 from offmoe.quant import Mxfp4, PackedInt, ScaledFloat
 from offmoe.quant.packed_weight import INT8, MXFP4, PackedWeight, WeightFormat, int4, record_layout
 from offmoe.storage.layout import PARAM_ALIGNMENT, ExpertLayout, aligned
@@ -51,7 +51,7 @@ def packed(how: WeightFormat, hidden: int, inner: int, tiled: bool = True) -> Fo
     def fill(views: Views) -> Expert:
         found = []
         for name, shape in (("gate_up", (2 * inner, hidden)), ("down", (hidden, inner))):
-            weight = random_mxfp4(*shape) if how.kind == "mxfp4" else quantise(torch.randn(shape) * 0.05, how)
+            weight = random_mxfp4(*shape) if how.kind == "mxfp4" else quantize(torch.randn(shape) * 0.05, how)
             for part, values in (weight.tiled() if tiled else weight.by_row()).params(name).items():
                 views[part].copy_(values)
             found.append(weight.values())

@@ -1,4 +1,4 @@
-"""Tiny checkpoints in every quantised format, each beside a dense one of exactly the values that it stands for.
+"""Tiny checkpoints in every quantized format, each beside a dense one of exactly the values that it stands for.
 
 The encoders are plain and slow and share nothing with offmoe's decoders; that those read what the formats' own packages
 write is shown by the golden fixtures of tests/quant.
@@ -32,7 +32,7 @@ def fp8(weight: torch.Tensor) -> Encoded:
 
 
 def fp8_rows(weight: torch.Tensor) -> Encoded:
-    """A scale per row, as vLLM's quantisers write them."""
+    """A scale per row, as vLLM's quantizers write them."""
     scale = weight.float().abs().amax(1, keepdim=True) / 448
     codes = (weight.float() / scale).to(torch.float8_e4m3fn)
     return {".weight": codes, ".weight_scale": scale}, codes.float() * scale
@@ -176,7 +176,7 @@ FORMATS: dict[str, tuple[Encoder, dict[str, object]]] = {
 }
 
 
-def is_quantised(name: str, tensor: torch.Tensor) -> bool:
+def is_quantized(name: str, tensor: torch.Tensor) -> bool:
     """What the encoders are given: matrices of attention, of experts and of what stands beside them."""
     return (tensor.ndim == 2 and name.endswith("_proj.weight")) or (".experts." in name and tensor.ndim == 2)
 
@@ -186,32 +186,32 @@ def save(
     family: str,
     kind: str,
     *,
-    which: Callable[[str, torch.Tensor], bool] = is_quantised,
+    which: Callable[[str, torch.Tensor], bool] = is_quantized,
     **overrides: object,
 ) -> tuple[Path, Path]:
-    """Write a tiny model twice: (quantised, dense)."""
+    """Write a tiny model twice: (quantized, dense)."""
     encode, config = FORMATS[kind]
     model = tiny.build(family, torch.bfloat16, **overrides)
     dense = folder / "dense"
     tiny.save(model, dense, max_shard_size="100GB")
     plain = load_file(dense / "model.safetensors")
-    quantised, decoded = {}, {}
+    quantized, decoded = {}, {}
     for name, tensor in plain.items():
         stem = name.removesuffix(".weight")
         fused = kind == "mxfp4" and name.endswith(("experts.gate_up_proj", "experts.down_proj"))
         if fused or (kind != "mxfp4" and which(name, tensor)):
             raw, decoded[name] = encode(tensor)
-            quantised |= {stem + ending: part.contiguous() for ending, part in raw.items()}
+            quantized |= {stem + ending: part.contiguous() for ending, part in raw.items()}
         else:
-            quantised[name] = decoded[name] = tensor
+            quantized[name] = decoded[name] = tensor
     save_file({k: v.contiguous() for k, v in decoded.items()}, dense / "model.safetensors", metadata={"format": "pt"})
-    out = folder / "quantised"
+    out = folder / "quantized"
     out.mkdir()
     values = json.loads((dense / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**values, "quantization_config": config}))
     if (dense / "generation_config.json").exists():
         (out / "generation_config.json").write_text((dense / "generation_config.json").read_text())
-    shard(out, quantised)
+    shard(out, quantized)
     return out, dense
 
 

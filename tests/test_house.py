@@ -201,10 +201,10 @@ def test_help_starts_without_torch(verb: list[str]) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tools" / "bench").glob("*.py")), ids=lambda path: path.name)
 def test_benchmarks_find_each_other_from_anywhere(path: Path) -> None:
-    """`checkout`, which makes the checkout importable, is the only neighbour that is imported by its bare name."""
-    neighbours = {other.stem for other in path.parent.glob("*.py")} - {"checkout"}
+    """`checkout`, which makes the checkout importable, is the only neighbor that is imported by its bare name."""
+    neighbors = {other.stem for other in path.parent.glob("*.py")} - {"checkout"}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and not node.level:
             names = [node.module or ""]
-        assert not neighbours.intersection(names), f"{path.name}:{getattr(node, 'lineno', 0)}"
+        assert not neighbors.intersection(names), f"{path.name}:{getattr(node, 'lineno', 0)}"

@@ -36,7 +36,7 @@ GREEDY = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
 SAME = 2e-5
 """Relative L2 of logits computed in float32; in bf16 a tiny model's own rounding is 1e-2."""
 BLOCK = 32
-"""Columns per scale in the quantised checkpoints: the smallest group that kernels have."""
+"""Columns per scale in the quantized checkpoints: the smallest group that kernels have."""
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Quantised checkpoints compute what their dequantised weights compute, and only their raw bytes move."""
+"""Quantized checkpoints compute what their dequantized weights compute, and only their raw bytes move."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def run(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize(("kind", "family"), CASES)
-def test_logits_and_tokens_are_those_of_the_dequantised_model(
+def test_logits_and_tokens_are_those_of_the_dequantized_model(
     tmp_path: Path, kind: str, family: str, dtype: torch.dtype
 ) -> None:
     folder, dense = quantized.save(tmp_path, family, kind, **OVERRIDES.get(kind, {}))
@@ -67,7 +67,7 @@ def test_logits_and_tokens_are_those_of_the_dequantised_model(
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe", "mixtral"])
 def test_fp8_equals_stock_on_the_same_file(tmp_path: Path, family: str) -> None:
-    """On a CPU stock dequantises FP8, to bf16 (in fp32 its layers disagree about dtypes); blocks divide all matrices
+    """On a CPU stock dequantizes FP8, to bf16 (in fp32 its layers disagree about dtypes); blocks divide all matrices
     here, because it reads others wrong.
     """
     folder, _ = quantized.save(tmp_path, family, "fp8")
@@ -92,7 +92,7 @@ def test_mxfp4_equals_stock_on_the_same_file(tmp_path: Path) -> None:
     assert torch.equal(got[1], wanted[1])
 
 
-@pytest.mark.filterwarnings("ignore:You passed .quantization_config.")  # how stock is told to dequantise
+@pytest.mark.filterwarnings("ignore:You passed .quantization_config.")  # how stock is told to dequantize
 @pytest.mark.parametrize("kind", ["ct-int4", "ct-int8"])  # stock cannot convert experts with zero points
 def test_compressed_tensors_equals_stock_on_the_same_file(tmp_path: Path, kind: str) -> None:
     """Stock needs the package to read these; offmoe does not."""
@@ -124,7 +124,7 @@ def test_only_raw_bytes_move_and_stand_in_slots(tmp_path: Path) -> None:
     assert sizes[folder][1] == 3 * 3 * weights * 0.75
 
 
-def test_parameters_are_counted_as_if_nothing_were_quantised(tmp_path: Path) -> None:
+def test_parameters_are_counted_as_if_nothing_were_quantized(tmp_path: Path) -> None:
     folder, dense = quantized.save(tmp_path, "mixtral", "gptq")
     counts = []
     for path in (folder, dense):
@@ -165,7 +165,7 @@ def test_a_model_is_what_the_class_says_and_saves_its_source(tmp_path: Path) -> 
 
 
 def test_dense_layers_that_do_not_fit_come_decoded(tmp_path: Path) -> None:
-    """From the disk: what is quantised is written once more, decoded; the rest is read where it is."""
+    """From the disk: what is quantized is written once more, decoded; the rest is read where it is."""
     folder, dense = quantized.save(tmp_path, "mixtral", "fp8", num_hidden_layers=4)
     wanted = run(AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16).eval())
     with pytest.raises(CapacityError) as raised:

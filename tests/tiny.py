@@ -74,7 +74,7 @@ FAMILIES = tuple(CONFIGS)
 
 
 def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: object) -> PreTrainedModel:
-    """A stock model in eval mode. All parameters random, also those that initialise to zeros and ones."""
+    """A stock model in eval mode. All parameters random, also those that initialize to zeros and ones."""
     return random_model(AutoConfig.for_model(family, **{**COMMON, **CONFIGS[family], **overrides}), dtype, seed)
 
 

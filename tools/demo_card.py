@@ -35,11 +35,11 @@ tags: [mixtral, mixture-of-experts, demo]
 # The demo model of offmoe
 A Mixtral-architecture language model of {parameters:.2f} M parameters, small enough for a package: {layers} layers, 8
 experts with top-2 routing, hidden size 128, expert size 256, byte-level BPE of 4,096 pieces, bf16. It exists to show
-and to test an expert cache on routing like that of a real model. It writes recognisable English and Python; it knows
+and to test an expert cache on routing like that of a real model. It writes recognizable English and Python; it knows
 nothing.
 
-## Data and licences
-| source | share of training windows | licence |
+## Data and licenses
+| source | share of training windows | license |
 |---|---|---|
 | Python standard library (CPython 3.11, without tests) | {python:.0%} | PSF-2.0 |
 | King James Bible (Debian bible-kjv-text) | {bible:.0%} | public domain |

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Golden fixtures of quantised matrices, packed and unpacked by each format's own package (tests/data/quantized).
+"""Golden fixtures of quantized matrices, packed and unpacked by each format's own package (tests/data/quantized).
 
 One argument, the package to use; it must be importable, offmoe's own decoders are not involved:
 
@@ -106,7 +106,7 @@ def gptqmodel() -> dict[str, Case]:
         grouped = torch.stack([weight[:, index == i] for i in range(cols // group)], dim=1)
         scale, zero = scales_and_zeros(grouped, bits, symmetric)
         if not symmetric:
-            zero[3, 0] = 0  # stored as 15 or 255 in format v1, and borrowed from its neighbour
+            zero[3, 0] = 0  # stored as 15 or 255 in format v1, and borrowed from its neighbor
         linear = torch.nn.Linear(cols, out, bias=False)
         linear.weight.data = weight
         module = TorchLinear(bits, group, sym=symmetric, desc_act=ordered, in_features=cols, out_features=out)

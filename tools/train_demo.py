@@ -5,7 +5,7 @@ What moves: text of the Python standard library, of Debian's public-domain prose
 the tokens train 6 layers x 8 experts (top-2) in float32; the result is written once, in bfloat16, with its tokenizer.
 What bounds it: matrix products on the CPU (about a third of the time at this size, the rest is memory traffic), so
 MALLOC settings that keep large buffers mapped are worth a quarter: run it as the model card says.
-What it must never do: use text whose licence does not allow the weights to be redistributed, or train on held-out text.
+What it must never do: use text whose license does not allow the weights to be redistributed, or train on held-out text.
 
 Three choices need a reason. The load-balancing loss is computed per layer: transformers' own pools the router logits of
 all layers before balancing, which leaves single layers free to collapse (transformers issues 28255 and 31464). A small

@@ -42,7 +42,7 @@ MANY_MODULES = 64
 """Experts of a layer above which making each as a module of its own takes long."""
 
 IGNORED_LISTS = ("modules_to_not_convert", "ignore", "ignored_layers", "llm_int8_skip_modules")
-"""What quantisation methods call the modules that stay as they were."""
+"""What quantization methods call the modules that stay as they were."""
 
 
 class Estimate(NamedTuple):
@@ -69,7 +69,7 @@ def estimate(
 
     Experts that are modules of their own cannot be counted by making them all: 2,048 of them in 30 layers are 200,000
     modules and a minute. Such a model is made with two experts and with three, and what one more adds is added for the
-    rest. Raises UnsupportedModelError for a model without experts and for a quantisation whose bytes are not known,
+    rest. Raises UnsupportedModelError for a model without experts and for a quantization whose bytes are not known,
     CheckpointError if no such model can be made.
     """
 
@@ -122,9 +122,9 @@ def _continued(two: Estimate, three: Estimate, count: int) -> Estimate:
 
 
 def estimate_experts(meta_model: PreTrainedModel, dtype: torch.dtype) -> tuple[CacheShape, tuple[ExpertBytes, ...]]:
-    """Shape and bytes of every MoE layer of a model on the meta device; weights at rest in `dtype` if not quantised.
+    """Shape and bytes of every MoE layer of a model on the meta device; weights at rest in `dtype` if not quantized.
 
-    Raises UnsupportedModelError for a model without experts and for a quantisation whose bytes are not known.
+    Raises UnsupportedModelError for a model without experts and for a quantization whose bytes are not known.
     """
     modules = find_experts(meta_model)
     if not modules:
@@ -150,7 +150,7 @@ def _expert(name: str, module: nn.Module, config: PretrainedConfig, dtype: torch
     at_rest = 0
     for param, shape in shapes.items():
         if len(shape) < 2:
-            at_rest += shape[0] * torch.bfloat16.itemsize  # no published format quantises biases
+            at_rest += shape[0] * torch.bfloat16.itemsize  # no published format quantizes biases
             continue
         columns, rows = shape if getattr(module, "is_transposed", False) else shape[::-1]
         halves = 2 if param.startswith("gate_up") else 1  # stored apart, so that blocks never straddle them
@@ -166,7 +166,7 @@ def _read_bytes(at_rest: int, runs: int) -> int:
 
 
 def _matrix_bytes(config: PretrainedConfig, name: str) -> MatrixBytes | None:
-    """How this quantisation stores the matrices of experts module `name`; None if it leaves them as they are."""
+    """How this quantization stores the matrices of experts module `name`; None if it leaves them as they are."""
     values, method = quantization_config(config) or {}, quantization_method(config)
     if method is None or any(_matches(str(entry), name) for key in IGNORED_LISTS for entry in _list(values.get(key))):
         return None
@@ -186,7 +186,7 @@ def _matrix_bytes(config: PretrainedConfig, name: str) -> MatrixBytes | None:
         zeros = 0 if weights.get("symmetric", True) else bits / 8
         return lambda m, n: _packed(m, n, bits) + int(m * _parts(n, group) * (2 + zeros)) + 16  # 16: weight_shape
     raise UnsupportedModelError(
-        f"how many bytes experts quantised by {method!r} take cannot be told from the configuration alone; "
+        f"how many bytes experts quantized by {method!r} take cannot be told from the configuration alone; "
         "download the checkpoint: its headers say it"
     )
 

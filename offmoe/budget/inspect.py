@@ -29,7 +29,7 @@ from offmoe.hf.hub.locate import Source, locate
 from offmoe.hf.load.dense_layers import dense_layers
 from offmoe.hf.load.load import build_meta, compute_dtype, lone_config, model_class, read_config, require_index
 from offmoe.hf.predict.meta import foresee
-from offmoe.pack.on_load import planned, to_quantise, with_experts
+from offmoe.pack.on_load import planned, to_quantize, with_experts
 from offmoe.quant.packed_weight import WeightFormat
 from offmoe.storage.checkpoint import Checkpoint
 from offmoe.types import CacheShape
@@ -53,8 +53,8 @@ class Survey:
     experts: tuple[ExpertBytes, ...]
     """Of each MoE layer."""
     parameters: Parameters
-    quantisation: str | None
-    """Method that the checkpoint is quantised by."""
+    quantization: str | None
+    """Method that the checkpoint is quantized by."""
     dtype: torch.dtype
     config: OffloadConfig
     """As asked, with device, slots, context and modes resolved."""
@@ -80,10 +80,10 @@ class Inspected(Survey):
 
     source: Source
     checkpoint: Checkpoint
-    """Of `source`; once quantised, what was written."""
+    """Of `source`; once quantized, what was written."""
     catalog: ExpertCatalog
     """With experts as they will be loaded."""
-    quantise: WeightFormat | None = None
+    quantize: WeightFormat | None = None
     """What experts are still to be made, which `fetch` does."""
     temporary: TemporaryDirectory[str] | None = None
     """Where that is, if it was done; removed with the model."""
@@ -109,7 +109,7 @@ def survey(
     hf_config = read_config(source)
     cls = model_class(hf_config)
     method = quantization_method(hf_config)
-    # what is quantised is computed in bfloat16, whatever else a config forgets to say
+    # what is quantized is computed in bfloat16, whatever else a config forgets to say
     compute = compute_dtype(dtype, hf_config, torch.float32 if method is None else torch.bfloat16)
     stored, counts = compute_dtype(None, hf_config, compute), backend.staging_counts
     found = estimate(with_experts(hf_config, config.experts), cls, compute, stored, staging_counts=counts)
@@ -135,7 +135,7 @@ def inspect(
 ) -> Inspected:
     """Read headers and configuration, divide the memory; loads no weight. Raises what `from_pretrained` would.
 
-    A model on the Hub is downloaded only if bitsandbytes quantised it: its headers do not say the shapes of weights.
+    A model on the Hub is downloaded only if bitsandbytes quantized it: its headers do not say the shapes of weights.
     """
     found = _read_headers(model, config, dtype, **hub)
     if found.refusal is not None:
@@ -156,7 +156,7 @@ def _read_headers(
         checkpoint = source.fetch(checkpoint)
     meta = build_meta(hf_config, cls)
     catalog = build_catalog(checkpoint, meta)
-    how = None if config.experts == "native" else to_quantise(catalog, hf_config, config.experts)
+    how = None if config.experts == "native" else to_quantize(catalog, hf_config, config.experts)
     if how is not None:
         catalog, _ = planned(catalog, meta, hf_config, how)
     if config.is_numeric and backend.slots_in_ram:

@@ -20,11 +20,11 @@ VERBS = {
     "inspect": "what a model needs and what fits on this machine; reads headers, loads nothing",
     "generate": "continue a prompt, then show what the expert cache did",
     "trace": "run prompts and record which experts every token asks for",
-    "report": "what a recorded routing says about the model: balance, specialisation, memory; needs no torch",
+    "report": "what a recorded routing says about the model: balance, specialization, memory; needs no torch",
     "tune": "find the best expert cache for a recorded routing and write it as a profile; needs no torch",
     "simulate": "replay a recorded routing trace under one cache configuration; needs no torch",
     "bench": "time per token against the hardware's limits, and against accelerate's offload",
-    "pack": "quantise a model's experts once; writes a folder that loads like any model",
+    "pack": "quantize a model's experts once; writes a folder that loads like any model",
     "calibrate": "measure what moving and computing a model costs on this machine; writes a profile",
     "doctor": "what this machine can do: device, link, pinning, disk, versions; says what to change",
 }

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from offmoe.measure.doctor import Check
 
-COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
+COLORS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
 def parser() -> options.Parser:
@@ -51,5 +51,5 @@ def _table(checks: list[Check]) -> Table:
 
     table = Table(title="this machine", title_justify="left", show_header=False)
     for check in checks:
-        table.add_row(f"[{COLOURS[check.verdict]}]{check.verdict}[/]", check.name, escape(check.found))
+        table.add_row(f"[{COLORS[check.verdict]}]{check.verdict}[/]", check.name, escape(check.found))
     return table

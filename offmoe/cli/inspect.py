@@ -76,7 +76,7 @@ def _facts(found: Survey, unpredictable: Unpredictable) -> dict[str, object]:
         "top_k": plain(shape.top_k),
         "parameters": found.parameters.total,
         "dense_parameters": found.parameters.dense,
-        "quantisation": found.quantisation,
+        "quantisation": found.quantization,
         "expert_formats": _formats(found),
         "expert_bytes": plain(shape.expert_bytes),
         "expert_bytes_total": found.expert_bytes,
@@ -191,7 +191,7 @@ def _needs(name: str, found: Survey, unpredictable: Unpredictable) -> Table:
     counts = found.parameters
     table.add_row("parameters", f"{_billions(counts.total)}, of which {_billions(counts.dense)} not of routed experts")
     table.add_row("experts per layer", f"{span(shape.experts)}, top_k {span(shape.top_k)}")
-    formats = _formats(found) or ([found.quantisation] if found.quantisation else [])
+    formats = _formats(found) or ([found.quantization] if found.quantization else [])
     stored = f", {' and '.join(formats)}" if formats else ""
     table.add_row("one expert", f"{format_size(max(shape.expert_bytes))} ({max(shape.expert_bytes)} bytes){stored}")
     table.add_row("all experts", f"{format_size(found.expert_bytes)} in {sum(shape.experts)}, {share} of the model")
@@ -203,7 +203,7 @@ def _needs(name: str, found: Survey, unpredictable: Unpredictable) -> Table:
 
 
 def _formats(found: Survey) -> list[str]:
-    """What the experts themselves are stored in, if quantised; a configuration alone does not say it."""
+    """What the experts themselves are stored in, if quantized; a configuration alone does not say it."""
     from offmoe.budget.inspect import Inspected
 
     return list(found.catalog.formats) if isinstance(found, Inspected) else []

@@ -1,6 +1,6 @@
 """`offmoe pack MODEL OUT`: the model with int4 or int8 experts as a folder that loads like any other, made once.
 
-Bound by the quantiser, else by the disk; with --perplexity then by computing. Can be interrupted and goes on with the
+Bound by the quantizer, else by the disk; with --perplexity then by computing. Can be interrupted and goes on with the
 same command.
 """
 
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 def parser() -> options.Parser:
     parser = options.Parser(
         "pack",
-        "Quantise the experts of a model and write it to a folder that every verb and from_pretrained take as a model "
+        "Quantize the experts of a model and write it to a folder that every verb and from_pretrained take as a model "
         "(safetensors in the layout of compressed-tensors). The rest is copied as it is. After an interruption the "
         "same command goes on where it was.",
     )
-    parser.add_argument("model", metavar="MODEL", help="a folder, a Hub id, or 'demo'; not quantised yet")
+    parser.add_argument("model", metavar="MODEL", help="a folder, a Hub id, or 'demo'; not quantized yet")
     parser.add_argument("output", metavar="OUT", help="a new or empty folder, or one that an earlier run began")
     parser.add_argument("--experts", metavar="FORM", default="int4", help="int4 (default) or int8")
     parser.add_argument(

@@ -19,11 +19,11 @@ from offmoe.errors import ConfigError, OffmoeError
 
 WIDTH, HEIGHT = 860, 520
 LEFT, RIGHT, TOP, BOTTOM = 64, 190, 24, 56
-COLOURS = ("#2f6fde", "#d9480f", "#2b8a3e", "#9c36b5", "#b08900", "#0b7285")
+COLORS = ("#2f6fde", "#d9480f", "#2b8a3e", "#9c36b5", "#b08900", "#0b7285")
 
 
 class Curve(NamedTuple):
-    """Hit rate (a share) over slots per layer; bounds are drawn dashed and grey."""
+    """Hit rate (a share) over slots per layer; bounds are drawn dashed and gray."""
 
     name: str
     points: Sequence[tuple[int, float]]
@@ -120,14 +120,14 @@ def _svg(figure: Figure) -> str:
     at = x(figure.marked)
     parts.append(f'<line class="mark" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
     parts.append(f'<text class="faint" x="{at + 5:.1f}" y="{HEIGHT - BOTTOM - 8}">{figure.marked} slots</text>')
-    colours = iter(COLOURS * (1 + len(figure.curves) // len(COLOURS)))
+    colors = iter(COLORS * (1 + len(figure.curves) // len(COLORS)))
     labels = []
     for curve in figure.curves:
-        colour = "" if curve.is_bound else f' style="stroke:{(own := next(colours))}"'
+        color = "" if curve.is_bound else f' style="stroke:{(own := next(colors))}"'
         dots = "" if curve.is_bound else f' style="fill:{own}"'
         kind = ' class="bound"' if curve.is_bound else ""
         line = " ".join(f"{x(n):.1f},{y(rate):.1f}" for n, rate in curve.points)
-        parts.append(f'<polyline{kind} points="{line}" fill="none" stroke-width="2"{colour}/>')
+        parts.append(f'<polyline{kind} points="{line}" fill="none" stroke-width="2"{color}/>')
         for n, rate in curve.points:
             hint = f"{escape(curve.name)}, {n} slots: {100 * rate:.1f} %"
             parts.append(f'<circle{kind} cx="{x(n):.1f}" cy="{y(rate):.1f}" r="3"{dots}><title>{hint}</title></circle>')
@@ -140,9 +140,9 @@ def _legend(labels: list[tuple[float, str, str]], marked: int) -> list[str]:
     """Names in the order of the curves at the chosen capacity, best first, with their hit rates there."""
     left = WIDTH - RIGHT + 16
     parts = [f'<text class="faint" x="{left}" y="{TOP + 8}">at {marked} slots</text>']
-    for row, (rate, name, colour) in enumerate(sorted(labels, reverse=True)):
+    for row, (rate, name, color) in enumerate(sorted(labels, reverse=True)):
         level = TOP + 32 + 22 * row
-        style = f' style="stroke:{colour}"' if colour else ' class="bound"'
+        style = f' style="stroke:{color}"' if color else ' class="bound"'
         parts.append(f'<line x1="{left}" x2="{left + 18}" y1="{level - 4}" y2="{level - 4}" stroke-width="2"{style}/>')
         parts.append(f'<text class="label" x="{left + 25}" y="{level}">{escape(name)}</text>')
         parts.append(f'<text x="{WIDTH - 8}" y="{level}" text-anchor="end">{100 * rate:.1f}</text>')

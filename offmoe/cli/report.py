@@ -80,9 +80,9 @@ def _layers(report: Report) -> Table:
 
 def _strongest(report: Report) -> Table | None:
     """Experts with the clearest jobs; None if none has one."""
-    if report.specialisation is None:
+    if report.specialization is None:
         return None
-    strongest = report.specialisation.strongest(STRONGEST_SHOWN)
+    strongest = report.specialization.strongest(STRONGEST_SHOWN)
     if not strongest:
         return None
     from rich.table import Table
@@ -93,14 +93,14 @@ def _strongest(report: Report) -> Table | None:
         table.add_column(name, justify="left" if name == "takes" else "right", no_wrap=True)
     table.add_column("tokens that stand out", no_wrap=True, overflow="ellipsis")
     for entry in strongest:
-        tokens = report.specialisation.favourites[entry.layer][entry.expert]
-        favourites = " ".join(repr(token.piece) for token in tokens[:TOKENS_SHOWN])
+        tokens = report.specialization.favorites[entry.layer][entry.expert]
+        favorites = " ".join(repr(token.piece) for token in tokens[:TOKENS_SHOWN])
         table.add_row(
             str(entry.layer),
             str(entry.expert),
             entry.type,
             f"{entry.lift:.1f}x",
-            Text(favourites),  # markup in a token is a text like any other
+            Text(favorites),  # markup in a token is a text like any other
         )
     return table
 

@@ -101,7 +101,7 @@ class ExpertCompute(ABC):
 
 
 class TorchCompute(ExpertCompute):
-    """torch's operators, in the order of stock transformers; quantised weights are decoded first, at every call."""
+    """torch's operators, in the order of stock transformers; quantized weights are decoded first, at every call."""
 
     def __init__(
         self,

@@ -174,7 +174,7 @@ def kernel_slot(
     shapes = {p.name: p.shape for p in layout.params} if decode is None else dict(decode.shapes)
     sources, before = _sources(layout, assembly, decode, segments)
     if sources is None:
-        return "the checkpoint's quantised weights are rearranged when they are loaded"
+        return "the checkpoint's quantized weights are rearranged when they are loaded"
     takes: dict[str, Take] = {}
     swapped = set()
     for i, source in enumerate(sources):
@@ -203,7 +203,7 @@ def kernel_slot(
         plain = {name: (torch.bfloat16, (take.rows, cols))}
         params |= plain if how is None else how.params(name, take.rows, cols, tiled=True)
     if formats["gate"] != formats["up"]:
-        return "gate and up are quantised differently"
+        return "gate and up are quantized differently"
     for name in sorted(wanted - set(MATRICES)):
         params[name] = (torch.float32, (takes[name].rows,))
     if not any(formats.values()) and not (math.biased or math.transposed or gating.interleaved):
@@ -309,7 +309,7 @@ def _format(source: Source, swapped: bool, rows: int, cols: int) -> WeightFormat
             return f"weights of [{rows}, {cols}] are no multiples of [{TILE_ROWS}, {BF16_GROUP}]"
         return None
     if swapped == is_rows_first(source.codec):
-        return "quantised weights are stored transposed"
+        return "quantized weights are stored transposed"
     how = format_of(source.codec, cols, source.dtype)
     if isinstance(how, str):
         return how

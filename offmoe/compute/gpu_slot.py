@@ -57,7 +57,7 @@ def device_form(layout: ExpertLayout, decode: ExpertDecoding | None, math: Exper
             matrices = {name: float_operand(params[name], math.transposed) for name in (math.up, math.down)}
             biases = {name: params[name + "_bias"] for name in matrices if math.biased}
         elif decode.assembly.convert is not None:
-            return "the checkpoint's quantised weights are rearranged when they are loaded"
+            return "the checkpoint's quantized weights are rearranged when they are loaded"
         else:
             matrices, biases = _stored(params, decode, math)
     except UnsupportedModelError as error:
@@ -107,7 +107,7 @@ def _operand(leaf: Leaf, parts: Mapping[str, Param], part: Part, math: GatedFFN)
     if leaf.codec is None:
         return float_operand(parts["weight"], inputs_first)
     if inputs_first != isinstance(leaf.codec, Mxfp4):  # the only one that decodes to [in, out]
-        raise UnsupportedModelError("quantised weights are stored transposed")
+        raise UnsupportedModelError("quantized weights are stored transposed")
     return coded_operand(leaf.codec, parts)
 
 

@@ -4,7 +4,7 @@ What moves: bytes of experts from staging buffers into device slots, on the copy
 memcpy (CPU). A backend orders; it never decides, and it never waits on its own: every wait stands in transfer.py. A
 CPU is a backend whose copies are done when `copy` returns, so its events have nothing to wait for.
 
-CudaBackend has been written against torch's documented behaviour and has not yet run on a GPU (docs/measurements.md).
+CudaBackend has been written against torch's documented behavior and has not yet run on a GPU (docs/measurements.md).
 """
 
 from __future__ import annotations

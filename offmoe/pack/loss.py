@@ -1,7 +1,7 @@
-"""What quantising changed: a matrix as it will be decoded from its file, compared with the original.
+"""What quantizing changed: a matrix as it will be decoded from its file, compared with the original.
 
 What moves: both once through the caches, a block of rows at a time; the C library does it where it was built (a tenth
-of the quantiser's time), torch's operators elsewhere. Must never look at anything but the tensors that are written: a
+of the quantizer's time), torch's operators elsewhere. Must never look at anything but the tensors that are written: a
 mistake on the way to them is a loss, too, and shows.
 """
 
@@ -22,7 +22,7 @@ BLOCK_VALUES = 1 << 18
 
 @dataclass(frozen=True)
 class Loss:
-    """What quantising changed, over `values` values: the largest |error|, sums of |error|, error^2 and value^2."""
+    """What quantizing changed, over `values` values: the largest |error|, sums of |error|, error^2 and value^2."""
 
     max_error: float = 0.0
     total_error: float = 0.0

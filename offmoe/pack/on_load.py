@@ -1,10 +1,10 @@
-"""A dense checkpoint as it will be once its experts are quantised: what `experts="int4"` makes of it while loading.
+"""A dense checkpoint as it will be once its experts are quantized: what `experts="int4"` makes of it while loading.
 
-Nothing moves here until `write`, which quantises into a temporary folder: as much disk as the packed model takes, and
-the quantiser's time, at every load. From the headers alone it is known before that what every tensor will be and where,
-so memory is divided for the quantised experts, and nothing is written for a model that then does not fit.
+Nothing moves here until `write`, which quantizes into a temporary folder: as much disk as the packed model takes, and
+the quantizer's time, at every load. From the headers alone it is known before that what every tensor will be and where,
+so memory is divided for the quantized experts, and nothing is written for a model that then does not fit.
 
-What it must never do: leave the folder behind, or quantise what is quantised already.
+What it must never do: leave the folder behind, or quantize what is quantized already.
 """
 
 from __future__ import annotations
@@ -34,33 +34,33 @@ logger = logging.getLogger(__name__)
 
 
 class Written(NamedTuple):
-    """A quantised checkpoint on the disk. folder: removed by its `cleanup`."""
+    """A quantized checkpoint on the disk. folder: removed by its `cleanup`."""
 
     folder: tempfile.TemporaryDirectory[str]
     checkpoint: Checkpoint
     catalog: ExpertCatalog
 
 
-def to_quantise(catalog: ExpertCatalog, config: PretrainedConfig, experts: str) -> WeightFormat | None:
+def to_quantize(catalog: ExpertCatalog, config: PretrainedConfig, experts: str) -> WeightFormat | None:
     """What `experts` ("int4", "int8") asks to make of a checkpoint's experts; None if they are that already.
 
-    ConfigError if they are quantised otherwise.
+    ConfigError if they are quantized otherwise.
     """
     method = quantization_method(config)
     if method is None:
         return weight_format(experts)
     if catalog.formats and all(name.endswith(f" {experts}") for name in catalog.formats):
         return None
-    found = " and ".join(catalog.formats) or "not quantised, but other weights are"
+    found = " and ".join(catalog.formats) or "not quantized, but other weights are"
     raise ConfigError(
-        f"experts={experts!r}: the experts of this checkpoint are {found} ({method}), and quantising what is quantised "
+        f"experts={experts!r}: the experts of this checkpoint are {found} ({method}), and quantizing what is quantized "
         "would only lose more. Use experts='native' (with exactness='numeric' for the CPU's kernels), or the bf16 "
         "checkpoint of the model."
     )
 
 
 def with_experts(config: PretrainedConfig, experts: str) -> PretrainedConfig:
-    """A config that says how `experts` would be quantised, as far as sizes follow from it; the same if they are."""
+    """A config that says how `experts` would be quantized, as far as sizes follow from it; the same if they are."""
     if experts == "native" or quantization_method(config) is not None:
         return config
     how = weight_format(experts)
@@ -81,20 +81,20 @@ def planned(
     UnsupportedModelError for experts that cannot be packed.
     """
     shards = plan_shards(catalog, meta, how, SHARD_BYTES)
-    quantisation = quantization_config(catalog, meta, how)
-    checkpoint = check_loads(catalog.view.folder, shards, config, quantisation)
+    quantization = quantization_config(catalog, meta, how)
+    checkpoint = check_loads(catalog.view.folder, shards, config, quantization)
     config = copy.deepcopy(config)
-    config.quantization_config = quantisation
+    config.quantization_config = quantization
     return build_catalog(checkpoint, build_meta(config, model_class(config))), config
 
 
 def write(catalog: ExpertCatalog, source: Path, how: WeightFormat, name: str) -> Written:
-    """Quantise the model in `source` as `planned` has said. name: what the user calls it.
+    """Quantize the model in `source` as `planned` has said. name: what the user calls it.
 
     Raises what `pack` does, CapacityError for a disk that is too small among it, and ShardChangedError.
     """
     logger.warning(
-        "%s: its experts are quantised now, and will be at every load; 'offmoe pack %s OUT --experts %s' does it once, "
+        "%s: its experts are quantized now, and will be at every load; 'offmoe pack %s OUT --experts %s' does it once, "
         "and OUT then loads at once",
         name,
         name,
@@ -104,7 +104,7 @@ def write(catalog: ExpertCatalog, source: Path, how: WeightFormat, name: str) ->
         folder = tempfile.TemporaryDirectory(prefix=f"offmoe-{how.kind}-")  # lives as long as the model
     except OSError as error:
         raise TransferError(
-            f"experts={how.kind!r}: no temporary folder to quantise into ({error}); set TMPDIR to a folder on a disk "
+            f"experts={how.kind!r}: no temporary folder to quantize into ({error}); set TMPDIR to a folder on a disk "
             "with room"
         ) from error
     try:
@@ -112,14 +112,14 @@ def write(catalog: ExpertCatalog, source: Path, how: WeightFormat, name: str) ->
         free = shutil.disk_usage(folder.name).free
         if needed > free:
             raise CapacityError(
-                f"experts={how.kind!r}: the quantised model takes {format_size(needed)}, and {format_size(free)} are "
+                f"experts={how.kind!r}: the quantized model takes {format_size(needed)}, and {format_size(free)} are "
                 f"free in {tempfile.gettempdir()}; make room there, or set TMPDIR to a folder on another disk"
             )
         out = Path(folder.name, "model")
         pack(source, out, how)
         checkpoint = Checkpoint.open(out)
         if checkpoint.tensors != catalog.view.checkpoint.tensors:
-            raise ShardChangedError(f"{source}: was changed while it was being quantised; load it again")
+            raise ShardChangedError(f"{source}: was changed while it was being quantized; load it again")
         return Written(folder, checkpoint, catalog.moved(checkpoint))
     except BaseException:
         folder.cleanup()

@@ -1,14 +1,14 @@
 """A checkpoint with its experts as int4 or int8, written once: what `offmoe pack` does.
 
-What moves: every tensor of the checkpoint, once, disk to disk; experts through the quantiser, one matrix at a time. A
-few shards are made at once, so that one is read while another is quantised and a third is written, synced or read
-back; memory is bounded by one matrix of each. Bound by the quantiser (some 300 MB/s of bf16 per core for int4), or by
+What moves: every tensor of the checkpoint, once, disk to disk; experts through the quantizer, one matrix at a time. A
+few shards are made at once, so that one is read while another is quantized and a third is written, synced or read
+back; memory is bounded by one matrix of each. Bound by the quantizer (some 300 MB/s of bf16 per core for int4), or by
 the disk where there are many cores (tools/bench/pack.py says by which). Shards get their names when they are on the
 disk and were read back; a manifest says which are finished, so that an interrupted run goes on where it was. Index and
 config.json come last: without a config nobody takes the folder for a model.
 
 What it must never do: write into another model's folder, take shards of another source for its own, or say less about
-what quantising lost than it knows: every matrix is decoded as it will be and compared with the original.
+what quantizing lost than it knows: every matrix is decoded as it will be and compared with the original.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from offmoe.hf.load.load import CONFIG_FILE, PACK_MANIFEST, build_meta, model_cl
 from offmoe.pack.loss import Loss
 from offmoe.pack.manifest import Finished, Manifest
 from offmoe.pack.plan import Item, NewShard, check_loads, encode, plan_shards, quantization_config, raw_parts
-from offmoe.pack.quantizer import Quantiser, quantiser
+from offmoe.pack.quantizer import Quantizer, quantizer
 from offmoe.quant.packed_weight import INT8, WeightFormat, int4
 from offmoe.storage.checkpoint import INDEX_FILE, Checkpoint
 from offmoe.storage.shard_writer import digest_of, fill, octets, read_chunks, write_file
@@ -91,10 +91,10 @@ def pack(
     progress: Callable[[int, int], object] = lambda done, total: None,
     **hub: Any,
 ) -> Packed:
-    """Write `model` with quantised experts to the folder `out`, which `from_pretrained` then loads.
+    """Write `model` with quantized experts to the folder `out`, which `from_pretrained` then loads.
 
     progress(done, total): bytes of the source; called from threads, one at a time. Raises UnsupportedModelError
-    (quantised already, experts not stored one by one, other multiples), ConfigError (`out` holds something else),
+    (quantized already, experts not stored one by one, other multiples), ConfigError (`out` holds something else),
     CapacityError (the disk is too small or full, or no memory for a matrix), CheckpointError (NaN or infinity) or
     TransferError (the disk failed). Shards that are finished are kept for the next run; where none is, nothing is left.
     """
@@ -106,7 +106,7 @@ def pack(
     method = quantization_method(hf_config)
     if method is not None:
         raise UnsupportedModelError(
-            f"{source.folder}: quantised by {method!r} already, and would only lose more; offmoe runs it as it is, "
+            f"{source.folder}: quantized by {method!r} already, and would only lose more; offmoe runs it as it is, "
             "or pack the bf16 checkpoint of the model"
         )
     checkpoint = source.checkpoint()
@@ -114,8 +114,8 @@ def pack(
     meta = build_meta(hf_config, model_class(hf_config))
     catalog = build_catalog(checkpoint, meta)
     shards = plan_shards(catalog, meta, how, shard_bytes)
-    quantisation = quantization_config(catalog, meta, how)
-    planned = check_loads(folder, shards, hf_config, quantisation)
+    quantization = quantization_config(catalog, meta, how)
+    planned = check_loads(folder, shards, hf_config, quantization)
     checkpoint = source.fetch(checkpoint)
     job = _Job(folder, checkpoint, shards, tuple(layer.name for layer in catalog.layers), progress)
     manifest = Manifest.of(folder, checkpoint, how, shard_bytes)
@@ -126,7 +126,7 @@ def pack(
     except BaseException:
         manifest.give_up()
         raise
-    _write_rest(checkpoint.folder, folder, shards, quantisation)
+    _write_rest(checkpoint.folder, folder, shards, quantization)
     assert Checkpoint.open(folder).tensors == planned.tensors
     losses = [Loss()] * len(job.layers)
     for shard in shards:
@@ -185,8 +185,8 @@ class _Job:
     def write(self, manifest: Manifest, kept: frozenset[str]) -> None:
         todo = [shard for shard in self.shards if shard.file not in kept]
         # The pool is left first, and waits for its threads, which stop at their next piece.
-        with quantiser() as quantise, ThreadPoolExecutor(AT_ONCE, "offmoe-pack") as pool:
-            made = [pool.submit(self._write_one, shard, manifest, quantise) for shard in todo]
+        with quantizer() as quantize, ThreadPoolExecutor(AT_ONCE, "offmoe-pack") as pool:
+            made = [pool.submit(self._write_one, shard, manifest, quantize) for shard in todo]
             try:
                 for future in as_completed(made):
                     future.result()
@@ -196,10 +196,10 @@ class _Job:
                     future.cancel()
                 raise
 
-    def _write_one(self, shard: NewShard, manifest: Manifest, quantise: Quantiser) -> None:
+    def _write_one(self, shard: NewShard, manifest: Manifest, quantize: Quantizer) -> None:
         losses: dict[int, Loss] = {}
         try:
-            digest = write_file(self.folder / shard.file, self._pieces(shard, losses, quantise))
+            digest = write_file(self.folder / shard.file, self._pieces(shard, losses, quantize))
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
@@ -214,7 +214,7 @@ class _Job:
             manifest.write()
             logger.info("%s: written, %d of %d", self.folder / shard.file, len(manifest.shards), len(self.shards))
 
-    def _pieces(self, shard: NewShard, losses: dict[int, Loss], quantise: Quantiser) -> Iterator[bytes | memoryview]:
+    def _pieces(self, shard: NewShard, losses: dict[int, Loss], quantize: Quantizer) -> Iterator[bytes | memoryview]:
         yield shard.head
         space = torch.empty(_largest(shard), dtype=torch.uint8)
         for item in shard.items:
@@ -226,8 +226,8 @@ class _Job:
                 for _ in self._until_stopped(fill(path, source.offset, octets(data))):
                     pass
                 weight = data.view(source.dtype).view(source.shape)
-                tensors = encode(quantise(weight, item.how, f"{path}: {source.name}"))
-                loss = quantise.loss(weight, item.how, raw_parts(item, tensors))
+                tensors = encode(quantize(weight, item.how, f"{path}: {source.name}"))
+                loss = quantize.loss(weight, item.how, raw_parts(item, tensors))
                 losses[item.layer] = losses.get(item.layer, Loss()) + loss
                 yield from map(octets, tensors)
             self._advance((item,))
@@ -250,7 +250,7 @@ class _Stopped(Exception):
 
 
 def _largest(shard: NewShard) -> int:
-    """Bytes of the largest weight that is quantised."""
+    """Bytes of the largest weight that is quantized."""
     return max((item.source.nbytes for item in shard.items if item.how), default=0)
 
 
@@ -263,7 +263,7 @@ def _refuse_place(folder: Path, source: Path) -> None:
         raise ConfigError(f"{folder}: is not a folder; give a folder that is empty or not there yet")
 
 
-def _write_rest(source: Path, folder: Path, shards: tuple[NewShard, ...], quantisation: dict[str, object]) -> None:
+def _write_rest(source: Path, folder: Path, shards: tuple[NewShard, ...], quantization: dict[str, object]) -> None:
     """Tokenizer and other small files, the index, and last what makes the folder a model."""
     for name in sorted(os.listdir(source)):
         ours = name in (CONFIG_FILE, PACK_MANIFEST) or name.endswith((".safetensors", ".index.json"))
@@ -275,5 +275,5 @@ def _write_rest(source: Path, folder: Path, shards: tuple[NewShard, ...], quanti
     }
     write_file(folder / INDEX_FILE, [json.dumps(index, indent=1, sort_keys=True).encode()])
     values = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))
-    values["quantization_config"] = quantisation
+    values["quantization_config"] = quantization
     write_file(folder / CONFIG_FILE, [json.dumps(values, indent=2).encode()])

@@ -100,12 +100,12 @@ def plan_shards(
             new = [item for item in items if item.name not in names]  # several modules may share one list of experts
             experts.append(new)
             names.update(item.name for item in new)
-    quantised = {item.source.name for expert in experts for item in expert}
+    quantized = {item.source.name for expert in experts for item in expert}
     copied = [
         [Item(name, checkpoint.segment(name), (NewTensor(name, info.dtype, info.shape),))]
         # the widest dtype first keeps all of a shard aligned
         for name, info in sorted(checkpoint.tensors.items(), key=lambda entry: -entry[1].dtype.itemsize)
-        if name not in quantised
+        if name not in quantized
     ]
     groups = [*_filled(copied, shard_bytes), *_filled(experts, shard_bytes)]
     return tuple(
@@ -192,7 +192,7 @@ class _Cut:
     def _refusal(self, why: str) -> UnsupportedModelError:
         return UnsupportedModelError(
             f"{self.checkpoint.folder}: the experts of {self.layer.name!r} cannot be packed, because the checkpoint "
-            f"{why}; only experts with matrices of their own, rows first, can be. Use a quantised checkpoint of the "
+            f"{why}; only experts with matrices of their own, rows first, can be. Use a quantized checkpoint of the "
             "model, if there is one"
         )
 
@@ -246,7 +246,7 @@ def quantization_config(catalog: ExpertCatalog, meta: PreTrainedModel, how: Weig
 
 
 def check_loads(
-    folder: Path, shards: Sequence[NewShard], config: PretrainedConfig, quantisation: dict[str, object]
+    folder: Path, shards: Sequence[NewShard], config: PretrainedConfig, quantization: dict[str, object]
 ) -> Checkpoint:
     """The checkpoint that is about to be written, by its headers; UnsupportedModelError if it would not load."""
     tensors: dict[str, TensorInfo] = {}
@@ -257,7 +257,7 @@ def check_loads(
             at += tensor.nbytes
     checkpoint = Checkpoint(folder, tuple(folder / shard.file for shard in shards), tensors)
     config = copy.deepcopy(config)
-    config.quantization_config = quantisation
+    config.quantization_config = quantization
     try:
         build_catalog(checkpoint, build_meta(config, model_class(config)))
     except CheckpointError as error:

@@ -1,4 +1,4 @@
-"""Float weights to int4 and int8: scales and zero points that minimise the squared error of each group.
+"""Float weights to int4 and int8: scales and zero points that minimize the squared error of each group.
 
 What moves: one weight at a time, through a few passes per candidate scale over values that stay in the nearest cache;
 arithmetic bounds it. Rounding to nearest with a scale of max|w| / 7 wastes the sixteenth level and stretches the step
@@ -31,7 +31,7 @@ from offmoe.pack.loss import Loss, loss_of
 from offmoe.quant.packed_weight import SYMMETRIC_ZERO, TILE_ROWS, PackedWeight, WeightFormat, pack_words
 
 BLOCK_VALUES = 1 << 18
-"""Values that torch quantises at once: their intermediates stay in a core's cache."""
+"""Values that torch quantizes at once: their intermediates stay in a core's cache."""
 
 FACTORS = (1.0, 8 / 7, 0.94, 0.88, 0.82, 0.76)
 """Scales tried, relative to the one that maps the largest value to the last level. With the first two, what already is
@@ -54,12 +54,12 @@ NOT_FINITE = 3
 """What the encoder answers for such a weight; encode.c."""
 
 
-class Quantiser(ABC):
-    """Quantises one weight after the other, and says what that lost; a context manager. Threads take turns."""
+class Quantizer(ABC):
+    """Quantizes one weight after the other, and says what that lost; a context manager. Threads take turns."""
 
     @abstractmethod
     def __call__(self, weight: torch.Tensor, how: WeightFormat, name: str = "weight") -> PackedWeight:
-        """As `quantise`."""
+        """As `quantize`."""
 
     @abstractmethod
     def loss(self, weight: torch.Tensor, how: WeightFormat, raw: Mapping[str, torch.Tensor]) -> Loss:
@@ -69,14 +69,14 @@ class Quantiser(ABC):
     def close(self) -> None:
         """End its threads; idempotent."""
 
-    def __enter__(self) -> Quantiser:
+    def __enter__(self) -> Quantizer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
 
-class NativeQuantiser(Quantiser):
+class NativeQuantizer(Quantizer):
     """The C encoder with a pool of threads of its own, one per core unless told."""
 
     def __init__(self, library: Library, threads: int | None = None, variant: str | None = None) -> None:
@@ -108,7 +108,7 @@ class NativeQuantiser(Quantiser):
         if said == NOT_FINITE:
             raise _not_finite(name)
         if said:
-            raise CapacityError(f"no memory to quantise {name}; use fewer threads")
+            raise CapacityError(f"no memory to quantize {name}; use fewer threads")
         return out
 
     def loss(self, weight: torch.Tensor, how: WeightFormat, raw: Mapping[str, torch.Tensor]) -> Loss:
@@ -138,7 +138,7 @@ class NativeQuantiser(Quantiser):
         self._threads.close()
 
 
-class TorchQuantiser(Quantiser):
+class TorchQuantizer(Quantizer):
     """torch's operators, by definition right; about a fortieth of the C encoder's speed."""
 
     def __call__(self, weight: torch.Tensor, how: WeightFormat, name: str = "weight") -> PackedWeight:
@@ -151,13 +151,13 @@ class TorchQuantiser(Quantiser):
         pass
 
 
-def quantiser(threads: int | None = None) -> Quantiser:
+def quantizer(threads: int | None = None) -> Quantizer:
     """The fastest that this installation and processor have."""
     library = status().library
-    return TorchQuantiser() if library is None else NativeQuantiser(library, threads)
+    return TorchQuantizer() if library is None else NativeQuantizer(library, threads)
 
 
-def quantise(weight: torch.Tensor, how: WeightFormat, name: str = "weight", search: bool = True) -> PackedWeight:
+def quantize(weight: torch.Tensor, how: WeightFormat, name: str = "weight", search: bool = True) -> PackedWeight:
     """weight [N, K], any float dtype -> words row by row.
 
     search=False rounds to nearest with symmetric absmax scales, the baseline that benchmarks compare with.
@@ -165,7 +165,7 @@ def quantise(weight: torch.Tensor, how: WeightFormat, name: str = "weight", sear
     """
     if not search:
         return _by_blocks(weight, how, name, _round_to_nearest)
-    with quantiser() as one:
+    with quantizer() as one:
         return one(weight, how, name)
 
 

@@ -1,4 +1,4 @@
-"""Quantised weights: what their bytes mean, format by format, and one expert decoded when it is computed with.
+"""Quantized weights: what their bytes mean, format by format, and one expert decoded when it is computed with.
 
 Codecs know one matrix; `ExpertDecoding` knows the parameters of an expert. Which codec a checkpoint needs is read off
 its config and headers in offmoe/hf/catalog/quant_config.py.

@@ -1,8 +1,8 @@
 """bitsandbytes in 4 bits, nf4 and fp4: codes into a table of 16 values, a largest magnitude for every block.
 
 What moves: half a byte per weight and its share of a block's magnitude in, the matrix out by way of float32; bounded by
-memory. With double quantisation the magnitudes are codes too: into a table of 256 values, scaled per block of blocks
-and shifted. Products are formed in float32 and rounded to the dtype that was quantised, then cast, as bitsandbytes
+memory. With double quantization the magnitudes are codes too: into a table of 256 values, scaled per block of blocks
+and shifted. Products are formed in float32 and rounded to the dtype that was quantized, then cast, as bitsandbytes
 0.50 does (backends/default/ops.py dequantize_4bit, functional.py QuantState). Must never take a table for granted: it
 comes with every weight.
 """
@@ -24,7 +24,7 @@ class Blockwise4Bit:
 
     Components: weight (any dtype; a byte holds two codes, the first in the high half), absmax [blocks], quant_map
     float32 [16], offset float32 []; and if `nested`, whose absmax is uint8, nested_absmax float32 and nested_quant_map
-    float32 [256]. stored: the dtype that was quantised.
+    float32 [256]. stored: the dtype that was quantized.
     """
 
     dense: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""What every quantised format is to the rest of offmoe: named raw tensors in, one dense matrix out.
+"""What every quantized format is to the rest of offmoe: named raw tensors in, one dense matrix out.
 
 What moves: nothing here; a codec reads raw tensors where they are and writes the matrix beside them, bounded by that
 device's memory. Raw bytes stay raw until then, on the disk, on the link and in slots. Decoding is a pure function of

@@ -1,7 +1,7 @@
 """From the raw tensors in a slot to the parameters that an expert computes with, at the moment of computing.
 
 What moves: one expert's raw bytes are read from its slot and its parameters written beside it, for as long as its
-tokens need them; a quantised slot is as large as the expert is at rest. Bounded by the device's memory: it costs a few
+tokens need them; a quantized slot is as large as the expert is at rest. Bounded by the device's memory: it costs a few
 passes over one expert, once per expert and step. Must never depend on anything but the slot's bytes.
 """
 
@@ -21,7 +21,7 @@ WORKING_BYTES = 10
 
 @dataclass(frozen=True)
 class Leaf:
-    """One tensor of a checkpoint as it would be without quantisation: `params` are its raw tensors in the slot, by
+    """One tensor of a checkpoint as it would be without quantization: `params` are its raw tensors in the slot, by
     component; without a codec there is one, "weight". `shape` is the dense one.
     """
 

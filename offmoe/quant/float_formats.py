@@ -1,7 +1,7 @@
 """Weights in 8-bit or 4-bit floating point with scales: FP8 (DeepSeek-V3 and what vLLM reads) and MXFP4 (gpt-oss).
 
 What moves: one byte (FP8) or half a byte (MXFP4) per weight in, the matrix out, by way of float32; bounded by memory.
-Products are formed in float32 and rounded once, as transformers does when it dequantises (5.23:
+Products are formed in float32 and rounded once, as transformers does when it dequantizes (5.23:
 integrations/finegrained_fp8.py Fp8Dequantize, integrations/mxfp4.py convert_moe_packed_tensors). Must never take the
 size of a block from the size of the scale grid: 192 rows in blocks of 128 have two rows of scales, as 192 rows in
 blocks of 96 have (transformers 5.23 takes the latter on a CPU).

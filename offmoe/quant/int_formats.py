@@ -107,7 +107,7 @@ class Gptq:
     32], scales [groups, out] and, if `ordered`, g_idx int [in] -> [out, in].
 
     group: columns of a group where there is no index. minus_one: format v1, whose zeros were lessened by one, as words:
-    adding it back word by word undoes that also where a zero of 0 had borrowed from its neighbour. reordered: whether
+    adding it back word by word undoes that also where a zero of 0 had borrowed from its neighbor. reordered: whether
     the index, if there is one, may say anything else than runs of `group` columns.
     """
 

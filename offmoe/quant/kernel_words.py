@@ -1,8 +1,8 @@
-"""Quantised weights as kernels read them, row by row: words of consecutive inputs, scales and zero points of outputs.
+"""Quantized weights as kernels read them, row by row: words of consecutive inputs, scales and zero points of outputs.
 
 What moves: nothing where a format has such words already (compressed-tensors in 4 bits, MXFP4, FP8, and GPTQ seen the
 other way round): the result is a view, and whoever copies it re-orders it. Bytes of int8 change their sign bit, AWQ's
-nibbles their neighbours; these are made anew, in a few passes over one matrix. Values are those of the codecs, exactly.
+nibbles their neighbors; these are made anew, in a few passes over one matrix. Values are those of the codecs, exactly.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Quantised weights as words: which bits stand where, at rest and where kernels read them.
+"""Quantized weights as words: which bits stand where, at rest and where kernels read them.
 
 A weight [rows, cols] is int32 words of consecutive inputs, lowest bits first: 8 nibbles or 4 bytes. At rest they stand
 row by row: for int4 these are the words of compressed-tensors' `pack-quantized`, for mxfp4 the blocks of gpt-oss. In

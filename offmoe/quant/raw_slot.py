@@ -1,8 +1,8 @@
-"""How the raw tensors of one quantised expert stand in a slot, and how they get there.
+"""How the raw tensors of one quantized expert stand in a slot, and how they get there.
 
 What moves: every component as it is at rest, one copy each; bounded by the link. The exception is the JSON of
 bitsandbytes, whose length varies from expert to expert: the number in it that decoding needs is taken out on the host.
-Must never let an expert into a slot that is quantised otherwise than its layer's others.
+Must never let an expert into a slot that is quantized otherwise than its layer's others.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def offset_of(state: torch.Tensor, codec: Codec, name: str) -> torch.Tensor:
     try:
         found, offset = read_state(state.numpy().tobytes())
     except ValueError as error:
-        raise CheckpointError(f"quantised weight {name!r} cannot be decoded: {error}; download it again") from error
+        raise CheckpointError(f"quantized weight {name!r} cannot be decoded: {error}; download it again") from error
     if found != codec:
         raise CheckpointError(
-            f"quantised weight {name!r} is {found}, others of its kind are {codec}; quantise the model anew"
+            f"quantized weight {name!r} is {found}, others of its kind are {codec}; quantize the model anew"
         )
     return torch.tensor(offset, dtype=torch.float32)
 
@@ -56,7 +56,7 @@ class RawPlacement:
 
 
 class Source(Protocol):
-    """One tensor of an expert: dense shape and dtype, and the encoding if it is quantised."""
+    """One tensor of an expert: dense shape and dtype, and the encoding if it is quantized."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...

@@ -1,4 +1,4 @@
-"""Which experts of neighbouring layers are chosen by the same tokens, and what that tells about the next layer.
+"""Which experts of neighboring layers are chosen by the same tokens, and what that tells about the next layer.
 
 Only counts of pairs. Bound: linear in routes x top_k, but for guessing, which is tokens x experts x experts of the
 next. Must never show a ratio that chance would explain.

@@ -19,7 +19,7 @@ def findings(report: Report) -> list[str]:
     """What the report says, most general first; one sentence or two each."""
     if not report.tokens:
         return ["The trace holds no tokens: there is nothing to describe."]
-    parts = (_work, _balance, _memory, _same_token, _specialisation, _paths, _phases)
+    parts = (_work, _balance, _memory, _same_token, _specialization, _paths, _phases)
     said = [text for part in parts if (text := part(report))]
     if report.tokens < FEW_TOKENS:
         few = _plural(report.tokens, "token", "tokens")
@@ -30,7 +30,7 @@ def findings(report: Report) -> list[str]:
 def missing(report: Report) -> list[str]:
     """What could not be said, and what would be needed."""
     said = []
-    if report.specialisation is None:
+    if report.specialization is None:
         said.append(
             "Which tokens go where is unknown: the trace holds no tokens with their texts. 'offmoe trace' records them."
         )
@@ -127,9 +127,9 @@ def _same_token(report: Report) -> str:
     return text + "."
 
 
-def _specialisation(report: Report) -> str:
+def _specialization(report: Report) -> str:
     by_type: dict[str, TypeLift] = {}
-    for entry in report.specialisation.strongest(SPECIALISTS) if report.specialisation else []:
+    for entry in report.specialization.strongest(SPECIALISTS) if report.specialization else []:
         by_type.setdefault(entry.type, entry)
     if not by_type:
         return ""

@@ -141,7 +141,7 @@ def _pairs(report: Report, index: int) -> dict[str, Any]:
 
 
 def _types(report: Report) -> dict[str, Any] | None:
-    found = report.specialisation
+    found = report.specialization
     if found is None:
         return None
     return {
@@ -149,9 +149,9 @@ def _types(report: Report) -> dict[str, Any] | None:
         "meaning": [TYPES.get(name, f"letters of this script: {name}") for name in found.types],
         "tokens": list(found.types.values()),
         "routes": [routes.tolist() for routes in found.routes],
-        "favourites": [
+        "favorites": [
             [[[t.piece, t.routes, t.occurrences, _rounded(t.lift)] for t in tokens] for tokens in experts]
-            for experts in found.favourites
+            for experts in found.favorites
         ],
         "strongest": [[s.layer, s.expert, s.type, s.routes, _rounded(s.lift)] for s in found.strongest()],
     }

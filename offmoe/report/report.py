@@ -1,4 +1,4 @@
-"""What a recorded routing says about a model: balance, memory, specialisation, paths between layers, work per token.
+"""What a recorded routing says about a model: balance, memory, specialization, paths between layers, work per token.
 
 Only arrays of the trace are read. Bound: tables [tokens, experts] of bools of two layers at a time, and time linear in
 routes but for co-activation. Everything is a count or a ratio of counts; what has no counts is None, never 0.
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from offmoe.report.coactivation import MIN_EXPECTED, Coactivation, coactivated
-from offmoe.report.specialization import Specialisation, specialisation
+from offmoe.report.specialization import Specialization, specialization
 from offmoe.trace.trace import Parameters, Trace
 from offmoe.types import CacheShape
 
@@ -152,7 +152,7 @@ class Report:
     prefill: Phase
     decode: Phase
     active: Active
-    specialisation: Specialisation | None
+    specialization: Specialization | None
     """None for a trace without tokens or pieces."""
 
     @property
@@ -202,7 +202,7 @@ class Report:
             ],
             "phases": {"prefill": self.prefill.to_dict(), "decode": self.decode.to_dict(), "shift": self.shift},
             "coactivation": [pair.to_dict() for pair in self.coactivation],
-            "specialisation": None if self.specialisation is None else self.specialisation.to_dict(),
+            "specialisation": None if self.specialization is None else self.specialization.to_dict(),
             "active": self.active.to_dict(),
         }
 
@@ -247,7 +247,7 @@ def describe(trace: Trace) -> Report:
         prefill=phases[True],
         decode=phases[False],
         active=_active(trace.shape, trace.parameters),
-        specialisation=specialisation(trace, chosen_by_layer(trace), MIN_EXPECTED),
+        specialization=specialization(trace, chosen_by_layer(trace), MIN_EXPECTED),
     )
 
 

@@ -45,14 +45,14 @@ class TypeLift:
 
 
 @dataclass(frozen=True)
-class Specialisation:
+class Specialization:
     """types: tokens of each type, the most frequent first. routes[layer]: int [types, experts]. expected: likewise,
-    what loads alone would give. favourites[layer][expert]: tokens that stand out there, the clearest first."""
+    what loads alone would give. favorites[layer][expert]: tokens that stand out there, the clearest first."""
 
     types: dict[str, int]
     routes: tuple[np.ndarray, ...]
     expected: tuple[np.ndarray, ...]
-    favourites: tuple[tuple[tuple[TokenLift, ...], ...], ...]
+    favorites: tuple[tuple[tuple[TokenLift, ...], ...], ...]
     min_expected: float
 
     def lift(self, layer: int) -> np.ndarray:
@@ -80,11 +80,11 @@ class Specialisation:
         return {
             "types": self.types,
             "strongest": [vars(entry) for entry in self.strongest()],
-            "favourites": [[[vars(token) for token in tokens] for tokens in experts] for experts in self.favourites],
+            "favourites": [[[vars(token) for token in tokens] for tokens in experts] for experts in self.favorites],
         }
 
 
-def specialisation(trace: Trace, chosen: Iterable[np.ndarray], min_expected: float) -> Specialisation | None:
+def specialization(trace: Trace, chosen: Iterable[np.ndarray], min_expected: float) -> Specialization | None:
     """Of a trace with tokens and their pieces, else None. chosen: bool [T, experts] of each layer."""
     if trace.token is None or trace.pieces is None or not trace.tokens:
         return None
@@ -100,7 +100,7 @@ def specialisation(trace: Trace, chosen: Iterable[np.ndarray], min_expected: flo
     types = dict(sorted(tally.items(), key=lambda item: (-item[1], order.index(item[0]) if item[0] in TYPES else 99)))
     number = {kind: i for i, kind in enumerate(types)}
     of_token = np.array([-1 if kind is None else number[kind] for kind in kinds])[index]
-    routes, expected, favourites = [], [], []
+    routes, expected, favorites = [], [], []
     for table in chosen:
         shares = table.sum(axis=0) / max(int(table.sum()), 1)
         tokens, experts = table.nonzero()
@@ -109,11 +109,11 @@ def specialisation(trace: Trace, chosen: Iterable[np.ndarray], min_expected: flo
         found = found.reshape(len(types), table.shape[1])
         routes.append(found)
         expected.append(np.outer(found.sum(axis=1), shares))
-        favourites.append(_favourites(table, index, ids, counts, pieces, shares, min_expected))
-    return Specialisation(types, tuple(routes), tuple(expected), tuple(favourites), min_expected)
+        favorites.append(_favorites(table, index, ids, counts, pieces, shares, min_expected))
+    return Specialization(types, tuple(routes), tuple(expected), tuple(favorites), min_expected)
 
 
-def _favourites(
+def _favorites(
     chosen: np.ndarray,
     index: np.ndarray,
     ids: np.ndarray,

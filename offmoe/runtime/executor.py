@@ -1,6 +1,6 @@
 """Carry out one plan for one layer: the only place where decisions, movement and computing meet.
 
-What moves: router ids to the host (the one synchronisation a layer pays), the plan's fetches into slots, tokens through
+What moves: router ids to the host (the one synchronization a layer pays), the plan's fetches into slots, tokens through
 experts. Bound: per layer, the larger of reading what missed and computing what hit. Must never decide (the planner
 does) and never wait (transfer does).
 

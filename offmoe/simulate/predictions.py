@@ -74,7 +74,7 @@ class PredictionQuality:
             setattr(self, name, getattr(self, name) + value)
 
 
-def analyse(trace: Trace, options: CacheOptions, only: frozenset[int] | None = None) -> list[PredictionQuality]:
+def analyze(trace: Trace, options: CacheOptions, only: frozenset[int] | None = None) -> list[PredictionQuality]:
     """Quality of `trace.predicted` per layer (the first has no prediction), the cache as in `options` without prefetch.
 
     only: judge these requests; None: all. The cache runs over all of them."""

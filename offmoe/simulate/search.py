@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from offmoe.config import EVICTIONS, CacheOptions
 from offmoe.errors import ConfigError
-from offmoe.simulate.predictions import PredictionQuality, analyse, transition_predictions
+from offmoe.simulate.predictions import PredictionQuality, analyze, transition_predictions
 from offmoe.simulate.sweep import Bounds, Outcome, Settings, fit_quotas, gap_closed, grid, knee, rank
 from offmoe.trace.trace import Trace
 
@@ -71,10 +71,10 @@ class Found:
             return {}
         cache = replace(self.best.options, prefetch=0)
         counted = replace(trace, predicted=transition_predictions(trace, test))
-        baseline = {"transitions": analyse(counted, cache, test or None)}
+        baseline = {"transitions": analyze(counted, cache, test or None)}
         if trace.predicted is None:
             return baseline
-        return {"recorded": analyse(trace, cache, test or None), **baseline}
+        return {"recorded": analyze(trace, cache, test or None), **baseline}
 
 
 def search(

@@ -44,7 +44,7 @@ class ReadPlan(NamedTuple):
 
 
 def plan_reads(record: ExpertRecord) -> ReadPlan:
-    """Merge neighbouring segments into extents, widen these to aligned windows, lay them out one after the other."""
+    """Merge neighboring segments into extents, widen these to aligned windows, lay them out one after the other."""
     order = sorted(range(len(record.segments)), key=lambda i: (record.segments[i].shard, record.segments[i].offset))
     places = [(0, 0)] * len(order)
     windows: list[Window] = []

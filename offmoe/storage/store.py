@@ -214,7 +214,7 @@ class ExpertStore:
         self._warn(shard, error)
 
     def _warn(self, shard: _Shard, error: OSError) -> None:
-        """Say once per store that reads are buffered; where one shard refuses, its neighbours will."""
+        """Say once per store that reads are buffered; where one shard refuses, its neighbors will."""
         with self._state:
             first, self._warned = not self._warned, True
         if first:

@@ -77,15 +77,15 @@ def test_the_configuration_says_what_the_headers_say(tmp_path: Path, family: str
     assert fixed[0] == fixed[1]
 
 
-def _config(folder: Path, family: str, **quantisation: object) -> Path:
+def _config(folder: Path, family: str, **quantization: object) -> Path:
     config = tiny.build(family, torch.bfloat16).config.to_dict()
     path = folder / "config.json"
-    path.write_text(json.dumps({**config, "quantization_config": quantisation}))
+    path.write_text(json.dumps({**config, "quantization_config": quantization}))
     return path
 
 
 @pytest.mark.parametrize(
-    ("quantisation", "expert"),
+    ("quantization", "expert"),
     [
         # mixtral here: gate and up are 48 x 32, down is 32 x 48
         ({"quant_method": "fp8", "weight_block_size": [32, 32]}, 3 * 48 * 32 + 4 * 3 * 2),
@@ -110,10 +110,10 @@ def _config(folder: Path, family: str, **quantisation: object) -> Path:
     ],
     ids=lambda value: value["quant_method"] if isinstance(value, dict) else "",
 )
-def test_bytes_of_quantised_experts(tmp_path: Path, quantisation: dict[str, object], expert: int) -> None:
-    found = survey(_config(tmp_path, "mixtral", **quantisation), CPU)
+def test_bytes_of_quantized_experts(tmp_path: Path, quantization: dict[str, object], expert: int) -> None:
+    found = survey(_config(tmp_path, "mixtral", **quantization), CPU)
     assert set(found.shape.expert_bytes) == {expert}
-    assert found.quantisation == quantisation["quant_method"]
+    assert found.quantization == quantization["quant_method"]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_many_experts_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(made) == 3
 
 
-def test_a_quantisation_of_unknown_size_is_refused(tmp_path: Path) -> None:
+def test_a_quantization_of_unknown_size_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=r"'hqq'.*download the checkpoint"):
         survey(_config(tmp_path, "mixtral", quant_method="hqq"), CPU)
 

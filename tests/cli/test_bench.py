@@ -77,7 +77,7 @@ def test_int4_experts_against_the_checkpoint_that_they_were_made_of(
     assert outcome.json["same"] is None
     assert outcome.json["ratio"]["median"] > 0
     assert "weights are not the same" in " ".join(outcome.err.split())
-    assert offmoe("bench", checkpoint, *options).json["same"] is None  # quantised while loading
+    assert offmoe("bench", checkpoint, *options).json["same"] is None  # quantized while loading
 
 
 def test_against_itself_without_prefetch(offmoe: Run, checkpoint: Path) -> None:

@@ -43,7 +43,7 @@ def test_layers_without_experts_do_not_count(offmoe: Run, tmp_path: Path) -> Non
     assert (found["family"], found["layers"], found["moe_layers"]) == ("qwen3_moe", 3, 2)
 
 
-def test_formats_of_quantised_experts(offmoe: Run, tmp_path: Path) -> None:
+def test_formats_of_quantized_experts(offmoe: Run, tmp_path: Path) -> None:
     folder, _ = quantized.save(tmp_path, "qwen3_moe", "ct-int4")
     found = offmoe("inspect", folder, "--json", "--device", "cpu").json
     assert (found["quantisation"], found["expert_formats"]) == ("compressed-tensors", ["compressed-tensors int4"])

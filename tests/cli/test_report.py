@@ -81,7 +81,7 @@ def test_the_page_carries_all_and_runs_nothing_foreign(offmoe: Run, trace: Path,
     assert "\u2028" not in html
     found = data(html)
     assert found["model"] == "tiny & <b>bold</b>"
-    texts = {piece for layer in found["types"]["favourites"] for expert in layer for piece, *_ in expert}
+    texts = {piece for layer in found["types"]["favorites"] for expert in layer for piece, *_ in expert}
     assert ATTACK in texts
     assert found["layers"][0]["loads"] == describe(read_trace(trace)).loads[0].routes.tolist()
     assert not list(tmp_path.glob("*.partial"))

@@ -78,15 +78,15 @@ def test_sizes_are_known_before_anything_is_written(
     assert guessed.shape.expert_bytes[0] == pytest.approx(found.shape.expert_bytes[0], rel=0.01)
 
 
-def test_what_is_quantised_otherwise(tmp_path: Path, checkpoint: Path) -> None:
+def test_what_is_quantized_otherwise(tmp_path: Path, checkpoint: Path) -> None:
     pack(checkpoint, tmp_path / "packed", weight_format("int4"))
     fp8, _ = quantized.save(tmp_path, "mixtral", "fp8", **SIZES)
     for folder, experts in ((tmp_path / "packed", "int8"), (fp8, "int4")):
-        with pytest.raises(ConfigError, match=r"quantising what is quantised would only lose more.*experts='native'"):
+        with pytest.raises(ConfigError, match=r"quantizing what is quantized would only lose more.*experts='native'"):
             inspect(folder, OffloadConfig(device="cpu", slots_per_layer=3, experts=experts))
 
 
-def test_what_cannot_be_quantised(tmp_path: Path) -> None:
+def test_what_cannot_be_quantized(tmp_path: Path) -> None:
     odd = tiny.save(tiny.build("mixtral", torch.bfloat16), tmp_path / "odd")
     with pytest.raises(UnsupportedModelError, match="experts='native'"):
         logits(odd, experts="int4")

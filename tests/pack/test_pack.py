@@ -1,4 +1,4 @@
-"""A packed model is the model with its experts as the quantiser made them, whatever interrupted the packing."""
+"""A packed model is the model with its experts as the quantizer made them, whatever interrupted the packing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from offmoe.errors import (
 from offmoe.hf.load.load import PACK_MANIFEST
 from offmoe.pack import pack as packing
 from offmoe.pack.pack import pack, weight_format
-from offmoe.pack.quantizer import quantise
+from offmoe.pack.quantizer import quantize
 from offmoe.quant.packed_weight import WeightFormat
 from tests import quantized, tiny
 
@@ -58,9 +58,9 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def expected(source: Path, how: WeightFormat) -> dict[str, torch.Tensor]:
-    """Experts' weights as the quantiser has them, float32."""
+    """Experts' weights as the quantizer has them, float32."""
     return {
-        name: quantise(weight, WeightFormat(how.kind, how.group, how.zero_points, weight.dtype)).values()
+        name: quantize(weight, WeightFormat(how.kind, how.group, how.zero_points, weight.dtype)).values()
         for name, weight in tensors(source).items()
         if EXPERT.search(name)
     }
@@ -85,7 +85,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("family", "how", "dtype"), CASES, ids=lambda v: str(v).removeprefix("torch."))
-def test_a_packed_model_computes_what_the_quantised_weights_do(
+def test_a_packed_model_computes_what_the_quantized_weights_do(
     tmp_path: Path, family: str, how: WeightFormat, dtype: torch.dtype
 ) -> None:
     source, out = save(tmp_path / "source", family, dtype), tmp_path / "out"
@@ -273,7 +273,7 @@ def refused(error: type[OffmoeError], says: str, source: Path, out: Path, how: W
 def test_models_that_cannot_be_packed_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     out = tmp_path / "out"
     already, _ = quantized.save(tmp_path, "mixtral", "ct-int4")
-    refused(UnsupportedModelError, "quantised by 'compressed-tensors' already", already, out)
+    refused(UnsupportedModelError, "quantized by 'compressed-tensors' already", already, out)
     transposed = save(tmp_path / "a", "gpt_oss")
     refused(UnsupportedModelError, "'model.layers.0.mlp.experts' cannot be packed.*in 'model", transposed, out)
     nameless = save(tmp_path / "c", "granitemoe")

@@ -1,4 +1,4 @@
-"""The quantiser loses little, and the C encoder gives the bits that torch's operators define."""
+"""The quantizer loses little, and the C encoder gives the bits that torch's operators define."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ import torch
 import offmoe.pack.quantizer
 from offmoe.errors import CapacityError, CheckpointError, UnsupportedModelError
 from offmoe.pack.loss import Loss, codec
-from offmoe.pack.quantizer import NativeQuantiser, Quantiser, TorchQuantiser, quantise, quantiser
+from offmoe.pack.quantizer import NativeQuantizer, Quantizer, TorchQuantizer, quantize, quantizer
 from offmoe.quant.packed_weight import INT8, PackedWeight, WeightFormat, int4, unpack_words
 from tests.native import VARIANTS, library, library_with
 
@@ -21,7 +21,7 @@ def gaussian(rows: int = 64, cols: int = 512, seed: int = 0) -> torch.Tensor:
 
 def error(weight: torch.Tensor, how: WeightFormat, **options: bool) -> float:
     """Squared error relative to the weight's own square."""
-    return ((quantise(weight, how, **options).values() - weight).square().sum() / weight.square().sum()).item()
+    return ((quantize(weight, how, **options).values() - weight).square().sum() / weight.square().sum()).item()
 
 
 def same(a: PackedWeight, b: PackedWeight) -> None:
@@ -40,11 +40,11 @@ def at_rest(packed: PackedWeight) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(params=["torch", *VARIANTS])
-def each(request: pytest.FixtureRequest) -> Iterator[Quantiser]:
+def each(request: pytest.FixtureRequest) -> Iterator[Quantizer]:
     if request.param == "torch":
-        yield TorchQuantiser()
+        yield TorchQuantizer()
         return
-    with NativeQuantiser(library_with(request.param), 2, request.param) as native:
+    with NativeQuantizer(library_with(request.param), 2, request.param) as native:
         yield native
 
 
@@ -65,7 +65,7 @@ def test_zero_points_help_where_values_lie_to_one_side() -> None:
 
 def test_rounding_to_nearest_is_the_textbooks() -> None:
     weight = gaussian(16, 64)
-    packed = quantise(weight, int4(32), search=False)
+    packed = quantize(weight, int4(32), search=False)
     groups = weight.view(16, 2, 32)
     scales = (groups.abs().amax(-1) / 7).bfloat16()
     assert torch.equal(packed.scales, scales)
@@ -75,14 +75,14 @@ def test_rounding_to_nearest_is_the_textbooks() -> None:
 
 @pytest.mark.parametrize("how", FORMATS, ids=str)
 def test_what_is_on_the_grid_stays(how: WeightFormat) -> None:
-    """Values that are exactly levels of a scale come back as they were: quantising twice changes nothing."""
-    once = quantise(gaussian(), how).values()
+    """Values that are exactly levels of a scale come back as they were: quantizing twice changes nothing."""
+    once = quantize(gaussian(), how).values()
     assert error(once, how) < 1e-10
 
 
 @pytest.mark.parametrize("how", FORMATS, ids=str)
 def test_rows_do_not_depend_on_each_other(how: WeightFormat, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, by_torch = gaussian(48, 256), TorchQuantiser()
+    weight, by_torch = gaussian(48, 256), TorchQuantizer()
     whole = by_torch(weight, how)
     monkeypatch.setattr(offmoe.pack.quantizer, "BLOCK_VALUES", 7 * 256)
     same(by_torch(weight, how), whole)
@@ -96,7 +96,7 @@ def test_zeros_constants_and_tiny_values(how: WeightFormat) -> None:
     weight[2] = -3.0
     weight[3] = 1e-42  # below what a bf16 scale can say
     weight[4, 5] = 100.0  # one outlier among zeros
-    values = quantise(weight, how).values()
+    values = quantize(weight, how).values()
     assert torch.isfinite(values).all()
     torch.testing.assert_close(values, weight, rtol=5e-3, atol=1e-6)
 
@@ -104,11 +104,11 @@ def test_zeros_constants_and_tiny_values(how: WeightFormat) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_any_float_dtype(dtype: torch.dtype) -> None:
     weight = gaussian(16, 64).to(dtype)
-    assert torch.equal(quantise(weight, int4()).words, quantise(weight.float(), int4()).words)
+    assert torch.equal(quantize(weight, int4()).words, quantize(weight.float(), int4()).words)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_not_finite(each: Quantiser, bad: float) -> None:
+def test_not_finite(each: Quantizer, bad: float) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         weight = gaussian(16, 64).to(dtype)
         weight[15, 63] = bad
@@ -116,7 +116,7 @@ def test_not_finite(each: Quantiser, bad: float) -> None:
             each(weight, int4(), "layer 3 w2")
 
 
-def test_shape(each: Quantiser) -> None:
+def test_shape(each: Quantizer) -> None:
     with pytest.raises(UnsupportedModelError, match=r"weight is \[16, 100\]"):
         each(torch.zeros(16, 100), int4())
 
@@ -145,19 +145,19 @@ ENCODED = [
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_encoder_gives_the_bits_that_torch_defines(variant: str, how: WeightFormat) -> None:
     widths = (16, 48, 96, 320, 1152) if how.bits == 8 else (how.group or 0, 640)
-    with NativeQuantiser(library_with(variant), 2, variant) as native:
+    with NativeQuantizer(library_with(variant), 2, variant) as native:
         for cols in widths:
             for scale in (0.02, 1e-6, 3e-9, 500.0):  # scales in half precision are subnormal, or zero
                 for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
                     weight = hard(16, cols, scale).to(dtype)
-                    same(native(weight, how), TorchQuantiser()(weight, how))
+                    same(native(weight, how), TorchQuantizer()(weight, how))
 
 
 def test_threads_do_not_change_a_bit() -> None:
     weight = gaussian(2048, 512).bfloat16()
     made = []
     for threads in (1, 2, 5):
-        with NativeQuantiser(library(), threads) as native:
+        with NativeQuantizer(library(), threads) as native:
             made += [native(weight, int4()) for _ in range(3)]
     for other in made[1:]:
         same(other, made[0])
@@ -165,22 +165,22 @@ def test_threads_do_not_change_a_bit() -> None:
 
 def test_weights_that_lie_otherwise() -> None:
     weight = gaussian(128, 64)
-    with NativeQuantiser(library(), 1) as native:
-        same(native(weight.mT, int4()), TorchQuantiser()(weight.mT, int4()))
+    with NativeQuantizer(library(), 1) as native:
+        same(native(weight.mT, int4()), TorchQuantizer()(weight.mT, int4()))
 
 
 def test_memory_that_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
     found = library()
     monkeypatch.setattr(found.calls, "offmoe_encode", lambda *arguments: 2)
-    with NativeQuantiser(found, 1) as native, pytest.raises(CapacityError, match="no memory to quantise w2"):
+    with NativeQuantizer(found, 1) as native, pytest.raises(CapacityError, match="no memory to quantize w2"):
         native(gaussian(16, 64), int4(), "w2")
 
 
 def test_close_twice_and_use_after() -> None:
-    native = quantiser()
+    native = quantizer()
     native.close()
     native.close()
-    if isinstance(native, NativeQuantiser):
+    if isinstance(native, NativeQuantizer):
         with pytest.raises(AssertionError, match="used after close"):
             native(gaussian(16, 64), int4())
 
@@ -189,7 +189,7 @@ def test_close_twice_and_use_after() -> None:
 
 
 @pytest.mark.parametrize("how", ENCODED, ids=lambda how: f"{how} {how.zero_points} {how.scale_dtype}")
-def test_the_loss_is_that_of_what_is_written(each: Quantiser, how: WeightFormat) -> None:
+def test_the_loss_is_that_of_what_is_written(each: Quantizer, how: WeightFormat) -> None:
     weight = gaussian(48, 384).to(how.scale_dtype)
     raw = at_rest(each(weight, how))
     loss = each.loss(weight, how, raw)

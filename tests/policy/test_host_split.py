@@ -15,10 +15,10 @@ DESKTOP = MissCosts(link_us=106, read_us=0, host_us=69, host_shared_us=69, host_
 
 
 def makespan_us(missed, hits, costs, left):
-    travelling = len(missed) - len(left)
-    host = costs.host_s([m.tokens for m in missed if m.key in left], travelling * costs.link_us, 1.0) * 1e6
-    last = costs.device_us if travelling else 0.0
-    return max((hits + travelling) * costs.device_us, max(travelling * costs.link_us, host if left else 0.0) + last)
+    traveling = len(missed) - len(left)
+    host = costs.host_s([m.tokens for m in missed if m.key in left], traveling * costs.link_us, 1.0) * 1e6
+    last = costs.device_us if traveling else 0.0
+    return max((hits + traveling) * costs.device_us, max(traveling * costs.link_us, host if left else 0.0) + last)
 
 
 @given(st.integers(0, 7), st.integers(0, 4), st.floats(1, 200), st.floats(1, 200), st.floats(1, 3))
@@ -32,11 +32,11 @@ def test_equal_experts_are_divided_as_well_as_can_be(count, hits, link, host, sl
     assert makespan_us(missed, hits, costs, left) == pytest.approx(min(every))
 
 
-@pytest.mark.parametrize(("missing", "travelling"), [(1, 1), (2, 1), (3, 2), (4, 2)])
-def test_a_desktop(missing, travelling):
+@pytest.mark.parametrize(("missing", "traveling"), [(1, 1), (2, 1), (3, 2), (4, 2)])
+def test_a_desktop(missing, traveling):
     """field.md 2.5: Qwen3-30B in 4 bits beside an RTX 3060, m misses. Contention is left out here."""
     left = on_host([Missed(key, 1, 0.5) for key in range(missing)], 6, DESKTOP, 1.0)
-    assert missing - len(left) in (travelling, travelling - 1)
+    assert missing - len(left) in (traveling, traveling - 1)
 
 
 def test_heavy_experts_travel_and_light_ones_stay():

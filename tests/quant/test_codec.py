@@ -89,7 +89,7 @@ def ue8m0(rows: int, cols: int) -> torch.Tensor:
     ],
     ids=["float32", "bfloat16", "ue8m0", "bytes", "one", "rows"],
 )
-def test_fp8_is_what_transformers_dequantises(
+def test_fp8_is_what_transformers_dequantizes(
     block: tuple[int, int] | None, scale: torch.Tensor, dtype: torch.dtype
 ) -> None:
     weight = fp8(32, 64)
@@ -152,7 +152,7 @@ def test_fp8_blocks_are_the_configs_even_if_the_grid_divides_the_weight() -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_mxfp4_is_what_transformers_dequantises(dtype: torch.dtype) -> None:
+def test_mxfp4_is_what_transformers_dequantizes(dtype: torch.dtype) -> None:
     blocks = torch.arange(256, dtype=torch.uint8).repeat(2).view(1, 4, 8, 16)  # every pair of codes
     scales = torch.randint(0, 255, (1, 4, 8), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
     raw = {"blocks": blocks[0], "scales": scales[0]}

@@ -90,7 +90,7 @@ def test_layers_may_have_other_numbers_of_experts() -> None:
 
 
 def test_overlaps_by_hand() -> None:
-    """Neighbours: {0,1}-{1,2} share 1/2, {1,2}-{1,2} all, and request 1 starts anew. Pairs of 4 tokens: expert 0 is in
+    """Neighbors: {0,1}-{1,2} share 1/2, {1,2}-{1,2} all, and request 1 starts anew. Pairs of 4 tokens: expert 0 is in
     1, expert 1 in 4, expert 2 in 2, expert 3 in 1 of them, so 4*3 + 2*1 of 4*3 ordered pairs share, over k = 2."""
     report = describe(make([[[0, 1]], [[1, 2]], [[2, 1]], [[3, 1]]], (4,), request=[0, 0, 0, 1]))
     layer = report.consistency[0]
@@ -109,7 +109,7 @@ def test_same_token_by_hand() -> None:
 
 
 def test_requests_that_run_together_are_kept_apart() -> None:
-    """Two requests in one batch, rows in turn: each keeps its expert, neighbours in the file never do."""
+    """Two requests in one batch, rows in turn: each keeps its expert, neighbors in the file never do."""
     report = describe(make([[[0]], [[1]], [[0]], [[1]]], (2,), request=[0, 1, 0, 1], step=[0, 0, 1, 1]))
     assert report.consistency[0].consecutive == 1.0
     assert report.decode.tokens == 4
@@ -161,7 +161,7 @@ def test_coactivation_by_hand() -> None:
     assert [p["experts"] for p in pair.pairs()] == [[0, 0], [1, 1]]
 
 
-# --- specialisation
+# --- specialization
 
 
 def test_lift_by_hand() -> None:
@@ -169,7 +169,7 @@ def test_lift_by_hand() -> None:
     none of the words."""
     rows = [[[0]] for _ in range(50)] + [[[1 + i % 2]] for i in range(50)]
     report = describe(make(rows, (4,), token=[7] * 50 + [8, 9] * 25, pieces={7: "7", 8: " word", 9: "ing"}))
-    found = report.specialisation
+    found = report.specialization
     assert found is not None
     assert found.types == {"number": 50, "word start": 25, "word piece": 25}
     assert found.routes[0].tolist() == [[50, 0, 0, 0], [0, 25, 0, 0], [0, 0, 25, 0]]
@@ -182,17 +182,17 @@ def test_lift_by_hand() -> None:
         (1, "word start", 25, 4.0),
         (2, "word piece", 25, 4.0),
     }
-    (favourite,) = found.favourites[0][1]
-    assert (favourite.piece, favourite.routes, favourite.occurrences, favourite.lift) == (" word", 25, 25, 4.0)
+    (favorite,) = found.favorites[0][1]
+    assert (favorite.piece, favorite.routes, favorite.occurrences, favorite.lift) == (" word", 25, 25, 4.0)
 
 
 def test_rare_types_say_nothing() -> None:
     """Nineteen numbers are below the support."""
     rows = [[[0]] for _ in range(19)] + [[[1]] for _ in range(60)]
     report = describe(make(rows, (2,), token=[7] * 19 + [8] * 60, pieces={7: "7", 8: " word"}))
-    assert report.specialisation is not None
-    assert np.isnan(report.specialisation.lift(0)[1]).all()
-    assert not np.isnan(report.specialisation.lift(0)[0]).any()
+    assert report.specialization is not None
+    assert np.isnan(report.specialization.lift(0)[1]).all()
+    assert not np.isnan(report.specialization.lift(0)[0]).any()
 
 
 def test_chance_is_no_preference() -> None:
@@ -201,19 +201,19 @@ def test_chance_is_no_preference() -> None:
     rows = [[[int(e)]] for e in rng.integers(0, 16, 3000)]
     token = rng.integers(0, 200, 3000).tolist()
     report = describe(make(rows, (16,), token=token, pieces={i: f" w{'x' * (i % 5)}" for i in range(200)}))
-    assert report.specialisation is not None
-    assert report.specialisation.strongest() == []
-    assert sum(map(len, report.specialisation.favourites[0])) <= 1
+    assert report.specialization is not None
+    assert report.specialization.strongest() == []
+    assert sum(map(len, report.specialization.favorites[0])) <= 1
 
 
 def test_pieces_that_are_missing() -> None:
     rows = [[[i % 2]] for i in range(60)]
-    assert describe(make(rows, (2,), token=[1] * 60)).specialisation is None
-    assert describe(make(rows, (2,), pieces={1: "a"})).specialisation is None
+    assert describe(make(rows, (2,), token=[1] * 60)).specialization is None
+    assert describe(make(rows, (2,), pieces={1: "a"})).specialization is None
     report = describe(make(rows * 2, (2,), token=[1, 2] * 60, pieces={1: "a"}))
-    assert report.specialisation is not None
-    assert report.specialisation.types == {"word piece": 60}
-    assert [t.token for experts in report.specialisation.favourites[0] for t in experts] == [1]
+    assert report.specialization is not None
+    assert report.specialization.types == {"word piece": 60}
+    assert [t.token for experts in report.specialization.favorites[0] for t in experts] == [1]
 
 
 # --- work, extremes

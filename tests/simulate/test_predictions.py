@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from offmoe.config import CacheOptions
-from offmoe.simulate.predictions import analyse, total, transition_predictions
+from offmoe.simulate.predictions import analyze, total, transition_predictions
 from offmoe.trace.trace import Trace
 from offmoe.types import CacheShape
 
@@ -27,26 +27,26 @@ def test_counts_of_a_small_trace():
         [[[0, 1], [2, 3]], [[0, 1], [2, 4]], [[0, 1], [5, 6]]],
         [[none, [2, 7]], [none, [2, 3]], [none, none]],
     )
-    layer = analyse(trace, CacheOptions("lru", slots_per_layer=2))[1]
+    layer = analyze(trace, CacheOptions("lru", slots_per_layer=2))[1]
     assert (layer.predicted, layer.wanted, layer.right) == (4, 4, 2)
     # Step 0: nothing resident, 2 and 3 missed, 2 covered, 7 in vain. Step 1: 2 and 3 resident, 4 missed.
     assert (layer.misses, layer.covered, layer.fetched) == (3, 1, 2)
     assert layer.recall == layer.precision == layer.precision_missing == 0.5
     assert layer.coverage == pytest.approx(1 / 3)
     assert layer.extra_per_saved == 1.0
-    assert total(analyse(trace, CacheOptions("lru", slots_per_layer=2))) == layer
+    assert total(analyze(trace, CacheOptions("lru", slots_per_layer=2))) == layer
 
 
 def test_shares_of_nothing_are_none():
     trace = make([[[0, 1], [2, 3]]])
-    assert all(layer.recall is layer.coverage is None for layer in analyse(trace, CacheOptions(slots_per_layer=2)))
+    assert all(layer.recall is layer.coverage is None for layer in analyze(trace, CacheOptions(slots_per_layer=2)))
 
 
 def test_only_some_requests_are_judged():
     trace = make([[[0], [1]], [[0], [2]]], [[[-1], [1]], [[-1], [3]]], request=[0, 1])
     options = CacheOptions(slots_per_layer=1)
-    assert analyse(trace, options, frozenset({0}))[1].recall == 1.0
-    assert analyse(trace, options, frozenset({1}))[1].recall == 0.0
+    assert analyze(trace, options, frozenset({0}))[1].recall == 1.0
+    assert analyze(trace, options, frozenset({1}))[1].recall == 0.0
 
 
 def test_transitions_learn_what_follows():
@@ -66,4 +66,4 @@ def test_transitions_do_not_see_what_they_are_judged_on():
 def test_as_many_as_asked_for():
     trace = make([[[0], [1]]] * 4)
     assert transition_predictions(trace, width=3).shape == (4, 2, 3)
-    assert analyse(make([[[0], [1]]]), CacheOptions(slots_per_layer=1))[0].wanted == 0
+    assert analyze(make([[[0], [1]]]), CacheOptions(slots_per_layer=1))[0].wanted == 0

@@ -200,7 +200,7 @@ class TestPlan:
         store.close()
         return calls
 
-    def test_neighbours_are_one_aligned_read_whatever_their_order(
+    def test_neighbors_are_one_aligned_read_whatever_their_order(
         self, shards: list[Path], buffers: HostBuffers
     ) -> None:
         record = ExpertRecord((segment(0, 20_000, 100), segment(0, 5000, 15_000)))

@@ -17,7 +17,7 @@ from offmoe.compute.kernels.device import DECODE_PAIRS, DeviceKernels, Pairs, av
 from offmoe.compute.kernels.operands import GatedOperands, coded_operand, float_operand, packed_operand
 from offmoe.device.arena import SlotArena
 from offmoe.device.backend import select_backend
-from offmoe.pack.quantizer import quantise
+from offmoe.pack.quantizer import quantize
 from offmoe.quant import ScaledFloat
 from offmoe.quant.packed_weight import INT8, MXFP4, PackedWeight, WeightFormat, int4, record_layout
 from offmoe.storage.layout import ExpertLayout
@@ -29,7 +29,7 @@ SMALL = (256, 384, 2)
 SLAB_BYTES = 4 * 10**9
 TOKENS = (1, 2, 4, 8, 16, 64, 512)
 ALLOWED = 5e-3
-"""Relative L2 against float32 with dequantised weights."""
+"""Relative L2 against float32 with dequantized weights."""
 FP8 = ScaledFloat((128, 128))
 FORMATS: dict[str, WeightFormat | None] = {
     "bf16": None,
@@ -107,7 +107,7 @@ def fill(name: str, views: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
                 words = torch.randint(-(2**31), 2**31 - 1, (rows, cols // 8), dtype=torch.int32)
                 weight = PackedWeight(how, words, torch.full((rows, cols // 32), 120, dtype=torch.uint8))
             else:
-                weight = quantise(torch.randn(rows, cols) * 0.05, how)
+                weight = quantize(torch.randn(rows, cols) * 0.05, how)
             for param, values in weight.tiled().params(part).items():
                 views[param].copy_(values)
             out.append(weight.values())

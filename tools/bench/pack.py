@@ -1,13 +1,13 @@
-"""How close `offmoe pack` comes to what binds it: the disk's reads and writes, or the quantiser.
+"""How close `offmoe pack` comes to what binds it: the disk's reads and writes, or the quantizer.
 
 What moves: a synthetic bf16 checkpoint of Mixtral's names (2.1 GB, experts of 50 MB), read cold, and its int4 copy,
 which is written, synced and read back. Two limits are measured beside it in every round, before and after the run:
 the disk's, the time to read as many bytes of the same shards with O_DIRECT or, where that is slower, buffered, to write
-as many as the copy has through to the disk, and to read these back; and the quantiser's, all cores on matrices in
+as many as the copy has through to the disk, and to read these back; and the quantizer's, all cores on matrices in
 memory, for all of the experts' bytes. The larger time binds. The figure is the median of the rounds' ratios of it
 to the time of the run.
 
-Prints a table; with --json one last line {"pack_mb_s", "disk_mb_s", "quantiser_mb_s", "binds", "ratio"}, MB of bf16
+Prints a table; with --json one last line {"pack_mb_s", "disk_mb_s", "quantizer_mb_s", "binds", "ratio"}, MB of bf16
 input per second. Exit status 1 where there is no room, or the ratio is below 0.5.
 """
 
@@ -31,7 +31,7 @@ from offmoe.compute.kernels.cpu import physical_cores
 from offmoe.device.arena import HostBuffers
 from offmoe.measure.probes import drop_page_cache
 from offmoe.pack.pack import pack, weight_format
-from offmoe.pack.quantizer import quantiser
+from offmoe.pack.quantizer import quantizer
 from tools.bench.synthetic import write_mixtral
 
 HIDDEN, FF, LAYERS, EXPERTS = 2048, 4096, 5, 8
@@ -46,11 +46,11 @@ class Round(NamedTuple):
 
     run: float
     disk: float
-    quantiser: float
+    quantizer: float
 
     @property
     def ratio(self) -> float:
-        return max(self.disk, self.quantiser) / self.run
+        return max(self.disk, self.quantizer) / self.run
 
 
 def read_s(files: list[Path], direct: bool) -> float:
@@ -88,20 +88,20 @@ def disk_s(source: list[Path], scratch: Path, copied: int) -> float:
     return reads + writes + back
 
 
-def quantiser_s(nbytes: int, cores: int) -> float:
-    """What the quantiser needs for experts of `nbytes` bytes, once they are in memory."""
+def quantizer_s(nbytes: int, cores: int) -> float:
+    """What the quantizer needs for experts of `nbytes` bytes, once they are in memory."""
     matrix = (torch.randn(FF, HIDDEN) * HIDDEN**-0.5).bfloat16()
     how, times = weight_format("int4"), []
-    with quantiser(cores) as quantise:
+    with quantizer(cores) as quantize:
         for _ in range(9):
             began = time.perf_counter()
-            quantise(matrix, how)
+            quantize(matrix, how)
             times.append(time.perf_counter() - began)
     return statistics.median(times) / matrix.nbytes * nbytes
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="offmoe pack against what the disk and the quantiser allow.")
+    parser = argparse.ArgumentParser(description="offmoe pack against what the disk and the quantizer allow.")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to be measured")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
@@ -116,25 +116,25 @@ def main() -> None:
         source = sorted(model.glob("*.safetensors"))
         copied = experts * 265 // 1000  # 4 bits and a sixteen-bit scale for 64 of them, of 16
         print(f"{cores} cores, load average {os.getloadavg()[0]:.1f}; seconds")
-        print("    run   disk   quantiser   ratio", flush=True)
+        print("    run   disk   quantizer   ratio", flush=True)
         bytes_in = 0
         for _ in range(arguments.rounds):
-            before = disk_s(source, scratch, copied), quantiser_s(experts, cores)
+            before = disk_s(source, scratch, copied), quantizer_s(experts, cores)
             drop_page_cache(source)
             began = time.perf_counter()
             bytes_in = pack(model, out, weight_format("int4"), shard_bytes=SHARD_BYTES).bytes_in
             run = time.perf_counter() - began
             shutil.rmtree(out)
-            after = disk_s(source, scratch, copied), quantiser_s(experts, cores)
+            after = disk_s(source, scratch, copied), quantizer_s(experts, cores)
             rounds.append(Round(run, *((a + b) / 2 for a, b in zip(before, after, strict=True))))
             last = rounds[-1]
-            print(f"{last.run:7.2f} {last.disk:6.2f} {last.quantiser:11.2f} {last.ratio:7.2f}", flush=True)
+            print(f"{last.run:7.2f} {last.disk:6.2f} {last.quantizer:11.2f} {last.ratio:7.2f}", flush=True)
     run, disk, computing = (statistics.median(values) for values in zip(*rounds, strict=True))
     found = {
         "pack_mb_s": round(bytes_in / run / 1e6),
         "disk_mb_s": round(bytes_in / disk / 1e6),
-        "quantiser_mb_s": round(bytes_in / computing / 1e6),
-        "binds": "disk" if disk > computing else "quantiser",
+        "quantizer_mb_s": round(bytes_in / computing / 1e6),
+        "binds": "disk" if disk > computing else "quantizer",
         "ratio": round(statistics.median(one.ratio for one in rounds), 3),
     }
     print(f"the {found['binds']} binds; ratio {found['ratio']}, asked: at least {AT_LEAST}")

@@ -1,4 +1,4 @@
-"""What int8 and int4 experts cost in perplexity: the demo model on held-out text, its experts' weights quantised.
+"""What int8 and int4 experts cost in perplexity: the demo model on held-out text, its experts' weights quantized.
 
 What moves: nothing but the demo model, in float32, so that only the weights differ. Text: quality.txt, 180 kB of
 documents that training held out (tools/train_demo.py, every fiftieth): the King James Bible, statements of Metamath's
@@ -29,7 +29,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
 
 from offmoe.measure.perplexity import WINDOW, scores, windows
-from offmoe.pack.quantizer import quantise
+from offmoe.pack.quantizer import quantize
 from offmoe.quant.packed_weight import INT8, WeightFormat, int4
 
 ROOT = checkout.ROOT
@@ -37,15 +37,15 @@ MODEL = ROOT / "offmoe" / "demo" / "model"
 TEXT = Path(__file__).with_suffix(".txt")
 INT8_AT_MOST, SEARCH_RECOVERS = 0.003, 0.25
 
-Quantiser = Callable[[torch.Tensor], torch.Tensor]
-"""weight [rows, cols] -> what it is once quantised, float32."""
+Quantizer = Callable[[torch.Tensor], torch.Tensor]
+"""weight [rows, cols] -> what it is once quantized, float32."""
 
 
-def quantiser(how: WeightFormat, search: bool = True) -> Quantiser:
-    return lambda weight: quantise(weight, how, search=search).values()
+def quantizer(how: WeightFormat, search: bool = True) -> Quantizer:
+    return lambda weight: quantize(weight, how, search=search).values()
 
 
-def changed_model(change: Quantiser | None) -> MixtralForCausalLM:
+def changed_model(change: Quantizer | None) -> MixtralForCausalLM:
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     with torch.no_grad():
         for layer in model.model.layers:
@@ -56,21 +56,21 @@ def changed_model(change: Quantiser | None) -> MixtralForCausalLM:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Perplexity of the demo model with quantised experts.")
+    parser = argparse.ArgumentParser(description="Perplexity of the demo model with quantized experts.")
     parser.add_argument("--all", action="store_true", help="also other groups, and zero points")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     arguments = parser.parse_args()
-    rows: dict[str, Quantiser | None] = {
+    rows: dict[str, Quantizer | None] = {
         "native": None,
-        "int8": quantiser(INT8),
-        "int4": quantiser(int4(64)),
-        "int4_rtn": quantiser(int4(64), search=False),
+        "int8": quantizer(INT8),
+        "int4": quantizer(int4(64)),
+        "int4_rtn": quantizer(int4(64), search=False),
     }
     if arguments.all:
         rows |= {
-            "int4 in groups of 32": quantiser(int4(32)),
-            "int4 in groups of 128": quantiser(int4(128)),
-            "int4 with zero points": quantiser(int4(64, zero_points=True)),
+            "int4 in groups of 32": quantizer(int4(32)),
+            "int4 in groups of 128": quantizer(int4(128)),
+            "int4 with zero points": quantizer(int4(64, zero_points=True)),
         }
     transformers.logging.disable_progress_bar()
     tokens = AutoTokenizer.from_pretrained(MODEL)(TEXT.read_text("utf-8"), return_tensors="pt", verbose=False)

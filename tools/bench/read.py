@@ -3,7 +3,7 @@
 What moves: every expert of two synthetic checkpoints (experts of 50 MB and of 5 MB, in shards as save_file writes
 them), disk to host buffers, by 4 threads. The control reads the same files from end to end with O_DIRECT, in large
 requests, with as many threads, into the same buffers. A disk's speed drifts by more than the difference that is looked
-for, and often favours whoever comes second; hence rounds of experts, control, control, experts, each with the page
+for, and often favors whoever comes second; hence rounds of experts, control, control, experts, each with the page
 cache dropped, and the median of the rounds' ratios.
 
 Prints a table; with --json one last line {"cold_ratio_50mb", "cold_ratio_5mb", "limit_gb_s"}. Exit status 1 if the

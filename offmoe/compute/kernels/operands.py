@@ -27,7 +27,7 @@ ELEMENTS = {
     torch.uint8: "uint8",
     torch.float8_e8m0fnu: "uint8",
 }
-"""Triton's names of what scales, biases and unquantised weights are; bytes of scales are exponents of two."""
+"""Triton's names of what scales, biases and unquantized weights are; bytes of scales are exponents of two."""
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -165,7 +165,7 @@ def packed_operand(layout: ExpertLayout, name: str, how: WeightFormat) -> Operan
 
 
 def float_operand(weight: Param, transposed: bool = False) -> Operand:
-    """A weight that is not quantised: [rows, cols], or transposed [cols, rows]."""
+    """A weight that is not quantized: [rows, cols], or transposed [cols, rows]."""
     if weight.dtype not in FLOATS or len(weight.shape) != 2:
         raise _unread(f"{weight.dtype} {list(weight.shape)}")
     a, b = weight.shape
@@ -176,7 +176,7 @@ def float_operand(weight: Param, transposed: bool = False) -> Operand:
 
 
 def coded_operand(codec: Codec, parts: Mapping[str, Param]) -> Operand:
-    """A weight as a quantised checkpoint stores it: `parts` are its components in the slot, by the codec's names.
+    """A weight as a quantized checkpoint stores it: `parts` are its components in the slot, by the codec's names.
 
     For MXFP4 that is [out, in], not the transpose that the codec's `decode` makes.
     """

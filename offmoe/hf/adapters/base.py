@@ -74,7 +74,7 @@ class ExpertsAdapter(ABC):
 
     by_choice = False
     """Whether its experts see all tokens' first choices before their second ones. The order decides the last bits on a
-    CPU: the end of a tensor goes through other code than the vectorised rest.
+    CPU: the end of a tensor goes through other code than the vectorized rest.
     """
 
     @abstractmethod
@@ -100,13 +100,13 @@ class ExpertsAdapter(ABC):
             owner, _, param = name.rpartition(".")
             weight = module.get_submodule(owner)._parameters.pop(param)  # not None: that would refuse plain tensors
             assert weight is not None
-            # a plain attribute is in no state dict; some blocks initialise their experts and look for it by name
+            # a plain attribute is in no state dict; some blocks initialize their experts and look for it by name
             setattr(module.get_submodule(owner), param, weight.detach().to("meta"))
             while owner:
                 holders.add(module.get_submodule(owner))
                 owner = owner.rpartition(".")[0]
         for holder in holders:
-            # not an attribute of Module; the initialisation of missing weights looks parameters up by name
+            # not an attribute of Module; the initialization of missing weights looks parameters up by name
             setattr(holder, "_is_hf_initialized", True)  # noqa: B010
 
     def settle(self, module: nn.Module) -> None:

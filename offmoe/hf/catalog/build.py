@@ -41,7 +41,7 @@ OTHER_MODEL = "config.json and the shards are not of the same model"
 def build_catalog(checkpoint: Checkpoint, meta_model: PreTrainedModel) -> ExpertCatalog:
     """Locate every expert of `meta_model` (meta device, experts not stripped) in `checkpoint`.
 
-    Raises UnsupportedModelError (no experts, an unknown quantisation, a conversion that mixes experts),
+    Raises UnsupportedModelError (no experts, an unknown quantization, a conversion that mixes experts),
     MissingTensorError (naming the tensor) or CheckpointError (a tensor of another shape or dtype, dense ones included).
     """
     view = DenseView.of(checkpoint, meta_model.config)
@@ -211,7 +211,7 @@ class _Builder:
             hint = f" (in another layer it is {next(iter(other.names.values()))[0]!r})" if other else ""
             raise MissingTensorError(
                 f"{self.view.folder}: no tensor of the checkpoint becomes {f'{name}.{param}'!r}{hint}; the "
-                "download is incomplete, or the checkpoint is quantised or of another architecture"
+                "download is incomplete, or the checkpoint is quantized or of another architecture"
             )
 
     def _kind(self, group: Group, names: list[str], num_experts: int) -> Kind:

@@ -1,6 +1,6 @@
 """Where every expert of a checkpoint is, and how it stands in a slot.
 
-Nothing moves here, and nothing is found out (cataloguing.py does): what is here was checked against the headers. Must
+Nothing moves here, and nothing is found out (cataloging.py does): what is here was checked against the headers. Must
 never name an architecture.
 """
 
@@ -67,7 +67,7 @@ class ExpertCatalog:
 
     @property
     def formats(self) -> tuple[str, ...]:
-        """Names of the quantised formats that experts are in."""
+        """Names of the quantized formats that experts are in."""
         leaves = (leaf for layer in self.layers if layer.decode for leaf in layer.decode.leaves)
         stored = {name for layer in self.layers if layer.kernel for name in layer.kernel.stored}
         return tuple(sorted(stored | {leaf.codec.name for leaf in leaves if leaf.codec}))

@@ -82,7 +82,7 @@ class Group:
 class Kind(NamedTuple):
     """Shape (of one expert, without the experts' dimension), dtype and encoding that all tensors of a pattern have.
 
-    encoding: if they are quantised; shape is what they are decoded to, dtype stands for any.
+    encoding: if they are quantized; shape is what they are decoded to, dtype stands for any.
     """
 
     shape: tuple[int, ...]

@@ -1,8 +1,8 @@
-"""A quantised checkpoint as if it were not: dense names and shapes in front, raw tensors behind.
+"""A quantized checkpoint as if it were not: dense names and shapes in front, raw tensors behind.
 
 What moves: nothing for experts; of the dense part, each weight once while transformers loads the model, read, sent to
 the device raw and decoded there, one at a time. Because the dense names are what the same checkpoint would have without
-quantisation, transformers' own renamings and converters apply to them, and every architecture works with every format.
+quantization, transformers' own renamings and converters apply to them, and every architecture works with every format.
 
 What it must never do: let a weight pass whose parts are not all there and all understood. No quantizer of transformers
 takes part, and none of their packages is needed.
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class Encoded(NamedTuple):
-    """A quantised weight of the checkpoint. names: of its components. stacked: it has a row for every expert. shape: of
+    """A quantized weight of the checkpoint. names: of its components. stacked: it has a row for every expert. shape: of
     one matrix, decoded.
     """
 
@@ -53,7 +53,7 @@ class DenseView:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, config: object) -> DenseView:
-        """Read the config of a model; without quantisation, the names are the checkpoint's own.
+        """Read the config of a model; without quantization, the names are the checkpoint's own.
 
         Raises UnsupportedModelError (a method, layout or component that offmoe does not know), MissingTensorError (a
         component) or CheckpointError (components that make no matrix).
@@ -77,7 +77,7 @@ class DenseView:
         return (name,) if found is None else found.names.values()
 
     def common_encoding(self, names: Sequence[str], rows: int | None) -> Encoding | None:
-        """Of one expert's part of each of these tensors, None if they are not quantised; CheckpointError if they
+        """Of one expert's part of each of these tensors, None if they are not quantized; CheckpointError if they
         differ. rows: experts that each has a row for.
         """
         found = [self.encoded.get(name) for name in names]
@@ -87,12 +87,12 @@ class DenseView:
             if encoding != common:
                 raise CheckpointError(
                     f"{self.where(name)}: tensor {name!r} is {_describe(encoding)}, those of other experts of its "
-                    f"layer are {_describe(common)}; quantise all experts of a layer alike"
+                    f"layer are {_describe(common)}; quantize all experts of a layer alike"
                 )
         for name, one in zip(names, found, strict=True):
             if one is not None and one.stacked != rows:
                 raise UnsupportedModelError(
-                    f"{self.where(name)}: quantised weight {name!r} holds several experts in a way that offmoe cannot "
+                    f"{self.where(name)}: quantized weight {name!r} holds several experts in a way that offmoe cannot "
                     f"take apart; {REMEDY}"
                 )
         return common
@@ -107,7 +107,7 @@ class DenseView:
         return {name: LazyTensor(self, name, device, one) for name in names}
 
     def decode(self, name: str, device: torch.device) -> torch.Tensor:
-        """A whole tensor; one that is quantised in float32, which any dtype to compute in is rounded from."""
+        """A whole tensor; one that is quantized in float32, which any dtype to compute in is rounded from."""
         found = self.encoded.get(name)
         if found is None:
             return read_tensor(self.checkpoint, name).to(device)
@@ -157,7 +157,7 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
 
 @dataclass
 class _Reading:
-    """Sorts a checkpoint's names into plain tensors and components of quantised ones."""
+    """Sorts a checkpoint's names into plain tensors and components of quantized ones."""
 
     checkpoint: Checkpoint
     method: Method
@@ -180,7 +180,7 @@ class _Reading:
         for name in components.keys() & plain.keys():
             if not self.method.main:
                 raise CheckpointError(
-                    f"{self.checkpoint.folder}: has {name!r} both dense and quantised "
+                    f"{self.checkpoint.folder}: has {name!r} both dense and quantized "
                     f"({next(iter(components[name].values()))!r}); keep one of the two"
                 )
             del plain[name]
@@ -212,7 +212,7 @@ class _Reading:
             module, _, last = name.rpartition(".")
             if last != "bias" and (f"{module}.weight" in components or module in components):
                 raise UnsupportedModelError(
-                    f"{self._shard(name)}: tensor {name!r} stands beside a quantised weight, and offmoe does not know "
+                    f"{self._shard(name)}: tensor {name!r} stands beside a quantized weight, and offmoe does not know "
                     f"what it means for it; {REMEDY}"
                 )
 
@@ -235,7 +235,7 @@ class _Reading:
                 self.checked[encoding] = encoding, codec.shape(specs)
         except ValueError as error:
             raise CheckpointError(
-                f"{self._shard(next(iter(names.values())))}: quantised weight {name!r} cannot be decoded: {error}; "
+                f"{self._shard(next(iter(names.values())))}: quantized weight {name!r} cannot be decoded: {error}; "
                 "config.json and the shards are not of the same model, or the download is damaged"
             ) from error
         encoding, shape = self.checked[encoding]
@@ -245,7 +245,7 @@ class _Reading:
         absent, unknown = sorted(codec.required - specs.keys()), sorted(specs.keys() - codec.required)
         if absent:
             raise MissingTensorError(
-                f"{self.checkpoint.folder}: quantised weight {name!r} ({codec.name}) lacks its {absent[0]}, it has "
+                f"{self.checkpoint.folder}: quantized weight {name!r} ({codec.name}) lacks its {absent[0]}, it has "
                 f"only {', '.join(repr(n) for n in sorted(names.values()))}; complete the download"
             )
         if unknown:
@@ -279,7 +279,7 @@ DECODED = torch.bfloat16
 
 def _describe(encoding: Encoding | None) -> str:
     if encoding is None:
-        return "not quantised"
+        return "not quantized"
     parts = ", ".join(f"{name} {list(spec.shape)}" for name, spec in encoding.parts)
     return f"{encoding.codec.name} ({parts})"
 

@@ -1,8 +1,8 @@
-"""What `quantization_config` promises: the names that a quantised tensor has in the checkpoint, and how to decode it.
+"""What `quantization_config` promises: the names that a quantized tensor has in the checkpoint, and how to decode it.
 
 Nothing moves here. A `Method` says which endings of tensor names belong to a format and which codec a weight's parts
-want. Whether a weight is quantised at all is decided by what the checkpoint holds, not by lists of modules in the
-config: those name modules of the model that was quantised, and an expert is seldom one of transformers' modules. The
+want. Whether a weight is quantized at all is decided by what the checkpoint holds, not by lists of modules in the
+config: those name modules of the model that was quantized, and an expert is seldom one of transformers' modules. The
 config gives what the tensors cannot say (the size of a block, how zeros are stored) and must not contradict them.
 
 What it must never do: take a format for another. Everything that is not known to be read right is refused by name.
@@ -24,11 +24,11 @@ from offmoe.quant.raw_slot import STATE
 
 logger = logging.getLogger(__name__)
 
-REMEDY = "use another quantisation of the model (FP8, MXFP4, compressed-tensors, GPTQ, AWQ or bitsandbytes), or bf16"
+REMEDY = "use another quantization of the model (FP8, MXFP4, compressed-tensors, GPTQ, AWQ or bitsandbytes), or bf16"
 
 
 class Method(ABC):
-    """One quantisation method as configured by one checkpoint."""
+    """One quantization method as configured by one checkpoint."""
 
     main = True
     """Whether the tensor under the dense name itself is a component, "weight"."""
@@ -51,8 +51,8 @@ class Method(ABC):
 
 
 ACTIVATIONS = (".input_scale", ".activation_scale", ".input_zero_point", ".input_global_scale")
-"""Endings of scales for activations, which are not quantised here: the weights alone are what stock computes with where
-it dequantises, and activations in full precision are closer to the unquantised model."""
+"""Endings of scales for activations, which are not quantized here: the weights alone are what stock computes with where
+it dequantizes, and activations in full precision are closer to the unquantized model."""
 
 
 def _without(endings: tuple[str, ...]) -> dict[str, tuple[str, str]]:
@@ -127,7 +127,7 @@ class AwqMethod(Method):
 
 
 class BitsAndBytes(Method):
-    """`x.weight` beside `x.weight.absmax`, `.quant_map`, `.quant_state.*` and, doubly quantised, `.nested_*`."""
+    """`x.weight` beside `x.weight.absmax`, `.quant_map`, `.quant_state.*` and, doubly quantized, `.nested_*`."""
 
     endings: ClassVar = {
         **{f".weight.{c}": (".weight", c) for c in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")},
@@ -205,7 +205,7 @@ def read_method(source: object, config: object) -> Method | None:
     method = str(getattr(values.get("quant_method"), "value", values.get("quant_method")))
     reader = READERS.get(method)
     if reader is None:
-        raise UnsupportedModelError(f"{source}: quantised by {method!r}, which offmoe cannot decode; {REMEDY}")
+        raise UnsupportedModelError(f"{source}: quantized by {method!r}, which offmoe cannot decode; {REMEDY}")
     try:
         return reader(values)
     except UnsupportedModelError as error:
@@ -217,7 +217,7 @@ def read_method(source: object, config: object) -> Method | None:
 
 
 def shapes_are_in_shards(config: object) -> bool:
-    """Whether headers alone do not say what the weights of a checkpoint are, because of how it is quantised."""
+    """Whether headers alone do not say what the weights of a checkpoint are, because of how it is quantized."""
     return (quantization_config(config) or {}).get("quant_method") == "bitsandbytes"
 
 

@@ -1,12 +1,12 @@
 """Load a transformers model without its experts: the rest by transformers' own loader, as if nothing were missing.
 
 What moves: dense weights, from the shards to the device, once; bounded by the disk or the link. The model is an
-instance of a throw-away subclass whose constructor deletes the experts' parameters before anything is materialised, so
+instance of a throw-away subclass whose constructor deletes the experts' parameters before anything is materialized, so
 the loader finds no place for the experts' tensors and never reads them; afterwards the instance becomes a plain object
 of the architecture's own class. The subclass carries the class's own names, because conversions and checks of
 transformers are keyed on them.
 
-What it must never do: materialise an expert, initialise a missing weight at random, or let `save_pretrained` write a
+What it must never do: materialize an expert, initialize a missing weight at random, or let `save_pretrained` write a
 checkpoint without experts (save.py).
 """
 
@@ -160,8 +160,8 @@ def require_index(checkpoint: Checkpoint) -> None:
         )
 
 
-class _NoInitialisation(TorchFunctionMode):
-    """Leaves as they are tensors that have no values: initialising them costs more than making 60,000 experts."""
+class _NoInitialization(TorchFunctionMode):
+    """Leaves as they are tensors that have no values: initializing them costs more than making 60,000 experts."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -179,7 +179,7 @@ def build_meta(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrain
     """
     name = Path(str(config.name_or_path))
     try:
-        with torch.device("meta"), _NoInitialisation():
+        with torch.device("meta"), _NoInitialization():
             model = cls(copy.deepcopy(config))
     except Exception as error:  # sizes and names that contradict each other fail in any way, deep in an architecture
         if out_of_memory(error):
@@ -223,12 +223,12 @@ def load_dense(
     dtype: of the dense weights; None is the checkpoint's own. parked: layers whose weights are to come and go; closing
     it is the caller's. called: what the model says it was loaded from, if that is not `folder`. hf_kwargs go to
     transformers' from_pretrained. Raises
-    ConfigError for an option that offmoe sets itself or cannot honour, MissingTensorError for weights that are not in
+    ConfigError for an option that offmoe sets itself or cannot honor, MissingTensorError for weights that are not in
     the checkpoint, CheckpointError for weights that do not fit the model.
     """
     for option in hf_kwargs:
         if option in OURS | UNUSABLE:
-            why = "offmoe sets it itself" if option in OURS else "offmoe cannot honour it"
+            why = "offmoe sets it itself" if option in OURS else "offmoe cannot honor it"
             raise ConfigError(f"option {option!r} of transformers: {why}; leave it out")
     config, view = _as_dense(config), catalog.view
     source: object = folder
@@ -290,7 +290,7 @@ def load_dense(
 
 
 def _as_dense(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A config that does not say that the checkpoint is quantised, so that no quantizer of transformers takes part."""
+    """A config that does not say that the checkpoint is quantized, so that no quantizer of transformers takes part."""
     config = copy.deepcopy(config)
     for part in (config, config.get_text_config()):
         if hasattr(part, "quantization_config"):

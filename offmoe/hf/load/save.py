@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from offmoe.hf.catalog.catalog import ExpertCatalog
 
-HONOURED: dict[str, tuple[object, ...]] = {
+HONORED: dict[str, tuple[object, ...]] = {
     "state_dict": (None,),
     "push_to_hub": (False,),
     "variant": (None,),
@@ -70,7 +70,7 @@ class SourceCopy:
         need the weights rewritten, and if the folder is the source or holds another checkpoint.
         """
         for option, value in options.items():
-            if not any(value is allowed for allowed in HONOURED.get(option, ())):
+            if not any(value is allowed for allowed in HONORED.get(option, ())):
                 raise ConfigError(
                     f"save_pretrained({option}={value!r}): the experts of this model are not in it, so its "
                     "checkpoint can only be copied as it is; leave the option out, or load the model with stock "

@@ -33,7 +33,7 @@ from offmoe.hf.adapters.find import adapter_of
 
 
 class Place(NamedTuple):
-    """Enough to recognise a tensor, or a view of the whole of it, also after it is gone: no address is used twice."""
+    """Enough to recognize a tensor, or a view of the whole of it, also after it is gone: no address is used twice."""
 
     storage: StorageWeakRef
     offset: int

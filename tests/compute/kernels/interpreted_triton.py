@@ -1,4 +1,4 @@
-"""The contract of the GPU kernels, on a CPU, in Triton's interpreter: fp32 with dequantised weights is right.
+"""The contract of the GPU kernels, on a CPU, in Triton's interpreter: fp32 with dequantized weights is right.
 
 test_triton.py runs this file in a process of its own with TRITON_INTERPRET=1, which has to be set before Triton is
 imported. Inputs are float16 and float32: the interpreter multiplies bfloat16 matrices as if they were integers.
@@ -15,7 +15,7 @@ from tests.device_cases import FORMATS, Slots, fill_slots, interpret_quickly, re
 
 DEFAULT = Glu()
 ALLOWED = {torch.float32: 1e-5, torch.float16: 2e-3}
-"""Relative L2 by the inputs' dtype; the issue allows 5e-3. Of float16, dequantised weights are rounded to it too."""
+"""Relative L2 by the inputs' dtype; the issue allows 5e-3. Of float16, dequantized weights are rounded to it too."""
 
 
 @pytest.fixture(scope="module", autouse=True)

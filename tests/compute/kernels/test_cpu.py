@@ -1,4 +1,4 @@
-"""The contract of every variant and format: fp32 with the dequantised weights is right, up to what is allowed."""
+"""The contract of every variant and format: fp32 with the dequantized weights is right, up to what is allowed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from offmoe.compute.kernels.cpu import (
 )
 from offmoe.compute.kernels.library import MAX_TOKENS
 from offmoe.errors import ConfigError, UnsupportedModelError
-from offmoe.pack.quantizer import quantise
+from offmoe.pack.quantizer import quantize
 from offmoe.quant.packed_weight import INT8, MXFP4, PackedWeight, WeightFormat, fp8, int4, pack_words
 from tests.native import VARIANTS, library, library_with
 
@@ -59,7 +59,7 @@ def random_weight(how: Format, rows: int, cols: int, seed: int = 0) -> Weight:
         scales = torch.rand(rows, how.groups(cols), generator=generator) * 1e-3
         return PackedWeight(how, pack_words(codes, how), scales).tiled()
     values = torch.randn(rows, cols, generator=generator) * 0.05
-    return values.bfloat16() if how is None else quantise(values, how).tiled()
+    return values.bfloat16() if how is None else quantize(values, how).tiled()
 
 
 @cache
@@ -211,7 +211,7 @@ def test_zeros_stay_zeros(kernels: CpuKernels) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_token_does_not_depend_on_its_neighbours(variant: str) -> None:
+def test_a_token_does_not_depend_on_its_neighbors(variant: str) -> None:
     """Sums of int8 products are exact and groups are added in order: how tokens are cut into blocks cannot show."""
     with NativeKernels(library_with(variant), 1, variant) as native:
         run = native.expert(random_expert(int4(), 128, 192), Glu())

@@ -13,7 +13,7 @@ from offmoe.compute.kernels.library import Library, status
 from offmoe.compute.kernels.native import build as builder
 from offmoe.compute.kernels.native.build import BuildError, build, find_compiler
 from offmoe.errors import ConfigError
-from offmoe.pack.quantizer import NativeQuantiser, TorchQuantiser
+from offmoe.pack.quantizer import NativeQuantizer, TorchQuantizer
 from offmoe.quant.packed_weight import int4
 from tests.native import VARIANTS, library
 
@@ -110,9 +110,9 @@ def test_a_processor_that_lacks_what_was_compiled(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="kernel variant 'avx2' does not run here; there are portable"):
         found.variant("avx2")
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
-    with NativeQuantiser(found, 1) as quantise:
-        packed = quantise(weight, int4(32))
-    right = TorchQuantiser()(weight, int4(32))
+    with NativeQuantizer(found, 1) as quantize:
+        packed = quantize(weight, int4(32))
+    right = TorchQuantizer()(weight, int4(32))
     assert torch.equal(packed.words, right.words)
     assert torch.equal(packed.scales, right.scales)
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(2))

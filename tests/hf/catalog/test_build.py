@@ -204,7 +204,7 @@ def test_two_formats_at_once_are_refused(tmp_path: Path) -> None:
         open_catalog(tmp_path)
 
 
-def test_quantised_bytes_without_a_config_are_refused(tmp_path: Path) -> None:
+def test_quantized_bytes_without_a_config_are_refused(tmp_path: Path) -> None:
     tiny.save(tiny.build("mixtral"), tmp_path)
     tiny.edit(tmp_path, {W1: torch.zeros(48, 32, dtype=torch.float8_e4m3fn)})
     with pytest.raises(UnsupportedModelError, match=W1):

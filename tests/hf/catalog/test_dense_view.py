@@ -1,4 +1,4 @@
-"""A quantised checkpoint by dense names: what is found, what moves, and every way in which parts may not fit."""
+"""A quantized checkpoint by dense names: what is found, what moves, and every way in which parts may not fit."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def parts_of(kind: str, folder: Path, stem: str) -> list[str]:
 @pytest.mark.parametrize("stem", [EXPERT, DENSE], ids=["expert", "dense"])
 @pytest.mark.parametrize("kind", [k for k in quantized.FORMATS if k != "mxfp4"])
 def test_every_missing_part_is_named(copy, kind: str, stem: str) -> None:
-    """Stock transformers initialises what it does not find at random."""
+    """Stock transformers initializes what it does not find at random."""
     folder = copy(kind)
     needless = ("weight_shape", "g_idx") if kind == "gptq" and stem == DENSE else ("weight_shape",)
     names = [n for n in parts_of(kind, folder, stem) if not n.endswith(needless)]
@@ -134,7 +134,7 @@ def test_fp8_weight_without_its_scale_is_not_taken_for_a_weight(copy) -> None:
 def test_an_unknown_part_is_refused(copy, name: str) -> None:
     folder = copy("fp8")
     tiny.edit(folder, {name: torch.ones(1)})
-    with pytest.raises(UnsupportedModelError, match=f"{name}' stands beside a quantised weight"):
+    with pytest.raises(UnsupportedModelError, match=f"{name}' stands beside a quantized weight"):
         open_catalog(folder)
 
 
@@ -148,17 +148,17 @@ def test_a_part_of_another_format_is_refused(copy) -> None:
         open_catalog(folder)
 
 
-def test_one_expert_that_is_not_quantised_is_named(copy) -> None:
+def test_one_expert_that_is_not_quantized_is_named(copy) -> None:
     folder = copy("gptq")
     tiny.edit(folder, dict.fromkeys(parts_of("gptq", folder, EXPERT)) | {f"{EXPERT}.weight": torch.ones(24, 32)})
-    with pytest.raises(CheckpointError, match=rf"{EXPERT}\.weight' is not quantised, those of other experts"):
+    with pytest.raises(CheckpointError, match=rf"{EXPERT}\.weight' is not quantized, those of other experts"):
         open_catalog(folder)
 
 
-def test_dense_and_quantised_at_once_is_refused(copy) -> None:
+def test_dense_and_quantized_at_once_is_refused(copy) -> None:
     folder = copy("awq")
     tiny.edit(folder, {f"{EXPERT}.weight": torch.ones(24, 32)})
-    with pytest.raises(CheckpointError, match=rf"{EXPERT}\.weight' both dense and quantised"):
+    with pytest.raises(CheckpointError, match=rf"{EXPERT}\.weight' both dense and quantized"):
         open_catalog(folder)
 
 
@@ -174,7 +174,7 @@ def test_dense_and_quantised_at_once_is_refused(copy) -> None:
         ("ct-int4", quantized.ct_config(4, False), "lacks its zero"),
     ],
 )
-def test_a_config_of_another_quantisation_is_told_from_the_headers(
+def test_a_config_of_another_quantization_is_told_from_the_headers(
     copy, kind: str, values: dict[str, object], match: str | None
 ) -> None:
     """GPTQ's bits follow from its index, so that a wrong number in the config does no harm."""
@@ -192,11 +192,11 @@ def test_another_method_in_the_config_is_told_from_the_headers(copy) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "mxfp4"}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="checkpoint is quantised or of another"):
+    with pytest.raises(CheckpointError, match="checkpoint is quantized or of another"):
         open_catalog(folder)
 
 
-def test_a_config_that_says_quantised_of_plain_weights_does_no_harm(tmp_path: Path) -> None:
+def test_a_config_that_says_quantized_of_plain_weights_does_no_harm(tmp_path: Path) -> None:
     tiny.save(tiny.build("mixtral"), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
@@ -228,9 +228,9 @@ def test_a_damaged_state_of_one_expert_is_found_when_it_is_fetched(copy) -> None
         read_expert(checkpoint, catalog.layers[0], 5)
 
 
-def test_layers_may_differ_in_what_is_quantised(tmp_path: Path) -> None:
+def test_layers_may_differ_in_what_is_quantized(tmp_path: Path) -> None:
     def first_layers(name: str, tensor: torch.Tensor) -> bool:
-        return quantized.is_quantised(name, tensor) and ".layers.2." not in name and "down_proj" not in name
+        return quantized.is_quantized(name, tensor) and ".layers.2." not in name and "down_proj" not in name
 
     folder, _ = quantized.save(tmp_path, "qwen3_moe", "fp8", which=first_layers)
     layers = open_catalog(folder)[1].layers

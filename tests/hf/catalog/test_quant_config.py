@@ -1,4 +1,4 @@
-"""Configs of quantised checkpoints: what is understood, and every refusal with its reason and remedy."""
+"""Configs of quantized checkpoints: what is understood, and every refusal with its reason and remedy."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ UNSUPPORTED = {
 @pytest.mark.parametrize("case", UNSUPPORTED)
 def test_what_cannot_be_decoded_is_refused_by_name(case: str) -> None:
     values, match = UNSUPPORTED[case]
-    with pytest.raises(UnsupportedModelError, match=f"model: .*{match}.*use another quantisation of the model"):
+    with pytest.raises(UnsupportedModelError, match=f"model: .*{match}.*use another quantization of the model"):
         method(**values)
 
 

@@ -1,5 +1,5 @@
-/* Activations before and between the kernels: quantised or rearranged into blocks, and the gated activation functions.
- * Plain loops that the compiler vectorises for the file that includes this; nothing here touches weights.
+/* Activations before and between the kernels: quantized or rearranged into blocks, and the gated activation functions.
+ * Plain loops that the compiler vectorizes for the file that includes this; nothing here touches weights.
  */
 enum { MAX_GROUP = 128 };
 
@@ -17,7 +17,7 @@ static inline uint32_t even_bytes(uint64_t v) {
 
 /* One group of one token to int8; returns the scale. Symmetric, 127 for the largest; what is not a number makes the scale
  * not a number, and with it the result. */
-static float quantise_group(const float *x, int group, int8_t *q, int32_t *sum) {
+static float quantize_group(const float *x, int group, int8_t *q, int32_t *sum) {
     int32_t peak = 0, total = 0;
     for (int i = 0; i < group; i++) {
         int32_t magnitude = bits_of(x[i]) & 0x7fffffff; /* floats of one sign are ordered as their bits */
@@ -51,7 +51,7 @@ static void pack(const struct weight *w, int precision, const float *x, size_t s
                 ((float *)out->sum)[(size_t)g * M + m] = total;
             } else {
                 int8_t q[MAX_GROUP];
-                out->scale[(size_t)g * M + m] = quantise_group(v, group, q, (int32_t *)out->sum + (size_t)g * M + m);
+                out->scale[(size_t)g * M + m] = quantize_group(v, group, q, (int32_t *)out->sum + (size_t)g * M + m);
                 if (w->kind == KIND_INT8) {
                     int32_t *to = (int32_t *)out->data + (size_t)c / 4 * M + m;
                     for (int j = 0; j < group / 4; j++) memcpy(to + j * M, q + 4 * j, 4);

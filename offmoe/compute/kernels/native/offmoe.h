@@ -37,7 +37,7 @@ struct weight {
  *   int8, int8 weights            data int32 [cols / 4][tokens]
  *   float, or fp8 weights         data float [cols][tokens]
  *   float, bf16 weights           data float [cols / 32][tokens][2][16]: even inputs, odd inputs
- * scale: float [cols / group][tokens]; sum: int32 or float of that shape, the sum of a group's (quantised) inputs. */
+ * scale: float [cols / group][tokens]; sum: int32 or float of that shape, the sum of a group's (quantized) inputs. */
 struct block {
     int32_t tokens;
     void *data;

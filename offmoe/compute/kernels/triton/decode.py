@@ -1,6 +1,6 @@
 """Few tokens: every (token, expert) pair reads its expert's weights once, as fast as memory gives them.
 
-What moves: the bytes of the chosen experts, from their slots to registers, dequantised there; one launch for gate, up
+What moves: the bytes of the chosen experts, from their slots to registers, dequantized there; one launch for gate, up
 and activation, one for down, over all pairs of a layer. Device memory bounds both. Pairs are the fastest axis of the
 grid, so programs that want the same rows of one expert run at the same time and share them in the L2 cache.
 

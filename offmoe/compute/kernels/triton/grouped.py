@@ -1,7 +1,7 @@
 """Many tokens: a matrix product per expert over the tokens that chose it, on tensor cores.
 
-What moves: per block of up to BM tokens of one expert, that expert's weights once, dequantised in registers to the
-dtype of the inputs and rounded as loading them dequantised would have; arithmetic bounds it from some tens of tokens
+What moves: per block of up to BM tokens of one expert, that expert's weights once, dequantized in registers to the
+dtype of the inputs and rounded as loading them dequantized would have; arithmetic bounds it from some tens of tokens
 per expert on. Inputs stand lane by lane, [rows, weights per element, elements]: then the numbers that the i-th weights
 of consecutive words meet are consecutive too, and words are taken apart without moving anything between threads.
 
@@ -26,7 +26,7 @@ from offmoe.compute.kernels.triton.elements import (
 
 @triton.jit
 def weights(block, i: tl.constexpr, slot, W: tl.constexpr, rows, groups, like):
-    """Weight i of every element, dequantised: [BN, BW] of the dtype of the pointer `like`."""
+    """Weight i of every element, dequantized: [BN, BW] of the dtype of the pointer `like`."""
     value = lane(block, i, W)
     if W.has_offset:
         value -= offsets(slot, W, rows, groups)
