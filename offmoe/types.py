@@ -62,14 +62,14 @@ class Fetch(NamedTuple):
     """One movement of one expert into a device slot, forgetting what the slot held (`evicted`, None if it was free).
 
     It comes from RAM slot `host`; `read`: after having been read there from disk. No host: it is read past RAM.
-    `ahead`: reading it began when the layer before ran (`Plan.ahead`), and was counted then."""
+    `read_ahead`: reading it began when the layer before ran (`Plan.read_ahead`), and was counted then."""
 
     key: ExpertKey
     slot: int
     evicted: ExpertKey | None
     host: int | None = None
     read: bool = True
-    ahead: bool = False
+    read_ahead: bool = False
 
 
 class Wave(NamedTuple):
@@ -85,7 +85,7 @@ class Wave(NamedTuple):
 class Plan(NamedTuple):
     """What to do for one access. Waves run in order; prefetches (of the next layer) start after the last one.
 
-    `ahead` are experts that the next layer may want and that are on disk. Reading them begins behind the fetches of
+    `read_ahead` are experts of the next layer that are on disk and predicted. Reading them begins behind the fetches of
     this plan; they get no slot before they are demanded, and what the next plan does not fetch is not read further.
     `hits`, `pending` and `misses` count demands; `host_computed` of the misses get no slot. On a device whose memory is
     the host's they pass through scratch slots in `waves`, like the others. Beside a device with memory of its own, the
@@ -100,7 +100,7 @@ class Plan(NamedTuple):
     misses: int
     host_computed: int = 0
     on_host: tuple[Wave, ...] = ()
-    ahead: tuple[ExpertKey, ...] = ()
+    read_ahead: tuple[ExpertKey, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -161,10 +161,10 @@ class CacheStats:
         for wave in plan.waves:
             if wave.fetches:
                 fetched += len(wave.fetches)
-                read += sum([fetch.read and not fetch.ahead for fetch in wave.fetches])
+                read += sum([fetch.read and not fetch.read_ahead for fetch in wave.fetches])
                 evicted += sum([fetch.evicted is not None for fetch in wave.fetches])
         for wave in plan.on_host:
-            read += sum([fetch.read and not fetch.ahead for fetch in wave.fetches])
+            read += sum([fetch.read and not fetch.read_ahead for fetch in wave.fetches])
         nbytes = shape.expert_bytes[layer]
         for stats in (self, self.by_layer[layer]):
             stats.hits += plan.hits
@@ -182,7 +182,7 @@ class CacheStats:
                 stats.evictions += fetch.evicted is not None
                 stats.h2d_bytes += shape.expert_bytes[target]
                 stats.disk_bytes += shape.expert_bytes[target] * fetch.read
-        for key in plan.ahead:
+        for key in plan.read_ahead:
             for stats in (self, self.by_layer[key.layer]):
                 stats.prefetched += 1
                 stats.disk_bytes += shape.expert_bytes[key.layer]

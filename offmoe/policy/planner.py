@@ -123,9 +123,9 @@ class Planner:
         else:
             waves = self._waves(layer, here, missing)
         came, self._came = len(self._came), ()
-        prefetches, ahead = self._prefetches(layer + 1, access) if access.predicted else ((), ())
+        prefetches, read_ahead = self._prefetches(layer + 1, access) if access.predicted else ((), ())
         hits, misses = len(here) - pending, len(missing) - came
-        return Plan(layer, waves, prefetches, hits, pending + came, misses, passing, (), ahead)
+        return Plan(layer, waves, prefetches, hits, pending + came, misses, passing, (), read_ahead)
 
     def _selective(
         self, layer: int, admission: AdmissionPolicy, here: Sequence[int], missing: Sequence[int], keys: Sequence[int]
@@ -193,11 +193,11 @@ class Planner:
             first, fetches = waves[0].experts, waves[0].fetches
             waves = (Wave(first[: -len(fetches)], ()), Wave(first[-len(fetches) :], fetches), *waves[1:])
         came, self._came = len(self._came), ()
-        prefetches, ahead = self._prefetches(layer + 1, access) if access.predicted else ((), ())
+        prefetches, read_ahead = self._prefetches(layer + 1, access) if access.predicted else ((), ())
         if access.tail == 1 and through and admission.replaces:
             prefetches += self._fill(layer, through, chances, protected)
         hits, misses = len(here) - pending, len(missing) - came
-        return Plan(layer, waves, prefetches, hits, pending + came, misses, len(computed), through, ahead)
+        return Plan(layer, waves, prefetches, hits, pending + came, misses, len(computed), through, read_ahead)
 
     def _fill(
         self, layer: int, through: Sequence[Wave], chances: Mapping[int, float], protected: Collection[int]
@@ -260,12 +260,12 @@ class Planner:
         forgotten = None if evicted is None else self._key_of[base + evicted]
         came = key in self._came
         if not self._ram:
-            return Fetch(wanted, slot, forgotten, ahead=came) if came else Fetch(wanted, slot, forgotten)
+            return Fetch(wanted, slot, forgotten, read_ahead=came) if came else Fetch(wanted, slot, forgotten)
         if forgotten is not None and (before := self._host[forgotten.layer]) is not None:
             before.left(forgotten.expert)
         host = self._host[layer]
         if host is None:
-            return Fetch(wanted, slot, forgotten, ahead=came)
+            return Fetch(wanted, slot, forgotten, read_ahead=came)
         return Fetch(wanted, slot, forgotten, *host.place(wanted.expert, on_device=slot < self.num_slots), came)
 
     def _wave(self, layer: int, here: Sequence[int], fetches: tuple[Fetch, ...]) -> Wave:

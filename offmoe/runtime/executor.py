@@ -208,7 +208,7 @@ class ExpertExecutor:
             transfer.demand([slot for _, slot in plan.waves[0].experts])
             transfer.stream(plan.on_host)
         transfer.stream(plan.waves)
-        transfer.read_ahead(plan.ahead)
+        transfer.read_ahead(plan.read_ahead)
         streaming = len(plan.waves) > 1
         for wave in plan.waves:
             made = self._compute.wave(plan.layer, math, wave.experts, work, transfer)

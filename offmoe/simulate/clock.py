@@ -65,7 +65,7 @@ class Clock:
             if read is not None:
                 self._fetch(key, self.now_s, read)
                 self.now_s += self._asking_s
-        self._ahead = self.now_s, plan.ahead
+        self._ahead = self.now_s, plan.read_ahead
         for i, key in enumerate(keys):
             if i == residents:
                 self._wait(host_done)

@@ -203,7 +203,7 @@ class TransferEngine:
         if self._closed:
             raise TransferError("the model was closed; load it again with from_pretrained.")
         slot = fetch.slot
-        ticket = (self._adopted(fetch, priority) if fetch.ahead else None) or self._new(fetch, priority)
+        ticket = (self._adopted(fetch, priority) if fetch.read_ahead else None) or self._new(fetch, priority)
         ticket.uses = self._uses[slot] + uses
         before = self._tickets.get(slot)
         if uses:

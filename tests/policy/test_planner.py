@@ -84,8 +84,8 @@ def test_slots_hold_what_plans_say(steps, eviction, scope, slots, prefetch, on_m
                 if slot >= planner.num_slots and costs is not None:
                     del held[slot]
         assert sorted(served) == [d.expert for d in step.demands]
-        assert {f.key for wave in plan.on_host + plan.waves for f in wave.fetches if f.ahead} <= {*ahead}
-        ahead = plan.ahead
+        assert {f.key for wave in plan.on_host + plan.waves for f in wave.fetches if f.read_ahead} <= {*ahead}
+        ahead = plan.read_ahead
         assert all(key.layer == step.layer + 1 and key.expert in step.predicted for key in ahead)
         assert not {*ahead} & {*held.values()}
         for fetch in plan.prefetches:
@@ -147,10 +147,10 @@ def test_residents_that_make_room_are_computed_first():
 def test_pending_counts_once():
     planner = build_planner(CacheOptions(slots_per_layer=3, prefetch=2), SHAPE)
     plan = planner.plan(access(0, [0, 1], predicted=[4, 5]))
-    assert plan.ahead == (ExpertKey(1, 4), ExpertKey(1, 5))
+    assert plan.read_ahead == (ExpertKey(1, 4), ExpertKey(1, 5))
     assert not plan.prefetches, "what is on disk takes no slot before it is demanded"
     first, second = planner.plan(access(1, [4, 5])), planner.plan(access(1, [4, 5]))
-    assert all(fetch.ahead for fetch in first.waves[0].fetches)
+    assert all(fetch.read_ahead for fetch in first.waves[0].fetches)
     assert (first.pending, first.hits, first.misses) == (2, 0, 0)
     assert (second.pending, second.hits, second.misses) == (0, 2, 0)
 
@@ -161,7 +161,7 @@ def test_what_is_read_ahead_is_for_the_next_access_alone():
     planner.plan(access(1, [0, 4]))
     plan = planner.plan(access(1, [0, 5]))
     assert (plan.pending, plan.misses) == (0, 1)
-    assert not plan.waves[0].fetches[0].ahead
+    assert not plan.waves[0].fetches[0].read_ahead
 
 
 def test_what_is_in_ram_goes_into_a_slot_ahead():
@@ -169,7 +169,7 @@ def test_what_is_in_ram_goes_into_a_slot_ahead():
     for pair in ([0, 1], [2, 3], [4, 5]):
         planner.plan(access(1, pair))
     plan = planner.plan(access(0, [0, 1], predicted=[2, 0]))
-    assert len(plan.prefetches) + len(plan.ahead) == 2
+    assert len(plan.prefetches) + len(plan.read_ahead) == 2
     assert all(not fetch.read for fetch in plan.prefetches)
     assert plan.prefetches
     after = planner.plan(access(1, [0, 2]))

@@ -87,7 +87,7 @@ def test_only_the_places_that_are_precise_are_fetched():
     for experts in routing(800):
         predicted = [experts[0], wrong(experts)[0]]
         plan = planner.plan(access(0, [0, 1], predicted))
-        for key in plan.ahead:
+        for key in plan.read_ahead:
             fetched[predicted.index(key.expert)] += 1
         planner.plan(access(1, experts))
     assert fetched[0] > 300
@@ -143,7 +143,7 @@ def test_what_costs_little_is_tried_before_anything_is_known(stops, at_once):
     shape = CacheShape((16, 16), (2, 2), (stops * STOP_BYTES,) * 2)
     planner = build_planner(CacheOptions(slots_per_layer=4, prefetch="auto"), shape)
     planner.plan(access(1, range(4)))  # what is missed allows reads for nothing
-    assert bool(planner.plan(access(0, [0, 1], [8, 9])).ahead) is at_once
+    assert bool(planner.plan(access(0, [0, 1], [8, 9])).read_ahead) is at_once
 
 
 def test_layers_learn_from_each_other_at_first():
@@ -155,7 +155,7 @@ def test_layers_learn_from_each_other_at_first():
         wanted = routing(layers + 1, seed=token)
         for layer in range(layers):
             plan = planner.plan(access(layer, wanted[layer], wanted[layer + 1] if layer + 1 < layers else ()))
-            acted += [token] * len(plan.ahead)
+            acted += [token] * len(plan.read_ahead)
     assert 2 <= min(acted) <= 8
 
 

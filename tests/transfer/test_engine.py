@@ -490,7 +490,7 @@ def read_ahead(rig, *experts):
 
 
 def fetch_it(rig, *pairs):
-    rig.engine.fetch([Fetch(ExpertKey(0, e), slot, None, ahead=True) for e, slot in pairs])
+    rig.engine.fetch([Fetch(ExpertKey(0, e), slot, None, read_ahead=True) for e, slot in pairs])
     rig.engine.read_ahead(())
 
 

@@ -74,7 +74,7 @@ class Rig:
         self.engine.demand([slot for _, slot in plan.waves[0].experts])
         self.engine.stream(plan.on_host)
         self.engine.stream(plan.waves)
-        self.engine.read_ahead(plan.ahead)
+        self.engine.read_ahead(plan.read_ahead)
         wrong = 0
         for wave in plan.waves[:1] + plan.on_host + plan.waves[1:]:
             for expert, slot in wave.experts:
