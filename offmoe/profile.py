@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from offmoe.errors import ConfigError
+from offmoe.files import replacing
 
 CACHE_OPTIONS = ("eviction", "scope", "slots_per_layer", "prefetch", "half_life", "popularity", "host_slots", "on_miss")
 PARTS = ("cache", "costs", "expected")
@@ -161,12 +162,10 @@ class Profile:
         }
         lines = [f' "{name}": {_lines(part)}' for name, part in parts.items() if part]
         text = "{\n" + ",\n".join(lines) + "\n}\n"
-        partial = Path(f"{os.fspath(path)}.partial")
         try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(path)
+            with replacing(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise ConfigError(f"profile {os.fspath(path)!r}: cannot be written ({error.strerror}).") from error
 
 

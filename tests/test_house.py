@@ -150,7 +150,19 @@ def test_modules_say_what_they_are(module: str) -> None:
 
 def test_the_offline_half_starts_without_torch() -> None:
     """The import contracts in pyproject.toml say so of every line; this says so of what importing really loads."""
-    halves = ("config", "errors", "io_limits", "policy", "profile", "report", "simulate", "text", "trace", "types")
+    halves = (
+        "config",
+        "errors",
+        "files",
+        "io_limits",
+        "policy",
+        "profile",
+        "report",
+        "simulate",
+        "text",
+        "trace",
+        "types",
+    )
     modules = [module for module in SOURCES if module.startswith(tuple(f"offmoe.{name}" for name in halves))]
     assert {"offmoe.policy.planner", "offmoe.simulate.replay", "offmoe.trace.trace", "offmoe.config"} <= set(modules)
     assert loaded_after("import " + ", ".join(modules)) == set()

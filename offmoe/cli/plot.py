@@ -6,7 +6,6 @@ are escaped. PNG is a convenience: matplotlib is no dependency of offmoe.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from html import escape
 from importlib import import_module
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from offmoe.errors import ConfigError, OffmoeError
+from offmoe.files import replacing
 
 WIDTH, HEIGHT = 860, 520
 LEFT, RIGHT, TOP, BOTTOM = 64, 190, 24, 56
@@ -52,15 +52,13 @@ def check_plot(path: str) -> None:
 def write_plot(path: str, figure: Figure) -> None:
     """Write the figure, whole or not at all."""
     target = Path(path)
-    partial = target.with_name(target.name + ".partial")
     try:
-        if target.suffix == ".png":
-            _png(partial, figure)
-        else:
-            partial.write_text(page(figure), encoding="utf-8")
-        os.replace(partial, target)
+        with replacing(target) as temporary:
+            if target.suffix == ".png":
+                _png(temporary, figure)
+            else:
+                temporary.write_text(page(figure), encoding="utf-8")
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise OffmoeError(f"cannot write {path}: {error.strerror}. Free space or choose another path.") from error
 
 

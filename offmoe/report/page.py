@@ -8,7 +8,6 @@ paired. Texts of tokens are foreign input: they must never stand in the file in 
 from __future__ import annotations
 
 import json
-import os
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from offmoe.errors import ConfigError, OffmoeError
+from offmoe.files import replacing
 from offmoe.report.coactivation import MIN_EXPECTED
 from offmoe.report.findings import findings, missing
 from offmoe.report.report import ALERT, Report, mean
@@ -42,12 +42,10 @@ def write_page(path: str, report: Report) -> None:
     target = Path(path)
     if not target.parent.is_dir():
         raise ConfigError(f"-o {path}: the folder does not exist; create it first.")
-    partial = target.with_name(target.name + ".partial")
     try:
-        partial.write_text(page(report), encoding="utf-8")
-        os.replace(partial, target)
+        with replacing(target) as temporary:
+            temporary.write_text(page(report), encoding="utf-8")
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise OffmoeError(f"cannot write {path}: {error.strerror}. Free space or choose another path.") from error
 
 

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 
 from offmoe.errors import CapacityError, TransferError
+from offmoe.files import replacing
 from offmoe.storage.header import FILE_DTYPES
 from offmoe.storage.layout import aligned
 
@@ -70,22 +71,18 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
 
     Raises CapacityError (the disk is full) or TransferError (it failed, or holds something else than was written).
     """
-    partial, checksum = path.with_name(f"{path.name}.partial"), _Checksum()
-    try:
-        with _said(path), open(partial, "wb", buffering=0) as file:
+    checksum = _Checksum()
+    # One name whichever process writes: a run that goes on replaces what a killed one left.
+    with _said(path), replacing(path, path.with_name(f"{path.name}.partial")) as temporary:
+        with open(temporary, "wb", buffering=0) as file:
             for piece in pieces:
                 checksum.update(piece)
                 rest = memoryview(piece)
                 while rest.nbytes:
                     rest = rest[file.write(rest) :]
             os.fsync(file.fileno())
-        with _said(path):
-            if digest_of(partial) != checksum.text():
-                raise TransferError(f"{path}: what is on the disk is not what was written; check disk and memory")
-            os.replace(partial, path)
-            _sync_folder(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
+        if digest_of(temporary) != checksum.text():
+            raise TransferError(f"{path}: what is on the disk is not what was written; check disk and memory")
     return checksum.text()
 
 
@@ -145,16 +142,6 @@ class _Checksum:
 
     def text(self) -> str:
         return f"{self._crc:08x}-{self._nbytes:x}"
-
-
-def _sync_folder(folder: Path) -> None:
-    """The rename itself must outlive a power cut; only POSIX can open a folder to say so."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 @contextmanager

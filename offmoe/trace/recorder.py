@@ -14,7 +14,8 @@ import numpy as np
 
 from offmoe.config import CacheOptions
 from offmoe.errors import ConfigError
-from offmoe.trace.trace import NONE, Parameters, Trace, partial_path, write_trace
+from offmoe.files import temporary_path
+from offmoe.trace.trace import NONE, Parameters, Trace, write_trace
 from offmoe.types import CacheShape
 
 
@@ -119,9 +120,9 @@ def _check_writable(path: Path) -> None:
     if os.path.exists(path) and not path.is_file():
         raise ConfigError(f"trace={str(path)!r} is a folder or a device; give the name of a file to write.")
     try:
-        partial = partial_path(path)
-        partial.touch()
-        partial.unlink()
+        temporary = temporary_path(path)
+        temporary.touch()
+        temporary.unlink()
         foreign = os.path.exists(path) and not _begins_like_a_trace(path)
     except OSError as error:
         raise ConfigError(f"trace={str(path)!r}: cannot be written ({error.strerror}); choose another path.") from error

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +24,7 @@ import numpy as np
 
 from offmoe.config import CacheOptions
 from offmoe.errors import ConfigError, TraceError
+from offmoe.files import replacing
 from offmoe.text import plain
 from offmoe.types import Access, CacheShape, count_demands, rank_predictions, single_demands
 
@@ -127,24 +127,13 @@ def write_trace(path: Path, trace: Trace) -> None:
     write_arrays(path, header, {**arrays, **{name: array for name, array in optional.items() if array is not None}})
 
 
-def partial_path(path: Path) -> Path:
-    """Where a file is written before it gets its name; one per process, since two may record into the same."""
-    return path.with_name(f"{path.name}.{os.getpid()}.partial")
-
-
 def write_arrays(path: Path, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     """Write a trace file atomically; TraceError when the disk refuses."""
-    partial = partial_path(path)
     text = json.dumps({"format": FORMAT, "version": VERSION, **header})
     try:
-        with open(partial, "wb") as file:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, allow_pickle=False, header=np.array(text), **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
         raise TraceError(
             f"cannot write the trace {path}: {error.strerror}. Free space or choose another path."
         ) from error

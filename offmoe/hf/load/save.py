@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from offmoe.errors import ConfigError, ShardChangedError
+from offmoe.files import replacing
 from offmoe.hf.hub.locate import MODEL_FILES
 from offmoe.storage.checkpoint import INDEX_FILE, Checkpoint
 
@@ -150,10 +151,7 @@ def _copy(source: Path, out: Path, keys: frozenset[str]) -> None:
     if foreign:
         raise ConfigError(f"save_pretrained: {out} holds another checkpoint ({foreign[0]}); give an empty folder")
     for name in (*weights, *others):  # index and configs last: without them nobody takes the folder for a checkpoint
-        target, partial = out / name, out / f"{name}.partial"
+        target = out / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            shutil.copyfile(source / name, partial)
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(target) as temporary:
+            shutil.copyfile(source / name, temporary)

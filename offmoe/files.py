@@ -1,0 +1,57 @@
+"""Writing a file whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+def temporary_path(path: Path) -> Path:
+    """Where this process writes the file before it gets its name: two processes may write one file at once."""
+    return path.with_name(f"{path.name}.{os.getpid()}.partial")
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str], temporary: Path | None = None) -> Iterator[Path]:
+    """Write a file so that its name never stands for half of it.
+
+    The block writes a temporary file next to the final one. After the block its bytes are flushed to the disk and it
+    takes the final name, in place of whatever had it. If the block fails, the temporary file is removed.
+
+    Args:
+        path: The final name.
+        temporary: Another temporary name in the same folder, for callers that find leftovers of a killed run by it.
+            Default: `temporary_path(path)`.
+
+    Yields:
+        The temporary path to write to.
+
+    Raises:
+        OSError: The file cannot be written, flushed or renamed.
+    """
+    path = Path(path)
+    temporary = temporary or temporary_path(path)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in the folder survive a power cut. Only POSIX can open a folder, and not every file system syncs
+    one.
+    """
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
