@@ -151,7 +151,7 @@ def load(
         inspected.checkpoint.check_unchanged()
         slots = slot_layouts(layouts, inspected.plan.slots_per_layer, config.scope)
         scratch = [max(layouts, key=lambda layout: layout.nbytes)] * planner.num_scratch
-        if backend.staging_counts:
+        if backend.unified_memory:
             arena = SlotArena(backend.allocate, slots + scratch)
         else:
             arena = SlotArena(backend.allocate, slots, in_ram=scratch)
@@ -179,7 +179,7 @@ def load(
         )
         closing.insert(0, compute.close)
         host = None
-        if scratch and not backend.staging_counts:
+        if scratch and not backend.unified_memory:
             exchange = HostExchange(backend)
             closing.append(exchange.close)
             host = HostPart(compute, exchange)

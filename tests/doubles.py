@@ -68,9 +68,10 @@ class DeferredStream:
 
 
 class DeferredBackend(CpuBackend):
-    """A CPU that behaves like the least obliging GPU."""
+    """A CPU that behaves like the least obliging GPU, with `ram` bytes for experts beside its own memory."""
 
-    lands_at_once = False
+    unified_memory = False
+    ram = 1 << 24
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,6 +84,9 @@ class DeferredBackend(CpuBackend):
     @property
     def compute(self) -> DeferredStream:
         return self._compute
+
+    def host_free_bytes(self) -> int:
+        return self.ram
 
     def event(self) -> DeferredEvent:
         self.events.append(DeferredEvent(self))
@@ -101,17 +105,13 @@ class DeferredBackend(CpuBackend):
 
 
 class DeviceBesideRam(DeferredBackend):
-    """With memory of its own: so much RAM is beside it, of which so many buffers can be pinned."""
+    """A deferred device that can pin `pins` buffers of RAM."""
 
-    staging_counts = slots_in_ram = False
-    ram, pins = 1 << 24, 1000
+    pins = 1000
 
     def __init__(self) -> None:
         super().__init__()
         self.pinned: set[int] = set()
-
-    def host_free_bytes(self) -> int:
-        return self.ram
 
     def pin(self, address: int, nbytes: int) -> bool:
         if len(self.pinned) >= self.pins:

@@ -103,7 +103,7 @@ def test_the_host_computes_its_part(
     tmp_path: Path, dtype: torch.dtype, autocast: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same bits as without it: for several tokens at once, whoever computes a row rounds it to their dtype."""
-    monkeypatch.setattr(CpuBackend, "staging_counts", False)  # as on a GPU, where the host has work of its own
+    monkeypatch.setattr(CpuBackend, "unified_memory", False)  # as on a GPU, where the host has work of its own
     folder = tiny.save(tiny.build("mixtral", dtype, hidden_size=64, intermediate_size=64), tmp_path / "model")
 
     def ours(on_miss: str, slots: int) -> tuple[list[torch.Tensor], int]:

@@ -143,7 +143,7 @@ class Contender:
         if self._replayed is not None:
             self._replayed.attach(self._experts())
         backend = self._inspected.backend
-        link = None if backend.staging_counts else copy_gb_s(backend, LINK_BYTES)
+        link = None if backend.unified_memory else copy_gb_s(backend, LINK_BYTES)
         return Costs(compute_s, link, corrected)
 
     def peak(self) -> Peak:
@@ -177,7 +177,7 @@ class Contender:
 
         found, task = self._inspected, self._task
         budget: dict[int | str, int] = {"cpu": task.device_memory}
-        if not found.backend.staging_counts:
+        if not found.backend.unified_memory:
             ram = int(psutil.virtual_memory().available * 0.7)
             budget = {found.backend.device.index: task.device_memory, "cpu": ram}
         load: Callable[..., Any] = found.model_class.from_pretrained

@@ -63,7 +63,7 @@ def estimate(
     dtype: torch.dtype,
     stored: torch.dtype,
     *,
-    staging_counts: bool,
+    unified_memory: bool,
 ) -> Estimate:
     """What a model of this configuration takes, computed in `dtype`, its weights `stored` in that one.
 
@@ -76,7 +76,7 @@ def estimate(
     def measured(values: PretrainedConfig) -> Estimate:
         meta = build_meta(values, cls)
         shape, experts = estimate_experts(meta, stored)
-        needs = model_bytes(meta, experts, dense_layers(meta), dtype, stored, staging_counts=staging_counts)
+        needs = model_bytes(meta, experts, dense_layers(meta), dtype, stored, unified_memory=unified_memory)
         return Estimate(shape, experts, count_parameters(meta), needs, meta)
 
     for name in EXPERTS_NAMES:

@@ -35,6 +35,15 @@ class HostPlan:
         )
 
 
+def refuse_host_memory(config: OffloadConfig) -> None:
+    """Raise ConfigError if `host_memory` is set for a device whose memory is the host's: it would mean nothing."""
+    if config.host_memory not in ("auto", 0):
+        raise ConfigError(
+            f"host_memory={config.host_memory!r}: this device's memory is the RAM. Leave it at 'auto', and set "
+            "device_memory to cap what experts take of it."
+        )
+
+
 def plan_host(
     config: OffloadConfig,
     shape: CacheShape,
@@ -44,21 +53,13 @@ def plan_host(
     free: int,
     taken: int,
     scratch: int = 0,
-) -> HostPlan | None:
-    """Slots in RAM for as many experts as fit; None where the device has no memory of its own (`free` is 0).
+) -> HostPlan:
+    """Slots in RAM for as many experts as fit, for a device with memory of its own.
 
     read_bytes: of the buffer that any expert is read into. scratch: bytes for experts that the host computes. free: of
     what "auto" takes; taken: of these, what something else has been given. A layer that is whole on the device needs
-    none, and none gets more than config.host_slots. CapacityError with the smallest host_memory that works, ConfigError
-    if RAM is asked for where it is the device's.
+    none, and none gets more than config.host_slots. CapacityError with the smallest host_memory that works.
     """
-    if not free:
-        if config.host_memory not in ("auto", 0):
-            raise ConfigError(
-                f"host_memory={config.host_memory!r}: this device's memory is the RAM. Leave it at 'auto', and set "
-                "device_memory to cap what experts take of it."
-            )
-        return None
     slot = aligned(read_bytes, ALIGNMENT)
     staging = staging_plan(read_bytes).buffers * slot
     needed = staging + scratch

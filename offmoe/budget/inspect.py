@@ -111,8 +111,8 @@ def survey(
     method = quantization_method(hf_config)
     # what is quantized is computed in bfloat16, whatever else a config forgets to say
     compute = compute_dtype(dtype, hf_config, torch.float32 if method is None else torch.bfloat16)
-    stored, counts = compute_dtype(None, hf_config, compute), backend.staging_counts
-    found = estimate(with_experts(hf_config, config.experts), cls, compute, stored, staging_counts=counts)
+    stored, unified = compute_dtype(None, hf_config, compute), backend.unified_memory
+    found = estimate(with_experts(hf_config, config.experts), cls, compute, stored, unified_memory=unified)
     asked = 0 if config.device_memory == "auto" else int(config.device_memory)
     free = max(asked, backend.free_bytes())
     return Survey(
@@ -159,14 +159,14 @@ def _read_headers(
     how = None if config.experts == "native" else to_quantize(catalog, hf_config, config.experts)
     if how is not None:
         catalog, _ = planned(catalog, meta, hf_config, how)
-    if config.is_numeric and backend.slots_in_ram:
+    if config.is_numeric and backend.unified_memory and not backend.has_device_kernels:
         catalog = catalog.for_kernels(meta)
     compute = compute_dtype(dtype, hf_config, torch.bfloat16 if catalog.view.encoded else torch.float32)
     experts = expert_bytes(catalog, compute)
     layers = dense_layers(meta)
     # to be read as it is stored, or as transformers writes it once more, which is in the dtype to compute in
     wider = max(compute, compute_dtype(None, hf_config, compute), key=lambda dtype: dtype.itemsize)
-    needs = model_bytes(meta, experts, layers, compute, wider, staging_counts=backend.staging_counts)
+    needs = model_bytes(meta, experts, layers, compute, wider, unified_memory=backend.unified_memory)
     return Inspected(
         source.folder,
         hf_config,

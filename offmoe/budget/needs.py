@@ -63,7 +63,7 @@ def model_bytes(
     dtype: torch.dtype,
     stored: torch.dtype,
     *,
-    staging_counts: bool,
+    unified_memory: bool,
 ) -> ModelBytes:
     """Bytes of the dense part, of a token of KV cache, of a slot of each layer, of staging and of the workspace.
 
@@ -71,7 +71,7 @@ def model_bytes(
     """
     config = meta_model.config
     buffer_bytes = max(expert.read for expert in experts)
-    staging = staging_plan(buffer_bytes).buffers * buffer_bytes if staging_counts else 0
+    staging = staging_plan(buffer_bytes).buffers * buffer_bytes if unified_memory else 0
     text = config.get_text_config()
     limit = int(getattr(text, "max_position_embeddings", None) or 0)
     widest = max(int(getattr(text, "vocab_size", 0)), 8 * int(text.hidden_size))
@@ -82,7 +82,7 @@ def model_bytes(
         slot_bytes=tuple(expert.slot for expert in experts),
         staging=staging,
         workspace=WORKSPACE_TOKENS * widest * 4 + max(expert.cast for expert in experts),
-        layers=tuple(_layer_bytes(layer, dtype, stored if staging_counts else None) for layer in layers),
+        layers=tuple(_layer_bytes(layer, dtype, stored if unified_memory else None) for layer in layers),
     )
 
 

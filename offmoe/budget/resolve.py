@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from offmoe.budget.device import MemoryPlan, ModelBytes, plan_memory, plan_on_miss
-from offmoe.budget.host import plan_host
+from offmoe.budget.host import plan_host, refuse_host_memory
 from offmoe.budget.needs import ExpertBytes
 from offmoe.config import OffloadConfig
 from offmoe.device.backend import Backend
@@ -47,25 +47,27 @@ def divide(
     free: int,
 ) -> tuple[OffloadConfig, MemoryPlan]:
     """The options resolved, and the division of memory; `free` bytes of the device can be had."""
-    beside = backend.host_free_bytes()
-    if backend.staging_counts:
+    if backend.unified_memory:
+        refuse_host_memory(config)
         on_miss, plan = plan_on_miss(config, shape, needs, free=free, share=backend.auto_share)
+        host, host_computes = None, False
     else:
+        host_free = backend.host_free_bytes()
         on_miss = on_miss_beside(config, str(backend.device))
-        plan = plan_memory(config, shape, needs, free=free, share=backend.auto_share, host_free=beside)
+        plan = plan_memory(config, shape, needs, free=free, share=backend.auto_share, host_free=host_free)
         if plan.slots_per_layer == shape.experts:
             on_miss = "fetch"
+        host_computes = on_miss != "fetch"
+        host = plan_host(
+            config,
+            shape,
+            plan.slots_per_layer,
+            read_bytes=max(expert.read for expert in experts),
+            scratch=SCRATCH_SLOTS * max(expert.slot for expert in experts) if host_computes else 0,
+            free=host_free,
+            taken=plan.parked if plan.parked_in == HOST else 0,
+        )
     slots = plan.slots_per_layer
-    by_host = on_miss != "fetch" and not backend.staging_counts
-    host = plan_host(
-        config,
-        shape,
-        slots,
-        read_bytes=max(expert.read for expert in experts),
-        scratch=SCRATCH_SLOTS * max(expert.slot for expert in experts) if by_host else 0,
-        free=beside,
-        taken=plan.parked if plan.parked_in == HOST else 0,
-    )
     resolved = config.resolved(
         device=str(backend.device),
         device_memory=plan.budget,
@@ -74,7 +76,7 @@ def divide(
         slots_per_layer=slots[0] if len(set(slots)) == 1 else slots,
         max_context=plan.max_context,
         on_miss=on_miss,
-        miss_costs=miss_costs(config, max(shape.expert_bytes)) if by_host else None,
+        miss_costs=miss_costs(config, max(shape.expert_bytes)) if host_computes else None,
         exactness="numeric" if config.is_numeric else "bitwise",
     )
     return resolved, replace(plan, host=host)

@@ -143,7 +143,7 @@ def _by_way(found: Survey) -> dict[str, Expectation]:
     assert profile.costs is not None
     if found.plan.slots_per_layer == found.shape.experts:
         return {}  # nothing is missed twice
-    beside = not found.backend.staging_counts
+    beside = not found.backend.unified_memory
     if beside and found.config.exactness == "bitwise":
         return {"fetch": expect(found.shape, replace(cache, on_miss="fetch", miss_costs=None), profile)}
     costs = profile.costs.miss_costs(max(found.shape.expert_bytes)) if beside else None

@@ -1,10 +1,13 @@
-"""Devices behind one interface: memory, pinning, streams, events. The only file that names torch.cuda (rule R4).
+"""One interface over a CPU and a CUDA device: memory, pinning, streams, events.
 
-What moves: bytes of experts from staging buffers into device slots, on the copy stream. Bound: the link (CUDA) or
-memcpy (CPU). A backend orders; it never decides, and it never waits on its own: every wait stands in transfer.py. A
-CPU is a backend whose copies are done when `copy` returns, so its events have nothing to wait for.
+This is the only module outside of the kernels that names torch.cuda. Every fact that follows from the kind of device
+stands here too, so that the rest of the package asks the backend and never the device.
 
-CudaBackend has been written against torch's documented behavior and has not yet run on a GPU (docs/measurements.md).
+Moves: bytes of experts from host buffers into device slots, on the copy stream.
+Bound: the link to the device (CUDA), or memcpy (CPU).
+Must never: decide what is copied, or wait unless its caller asks. The waits are listed in transfer/waits.py.
+
+CudaBackend is written against torch's documented behavior; docs/measurements.md says on which devices it has run.
 """
 
 from __future__ import annotations
@@ -22,71 +25,85 @@ from offmoe.device.cgroup import memory_left
 from offmoe.errors import CapacityError, ConfigError
 from offmoe.storage.layout import PARAM_ALIGNMENT
 
+RAM_AUTO_SHARE = 0.7
+"""Fraction of the available RAM that "auto" takes; other processes and the page cache need the rest."""
+
 
 class Event(Protocol):
-    """A point in a stream's work; waited for by other streams or by the host."""
+    """A mark in a stream's work. Other streams or the host can wait until the work before the mark is done."""
 
     def record(self, stream: Stream) -> None:
-        """Mark the work given to `stream` so far."""
+        """Mark the work that `stream` has been given so far."""
 
     def synchronize(self) -> None:
-        """Make the host wait until the marked work is done; at once if nothing was marked."""
+        """Block the calling thread until the marked work is done. Returns at once if nothing has been marked."""
 
 
 class Stream(Protocol):
-    """Work in order. Streams are independent of each other unless one waits for another's event."""
+    """A queue of device work, done in order. Two streams are independent unless one waits for an event of the other."""
 
     def wait(self, event: Event) -> None:
-        """Later work of this stream comes after what `event` marks."""
+        """Hold back later work of this stream until the work that `event` marks is done. The host does not wait."""
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
-        """Copy into device memory; `source` must stay as it is until an event recorded after this is done."""
+        """Queue a copy between host and device memory.
+
+        `source` must not change before an event that is recorded after this call is done.
+        """
 
 
 class Backend(ABC):
-    """One device. `compute` is the stream that torch computes on, `copies` the one that experts arrive on."""
+    """One device: its memory, its streams, and the facts that follow from its kind."""
 
     device: torch.device
     copies: Stream
+    """The stream on which experts are copied into slots."""
     auto_share: float
-    """Share of the free memory that "auto" takes; the rest is for what nobody can foresee."""
-    staging_counts: bool
-    """Whether host staging buffers live in the device's own memory."""
-    slots_in_ram: bool
-    """Whether the CPU's own kernels can read slots."""
+    """Fraction of the free memory that "auto" takes. The rest is left to allocations that cannot be foreseen."""
+    unified_memory: bool
+    """Whether the device's memory is the host's, as on a CPU.
+
+    Then staging buffers count against device_memory, the CPU reads and writes slots directly, no host tier exists,
+    and a copy has landed when `Stream.copy` returns.
+    """
     has_device_kernels: bool
-    """Whether Triton's kernels run here."""
-    lands_at_once: bool
-    """Whether what was copied is there when `copy` returns."""
+    """Whether the Triton kernels run on this device."""
 
     @property
     @abstractmethod
-    def compute(self) -> Stream: ...
+    def compute(self) -> Stream:
+        """The stream on which torch computes in the calling thread."""
 
     @abstractmethod
-    def event(self) -> Event: ...
+    def event(self) -> Event:
+        """A new event; nothing is marked yet."""
 
     @abstractmethod
     def free_bytes(self) -> int:
-        """Memory of the device that could be allocated now."""
+        """Bytes of device memory that could be allocated now."""
 
     def host_free_bytes(self) -> int:
-        """Memory beside the device's own that weights may be kept in; 0 where the host's is the device's."""
-        return 0
+        """Bytes of RAM that "auto" may take for weights; 0 with unified memory, where `free_bytes` counts them."""
+        return 0 if self.unified_memory else int(available_memory() * RAM_AUTO_SHARE)
 
     @abstractmethod
     def pin(self, address: int, nbytes: int) -> bool:
-        """Make host memory reachable for asynchronous copies; False when refused or needless."""
+        """Pin host memory for asynchronous copies; False if the system refuses, or if copies need no pinning."""
 
     @abstractmethod
-    def unpin(self, address: int) -> None: ...
+    def unpin(self, address: int) -> None:
+        """Undo `pin` for the memory that begins at `address`."""
 
     def peak_bytes(self) -> int | None:
-        """The most that torch has held on the device so far; None where that is the process's own memory."""
+        """The most bytes that torch has held on the device so far; None with unified memory."""
         return None
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        """uint8 [nbytes] on the device, aligned to PARAM_ALIGNMENT; CapacityError when there is no room."""
+        """Allocate device memory: uint8 [nbytes], aligned to PARAM_ALIGNMENT.
+
+        Raises:
+            CapacityError: The device has no room for it.
+        """
         try:
             memory = torch.empty(nbytes + PARAM_ALIGNMENT, dtype=torch.uint8, device=self.device)
             return memory[-memory.data_ptr() % PARAM_ALIGNMENT :][:nbytes]
@@ -97,7 +114,10 @@ class Backend(ABC):
             ) from error
 
     def to_host(self, tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
-        """Small integer tensors [rows, n_i] as arrays, in one copy: the only wait of a layer that holds hits alone."""
+        """Copy small integer tensors [rows, n_i] to the host, all in one copy.
+
+        The host waits for this copy. A layer whose experts are all resident waits for nothing else.
+        """
         if len(tensors) == 1:
             return [tensors[0].cpu().numpy()]
         widths = np.cumsum([t.shape[1] for t in tensors])[:-1]
@@ -105,7 +125,7 @@ class Backend(ABC):
 
 
 class _Immediate:
-    """Stream and event of a device whose work is done when the call returns."""
+    """Stream and event in one, for a device whose work is done when the call returns."""
 
     def wait(self, event: Event) -> None:
         pass
@@ -121,10 +141,10 @@ class _Immediate:
 
 
 def copy_in_ram(destination: torch.Tensor, source: torch.Tensor) -> None:
-    """Of one shape, both in host memory; by the calling thread alone where it is bytes.
+    """Copy between two host tensors of one shape. Contiguous bytes are copied by the calling thread alone.
 
-    torch would give every reader that copies a team of threads of its own, which go on spinning on the cores that
-    compute (25 of 175 ms per token in which the disk stood idle, on two cores).
+    torch would start a team of threads for each reader that copies. Idle teams keep spinning on the cores that compute:
+    on two cores the disk stood idle for 25 of 175 ms per token.
     """
     if destination.dtype == source.dtype == torch.uint8 and destination.is_contiguous():
         np.copyto(destination.numpy(), source.numpy())
@@ -133,13 +153,11 @@ def copy_in_ram(destination: torch.Tensor, source: torch.Tensor) -> None:
 
 
 class CpuBackend(Backend):
-    """Slots are RAM. Nothing is asynchronous here except the threads that read shards."""
+    """The CPU as a device: slots are RAM, and only the reader threads are asynchronous."""
 
-    auto_share = 0.7  # io.md section 7: other processes and the page cache want some too
-    staging_counts = True
-    slots_in_ram = True
+    auto_share = RAM_AUTO_SHARE
+    unified_memory = True
     has_device_kernels = False
-    lands_at_once = True
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
@@ -191,13 +209,11 @@ class _CudaEvent:
 
 
 class CudaBackend(Backend):
-    """An NVIDIA (or ROCm) device. Slots are preallocated, so events order reuse and record_stream is not needed."""
+    """An NVIDIA or ROCm device. Slots are never freed, so events order their reuse; record_stream is not needed."""
 
     auto_share = 0.9
-    staging_counts = False
-    slots_in_ram = False
+    unified_memory = False
     has_device_kernels = True
-    lands_at_once = False
 
     def __init__(self, device: torch.device):
         index = torch.cuda.current_device() if device.index is None else device.index
@@ -215,9 +231,6 @@ class CudaBackend(Backend):
         cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return int(torch.cuda.mem_get_info(self.device)[0]) + cached
 
-    def host_free_bytes(self) -> int:
-        return int(available_memory() * CpuBackend.auto_share)
-
     def peak_bytes(self) -> int | None:
         return int(torch.cuda.max_memory_reserved(self.device))
 
@@ -227,8 +240,7 @@ class CudaBackend(Backend):
             return False
         if int(register(address, nbytes, 0)) == 0:
             return True
-        # A refused registration leaves a sticky error that torch would report at the next unrelated call (io.md
-        # section 5).
+        # A refused registration leaves an error behind, which torch would report at the next unrelated call.
         with suppress(RuntimeError):
             (torch.ones(1, device=self.device) + 1).item()
         return False
@@ -238,7 +250,14 @@ class CudaBackend(Backend):
 
 
 def select_backend(device: str | None) -> Backend:
-    """The backend of "cpu", "cuda", "cuda:1"; None: cuda if there is one. ConfigError for anything else."""
+    """The backend for a device name.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:N". None chooses CUDA if torch finds a device, else the CPU.
+
+    Raises:
+        ConfigError: The name is unknown, or torch finds no such device.
+    """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -259,23 +278,26 @@ def select_backend(device: str | None) -> Backend:
 
 
 def available_memory() -> int:
-    """Bytes of host memory: what psutil calls available, or what the memory cgroup leaves if that is less."""
+    """Bytes of host memory that can be had: the smaller of what psutil calls available and what the cgroup leaves."""
     return min(int(psutil.virtual_memory().available), memory_left())
 
 
 class CudaDevice(NamedTuple):
-    """One device that torch can use. capability: of computing, "9.0". total, free: bytes."""
+    """One CUDA device that torch can use."""
 
     name: str
     capability: str
+    """Compute capability, such as "9.0"."""
     total: int
+    """Bytes of memory."""
     free: int
+    """Bytes of memory that nothing has allocated."""
 
 
 def cuda_devices() -> list[CudaDevice]:
-    """Every CUDA device that torch can use, in its order."""
-    found = []
+    """Every CUDA device that torch can use, in torch's order."""
+    devices = []
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         about, (free, total) = torch.cuda.get_device_properties(i), torch.cuda.mem_get_info(i)
-        found.append(CudaDevice(about.name, f"{about.major}.{about.minor}", total, free))
-    return found
+        devices.append(CudaDevice(about.name, f"{about.major}.{about.minor}", total, free))
+    return devices

@@ -60,7 +60,7 @@ def calibrate(inspected: Inspected, seconds: float, progress: Progress = lambda 
     inspected: without prefetch, since only what is resident is computed with. progress: told what comes next.
     """
     backend, catalog = inspected.backend, inspected.catalog
-    linked = not backend.staging_counts
+    linked = not backend.unified_memory
     progress("copying")
     ram = copy_gb_s(CpuBackend(), COPY_BYTES)
     link = copy_gb_s(backend, COPY_BYTES) if linked else None

@@ -90,7 +90,7 @@ class Mover:
         """For what is copied into its slot part by part and stays as it was read; None for anything else."""
         key = ticket.fetch.key
         parts = self._store.parts(key)
-        if parts == 1 or not self._backend.lands_at_once:
+        if parts == 1 or not self._backend.unified_memory:
             return None
         views = self._arena.views(ticket.fetch.slot, self._layouts[key.layer])
         assembly, runs = self._assemblies[key.layer], self._runs(ticket)

@@ -127,11 +127,11 @@ def test_many_experts_are_counted_without_making_them(family: str, sizes: dict[s
     """What two and three experts say of 70 is what 70 say."""
     config = AutoConfig.for_model(family, num_heads=4, vocab_size=97, num_experts=70, **sizes)
     cls = model_class(config)
-    told = estimate(config, cls, torch.float32, torch.float32, staging_counts=True)
+    told = estimate(config, cls, torch.float32, torch.float32, unified_memory=True)
     meta = build_meta(config, cls)
     shape, experts = estimate_experts(meta, torch.float32)
     layers = dense_layers(meta)
-    needs = model_bytes(meta, experts, layers, torch.float32, torch.float32, staging_counts=True)
+    needs = model_bytes(meta, experts, layers, torch.float32, torch.float32, unified_memory=True)
     assert told[:4] == (shape, experts, count_parameters(meta), needs)
     assert set(shape.experts) == {70}
 
@@ -145,7 +145,7 @@ def test_many_experts_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("offmoe.budget.estimate.build_meta", counted)
     config = AutoConfig.for_model("switch_transformers", num_experts=2048)
-    estimate(config, model_class(config), torch.float32, torch.float32, staging_counts=True)
+    estimate(config, model_class(config), torch.float32, torch.float32, unified_memory=True)
     assert max(made) == 3
 
 

@@ -27,7 +27,6 @@ def _quickly() -> None:
 
 @pytest.fixture(autouse=True)
 def _a_cpu_that_passes_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CpuBackend, "slots_in_ram", False)
     monkeypatch.setattr(CpuBackend, "has_device_kernels", True)
 
 
@@ -102,7 +101,7 @@ def test_a_layer_without_a_hit_whose_misses_the_host_computes(
     tmp_path: Path, launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its first wave is empty."""
-    monkeypatch.setattr(CpuBackend, "staging_counts", False)
+    monkeypatch.setattr(CpuBackend, "unified_memory", False)
     folder = tiny.save(tiny.build("mixtral", torch.float32, **SIZES), tmp_path / "dense")
     model = offmoe.from_pretrained(
         folder, device="cpu", on_miss="cpu", slots_per_layer=2, exactness="numeric", prefetch=0
