@@ -40,16 +40,8 @@ NEW_TOKENS = 6
 
 
 def stock_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """As transformers loads it, but with weights in memory of torch's own.
-
-    transformers leaves mapped weights where they are in the file; matrix products take another path for addresses that
-    are not aligned, and round differently.
-    """
-    config = read_config(folder)
-    model = model_class(config).from_pretrained(folder, dtype=dtype).eval()
-    for weight in [*model.parameters(), *model.buffers()]:
-        weight.data = weight.data.clone()
-    return model
+    """As transformers loads it, made comparable."""
+    return tiny.comparable(model_class(read_config(folder)).from_pretrained(folder, dtype=dtype))
 
 
 def set_implementation(model: PreTrainedModel, name: str) -> None:

@@ -1,7 +1,7 @@
 """The same tokens as the unmodified model, and a replay that counts what the run counted.
 
-"Stock" is transformers' default implementation, grouped_mm. Its own implementations differ from each other by
-rounding in some architectures; there, as close as they are to each other is what can be asked for."""
+"Stock" is transformers' default implementation, grouped_mm, its weights where and as offmoe has them
+(`tiny.comparable`): elsewhere it is not equal to itself."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def run(model, prompts):
 def stock(prompts):
     found = {}
     for name, dtype in DTYPES.items():
-        model = AutoModelForCausalLM.from_pretrained(resolve_folder("demo"), dtype=dtype).eval()
+        model = tiny.comparable(AutoModelForCausalLM.from_pretrained(resolve_folder("demo"), dtype=dtype))
         found[name] = run(model, prompts)
     return found
 
@@ -132,29 +132,26 @@ def test_quotas_and_pools_change_nothing_but_counts(tmp_path, prompts, stock, sc
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_families_equal_stock(tmp_path, family, dtype, original_format):
-    folder = tiny.save(tiny.build(family, DTYPES[dtype]), tmp_path / "model", original_format)
+    """Bit for bit, all of them.
+
+    gpt_oss is made with a width that real ones have, a multiple of 32. It activates the rows of an expert as one piece,
+    and what torch's vectors of 32 leave at the end of a piece goes through another sigmoid: at a width of 24 that would
+    be other elements than in stock, whose piece is the rows of all experts.
+    """
+    sizes = {"intermediate_size": 32} if family == "gpt_oss" else {}
+    folder = tiny.save(tiny.build(family, DTYPES[dtype], **sizes), tmp_path / "model", original_format)
     inputs = {"input_ids": tiny.prompt()}
     options = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
-    logits, tokens = {}, {}
-    for implementation in ("grouped_mm", "eager", "batched_mm"):
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=DTYPES[dtype], experts_implementation=implementation
-        ).eval()
-        with torch.no_grad():
-            logits[implementation] = model(**inputs).logits
-        tokens[implementation] = model.generate(**inputs, **options)
+    stock = tiny.comparable(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], experts_implementation="grouped_mm")
+    )
     ours = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3, trace=tmp_path / "run.npz")
     with ours.offload:
-        assert type(ours) is type(model)
+        assert type(ours) is type(stock)
         with torch.no_grad():
-            got = ours(**inputs).logits
-        assert torch.equal(ours.generate(**inputs, **options), tokens["grouped_mm"])
+            assert torch.equal(ours(**inputs).logits, stock(**inputs).logits)
+        assert torch.equal(ours.generate(**inputs, **options), stock.generate(**inputs, **options))
         stats = ours.offload.stats()
-    if not torch.equal(got, logits["grouped_mm"]):
-        assert not all(torch.equal(logits["grouped_mm"], other) for other in logits.values()), (
-            "stock agrees with itself"
-        )
-        assert torch.allclose(got, logits["grouped_mm"], rtol=0, atol=2e-6)
     trace = read_trace(tmp_path / "run.npz")
     assert replay(trace, trace.options).stats == stats
 
@@ -171,7 +168,7 @@ def test_with_several_threads_too(tmp_path, two_threads):
     """Products of several rows differ in the last bits with a row's place among them then: it must be stock's."""
     folder = tmp_path / "model"
     tiny.save(tiny.build("mixtral", torch.bfloat16, hidden_size=1024, intermediate_size=2048), folder)
-    stock = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="grouped_mm").eval()
+    stock = tiny.comparable(AutoModelForCausalLM.from_pretrained(folder, experts_implementation="grouped_mm"))
     ids = torch.randint(3, 90, (1, 61), generator=torch.Generator().manual_seed(1))
     model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3)
     with model.offload, torch.no_grad():
@@ -188,7 +185,9 @@ def test_computing_with_what_is_still_arriving(tmp_path, monkeypatch, architectu
     if architecture != "mixtral":
         sizes["moe_intermediate_size"] = 192
     folder = tiny.save(tiny.build(architecture, dtype, **sizes), tmp_path / "model")
-    stock = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", experts_implementation="grouped_mm").eval()
+    stock = tiny.comparable(
+        AutoModelForCausalLM.from_pretrained(folder, dtype="auto", experts_implementation="grouped_mm")
+    )
     options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "return_dict_in_generate": True}
     want = stock.generate(input_ids=tiny.prompt(), output_logits=True, **options)
     model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3, prefetch=2)
@@ -196,6 +195,4 @@ def test_computing_with_what_is_still_arriving(tmp_path, monkeypatch, architectu
         got = model.generate(input_ids=tiny.prompt(), output_logits=True, **options)
         assert model.offload.begins_early
     assert torch.equal(got.sequences, want.sequences)
-    # In fp32 the head of two rows differs with where its weight stands in memory; the experts do not.
-    atol = 0 if dtype is torch.bfloat16 else 2e-6
-    assert all(torch.allclose(a, b, rtol=0, atol=atol) for a, b in zip(got.logits, want.logits, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(got.logits, want.logits, strict=True))

@@ -93,6 +93,18 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32, s
     return model.eval()
 
 
+def comparable(model: PreTrainedModel) -> PreTrainedModel:
+    """A stock model, its weights where and as offmoe has them: what bits can be compared with. The same model.
+
+    Stock is not equal to itself otherwise, in float32. transformers leaves weights where they are in the mapped file:
+    products of one row take another path where a weight's address is not a multiple of 16, and round otherwise. And
+    torch.matmul takes another where a weight could have a gradient, also under no_grad.
+    """
+    for weight in [*model.parameters(), *model.buffers()]:
+        weight.data = weight.data.clone()  # torch's own memory, aligned to 64 bytes
+    return model.requires_grad_(False).eval()
+
+
 def save(model: PreTrainedModel, folder: Path, original_format: bool = True, max_shard_size: str = "60KB") -> Path:
     """Write a sharded checkpoint: with the names of the family's published ones, or with the fused names of
     transformers v5.

@@ -13,12 +13,13 @@ from transformers import AutoConfig, PreTrainedModel
 import offmoe
 from offmoe.budget.needs import kv_bytes_per_token, num_layers
 from offmoe.errors import CapacityError, MissingTensorError
+from offmoe.hf.adapters.families.stacked import ScaledInputFFN
 from offmoe.hf.adapters.find import adapter_of, find_experts
-from offmoe.hf.load.load import model_class, read_config
 from offmoe.hf.predict.wiring import RouterWiring
 from offmoe.simulate.replay import replay
 from offmoe.trace.trace import Trace, read_trace
 from tests import families, tiny
+from tests.test_families import stock_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SLOTS = 3
@@ -41,14 +42,6 @@ ENCODERS = ("switch_transformers", "nllb-moe")
 def save(folder: Path, family: str, dtype: torch.dtype, original_format: bool = True, **overrides: object) -> Path:
     config = AutoConfig.for_model(family, **{**CONFIGS[family], **overrides})
     return tiny.save(tiny.random_model(config, dtype), folder, original_format)
-
-
-def stock_of(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """As transformers loads it, in memory of torch's own: addresses in a mapped file change the last bits."""
-    model = model_class(read_config(folder)).from_pretrained(folder, dtype=dtype).eval()
-    for weight in model.parameters():
-        weight.data = weight.data.clone()
-    return model
 
 
 def prompts(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
@@ -95,7 +88,7 @@ def recorded(model: PreTrainedModel, path: Path) -> Trace:
 @pytest.mark.parametrize("family", CONFIGS)
 def test_logits_and_tokens_are_those_of_stock(tmp_path: Path, family: str, dtype: str) -> None:
     folder = save(tmp_path / "model", family, DTYPES[dtype])
-    stock = stock_of(folder, DTYPES[dtype])
+    stock = stock_model(folder, DTYPES[dtype])
     model = offmoe.from_pretrained(
         folder, device="cpu", dtype=DTYPES[dtype], slots_per_layer=SLOTS, prefetch=1, trace=tmp_path / "trace.npz"
     )
@@ -123,7 +116,7 @@ def test_fused_names_of_transformers_load_too(tmp_path: Path, family: str) -> No
     names = [(folder / "model.safetensors.index.json").read_text().count("gate_proj") for folder in (original, fused)]
     assert names[0] > names[1]
     inputs = {"input_ids": tiny.prompt()}
-    wanted = logits(stock_of(original, torch.float32), inputs)
+    wanted = logits(stock_model(original, torch.float32), inputs)
     for folder in (original, fused):
         with offmoe.from_pretrained(folder, device="cpu", slots_per_layer=SLOTS).offload as offload:
             assert offload.config.slots_per_layer == SLOTS
@@ -160,7 +153,7 @@ def test_own_residual_gives_the_ids_that_experts_get(tmp_path: Path, family: str
 
 def test_switch_drops_what_is_beyond_capacity(tmp_path: Path) -> None:
     folder = save(tmp_path / "model", "switch_transformers", torch.float32, expert_capacity=2)
-    stock = stock_of(folder, torch.float32)
+    stock = stock_model(folder, torch.float32)
     model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=SLOTS, trace=tmp_path / "trace.npz")
     inputs = _inputs(model, tiny.prompt(2, 40), torch.ones(2, 40, dtype=torch.long))
     assert torch.equal(logits(model, inputs), logits(stock, inputs))
@@ -211,7 +204,7 @@ def test_context_counts_both_sides(tmp_path: Path, family: str) -> None:
 def test_nllb_runs_the_experts_that_stock_runs(tmp_path: Path) -> None:
     folder = save(tmp_path / "model", "nllb-moe", torch.float32)
     model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=SLOTS, trace=tmp_path / "trace.npz")
-    stock = stock_of(folder, torch.float32)
+    stock = stock_model(folder, torch.float32)
     ran = set()
     for module in find_experts(stock).values():
         for name, expert in module.experts.items():
@@ -226,7 +219,7 @@ def test_nllb_runs_the_experts_that_stock_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("original_format", [True, False])
 def test_longcat_with_and_without_rows_of_identities(tmp_path: Path, original_format: bool) -> None:
     folder = save(tmp_path / "model", "longcat_flash", torch.float32, original_format)
-    stock = stock_of(folder, torch.float32)
+    stock = stock_model(folder, torch.float32)
     wanted = logits(stock, {"input_ids": tiny.prompt()})
     change: dict[str, Tensor | None] = {}
     for layer in (0, 1):
@@ -255,7 +248,7 @@ def test_longcat_without_an_expert_is_refused(tmp_path: Path) -> None:
 def test_llama4_with_two_experts_per_token(tmp_path: Path, dtype: str) -> None:
     """Every (token, expert) pair has an input of its own."""
     folder = save(tmp_path / "model", "llama4_text", DTYPES[dtype], num_experts_per_tok=2)
-    stock = stock_of(folder, DTYPES[dtype])
+    stock = stock_model(folder, DTYPES[dtype])
     model = offmoe.from_pretrained(
         folder, device="cpu", dtype=DTYPES[dtype], slots_per_layer=SLOTS, trace=tmp_path / "trace.npz"
     )
@@ -263,6 +256,23 @@ def test_llama4_with_two_experts_per_token(tmp_path: Path, dtype: str) -> None:
         assert torch.equal(logits(model, inputs), logits(stock, inputs))
     assert torch.equal(greedy(model, tiny.prompt(1, 5)), greedy(stock, tiny.prompt(1, 5)))
     assert recorded(model, tmp_path / "trace.npz").shape.top_k == (2, 2, 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_few_rows_of_llama4_round_as_all_rows_of_stock(dtype: torch.dtype) -> None:
+    """However many of a step's tokens an expert gets; stock gives every expert all of them, and zeros."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, inner, experts = 32, 48, 4
+    up = torch.randn(experts, hidden, 2 * inner, generator=generator).to(dtype)
+    down = torch.randn(experts, inner, hidden, generator=generator).to(dtype)
+    weights = {"experts.gate_up_proj": up[1], "experts.down_proj": down[1]}
+    for tokens in (*range(1, 14), 60):
+        x = torch.randn(tokens, hidden, generator=generator).to(dtype)
+        gate, inputs = torch.bmm(x.repeat(experts, 1, 1), up).chunk(2, dim=-1)
+        wanted = torch.bmm(inputs * torch.nn.functional.silu(gate), down)[1]
+        math = ScaledInputFFN(torch.nn.functional.silu, tokens)
+        for n in range(1, tokens + 1):
+            assert torch.equal(math(weights, x[-n:]), wanted[-n:]), (tokens, n)
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -24,9 +24,8 @@ class Llama4(Family):
     """Llama4TextMoe: inputs are scaled by the score, outputs are not.
 
     transformers repeats every token for every expert and multiplies most of them by zero, [E * T, H]; here only routed
-    rows exist. The two agree bit for bit (up to two experts per token; published models have one) if a row that is
-    alone with its expert takes the way through a matrix product that it takes among others: in float32 a single row
-    would go through a matrix-vector product, which rounds otherwise.
+    rows exist. The two agree bit for bit (up to two experts per token; published models have one) if the few rows of an
+    expert take the way through a matrix product that stock's T rows take: `ScaledInputFFN` sees to that.
     """
 
     family, name = "llama4", "Llama4TextMoe"
@@ -49,15 +48,14 @@ class Llama4(Family):
 
     def forward(self, module: Any, rows: Rows) -> Callable[..., Any]:
         ids_of = self.routing(module).ids
-        alone = self.math(module)
-        among_others = ScaledInputFFN(module.experts.act_fn, at_least=2)
 
         def forward(hidden_states: Tensor) -> tuple[Tensor, Tensor]:
             hidden = hidden_states.reshape(-1, module.hidden_dim)  # [T, H]
             scores, logits = module.router(hidden)  # [T, E] twice
             ids = ids_of((scores, logits))  # [T, k]
             scaled = hidden.unsqueeze(1) * scores.gather(1, ids).unsqueeze(2)  # [T, k, H]
-            made = rows(alone if len(hidden) == 1 else among_others, scaled.flatten(0, 1), rows.routed(ids))
+            math = ScaledInputFFN(module.experts.act_fn, tokens=len(hidden))
+            made = rows(math, scaled.flatten(0, 1), rows.routed(ids))
             out = module.shared_expert(hidden)
             out.add_(made.view(scaled.shape).sum(dim=1))
             return out, logits
@@ -68,17 +66,28 @@ class Llama4(Family):
         return reroute.scores(module.router, choose, self.routing(module).ids)
 
 
+FULL_ROWS = 4
+"""Of so many rows, or a multiple, a float32 product gives every row the bits that it has among any larger number."""
+
+
 @dataclass(frozen=True)
 class ScaledInputFFN:
-    """Llama 4's expert. at_least: rows that a product is made of; zeros are added to make them up."""
+    """Llama 4's expert. tokens: of the step, which are the rows of stock's products; zeros are added to take their way.
+
+    In float32 a row's last bits depend on how many rows a product has. With torch 2.13 (MKL) a single row is otherwise
+    than two or more on Intel (Cascade Lake), and one to three are otherwise than four or more on AMD (avx512_bf16);
+    beyond that neither their number nor a row's place matters on one thread. Two threads share the rows of 5 to 11
+    between them, and some are again among too few; not those of a multiple of four. bf16 has one way for all.
+    """
 
     activate: Activation
-    at_least: int = 1
+    tokens: int = 1
 
     def __call__(self, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
         n = len(x)
-        if n < self.at_least:
-            x = torch.cat([x, x.new_zeros(self.at_least - n, x.shape[1])])
+        missing = self.tokens - n if self.tokens < FULL_ROWS else -n % FULL_ROWS
+        if missing > 0:
+            x = torch.cat([x, x.new_zeros(missing, x.shape[1])])
         gate, up = torch.mm(x, weights["experts.gate_up_proj"]).chunk(2, dim=-1)  # [n, I] each
         return torch.mm(up * self.activate(gate), weights["experts.down_proj"])[:n]
 
