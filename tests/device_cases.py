@@ -13,7 +13,7 @@ from offmoe.compute.kernels.device import Pairs
 from offmoe.compute.kernels.operands import GatedOperands, coded_operand, float_operand, packed_operand
 from offmoe.pack.quantizer import quantize
 from offmoe.quant import Mxfp4, PackedInt, ScaledFloat
-from offmoe.quant.packed_weight import INT8, MXFP4, PackedWeight, WeightFormat, int4, record_layout
+from offmoe.quant.packed_weight import INT8, MXFP4, PackedWeight, WeightFormat, int4
 from offmoe.storage.layout import PARAM_ALIGNMENT, ExpertLayout, aligned
 
 Views = dict[str, torch.Tensor]
@@ -46,7 +46,8 @@ class Format:
 
 
 def packed(how: WeightFormat, hidden: int, inner: int, tiled: bool = True) -> Format:
-    layout = record_layout({"gate_up": (2 * inner, hidden), "down": (hidden, inner)}, how, tiled=tiled)
+    params = how.params("gate_up", 2 * inner, hidden, tiled) | how.params("down", hidden, inner, tiled)
+    layout = ExpertLayout.of(params)
 
     def fill(views: Views) -> Expert:
         found = []

@@ -185,7 +185,7 @@ def describe_layout(layer: CatalogLayer, module: nn.Module) -> str:
     how = "per expert" if each else "slice" if whole else "per expert and slice"
     kinds = [
         *(["+ conversion"] if layer.assembly.convert else []),
-        *(["transposed"] if any(part.transposed for part in layer.assembly.parts) else []),
+        *(["transposed"] if any(part.transposed for part in layer.assembly.destinations) else []),
     ]
     if in_registry(module):
         flags = {

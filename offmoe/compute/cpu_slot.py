@@ -26,7 +26,7 @@ from offmoe.errors import UnsupportedModelError
 from offmoe.quant import Codec, ExpertDecoding
 from offmoe.quant.kernel_words import format_of, is_rows_first, rows_of
 from offmoe.quant.packed_weight import TILE_ROWS, PackedWeight, WeightFormat
-from offmoe.storage.layout import Assembly, ExpertLayout, Part, Segment
+from offmoe.storage.layout import Assembly, Destination, ExpertLayout, Segment
 
 BIAS = ".bias"
 MATRICES = ("gate", "up", "down")
@@ -55,7 +55,7 @@ class Source(NamedTuple):
     codec: Codec | None
     shape: tuple[int, ...]
     dtype: torch.dtype
-    part: Part
+    part: Destination
 
 
 @dataclass(frozen=True)
@@ -239,18 +239,18 @@ def _sources(
                 ],
                 part,
             )
-            for leaf, part in zip(decode.leaves, decode.assembly.parts, strict=True)
+            for leaf, part in zip(decode.leaves, decode.assembly.destinations, strict=True)
             for main in (next(iter(leaf.params)),)
         ], None
     if assembly.convert is not None:
         return [
-            Source({"weight": i}, None, param.shape, param.dtype, Part(param.name, 0, 0))
+            Source({"weight": i}, None, param.shape, param.dtype, Destination(param.name, 0, 0))
             for i, param in enumerate(layout.params)
         ], assembly
     ndim = {param.name: len(param.shape) for param in layout.params}
     return [
         Source({"weight": i}, None, segment.shape[-ndim[part.param] :], segment.dtype, part)
-        for i, (segment, part) in enumerate(zip(segments, assembly.parts, strict=True))
+        for i, (segment, part) in enumerate(zip(segments, assembly.destinations, strict=True))
     ], None
 
 

@@ -18,7 +18,7 @@ from offmoe.compute.kernels.gating import gating_of
 from offmoe.compute.kernels.operands import GatedOperands, Operand, coded_operand, float_operand, packed_operand
 from offmoe.errors import UnsupportedModelError
 from offmoe.quant import ExpertDecoding, Leaf, Mxfp4
-from offmoe.storage.layout import ExpertLayout, Param, Part
+from offmoe.storage.layout import Destination, ExpertLayout, Param
 
 
 class DeviceForm(NamedTuple):
@@ -80,7 +80,7 @@ def _stored(
     """Matrices by the module's names, or "gate" and "up" where these are apart; biases by the name of their matrix."""
     matrices: dict[str, Operand] = {}
     biases: dict[str, Param] = {}
-    for leaf, part in zip(decode.leaves, decode.assembly.parts, strict=True):
+    for leaf, part in zip(decode.leaves, decode.assembly.destinations, strict=True):
         whole = decode.shapes[part.param]
         parts = {component: params[name] for component, name in leaf.params.items()}
         if len(whole) == 1:
@@ -102,7 +102,7 @@ def _stored(
     return matrices, biases
 
 
-def _operand(leaf: Leaf, parts: Mapping[str, Param], part: Part, math: GatedFFN) -> Operand:
+def _operand(leaf: Leaf, parts: Mapping[str, Param], part: Destination, math: GatedFFN) -> Operand:
     inputs_first = _outputs_dim(part, math) == 1
     if leaf.codec is None:
         return float_operand(parts["weight"], inputs_first)
@@ -111,6 +111,6 @@ def _operand(leaf: Leaf, parts: Mapping[str, Param], part: Part, math: GatedFFN)
     return coded_operand(leaf.codec, parts)
 
 
-def _outputs_dim(part: Part, math: GatedFFN) -> int:
+def _outputs_dim(part: Destination, math: GatedFFN) -> int:
     """Dimension of outputs of what is stored."""
     return 1 if part.transposed != math.transposed else 0

@@ -29,7 +29,7 @@ from offmoe.hf.upstream import expert_names
 from offmoe.quant.packed_weight import PackedWeight, WeightFormat
 from offmoe.storage.checkpoint import Checkpoint
 from offmoe.storage.header import TensorInfo
-from offmoe.storage.layout import Part, Segment
+from offmoe.storage.layout import Destination, Segment
 from offmoe.storage.shard_writer import NewTensor, head_of
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class _Cut:
     how: WeightFormat
 
     def experts(self) -> list[list[Item]]:
-        parts = self.layer.assembly.parts
+        parts = self.layer.assembly.destinations
         if self.layer.assembly.convert is not None:
             raise self._refusal("rearranges the rows of their matrices when it is loaded")
         names = {part.param: expert_names(self.meta, f"{self.layer.name}.{part.param}") for part in parts}
@@ -155,7 +155,7 @@ class _Cut:
         ]
 
     def _matrices(
-        self, segment: Segment, part: Part, expert: int, names: tuple[str, ...] | None
+        self, segment: Segment, part: Destination, expert: int, names: tuple[str, ...] | None
     ) -> Iterator[tuple[str, Segment]]:
         if part.transposed:
             raise self._refusal(f"has {segment.name!r} transposed")

@@ -40,10 +40,10 @@ class Codec(Protocol):
 
 
 class Encoding(NamedTuple):
-    """How one matrix is stored: equal encodings are decoded alike. parts: its components, in the order of a slot."""
+    """How one matrix is stored: equal encodings are decoded alike. components: in the order of a slot."""
 
     codec: Codec
-    parts: tuple[tuple[str, Spec], ...]
+    components: tuple[tuple[str, Spec], ...]
 
 
 def codes_of_words(words: torch.Tensor, bits: int) -> torch.Tensor:

@@ -49,7 +49,7 @@ class ExpertDecoding:
             return {name: tensor.to(dtype).contiguous() for name, tensor in made.items()}
         device = next(iter(views.values())).device
         out = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in self.shapes.items()}
-        for leaf, part in zip(self.leaves, self.assembly.parts, strict=True):
+        for leaf, part in zip(self.leaves, self.assembly.destinations, strict=True):
             part.block(out, leaf.shape).copy_(leaf.decode(views, dtype))
         return out
 

@@ -19,7 +19,6 @@ import torch
 
 from offmoe.errors import ConfigError, UnsupportedModelError
 from offmoe.quant.codec import codes_of_words
-from offmoe.storage.layout import ExpertLayout
 
 TILE_ROWS = 16
 """Rows per tile: the lanes of one AVX-512 register, two of AVX2, four of NEON."""
@@ -204,34 +203,3 @@ def to_rows(part: torch.Tensor) -> torch.Tensor:
     """[N / 16, C, 16] -> [N, C], same values."""
     tiles, n, _ = part.shape
     return part.transpose(1, 2).contiguous().view(tiles * TILE_ROWS, n)
-
-
-def record_layout(
-    shapes: Mapping[str, tuple[int, int]],
-    how: WeightFormat,
-    others: Mapping[str, tuple[torch.dtype, tuple[int, ...]]] | None = None,
-    tiled: bool = True,
-) -> ExpertLayout:
-    """One expert as one record: its weights by name ([rows, cols] each) in a format, then what stays as it is (biases).
-
-    Offsets and sizes are the same for both orders. UnsupportedModelError for a shape that the format cannot hold.
-    """
-    params: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    for name, (rows, cols) in shapes.items():
-        params |= how.params(name, rows, cols, tiled)
-    return ExpertLayout.of(params | dict(others or {}))
-
-
-def reorder(source: ExpertLayout, record: torch.Tensor, destination: ExpertLayout, out: torch.Tensor) -> None:
-    """Copy a record from one order to the other: uint8 [nbytes] each, which must not overlap."""
-    views = destination.views(out)
-    for name, part in source.views(record).items():
-        target = views[name]
-        if part.shape == target.shape:
-            target.copy_(part)
-        elif part.ndim == 2:
-            tiles, n, _ = target.shape
-            target.copy_(part.view(tiles, TILE_ROWS, n).transpose(1, 2))
-        else:
-            tiles, n, _ = part.shape
-            target.view(tiles, TILE_ROWS, n).copy_(part.transpose(1, 2))

@@ -17,7 +17,7 @@ from offmoe.errors import CheckpointError
 from offmoe.quant.bitsandbytes import read_state
 from offmoe.quant.codec import Codec, Encoding, Spec
 from offmoe.quant.decode import ExpertDecoding, Leaf
-from offmoe.storage.layout import Assembly, ExpertLayout, Part
+from offmoe.storage.layout import Assembly, Destination, ExpertLayout
 
 STATE = "offset"
 """Component of bitsandbytes that is JSON at rest; of it, only the number that it is named after reaches a slot."""
@@ -84,7 +84,7 @@ def raw_slot(sources: Sequence[Source], assembly: Assembly, shapes: Mapping[str,
     leaves = []
     for i, source in enumerate(sources):
         encoding = source.encoding
-        parts = (("weight", Spec(source.shape, source.dtype)),) if encoding is None else encoding.parts
+        parts = (("weight", Spec(source.shape, source.dtype)),) if encoding is None else encoding.components
         names = {component: f"{i}.{component}" for component, _ in parts}
         for component, spec in parts:
             if encoding is not None and component == STATE:
@@ -94,5 +94,5 @@ def raw_slot(sources: Sequence[Source], assembly: Assembly, shapes: Mapping[str,
     if states:
         placing = Assembly(convert=RawPlacement(tuple(wanted), states))
     else:
-        placing = Assembly(parts=tuple(Part(param, 0, 0) for param in wanted))
+        placing = Assembly(destinations=tuple(Destination(param, 0, 0) for param in wanted))
     return RawSlot(ExpertLayout.of(wanted), placing, ExpertDecoding(tuple(leaves), assembly, dict(shapes)))

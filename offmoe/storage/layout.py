@@ -1,24 +1,24 @@
 """Byte layout of one expert: at rest in the shards, and in a device slot.
 
-What moves: the bytes of a few tensors (or slices of tensors) of a checkpoint into one slot, in the checkpoint's own
-dtype. An expert at rest is a list of segments; in a slot it is the parameters that its module computes with, each at
-an aligned offset. An `Assembly` says which segment goes where. The common case is a copy of contiguous bytes;
-transposed and interleaved checkpoints are strided copies; a conversion that cannot be expressed so runs on the host
-first.
-
-What it must never do: change a value. Every path here is a permutation of the checkpoint's bytes.
+Moves: the tensors of one expert (or slices of tensors) into one slot, in the checkpoint's own dtype. At rest an expert
+is a list of segments. In a slot it is a set of parameters, each at an aligned offset. An `Assembly` says which segment
+goes where. Most checkpoints need contiguous copies only; transposed and interleaved ones need strided copies; what no
+strided copy can express is converted on the host first.
+Bound: the link or the memory that the bytes cross.
+Must never: change a value. Every path here permutes the checkpoint's bytes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 PARAM_ALIGNMENT = 256
-"""Bytes. 16-byte vector loads, TMA and cuBLAS want aligned weights (io.md section 6); CPU GEMM picks its path by it
-too.
+"""Bytes. The offset of every parameter in a slot is a multiple of it. 16-byte vector loads, TMA (128) and cuBLAS (256)
+want aligned weights, and PyTorch's CPU GEMM chooses its path by alignment, so an unaligned slot could change bits.
 """
 
 DTYPES: dict[str, torch.dtype] = {
@@ -35,10 +35,10 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""safetensors dtype names that a slot can hold."""
+"""The safetensors dtype names that a slot can hold."""
 
 Copy = Callable[[torch.Tensor, torch.Tensor], object]
-"""copy(destination, source): how bytes reach a slot; a backend's stream decides when."""
+"""copy(destination, source) moves one tensor towards a slot. A backend may only queue it on a stream."""
 
 
 def aligned(size: int, to: int) -> int:
@@ -48,8 +48,15 @@ def aligned(size: int, to: int) -> int:
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of bytes of one shard: a whole tensor or contiguous leading rows of one. `offset` counts from the file's
-    start.
+    """A run of bytes in one shard: a whole tensor, or contiguous leading rows of one.
+
+    Args:
+        shard: index into `Checkpoint.shards`.
+        offset: bytes from the start of that file.
+        nbytes: length of the run.
+        dtype: dtype of the values.
+        shape: shape of the values.
+        name: the tensor's name in the checkpoint.
     """
 
     shard: int
@@ -80,23 +87,29 @@ class ExpertLayout:
 
     @classmethod
     def of(cls, params: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> ExpertLayout:
+        """Parameters in the order of `params` (name -> dtype and shape), each at the next aligned offset."""
         out, offset = [], 0
         for name, (dtype, shape) in params.items():
-            nbytes = dtype.itemsize * _numel(shape)
+            nbytes = dtype.itemsize * math.prod(shape)
             out.append(Param(name, dtype, shape, offset, nbytes))
             offset = aligned(offset + nbytes, PARAM_ALIGNMENT)
         return cls(tuple(out), offset)
 
     def views(self, slot: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Typed views of a slot (uint8 [nbytes], aligned to PARAM_ALIGNMENT); no bytes move."""
+        """Typed views of a slot, by parameter name; no bytes move.
+
+        Args:
+            slot: uint8 [nbytes], aligned to PARAM_ALIGNMENT.
+        """
         return {p.name: slot[p.offset : p.offset + p.nbytes].view(p.dtype).view(p.shape) for p in self.params}
 
 
 @dataclass(frozen=True)
-class Part:
-    """Destination of one segment: rows [start, start + n) along `dim` of a parameter, or of its transpose.
+class Destination:
+    """Where one segment goes: rows [start, start + n) along `dim` of parameter `param`.
 
-    The segment's shape, after dropping a leading 1 if `dim` counts without it, is the shape of that block.
+    With `transposed`, rows of the parameter's transpose. The segment has the shape of that block, except for a leading
+    dimension of size 1 that `dim` does not count.
     """
 
     param: str
@@ -105,6 +118,7 @@ class Part:
     transposed: bool = False
 
     def block(self, views: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+        """The view of the parameter that a segment of `shape` fills. views: from `ExpertLayout.views`."""
         whole = views[self.param]
         if self.transposed:
             whole = whole.mT
@@ -113,21 +127,25 @@ class Part:
 
 @dataclass(frozen=True)
 class Assembly:
-    """How the segments of an expert become the parameters in its slot; shared by all experts of a layer.
+    """How the segments of an expert become the parameters in its slot. All experts of a layer share one.
 
-    Either `parts[i]` is the destination of segment i, or `convert` maps the list of segment tensors to parameters by
-    name (host memory, values only permuted)."""
+    Args:
+        destinations: where each segment goes, in the order of the record. Empty if `convert` is set.
+        convert: maps the segments' tensors to parameters by name, in host memory; it only permutes values.
+    """
 
-    parts: tuple[Part, ...] = ()
+    destinations: tuple[Destination, ...] = ()
     convert: Callable[[list[torch.Tensor]], dict[str, torch.Tensor]] | None = field(default=None, compare=False)
 
     def runs(self, segments: Sequence[Segment], views: Mapping[str, torch.Tensor]) -> list[torch.Tensor | None]:
-        """Where each segment goes byte for byte, uint8 [nbytes], so that parts of it can be copied as they arrive;
-        None where its values move apart.
+        """The slot bytes that each segment fills without change, so that pieces can be copied while others are read.
+
+        Returns:
+            Per segment uint8 [nbytes], or None where the segment's values do not stay together.
         """
         if self.convert is not None:
             return [None] * len(segments)
-        blocks = [part.block(views, segment.shape) for part, segment in zip(self.parts, segments, strict=True)]
+        blocks = [to.block(views, segment.shape) for to, segment in zip(self.destinations, segments, strict=True)]
         return [block.reshape(-1).view(torch.uint8) if block.is_contiguous() else None for block in blocks]
 
     def place(
@@ -136,45 +154,45 @@ class Assembly:
         data: Sequence[torch.Tensor],
         views: Mapping[str, torch.Tensor],
         copy: Copy,
-        there: Collection[int] = (),
+        skip: Collection[int] = (),
     ) -> None:
-        """Copy one expert into a slot, but for the segments that are `there`. data[i]: uint8 [segments[i].nbytes];
-        views: the slot's, from `ExpertLayout.views`.
+        """Copy one expert into a slot.
+
+        Args:
+            segments: the expert's segments, in the order of its record.
+            data: per segment uint8 [nbytes], the bytes that were read.
+            views: the slot's parameters, from `ExpertLayout.views`.
+            copy: copies one tensor.
+            skip: indices of segments that the slot holds already.
         """
         if self.convert is not None:
             for name, tensor in self.convert([typed(d, s) for d, s in zip(data, segments, strict=True)]).items():
                 copy(views[name], tensor)
             return
         for i, (run, segment, raw) in enumerate(zip(self.runs(segments, views), segments, data, strict=True)):
-            if i in there:
+            if i in skip:
                 continue
             if run is not None:
-                copy(run, raw)  # bytes, so that alignment of the source does not matter
+                copy(run, raw)  # copied as bytes, so the source may stand at any address
             else:
-                block = self.parts[i].block(views, segment.shape)
+                block = self.destinations[i].block(views, segment.shape)
                 copy(block, typed(raw, segment).view(block.shape))
 
 
 @dataclass(frozen=True)
 class ExpertRecord:
-    """One expert at rest: the segments to read, in the order its layer's assembly expects them."""
+    """One expert at rest: the segments to read, in the order that its layer's assembly expects."""
 
     segments: tuple[Segment, ...]
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all segments."""
         return sum(s.nbytes for s in self.segments)
 
 
 def typed(raw: torch.Tensor, segment: Segment) -> torch.Tensor:
-    """Bytes of a segment as its tensor; copies only if the bytes stand at an address the dtype cannot have."""
+    """The bytes of a segment as its tensor. Copies only if the dtype cannot stand at the bytes' address."""
     if raw.data_ptr() % segment.dtype.itemsize:
         raw = raw.clone()
     return raw.view(segment.dtype).view(segment.shape)
-
-
-def _numel(shape: Sequence[int]) -> int:
-    n = 1
-    for size in shape:
-        n *= size
-    return n

@@ -100,7 +100,7 @@ class Mover:
                 run = runs[segment]
                 if run is None:
                     return None
-                name = assembly.parts[segment].param
+                name = assembly.destinations[segment].param
                 at = run.data_ptr() - views[name].data_ptr()
                 places[name].append((at + start, at + end, part))
         return Arriving(ticket.arrival, places)
@@ -232,7 +232,7 @@ class Mover:
         if arrival.begun and arrival.runs is None and ticket.priority == DEMAND:  # read while nobody waited
             self._read_parts(ticket, lambda part: self._copy_arrived(ticket, buffer))
         early = arrival.runs
-        there = () if early is None else [i for i, run in enumerate(early) if run is not None]
+        landed = () if early is None else [i for i, run in enumerate(early) if run is not None]
         if early is None and not self._begin(ticket):
             return
         key, slot, copies = ticket.fetch.key, ticket.fetch.slot, self._backend.copies
@@ -241,7 +241,7 @@ class Mover:
         if slot >= self._arena.on_device:  # in RAM, where only the host reads it, and is done when it says so
             self._assemblies[key.layer].place(segments, data, views, copy_in_ram)
             return
-        self._assemblies[key.layer].place(segments, data, views, functools.partial(self._copy, ticket), there)
+        self._assemblies[key.layer].place(segments, data, views, functools.partial(self._copy, ticket), landed)
         self.landed[slot].record(copies)
         copied.record(copies)
 

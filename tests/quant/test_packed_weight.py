@@ -14,13 +14,11 @@ from offmoe.quant.packed_weight import (
     fp8,
     int4,
     pack_words,
-    record_layout,
-    reorder,
     to_rows,
     to_tiles,
     unpack_words,
 )
-from offmoe.storage.layout import PARAM_ALIGNMENT
+from offmoe.storage.layout import PARAM_ALIGNMENT, ExpertLayout
 
 FORMATS = [INT8, int4(32), int4(64), int4(128), int4(32, zero_points=True), MXFP4, fp8(128)]
 
@@ -101,23 +99,25 @@ def test_packing_and_tiling_can_be_undone(tiles: int, words: int, how: WeightFor
 
 
 @pytest.mark.parametrize("how", FORMATS, ids=str)
-def test_a_record_changes_its_order_and_nothing_else(how: WeightFormat) -> None:
-    cols = 2 * (how.group or 32)
-    shapes, bias = {"gate_up_proj": (64, cols), "down_proj": (32, cols)}, {"bias": (torch.bfloat16, (64,))}
-    disk, ram = record_layout(shapes, how, bias, tiled=False), record_layout(shapes, how, bias)
+def test_a_record_has_the_same_bytes_in_both_orders(how: WeightFormat) -> None:
+    """Row by row as on the disk, and in tiles as in RAM: the same offsets and sizes, the same values."""
+    rows, cols = 32, 2 * (how.group or 32)
+
+    def layout(tiled: bool) -> ExpertLayout:
+        gate_up, down = how.params("gate_up_proj", 64, cols, tiled), how.params("down_proj", rows, cols, tiled)
+        return ExpertLayout.of(gate_up | down | {"bias": (torch.bfloat16, (64,))})
+
+    disk, ram = layout(tiled=False), layout(tiled=True)
     assert [(p.name, p.offset, p.nbytes) for p in disk.params] == [(p.name, p.offset, p.nbytes) for p in ram.params]
     assert all(p.offset % PARAM_ALIGNMENT == 0 for p in ram.params)
 
-    record = torch.randint(0, 255, (disk.nbytes,), dtype=torch.uint8)
-    tiles, back = torch.zeros_like(record), torch.zeros_like(record)
-    reorder(disk, record, ram, tiles)
-    reorder(ram, tiles, disk, back)
-    for name, part in disk.views(record).items():
-        assert torch.equal(disk.views(back)[name].view(torch.uint8), part.view(torch.uint8))
-    if how.scale_dtype != torch.uint8:  # random bits may be scales that are not numbers
-        return
-    weights = [PackedWeight.of(how, "down_proj", layout.views(r)) for layout, r in ((disk, record), (ram, tiles))]
-    assert torch.equal(weights[0].values(), weights[1].values())
+    weight = random_weight(how, rows, cols)
+    for order, packed in ((disk, weight), (ram, weight.tiled())):
+        views = order.views(torch.zeros(order.nbytes, dtype=torch.uint8))
+        for name, tensor in packed.params("down_proj").items():
+            assert (views[name].shape, views[name].dtype) == (tensor.shape, tensor.dtype)
+            views[name].copy_(tensor)
+        assert torch.equal(PackedWeight.of(how, "down_proj", views).values(), weight.values())
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_a_record_changes_its_order_and_nothing_else(how: WeightFormat) -> None:
 )
 def test_shapes_that_no_format_holds(how: WeightFormat, shape: tuple[int, int], needs: str, instead: str) -> None:
     with pytest.raises(UnsupportedModelError, match=rf"down_proj is .*{re.escape(needs)}.*{re.escape(instead)}"):
-        record_layout({"down_proj": shape}, how)
+        how.params("down_proj", *shape, tiled=True)
 
 
 def test_unknown_group() -> None:

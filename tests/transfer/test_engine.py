@@ -18,7 +18,7 @@ from offmoe.device.arena import SlotArena
 from offmoe.device.backend import CpuBackend
 from offmoe.errors import TransferError
 from offmoe.storage.checkpoint import Checkpoint
-from offmoe.storage.layout import Assembly, ExpertLayout, ExpertRecord, Part
+from offmoe.storage.layout import Assembly, Destination, ExpertLayout, ExpertRecord
 from offmoe.storage.store import ExpertStore
 from offmoe.types import ExpertKey, Fetch, Wave
 from tests.doubles import DeferredBackend, engine_without
@@ -92,7 +92,7 @@ class Rig:
         }
         self.store = ExpertStore(checkpoint.shards, self.records, read_at=read_at)
         self.arena = SlotArena(self.backend.allocate, [LAYOUT] * slots)
-        assembly = Assembly((Part("in", 0, 0), Part("out", 0, 0)))
+        assembly = Assembly((Destination("in", 0, 0), Destination("out", 0, 0)))
         self.stalls = []
         self.engine = module.TransferEngine(
             self.store, self.arena, self.backend, [LAYOUT], [assembly], on_stall=lambda *a: self.stalls.append(a)

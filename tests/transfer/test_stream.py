@@ -19,7 +19,7 @@ from offmoe.errors import TransferError
 from offmoe.policy.planner import build_planner
 from offmoe.profile import MissCosts
 from offmoe.storage.checkpoint import Checkpoint
-from offmoe.storage.layout import Assembly, ExpertLayout, ExpertRecord, Part
+from offmoe.storage.layout import Assembly, Destination, ExpertLayout, ExpertRecord
 from offmoe.storage.store import ExpertStore, positional_read
 from offmoe.types import Access, CacheShape, CacheStats, Demand, ExpertKey, Fetch
 from tests.doubles import DeferredBackend, engine_without
@@ -60,7 +60,7 @@ class Rig:
             self.arena,
             backend,
             [LAYOUT] * LAYERS,
-            [Assembly((Part("weight", 0, 0),))] * LAYERS,
+            [Assembly((Destination("weight", 0, 0),))] * LAYERS,
             host_slots=self.planner.num_host_slots,
         )
         if isinstance(backend, DeferredBackend):

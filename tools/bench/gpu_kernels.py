@@ -19,7 +19,7 @@ from offmoe.device.arena import SlotArena
 from offmoe.device.backend import select_backend
 from offmoe.pack.quantizer import quantize
 from offmoe.quant import ScaledFloat
-from offmoe.quant.packed_weight import INT8, MXFP4, PackedWeight, WeightFormat, int4, record_layout
+from offmoe.quant.packed_weight import INT8, MXFP4, PackedWeight, WeightFormat, int4
 from offmoe.storage.layout import ExpertLayout
 from tools.bench.gpu_section import MIB, Section, seconds
 
@@ -82,7 +82,8 @@ def form(name: str, hidden: int, inner: int) -> Form:
     how = FORMATS[name]
     shapes = {"gate_up": (2 * inner, hidden), "down": (hidden, inner)}
     if how is not None:
-        layout = record_layout(shapes, how)
+        params = [how.params(part, rows, cols, tiled=True) for part, (rows, cols) in shapes.items()]
+        layout = ExpertLayout.of(params[0] | params[1])
         return Form(layout, GatedOperands.stacked(*(packed_operand(layout, part, how) for part in shapes)))
     if name == "bf16":
         layout = ExpertLayout.of({part: (torch.bfloat16, shape) for part, shape in shapes.items()})

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from offmoe.compute.kernels.cpu import GatedExpert, Glu, NativeKernels, Rows, physical_cores
 from offmoe.compute.kernels.library import status
 from offmoe.device.arena import SlotArena, map_pages
-from offmoe.quant.packed_weight import PackedWeight, WeightFormat, fp8, int4, record_layout
+from offmoe.quant.packed_weight import PackedWeight, WeightFormat, fp8, int4
 from offmoe.storage.layout import ExpertLayout
 
 GROUP, FP8_GROUP = 64, 128
@@ -60,7 +60,8 @@ QWEN3 = Shape("qwen3", 2048, 768, 64)
 def packed_experts(shape: Shape, how: WeightFormat) -> tuple[list[GatedExpert], int]:
     """Random experts, and the bytes of one. fp8 is what a normal distribution becomes, with 448 at 4.5 deviations."""
     sizes = {"gate_up_proj": (2 * shape.ff, shape.hidden), "down_proj": (shape.hidden, shape.ff)}
-    layout = record_layout(sizes, how)
+    params = [how.params(name, rows, cols, tiled=True) for name, (rows, cols) in sizes.items()]
+    layout = ExpertLayout.of(params[0] | params[1])
     experts = []
     for record in _slots(layout, shape.experts):
         views = layout.views(record)

@@ -32,7 +32,7 @@ from offmoe.device.arena import SlotArena
 from offmoe.device.backend import CpuBackend
 from offmoe.policy.planner import build_planner
 from offmoe.storage.checkpoint import Checkpoint
-from offmoe.storage.layout import Assembly, ExpertLayout, ExpertRecord, Part
+from offmoe.storage.layout import Assembly, Destination, ExpertLayout, ExpertRecord
 from offmoe.storage.store import ExpertStore
 from offmoe.transfer.engine import TransferEngine
 from offmoe.types import Access, CacheShape, Demand, ExpertKey, Fetch, Plan
@@ -66,7 +66,7 @@ class Rig:
         self.backend = CpuBackend()
         self.store = ExpertStore(checkpoint.shards, records)
         self.arena = SlotArena(self.backend.allocate, [self.layout] * slots)
-        assembly = Assembly((Part("weight", 0, 0),))
+        assembly = Assembly((Destination("weight", 0, 0),))
         self.engine = TransferEngine(self.store, self.arena, self.backend, [self.layout] * LAYERS, [assembly] * LAYERS)
         self.hidden = torch.randn(TOKENS, HIDDEN, dtype=torch.bfloat16)
 

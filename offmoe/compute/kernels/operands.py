@@ -138,7 +138,7 @@ class GatedOperands:
 
 
 def packed_operand(layout: ExpertLayout, name: str, how: WeightFormat) -> Operand:
-    """The weight `name` of a record of `offmoe.quant.packed_weight.record_layout`, in tiles or row by row."""
+    """The weight `name` of a layout made of `WeightFormat.params`, in tiles or row by row."""
     params = _by_name(layout)
     words, scales = params[name], params[name + SCALES]
     tiled = len(words.shape) == 3

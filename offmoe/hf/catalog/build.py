@@ -23,13 +23,13 @@ from torch import nn
 from offmoe.errors import CheckpointError, MissingTensorError, UnsupportedModelError
 from offmoe.hf.adapters.find import Place, expert_parameters, find_experts, find_top_k, require_adapter
 from offmoe.hf.catalog.catalog import CatalogLayer, ExpertCatalog
-from offmoe.hf.catalog.convert import ExpertConversion, Group, Kind, Value, parts_of, trace, trace_share
+from offmoe.hf.catalog.convert import ExpertConversion, Group, Kind, Value, destinations_of, trace, trace_share
 from offmoe.hf.catalog.dense_view import DenseView
 from offmoe.hf.catalog.shared_lists import check_count, divide, repeat_tied
 from offmoe.hf.upstream import MappedName, map_names
 from offmoe.quant import RawSlot, raw_slot
 from offmoe.storage.checkpoint import Checkpoint
-from offmoe.storage.layout import Assembly, ExpertLayout, ExpertRecord, Part
+from offmoe.storage.layout import Assembly, Destination, ExpertLayout, ExpertRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -134,7 +134,7 @@ class _Builder:
         self._check_present(name, tuple(per_expert), groups)
         kinds = [[self._kind(group, names, num_experts) for names in group.names.values()] for group in groups]
         flat = [k for kind in kinds for k in kind]
-        parts: list[Part] = []
+        parts: list[Destination] = []
         dtypes: dict[str, torch.dtype] = {}
         for group, kind in zip(groups, kinds, strict=True):
             param = group.target.removeprefix(f"{name}.")
@@ -143,12 +143,12 @@ class _Builder:
             if value is None:
                 break
             self._check_tiling(group, kind, value, per_expert[param], num_experts)
-            made = parts_of(param, value)
+            made = destinations_of(param, value)
             if made is None:
                 break
             parts += made
         if len(parts) == sum(len(group.names) for group in groups):
-            assembly = Assembly(parts=tuple(parts))
+            assembly = Assembly(destinations=tuple(parts))
         else:
             conversion = ExpertConversion(self.model, name, per_expert, groups)
             structure = (tuple((id(g.converter), g.per_expert) for g in groups), tuple(flat), tuple(per_expert.items()))

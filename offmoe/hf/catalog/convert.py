@@ -21,7 +21,7 @@ import torch
 from offmoe.errors import CheckpointError, UnsupportedModelError
 from offmoe.hf.upstream import Concat, Merge, Swap, WeightConverter, run_converter, steps
 from offmoe.quant import Encoding
-from offmoe.storage.layout import Part
+from offmoe.storage.layout import Destination
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -213,9 +213,9 @@ def _swapped(value: Value) -> Value:
     return Value(swap(value.shape), tuple(blocks))
 
 
-def parts_of(param: str, value: Value) -> list[Part] | None:
+def destinations_of(param: str, value: Value) -> list[Destination] | None:
     """Where each source goes in the parameter of one expert; None if a block is cut in two dimensions."""
-    out: dict[int, Part] = {}
+    out: dict[int, Destination] = {}
     for block in value.blocks:
         if sum(start > 0 for start in block.start) > 1:
             return None
@@ -223,7 +223,7 @@ def parts_of(param: str, value: Value) -> list[Part] | None:
         start = block.start[dim + 1] if len(block.start) > 1 else 0
         if block.swapped:
             dim = 1 - dim  # counted in the transpose, which is what the source looks like
-        out[block.source] = Part(param, dim, start, block.swapped)
+        out[block.source] = Destination(param, dim, start, block.swapped)
     return [out[source] for source in sorted(out)]
 
 

@@ -239,7 +239,7 @@ class _Reading:
                 "config.json and the shards are not of the same model, or the download is damaged"
             ) from error
         encoding, shape = self.checked[encoding]
-        return Encoded(encoding, {part: names[part] for part, _ in encoding.parts}, stacked, shape)
+        return Encoded(encoding, {part: names[part] for part, _ in encoding.components}, stacked, shape)
 
     def _check(self, name: str, names: Mapping[str, str], codec: Codec, specs: Mapping[str, Spec]) -> None:
         absent, unknown = sorted(codec.required - specs.keys()), sorted(specs.keys() - codec.required)
@@ -280,7 +280,7 @@ DECODED = torch.bfloat16
 def _describe(encoding: Encoding | None) -> str:
     if encoding is None:
         return "not quantized"
-    parts = ", ".join(f"{name} {list(spec.shape)}" for name, spec in encoding.parts)
+    parts = ", ".join(f"{name} {list(spec.shape)}" for name, spec in encoding.components)
     return f"{encoding.codec.name} ({parts})"
 
 

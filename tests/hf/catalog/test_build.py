@@ -75,7 +75,7 @@ def test_gate_and_up_are_blocks_of_one_parameter(tmp_path: Path) -> None:
     layer = open_catalog(tmp_path)[1].layers[0]
     blocks = {
         segment.name.split(".")[-2]: (part.param, part.dim, part.start)
-        for segment, part in zip(layer.records[0].segments, layer.assembly.parts, strict=True)
+        for segment, part in zip(layer.records[0].segments, layer.assembly.destinations, strict=True)
     }
     assert blocks == {"w1": ("gate_up_proj", 0, 0), "w3": ("gate_up_proj", 0, 48), "w2": ("down_proj", 0, 0)}
 
@@ -99,7 +99,7 @@ def test_transposed_checkpoints_are_strided_copies(tmp_path: Path) -> None:
         },
     )
     catalog = assert_same_experts(tmp_path, model)
-    assert all(part.transposed for layer in catalog.layers for part in layer.assembly.parts)
+    assert all(part.transposed for layer in catalog.layers for part in layer.assembly.destinations)
 
 
 def test_top_k_is_found_on_modules_before_configs() -> None:

@@ -10,10 +10,10 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.core_model_loading import Concatenate, ConversionOps, Interleave, MergeModulelist, Transpose
 
 from offmoe.errors import CheckpointError, UnsupportedModelError
-from offmoe.hf.catalog.convert import Block, ExpertConversion, Group, Kind, Share, parts_of, trace, trace_share
+from offmoe.hf.catalog.convert import Block, ExpertConversion, Group, Kind, Share, destinations_of, trace, trace_share
 from offmoe.hf.load.load import build_meta, model_class
 from offmoe.hf.upstream import Concat, Merge, Swap, WeightConverter, steps
-from offmoe.storage.layout import Assembly, ExpertLayout, Part, Segment
+from offmoe.storage.layout import Assembly, Destination, ExpertLayout, Segment
 from tests import tiny
 
 UP, DOWN = "layer.experts.gate_up_proj", "layer.experts.down_proj"
@@ -53,14 +53,14 @@ def test_merge_and_concatenate_are_blocks() -> None:
     assert value is not None
     assert value.shape == (1, 8, 4)
     assert value.blocks == (Block(0, (0, 0, 0), (1, 3, 4)), Block(1, (0, 3, 0), (1, 5, 4)))
-    assert parts_of("p", value) == [Part("p", 0, 0), Part("p", 0, 3)]
+    assert destinations_of("p", value) == [Destination("p", 0, 0), Destination("p", 0, 3)]
 
 
 def test_order_is_the_converters_not_the_files() -> None:
     group = Group(UP, converter(["*.b", "*.a"], [MergeModulelist(0), Concatenate(1)]), {"*.a": ["x"], "*.b": ["y"]})
     value = trace(group, [(3, 4), (5, 4)], (1, 8, 4))
     assert value is not None
-    assert parts_of("p", value) == [Part("p", 0, 5), Part("p", 0, 0)]
+    assert destinations_of("p", value) == [Destination("p", 0, 5), Destination("p", 0, 0)]
 
 
 def test_concatenated_then_transposed_is_placed_like_stock() -> None:
@@ -69,14 +69,14 @@ def test_concatenated_then_transposed_is_placed_like_stock() -> None:
     group = Group(UP, made, {"*.w1": ["x"], "*.w3": ["y"]})
     value = trace(group, [(4, 3), (4, 5)], (1, 8, 4))
     assert value is not None
-    parts = parts_of("gate_up_proj", value)
-    assert parts == [Part("gate_up_proj", 1, 0, True), Part("gate_up_proj", 1, 3, True)]
+    parts = destinations_of("gate_up_proj", value)
+    assert parts == [Destination("gate_up_proj", 1, 0, True), Destination("gate_up_proj", 1, 3, True)]
     sources = [torch.randn(4, 3), torch.randn(4, 5)]
     segments = [Segment(0, 0, t.nbytes, t.dtype, tuple(t.shape), "") for t in sources]
     layout = ExpertLayout.of({"gate_up_proj": (torch.float32, (8, 4))})
     views = layout.views(torch.zeros(layout.nbytes, dtype=torch.uint8))
     raw = [t.view(-1).view(torch.uint8) for t in sources]
-    Assembly(parts=tuple(parts)).place(segments, raw, views, lambda into, source: into.copy_(source))
+    Assembly(destinations=tuple(parts)).place(segments, raw, views, lambda into, source: into.copy_(source))
     stock = conversion(group, (8, 4))(sources)["gate_up_proj"]
     assert torch.equal(views["gate_up_proj"], stock)
 
@@ -86,8 +86,8 @@ def test_transpose_with_check_depends_on_the_shape() -> None:
     as_is, turned = trace(group, [(3, 4)], (1, 3, 4)), trace(group, [(4, 3)], (1, 3, 4))
     assert as_is is not None
     assert turned is not None
-    assert parts_of("p", as_is) == [Part("p", 0, 0, False)]
-    assert parts_of("p", turned) == [Part("p", 1, 0, True)]
+    assert destinations_of("p", as_is) == [Destination("p", 0, 0, False)]
+    assert destinations_of("p", turned) == [Destination("p", 1, 0, True)]
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_share_of_a_divided_list_is_blocks(number: int, dim: int, shape: tuple[i
     group, meta = shared_group(Divided(runs=True, dim=dim), number)
     value = trace_share(group, [Kind((4, 4), torch.bfloat16)] * 2, shape, meta)
     assert value.shape == (1, *shape)
-    assert parts_of("p", value) == [Part("p", dim - 1, 0), Part("p", dim - 1, 4)]
+    assert destinations_of("p", value) == [Destination("p", dim - 1, 0), Destination("p", dim - 1, 4)]
 
 
 def test_list_divided_otherwise_is_refused() -> None:
