@@ -168,7 +168,7 @@ def load(
         )
         closing.insert(0, transfer.close)
         closing.append(arena.close)
-        decodings, kernels = [layer.decode for layer in catalog.layers], [layer.kernel for layer in catalog.layers]
+        decodings, kernels = [layer.decode for layer in catalog.layers], [layer.cpu_slot for layer in catalog.layers]
         compute = build_compute(
             arena,
             layouts,

@@ -10,7 +10,7 @@ import torch
 
 from offmoe.compute.kernels.cpu import Glu
 from offmoe.compute.kernels.device import Pairs
-from offmoe.compute.kernels.operands import GatedOperands, coded_operand, float_operand, packed_operand
+from offmoe.compute.kernels.operands import GatedOperands, Operand, coded_operand, float_operand, packed_operand
 from offmoe.pack.quantizer import quantize
 from offmoe.quant import Mxfp4, PackedInt, ScaledFloat
 from offmoe.quant.packed_weight import INT8, MXFP4, PackedWeight, WeightFormat, int4
@@ -45,6 +45,14 @@ class Format:
     fill: Callable[[Views], Expert]
 
 
+def stacked(gate_up: Operand, down: Operand, interleaved: bool = False) -> GatedOperands:
+    """gate_up [2 I, H]: gate first, or gate and up in turns."""
+    half = gate_up.rows // 2
+    if interleaved:
+        return GatedOperands(gate_up.part(half, 0, 2), gate_up.part(half, 1, 2), down)
+    return GatedOperands(gate_up.part(half, 0), gate_up.part(half, half), down)
+
+
 def packed(how: WeightFormat, hidden: int, inner: int, tiled: bool = True) -> Format:
     params = how.params("gate_up", 2 * inner, hidden, tiled) | how.params("down", hidden, inner, tiled)
     layout = ExpertLayout.of(params)
@@ -59,7 +67,7 @@ def packed(how: WeightFormat, hidden: int, inner: int, tiled: bool = True) -> Fo
         return Expert(*found[0].chunk(2), found[1])
 
     gate_up, down = packed_operand(layout, "gate_up", how), packed_operand(layout, "down", how)
-    return Format(layout, GatedOperands.stacked(gate_up, down), fill)
+    return Format(layout, stacked(gate_up, down), fill)
 
 
 def random_mxfp4(rows: int, cols: int) -> PackedWeight:
@@ -78,7 +86,7 @@ def floats(dtype: torch.dtype, hidden: int, inner: int, transposed: bool = False
         return Expert(*gate_up.chunk(2), down)
 
     gate_up, down = (float_operand(param, transposed) for param in layout.params)
-    return Format(layout, GatedOperands.stacked(gate_up, down), fill)
+    return Format(layout, stacked(gate_up, down), fill)
 
 
 def fp8(block: tuple[int, int] | None, hidden: int, inner: int) -> Format:
@@ -131,7 +139,7 @@ def gpt_oss(hidden: int, inner: int) -> Format:
         coded_operand(codec, {c: params[f"{n}.{c}"] for c in ("blocks", "scales")}).with_bias(params[f"{n}.bias"])
         for n in ("gate_up", "down")
     )
-    return Format(layout, GatedOperands.stacked(gate_up, down, interleaved=True), fill)
+    return Format(layout, stacked(gate_up, down, interleaved=True), fill)
 
 
 def compressed_tensors(bits: int, group: int | None, hidden: int, inner: int) -> Format:

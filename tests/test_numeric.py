@@ -15,7 +15,7 @@ import torch
 import offmoe
 from offmoe.budget.inspect import inspect
 from offmoe.compute.compute import KernelCompute, TorchCompute
-from offmoe.compute.cpu_slot import KernelSlot
+from offmoe.compute.cpu_slot import CpuSlot
 from offmoe.compute.kernels.cpu import GatedExpert, Glu, NativeKernels, Rows, TorchKernels
 from offmoe.compute.kernels.library import KernelStatus, status
 from offmoe.config import OffloadConfig
@@ -23,6 +23,7 @@ from offmoe.device.arena import SlotArena
 from offmoe.device.backend import CpuBackend
 from offmoe.errors import CheckpointError, OffmoeError
 from offmoe.hf.catalog import catalog
+from offmoe.hf.catalog.build import build_catalog
 from offmoe.pack.pack import pack, weight_format
 from offmoe.simulate.replay import replay
 from offmoe.storage.layout import Assembly, ExpertLayout
@@ -242,6 +243,11 @@ def test_every_wait_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     right, _ = run(folder, experts="int4")
     backend = DeferredBackend()
     monkeypatch.setattr("offmoe.budget.inspect.select_backend", lambda device: backend)
+    # The C kernels are for devices whose memory is the host's, which the double is not.
+    monkeypatch.setattr(
+        "offmoe.budget.inspect.build_catalog",
+        lambda checkpoint, meta: build_catalog(checkpoint, meta).for_kernels(meta),
+    )
     for slots, prefetch in ((2, 0), (3, 2)):
         assert torch.equal(run(folder, slots=slots, prefetch=prefetch, experts="int4")[0], right)
 
@@ -289,11 +295,11 @@ def test_closing_waits_for_the_call_under_way() -> None:
         def close(self) -> None:
             self.closed = True
 
-    class Slot(KernelSlot):
+    class Slot(CpuSlot):
         def expert(self, views: object) -> GatedExpert:
             return GatedExpert(*[torch.zeros(16, 32)] * 3)
 
-    slot = Slot(layout, Assembly(), (None,) * 3, Glu(), False)
+    slot = Slot(layout, Assembly(), (), Glu(), False)
     kernels = Kernels()
     compute = KernelCompute(kernels, arena, [slot], TorchCompute(arena, [layout], [None], torch.float32))
     with ThreadPoolExecutor(2) as pool:

@@ -95,8 +95,8 @@ def _layer_bytes(layer: DenseLayer, dtype: torch.dtype, stored: torch.dtype | No
 
 
 def _computing_bytes(layer: CatalogLayer, dtype: torch.dtype) -> int:
-    if layer.kernel is not None:
-        return layer.kernel.working_bytes()
+    if layer.cpu_slot is not None:
+        return layer.cpu_slot.working_bytes()
     return _cast_bytes(layer.layout, dtype) if layer.decode is None else layer.decode.nbytes(dtype)
 
 

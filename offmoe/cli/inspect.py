@@ -104,7 +104,7 @@ def _kernels_in_figures(found: Survey) -> dict[str, object]:
         return {"kernel_layers": None, "without_kernels": []}
     layers = found.catalog.layers
     reasons = dict.fromkeys(layer.without_kernel for layer in layers if layer.without_kernel)
-    return {"kernel_layers": sum(layer.kernel is not None for layer in layers), "without_kernels": list(reasons)}
+    return {"kernel_layers": sum(layer.cpu_slot is not None for layer in layers), "without_kernels": list(reasons)}
 
 
 def _computed(found: Survey) -> str:
@@ -115,7 +115,7 @@ def _computed(found: Survey) -> str:
     if not isinstance(found, Inspected):
         return "by kernels where there are any, sums in another order"
     layers = found.catalog.layers
-    number = sum(layer.kernel is not None for layer in layers)
+    number = sum(layer.cpu_slot is not None for layer in layers)
     reasons = ", ".join(dict.fromkeys(layer.without_kernel for layer in layers if layer.without_kernel))
     if number == len(layers):
         return f"by the CPU's kernels, {found.config.activations} activations, sums in another order"

@@ -20,14 +20,14 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from offmoe.compute.cpu_slot import KernelSlot
-from offmoe.compute.gpu_slot import device_form, form_of_tiles
+from offmoe.compute.cpu_slot import CpuSlot
+from offmoe.compute.gpu_slot import gpu_slot
 from offmoe.compute.kernels import ExpertMath, GatedFFN, expert_ffn
 from offmoe.compute.kernels.autocast import autocast_enabled
 from offmoe.compute.kernels.cpu import CpuKernels, Rows, cpu_kernels, physical_cores
 from offmoe.compute.kernels.device import DeviceKernels, Pairs, available
 from offmoe.device.arena import SlotArena
-from offmoe.errors import OffmoeError
+from offmoe.errors import OffmoeError, UnsupportedModelError
 from offmoe.quant import ExpertDecoding
 from offmoe.storage.layout import ExpertLayout
 from offmoe.transfer.arrival import Arriving
@@ -156,7 +156,7 @@ class KernelCompute(ExpertCompute):
     """
 
     def __init__(
-        self, kernels: CpuKernels, arena: SlotArena, slots: Sequence[KernelSlot | None], otherwise: ExpertCompute
+        self, kernels: CpuKernels, arena: SlotArena, slots: Sequence[CpuSlot | None], otherwise: ExpertCompute
     ) -> None:
         """slots: how each layer's experts stand; None: `otherwise` computes them. kernels: closed with this."""
         self._kernels, self._arena, self._otherwise = kernels, arena, otherwise
@@ -259,14 +259,12 @@ class DeviceCompute(ExpertCompute):
 
 
 class StoredLayer(Protocol):
-    """How experts of one layer stand in slots: as they are at rest (`decode` says how), or in tiles (`kernel`)."""
+    """How experts of one layer stand in slots: as they are at rest; `decode` says how."""
 
     @property
     def layout(self) -> ExpertLayout: ...
     @property
     def decode(self) -> ExpertDecoding | None: ...
-    @property
-    def kernel(self) -> KernelSlot | None: ...
 
 
 def device_compute(
@@ -282,9 +280,10 @@ def device_compute(
     kernels: list[DeviceKernels | None] = []
     reasons: Counter[str] = Counter()
     for layer, math in zip(layers, maths, strict=True):
-        form = form_of_tiles(layer.kernel) if layer.kernel else device_form(layer.layout, layer.decode, math)
-        if isinstance(form, str):
-            reasons[form] += 1
+        try:
+            form = gpu_slot(layer.layout, layer.decode, math)
+        except UnsupportedModelError as error:
+            reasons[str(error)] += 1
             kernels.append(None)
         else:
             kernels.append(DeviceKernels(form.operands, form.glu, arena.memory, arena.starts))
@@ -297,7 +296,7 @@ def build_compute(
     arena: SlotArena,
     layouts: Sequence[ExpertLayout],
     decodings: Sequence[ExpertDecoding | None],
-    slots: Sequence[KernelSlot | None],
+    slots: Sequence[CpuSlot | None],
     *,
     dtype: torch.dtype,
     int8_activations: bool = False,

@@ -151,12 +151,6 @@ class PackedWeight:
         """The same words row by row, for disk."""
         return self._each(to_rows) if self.is_tiled else self
 
-    def row_range(self, start: int, stop: int) -> PackedWeight:
-        """Rows [start, stop), whole tiles; no bytes move."""
-        assert start % TILE_ROWS == stop % TILE_ROWS == 0, (start, stop)
-        unit = TILE_ROWS if self.is_tiled else 1
-        return self._each(lambda part: part[start // unit : stop // unit])
-
     def values(self) -> torch.Tensor:
         """The weight itself, float32 [rows, cols]: what every kernel is checked against."""
         rows = self.by_row()

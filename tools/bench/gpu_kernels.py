@@ -14,7 +14,7 @@ import torch
 
 from offmoe.compute.kernels.cpu import Glu
 from offmoe.compute.kernels.device import DECODE_PAIRS, DeviceKernels, Pairs, available
-from offmoe.compute.kernels.operands import GatedOperands, coded_operand, float_operand, packed_operand
+from offmoe.compute.kernels.operands import GatedOperands, Operand, coded_operand, float_operand, packed_operand
 from offmoe.device.arena import SlotArena
 from offmoe.device.backend import select_backend
 from offmoe.pack.quantizer import quantize
@@ -84,10 +84,10 @@ def form(name: str, hidden: int, inner: int) -> Form:
     if how is not None:
         params = [how.params(part, rows, cols, tiled=True) for part, (rows, cols) in shapes.items()]
         layout = ExpertLayout.of(params[0] | params[1])
-        return Form(layout, GatedOperands.stacked(*(packed_operand(layout, part, how) for part in shapes)))
+        return Form(layout, _halves(*(packed_operand(layout, part, how) for part in shapes)))
     if name == "bf16":
         layout = ExpertLayout.of({part: (torch.bfloat16, shape) for part, shape in shapes.items()})
-        return Form(layout, GatedOperands.stacked(*map(float_operand, layout.params)))
+        return Form(layout, _halves(*map(float_operand, layout.params)))
     wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for part, (rows, cols) in shapes.items():
         wanted[part + ".weight"] = torch.float8_e4m3fn, (rows, cols)
@@ -95,7 +95,12 @@ def form(name: str, hidden: int, inner: int) -> Form:
     layout = ExpertLayout.of(wanted)
     params = {param.name: param for param in layout.params}
     made = (coded_operand(FP8, {c: params[f"{part}.{c}"] for c in ("weight", "scale")}) for part in shapes)
-    return Form(layout, GatedOperands.stacked(*made))
+    return Form(layout, _halves(*made))
+
+
+def _halves(gate_up: Operand, down: Operand) -> GatedOperands:
+    half = gate_up.rows // 2
+    return GatedOperands(gate_up.part(half, 0), gate_up.part(half, half), down)
 
 
 def fill(name: str, views: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:

@@ -59,9 +59,9 @@ QWEN3 = Shape("qwen3", 2048, 768, 64)
 
 def packed_experts(shape: Shape, how: WeightFormat) -> tuple[list[GatedExpert], int]:
     """Random experts, and the bytes of one. fp8 is what a normal distribution becomes, with 448 at 4.5 deviations."""
-    sizes = {"gate_up_proj": (2 * shape.ff, shape.hidden), "down_proj": (shape.hidden, shape.ff)}
+    sizes = {"gate": (shape.ff, shape.hidden), "up": (shape.ff, shape.hidden), "down": (shape.hidden, shape.ff)}
     params = [how.params(name, rows, cols, tiled=True) for name, (rows, cols) in sizes.items()]
-    layout = ExpertLayout.of(params[0] | params[1])
+    layout = ExpertLayout.of(params[0] | params[1] | params[2])
     experts = []
     for record in _slots(layout, shape.experts):
         views = layout.views(record)
@@ -72,8 +72,7 @@ def packed_experts(shape: Shape, how: WeightFormat) -> tuple[list[GatedExpert], 
             else:
                 views[name].random_(-(2**31), 2**31 - 1)
             views[f"{name}.scales"].uniform_(1e-3, 2e-3)
-        gate_up, down = (PackedWeight.of(how, name, views) for name in sizes)
-        experts.append(GatedExpert.stacked(gate_up, down))
+        experts.append(GatedExpert(*(PackedWeight.of(how, name, views) for name in sizes)))
     return experts, layout.nbytes
 
 
@@ -85,7 +84,7 @@ def bf16_experts(shape: Shape) -> tuple[list[GatedExpert], int]:
         views = layout.views(record)
         for view in views.values():
             view.uniform_(-0.02, 0.02)
-        experts.append(GatedExpert.stacked(views["gate_up_proj"], views["down_proj"]))
+        experts.append(GatedExpert(*views["gate_up_proj"].chunk(2), views["down_proj"]))
     return experts, layout.nbytes
 
 

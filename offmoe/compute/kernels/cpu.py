@@ -73,15 +73,6 @@ class GatedExpert:
     up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
 
-    @classmethod
-    def stacked(cls, gate_up: Weight, down: Weight) -> GatedExpert:
-        """From transformers' gate_up_proj [2 I, H], gate first; no bytes move."""
-        if isinstance(gate_up, PackedWeight):
-            half = gate_up.rows // 2
-            return cls(gate_up.row_range(0, half), gate_up.row_range(half, 2 * half), down)
-        gate, up = gate_up.chunk(2)
-        return cls(gate, up, down)
-
 
 class CpuKernels(ABC):
     """Computes experts; a context manager. Prepared functions must not be used after `close`."""

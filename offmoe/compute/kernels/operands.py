@@ -115,14 +115,6 @@ class GatedOperands:
         assert (gate.kind, gate.rows, gate.cols) == (up.kind, up.rows, up.cols), "gate and up differ"
         assert (down.rows, down.cols) == (up.cols, up.rows), "down does not take what up gives"
 
-    @classmethod
-    def stacked(cls, gate_up: Operand, down: Operand, interleaved: bool = False) -> GatedOperands:
-        """From gate_up_proj [2 I, H]: gate first, or (gpt-oss) gate and up in turns."""
-        half = gate_up.rows // 2
-        if interleaved:
-            return cls(gate_up.part(half, 0, 2), gate_up.part(half, 1, 2), down)
-        return cls(gate_up.part(half, 0), gate_up.part(half, half), down)
-
     @property
     def hidden(self) -> int:
         return self.down.rows

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from offmoe.compute.cpu_slot import KernelSlot, kernel_slot
+from offmoe.compute.cpu_slot import CpuSlot, cpu_slot
 from offmoe.compute.kernels.library import status
+from offmoe.errors import UnsupportedModelError
 from offmoe.hf.adapters.find import find_experts, require_adapter
 from offmoe.hf.catalog.dense_view import DenseView
 from offmoe.quant import ExpertDecoding
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 class CatalogLayer:
     """One MoE layer: `name` is the module path of its experts module, `records[e]` is expert e at rest.
 
-    decode: from what slots hold to the parameters, if that is something else. kernel: how slots stand for kernels, if
-    they do; without_kernel: why they do not, once that was asked.
+    decode: from a slot to the parameters, if slots hold something else. cpu_slot: how experts stand in slots for the C
+    kernels, if these compute them; without_kernel: the reason why not, after `for_kernels`.
     """
 
     name: str
@@ -38,7 +39,7 @@ class CatalogLayer:
     assembly: Assembly
     records: tuple[ExpertRecord, ...]
     decode: ExpertDecoding | None = None
-    kernel: KernelSlot | None = None
+    cpu_slot: CpuSlot | None = None
     without_kernel: str | None = None
 
 
@@ -69,7 +70,7 @@ class ExpertCatalog:
     def formats(self) -> tuple[str, ...]:
         """Names of the quantized formats that experts are in."""
         leaves = (leaf for layer in self.layers if layer.decode for leaf in layer.decode.leaves)
-        stored = {name for layer in self.layers if layer.kernel for name in layer.kernel.stored}
+        stored = {name for layer in self.layers if layer.cpu_slot for name in layer.cpu_slot.stored}
         return tuple(sorted(stored | {leaf.codec.name for leaf in leaves if leaf.codec}))
 
     def moved(self, checkpoint: Checkpoint) -> ExpertCatalog:
@@ -78,16 +79,17 @@ class ExpertCatalog:
 
     def for_kernels(self, meta_model: PreTrainedModel) -> ExpertCatalog:
         """The same with slots that the CPU's kernels read, where they can. meta_model: with its experts."""
-        available, layers = status(), []
+        kernels, layers = status(), []
         for layer, module in zip(self.layers, find_experts(meta_model).values(), strict=True):
-            found: KernelSlot | str = available.message
-            if available.library is not None:
+            try:
+                if kernels.library is None:
+                    raise UnsupportedModelError(kernels.message)
                 math = require_adapter(module).math(module)
-                found = kernel_slot(layer.layout, layer.assembly, layer.decode, layer.records[0].segments, math)
-            if isinstance(found, str):
-                layers.append(replace(layer, without_kernel=found))
+                slot = cpu_slot(layer.layout, layer.assembly, layer.decode, layer.records[0].segments, math)
+            except UnsupportedModelError as error:
+                layers.append(replace(layer, without_kernel=str(error)))
             else:
-                layers.append(replace(layer, layout=found.layout, assembly=found.assembly, decode=None, kernel=found))
+                layers.append(replace(layer, layout=slot.layout, assembly=slot.assembly, decode=None, cpu_slot=slot))
         return replace(self, layers=tuple(layers))
 
     @cached_property

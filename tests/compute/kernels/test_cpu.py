@@ -292,17 +292,6 @@ def test_reading_memory() -> None:
         native.read(torch.zeros(3, dtype=torch.uint8))
 
 
-def test_a_stacked_expert_is_its_halves() -> None:
-    gate_up, down = random_weight(int4(), 64, 64), random_weight(int4(), 64, 64)
-    assert isinstance(gate_up, PackedWeight)
-    expert = GatedExpert.stacked(gate_up, random_weight(int4(32), 64, 32))
-    assert torch.equal(values(expert.gate), values(gate_up)[:32])
-    assert torch.equal(values(expert.up), values(gate_up)[32:])
-    plain = GatedExpert.stacked(torch.arange(8.0).view(4, 2), down)
-    assert isinstance(plain.up, torch.Tensor)
-    assert plain.up.tolist() == [[4, 5], [6, 7]]
-
-
 def test_there_are_kernels_everywhere() -> None:
     with cpu_kernels(threads=1) as kernels:
         weight = random_weight(int4(), 16, 64)
