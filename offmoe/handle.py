@@ -25,9 +25,7 @@ from offmoe.budget.device import MemoryPlan
 from offmoe.config import OffloadConfig
 from offmoe.errors import CapacityError, ConfigError, OffmoeError
 from offmoe.hf.predict.wiring import RouterWiring, WiringRecorder
-from offmoe.profile import CostModel, Profile
 from offmoe.runtime.executor import ExpertExecutor, Predictor
-from offmoe.simulate.fit_costs import TimedStep, corrected
 from offmoe.trace.recorder import TraceWriter
 from offmoe.transfer.engine import Reader
 from offmoe.types import CacheStats
@@ -118,36 +116,6 @@ class Offload:
 
     def reset_stats(self) -> None:
         self._baseline = self._executor.stats.copy()
-
-    @property
-    def begins_early(self) -> bool:
-        """Whether experts have been computed with while they arrived: less is left to do then when they are there."""
-        return self._executor.begins_early
-
-    def timed_steps(self) -> tuple[TimedStep, ...]:
-        """The latest decoding steps of one sequence, a few thousand layers of them at most: what they asked for, what
-        was done about it, how long they took and waited. On a device of its own, until all work was given to it.
-        """
-        return tuple(self._executor.timed)
-
-    def forget_times(self) -> None:
-        """Let `timed_steps` begin anew."""
-        self._executor.timed.clear()
-
-    def corrected_costs(self, costs: CostModel | None = None) -> CostModel:
-        """The costs of the profile, or these, such that the simulator takes as long for the latest decoding steps as
-        they took. For the next load: `dataclasses.replace(profile, costs=...).write(path)`; nothing changes in this
-        model. ConfigError where there are no costs.
-        """
-        profile = self.config.profile
-        if costs is None and isinstance(profile, Profile):
-            costs = profile.costs
-        if costs is None:
-            raise ConfigError(
-                "there are no costs to correct: load the model with a profile= that 'offmoe calibrate' wrote, or give "
-                "costs."
-            )
-        return corrected(costs, self._executor.shape, self.timed_steps())
 
     def predict_with(self, predictor: Predictor) -> None:
         """Let `predictor` say what the next layer will want, in place of that layer's own router."""
@@ -272,14 +240,12 @@ class Offload:
             trace.begin_step(batch * length, request, token)
         self._encoded = is_encoder
         if self._prediction is None:
-            with self._executor.step(batch * length):
-                yield
+            yield
             return
         self._prediction.begin()
         complete = False
         try:
-            with self._executor.step(batch * length):
-                yield
+            yield
             complete = not is_encoder
         finally:
             self._prediction.end(complete)

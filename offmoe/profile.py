@@ -18,6 +18,10 @@ from offmoe.files import replacing
 
 CACHE_OPTIONS = ("eviction", "scope", "slots_per_layer", "prefetch", "half_life", "popularity", "host_slots", "on_miss")
 PARTS = ("cache", "costs", "expected")
+RETIRED_COSTS = frozenset(
+    {"expert_us_device_4", "expert_us_device_overlapped", "disk_gb_s_overlapped", "h2d_gb_s_overlapped"}
+)
+"""Figures that older profiles hold. No price was ever computed from them, so they are no longer measured."""
 
 DEFAULT_HANDOFF_US = 50.0
 
@@ -72,11 +76,12 @@ class CostModel:
 
     disk_gb_s: reading experts, GB/s (10^9). h2d_gb_s: host to device; None: slots are in RAM, nothing is copied.
     read_latency_us: of one fetch, beside its bytes. expert_us_device: one expert on one token. dense_us_per_token:
-    everything but the experts, all layers together. expert_us_host: one expert on one token on the CPU. ..._4: on four
-    tokens. ..._overlapped: the same while experts are read (and copied) and computed at once. ram_gb_s: copies within
-    RAM, which slots in RAM are filled by. expert_us_landed: what of expert_us_device is left when all of a large expert
-    has landed, told from its size, where computing begins before; None: all of it. fetch_us: what one fetch costs the
-    thread that computes beside waiting for it: asking, and giving way to the threads that bring it."""
+    everything but the experts, all layers together. expert_us_host: one expert on one token on the CPU.
+    expert_us_host_4: on four tokens. expert_us_host_overlapped: on one token while experts are copied or read.
+    ram_gb_s: copies within RAM, which slots in RAM are filled by. expert_us_landed: the part of expert_us_device that
+    is left when all of a large expert has landed, estimated from its size, where computing begins before; None: all of
+    it. fetch_us: the time that one fetch takes from the computing thread beyond waiting; 0 unless a profile names it.
+    """
 
     disk_gb_s: float
     expert_us_device: float
@@ -84,11 +89,7 @@ class CostModel:
     h2d_gb_s: float | None = None
     read_latency_us: float = 0.0
     ram_gb_s: float | None = None
-    expert_us_device_4: float | None = None
     expert_us_host: float | None = None
-    disk_gb_s_overlapped: float | None = None
-    h2d_gb_s_overlapped: float | None = None
-    expert_us_device_overlapped: float | None = None
     expert_us_host_4: float | None = None
     expert_us_host_overlapped: float | None = None
     expert_us_landed: float | None = None
@@ -129,7 +130,8 @@ class CostModel:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> CostModel:
-        """Of a profile; ConfigError for unknown and for absent names."""
+        """Costs of a profile file. ConfigError for an unknown or a missing name; RETIRED_COSTS are ignored."""
+        values = {name: value for name, value in values.items() if name not in RETIRED_COSTS}
         known = {f.name for f in fields(cls)}
         for name in sorted(set(values) - known):
             raise ConfigError(f"costs: {name!r} is unknown; known: {', '.join(sorted(known))}.")

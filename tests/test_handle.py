@@ -19,8 +19,6 @@ from offmoe.api import load
 from offmoe.budget.inspect import inspect
 from offmoe.config import OffloadConfig
 from offmoe.errors import CapacityError, ConfigError, OffmoeError, ShardChangedError
-from offmoe.profile import CostModel, Profile, read_profile
-from offmoe.runtime import executor
 from offmoe.simulate.replay import replay
 from offmoe.trace.trace import read_trace
 from offmoe.types import ExpertKey, Fetch
@@ -390,63 +388,3 @@ def test_a_relative_folder_survives_a_change_of_directory(folder, monkeypatch):
         monkeypatch.chdir("/")
         model.offload._executor._transfer._mover._store._clock = lambda: 1e9
         generate(model)
-
-
-def generate_one(model):
-    return model.generate(input_ids=tiny.prompt()[:1], max_new_tokens=8, do_sample=False)
-
-
-def test_decoding_steps_are_timed(model):
-    before = model.offload.stats()
-    assert model.offload.timed_steps() == ()
-    generate_one(model)
-    steps = model.offload.timed_steps()
-    assert len(steps) == 7  # the first token came with the prompt
-    assert all(len(step.layers) == 3 and step.seconds > step.stall_s >= 0 for step in steps)
-    counts = model.offload.stats() - before
-    assert 0 < sum(plan.misses for step in steps for _, plan in step.layers) <= counts.misses
-    assert 0 < sum(step.stall_s for step in steps) <= counts.stall_s
-    model.offload.forget_times()
-    with torch.no_grad():
-        model(input_ids=tiny.prompt())  # several rows
-    generate(model)  # two at once
-    assert model.offload.timed_steps() == ()
-
-
-def test_a_step_that_failed_is_not_timed(model):
-    generate_one(model)
-    taken = len(model.offload.timed_steps())
-    last = model.lm_head.register_forward_pre_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError), torch.no_grad():
-        model(input_ids=torch.tensor([[1]]))
-    last.remove()
-    assert len(model.offload.timed_steps()) == taken
-    with torch.no_grad():
-        model(input_ids=torch.tensor([[1]]))
-    assert len(model.offload.timed_steps()) == taken + 1
-
-
-def test_kept_steps_are_bounded(folder, monkeypatch):
-    monkeypatch.setattr(executor, "KEPT_PLANS", 12)
-    model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3)
-    with model.offload as offload:
-        generate_one(model)
-        assert len(offload.timed_steps()) == 4  # of three layers
-
-
-def test_costs_are_corrected_for_the_next_load(folder, tmp_path):
-    profile = tmp_path / "p.json"
-    Profile(costs=CostModel(1.0, 5e5, 5e6)).write(profile)
-    model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3, profile=profile)
-    with model.offload as offload:
-        assert offload.corrected_costs() == CostModel(1.0, 5e5, 5e6)  # nothing has run
-        generate_one(model)
-        found = offload.corrected_costs()
-        assert found.dense_us_per_token < 3e6
-        assert offload.corrected_costs(CostModel(1.0, 10.0, 10.0)).dense_us_per_token > 10
-    assert read_profile(profile).costs == CostModel(1.0, 5e5, 5e6)  # written by who asks for it only
-
-
-def test_no_costs_to_correct(model):
-    with pytest.raises(ConfigError, match="offmoe calibrate"):
-        model.offload.corrected_costs()

@@ -51,6 +51,12 @@ def test_what_is_no_profile_is_refused(tmp_path, text, says):
         OffloadConfig(profile=path)
 
 
+def test_costs_that_nothing_is_priced_with_are_ignored(tmp_path):
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps({"costs": {**COSTS, "expert_us_device_4": 30.0, "disk_gb_s_overlapped": None}}))
+    assert read_profile(path).costs == CostModel.from_dict(COSTS)
+
+
 def test_files_that_cannot_be_read_or_written(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         read_profile(tmp_path / "absent.json")

@@ -123,28 +123,23 @@ class Contender:
         )
 
     def costs(self) -> Costs:
-        """Time of computing alone, with the routing fixed to experts in slots, and of copies to the device; and what
-        the passes say about the costs that the task names.
-        """
-        from offmoe.measure.calibrate import Steps
+        """Time of computing alone, with the routing fixed to experts in slots, and of copies to the device."""
+        from offmoe.measure.calibrate import FixedRouting
         from offmoe.measure.probes import copy_gb_s
-        from offmoe.profile import CostModel
 
         if self._offload is None:
             return Costs(None, None)
-        priced = self._task.costs
-        corrected = priced and self._offload.corrected_costs(CostModel.from_dict(priced)).to_dict()
         if self._replayed is not None:
             self._replayed.detach()
         compute_s = None
         if not self._watch.blocks:  # how many steps a block takes is not known
-            empty, extra = Steps(self.model, self._inspected, decoding=True).measure(1, COMPUTE_SECONDS)
+            empty, extra = FixedRouting(self.model, self._inspected, decoding=True).measure(COMPUTE_SECONDS)
             compute_s = empty + max(0.0, extra)
         if self._replayed is not None:
             self._replayed.attach(self._experts())
         backend = self._inspected.backend
         link = None if backend.unified_memory else copy_gb_s(backend, LINK_BYTES)
-        return Costs(compute_s, link, corrected)
+        return Costs(compute_s, link)
 
     def peak(self) -> Peak:
         """The most memory so far."""

@@ -20,7 +20,7 @@ class Task:
     """One contender. device_memory: bytes of weights, slots and cache on the device, for either.
 
     options: of OffloadConfig (offmoe). scratch: a folder for what accelerate writes. routing: a trace to replay; ""
-    lets the routers route. threads: of torch; 0 leaves them alone. costs: of a profile, to be corrected.
+    lets the routers route. threads: of torch; 0 leaves them alone.
     """
 
     runtime: str
@@ -32,7 +32,6 @@ class Task:
     scratch: str = ""
     routing: str = ""
     threads: int = 0
-    costs: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,11 +64,10 @@ class Outcome:
 @dataclass(frozen=True)
 class Costs:
     """Of the machine, as this contender sees it. compute_s: of a token when nothing has to move; None if it cannot be
-    told. link_gb_s: to the device; None if slots are in RAM. corrected: the task's costs, by the passes so far."""
+    told. link_gb_s: to the device; None if slots are in RAM."""
 
     compute_s: float | None
     link_gb_s: float | None
-    corrected: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

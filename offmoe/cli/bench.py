@@ -2,8 +2,7 @@
 
 What moves: what the contenders move, each in a process of its own, and the probe of the disk between rounds. Bound:
 rounds x tokens x the slower contender. Experts stay cached from round to round, as they do in use; every round has
-another prompt, so that no round profits from having been there before. Costs of a profile come out corrected by what
-the rounds took; they are written only where `-o` says.
+another prompt, so that no round profits from having been there before.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from offmoe.cli import options, prompts
 from offmoe.cli.output import Output
 from offmoe.config import OffloadConfig, parse_size
 from offmoe.errors import ConfigError
-from offmoe.profile import CACHE_OPTIONS, CostModel, Profile
+from offmoe.profile import CACHE_OPTIONS
 from offmoe.text import format_size, percent
 
 if TYPE_CHECKING:
@@ -89,12 +88,6 @@ def parser() -> options.Parser:
     )
     group.add_argument("--threads", type=options.positive, default=0, metavar="N", help="of computing on the CPU")
     group.add_argument("--scratch", metavar="FOLDER", help="where accelerate may write the experts once more")
-    group.add_argument(
-        "-o",
-        "--output",
-        metavar="PROFILE",
-        help="write the profile there with its costs corrected by what the rounds took; may be the same file",
-    )
     options.add_cache(parser)
     return parser
 
@@ -108,7 +101,6 @@ def run(args: argparse.Namespace, out: Output) -> None:
         raise ConfigError("--new-tokens 1: the time per token needs a second one; use 2 or more.")
     cap = None if args.memory_cap is None else parse_size(args.memory_cap, "memory_cap")
     config, hub = options.offload_config(args), options.hub_options(args)
-    profile = _profile(args, config)
     from offmoe.hf.quiet import hide_bars, quiet
 
     quiet(args.verbose, args.json)
@@ -119,22 +111,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
         stack.callback(found.release)
         results = _measure(args, found, cap, passes, out, stack)
     out.result(_table(results), *_words(args, results))
-    if args.output is not None:
-        replace(profile, costs=CostModel.from_dict(results["costs"])).write(args.output)
-        out.note(f"written to {args.output}: the costs, corrected by these rounds")
     out.json(results)
-
-
-def _profile(args: argparse.Namespace, config: OffloadConfig) -> Profile:
-    """What -o needs: costs to correct, and a place to put them."""
-    profile = config.profile if isinstance(config.profile, Profile) else Profile()
-    if args.output is not None and profile.costs is None:
-        raise ConfigError(
-            f"-o {args.output}: there are no costs to correct; give --profile with one that 'offmoe calibrate' wrote."
-        )
-    if args.output is not None and not Path(args.output).parent.is_dir():
-        raise ConfigError(f"-o {args.output}: the folder does not exist; create it first.")
-    return profile
 
 
 def _inspect(args: argparse.Namespace, config: OffloadConfig, cap: int | None, hub: dict[str, Any]) -> Inspected:
@@ -189,7 +166,7 @@ def _measure(
     scratch_in = None if stock_of is None else _scratch(args, stock_of)
     shards = found.checkpoint.shards
     drop_page_cache(shards)  # or a contender would read what another process's cgroup pays for
-    config, profile = found.config, found.config.profile
+    config = found.config
     task = tasks.Task(
         tasks.OFFMOE,
         str(found.folder),
@@ -199,7 +176,6 @@ def _measure(
         options={name: getattr(config, name) for name in (*CACHE_OPTIONS, *OTHER_OPTIONS)},
         routing=args.replay_routing or "",
         threads=args.threads,
-        costs=profile.costs.to_dict() if isinstance(profile, Profile) and profile.costs is not None else None,
     )
     out.note(f"memory on {config.device}: {found.plan.describe()}")
     opponents = [stack.enter_context(duel.Opponent(tasks.OFFMOE, task, cap))]
@@ -242,7 +218,6 @@ def _measure(
         }
     return results | {
         "roofline": duel.roofline(ours, costs, statistics.median(rates)),
-        "costs": costs.corrected,
         "against": args.against,
         "rounds": len(ours.outcomes),
         "new_tokens": args.new_tokens,

@@ -21,14 +21,10 @@ if TYPE_CHECKING:
 DEFAULT_SECONDS = 30
 FIGURES = {
     "disk_gb_s": ("reading experts, all readers", "GB/s"),
-    "disk_gb_s_overlapped": ("the same beside computing", "GB/s"),
     "read_latency_us": ("one read beyond its bytes", "us"),
     "ram_gb_s": ("copies within RAM", "GB/s"),
     "h2d_gb_s": ("copies to the device", "GB/s"),
-    "h2d_gb_s_overlapped": ("the same beside computing", "GB/s"),
     "expert_us_device": ("one expert, one token", "us"),
-    "expert_us_device_4": ("one expert, four tokens", "us"),
-    "expert_us_device_overlapped": ("one expert, one token, beside reading", "us"),
     "expert_us_landed": ("one expert, one token, left when all of it has landed (told from its size)", "us"),
     "expert_us_host": ("one expert, one token, on the CPU", "us"),
     "expert_us_host_4": ("one expert, four tokens, on the CPU", "us"),

@@ -64,11 +64,6 @@ class Slots(Protocol):
 class ExpertCompute(ABC):
     """Computes experts of all layers of one model; one thread at a time."""
 
-    @property
-    def begins_early(self) -> bool:
-        """Whether it has computed with an expert before all of it was there, and would again."""
-        return False
-
     @abstractmethod
     def expert(self, layer: int, slot: int, math: ExpertMath, x: torch.Tensor) -> torch.Tensor:
         """The expert of `layer` that stands in `slot` on its tokens: x [n, H] -> [n, H]."""
@@ -116,10 +111,6 @@ class TorchCompute(ExpertCompute):
         self._same_by_rows: dict[tuple[object, ...], bool] = {}
         """Whether computing by blocks of rows gives the bits of the whole, by what torch goes by."""
 
-    @property
-    def begins_early(self) -> bool:
-        return any(self._same_by_rows.values())
-
     def _awaited(self, layer: int, slot: int, math: ExpertMath, x: torch.Tensor, slots: Slots) -> torch.Tensor:
         divides = isinstance(math, GatedFFN) and not math.transposed and self._decodings[layer] is None
         autocast = autocast_enabled(x)
@@ -165,10 +156,6 @@ class KernelCompute(ExpertCompute):
         self._prepared: dict[tuple[int, int], Rows] = {}
         self._calling = threading.Lock()
         self._closed = False
-
-    @property
-    def begins_early(self) -> bool:
-        return self._otherwise.begins_early
 
     def expert(self, layer: int, slot: int, math: ExpertMath, x: torch.Tensor) -> torch.Tensor:
         form = self._slots[layer]

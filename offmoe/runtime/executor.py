@@ -12,10 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Protocol
 
@@ -29,15 +26,11 @@ from offmoe.device.backend import Backend
 from offmoe.errors import OffmoeError, TraceError
 from offmoe.policy.planner import Planner, build_planner
 from offmoe.runtime.host_experts import HostPart
-from offmoe.simulate.fit_costs import TimedStep
 from offmoe.trace.recorder import TraceWriter
 from offmoe.transfer.engine import TransferEngine
 from offmoe.types import Access, CacheStats, Demand, Plan, count_demands, rank_predictions
 
 logger = logging.getLogger(__name__)
-
-KEPT_PLANS = 2048
-"""Of the latest steps, with their times: some 2 KB each."""
 
 
 class Predictor(Protocol):
@@ -92,32 +85,8 @@ class ExpertExecutor:
         self.user = OneUser()
         self.predictor: Predictor | None = None
         self.trace: TraceWriter | None = None
-        self.timed: deque[TimedStep] = deque(maxlen=max(1, KEPT_PLANS // self.shape.layers))
-        """The latest steps of a single row, as they ran."""
-        self._under_way: list[tuple[Access, Plan]] | None = None
         self._sound = True
         """Whether slots hold what residency says; false while a layer runs, and after a failure cut short."""
-
-    @property
-    def begins_early(self) -> bool:
-        """Whether an expert has been computed with while it arrived."""
-        return self._compute.begins_early
-
-    @contextmanager
-    def step(self, rows: int) -> Iterator[None]:
-        """Around one forward pass of `rows` tokens; what went through whole with a single one is kept in `timed`."""
-        if rows != 1:
-            yield
-            return
-        kept = self._under_way = []
-        waited, began = self.stats.stall_s, time.perf_counter()
-        try:
-            yield
-            if kept:
-                seconds = time.perf_counter() - began
-                self.timed.append(TimedStep(tuple(kept), seconds, self.stats.stall_s - waited))
-        finally:
-            self._under_way = None
 
     def run(
         self, layer: int, math: ExpertMath, hidden: torch.Tensor, top_k_index: torch.Tensor, by_choice: bool = False
@@ -152,8 +121,6 @@ class ExpertExecutor:
         access = Access(layer, demands, tail, ahead)
         plan = self._planner.plan(access)
         self.stats.add(plan, self.shape)
-        if self._under_way is not None:
-            self._under_way.append((access, plan))
         groups = None if len(hidden) == 1 else _groups(top_k_index, demands, by_choice)
         work = Work(hidden, groups, top_k_index.numel() // len(hidden))
         return self._execute(plan, math, work, ids)

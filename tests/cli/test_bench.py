@@ -10,7 +10,6 @@ from offmoe.bench import contender, duel
 from offmoe.bench.task import Costs, Pass, Task
 from offmoe.bench.task import Outcome as Done
 from offmoe.cli import bench
-from offmoe.profile import CostModel, Profile, read_profile
 from tests import tiny
 from tests.cli.conftest import Outcome, byte_tokenizer
 
@@ -128,32 +127,4 @@ def test_no_room_for_what_accelerate_writes(
     argv = ("bench", checkpoint, "--device", "cpu", "--device-memory", "4MiB", "--against", "accelerate")
     outcome = offmoe(*argv, "--scratch", scratch)
     assert outcome.status == 2
-    assert says in outcome.err
-
-
-def test_costs_corrected_by_the_rounds_are_written_where_asked(offmoe: Run, checkpoint: Path, tmp_path: Path) -> None:
-    profile, written = tmp_path / "p.json", tmp_path / "q.json"
-    costs = CostModel(disk_gb_s=1.0, expert_us_device=5e5, dense_us_per_token=5e6)
-    Profile({"eviction": "lru"}, costs).write(profile)
-    argv = ("bench", checkpoint, "--device", "cpu", "--slots-per-layer", "3", "--profile", profile, "--prompt", "ab")
-    argv += ("--rounds", "1", "--new-tokens", "6", "--device-memory", "4MiB", "--json")
-    found = offmoe(*argv, "-o", written)
-    assert found.status == 0
-    after = read_profile(written)
-    assert after.costs is not None
-    assert (after.cache, after.costs.to_dict()) == ({"eviction": "lru"}, found.json["costs"])
-    assert after.costs.dense_us_per_token < 3e6
-    assert read_profile(profile).costs == costs
-    assert offmoe(*argv).json["costs"] is not None  # told, and written nowhere
-    assert read_profile(profile).costs == costs
-
-
-@pytest.mark.parametrize(
-    ("more", "says"), [([], "no costs to correct"), (["--profile", "P"], "the folder does not exist")]
-)
-def test_nowhere_to_write_costs(offmoe: Run, checkpoint: Path, tmp_path: Path, more: list[str], says: str) -> None:
-    Profile(costs=CostModel(1.0, 1.0, 1.0)).write(tmp_path / "p.json")
-    more = [str(tmp_path / "p.json") if word == "P" else word for word in more]
-    outcome = offmoe("bench", checkpoint, "--device", "cpu", "-o", "/no/such/q.json", *more)
-    assert (outcome.status, outcome.out) == (2, "")
     assert says in outcome.err

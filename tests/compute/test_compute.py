@@ -45,7 +45,6 @@ def test_an_expert_is_read_once_its_slot_is_ready() -> None:
     assert made[1].tolist() == [[10.0]]
     alone = list(compute.wave(0, scaled, [(4, 1)], Work(hidden[:1], None, 2), Filling(ready)))
     assert alone[0].tolist() == [[2.0]]
-    assert not compute.begins_early
 
 
 WIDE, INNER = 96, 160
@@ -91,7 +90,6 @@ def test_an_expert_is_computed_with_as_it_arrives(monkeypatch, dtype, biased, th
             assert done, "it is asked at the end whether something went wrong"
             blocks = [-(-size // 64) for size in (2 * INNER, WIDE)]
             assert len(coming.waited) == sum(blocks) + 2 * biased
-            assert compute.begins_early
     finally:
         torch.set_num_threads(used)
 
@@ -119,7 +117,6 @@ def test_what_does_not_have_the_same_bits_by_blocks_is_computed_whole() -> None:
         (rows,) = compute.wave(0, math, [(5, 0)], Work(x, None, 2), Filling(fill, {0: coming}))
         assert torch.equal(rows, F.relu(x @ weights["up"].T) @ weights["down"].T)
         assert bool(coming.waited) is (turn == 0)
-    assert not compute.begins_early
 
 
 def test_a_wave_without_experts_gives_no_rows() -> None:

@@ -1,16 +1,15 @@
 #!/usr/bin/env python3
-"""What a missed expert should get on a CPU, fetch, cpu or auto: decoding timed in paired rounds, and foretold.
+"""What a missed expert should get on a CPU, fetch, cpu or auto: decoding timed in paired rounds, and estimated.
 
 What moves: the experts that are missed, from the disk. Six set-ups: the demo model on text, models of Mixtral's and
 Qwen3's expert shapes and random weights on a recorded routing (the demo's; gpt-oss-20b's from tests/data), each with
 two cache sizes. In every round the three ways decode the same tokens, which come out the same, a few in turn each: what
-else the machine does falls on all of them. Each set-up is calibrated before and after its rounds. What a round was to
-take is told from its recording, priced at those costs corrected by what the same way's rounds just before it took, and
-at the costs as calibrated.
+else the machine does falls on all of them. Each set-up is calibrated before and after its rounds, and every round is
+estimated: its recording is replayed and priced at the mean of the two calibrations.
 
 "worst_vs_best": the largest over the set-ups of the median over rounds of auto's time divided by that of the better of
-the other two, the one with the lower median. "worst_prediction_error": the largest relative error of tokens/s, over
-set-ups and ways, each the median over rounds; "worst_error_calibrated": the same without the correction.
+the other two, the one with the lower median. "worst_prediction_error": the largest relative error of the estimated
+tokens/s, over set-ups and ways, each the median over rounds.
 """
 
 from __future__ import annotations
@@ -43,7 +42,6 @@ from offmoe.hf.load.load import resolve_folder
 from offmoe.hf.replay import ReplayedRouting
 from offmoe.measure.calibrate import calibrate
 from offmoe.profile import CostModel
-from offmoe.simulate.fit_costs import TimedStep, corrected
 from offmoe.simulate.replay import Recording
 from offmoe.simulate.sweep import Part, Settings, evaluate
 from offmoe.trace.trace import Trace, read_trace
@@ -54,8 +52,6 @@ GPT_OSS = Path(__file__).parents[2] / "tests" / "data" / "gptoss20b_6req.npz"
 PROMPT_TOKENS, WARM_TOKENS, TOKENS_AT_ONCE = 8, 48, 4
 DEMO_TIMES = 2
 """A token of the demo takes so many times less."""
-FITTED = 3
-"""Rounds that costs are corrected by."""
 FREE_BYTES = 4 * 10**9
 
 
@@ -90,7 +86,6 @@ class Way:
             self._routing.seek(row)
         self._out = self.model(input_ids=prompt, use_cache=True)
         self.tokens = [int(self._out.logits[0, -1].argmax())]
-        self.offload.forget_times()
 
     def decode(self, tokens: int) -> float:
         """Seconds of so many more."""
@@ -103,17 +98,9 @@ class Way:
         return time.perf_counter() - began
 
 
-@dataclass(frozen=True)
-class Round:
-    """What one way did in one round. steps: of decoding."""
-
-    seconds: float
-    steps: tuple[TimedStep, ...]
-
-
 @torch.no_grad()
-def play(ways: Mapping[str, Way], prompt: torch.Tensor, row: int, tokens: int, turn: int) -> dict[str, Round]:
-    """One round: the ways take turns every few tokens, so that what disturbs one disturbs the others."""
+def play(ways: Mapping[str, Way], prompt: torch.Tensor, row: int, tokens: int, turn: int) -> dict[str, float]:
+    """Seconds of each way in one round. The ways take turns every few tokens: what disturbs one disturbs all."""
     for way in ways.values():
         way.begin(prompt, row)
     seconds = dict.fromkeys(ways, 0.0)
@@ -122,17 +109,17 @@ def play(ways: Mapping[str, Way], prompt: torch.Tensor, row: int, tokens: int, t
         for how in ON_MISS[first:] + ON_MISS[:first]:
             seconds[how] += ways[how].decode(min(TOKENS_AT_ONCE, tokens - i))
     assert len({tuple(way.tokens) for way in ways.values()}) == 1, "all ways compute the same"
-    return {how: Round(seconds[how], ways[how].offload.timed_steps()) for how in ON_MISS}
+    return seconds
 
 
 def measure(
     setup: SetUp, prompts: Callable[[int], torch.Tensor], args: argparse.Namespace, scratch: Path
 ) -> dict[str, Any]:
-    """Ratios, tokens/s and how they were foretold, of one set-up."""
+    """Ratios, tokens/s and the errors of their estimates in one set-up."""
     inspected = inspect(setup.model, OffloadConfig(device="cpu", slots_per_layer=setup.slots, prefetch=0))
     before = calibrate(inspected, args.calibrate)
     tokens = args.tokens * (DEMO_TIMES if setup.routing is None else 1)
-    rounds: list[dict[str, Round]] = []
+    rounds: list[dict[str, float]] = []
     ways: dict[str, Way] = {}
     try:
         for how in ON_MISS:
@@ -145,42 +132,35 @@ def measure(
             way.offload.close()
     shape = inspected.catalog.shape
     calibrated = mean_costs(before, calibrate(inspected, args.calibrate))
-    typical = {how: statistics.median(r[how].seconds for r in rounds) for how in ON_MISS}
+    typical = {how: statistics.median(r[how] for r in rounds) for how in ON_MISS}
     best = min(("fetch", "cpu"), key=lambda how: typical[how])
     found: dict[str, Any] = {
         "set-up": setup.name,
         "slots": setup.slots,
         "tokens": tokens,
         "best": best,
-        "vs_best": statistics.median(r["auto"].seconds / r[best].seconds for r in rounds),
+        "vs_best": statistics.median(r["auto"] / r[best] for r in rounds),
     }
     for how in ON_MISS:
         trace = read_trace(ways[how].recording)
-        corrected_for = {
-            i: corrected(calibrated, shape, [step for r in rounds[max(0, i - FITTED) : i] for step in r[how].steps])
-            for i in range(min(FITTED, args.rounds - 1), args.rounds)
-        }
-
-        def told(costs: CostModel, i: int, trace: Trace = trace) -> Part:
-            assert trace.options is not None
-            return evaluate(Recording(trace), trace.options, Settings(costs, test_requests=frozenset({i + 1}))).test
-
-        def error(costs: Mapping[int, CostModel], told: Callable[..., Part] = told, how: str = how) -> float:
-            """Median over rounds, of tokens/s."""
-            return statistics.median(rounds[i][how].seconds / told(c, i).single_seconds - 1 for i, c in costs.items())
-
-        whole = sum((told(calibrated, i).stats for i in range(args.rounds)), CacheStats.for_layers(shape.layers))
+        estimates = [estimated(trace, calibrated, i) for i in range(args.rounds)]
+        errors = [r[how] / estimate.single_seconds - 1 for r, estimate in zip(rounds, estimates, strict=True)]
+        whole = sum((estimate.stats for estimate in estimates), CacheStats.for_layers(shape.layers))
         found[how] = {
             "tokens_per_s": tokens / typical[how],
             "hit_rate": whole.hit_rate,
             "host_computed": whole.host_computed,
             "misses": whole.misses,
-            "error": error(corrected_for),
-            "error_calibrated": error(dict.fromkeys(range(args.rounds), calibrated)),
-            "costs": corrected_for[args.rounds - 1].to_dict(),
+            "error": statistics.median(errors),
         }
     found["costs"] = calibrated.to_dict()
     return found
+
+
+def estimated(trace: Trace, costs: CostModel, i: int) -> Part:
+    """Round `i` of a recording, priced."""
+    assert trace.options is not None
+    return evaluate(Recording(trace), trace.options, Settings(costs, test_requests=frozenset({i + 1}))).test
 
 
 def mean_costs(a: CostModel, b: CostModel) -> CostModel:
@@ -233,13 +213,10 @@ def complete(trace: Trace) -> Trace:
 
 
 def table(found: Sequence[dict[str, Any]]) -> None:
-    print(
-        f"{'set-up':10}{'slots':>6}{'auto/best':>11}   tokens/s (error foretelling it: corrected, calibrated), hit rate"
-    )
+    print(f"{'set-up':10}{'slots':>6}{'auto/best':>11}   tokens/s (error of the estimate), hit rate")
     for row in found:
         ways = "  ".join(
-            f"{how} {row[how]['tokens_per_s']:.2f} ({100 * row[how]['error']:+.0f} %, "
-            f"{100 * row[how]['error_calibrated']:+.0f} %) {100 * row[how]['hit_rate']:.0f} %"
+            f"{how} {row[how]['tokens_per_s']:.2f} ({row[how]['error']:+.0%}) {row[how]['hit_rate']:.0%}"
             for how in ON_MISS
         )
         print(f"{row['set-up']:10}{row['slots']:6}{row['vs_best']:11.3f}   {ways}")
@@ -276,12 +253,9 @@ def main() -> None:
     table(found)
     if args.json:
         worst = max(row["vs_best"] for row in found)
-        errors = {
-            name: max(abs(row[how][key]) for row in found for how in ON_MISS)
-            for name, key in (("worst_prediction_error", "error"), ("worst_error_calibrated", "error_calibrated"))
-        }
-        rounded = {"worst_vs_best": worst, **errors}
-        print(json.dumps({**{name: round(value, 4) for name, value in rounded.items()}, "set_ups": found}))
+        error = max(abs(row[how]["error"]) for row in found for how in ON_MISS)
+        rounded = {"worst_vs_best": round(worst, 4), "worst_prediction_error": round(error, 4)}
+        print(json.dumps({**rounded, "set_ups": found}))
 
 
 if __name__ == "__main__":
