@@ -177,7 +177,7 @@ def _landed_us(inspected: Inspected, expert_us: float) -> float | None:
     the end is the share of the expert that the readers bring last.
     """
     share = last_share(max(inspected.catalog.shape.expert_bytes))
-    by_torch = any(layer.decode is None and layer.kernel is None for layer in inspected.catalog.layers)
+    by_torch = any(layer.decode is None and layer.cpu_slot is None for layer in inspected.catalog.layers)
     early = share < 1 and by_torch and inspected.backend.unified_memory
     return round(expert_us * share, 3) if early else None
 
