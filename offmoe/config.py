@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from offmoe.errors import ConfigError
+from offmoe.eviction_names import EVICTIONS as EVICTIONS
+from offmoe.eviction_names import check_eviction
 from offmoe.profile import CACHE_OPTIONS, MissCosts, Profile, read_profile
 from offmoe.types import CacheShape
 
-EVICTIONS = ("aged-lfu", "lru", "lru-2", "s3-fifo", "sieve", "static")
 SCOPES = ("layer", "model")
 ON_MISS = ("fetch", "cpu", "auto")
 EXPERTS = ("native", "int8", "int4")
@@ -76,7 +77,7 @@ class CacheOptions:
     miss_costs: MissCosts | None = None
 
     def __post_init__(self) -> None:
-        _one_of("eviction", self.eviction, EVICTIONS)
+        check_eviction(self.eviction)
         _one_of("scope", self.scope, SCOPES)
         _one_of("on_miss", self.on_miss, ON_MISS)
         _check_prefetch(self.prefetch)
@@ -201,7 +202,7 @@ class OffloadConfig:
     def __post_init__(self) -> None:
         self._apply_profile()
         _one_of("experts", self.experts, EXPERTS)
-        _one_of("eviction", self.eviction, EVICTIONS)
+        check_eviction(self.eviction)
         _one_of("scope", self.scope, SCOPES)
         _one_of("on_miss", self.on_miss, ON_MISS)
         _one_of("exactness", self.exactness, EXACTNESS)

@@ -8,10 +8,11 @@ A *demand* is one expert needed by one step of one layer, whatever the number of
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
+from functools import cached_property
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import numpy as np
@@ -117,6 +118,16 @@ class CacheShape:
     @property
     def layers(self) -> int:
         return len(self.experts)
+
+    @cached_property
+    def first_key(self) -> tuple[int, ...]:
+        """Key of expert 0 of each MoE layer. An expert's key is first_key[layer] + expert, whatever the scope."""
+        return (0, *accumulate(self.experts[:-1]))
+
+    @property
+    def num_keys(self) -> int:
+        """Experts of the whole model."""
+        return sum(self.experts)
 
 
 @dataclass
@@ -227,7 +238,7 @@ def count_demands(experts: np.ndarray, num_experts: int) -> tuple[tuple[Demand, 
         return single_demands(experts[0].tolist(), num_experts), 1
     if experts.size <= 64:  # beams and small batches: numpy's calls would cost more than the counting
         few: dict[int, int] = {}
-        for e in itertools.chain.from_iterable(experts.tolist()):
+        for e in chain.from_iterable(experts.tolist()):
             if 0 <= e < num_experts:
                 few[e] = few.get(e, 0) + 1
         return tuple([Demand(e, n, n) for e, n in sorted(few.items())]), tail

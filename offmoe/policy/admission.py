@@ -18,31 +18,31 @@ from typing import Protocol
 class AdmissionPolicy(Protocol):
     """Judges newcomers of one residency; keys are its own, scores those of its eviction policy."""
 
-    replaces: bool
+    evicts: bool
     """Whether anything is ever forgotten for a newcomer."""
 
-    def demanded(self, keys: Sequence[int]) -> None:
+    def on_access(self, keys: Sequence[int]) -> None:
         """One access demands these keys, resident or not."""
 
-    def admits(self, newcomer: int, victim: int, worth: float, given_up: float) -> bool:
-        """Whether the newcomer should have the victim's slot. worth, given_up: their scores."""
+    def admits(self, newcomer: int, victim: int, newcomer_score: float, victim_score: float) -> bool:
+        """Whether the newcomer should have the victim's slot. ."""
 
-    def chance(self, newcomer: int, victim: int, worth: float, given_up: float) -> float:
+    def chance(self, newcomer: int, victim: int, newcomer_score: float, victim_score: float) -> float:
         """The share of such newcomers that are demanded before their victim."""
 
 
 class WhileFree:
     """Slots are given away while there are free ones; nothing is forgotten for a newcomer."""
 
-    replaces = False
+    evicts = False
 
-    def demanded(self, keys: Sequence[int]) -> None:
+    def on_access(self, keys: Sequence[int]) -> None:
         pass
 
-    def admits(self, newcomer: int, victim: int, worth: float, given_up: float) -> bool:
+    def admits(self, newcomer: int, victim: int, newcomer_score: float, victim_score: float) -> bool:
         return False
 
-    def chance(self, newcomer: int, victim: int, worth: float, given_up: float) -> float:
+    def chance(self, newcomer: int, victim: int, newcomer_score: float, victim_score: float) -> float:
         return 0.0
 
 
@@ -54,7 +54,7 @@ class FirstDemanded:
     that is passed over stays to be compared with the next newcomer, an expert that is forgotten is fetched at once when
     it is demanded, so errors of admitting heal sooner."""
 
-    replaces = True
+    evicts = True
     ENOUGH, PRIOR, MEMORY = 0.47, 8.0, 256.0
     BINS_EACH_WAY, PER_DOUBLING = 12, 2
 
@@ -67,7 +67,7 @@ class FirstDemanded:
         self._against: dict[int, list[int]] = {}
         """Their victims, and the newcomers that are compared with each."""
 
-    def demanded(self, keys: Sequence[int]) -> None:
+    def on_access(self, keys: Sequence[int]) -> None:
         awaited, against = self._awaited, self._against
         if not awaited:
             return
@@ -82,11 +82,13 @@ class FirstDemanded:
                 if newcomer not in keys:
                     self._learn(at, 0.0)
 
-    def admits(self, newcomer: int, victim: int, worth: float, given_up: float) -> bool:
-        return self.chance(newcomer, victim, worth, given_up) >= self.ENOUGH
+    def admits(self, newcomer: int, victim: int, newcomer_score: float, victim_score: float) -> bool:
+        return self.chance(newcomer, victim, newcomer_score, victim_score) >= self.ENOUGH
 
-    def chance(self, newcomer: int, victim: int, worth: float, given_up: float) -> float:
-        at = self._bin(0.0 if worth == given_up else worth - given_up)  # both may be minus infinity
+    def chance(self, newcomer: int, victim: int, newcomer_score: float, victim_score: float) -> float:
+        at = self._bin(
+            0.0 if newcomer_score == victim_score else newcomer_score - victim_score
+        )  # both may be minus infinity
         if newcomer in self._awaited:  # by another newcomer of the same access, or forgotten undemanded
             self._against[self._awaited[newcomer][0]].remove(newcomer)
         self._awaited[newcomer] = victim, at

@@ -1,161 +1,175 @@
 """Which experts of one layer stay in RAM, the tier between disk and device.
 
-Nothing moves. What is read from disk may stay in RAM on its way; what is on the device need not. Nothing is ever
-written back (rule R3), so an expert that the device forgets is in RAM only if its copy was kept. A copy of an expert
-that the device does not hold is worth what the device's own policy says of the expert. One that the device does hold
-will not be asked for until it is forgotten there: it is worth as much as the first that would be forgotten, and less
-the farther it is from that. Of gpt-oss-20b's misses at 8 slots on the device and 8 in RAM, 52 % go to the disk; 82 % if
-RAM keeps the best whatever the device holds, 58 % without the distance, 30 % if the device could write back.
+An expert that is read from disk may stay in RAM on its way to the device. Nothing is ever written back, so an expert
+that the device evicts is in RAM only if its copy was kept. A copy of an expert that the device does not hold is worth
+the expert's score in the device's eviction policy. A copy of one that it does hold is not needed before the device
+evicts it: it is worth as much as the device's next victim, and less the farther the expert is from being the victim.
 
-Bound: O(log n) per read and per use, amortised, and asking the device's policy for its victim. Must never see where
-bytes are, and never decide from anything but scores and what is resident (rule R1)."""
+Of gpt-oss-20b's misses with 8 slots on the device and 8 in RAM, 52 % are read from disk. It would be 82 % if RAM kept
+the best experts whatever the device holds, 58 % without the distance, and 30 % if the device could write back.
+
+Cost: O(log n) per read and per access, amortized, and one `choose_victim` of the device's policy.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from heapq import heapify, heappop, heappush, heapreplace
 
-from offmoe.policy.eviction import NEVER, EvictionPolicy
-from offmoe.policy.residency import EMPTY
+from offmoe.policy.eviction.base import NEVER, EvictionPolicy
 
 DISTANCE = 0.5
-"""How much less a copy is worth for each point of score by which the device's is safe; flat between 0.2 and 1."""
-SLACK = 64
-"""Entries that a heap may have beyond four for each slot before those that say nothing any more are thrown out."""
+"""Worth that a copy loses per point of score between its expert and the device's victim; flat from 0.2 to 1."""
+SPARE_ENTRIES = 64
+"""Stale heap entries that are kept beyond four per slot before a heap is rebuilt."""
 
 
 class HostTier:
-    """RAM slots of one layer. It is told of every use of an expert, and of all that the device takes in and forgets.
+    """The RAM slots of one layer. It is told every access of the layer, and what the device inserts and evicts.
 
-    Two heaps order the copies: those that the device does not hold, the least score first, which are put right when
-    they come to the top, as a score only rises; and those that it holds, the highest score first, where every use is a
-    new entry.
+    Two heaps order the copies. `_ram_only` has those that the device does not hold, the lowest score first; an entry is
+    corrected when it reaches the top, since scores only rise. `_on_both` has those that the device holds as well, the
+    highest score first; every access adds an entry.
     """
 
-    def __init__(self, experts: int, slots: Sequence[int], policy: EvictionPolicy, first_key: int):
-        """policy: of the pool that the layer's experts have slots in, as keys from `first_key`."""
-        self._policy, self._first = policy, first_key
-        self._slots = tuple(slots)
-        self._slot_of = [EMPTY] * experts
-        self._free = list(reversed(slots))  # lowest slot first
-        self._on_device = bytearray(experts)
-        self._away: list[tuple[float, int]] = []  # score, expert
-        self._both: list[tuple[float, int]] = []  # minus score, expert
-        self._changed: set[int] = set()  # whose score may be another than their entry in _both says
-        self._most = SLACK + 4 * len(slots)
+    def __init__(self, keys: range, slots: Sequence[int], policy: EvictionPolicy):
+        """keys: of the layer. policy: of the pool in which these keys have slots on the device."""
+        self._keys, self._policy = keys, policy
+        self.slots = tuple(slots)
+        self._slot_of: dict[int, int] = {}
+        self._free = list(reversed(slots))  # the lowest slot is given first
+        self._on_device: set[int] = set()
+        self._ram_only: list[tuple[float, int]] = []  # (score, key)
+        self._on_both: list[tuple[float, int]] = []  # (-score, key)
+        self._changed: set[int] = set()  # keys whose entry in _on_both may be out of date
+        self._most_entries = SPARE_ENTRIES + 4 * len(slots)
 
-    def used(self, experts: Iterable[int]) -> None:
-        """These experts were used, of which their policy has been told."""
-        self._changed.update(experts)
+    def on_access(self, keys: Iterable[int]) -> None:
+        """The layer demands these keys, and the policy knows it already."""
+        self._changed.update(keys)
 
-    def left(self, expert: int) -> None:
-        """The device has forgotten an expert."""
-        self._on_device[expert] = 0
-        if self._slot_of[expert] >= 0:
-            away = self._away
-            heappush(away, (self._policy.score(self._first + expert), expert))
-            if len(away) > self._most:
-                self._clear_out(away, False)
+    def on_evict(self, key: int) -> None:
+        """The device has evicted a key."""
+        self._on_device.discard(key)
+        if key in self._slot_of:
+            heappush(self._ram_only, (self._policy.score(key), key))
+            if len(self._ram_only) > self._most_entries:
+                self._rebuild(self._ram_only, on_device=False)
 
-    def place(self, expert: int, *, on_device: bool = True) -> tuple[int | None, bool]:
-        """Of an expert that is wanted now: its slot in RAM, and whether it must be read from disk first. (None, True):
-        it is read past RAM, because every copy there is worth more than its own.
+    def place(self, key: int, *, on_device: bool = True) -> tuple[int | None, bool]:
+        """Give a key that is fetched now a slot in RAM, if its copy is worth one.
 
-        on_device: it has just been given a slot there; else the host computes it.
+        Args:
+            on_device: the key has just been given a slot on the device; otherwise the host computes it.
+
+        Returns:
+            (slot, whether the expert must be read from disk first). (None, True): it is read past RAM, because every
+            copy in RAM is worth more than its own.
         """
         slot_of = self._slot_of
-        self._on_device[expert] = on_device
-        slot = slot_of[expert]
-        if slot >= 0:
-            self._changed.add(expert)
-            return slot, False
+        if on_device:
+            self._on_device.add(key)
+        else:
+            self._on_device.discard(key)
+        if key in slot_of:
+            self._changed.add(key)
+            return slot_of[key], False
         if self._free:
             slot = self._free.pop()
         else:
-            dropped = self._least(expert)
-            if dropped < 0:
+            dropped = self._least_worth(key)
+            if dropped is None:
                 return None, True
-            slot = slot_of[dropped]
-            slot_of[dropped] = EMPTY
-        slot_of[expert] = slot
-        self._changed.add(expert)
+            slot = slot_of.pop(dropped)
+        slot_of[key] = slot
+        self._changed.add(key)
         if not on_device:
-            self.left(expert)
+            self.on_evict(key)
         return slot, True
 
-    def holds(self, expert: int) -> bool:
-        """Whether there is a copy."""
-        return self._slot_of[expert] >= 0
+    def holds(self, key: int) -> bool:
+        """Whether RAM has a copy."""
+        return key in self._slot_of
 
-    def _least(self, newcomer: int) -> int:
-        """The copy that is worth least, ties the lowest expert; -1 if it is worth no less than that of the newcomer,
-        which the device holds or the host computes.
-        """
-        score, first, slot_of, on_device = self._policy.score, self._first, self._slot_of, self._on_device
-        own = score(first + newcomer)
-        threshold = least = own
-        if any(on_device):
-            threshold = score(self._policy.victim(()))  # of what the device would forget first
-        if on_device[newcomer]:
-            least = threshold - DISTANCE * (own - threshold) if own > threshold else threshold
-        found = -1
-        if least == NEVER:
-            return found
-        away = self._away
-        while away:
-            entry, expert = away[0]
-            if on_device[expert] or slot_of[expert] < 0:
-                heappop(away)
+    def _least_worth(self, newcomer: int) -> int | None:
+        """The copy that is worth least, ties the lowest key; None if that is no less than the newcomer's worth."""
+        newcomer_score = self._policy.score(newcomer)
+        threshold = self._policy.score(self._policy.choose_victim(())) if self._on_device else newcomer_score
+        limit = self._worth(newcomer_score, threshold) if newcomer in self._on_device else newcomer_score
+        if limit == NEVER:
+            return None
+        least, least_key = limit, None
+        single = self._lowest_in_ram_only()
+        if single is not None and single[0] < least:
+            least, least_key = single
+        doubled = self._highest_on_both()
+        if doubled is not None:
+            score, key = doubled
+            worth = self._worth(score, threshold)
+            if threshold == NEVER or score <= threshold:  # all such copies are worth the same: the lowest key goes
+                key = next(k for k in self._keys if k in self._slot_of and k in self._on_device)
+            if worth < least or (worth == least and least_key is not None and key < least_key):
+                least_key = key
+        return least_key
+
+    @staticmethod
+    def _worth(score: float, threshold: float) -> float:
+        """Worth of a copy that the device holds as well. threshold: score of the device's next victim."""
+        if threshold == NEVER or score <= threshold:
+            return threshold
+        return threshold - DISTANCE * (score - threshold)
+
+    def _lowest_in_ram_only(self) -> tuple[float, int] | None:
+        """(score, key) of the copy with the lowest score that the device does not hold."""
+        heap, slot_of, on_device = self._ram_only, self._slot_of, self._on_device
+        while heap:
+            entry, key = heap[0]
+            if key in on_device or key not in slot_of:
+                heappop(heap)
                 continue
-            own = score(first + expert)
-            if own == entry:
-                if own < least:
-                    found, least = expert, own
-                break
-            heapreplace(away, (own, expert))
-        both = self._both
-        if self._changed:
-            for expert in self._changed:
-                if on_device[expert] and slot_of[expert] >= 0:
-                    heappush(both, (-score(first + expert), expert))
-            self._changed.clear()
-            if len(both) > self._most:
-                self._clear_out(both, True)
-        while both:
-            entry, expert = both[0]
-            if on_device[expert] and slot_of[expert] >= 0 and score(first + expert) == -entry:
-                if threshold == NEVER or -entry <= threshold:  # then all copies there are worth the same
-                    expert = next(e for e, slot in enumerate(slot_of) if slot >= 0 and on_device[e])
-                    worth = threshold
-                else:
-                    worth = threshold + DISTANCE * (entry + threshold)
-                if worth < least or (worth == least and expert < found):
-                    found = expert
-                break
-            heappop(both)
-        return found
+            score = self._policy.score(key)
+            if score == entry:
+                return score, key
+            heapreplace(heap, (score, key))
+        return None
 
-    def _clear_out(self, heap: list[tuple[float, int]], on_device: bool) -> None:
-        """Make a heap anew of the copies that belong there."""
+    def _highest_on_both(self) -> tuple[float, int] | None:
+        """(score, key) of the copy with the highest score that the device holds as well."""
+        heap, slot_of, on_device, score = self._on_both, self._slot_of, self._on_device, self._policy.score
+        if self._changed:
+            for key in self._changed:
+                if key in on_device and key in slot_of:
+                    heappush(heap, (-score(key), key))
+            self._changed.clear()
+            if len(heap) > self._most_entries:
+                self._rebuild(heap, on_device=True)
+        while heap:
+            entry, key = heap[0]
+            if key in on_device and key in slot_of and score(key) == -entry:
+                return -entry, key
+            heappop(heap)
+        return None
+
+    def _rebuild(self, heap: list[tuple[float, int]], *, on_device: bool) -> None:
+        """One entry for each copy that belongs in the heap."""
         sign = -1.0 if on_device else 1.0
         heap[:] = [
-            (sign * self._policy.score(self._first + expert), expert)
-            for expert, slot in enumerate(self._slot_of)
-            if slot >= 0 and self._on_device[expert] == on_device
+            (sign * self._policy.score(key), key) for key in self._slot_of if (key in self._on_device) == on_device
         ]
         heapify(heap)
 
-    def check(self, on_device: Sequence[bool]) -> None:
-        """Assert that every slot is free or holds one copy, and every copy has an entry that leads to its score.
+    def check(self, on_device: Collection[int]) -> None:
+        """Assert that every slot is free or holds one copy, and that every copy has an entry that leads to its score.
 
-        on_device: of each expert whether the device holds it.
+        on_device: the layer's keys that the device holds.
         """
-        copies = {expert: slot for expert, slot in enumerate(self._slot_of) if slot != EMPTY}
-        assert sorted([*copies.values(), *self._free]) == sorted(self._slots)
-        assert list(self._on_device) == list(on_device)
-        for expert in copies:
-            score = self._policy.score(self._first + expert)
-            if on_device[expert]:
-                assert expert in self._changed or (-score, expert) in self._both
+        assert sorted([*self._slot_of.values(), *self._free]) == sorted(self.slots)
+        assert self._on_device == set(on_device)
+        assert len(self._ram_only) <= self._most_entries
+        assert len(self._on_both) <= self._most_entries
+        for key in self._slot_of:
+            score = self._policy.score(key)
+            if key in self._on_device:
+                assert key in self._changed or (-score, key) in self._on_both
             else:
-                assert any(e == expert and entry <= score for entry, e in self._away)
+                assert any(other == key and entry <= score for entry, other in self._ram_only)

@@ -1,38 +1,52 @@
-"""One access -> one plan; the same object in the runtime, which executes it, and in the simulator, which counts it.
+"""One access becomes one plan. The runtime executes the plans of this object, the simulator counts them.
 
-Nothing moves. It is on the critical path of every layer: at most 50 us in steady state (measured by
-tools/bench/overhead.py). Every expert that an access needs is protected before the first victim is chosen. Must never
-see a tensor, a stream, a clock or a file (rule R1), and never lets the order of Python sets decide anything.
+Planning is on the critical path of every layer: at most 50 us in steady state (tools/bench/overhead.py). Plans depend
+on the sequence of accesses alone. Every expert that an access needs is protected before the first victim is chosen.
 
 A layer that demands more experts than it has slots runs in waves: residents first, then the missing ones in ascending
 id; those that the policy would rather keep come last, so that they and the best residents are what stays.
 
-Where not all that is missed gets a slot (on_miss), the rest passes through scratch slots, which belong to no layer and
-hold nothing from one access to the next. Their numbers follow those of the slots. Beside a device with memory of its
-own they are in RAM, and the host computes what stands there; the likeliest of it to be wanted again is fetched
-afterwards, while the link is idle."""
+With on_miss="cpu" or "auto" some missed experts get no slot. They pass through scratch slots, which belong to no layer,
+are numbered after the slots and hold nothing from one access to the next. Beside a device with memory of its own the
+scratch slots are in RAM and the host computes what stands in them; the likeliest of these experts to be demanded again
+is prefetched afterwards, while the link is idle.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 from offmoe.config import CacheOptions
-from offmoe.policy.admission import AdmissionPolicy, build_admission
-from offmoe.policy.choice import MakePolicy, eviction_policies
-from offmoe.policy.host_split import Missed, on_host
-from offmoe.policy.host_tier import HostTier
+from offmoe.policy.admission import AdmissionPolicy
+from offmoe.policy.eviction.registry import build_eviction
+from offmoe.policy.host_split import best_refill, split_misses
+from offmoe.policy.layer_cache import LayerCache, MakePolicy, as_protected, build_layers
 from offmoe.policy.prefetch import Candidate, PrefetchPolicy, build_prefetch
-from offmoe.policy.residency import Admission, Residency
+from offmoe.policy.residency import Admission
 from offmoe.profile import MissCosts
-from offmoe.types import Access, CacheShape, ExpertKey, Fetch, Lookup, Plan, Wave
+from offmoe.types import Access, CacheShape, ExpertKey, Fetch, Plan, Wave
 
-FEW = 16
-"""Keys that are searched as fast in a list as in a set."""
-FILL_CHANCE = 0.6
-"""From which on an expert that the host has computed is worth a fetch that nobody waits for."""
 SCRATCH_SLOTS = 2
 """One is computed with while the next expert lands in the other."""
+
+
+class _Need(NamedTuple):
+    """The keys of one access: all of them, the resident ones (pending last), the missing ones."""
+
+    access: Access
+    keys: Sequence[int]
+    resident: Sequence[int]
+    missing: Sequence[int]
+
+
+class _Placement(NamedTuple):
+    """Where the experts of one access are computed. refill: a key that the host computes and that is worth a slot."""
+
+    waves: tuple[Wave, ...]
+    num_scratch: int = 0
+    on_host: tuple[Wave, ...] = ()
+    refill: int | None = None
 
 
 class Planner:
@@ -41,319 +55,254 @@ class Planner:
     def __init__(self, shape: CacheShape, options: CacheOptions, make_policy: MakePolicy):
         self.shape = shape
         self.options = options
-        quotas = options.quotas(shape)
-        self._first_key: Sequence[int]
-        pool_keys = shape.experts if options.scope == "layer" else (sum(shape.experts),)
-        if options.scope == "layer":
-            first_slot = [0, *accumulate(quotas)]
-            self._first_key = [0] * shape.layers
-            self._policies = [make_policy(layer, shape.experts[layer]) for layer in range(shape.layers)]
-            self._pools = [
-                Residency(shape.experts[layer], range(first_slot[layer], first_slot[layer + 1]), self._policies[layer])
-                for layer in range(shape.layers)
-            ]
-        else:
-            self._first_key = [0, *accumulate(shape.experts)][:-1]
-            policy = make_policy(0, pool_keys[0])
-            self._policies = [policy] * shape.layers
-            self._pools = [Residency(pool_keys[0], range(sum(quotas)), policy)] * shape.layers
-        in_ram = options.host_quotas(shape)
-        first_host = [0, *accumulate(in_ram)]
-        self._host = [
-            HostTier(experts, range(first, first + n), self._policies[layer], self._first_key[layer]) if n else None
-            for layer, (experts, n, first) in enumerate(zip(shape.experts, in_ram, first_host, strict=False))
-        ]
-        self._key_of = [ExpertKey(layer, e) for layer in range(shape.layers) for e in range(shape.experts[layer])]
-        # Where a pool's keys begin among all experts: keys of a layer's own pool count from 0.
-        self._base = [0, *accumulate(shape.experts)] if options.scope == "layer" else [0] * shape.layers
-        self._prefetch: PrefetchPolicy = build_prefetch(options.prefetch, shape)
-        self.num_slots = sum(quotas)
-        self.num_host_slots = sum(in_ram)
+        self.layers = build_layers(shape, options, make_policy)
+        self.num_slots = sum(options.quotas(shape))
+        self.num_host_slots = sum(options.host_quotas(shape))
         self.num_scratch = num_scratch(options, shape)
-        self._scratch = range(self.num_slots, self.num_slots + self.num_scratch)
-        admissions = [build_admission(options.on_miss) for _ in pool_keys]
-        self._admissions = admissions if options.scope == "layer" else admissions * shape.layers
-        self._costs = options.miss_costs
-        largest = max(shape.expert_bytes)
-        self._scales = [nbytes / largest for nbytes in shape.expert_bytes]
-        self._ram = self.num_host_slots > 0
         self.may_prefetch = options.prefetch != 0
-        self._ahead: tuple[int, Collection[int]] = 0, ()
-        """Layer and keys that the last plan has begun to read for it."""
-        self._came: Collection[int] = ()
-        """What of this access was read ahead."""
+        self._scratch = range(self.num_slots, self.num_slots + self.num_scratch)
+        self._costs = options.miss_costs
+        self._prefetch: PrefetchPolicy = build_prefetch(options.prefetch, shape)
+        self._key_of = [ExpertKey(layer, e) for layer, n in enumerate(shape.experts) for e in range(n)]
+        self._read_ahead: Collection[int] = ()
+        """Keys that the last plan reads ahead."""
+        self._arriving: Collection[int] = ()
+        """Missing keys of this access that the last plan read ahead."""
 
     def wants_prediction(self, layer: int) -> bool:
-        """Whether a prediction for `layer` could change a plan now: it is worth computing one."""
+        """Whether a prediction for `layer` would be used now. Computing one costs about 0.1 ms."""
         return (
             self.may_prefetch
             and layer < self.shape.layers
             and self._prefetch.wants_prediction(layer)
-            and not self._pools[layer].complete
+            and not self.layers[layer].residency.complete
         )
 
     def plan(self, access: Access) -> Plan:
-        """What to do for one access; changes residency as if it were done."""
+        """What to do for one access. Residency changes as if it were done."""
         layer, demands = access.layer, access.demands
-        pool, policy, first = self._pools[layer], self._policies[layer], self._first_key[layer]
+        cache = self.layers[layer]
+        first, residency = cache.keys.start, cache.residency
         experts = [d.expert for d in demands]
-        keys = [first + e for e in experts] if first else experts
-        here, missing, pending = pool.split(keys)
+        keys = [first + e for e in experts]
+        resident, missing, num_pending = residency.split(keys)
         if self.may_prefetch:
-            ahead_of, on_their_way = self._ahead
-            self._came = [key for key in missing if key in on_their_way] if ahead_of == layer else ()
-            self._ahead = 0, ()
-            self._prefetch.demanded(layer, experts, len(missing) - len(self._came))
-        policy.used(keys, demands, access.tail)
-        host = self._host[layer]
-        if host is not None:
-            host.used(experts)
-        for key in here[len(here) - pending :]:
-            pool.demanded(key)
-        admission, passing = self._admissions[layer], 0
-        waves: tuple[Wave, ...]
-        if admission is not None and self._costs is not None:
-            admission.demanded(keys)
-            return self._divided(access, admission, self._costs, keys, here, missing, pending)
-        if admission is not None:
-            admission.demanded(keys)
-            waves, passing = self._selective(layer, admission, here, missing, keys)
-        elif len(keys) <= pool.capacity:
-            waves = (self._wave(layer, here, self._admit(layer, missing, keys) if missing else ()),)
+            self._arriving = [key for key in missing if key in self._read_ahead]
+            self._read_ahead = ()
+            self._prefetch.on_access(layer, experts, len(missing) - len(self._arriving))
+        cache.policy.on_access(keys, demands, access.tail)
+        if cache.host_tier is not None:
+            cache.host_tier.on_access(keys)
+        if num_pending:
+            for key in resident[-num_pending:]:
+                residency.on_access(key)
+        if cache.admission is not None:
+            cache.admission.on_access(keys)
+        if cache.admission is None and len(keys) <= residency.capacity:
+            placement = _Placement((cache.wave(resident, self._admit(cache, missing, keys)),))
         else:
-            waves = self._waves(layer, here, missing)
-        came, self._came = len(self._came), ()
+            placement = self._place(cache, _Need(access, keys, resident, missing))
+        num_arriving, self._arriving = len(self._arriving), ()
         prefetches, read_ahead = self._prefetches(layer + 1, access) if access.predicted else ((), ())
-        hits, misses = len(here) - pending, len(missing) - came
-        return Plan(layer, waves, prefetches, hits, pending + came, misses, passing, (), read_ahead)
+        if placement.refill is not None:
+            admission = residency.admit(placement.refill, frozenset(keys), pending=True)
+            if admission is not None:
+                prefetches += (self._fetch(placement.refill, admission),)
+        return Plan(
+            layer,
+            placement.waves,
+            prefetches,
+            len(resident) - num_pending,
+            num_pending + num_arriving,
+            len(missing) - num_arriving,
+            placement.num_scratch,
+            placement.on_host,
+            read_ahead,
+        )
 
-    def _selective(
-        self, layer: int, admission: AdmissionPolicy, here: Sequence[int], missing: Sequence[int], keys: Sequence[int]
-    ) -> tuple[tuple[Wave, ...], int]:
-        """Waves of an access some of whose missing experts get no slot, and how many do not."""
-        pool = self._pools[layer]
-        if len(keys) <= pool.capacity:
-            fetches, passing = self._select(layer, admission, missing, keys) if missing else ((), ())
-            waves = [self._wave(layer, here, fetches)]
+    def _place(self, cache: LayerCache, need: _Need) -> _Placement:
+        """Placement of an access that needs waves, or some of whose missing experts may get no slot."""
+        admission = cache.admission
+        if admission is None:
+            return _Placement(self._waves(cache, need.resident, need.missing))
+        if self._costs is not None:
+            return self._place_with_host(cache, need, admission, self._costs)
+        if len(need.keys) > cache.residency.capacity:
+            waves, slotless = self._best_in_waves(cache, admission, need)
         else:
-            keep = self._worth_keeping(layer, missing, admission.replaces, pool.capacity)
-            kept, passing = [key for key in missing if key in keep], [key for key in missing if key not in keep]
-            held = [key for key in keep if pool.lookup(key) != Lookup.MISS]
-            waves = [self._wave(layer, here, ())] if here else []
-            if kept:
-                waves.append(self._wave(layer, (), self._admit(layer, kept, {*held, *kept})))
-                waves = list(_victims_first(waves)) if here else waves
-        if passing:
-            first, *more = self._through_scratch(layer, passing)
-            if waves:  # which leave the scratch slots alone
-                before = waves.pop()
-                first = Wave(before.experts + first.experts, before.fetches + first.fetches)
+            fetches, slotless = self._admit_worthy(cache, admission, need) if need.missing else ((), ())
+            waves = [cache.wave(need.resident, fetches)]
+        if slotless:
+            first, *more = self._through_scratch(cache, slotless)
+            if waves:  # scratch slots and pool slots do not collide, so the two waves are one
+                last = waves.pop()
+                first = Wave(last.experts + first.experts, last.fetches + first.fetches)
             waves += [first, *more]
-        return tuple(waves), len(passing)
+        return _Placement(tuple(waves), len(slotless))
 
-    def _through_scratch(self, layer: int, passing: Sequence[int]) -> list[Wave]:
-        waves = []
-        for i in range(0, len(passing), self.num_scratch):
-            slots = zip(passing[i : i + self.num_scratch], self._scratch, strict=False)
-            waves.append(self._wave(layer, (), tuple(self._fetch(layer, key, Admission(s, None)) for key, s in slots)))
-        return waves
+    def _best_in_waves(
+        self, cache: LayerCache, admission: AdmissionPolicy, need: _Need
+    ) -> tuple[list[Wave], Sequence[int]]:
+        """A step with more experts than slots: waves of those that are worth a slot, and the other missing keys."""
+        keep = set(cache.worth_keeping(need.missing, cache.residency.capacity, evicts=admission.evicts))
+        kept, slotless = [key for key in need.missing if key in keep], [key for key in need.missing if key not in keep]
+        waves = [cache.wave(need.resident, ())] if need.resident else []
+        if kept:
+            protected = {*kept, *filter(cache.is_resident, keep)}
+            waves.append(cache.wave((), self._admit(cache, kept, protected)))
+            waves = list(_victims_first(waves)) if need.resident else waves
+        return waves, slotless
 
-    def _divided(
-        self,
-        access: Access,
-        admission: AdmissionPolicy,
-        costs: MissCosts,
-        keys: Sequence[int],
-        here: Sequence[int],
-        missing: Sequence[int],
-        pending: int,
-    ) -> Plan:
-        """The plan of an access whose missing experts are divided between the link and the host."""
-        layer, pool, score = access.layer, self._pools[access.layer], self._policies[access.layer].score
-        protected = frozenset(keys)
-        tokens = dict(zip(keys, [demand.tokens for demand in access.demands], strict=True))
-        best_first = sorted(missing, key=lambda key: (-score(key), key))
-        chances = {}
-        for key in best_first[pool.free :]:
-            victim = pool.victim(protected)
-            chances[key] = 0.5 if victim is None else admission.chance(key, victim, score(key), score(victim))
-        left = list(chances)
-        if admission.replaces:
-            missed = [Missed(key, tokens[key], chances[key]) for key in left]
-            left = on_host(missed, len(here), costs, self._scales[layer])
-        computed = frozenset(left)
-        through = tuple(self._through_scratch(layer, sorted(computed)))
-        fetched = [key for key in missing if key not in computed]
-        waves: tuple[Wave, ...]
-        if len(here) + len(fetched) > pool.capacity:
-            waves = self._waves(layer, here, fetched)
-        else:
-            waves = (self._wave(layer, here, self._admit(layer, fetched, keys) if fetched else ()),)
-        if through and waves[0].fetches:  # what is there already is computed beside the host
-            first, fetches = waves[0].experts, waves[0].fetches
-            waves = (Wave(first[: -len(fetches)], ()), Wave(first[-len(fetches) :], fetches), *waves[1:])
-        came, self._came = len(self._came), ()
-        prefetches, read_ahead = self._prefetches(layer + 1, access) if access.predicted else ((), ())
-        if access.tail == 1 and through and admission.replaces:
-            prefetches += self._fill(layer, through, chances, protected)
-        hits, misses = len(here) - pending, len(missing) - came
-        return Plan(layer, waves, prefetches, hits, pending + came, misses, len(computed), through, read_ahead)
-
-    def _fill(
-        self, layer: int, through: Sequence[Wave], chances: Mapping[int, float], protected: Collection[int]
-    ) -> tuple[Fetch, ...]:
-        """The best of what the host computes, if it is in RAM and worth a slot."""
-        pool, first, ram = self._pools[layer], self._first_key[layer], self._host[layer]
-        experts = [fetch.key.expert for wave in through for fetch in wave.fetches]
-        in_ram = [first + expert for expert in experts if ram is not None and ram.holds(expert)]
-        best = max(in_ram, key=lambda key: (chances[key], -key), default=-1)
-        if best < 0 or chances[best] < FILL_CHANCE:
-            return ()
-        admitted = pool.admit(best, protected, pending=True)
-        return () if admitted is None else (self._fetch(layer, best, admitted),)
-
-    def _select(
-        self, layer: int, admission: AdmissionPolicy, missing: Sequence[int], protected: Collection[int]
+    def _admit_worthy(
+        self, cache: LayerCache, admission: AdmissionPolicy, need: _Need
     ) -> tuple[tuple[Fetch, ...], Sequence[int]]:
-        """Fetches of those that are worth the slot of another, the best first to choose; and those that are not."""
-        pool, score = self._pools[layer], self._policies[layer].score
-        if not admission.replaces and pool.full:
-            return (), missing
-        if len(protected) > FEW:
-            protected = frozenset(protected)
-        fetches, passing = [], []
-        for key in sorted(missing, key=lambda key: (-score(key), key)):
-            victim = pool.victim(protected) if pool.full else None
+        """Fetches of the missing keys that are worth their victim's slot, and the other missing keys.
+
+        The best missing key is asked about first.
+        """
+        residency, score = cache.residency, cache.policy.score
+        if not admission.evicts and not residency.num_free:
+            return (), need.missing
+        protected = as_protected(need.keys)
+        fetches, slotless = [], []
+        for key in cache.best_first(need.missing):
+            victim = None if residency.num_free else residency.victim(protected)
             if victim is not None and not admission.admits(key, victim, score(key), score(victim)):
-                passing.append(key)
+                slotless.append(key)
                 continue
-            admitted = pool.admit(key, protected)
-            assert admitted is not None, "a wave is never larger than its pool"
-            fetches.append(self._fetch(layer, key, admitted))
+            fetches.append(self._admitted(cache, key, protected))
         fetches.sort(key=lambda fetch: (fetch.read, fetch.key))
-        return tuple(fetches), sorted(passing)
+        return tuple(fetches), sorted(slotless)
 
-    def _worth_keeping(self, layer: int, missing: Sequence[int], replaces: bool, count: int) -> set[int]:
-        """The best of all that is demanded or resident. replaces: residents need not stay."""
-        pool, score = self._pools[layer], self._policies[layer].score
-        residents = pool.resident_keys()
-        stay: Sequence[int] = () if replaces else residents
-        candidates = {*missing, *residents}.difference(stay)
-        return {*stay, *sorted(candidates, key=lambda key: (-score(key), -key))[: count - len(stay)]}
+    def _place_with_host(
+        self, cache: LayerCache, need: _Need, admission: AdmissionPolicy, costs: MissCosts
+    ) -> _Placement:
+        """Missing keys are divided between the link and the host."""
+        access, resident = need.access, need.resident
+        tokens = dict(zip(need.keys, [demand.tokens for demand in access.demands], strict=True))
+        computed = split_misses(cache, admission, costs, need.missing, tokens, frozenset(need.keys))
+        on_host = tuple(self._through_scratch(cache, list(computed))) if computed else ()
+        fetched = [key for key in need.missing if key not in computed]
+        waves: tuple[Wave, ...]
+        if len(resident) + len(fetched) > cache.residency.capacity:
+            waves = self._waves(cache, resident, fetched)
+        else:
+            waves = (cache.wave(resident, self._admit(cache, fetched, need.keys)),)
+        if on_host and waves[0].fetches:  # residents are computed while the host computes, before any fetch has landed
+            experts, fetches = waves[0]
+            waves = (Wave(experts[: -len(fetches)], ()), Wave(experts[-len(fetches) :], fetches), *waves[1:])
+        refill = best_refill(cache, computed) if access.tail == 1 and admission.evicts else None
+        return _Placement(waves, len(computed), on_host, refill)
 
-    def _admit(self, layer: int, missing: Sequence[int], protected: Collection[int]) -> tuple[Fetch, ...]:
-        pool = self._pools[layer]
-        if len(protected) > FEW:
-            protected = frozenset(protected)
-        fetches = []
-        for key in missing:
-            admission = pool.admit(key, protected)
-            assert admission is not None, "a wave is never larger than its pool"
-            fetches.append(self._fetch(layer, key, admission))
-        if self._host[layer] is not None:
-            fetches.sort(key=lambda fetch: fetch.read)  # what only the link brings is there first
-        return tuple(fetches)
-
-    def _fetch(self, layer: int, key: int, admission: Admission) -> Fetch:
-        base, (slot, evicted) = self._base[layer], admission
-        wanted = self._key_of[base + key]
-        forgotten = None if evicted is None else self._key_of[base + evicted]
-        came = key in self._came
-        if not self._ram:
-            return Fetch(wanted, slot, forgotten, read_ahead=came) if came else Fetch(wanted, slot, forgotten)
-        if forgotten is not None and (before := self._host[forgotten.layer]) is not None:
-            before.left(forgotten.expert)
-        host = self._host[layer]
-        if host is None:
-            return Fetch(wanted, slot, forgotten, read_ahead=came)
-        return Fetch(wanted, slot, forgotten, *host.place(wanted.expert, on_device=slot < self.num_slots), came)
-
-    def _wave(self, layer: int, here: Sequence[int], fetches: tuple[Fetch, ...]) -> Wave:
-        """Residents `here`, then what is fetched."""
-        pool, first = self._pools[layer], self._first_key[layer]
-        experts = [key - first for key in here] if first else here
-        residents = zip(experts, pool.slots_of(here), strict=True)
-        return Wave((*residents, *[(fetch.key.expert, fetch.slot) for fetch in fetches]), fetches)
-
-    def _waves(self, layer: int, here: Sequence[int], missing: Sequence[int]) -> tuple[Wave, ...]:
-        pool, policy = self._pools[layer], self._policies[layer]
-        # What should stay: the best of all that is demanded or resident, less the slots that the rest passes through.
-        passing = max(1, pool.capacity // 4)
-        candidates = sorted({*missing, *pool.resident_keys()}, key=lambda key: (-policy.score(key), -key))
-        best = candidates[: pool.capacity - passing]
+    def _waves(self, cache: LayerCache, resident: Sequence[int], missing: Sequence[int]) -> tuple[Wave, ...]:
+        """Waves that give every missing key a slot, though there are fewer slots than keys."""
+        capacity = cache.residency.capacity
+        # The best of what is demanded or resident stays, less the slots that the rest passes through.
+        best = cache.worth_keeping(missing, capacity - max(1, capacity // 4))
         keep = set(best)
         order = [key for key in missing if key not in keep] + [key for key in missing if key in keep]
-        waves = [self._wave(layer, here, ())] if here else []
+        waves = [cache.wave(resident, ())] if resident else []
         while order:
-            # Residents worth keeping hold their slots; everything else makes room.
-            held = [key for key in best if pool.lookup(key) != Lookup.MISS]
-            wave, order = order[: pool.capacity - len(held)], order[pool.capacity - len(held) :]
-            waves.append(self._wave(layer, (), self._admit(layer, wave, {*held, *wave})))
-        return _victims_first(waves) if here else tuple(waves)
+            held = list(filter(cache.is_resident, best))  # everything else makes room
+            wave, order = order[: capacity - len(held)], order[capacity - len(held) :]
+            waves.append(cache.wave((), self._admit(cache, wave, {*held, *wave})))
+        return _victims_first(waves) if resident else tuple(waves)
+
+    def _through_scratch(self, cache: LayerCache, keys: Sequence[int]) -> list[Wave]:
+        waves = []
+        for i in range(0, len(keys), self.num_scratch):
+            pairs = zip(keys[i : i + self.num_scratch], self._scratch, strict=False)
+            waves.append(cache.wave((), tuple([self._fetch(key, Admission(slot, None)) for key, slot in pairs])))
+        return waves
+
+    def _admit(self, cache: LayerCache, missing: Sequence[int], protected: Collection[int]) -> tuple[Fetch, ...]:
+        if not missing:
+            return ()
+        protected = as_protected(protected)
+        fetches = [self._admitted(cache, key, protected) for key in missing]
+        if cache.host_tier is not None:
+            fetches.sort(key=lambda fetch: fetch.read)  # experts in RAM arrive first
+        return tuple(fetches)
+
+    def _admitted(self, cache: LayerCache, key: int, protected: Collection[int]) -> Fetch:
+        admission = cache.residency.admit(key, protected)
+        assert admission is not None, "a wave is never larger than its pool"
+        return self._fetch(key, admission)
+
+    def _fetch(self, key: int, admission: Admission) -> Fetch:
+        slot, evicted_key = admission
+        expert, evicted = self._key_of[key], None if evicted_key is None else self._key_of[evicted_key]
+        read_ahead = key in self._arriving
+        if not self.num_host_slots:
+            return Fetch(expert, slot, evicted, read_ahead=read_ahead) if read_ahead else Fetch(expert, slot, evicted)
+        if (
+            evicted is not None
+            and evicted_key is not None
+            and (tier := self.layers[evicted.layer].host_tier) is not None
+        ):
+            tier.on_evict(evicted_key)
+        tier = self.layers[expert.layer].host_tier
+        if tier is None:
+            return Fetch(expert, slot, evicted, read_ahead=read_ahead)
+        return Fetch(expert, slot, evicted, *tier.place(key, on_device=slot < self.num_slots), read_ahead)
 
     def _prefetches(self, layer: int, access: Access) -> tuple[tuple[Fetch, ...], tuple[ExpertKey, ...]]:
-        """Of what `access`, of the layer before, predicts for `layer`: what is copied from RAM into a slot, and what is
-        read ahead from disk.
-        """
+        """(copies from RAM into slots of `layer`, reads ahead from disk) that the access before it predicts."""
         if not self._prefetch.wants_prediction(layer):
             return (), ()
-        pool, first, ram = self._pools[layer], self._first_key[layer], self._host[layer]
-        predicted = access.predicted[: pool.capacity]
-        missing = pool.split([first + e for e in predicted])[1]
-        if not missing:
-            return (), ()
-        away = frozenset(missing)
-        candidates = [Candidate(rank, e) for rank, e in enumerate(predicted) if first + e in away]
-        chosen = self._prefetch.choose(layer, candidates, single=access.tail == 1)
+        cache = self.layers[layer]
+        first, residency, tier = cache.keys.start, cache.residency, cache.host_tier
+        predicted = [first + e for e in access.predicted[: residency.capacity]]
+        missing = frozenset(residency.split(predicted)[1])
+        candidates = [Candidate(rank, key - first) for rank, key in enumerate(predicted) if key in missing]
+        chosen = self._prefetch.choose(layer, candidates, single=access.tail == 1) if candidates else ()
         if not chosen:
             return (), ()
-        protected = {first + e for e in predicted}
         fetches: list[Fetch] = []
-        ahead: list[int] = []
+        read_ahead: list[int] = []
         for _, expert in chosen:
-            if ram is None or not ram.holds(expert):
-                ahead.append(expert)
+            key = first + expert
+            if tier is None or not tier.holds(key):
+                read_ahead.append(key)
                 continue
-            admission = pool.admit(first + expert, protected, pending=True)
+            admission = residency.admit(key, predicted, pending=True)
             if admission is None:
                 break
-            fetches.append(self._fetch(layer, first + expert, admission))
-        self._prefetch.issued(layer, len(fetches) + len(ahead))
-        self._ahead = layer, [first + expert for expert in ahead]
-        return tuple(fetches), tuple([ExpertKey(layer, expert) for expert in ahead])
+            fetches.append(self._fetch(key, admission))
+        self._prefetch.issued(layer, len(fetches) + len(read_ahead))
+        self._read_ahead = read_ahead
+        return tuple(fetches), tuple([self._key_of[key] for key in read_ahead])
 
     def missing(self, layer: int, experts: Sequence[int]) -> list[int]:
-        """Which experts of a layer have no slot now; mutates nothing."""
-        pool, first = self._pools[layer], self._first_key[layer]
-        return [expert for expert in experts if pool.lookup(first + expert) == Lookup.MISS]
+        """The experts of a layer that have no slot now. Changes nothing."""
+        cache = self.layers[layer]
+        return [expert for expert in experts if not cache.is_resident(cache.keys[expert])]
 
     def check(self) -> None:
-        """Assert the invariants of every pool."""
-        for pool in self._pools:
-            pool.check()
-        for layer, host in enumerate(self._host):
-            if host is not None:
-                first = self._first_key[layer]
-                host.check(self._pools[layer].holds(range(first, first + self.shape.experts[layer])))
+        """Assert the invariants of every layer."""
+        for cache in self.layers:
+            cache.check()
 
 
 def _victims_first(waves: Sequence[Wave]) -> tuple[Wave, ...]:
-    """The residents of the first wave in the order in which later waves take their slots, so that what is read
-    meanwhile need not wait for them."""
+    """The waves, the residents of the first in the order in which later waves take their slots, so that fetches need
+    not wait for them."""
     residents, later = waves[0], waves[1:]
-    turns = [fetch.slot for wave in later for fetch in wave.fetches]
-    taken = {slot: -turn for turn, slot in enumerate(reversed(turns))}
-    return (Wave(tuple(sorted(residents.experts, key=lambda pair: taken.get(pair[1], 1))), ()), *later)
+    slots = [fetch.slot for wave in later for fetch in wave.fetches]
+    turn = {slot: -i for i, slot in enumerate(reversed(slots))}
+    return (Wave(tuple(sorted(residents.experts, key=lambda pair: turn.get(pair[1], 1))), ()), *later)
 
 
 def num_scratch(options: CacheOptions, shape: CacheShape) -> int:
-    """Scratch slots that a run needs: none where every miss gets a slot, or nothing can be missed twice."""
+    """Scratch slots of a run: none if every miss gets a slot, or if every expert has one."""
     short = any(n < e for n, e in zip(options.quotas(shape), shape.experts, strict=True))
     return SCRATCH_SLOTS if short and options.on_miss != "fetch" else 0
 
 
 def build_planner(options: CacheOptions, shape: CacheShape) -> Planner:
-    """The planner of a run; runtime and simulator both get theirs here. ConfigError if the options do not fit the
-    model.
+    """The planner of a run, for runtime and simulator alike.
+
+    Raises:
+        ConfigError: the options do not fit the model, or no eviction policy has the name.
     """
-    return Planner(shape, options, eviction_policies(options, shape))
+    return Planner(shape, options, build_eviction)

@@ -42,7 +42,7 @@ class PrefetchPolicy(Protocol):
     def issued(self, layer: int, count: int) -> None:
         """So many of those chosen for `layer`, the first, were started."""
 
-    def demanded(self, layer: int, experts: Sequence[int], misses: int) -> None:
+    def on_access(self, layer: int, experts: Sequence[int], misses: int) -> None:
         """`layer` demands these experts now, of which so many have no slot."""
 
 
@@ -61,7 +61,7 @@ class FixedPrefetch:
     def issued(self, layer: int, count: int) -> None:
         pass
 
-    def demanded(self, layer: int, experts: Sequence[int], misses: int) -> None:
+    def on_access(self, layer: int, experts: Sequence[int], misses: int) -> None:
         pass
 
 
@@ -115,7 +115,7 @@ class AutoPrefetch:
     def issued(self, layer: int, count: int) -> None:
         self._allowed -= count * self._waste[layer]
 
-    def demanded(self, layer: int, experts: Sequence[int], misses: int) -> None:
+    def on_access(self, layer: int, experts: Sequence[int], misses: int) -> None:
         places = self._places[layer]
         if places.waiting:
             used = sum([c.expert in experts for c in places.fetched])

@@ -1,130 +1,107 @@
-"""Which key holds which slot of one tier: states, the free list, and nothing about bytes.
+"""Which key holds which slot of one pool: the free list and the state of each key, nothing about bytes.
 
-Slots go FREE -> RESIDENT -> forgotten; a resident that was prefetched and not demanded since is *pending*. Whether
-its copy has landed is time, which decisions do not see (rule R1); the transfer engine waits for it. State is flat
-integer lists that a device kernel could mirror. Must never pick a protected victim: evicting what the same forward
-still needs gives silently wrong weights."""
+A slot is free or held by one key. A key that was prefetched and has not been demanded since is *pending*. Whether its
+copy has landed is a matter of time, which decisions do not see; the transfer engine waits for it. A protected key is
+never evicted: the same forward pass still needs its weights, and would silently compute with wrong ones.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
-from offmoe.policy.eviction import EvictionPolicy
+from offmoe.policy.eviction.base import EvictionPolicy
 from offmoe.types import Lookup
-
-EMPTY = -1
 
 
 class Admission(NamedTuple):
-    """Slot given to a key, and the key it held before (None: it was free)."""
+    """The slot that a key was given, and the key that was evicted for it (None: the slot was free)."""
 
     slot: int
     evicted: int | None
 
 
 class Residency:
-    """Keys 0..keys-1 in `slots`; `admit` is atomic: it gives a slot, forgetting a victim if needed, or changes
-    nothing.
-    """
+    """The slots of one pool. `admit` is atomic: it gives a slot, evicting a victim if needed, or changes nothing."""
 
-    def __init__(self, keys: int, slots: Sequence[int], policy: EvictionPolicy):
+    def __init__(self, num_keys: int, slots: Sequence[int], policy: EvictionPolicy):
         self.capacity = len(slots)
+        self._num_keys = num_keys
         self._policy = policy
         self._slots = tuple(slots)
-        self._slot_of = [EMPTY] * keys
-        self._pending = bytearray(keys)
-        self._free = list(reversed(slots))  # lowest slot first
-        self._residents = 0
+        self._slot_of: dict[int, int] = {}
+        self._pending: set[int] = set()
+        self._free = list(reversed(slots))  # the lowest slot is given first
 
     def lookup(self, key: int) -> Lookup:
-        """Where a key is; mutates nothing."""
-        if self._slot_of[key] == EMPTY:
+        """Where a key is. Changes nothing."""
+        if key not in self._slot_of:
             return Lookup.MISS
-        return Lookup.PENDING if self._pending[key] else Lookup.HIT
+        return Lookup.PENDING if key in self._pending else Lookup.HIT
 
     def split(self, keys: Sequence[int]) -> tuple[list[int], list[int], int]:
-        """Which of the keys are resident, pending ones last, which are not, and how many are pending."""
-        slot_of, waiting = self._slot_of, self._pending
-        missing = [key for key in keys if slot_of[key] < 0]
-        here = [key for key in keys if slot_of[key] >= 0] if missing else list(keys)
-        late = [key for key in here if waiting[key]]
-        if late:
-            here = [key for key in here if not waiting[key]] + late
-        return here, missing, len(late)
-
-    def holds(self, keys: Iterable[int]) -> list[bool]:
-        """For each key whether it is resident."""
-        slot_of = self._slot_of
-        return [slot_of[key] >= 0 for key in keys]
-
-    def slot(self, key: int) -> int:
-        """Slot of a resident key."""
-        slot = self._slot_of[key]
-        assert slot != EMPTY
-        return slot
+        """(resident keys with pending ones last, missing keys, number of pending keys)."""
+        slot_of, pending_keys = self._slot_of, self._pending
+        missing = [key for key in keys if key not in slot_of]
+        resident = [key for key in keys if key in slot_of] if missing else list(keys)
+        if not pending_keys:
+            return resident, missing, 0
+        pending = [key for key in resident if key in pending_keys]
+        if pending:
+            resident = [key for key in resident if key not in pending_keys] + pending
+        return resident, missing, len(pending)
 
     def slots_of(self, keys: Iterable[int]) -> list[int]:
         """Slots of resident keys."""
         slot_of = self._slot_of
-        slots = [slot_of[key] for key in keys]
-        assert EMPTY not in slots
-        return slots
+        return [slot_of[key] for key in keys]
 
-    def demanded(self, key: int) -> None:
-        """A resident key was used: it is pending no more."""
-        self._pending[key] = 0
+    def on_access(self, key: int) -> None:
+        """A resident key is demanded: it is pending no more."""
+        self._pending.discard(key)
 
     def admit(self, key: int, protected: Collection[int], *, pending: bool = False) -> Admission | None:
-        """A slot for a key that is not resident; None when every resident is protected."""
-        assert self._slot_of[key] == EMPTY
+        """Give a slot to a key that is not resident; None if every resident key is protected."""
+        assert key not in self._slot_of
         evicted = None
         if self._free:
             slot = self._free.pop()
-            self._residents += 1
-        elif self._residents <= len(protected) and self._all_protected(protected):
+        elif self._all_protected(protected):
             return None
         else:
-            evicted = self._policy.victim(protected)
-            slot = self._slot_of[evicted]
-            self._slot_of[evicted] = EMPTY
-            self._pending[evicted] = 0
-            self._policy.forgotten(evicted)
+            evicted = self._policy.choose_victim(protected)
+            slot = self._slot_of.pop(evicted)
+            self._pending.discard(evicted)
+            self._policy.on_evict(evicted)
         self._slot_of[key] = slot
-        self._pending[key] = pending
-        self._policy.admitted(key)
+        if pending:
+            self._pending.add(key)
+        self._policy.on_insert(key)
         return Admission(slot, evicted)
 
     def victim(self, protected: Collection[int]) -> int | None:
-        """What an admission would forget if no slot were free; None if it could forget nothing."""
-        if self._residents <= len(protected) and self._all_protected(protected):
-            return None
-        return self._policy.victim(protected)
+        """The key that `admit` would evict if no slot were free; None if every resident key is protected."""
+        return None if self._all_protected(protected) else self._policy.choose_victim(protected)
 
     def _all_protected(self, protected: Collection[int]) -> bool:
-        return sum(self._slot_of[key] != EMPTY for key in set(protected)) == self._residents
+        num_residents = len(self._slot_of)
+        return num_residents <= len(protected) and len(self._slot_of.keys() & set(protected)) == num_residents
 
     @property
-    def free(self) -> int:
-        """Slots that nobody has."""
+    def num_free(self) -> int:
+        """Slots that no key holds."""
         return len(self._free)
 
     @property
-    def full(self) -> bool:
-        """Every slot is taken."""
-        return not self._free
-
-    @property
     def complete(self) -> bool:
-        """Every key is resident: nothing will ever miss."""
-        return self._residents == len(self._slot_of)
+        """Every key is resident, so nothing will ever miss."""
+        return len(self._slot_of) == self._num_keys
 
     def resident_keys(self) -> list[int]:
-        return [key for key, slot in enumerate(self._slot_of) if slot != EMPTY]
+        """Ascending."""
+        return sorted(self._slot_of)
 
     def check(self) -> None:
-        """Assert that every slot is free or held by exactly one key, and pending keys are resident."""
-        held = [slot for slot in self._slot_of if slot != EMPTY]
-        assert sorted(held + self._free) == sorted(self._slots)
-        assert self._residents == len(held)
-        assert all(self._slot_of[key] != EMPTY for key, pending in enumerate(self._pending) if pending)
+        """Assert that every slot is free or held by exactly one key, and that pending keys are resident."""
+        assert sorted([*self._slot_of.values(), *self._free]) == sorted(self._slots)
+        assert self._pending <= self._slot_of.keys()

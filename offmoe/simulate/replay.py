@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from offmoe.config import CacheOptions
-from offmoe.policy.eviction import Belady
+from offmoe.policy.eviction.belady import Belady
 from offmoe.policy.planner import Planner, build_planner
 from offmoe.trace.trace import Trace
 from offmoe.types import Access, CacheShape, CacheStats
@@ -75,7 +76,7 @@ def belady(trace: Trace | Recording, options: CacheOptions) -> CacheStats:
     options = CacheOptions(slots_per_layer=options.slots_per_layer, scope=options.scope, prefetch=0)
     accesses = list(trace.accesses())
     uses = _uses(accesses, trace.shape, options.scope)
-    planner = Planner(trace.shape, options, lambda pool, _: Belady(uses[pool]))
+    planner = Planner(trace.shape, options, lambda pool: Belady({key: uses[key] for key in pool.keys}))
     return _count(planner, accesses, trace.shape)
 
 
@@ -86,30 +87,28 @@ def belady_with_bypass(trace: Trace | Recording, options: CacheOptions) -> float
     accesses = list(trace.accesses())
     quotas = options.quotas(trace.shape)
     pooled = options.scope == "model"
-    uses = _uses(accesses, trace.shape, options.scope)
-    first = [sum(trace.shape.experts[:layer]) if pooled else 0 for layer in range(trace.shape.layers)]
-    pools = [_Min(u, sum(quotas) if pooled else quotas[i]) for i, u in enumerate(uses)]
-    demands = 0
+    uses, first = _uses(accesses, trace.shape, options.scope), trace.shape.first_key
+    pools = [_Min(uses, sum(quotas))] * trace.shape.layers if pooled else [_Min(uses, quota) for quota in quotas]
+    hits = demands = 0
     for access in accesses:
-        pool = pools[0] if pooled else pools[access.layer]
-        pool.use([first[access.layer] + demand.expert for demand in access.demands])
+        hits += pools[access.layer].use([first[access.layer] + demand.expert for demand in access.demands])
         demands += len(access.demands)
-    return sum(pool.hits for pool in pools) / demands if demands else 0.0
+    return hits / demands if demands else 0.0
 
 
 class _Min:
     """Of what is held and what is demanded, the keys that are used again soonest stay. A lazy heap by next use."""
 
     def __init__(self, uses: Sequence[Sequence[int]], capacity: int):
-        self.hits = 0
         self._uses, self._capacity = uses, capacity
-        self._next = [0] * len(uses)
+        self._next: dict[int, int] = defaultdict(int)
         self._held: set[int] = set()
         self._farthest: list[tuple[float, int]] = []
 
-    def use(self, keys: Sequence[int]) -> None:
+    def use(self, keys: Sequence[int]) -> int:
+        """How many of the keys are held before the access."""
+        hits = sum([key in self._held for key in keys])
         for key in keys:
-            self.hits += key in self._held
             self._next[key] += 1
             self._held.add(key)
             heapq.heappush(self._farthest, (-self._when(key), key))
@@ -117,6 +116,7 @@ class _Min:
             when, key = heapq.heappop(self._farthest)
             if key in self._held and -when == self._when(key):
                 self._held.remove(key)
+        return hits
 
     def _when(self, key: int) -> float:
         uses, i = self._uses[key], self._next[key]
@@ -152,19 +152,13 @@ def _count(planner: Planner, accesses: Iterable[Access], shape: CacheShape) -> C
     return stats
 
 
-def _uses(accesses: Iterable[Access], shape: CacheShape, scope: str) -> list[list[list[int]]]:
-    """Per pool and key, the indices of the pool's accesses that demand the key."""
-    if scope == "layer":
-        uses: list[list[list[int]]] = [[[] for _ in range(n)] for n in shape.experts]
-        counts = [0] * shape.layers
-        for access in accesses:
-            for demand in access.demands:
-                uses[access.layer][demand.expert].append(counts[access.layer])
-            counts[access.layer] += 1
-        return uses
-    first = [sum(shape.experts[:layer]) for layer in range(shape.layers)]
-    pooled: list[list[int]] = [[] for _ in range(sum(shape.experts))]
+def _uses(accesses: Iterable[Access], shape: CacheShape, scope: str) -> list[list[int]]:
+    """By key, the indices of its pool's accesses that demand it."""
+    uses: list[list[int]] = [[] for _ in range(shape.num_keys)]
+    counts = [0] * shape.layers
     for i, access in enumerate(accesses):
+        index = counts[access.layer] if scope == "layer" else i
+        counts[access.layer] += 1
         for demand in access.demands:
-            pooled[first[access.layer] + demand.expert].append(i)
-    return [pooled]
+            uses[shape.first_key[access.layer] + demand.expert].append(index)
+    return uses

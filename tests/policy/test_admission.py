@@ -15,7 +15,7 @@ def judged(policy, gain, newcomer_first, times):
     for i in range(times):
         newcomer, victim = 2 * i, 2 * i + 1
         policy.admits(newcomer, victim, gain, 0.0)
-        policy.demanded([newcomer if newcomer_first else victim])
+        policy.on_access([newcomer if newcomer_first else victim])
     return policy.admits(-1, -2, gain, 0.0)
 
 
@@ -45,7 +45,7 @@ def test_both_at_once_says_nothing():
     policy = FirstDemanded()
     for _ in range(50):
         policy.admits(1, 2, 0.0, 1.0)
-        policy.demanded([1, 2])
+        policy.on_access([1, 2])
     assert policy.admits(1, 2, 0.0, 1.0)
 
 
@@ -53,14 +53,14 @@ def test_one_victim_of_many_newcomers():
     policy = FirstDemanded()
     for newcomer in range(10, 40):
         policy.admits(newcomer, 1, 0.0, 1.0)
-    policy.demanded([1])
+    policy.on_access([1])
     assert not policy.admits(50, 1, 0.0, 1.0)
 
 
 def test_what_is_awaited_stays_bounded_and_consistent():
     policy, chance = FirstDemanded(), random.Random(0)
     for _ in range(5000):
-        policy.demanded(chance.sample(range(12), 2))
+        policy.on_access(chance.sample(range(12), 2))
         policy.admits(chance.randrange(6), 6 + chance.randrange(6), chance.gauss(0, 2), 0.0)
         pairs = sorted((victim, newcomer) for newcomer, (victim, _) in policy._awaited.items())
         assert pairs == sorted((victim, newcomer) for victim, them in policy._against.items() for newcomer in them)

@@ -22,49 +22,47 @@ SHAPE = CacheShape(experts=(7, 7, 12), top_k=(2, 2, 2), expert_bytes=(10, 10, 20
 class Scan:
     """What one layer's copies are worth, worked out anew for every decision."""
 
-    def __init__(self, slots, device, policy, first):
-        self.device, self.policy, self.first = device, policy, first
-        self.free, self.held = sorted(slots, reverse=True), {}
+    def __init__(self, cache):
+        self.cache, self.policy = cache, cache.policy
+        self.free, self.held = sorted(cache.host_tier.slots, reverse=True), {}
 
-    def used(self, experts):
+    def on_access(self, keys):
         pass
 
-    def left(self, expert):
+    def on_evict(self, key):
         pass
 
-    def holds(self, expert):
-        return expert in self.held
+    def holds(self, key):
+        return key in self.held
 
-    def worth(self, expert, threshold):
-        own = self.policy.score(self.first + expert)
-        if not self.device.holds([self.first + expert])[0]:
+    def worth(self, key, threshold):
+        own = self.policy.score(key)
+        if not self.cache.is_resident(key):
             return own
         return threshold - DISTANCE * (own - threshold) if own > threshold else threshold
 
-    def place(self, expert, *, on_device=True):
-        assert on_device == self.device.holds([self.first + expert])[0]
-        if expert in self.held:
-            return self.held[expert], False
+    def place(self, key, *, on_device=True):
+        assert on_device == self.cache.is_resident(key)
+        if key in self.held:
+            return self.held[key], False
         if self.free:
             slot = self.free.pop()
         else:
-            victim = self.device.victim(())
+            victim = self.cache.residency.victim(())
             threshold = 0.0 if victim is None else self.policy.score(victim)
-            least, dropped = min((self.worth(e, threshold), e) for e in self.held)
-            if least >= self.worth(expert, threshold):
+            least, dropped = min((self.worth(k, threshold), k) for k in self.held)
+            if least >= self.worth(key, threshold):
                 return None, True
             slot = self.held.pop(dropped)
-        self.held[expert] = slot
+        self.held[key] = slot
         return slot, True
 
 
 def scanning(options: CacheOptions, shape: CacheShape) -> Planner:
     planner = build_planner(options, shape)
-    slots = [tier and tier._slots for tier in planner._host]
-    planner._host = [
-        mine and Scan(mine, planner._pools[layer], planner._policies[layer], planner._first_key[layer])
-        for layer, mine in enumerate(slots)
-    ]
+    for cache in planner.layers:
+        if cache.host_tier is not None:
+            cache.host_tier = Scan(cache)
     return planner
 
 
@@ -121,19 +119,18 @@ def test_every_decision_is_that_of_a_scan(seed, eviction, scope, host_slots, pre
 @pytest.mark.parametrize("scope", ["layer", "model"])
 @pytest.mark.parametrize("eviction", EVICTIONS)
 def test_a_long_run_with_heaps_that_are_cleared_out(eviction, scope, monkeypatch):
-    monkeypatch.setattr(host_tier, "SLACK", 0)
+    monkeypatch.setattr(host_tier, "SPARE_ENTRIES", 0)
     shape = CacheShape((40, 40), (4, 4), (1, 1))
     options = options_of(eviction, scope, (16, 20), 1, shape, slots=10)
     planner, accesses = build_planner(options, shape), routed(5, 300, shape)
     assert decisions(planner, accesses) == decisions(scanning(options, shape), accesses)
-    planner.check()
-    assert all(len(heap) <= tier._most for tier in planner._host for heap in (tier._away, tier._both))
+    planner.check()  # also of the heaps' lengths
 
 
 def test_a_broken_state_is_found():
     planner = build_planner(options_of("lru", "layer", 2, 0), SHAPE)
     planner.plan(Access(0, (Demand(1, 1, 1), Demand(2, 1, 1)), 1))
     planner.check()
-    planner._host[0]._on_device[2] = 0
+    planner.layers[0].host_tier.on_evict(2)
     with pytest.raises(AssertionError):
         planner.check()

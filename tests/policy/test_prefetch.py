@@ -108,8 +108,8 @@ def test_prefetches_under_way_count_as_read_for_nothing():
     both = [Candidate(0, 4), Candidate(1, 5)]
     for _ in range(AutoPrefetch.EVIDENCE):
         assert not policy.choose(1, both, single=True)
-        policy.demanded(1, [4, 5], 2)
-    policy.demanded(0, [0], 2 * AutoPrefetch.READS_PER_WASTE - 2 * AutoPrefetch.EVIDENCE - 1)
+        policy.on_access(1, [4, 5], 2)
+    policy.on_access(0, [0], 2 * AutoPrefetch.READS_PER_WASTE - 2 * AutoPrefetch.EVIDENCE - 1)
     assert list(policy.choose(1, both, single=True)) == both[:1]
     policy.issued(1, 1)
     assert not policy.choose(1, both, single=True)
@@ -120,7 +120,7 @@ def test_many_tokens_are_judged_apart_from_one():
     candidates = [Candidate(0, 4)]
     for _ in range(AutoPrefetch.EVIDENCE):
         policy.choose(1, candidates, single=False)
-        policy.demanded(1, [4], 50)
+        policy.on_access(1, [4], 50)
     assert not policy.choose(1, candidates, single=True)
     assert list(policy.choose(1, candidates, single=False)) == candidates
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offmoe.policy.eviction import LRU, AgedLFU
+from offmoe.policy.eviction.aged_lfu import AgedLFU
+from offmoe.policy.eviction.lru import LRU
 from offmoe.policy.residency import Residency
 from offmoe.types import Demand, Lookup
 
@@ -44,12 +45,12 @@ class Oracle:
     st.lists(st.tuples(st.sets(st.integers(0, KEYS - 1), min_size=1, max_size=4), st.booleans()), max_size=60),
 )
 def test_agrees_with_the_oracle(slots, steps):
-    policy = LRU(KEYS)
+    policy = LRU()
     residency, oracle = Residency(KEYS, range(slots), policy), Oracle(slots)
     for now, (wanted, pending) in enumerate(steps):
         keys = sorted(wanted)
         if not pending:
-            policy.used(keys, [Demand(k, 1, 1) for k in keys], 1)
+            policy.on_access(keys, [Demand(k, 1, 1) for k in keys], 1)
             oracle.used(keys, now)
         for key in keys:
             if residency.lookup(key) == Lookup.MISS:
@@ -58,15 +59,15 @@ def test_agrees_with_the_oracle(slots, steps):
                 want = oracle.admit(key, keys, pending)
                 assert (got and (got.slot, got.evicted)) == want
             elif not pending:
-                residency.demanded(key)
+                residency.on_access(key)
                 oracle.pending.discard(key)
-        assert {k: residency.slot(k) for k in residency.resident_keys()} == oracle.held
+        assert {k: residency.slots_of([k])[0] for k in residency.resident_keys()} == oracle.held
         assert {k for k in range(KEYS) if residency.lookup(k) == Lookup.PENDING} == oracle.pending
         residency.check()
 
 
 def test_admit_changes_nothing_when_all_residents_are_protected():
-    residency = Residency(4, range(2), AgedLFU(4))
+    residency = Residency(4, range(2), AgedLFU())
     assert residency.admit(0, ())
     assert residency.admit(1, ())
     assert residency.admit(2, [0, 1]) is None
@@ -75,7 +76,7 @@ def test_admit_changes_nothing_when_all_residents_are_protected():
 
 
 def test_complete_means_nothing_can_miss():
-    residency = Residency(2, range(2), LRU(2))
+    residency = Residency(2, range(2), LRU())
     assert not residency.complete
     residency.admit(0, ())
     residency.admit(1, ())
@@ -83,8 +84,8 @@ def test_complete_means_nothing_can_miss():
 
 
 def test_check_finds_a_broken_state():
-    residency = Residency(3, range(2), LRU(3))
+    residency = Residency(3, range(2), LRU())
     residency.admit(0, ())
-    residency._slot_of[1] = residency.slot(0)
+    residency._slot_of[1] = residency.slots_of([0])[0]
     with pytest.raises(AssertionError):
         residency.check()

@@ -7,40 +7,41 @@ from collections import OrderedDict, deque
 
 import pytest
 
-from offmoe.policy.queues import S3FIFO, Sieve
-from tests.policy.test_eviction import PolicyContract, single
+from offmoe.policy.eviction.s3_fifo import S3FIFO
+from offmoe.policy.eviction.sieve import Sieve
+from tests.policy.eviction.contract import PolicyContract, single
 
 
 class TestSieve(PolicyContract):
-    def policy(self, keys):
-        return Sieve(keys)
+    def policy(self, num_keys):
+        return Sieve()
 
     def test_protection_costs_no_second_chance(self):
-        policy = Sieve(3)
+        policy = Sieve()
         for key in range(3):
-            policy.admitted(key)
-        policy.used([0, 1], single([0, 1]), 1)
-        assert policy.victim({0}) == 2
-        policy.forgotten(2)  # the hand spent the chance of 1 and passed 0 by
-        policy.admitted(2)
-        assert policy.victim({2}) == 1
+            policy.on_insert(key)
+        policy.on_access([0, 1], single([0, 1]), 1)
+        assert policy.choose_victim({0}) == 2
+        policy.on_evict(2)  # the hand spent the chance of 1 and passed 0 by
+        policy.on_insert(2)
+        assert policy.choose_victim({2}) == 1
 
 
 class TestS3FIFO(PolicyContract):
-    def policy(self, keys):
-        return S3FIFO(keys)
+    def policy(self, num_keys):
+        return S3FIFO()
 
     def test_what_comes_back_soon_enters_the_main_queue(self):
-        policy = S3FIFO(4)
+        policy = S3FIFO()
         for key in (0, 1):
-            policy.admitted(key)
-        assert policy.victim(()) == 0
-        policy.forgotten(0)
-        policy.admitted(2)
-        assert policy.victim(()) == 1
-        policy.forgotten(1)
-        policy.admitted(0)  # a ghost: passes the small queue by
-        assert policy.victim(()) == 2
+            policy.on_insert(key)
+        assert policy.choose_victim(()) == 0
+        policy.on_evict(0)
+        policy.on_insert(2)
+        assert policy.choose_victim(()) == 1
+        policy.on_evict(1)
+        policy.on_insert(0)  # a ghost: passes the small queue by
+        assert policy.choose_victim(()) == 2
 
 
 class TextbookSieve:
@@ -112,17 +113,17 @@ class TextbookS3FIFO:
 @pytest.mark.parametrize("capacity", [1, 2, 5, 24])
 def test_agrees_with_the_textbook(make, textbook, capacity):
     rng = random.Random(capacity)
-    policy, book, resident = make(40), textbook(capacity), set()
+    policy, book, resident = make(), textbook(capacity), set()
     for _ in range(4000):
         key = min(int(rng.expovariate(0.12)), 39)
         was_there, thrown_out = book.access(key)
         assert was_there == (key in resident)
-        policy.used([key], single([key]), 1)
+        policy.on_access([key], single([key]), 1)
         if was_there:
             continue
         if thrown_out is not None:
-            assert policy.victim((key,)) == thrown_out
-            policy.forgotten(thrown_out)
+            assert policy.choose_victim((key,)) == thrown_out
+            policy.on_evict(thrown_out)
             resident.remove(thrown_out)
-        policy.admitted(key)
+        policy.on_insert(key)
         resident.add(key)

@@ -1,0 +1,55 @@
+"""Aged LFU: evict the least used, where an access counts less the older it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import log2
+
+from offmoe.policy.eviction.base import NEVER, Pool, ScoredPolicy
+from offmoe.types import Demand
+
+HALF_LIFE = 16.0
+"""Accesses after which one counts half. On recorded routing hit rates are flat between 8 and 32; at 16 the policy is
+never below LRU and closes 20 to 32 % of the gap between LRU and the optimum on gpt-oss-20b."""
+EARLIER_TOKENS = 1 / 16
+"""Weight of a prompt's tokens before the tail: they are at least 64 tokens old, four half-lives of 16."""
+
+
+class AgedLFU(ScoredPolicy):
+    """Evicts the key with the lowest count of accesses, halved every `half_life` accesses. Counts survive eviction.
+
+    Aging multiplies all counts alike and so never changes their order. The score is therefore log2 of the count as seen
+    from access 0, log2(sum of 2^(t_i / half_life)), which changes only when its key is accessed.
+
+    A step of many tokens ages the counts as its tail of n <= 64 rows would one by one. Its demands tell how many of the
+    tail's tokens are routed to an expert, not which, so each counts as the mean of the ages 0 to n - 1.
+    """
+
+    def __init__(self, half_life: float = HALF_LIFE):
+        """half_life: in accesses of single tokens to this pool."""
+        super().__init__()
+        self._now = 0.0
+        self._step = 1.0 / half_life
+        self._decay: float = 2.0**-self._step
+
+    @classmethod
+    def for_pool(cls, pool: Pool) -> AgedLFU:
+        # The option counts accesses of one layer; a pool of all layers sees one of each layer per step.
+        return cls(pool.options.half_life * pool.num_layers)
+
+    def on_access(self, keys: Sequence[int], demands: Sequence[Demand], tail: int) -> None:
+        self._now = now = self._now + tail * self._step
+        scores = self.scores
+        if tail <= 1:
+            for key in keys:
+                old = scores.get(key, NEVER)  # below `now` unless the key has been used far above average
+                scores[key] = (
+                    now + log2(1.0 + 2.0 ** (old - now)) if old <= now else old + log2(1.0 + 2.0 ** (now - old))
+                )
+            return
+        mean_age = (1.0 - self._decay**tail) / (tail * (1.0 - self._decay))
+        for key, demand in zip(keys, demands, strict=True):
+            use = now + log2(mean_age * (demand.tail_tokens + (demand.tokens - demand.tail_tokens) * EARLIER_TOKENS))
+            old = scores.get(key, NEVER)
+            high, low = (use, old) if use >= old else (old, use)
+            scores[key] = high + log2(1.0 + 2.0 ** (low - high))
