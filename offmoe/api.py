@@ -33,6 +33,7 @@ from offmoe.text import format_size
 from offmoe.trace.recorder import TraceWriter
 from offmoe.transfer.engine import TransferEngine
 from offmoe.transfer.host_exchange import HostExchange
+from offmoe.transfer.slot_writer import SlotWriter
 from offmoe.types import CacheStats
 
 if TYPE_CHECKING:
@@ -156,16 +157,8 @@ def load(
         else:
             arena = SlotArena(backend.allocate, slots, in_ram=scratch)
         stats = CacheStats.for_layers(catalog.shape.layers)
-        assemblies = [layer.assembly for layer in catalog.layers]
-        transfer = TransferEngine(
-            store,
-            arena,
-            backend,
-            layouts,
-            assemblies,
-            host_slots=planner.num_host_slots,
-            on_stall=stats.stalled,
-        )
+        slot_writer = SlotWriter(store, arena, backend, catalog.layers)
+        transfer = TransferEngine(slot_writer, host_slots=planner.num_host_slots, on_stall=stats.stalled)
         closing.insert(0, transfer.close)
         closing.append(arena.close)
         decodings, kernels = [layer.decode for layer in catalog.layers], [layer.cpu_slot for layer in catalog.layers]

@@ -27,7 +27,7 @@ from offmoe.errors import CapacityError, ConfigError, OffmoeError
 from offmoe.hf.predict.wiring import RouterWiring, WiringRecorder
 from offmoe.runtime.executor import ExpertExecutor, Predictor
 from offmoe.trace.recorder import TraceWriter
-from offmoe.transfer.engine import Reader
+from offmoe.transfer.reader import Reader
 from offmoe.types import CacheStats
 
 if TYPE_CHECKING:

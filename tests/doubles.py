@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import threading
 from collections.abc import Callable
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from offmoe.device.backend import CpuBackend
-from offmoe.transfer import engine, mover
+from offmoe.storage.layout import Assembly, ExpertLayout
+from offmoe.transfer.slot_writer import SlotWriter
+from offmoe.transfer.waits import Waits
 
 
 class DeferredEvent:
@@ -92,9 +93,12 @@ class DeferredBackend(CpuBackend):
         self.events.append(DeferredEvent(self))
         return self.events[-1]
 
-    def guard(self, slot: torch.Tensor, event: DeferredEvent) -> None:
-        """`event` marks the last read of these bytes."""
-        self.regions.append((slot.data_ptr(), slot.data_ptr() + slot.numel(), event))
+    def guard(self, writer: SlotWriter) -> None:
+        """A copy into a slot of this writer, and of no other, is a race unless it waits for the slot's last read."""
+        self.regions = []
+        for slot, event in enumerate(writer.last_read):
+            start = writer.arena.bytes(slot).data_ptr()
+            self.regions.append((start, start + writer.arena.bytes(slot).numel(), event))
 
     def unseen_reads(self, stream: DeferredStream, destination: torch.Tensor) -> bool:
         address = destination.data_ptr()
@@ -123,28 +127,16 @@ class DeviceBesideRam(DeferredBackend):
         self.pinned.remove(address)
 
 
-def without(wait, module=mover):
-    """movement.py, or another module that waits, with the line of one wait taken out."""
-    assert module.__file__ is not None
-    lines = Path(module.__file__).read_text().splitlines()
-    found = [i for i, line in enumerate(lines) if line.endswith(f"  # {wait}")]
-    assert len(found) == 1, f"{wait} must stand in {module.__file__} exactly once"
-    lines[found[0]] = lines[found[0]][: len(lines[found[0]]) - len(lines[found[0]].lstrip())] + "pass"
-    return made_of(lines, f"{module.__name__} without {wait}")
+class Layer(NamedTuple):
+    """A MoE layer as a slot writer sees it."""
+
+    layout: ExpertLayout
+    assembly: Assembly
 
 
-def engine_without(wait):
-    """transfer.py with the line of one wait taken out of it, or out of what moves for it."""
-    if wait == "W1":
-        return without(wait, engine)
-    made = made_of(Path(engine.__file__).read_text().splitlines(), f"{engine.__name__} without {wait}")
-    made.Mover = without(wait).Mover
-    return made
-
-
-def made_of(lines, name):
-    """A module of these lines."""
-    spec = importlib.util.spec_from_loader(name, loader=None)
-    made = importlib.util.module_from_spec(spec)
-    exec(compile("\n".join(lines), name, "exec"), made.__dict__)
-    return made
+def without(wait: str) -> Waits:
+    """The waits, of which one returns at once."""
+    waits = Waits()
+    assert callable(getattr(waits, wait))
+    setattr(waits, wait, lambda *_: None)
+    return waits

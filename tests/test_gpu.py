@@ -17,12 +17,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import offmoe
-from offmoe.device.backend import CudaBackend, _CudaEvent, _CudaStream, select_backend
+from offmoe.device.backend import CudaBackend, _CudaStream, select_backend
 from offmoe.errors import CapacityError
 from offmoe.hf.adapters.find import find_experts
 from offmoe.hf.load.load import resolve_folder
 from offmoe.simulate.replay import replay
 from offmoe.trace.trace import read_trace
+from offmoe.transfer.waits import Waits
 from tests import tiny
 
 pytestmark = pytest.mark.gpu
@@ -213,20 +214,6 @@ class LateStream(_CudaStream):
         super().copy(destination, source)
 
 
-class DeafStream(LateStream):
-    """Waits for nobody."""
-
-    def wait(self, event):
-        pass
-
-
-class DeafEvent(_CudaEvent):
-    """Nobody waits for it."""
-
-    def synchronize(self):
-        pass
-
-
 class SlowActivation(nn.Module):
     """Between an expert's first and second matrix, `cycles` pass: time enough to overwrite the second one."""
 
@@ -240,17 +227,12 @@ class SlowActivation(nn.Module):
 
 
 class SlowBackend(CudaBackend):
-    """Copies on a stream of our choice; with `deaf`, computing does not wait for them."""
+    """A device whose copies come late."""
 
-    def __init__(self, copies, cycles, deaf=False):
+    def __init__(self, cycles):
         super().__init__(torch.device(DEVICE))
-        self.copies = copies(self.copies.stream)
+        self.copies = LateStream(self.copies.stream)
         self.copies.cycles = cycles
-        self.deaf = deaf
-
-    @property
-    def compute(self):
-        return DeafStream(super().compute.stream) if self.deaf else super().compute
 
 
 def many_steps(model, steps):
@@ -288,7 +270,7 @@ def test_hammer(wide, resident, options):
 
 @pytest.mark.parametrize(("copying", "computing"), [(1_000_000, 0), (0, 4_000_000), (1_000_000, 1_000_000)])
 def test_hammer_with_slow_streams(wide, resident, monkeypatch, copying, computing):
-    backend = SlowBackend(LateStream, copying)
+    backend = SlowBackend(copying)
     model = load_slow(wide, monkeypatch, backend, computing, prefetch=2)
     with model.offload:
         got = many_steps(model, 20)
@@ -296,19 +278,13 @@ def test_hammer_with_slow_streams(wide, resident, monkeypatch, copying, computin
     assert wrong == []
 
 
-@pytest.mark.parametrize("without", ["W1", "W2", "W3"])
-def test_the_hammer_notices_a_missing_wait(wide, resident, monkeypatch, without):
+@pytest.mark.parametrize("wait", ["slot_landed", "slot_last_read", "staging_copied"])
+def test_the_hammer_notices_a_missing_wait(wide, resident, monkeypatch, wait):
     long = 20_000_000  # cycles: about 10 ms
-    backend = {
-        "W1": lambda: SlowBackend(LateStream, long, deaf=True),
-        "W2": lambda: SlowBackend(DeafStream, 0),
-        "W3": lambda: SlowBackend(LateStream, long),
-    }[without]()
-    model = load_slow(wide, monkeypatch, backend, long if without == "W2" else 0, prefetch=0)
+    copying, computing = (0, long) if wait == "slot_last_read" else (long, 0)
+    monkeypatch.setattr(Waits, wait, lambda *_: None)
+    model = load_slow(wide, monkeypatch, SlowBackend(copying), computing, prefetch=0)
     with model.offload:
-        engine = model.offload._executor._transfer
-        if without == "W3":
-            engine._mover._staged = [DeafEvent() for _ in engine._mover._staged]
         assert not same(many_steps(model, 4), resident[:4])
         torch.cuda.synchronize()  # copies may still read staging buffers that nothing waits for
 
@@ -345,7 +321,7 @@ def test_one_wait_of_the_host_per_layer(demo_prompts, record_property, prefetch)
 def test_staging_is_pinned_until_closed(wide):
     model = offmoe.from_pretrained(wide, device=DEVICE, slots_per_layer=2)
     with model.offload:
-        staging = model.offload._executor._transfer._mover._staging
+        staging = model.offload._executor._transfer._host.staging
         buffers = [staging.tensor(i) for i in range(len(staging))]
         assert all(staging.pinned(i) for i in range(len(staging)))
         assert all(buffer.is_pinned() for buffer in buffers)

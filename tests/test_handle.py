@@ -50,8 +50,8 @@ def test_experts_are_nowhere_in_the_model(model):
     names = [name for name, _ in [*model.named_parameters(), *model.named_buffers()]]
     assert not any("experts" in name for name in names)
     plan = model.offload.memory()
-    assert plan.slots == 3 * 3 * model.offload._executor._transfer._mover._arena.nbytes // len(
-        model.offload._executor._transfer._mover._arena
+    assert plan.slots == 3 * 3 * model.offload._executor._transfer.writer.arena.nbytes // len(
+        model.offload._executor._transfer.writer.arena
     )
     assert not any(p.requires_grad for p in model.parameters())
 
@@ -233,7 +233,7 @@ def test_a_closed_model_gives_its_slots_back(folder):
     """At once, not when the garbage collector comes by: what it leaves behind are circles."""
     model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3)
     generate(model)
-    slots = StorageWeakRef(model.offload._executor._transfer._mover._arena.memory.untyped_storage())
+    slots = StorageWeakRef(model.offload._executor._transfer.writer.arena.memory.untyped_storage())
     assert not slots.expired()
     model.offload.close()
     assert slots.expired()
@@ -244,7 +244,7 @@ def test_after_a_failure_the_next_generation_is_right(folder, monkeypatch):
     model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3)
     with model.offload:
         want = generate(stock)
-        store, calls = model.offload._executor._transfer._mover._store, []
+        store, calls = model.offload._executor._transfer.writer.store, []
         original = store.read_part
 
         def fails_once(key, part, buffer, *how):
@@ -281,7 +281,7 @@ def test_a_shard_replaced_while_in_use_is_noticed(folder):
     model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=2, prefetch=0)
     with model.offload:
         generate(model)
-        store = model.offload._executor._transfer._mover._store
+        store = model.offload._executor._transfer.writer.store
         store._clock = lambda: 1e9  # the next look at the shards is due
         for shard in sorted(folder.glob("*.safetensors")):
             other = shard.with_suffix(".new")
@@ -296,13 +296,10 @@ def test_a_model_on_the_deferred_device_computes_the_same(folder, monkeypatch):
     want = generate(AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval())
     backend = DeferredBackend()
     monkeypatch.setattr("offmoe.budget.inspect.select_backend", lambda device: backend)
-    for slots, prefetch in ((2, 0), (3, 2), (3, "auto"), (8, 0)):
-        model = offmoe.from_pretrained(folder, slots_per_layer=slots, prefetch=prefetch)
+    for slots, prefetch, host_memory in ((2, 0, 0), (3, 2, 0), (3, "auto", "auto"), (8, 0, 0)):
+        model = offmoe.from_pretrained(folder, slots_per_layer=slots, prefetch=prefetch, host_memory=host_memory)
         with model.offload:
-            engine, arena = model.offload._executor._transfer, model.offload._executor._transfer._mover._arena
-            backend.regions.clear()
-            for slot in range(len(arena)):
-                backend.guard(arena.bytes(slot), engine._mover.last_read[slot])
+            backend.guard(model.offload._executor._transfer.writer)
             assert torch.equal(generate(model), want)
 
 
@@ -355,10 +352,10 @@ def test_a_model_collected_by_a_reader_closes_without_waiting_for_itself(folder)
     model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3)
     engine, finalizer = model.offload._executor._transfer, model.offload._finalizer
     closed = threading.Event()
-    engine._mover._store.read_part = lambda *_: (finalizer(), closed.set())
+    engine.writer.store.read_part = lambda *_: (finalizer(), closed.set())
     engine.fetch([Fetch(ExpertKey(0, 0), 0, None)])
     assert closed.wait(20)
-    for thread in [*engine._threads, *(t for t in threading.enumerate() if t.name == "offmoe-closing")]:
+    for thread in [*engine._readers, *(t for t in threading.enumerate() if t.name == "offmoe-closing")]:
         thread.join(20)
         assert not thread.is_alive()
 
@@ -386,5 +383,5 @@ def test_a_relative_folder_survives_a_change_of_directory(folder, monkeypatch):
     model = offmoe.from_pretrained("model", device="cpu", slots_per_layer=2)
     with model.offload:
         monkeypatch.chdir("/")
-        model.offload._executor._transfer._mover._store._clock = lambda: 1e9
+        model.offload._executor._transfer.writer.store._clock = lambda: 1e9
         generate(model)

@@ -1,19 +1,21 @@
-"""Memory that experts land in: fixed slots on the device, and page-aligned staging buffers on the host.
+"""The memory that experts land in: fixed slots, and page-aligned buffers on the host.
 
-Both are allocated once. Slots are the only device memory of experts, so their number is the cap; there is nothing to
-fragment and nothing to free in between. Staging buffers stand on 2 MiB pages where the platform has them: an unbuffered
-read of 50 MB then pins 25 pages instead of 12,000 (two to three times the throughput on a virtual disk, an eighth of
-the CPU), and they are touched before the first read, not inside it.
-
-What it must never do: know which expert is where (that is Residency's), or unmap memory that a tensor still shows.
+Moves: nothing.
+Bound: both are allocated once. Slots are the only device memory of experts, so their number is the cap, and nothing is
+fragmented or freed in between. Host buffers are on pages of 2 MiB where the platform has them: an unbuffered read of
+50 MB then pins 25 pages instead of 12,000, which gave two to three times the throughput on a virtual disk at an eighth
+of the CPU time. Buffers are touched before the first read, not during it.
+Must never: know which expert is where (policy/residency.py does), or unmap memory that a tensor still refers to.
 """
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Protocol
 
 import torch
 
@@ -23,14 +25,19 @@ from offmoe.storage.layout import PARAM_ALIGNMENT, ExpertLayout, aligned
 PAGE_BYTES = 4096
 HUGE_PAGE_BYTES = 2 * 1024 * 1024
 
-Register = Callable[[int, int], bool]
-"""register(address, nbytes) -> whether the pages are now pinned for the device."""
+
+class Pinning(Protocol):
+    """A device that host memory can be pinned for; every backend is one."""
+
+    def pin(self, address: int, nbytes: int) -> bool:
+        """Pin host memory for asynchronous copies; False if it stays pageable."""
+
+    def unpin(self, address: int) -> None:
+        """Undo `pin` for the memory that begins at `address`."""
 
 
 class SlotArena:
-    """Slots of one device in one allocation: slot i is bytes of `layouts[i]`, aligned, one after the other.
-
-    Scratch slots in RAM, where the host computes, may follow."""
+    """The slots of one model, in one allocation on the device; scratch slots in RAM may follow."""
 
     def __init__(
         self,
@@ -39,54 +46,65 @@ class SlotArena:
         *,
         in_ram: Sequence[ExpertLayout] = (),
     ) -> None:
-        """Allocate every slot at once.
+        """Allocate all slots.
 
-        allocate(nbytes) -> uint8 [nbytes] on the device, aligned to PARAM_ALIGNMENT. layouts: one per slot; a slot
-        takes any layout that is no larger, so a pool shared by layers gives each slot the largest. in_ram: of slots on
-        the host. CapacityError if the system does not give the memory.
+        Args:
+            allocate: allocate(nbytes) -> uint8 [nbytes] on the device, aligned to PARAM_ALIGNMENT.
+            layouts: One per device slot. A slot takes experts of any layout that is no larger, so a pool that layers
+                share gives each slot the largest.
+            in_ram: One per scratch slot in RAM, for experts that the host computes. They are numbered after the others.
+
+        Raises:
+            CapacityError: The system does not give the memory.
         """
         sizes = [aligned(layout.nbytes, PARAM_ALIGNMENT) for layout in layouts]
         self.nbytes = sum(sizes)
-        """Bytes of device memory, all of it."""
-        self.on_device = len(sizes)
-        """The first so many slots are on the device."""
+        """Bytes of device memory."""
+        self.num_on_device = len(sizes)
+        """Number of slots on the device; higher slot numbers are in RAM."""
         base = allocate(self.nbytes)
         assert base.dtype is torch.uint8
         assert base.shape == (self.nbytes,)
         assert base.data_ptr() % PARAM_ALIGNMENT == 0, "the backend must allocate slots aligned to PARAM_ALIGNMENT"
         self.memory = base
-        """All slots: uint8 [nbytes]."""
-        self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        """Where in it each begins."""
+        """All device slots: uint8 [nbytes]."""
+        self.starts = list(itertools.accumulate(sizes, initial=0))[:-1]
+        """Per device slot, the offset in `memory` at which it begins."""
         self._slots: list[torch.Tensor] = list(base.split(sizes)) if sizes else []
         if in_ram:
             sizes = [aligned(layout.nbytes, PARAM_ALIGNMENT) for layout in in_ram]
             self._slots += torch.frombuffer(map_pages(sum(sizes)), dtype=torch.uint8).split(sizes)
-        # Keyed by the layout's id, because hashing a layout walks all of its parameters; _layouts keeps the ids alive.
         self._views: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
+        """By (slot, id of the layout): a hash of the layout itself would walk all of its parameters."""
         self._layouts: dict[int, ExpertLayout] = {}
-        self._making = threading.Lock()
+        """By id; keeps the layouts alive, so that no id is used twice."""
+        self._views_lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._slots)
 
     def bytes(self, slot: int) -> torch.Tensor:
-        """The slot's memory: uint8 [aligned nbytes of its layout]."""
+        """The memory of a slot: uint8 [aligned nbytes of its layout]."""
         return self._slots[slot]
 
     def views(self, slot: int, layout: ExpertLayout) -> dict[str, torch.Tensor]:
-        """The slot as the parameters of an expert of `layout`; made once per slot and layout, then one look-up."""
-        found = self._views.get((slot, id(layout)))
-        if found is not None:
-            return found
-        with self._making:  # readers and compute both come here
+        """The slot as the parameters of an expert of `layout`; after the first call one look-up.
+
+        Raises:
+            OffmoeError: The arena is closed.
+        """
+        views = self._views.get((slot, id(layout)))
+        if views is not None:
+            return views
+        with self._views_lock:  # readers and the computing thread may both be first
             return self._new_views(slot, layout)
 
     def close(self) -> None:
-        """Let go of the memory, which is free once nothing computes with it any more; idempotent. What a model leaves
-        behind waits for the garbage collector, and should not hold its slots until then.
+        """Release the memory as soon as nothing computes with it; idempotent.
+
+        A closed model may wait long for the garbage collector, and should not hold its slots until then.
         """
-        with self._making:
+        with self._views_lock:
             self.memory, self._slots = self.memory.new_empty(0), []
             self._views.clear()
             self._layouts.clear()
@@ -108,47 +126,51 @@ class SlotArena:
 
 
 def slot_layouts(layouts: Sequence[ExpertLayout], slots_per_layer: Sequence[int], scope: str) -> list[ExpertLayout]:
-    """The layout that sizes each slot: its layer's, or with scope "model" the largest, since any layer may use it."""
+    """The layout that each slot is sized for.
+
+    Args:
+        layouts: One per MoE layer.
+        slots_per_layer: One per MoE layer.
+        scope: "layer": each layer has slots of its own, of its layout. "model": layers share the slots, which then all
+            have the largest layout.
+    """
     if scope == "model":
         return [max(layouts, key=lambda layout: layout.nbytes)] * sum(slots_per_layer)
     return [layout for layout, quota in zip(layouts, slots_per_layer, strict=True) for _ in range(quota)]
 
 
 class HostBuffers:
-    """`count` staging buffers of equal size: page-aligned, touched, not inherited by forks, pinned if a backend can."""
+    """Host buffers of equal size: page-aligned, touched, not inherited by forks, and pinned if possible."""
 
-    def __init__(
-        self,
-        count: int,
-        nbytes: int,
-        *,
-        register: Register | None = None,
-        unregister: Callable[[int], object] | None = None,
-    ) -> None:
-        """Map the buffers, each of `nbytes` rounded up to whole pages.
+    def __init__(self, count: int, nbytes: int, *, pinning: Pinning | None = None) -> None:
+        """Map and pin the buffers.
 
-        register: pins one buffer; after the first refusal the remaining buffers stay pageable (a refusal is a limit of
-        the machine, and asking again costs). unregister(address) undoes it in `close`. Raises CapacityError if the
-        system does not give the memory.
+        Args:
+            count: Number of buffers.
+            nbytes: Bytes of each; rounded up to whole pages.
+            pinning: The device to pin them for; None leaves them pageable. After the first refusal the remaining
+                buffers stay pageable, because a refusal is a limit of the machine and each further attempt costs time.
+
+        Raises:
+            CapacityError: The system does not give the memory.
         """
         assert count > 0
         assert nbytes > 0
         self.nbytes = aligned(nbytes, PAGE_BYTES)
         """Bytes of one buffer."""
-        self._unregister = unregister
-        self._registered: list[int] = []
+        self._pinning = pinning
+        self._pinned: list[int] = []
+        """Addresses of the pinned buffers, which are the first ones."""
         pages = map_pages(count * self.nbytes)
         starts = range(0, count * self.nbytes, self.nbytes)
         self._memory = [pages[start : start + self.nbytes] for start in starts]
-        # A storage per buffer: torch asks the storage's address, not the view's, whether memory is pinned.
+        # A storage per buffer: torch looks at the storage's address, not the view's, to see whether memory is pinned.
         self._tensors = [torch.frombuffer(memory, dtype=torch.uint8) for memory in self._memory]
-        self._pinned = [False] * count
         try:
-            for i, tensor in enumerate(self._tensors):
-                if register is None or not register(tensor.data_ptr(), self.nbytes):
+            for tensor in self._tensors:
+                if pinning is None or not pinning.pin(tensor.data_ptr(), self.nbytes):
                     break
-                self._registered.append(tensor.data_ptr())
-                self._pinned[i] = True
+                self._pinned.append(tensor.data_ptr())
         except BaseException:
             self.close()
             raise
@@ -157,7 +179,7 @@ class HostBuffers:
         return len(self._tensors)
 
     def tensor(self, i: int) -> torch.Tensor:
-        """Buffer i for copies: uint8 [nbytes], page-aligned, a storage of its own."""
+        """Buffer i for copies: uint8 [nbytes], page-aligned, with a storage of its own."""
         return self._tensors[i]
 
     def memory(self, i: int) -> memoryview:
@@ -165,24 +187,29 @@ class HostBuffers:
         return self._memory[i]
 
     def pinned(self, i: int) -> bool:
-        """Whether copies from buffer i can be asynchronous."""
-        return self._pinned[i]
+        """Whether buffer i is pinned, so that copies from it are asynchronous."""
+        return i < len(self._pinned)
 
     def close(self) -> None:
-        """Unpin and let go of the memory, which is unmapped with the last tensor on it. No copy may be under way."""
-        registered, self._registered = self._registered, []
-        for address in registered:
-            if self._unregister is not None:
-                self._unregister(address)
-        self._pinned = [False] * len(self._pinned)
+        """Unpin the buffers and release the memory; idempotent. No copy may be under way.
+
+        The memory is unmapped with the last tensor that refers to it.
+        """
+        pinned, self._pinned = self._pinned, []
+        for address in pinned:
+            assert self._pinning is not None
+            self._pinning.unpin(address)
         self._tensors, self._memory = [], []
 
 
 def map_pages(nbytes: int) -> memoryview:
-    """Zeroed, touched memory of `nbytes` bytes, aligned to 2 MiB; unmapped when nothing refers to it any more.
+    """Map zeroed, touched memory of `nbytes` bytes, aligned to 2 MiB. It is unmapped when nothing refers to it.
 
-    On Linux it is private, on huge pages if the kernel grants them, and not inherited by forks (an unbuffered read into
-    memory that a fork shares is undefined). Raises CapacityError if the system does not give the memory.
+    On Linux it is private, on huge pages if the kernel grants them, and not inherited by forks, because an unbuffered
+    read into memory that a fork shares is undefined.
+
+    Raises:
+        CapacityError: The system does not give the memory.
     """
     size = nbytes + HUGE_PAGE_BYTES
     try:

@@ -302,7 +302,7 @@ def pinning() -> Check:
     cuda = select_backend("cuda")
     wanted = min(PIN_PROBE_BYTES, memory_left() // 4) // PIN_CHUNK_BYTES
     began = time.perf_counter()
-    buffers = HostBuffers(max(1, wanted), PIN_CHUNK_BYTES, register=cuda.pin, unregister=cuda.unpin)
+    buffers = HostBuffers(max(1, wanted), PIN_CHUNK_BYTES, pinning=cuda)
     try:
         pinned = sum(buffers.pinned(i) for i in range(len(buffers))) * PIN_CHUNK_BYTES
     finally:

@@ -144,7 +144,7 @@ def drop_page_cache(files: Iterable[Path]) -> None:
 
 def copy_gb_s(backend: Backend, nbytes: int, rounds: int = ROUNDS) -> float:
     """GB/s of copies of `nbytes` from a staging buffer to the device, pinned if that can be had; the median."""
-    buffers = HostBuffers(1, nbytes, register=backend.pin, unregister=backend.unpin)
+    buffers = HostBuffers(1, nbytes, pinning=backend)
     try:
         destination = torch.empty(buffers.nbytes, dtype=torch.uint8, device=backend.device)
         event = backend.event()

@@ -190,7 +190,7 @@ class ExpertExecutor:
                     place(expert, out)
                 given = None
         if plan.prefetches:
-            transfer.fetch(plan.prefetches, ahead=True)
+            transfer.prefetch(plan.prefetches)
         if rows is not None:
             return rows
         order = ids[0].tolist()

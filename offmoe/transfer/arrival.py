@@ -1,8 +1,11 @@
-"""How far an expert on its way is: what of it is in host memory, and what in its slot already.
+"""How far one expert has come: which parts are in host memory, and which are in its slot.
 
-Nothing moves here. Readers note what they have read and copied; whoever computes waits for the bytes that it needs
-next, which are there before the rest is. Bound: a lock per part of a few MB. Must never say that bytes are there which
-somebody still writes; after a failure it says nothing any more, and the fetch as a whole tells what went wrong."""
+Moves: nothing. Readers note what they have read and copied; the computing thread waits for the bytes that it needs
+next, which may be in the slot before the rest is.
+Bound: one lock per part of a few MB.
+Must never: report bytes that a reader still writes. After a failure it reports nothing more and ends every wait;
+`TransferEngine.ready` then raises the error.
+"""
 
 from __future__ import annotations
 
@@ -15,64 +18,67 @@ import torch
 
 
 class Arrival:
-    """One expert by parts, each of which is read, then copied."""
+    """One expert on its way, by parts: each part is read into host memory, then copied into the slot."""
 
     def __init__(self) -> None:
         self.begun = False
-        """Whether a reader has begun to bring it into host memory."""
+        """Whether a reader has begun to read the expert into host memory."""
         self.runs: Sequence[torch.Tensor | None] | None = None
-        """Per segment the slot's memory that it goes to as it is (`Assembly.runs`); None before landing has begun."""
+        """Per segment, the bytes of the slot that it fills unchanged (`Assembly.runs`). None before the first copy."""
         self.lock = threading.Lock()
         self._read: deque[int] = deque()
         self._changed = threading.Condition()
         self._landed: set[int] = set()
-        self._over = False
+        self._ended = False
         self._waited_s = 0.0
 
-    def add(self, part: int) -> None:
-        """It is in host memory."""
+    def part_read(self, part: int) -> None:
+        """Note that a part is in host memory."""
         with self.lock:
             self._read.append(part)
 
-    def take(self) -> int | None:
-        """A part that is in host memory, for the caller to copy; None if there is none."""
+    def take_part(self) -> int | None:
+        """Take the oldest part that is in host memory and not yet copied; None if there is none."""
         with self.lock:
             return self._read.popleft() if self._read else None
 
-    def landed(self, part: int) -> None:
-        """It is in its slot."""
+    def part_landed(self, part: int) -> None:
+        """Note that a part is in the slot."""
         with self._changed:
             self._landed.add(part)
             self._changed.notify_all()
 
     def end(self) -> None:
-        """Everything is in its slot, or will not be."""
+        """Note that no more parts will land: all have, or the fetch failed or was dropped."""
         with self._changed:
-            self._over = True
+            self._ended = True
             self._changed.notify_all()
 
     def wait(self, parts: Collection[int]) -> None:
-        """Until these parts are in their slot, or nothing more will come."""
+        """Block until these parts are in the slot, or until no more parts will land."""
         with self._changed:
-            if self._over or self._landed.issuperset(parts):
+            if self._ended or self._landed.issuperset(parts):
                 return
             began = time.perf_counter()
-            self._changed.wait_for(lambda: self._over or self._landed.issuperset(parts))
+            self._changed.wait_for(lambda: self._ended or self._landed.issuperset(parts))
             self._waited_s += time.perf_counter() - began
 
-    def waited_s(self) -> float:
-        """Seconds that `wait` has taken since this was asked last."""
+    def take_waited_s(self) -> float:
+        """Seconds that `wait` has blocked since the last call of this method."""
         waited, self._waited_s = self._waited_s, 0.0
         return waited
 
 
 class Arriving:
-    """An expert that is computed with as far as it is in its slot."""
+    """An expert that can be computed with while it arrives in its slot."""
 
     def __init__(self, arrival: Arrival, places: Mapping[str, Sequence[tuple[int, int, int]]]) -> None:
-        """places: per parameter (first byte, end, part that brings these)."""
+        """places: per parameter, (first byte, end byte, part that brings these bytes)."""
         self._arrival, self._places = arrival, places
 
     def wait(self, name: str, start: int, end: int) -> None:
-        """Until bytes [start, end) of a parameter are there, or nothing more will come, which the fetch tells."""
+        """Block until bytes [start, end) of a parameter have landed.
+
+        It also returns if the fetch failed; `TransferEngine.ready` raises the error then.
+        """
         self._arrival.wait([part for first, last, part in self._places.get(name, ()) if first < end and start < last])

@@ -1,29 +1,16 @@
-"""Experts on their way: shard -> staging or RAM slot -> device slot. Asking for them, and waiting for them.
+"""What the computing thread asks for: start fetches, wait for them, say which slots have been computed with.
 
-What moves: one expert per fetch, read in parts of a few MB by all readers that have nothing else to do, and copied into
-its slot on the copy stream; what is demanded is copied while the rest of it is read. What the plan keeps in RAM is read
-into its slot there and copied from it, then and later; the rest passes through staging.
-Bound: the disk, then the link. The order is that of tickets.py. A layer that needs several waves of experts has all of
-them read one behind the other while it computes: a read does not wait for its slot, only its copy does, so that as
-many experts as there are staging buffers are ahead of computing even where one slot is left to pass through.
+Moves: nothing itself. Reader threads (reader.py) carry out the tickets that are queued here.
+Bound: some microseconds per fetch; waits are bound by the disk, then by the link to the device.
+Must never: leave a slot with an expert that nothing has asked for. After any failure the caller forgets all residency.
 
-A prefetch that is demanded becomes a demand; one whose slot is given away is dropped. What is read ahead has no slot:
-it stays in staging until it is fetched, by which it becomes a demand wherever its read is, or until the next layer runs
-without it, by which its read stops. Copies that nobody waits for go in pieces, two at a time, so that a demand's copy
-never stands behind more than two of them.
+A fetch is one movement of one expert: from disk, or from a RAM slot of the host tier, into a device slot. A prefetch is
+a fetch that no computation waits for yet. A read-ahead has no slot: its bytes stay in a staging buffer until a fetch
+adopts it, or until the next access runs without it and it is cancelled.
 
-The waits, and what goes wrong without each (tests/transfer/test_engine.py removes them one by one):
-  W1 compute waits `landed[slot]`       else it multiplies by weights that have not arrived
-  W2 copies wait `last_read[slot]`      else an expert is overwritten while the device still computes with it
-  W3 a staging buffer waits `staged[i]` else its next read changes bytes that are still being copied
-  W4 a fetch waits for the slot's earlier fetch, if that is copying, else the older expert may land last
-  W5 a copy waits for its turn          else it is not even marked yet what W2 has to wait for
-  W6 a fetch waits for what its RAM slot was asked for before, else it copies what has not been read
-  W7 a RAM slot waits `copied[host]`    as W3
-W2 to W7 stand in movement.py, which carries out what is asked for here, in reader threads. The host waits only where it
-must: at W1 for the copy to have been issued, and in reader threads.
-
-Must never leave a slot with an expert that nobody asked for: after any failure the caller forgets all residency.
+The fetches of a layer that needs several waves are all queued at once. Their reads do not wait for their slots, only
+their copies do. So as many experts as there are staging buffers are read before they are computed with, even where
+the layer has a single slot.
 """
 
 from __future__ import annotations
@@ -33,59 +20,63 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from offmoe.device.arena import SlotArena
-from offmoe.device.backend import Backend
 from offmoe.errors import OffmoeError, TransferError
 from offmoe.io_limits import READERS
-from offmoe.storage.layout import Assembly, ExpertLayout
-from offmoe.storage.store import ExpertStore
 from offmoe.transfer.arrival import Arriving
-from offmoe.transfer.mover import Mover
-from offmoe.transfer.queue import DEMAND, NEXT, NO_SLOT, SharedRead, Ticket
+from offmoe.transfer.queue import TicketQueue
+from offmoe.transfer.reader import Reader
+from offmoe.transfer.slot_writer import SlotWriter
+from offmoe.transfer.staging import HostMemory
+from offmoe.transfer.ticket import DEMAND, NEXT, NO_SLOT, Ticket
+from offmoe.transfer.waits import WAITS, Waits
 from offmoe.types import ExpertKey, Fetch, Wave
 
 
-class Reader(threading.Thread):
-    """A reader thread. Collecting garbage may end a model inside one; it must not wait for itself then."""
-
-
 class TransferEngine:
-    """Moves experts into slots. `stream`, `fetch` and `read_ahead` start, `ready` waits, `computed` marks; one thread
-    calls these.
-    """
+    """Moves the experts of one model into slots. All methods are for one thread, which computes."""
 
     def __init__(
         self,
-        store: ExpertStore,
-        arena: SlotArena,
-        backend: Backend,
-        layouts: Sequence[ExpertLayout],
-        assemblies: Sequence[Assembly],
+        writer: SlotWriter,
         *,
         host_slots: int = 0,
         on_stall: Callable[[int, float], None] = lambda layer, seconds: None,
-    ):
-        """host_slots: those in RAM that plans name."""
-        self._backend, self._on_stall = backend, on_stall
-        self._mover = Mover(store, arena, backend, layouts, assemblies, host_slots)
-        self._queue = self._mover.queue
-        self._uses = [0] * len(arena)
-        """How often each slot has been computed with."""
-        self._last_on: list[Ticket | None] = [None] * host_slots
-        """Per RAM slot, the ticket that was the last to be told to use it."""
+        waits: Waits = WAITS,
+    ) -> None:
+        """Allocate host memory and start the readers.
+
+        Args:
+            writer: The slots, and the store whose experts fill them.
+            host_slots: Number of RAM slots that plans name (`Fetch.host`).
+            on_stall: Called with (MoE layer, seconds) when computation has waited for an expert.
+            waits: The waits; tests leave one of them out.
+
+        Raises:
+            CapacityError: The system does not give the host memory.
+        """
+        self.writer = writer
+        self._on_stall, self._waits = on_stall, waits
+        self._host = HostMemory(writer.backend, writer.store.buffer_bytes, host_slots)
+        self._queue = TicketQueue(READERS, self._host.plan, self._host.needs_staging)
         self._tickets: dict[int, Ticket] = {}
-        """Per slot the next fetch to land in it; later ones follow by `next`."""
-        self._ahead: dict[ExpertKey, Ticket] = {}
-        """What has been read ahead, or is going to be, for the access that comes next."""
-        self.computed(range(len(arena)))  # the first copies come after whatever used this memory before
+        """Per slot the next ticket to land in it; tickets of later waves follow by `Ticket.next`."""
+        self._num_uses = [0] * len(writer.arena)
+        """Per slot, how many times it has been computed with."""
+        self._last_in_ram: list[Ticket | None] = [None] * host_slots
+        """Per RAM slot, the last ticket that was queued for it."""
+        self._read_aheads: dict[ExpertKey, Ticket] = {}
+        """The read-aheads of the last access, for the next one to adopt."""
+        self.computed(range(len(writer.arena)))  # the first copies wait for whatever used this memory before
         self._closed = False
-        self._threads = [Reader(target=self._read, name=f"offmoe-reader-{i}", daemon=True) for i in range(READERS)]
-        for thread in self._threads:
-            thread.start()
+        self._readers = [Reader(i, self._queue, writer, self._host, waits) for i in range(READERS)]
+        for reader in self._readers:
+            reader.start()
 
     def stream(self, waves: Sequence[Wave]) -> None:
-        """Start every fetch of one access, in the order of its waves, which must be computed in that order. A copy into
-        a slot that earlier waves compute with comes after `computed` has been called for it by each of them.
+        """Start all fetches of one access, in the order of its waves.
+
+        The waves must be computed in that order. An expert is copied into a slot of earlier waves only when `computed`
+        has been called for each of them.
         """
         if not waves:
             return
@@ -93,60 +84,73 @@ class TransferEngine:
         self.demand([slot for _, slot in waves[0].experts])
         if len(waves) == 1:
             return
-        users = Counter(slot for _, slot in waves[0].experts)
+        num_uses = Counter(slot for _, slot in waves[0].experts)
         with self._queue.lock:
             for wave in waves[1:]:
                 for fetch in wave.fetches:
-                    self._start(fetch, DEMAND, users[fetch.slot])
-                users.update(slot for _, slot in wave.experts)
+                    self._start(fetch, DEMAND, num_uses[fetch.slot])
+                num_uses.update(slot for _, slot in wave.experts)
 
-    def fetch(self, fetches: Sequence[Fetch], *, ahead: bool = False) -> None:
-        """Start moving experts; `ahead` for those that nothing waits for yet."""
-        if not fetches:
-            return
-        with self._queue.lock:
-            if ahead:
+    def fetch(self, fetches: Sequence[Fetch]) -> None:
+        """Start fetches that computation is about to wait for."""
+        if fetches:
+            with self._queue.lock:
+                for fetch in fetches:
+                    self._start(fetch, DEMAND)
+
+    def prefetch(self, fetches: Sequence[Fetch]) -> None:
+        """Start fetches for the next layer. They go before earlier prefetches that have not begun."""
+        if fetches:
+            with self._queue.lock:
                 self._queue.age()
-            for fetch in fetches:
-                self._start(fetch, NEXT if ahead else DEMAND, 0)
+                for fetch in fetches:
+                    self._start(fetch, NEXT)
 
     def read_ahead(self, keys: Sequence[ExpertKey]) -> None:
-        """Give up what was read ahead and has not been fetched, and begin to read these, behind everything else; to be
-        called once for every access, after its fetches.
+        """Cancel the read-aheads that no fetch has adopted, and begin to read these experts, behind everything else.
+
+        To be called once per access, after its fetches.
         """
-        if not keys and not self._ahead:
+        if not keys and not self._read_aheads:
             return
         with self._queue.lock:
             if self._closed:
                 return
-            for ticket in self._ahead.values():
+            for ticket in self._read_aheads.values():
                 self._queue.drop(ticket)
-            self._ahead = {key: self._queue.push(Ticket(Fetch(key, NO_SLOT, None), NEXT)) for key in keys}
+            self._read_aheads = {key: self._queue.push(Ticket(Fetch(key, NO_SLOT, None), NEXT)) for key in keys}
 
     def demand(self, slots: Sequence[int]) -> None:
-        """What was fetched ahead into these slots is wanted now: it goes before everything that still nobody wants."""
+        """Put prefetches into these slots before other prefetches: computation is about to wait for them."""
         if not self._tickets:
             return
         with self._queue.lock:
-            found = [t for s in slots if (t := self._tickets.get(s)) and t.priority != DEMAND]
-            if found:
-                self._queue.promote(found)
+            tickets = [t for slot in slots if (t := self._tickets.get(slot)) and t.priority != DEMAND]
+            if tickets:
+                self._queue.promote(tickets)
 
     def arriving(self, slot: int) -> Arriving | None:
-        """What is on its way into `slot` and may be computed with as it comes, before `ready` is called for the slot;
-        None if there is nothing to gain by it, or the device cannot.
+        """The expert on its way into `slot`, to compute with while it arrives; to be asked for before `ready`.
+
+        None if it is in the slot already, or does not arrive part by part.
         """
         ticket = self._tickets.get(slot)
-        if ticket is None or ticket.uses > self._uses[slot] or ticket.issued.is_set():
+        if ticket is None or ticket.lands_after > self._num_uses[slot] or ticket.issued.is_set():
             return None
-        return self._mover.arriving(ticket)
+        return self.writer.arriving(ticket)
 
     def ready(self, slot: int) -> None:
-        """Make compute wait for what was fetched into `slot`; raises what went wrong with a fetch."""
+        """Make computation wait for the last fetch into `slot`.
+
+        The calling thread waits only until the copy has been queued; how long is reported to `on_stall`.
+
+        Raises:
+            OffmoeError: The fetch failed.
+        """
         ticket = self._tickets.get(slot)
-        if ticket is None or ticket.uses > self._uses[slot]:
+        if ticket is None or ticket.lands_after > self._num_uses[slot]:
             return
-        waited = ticket.arrival.waited_s()
+        waited = ticket.arrival.take_waited_s()
         if not ticket.issued.is_set():
             began = time.perf_counter()
             ticket.issued.wait()
@@ -158,118 +162,107 @@ class TransferEngine:
         else:
             self._tickets[slot] = ticket.next
         if ticket.error is not None:
-            raise _for_the_demand(ticket) from ticket.error
-        self._backend.compute.wait(self._mover.landed[slot])  # W1
+            raise _with_the_expert(ticket.fetch.key, ticket.error) from ticket.error
+        self._waits.slot_landed(self.writer.backend.compute, self.writer.landed[slot])
 
     def computed(self, slots: Sequence[int]) -> None:
-        """Everything that computes with `slots` has been given to the compute stream."""
-        compute = self._backend.compute
+        """Note that everything that computes with `slots` has been queued on the compute stream."""
+        compute, last_read = self.writer.backend.compute, self.writer.last_read
         for slot in slots:
-            self._mover.last_read[slot].record(compute)
-            self._uses[slot] += 1
+            last_read[slot].record(compute)
+            self._num_uses[slot] += 1
             ticket = self._tickets.get(slot)
-            if ticket is not None and ticket.turn is not None and ticket.uses == self._uses[slot]:
+            if ticket is not None and ticket.turn is not None and ticket.lands_after == self._num_uses[slot]:
                 ticket.turn.set()
 
     def forget(self) -> None:
-        """Drop what is queued and wait for what is under way, so that no slot changes afterwards; errors are dropped
-        too.
+        """Drop all tickets and wait for those that readers work on, so that no slot changes afterwards.
+
+        Errors of dropped tickets are not raised.
         """
         with self._queue.lock:
             self._tickets.clear()
-            self._ahead.clear()
-            under_way = self._queue.clear()  # not only those with a ticket: a read may be for a slot given away since
-        for ticket in under_way:
+            self._read_aheads.clear()
+            running = self._queue.clear()  # more than `_tickets` had: a slot may have been given to another expert
+        for ticket in running:
             ticket.issued.wait()
         self._queue.reclaim()
-        self._last_on = [None] * len(self._last_on)
+        self._last_in_ram = [None] * len(self._last_in_ram)
 
     def close(self) -> None:
-        """Stop the readers and release buffers; idempotent, bounded by one read of one expert."""
+        """Stop the readers and release host memory; idempotent. Takes at most as long as one system call of a read."""
         if self._closed:
             return
         self._closed = True
-        self._mover.stop()
         with self._queue.lock:
             self._queue.clear()
             self._queue.close()
-        for thread in self._threads:
-            thread.join()
+        for reader in self._readers:
+            reader.join()
         self.forget()
-        self._mover.close()
+        self._host.close()
 
-    def _start(self, fetch: Fetch, priority: int, uses: int) -> None:
-        """Queue one fetch, to land after `uses` more times of computing with its slot; the lock is held."""
+    def _start(self, fetch: Fetch, priority: int, num_uses: int = 0) -> None:
+        """Queue a fetch that lands when its slot has been computed with `num_uses` more times. The lock is held."""
         if self._closed:
             raise TransferError("the model was closed; load it again with from_pretrained.")
         slot = fetch.slot
-        ticket = (self._adopted(fetch, priority) if fetch.read_ahead else None) or self._new(fetch, priority)
-        ticket.uses = self._uses[slot] + uses
-        before = self._tickets.get(slot)
-        if uses:
+        ticket = (self._adopt(fetch, priority) if fetch.read_ahead else None) or self._push(fetch, priority)
+        ticket.lands_after = self._num_uses[slot] + num_uses
+        if num_uses:
             ticket.turn = threading.Event()
-        if before is None or not uses:
+        before = self._tickets.get(slot)
+        if before is None or not num_uses:
             self._tickets[slot] = ticket
         else:
             while before.next is not None:
                 before = before.next
             before.next = ticket
-        if before is not None and not uses:
+        if before is not None and not num_uses:
             self._queue.drop(before)
-            ticket.previous = before if before.landing else before.previous
+            ticket.superseded = before if before.landing else before.superseded
 
-    def _adopted(self, fetch: Fetch, priority: int) -> Ticket | None:
-        """What was read ahead, now on its way to where this fetch wants it; None if that has not begun or has failed,
-        and is to be read like anything else.
+    def _adopt(self, fetch: Fetch, priority: int) -> Ticket | None:
+        """Turn the read-ahead of this expert into the fetch.
+
+        None if the read-ahead has not begun, failed or was cancelled. The expert is then read like any other.
         """
-        ticket = self._ahead.pop(fetch.key, None)
+        ticket = self._read_aheads.pop(fetch.key, None)
         if ticket is None or ticket.issued.is_set():
             return None
-        if self._queue.waits(ticket):
+        if self._queue.is_waiting(ticket):
             self._queue.remove(ticket)
             return None
         ticket.fetch = fetch
-        self._line_up(ticket)
+        self._follow_in_ram(ticket)
         self._queue.resume(ticket, priority)
         return ticket
 
-    def _new(self, fetch: Fetch, priority: int) -> Ticket:
+    def _push(self, fetch: Fetch, priority: int) -> Ticket:
         ticket = Ticket(fetch, priority)
-        self._line_up(ticket)
+        self._follow_in_ram(ticket)
         return self._queue.push(ticket)
 
-    def _line_up(self, ticket: Ticket) -> None:
-        """Behind what its RAM slot, if it has one, was asked for before."""
+    def _follow_in_ram(self, ticket: Ticket) -> None:
+        """Order a ticket behind the last one that uses its RAM slot, if it has one."""
         fetch = ticket.fetch
         if fetch.host is None:
             return
-        before = self._last_on[fetch.host]
-        if before is not None and fetch.read and before.fetch.read and self._queue.waits(before):
-            # It has not begun, and its place in RAM is another's: it is read past RAM, if anybody still wants it.
-            ticket.behind, before.behind = before.behind, None
+        before = self._last_in_ram[fetch.host]
+        if before is not None and fetch.read and before.fetch.read and self._queue.is_waiting(before):
+            # `before` has not begun and loses its RAM slot to this ticket: it is read past RAM, if it is still wanted.
+            ticket.after_in_ram, before.after_in_ram = before.after_in_ram, None
             before.fetch = before.fetch._replace(host=None)
             if before.dropped:
                 self._queue.remove(before)
         elif before is not None:
-            ticket.behind = before
+            ticket.after_in_ram = before
             self._queue.promote([before], ticket.priority)
-        self._last_on[fetch.host] = ticket
-
-    def _read(self) -> None:
-        while (work := self._queue.take()) is not None:
-            if isinstance(work, SharedRead):
-                work.help()
-                continue
-            try:
-                if not self._mover.move(work):
-                    continue
-            except BaseException as error:  # handed over to the demand that needs the expert
-                work.error = error
-            self._queue.done(work)
+        self._last_in_ram[fetch.host] = ticket
 
 
-def _for_the_demand(ticket: Ticket) -> OffmoeError:
-    key, error = ticket.fetch.key, ticket.error
+def _with_the_expert(key: ExpertKey, error: BaseException) -> OffmoeError:
+    """The same error, with the expert in its message; a TransferError for errors that are not ours."""
     if isinstance(error, OffmoeError):
         return type(error)(f"expert {key.expert} of MoE layer {key.layer}: {error}")
     return TransferError(f"expert {key.expert} of MoE layer {key.layer} could not be loaded: {error!r}")

@@ -1,7 +1,9 @@
-"""How many readers and host buffers experts pass through, told from the size of one.
+"""The host memory that experts pass through: staging buffers, and the RAM slots of the host tier.
 
-Nothing moves here. Bound: memory that is pinned or, on a CPU, is not there for slots. Must never give less than a
-buffer for each expert that is read at once."""
+Moves: nothing.
+Bound: memory that is pinned and, on a CPU, is missing for slots.
+Must never: give out fewer staging buffers than experts are read at once.
+"""
 
 from __future__ import annotations
 
@@ -15,40 +17,90 @@ from offmoe.io_limits import READERS
 logger = logging.getLogger(__name__)
 
 FEW_BYTES = 64 << 20
-MOST_AHEAD = 8
+"""Experts above this size get as few staging buffers as possible."""
+MOST_READ_AHEADS = 8
 
 
 class StagingPlan(NamedTuple):
-    """Experts that are read at once, staging buffers, and how many of these what is read ahead may hold."""
+    """How many experts are under way at once, and the buffers that they need."""
 
     at_once: int
+    """Experts that are read at once."""
     buffers: int
-    ahead: int
+    """Staging buffers."""
+    read_aheads: int
+    """Buffers that read-aheads may hold."""
 
 
 def staging_plan(buffer_bytes: int) -> StagingPlan:
-    """For experts of this size.
+    """Number of buffers for experts of this size.
 
-    Above 64 MB two at once, each by several readers and in a buffer of its own, which keeps the buffers of 352 MB
-    experts at 0.7 GB: while one is read the other is copied. Smaller ones have a buffer more, so that none waits for
-    its own copy, and as many as fit in 64 MB may be read ahead.
+    Experts above 64 MB are read two at once, each by several readers: while one is read, the other is copied. Two
+    buffers then suffice, which is 0.7 GB for experts of 352 MB. Smaller experts have one buffer per reader, so that no
+    read waits for the copy before it, and read-aheads may fill up to 64 MB.
+
+    Args:
+        buffer_bytes: Bytes of the buffer that any expert can be read into (`ExpertStore.buffer_bytes`).
     """
     if buffer_bytes > FEW_BYTES:
         return StagingPlan(READERS // 2, READERS // 2, 1)
-    ahead = min(MOST_AHEAD, max(2, FEW_BYTES // max(1, buffer_bytes)))
-    return StagingPlan(READERS, READERS - 1 + ahead, ahead)
+    read_aheads = min(MOST_READ_AHEADS, max(2, FEW_BYTES // max(1, buffer_bytes)))
+    return StagingPlan(READERS, READERS - 1 + read_aheads, read_aheads)
 
 
-def host_buffers(count: int, nbytes: int, backend: Backend) -> HostBuffers:
-    """Slots in RAM, pinned as far as the system lets; a warning where it does not."""
-    slots = HostBuffers(count, nbytes, register=backend.pin, unregister=backend.unpin)
-    pinned = sum(slots.pinned(i) for i in range(count))
-    if pinned < count:
-        logger.warning(
-            "only %d of %d expert slots in RAM could be pinned for %s: what is in the others is copied once more on "
-            "its way there, and more slowly. A lower host_memory, or a higher limit of the system, avoids it.",
-            pinned,
-            count,
-            backend.device,
-        )
-    return slots
+class HostMemory:
+    """Staging buffers and RAM slots of one model, each with an event that marks the last copy out of it."""
+
+    def __init__(self, backend: Backend, buffer_bytes: int, num_slots: int) -> None:
+        """Allocate and pin everything.
+
+        Args:
+            backend: The device that pins the memory.
+            buffer_bytes: Bytes of each buffer and slot.
+            num_slots: RAM slots of the host tier.
+
+        Raises:
+            CapacityError: The system does not give the memory.
+        """
+        self.plan = staging_plan(buffer_bytes)
+        self.staging = HostBuffers(self.plan.buffers, buffer_bytes, pinning=backend)
+        self.staging_copied = [backend.event() for _ in range(self.plan.buffers)]
+        """Per staging buffer: marks the last copy out of it."""
+        self.slots: HostBuffers | None = None
+        """The RAM slots; None without a host tier."""
+        try:  # staging comes first: where little can be pinned, everything passes through that little
+            if num_slots:
+                self.slots = HostBuffers(num_slots, buffer_bytes, pinning=backend)
+        except BaseException:
+            self.staging.close()
+            raise
+        self.slots_copied = [backend.event() for _ in range(num_slots)]
+        """Per RAM slot: marks the last copy out of it."""
+        pinned = 0 if self.slots is None else sum(self.slots.pinned(i) for i in range(num_slots))
+        if pinned < num_slots:
+            logger.warning(
+                "only %d of %d expert slots in RAM could be pinned for %s: experts in the other slots are copied once "
+                "more on their way to it, and more slowly. A lower host_memory, or a higher limit of the system, "
+                "avoids it.",
+                pinned,
+                num_slots,
+                backend.device,
+            )
+
+    def needs_staging(self, host_slot: int | None) -> bool:
+        """Whether an expert passes through a staging buffer on its way to the device.
+
+        It does unless it has a RAM slot, and also from a RAM slot that is not pinned: a copy from pageable memory would
+        hold up the copy stream.
+        """
+        if host_slot is None or self.slots is None:
+            return True
+        return self.staging.pinned(0) and not self.slots.pinned(host_slot)
+
+    def close(self) -> None:
+        """Wait for the last copies and release the memory; idempotent. No reader may be running."""
+        for event in (*self.staging_copied, *self.slots_copied):
+            event.synchronize()
+        self.staging.close()
+        if self.slots is not None:
+            self.slots.close()

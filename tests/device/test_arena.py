@@ -1,6 +1,7 @@
 import gc
 import mmap
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,46 +97,47 @@ class TestHostBuffers:
         assert [buffers.tensor(i).unique().tolist() for i in range(3)] == [[1], [2], [3]]
         buffers.close()
 
-    def test_registered_buffers_are_pinned_and_unregistered_once(self) -> None:
+    def test_buffers_are_pinned_and_unpinned_once(self) -> None:
         log: list[tuple[str, int]] = []
 
-        def register(address: int, nbytes: int) -> bool:
+        def pin(address: int, nbytes: int) -> bool:
             assert nbytes == 4096
-            log.append(("register", address))
+            log.append(("pin", address))
             return True
 
-        buffers = HostBuffers(2, 4096, register=register, unregister=lambda address: log.append(("gone", address)))
+        pinning = SimpleNamespace(pin=pin, unpin=lambda address: log.append(("unpin", address)))
+        buffers = HostBuffers(2, 4096, pinning=pinning)
         addresses = [buffers.tensor(i).data_ptr() for i in range(2)]
         assert [buffers.pinned(i) for i in range(2)] == [True, True]
         buffers.close()
         buffers.close()
-        assert log == [("register", a) for a in addresses] + [("gone", a) for a in addresses]
+        assert log == [("pin", a) for a in addresses] + [("unpin", a) for a in addresses]
 
     def test_refusal_leaves_the_rest_pageable(self) -> None:
         asked, gone = [], []
 
-        def register(address: int, nbytes: int) -> bool:
+        def pin(address: int, nbytes: int) -> bool:
             asked.append(address)
             return len(asked) < 2
 
-        buffers = HostBuffers(4, 4096, register=register, unregister=gone.append)
+        buffers = HostBuffers(4, 4096, pinning=SimpleNamespace(pin=pin, unpin=gone.append))
         assert [buffers.pinned(i) for i in range(4)] == [True, False, False, False]
         assert len(asked) == 2
         buffers.close()
         assert gone == asked[:1]
 
-    def test_error_while_registering_unregisters(self) -> None:
+    def test_an_error_while_pinning_unpins(self) -> None:
         gone: list[int] = []
         calls = iter([True])
 
-        def register(address: int, nbytes: int) -> bool:
+        def pin(address: int, nbytes: int) -> bool:
             return next(calls)  # StopIteration the second time
 
         with pytest.raises(StopIteration):
-            HostBuffers(2, 4096, register=register, unregister=gone.append)
+            HostBuffers(2, 4096, pinning=SimpleNamespace(pin=pin, unpin=gone.append))
         assert len(gone) == 1
 
-    def test_without_register_nothing_is_pinned(self) -> None:
+    def test_without_a_device_nothing_is_pinned(self) -> None:
         buffers = HostBuffers(1, 4096)
         assert not buffers.pinned(0)
         buffers.close()

@@ -16,23 +16,23 @@ def waiting_for(arrival: Arrival, parts) -> threading.Thread:
 def test_parts_are_copied_in_the_order_in_which_they_were_read():
     arrival = Arrival()
     for part in (2, 0, 1):
-        arrival.add(part)
-    assert [arrival.take() for _ in range(4)] == [2, 0, 1, None]
+        arrival.part_read(part)
+    assert [arrival.take_part() for _ in range(4)] == [2, 0, 1, None]
 
 
 def test_a_wait_ends_with_the_last_of_its_parts():
     arrival = Arrival()
     thread = waiting_for(arrival, [0, 2])
-    arrival.landed(2)
-    arrival.landed(1)
+    arrival.part_landed(2)
+    arrival.part_landed(1)
     thread.join(0.05)
     assert thread.is_alive()
-    arrival.landed(0)
+    arrival.part_landed(0)
     thread.join(20)
     assert not thread.is_alive()
-    assert arrival.waited_s() >= 0.05
+    assert arrival.take_waited_s() >= 0.05
     arrival.wait([0, 1, 2])
-    assert arrival.waited_s() == 0
+    assert arrival.take_waited_s() == 0
 
 
 def test_a_wait_ends_when_nothing_more_will_come():

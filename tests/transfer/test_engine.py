@@ -5,23 +5,27 @@ from __future__ import annotations
 import errno
 import os
 import threading
-import types
+import time
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import offmoe.storage.read_plan as read_plan
-import offmoe.transfer.engine as transfer_module
-import offmoe.transfer.mover as movement_module
+import offmoe.transfer.reader as reader_module
+import offmoe.transfer.slot_writer as slot_writer_module
 from offmoe.device.arena import SlotArena
 from offmoe.device.backend import CpuBackend
 from offmoe.errors import TransferError
 from offmoe.storage.checkpoint import Checkpoint
 from offmoe.storage.layout import Assembly, Destination, ExpertLayout, ExpertRecord
 from offmoe.storage.store import ExpertStore
+from offmoe.transfer.engine import TransferEngine
+from offmoe.transfer.slot_writer import SlotWriter
+from offmoe.transfer.staging import staging_plan
+from offmoe.transfer.waits import WAITS
 from offmoe.types import ExpertKey, Fetch, Wave
-from tests.doubles import DeferredBackend, engine_without
+from tests.doubles import DeferredBackend, Layer, without
 
 EXPERTS, ROWS, COLUMNS = 24, 16, 96
 LAYOUT = ExpertLayout.of({"in": (torch.float32, (ROWS, COLUMNS)), "out": (torch.float32, (COLUMNS, ROWS))})
@@ -84,25 +88,26 @@ class GatedReads:
 class Rig:
     """Engine, slots and a record of what computing saw."""
 
-    def __init__(self, checkpoint, module: types.ModuleType = transfer_module, backend=None, slots=8, read_at=None):
-        self.backend = backend or DeferredBackend()
+    def __init__(self, checkpoint, waits=WAITS, backend=None, slots=8, read_at=None):
+        self.checkpoint, self.backend = checkpoint, backend or DeferredBackend()
         self.records = {
             ExpertKey(0, e): ExpertRecord((checkpoint.segment(f"{e}.in"), checkpoint.segment(f"{e}.out")))
             for e in range(EXPERTS)
         }
         self.store = ExpertStore(checkpoint.shards, self.records, read_at=read_at)
         self.arena = SlotArena(self.backend.allocate, [LAYOUT] * slots)
-        assembly = Assembly((Destination("in", 0, 0), Destination("out", 0, 0)))
+        layer = Layer(LAYOUT, Assembly((Destination("in", 0, 0), Destination("out", 0, 0))))
+        writer = SlotWriter(self.store, self.arena, self.backend, [layer])
         self.stalls = []
-        self.engine = module.TransferEngine(
-            self.store, self.arena, self.backend, [LAYOUT], [assembly], on_stall=lambda *a: self.stalls.append(a)
-        )
+        self.engine = TransferEngine(writer, on_stall=lambda *a: self.stalls.append(a), waits=waits)
         if isinstance(self.backend, DeferredBackend):
-            for slot in range(slots):
-                self.backend.guard(self.arena.bytes(slot), self.engine._mover.last_read[slot])
+            self.backend.guard(writer)
 
-    def fetch(self, *pairs, ahead=False):
-        self.engine.fetch([Fetch(ExpertKey(0, e), slot, None) for e, slot in pairs], ahead=ahead)
+    def fetch(self, *pairs):
+        self.engine.fetch([Fetch(ExpertKey(0, e), slot, None) for e, slot in pairs])
+
+    def prefetch(self, *pairs):
+        self.engine.prefetch([Fetch(ExpertKey(0, e), slot, None) for e, slot in pairs])
 
     def sees(self, expert, slot):
         """Whether computing with the slot now would use exactly this expert."""
@@ -124,7 +129,7 @@ class Rig:
 
 
 def several_waves(rig):
-    """More fetches than staging buffers, slots used again and again: needs W1, W2 and W3."""
+    """More fetches than staging buffers, slots used again and again: needs W1, W2 and W3 (of transfer/waits.py)."""
     for start in range(0, EXPERTS, 12):
         wave = [(start + i, i) for i in range(12)]
         rig.fetch(*wave)
@@ -152,12 +157,12 @@ class HeldCopies(DeferredBackend):
         self.copies.copy = held
 
 
-def a_slot_given_away_while_it_is_copied_into(checkpoint, module):
+def a_slot_given_away_while_it_is_copied_into(checkpoint, waits):
     """Expert 0 is on its way from staging into slot 3 when the slot is given to expert 9: needs W4."""
     backend = HeldCopies()
-    rig = Rig(checkpoint, module, backend)
+    rig = Rig(checkpoint, waits, backend)
     try:
-        rig.fetch((0, 3), ahead=True)
+        rig.prefetch((0, 3))
         assert backend.begun.wait(20)
         earlier = rig.engine._tickets[3]
         rig.fetch((9, 3))
@@ -204,7 +209,7 @@ def test_every_wave_computes_with_its_own_experts(checkpoint, backend, reading):
 
 
 def test_a_slot_given_away_holds_the_later_expert(checkpoint, reading):
-    assert a_slot_given_away_while_it_is_copied_into(checkpoint, transfer_module)
+    assert a_slot_given_away_while_it_is_copied_into(checkpoint, WAITS)
 
 
 @pytest.mark.parametrize("backend", [DeferredBackend, CpuBackend])
@@ -216,9 +221,9 @@ def test_experts_that_pass_through_one_slot_land_one_after_the_other(checkpoint,
         rig.close()
 
 
-@pytest.mark.parametrize("wait", ["W1", "W2", "W3"])
+@pytest.mark.parametrize("wait", ["slot_landed", "slot_last_read", "staging_copied"])
 def test_without_the_wait_weights_are_wrong(checkpoint, wait, reading):
-    rig = Rig(checkpoint, engine_without(wait), slots=12)
+    rig = Rig(checkpoint, without(wait), slots=12)
     try:
         assert not several_waves(rig)
     finally:
@@ -226,11 +231,11 @@ def test_without_the_wait_weights_are_wrong(checkpoint, wait, reading):
 
 
 def test_without_w4_the_earlier_expert_lands_last(checkpoint, reading):
-    assert not a_slot_given_away_while_it_is_copied_into(checkpoint, engine_without("W4"))
+    assert not a_slot_given_away_while_it_is_copied_into(checkpoint, without("superseded_issued"))
 
 
 def test_without_w5_an_expert_lands_on_one_that_is_still_needed(checkpoint, reading):
-    rig = Rig(checkpoint, engine_without("W5"))
+    rig = Rig(checkpoint, without("slot_turn"))
     try:
         assert not waves_through_one_slot(rig, patience=30)
     finally:
@@ -281,15 +286,15 @@ def test_all_readers_share_one_expert(checkpoint, in_parts):
     rig = Rig(checkpoint, read_at=read)
     try:
         assert rig.store.parts(ExpertKey(0, 2)) == 4
-        for ahead in (False, True):
-            rig.fetch((2, 0), ahead=ahead)
+        for start in (rig.fetch, rig.prefetch):
+            start((2, 0))
             assert rig.use((2, 0))
     finally:
         rig.close()
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-def test_what_is_demanded_lands_while_the_rest_is_read(checkpoint, in_parts, ahead):
+@pytest.mark.parametrize("start", [Rig.fetch, Rig.prefetch])
+def test_what_is_demanded_lands_while_the_rest_is_read(checkpoint, in_parts, start):
     """And what nobody waits for does not, since its slot may still be given to another."""
     reads = GatedReads()
     last = start_of(checkpoint, 2) // 4096 + 3
@@ -298,15 +303,14 @@ def test_what_is_demanded_lands_while_the_rest_is_read(checkpoint, in_parts, ahe
     slot = rig.arena.bytes(5)
     slot.zero_()
     try:
-        rig.fetch((2, 5), ahead=ahead)
+        start(rig, (2, 5))
         assert reads.started[last].wait(20)
-        (shared,) = rig.engine._queue._shared
-        with shared.changed:
-            assert shared.changed.wait_for(lambda: shared.ended == 3, 20)
-        early = int((slot != 0).sum())
+        deadline = time.monotonic() + (20 if start is Rig.fetch else 0.2)
+        while not (early := int((slot != 0).sum())) and time.monotonic() < deadline:
+            time.sleep(0.01)
         reads.gates[last].set()
         assert rig.use((2, 5))
-        assert (early == 0) if ahead else (0 < early < int((slot != 0).sum()))
+        assert (0 < early < int((slot != 0).sum())) if start is Rig.fetch else (early == 0)
     finally:
         reads.gates[last].set()
         rig.close()
@@ -344,7 +348,7 @@ def test_a_demand_behind_thirty_prefetches_is_read_at_once(checkpoint):
         reads.hold(start_of(checkpoint, expert))
     rig = Rig(checkpoint, read_at=reads, slots=31)
     try:
-        rig.fetch(*[(e % 22, e) for e in range(30)], ahead=True)
+        rig.prefetch(*[(e % 22, e) for e in range(30)])
         for started in started_of(reads, checkpoint, 0, 1):
             assert started.wait(20)
         rig.fetch((23, 30))
@@ -365,10 +369,10 @@ def test_newer_prefetches_go_before_older_ones(checkpoint):
         reads.hold(start_of(checkpoint, expert))
     rig = Rig(checkpoint, read_at=reads, slots=16)
     try:
-        rig.fetch(*[(e, e) for e in range(6)], ahead=True)
+        rig.prefetch(*[(e, e) for e in range(6)])
         for started in started_of(reads, checkpoint, 0, 1):
             assert started.wait(20)
-        rig.fetch((20, 10), (21, 11), ahead=True)
+        rig.prefetch((20, 10), (21, 11))
         reads.gates[start_of(checkpoint, 0) // 4096].set()  # one reader goes on, in the order of the queue
         for slot in (10, 11, 2, 3, 4, 5):
             assert rig.engine._tickets[slot].issued.wait(20)
@@ -387,7 +391,7 @@ def test_a_read_whose_slot_was_given_away_goes_nowhere(checkpoint, in_parts):
         reads.hold(start_of(checkpoint, expert))
     rig = Rig(checkpoint, read_at=reads)
     try:
-        rig.fetch((0, 0), (1, 1), ahead=True)
+        rig.prefetch((0, 0), (1, 1))
         for started in started_of(reads, checkpoint, 0, 1):
             assert started.wait(20)
         lost = [rig.engine._tickets[slot] for slot in (0, 1)]
@@ -464,7 +468,7 @@ def test_what_cannot_be_computed_with_before_it_is_there(checkpoint, monkeypatch
 def test_what_is_read_ahead_stops_within_a_part(checkpoint, monkeypatch):
     reads = GatedReads()
     first = start_of(checkpoint, 2) // 4096
-    monkeypatch.setattr(movement_module, "AHEAD_BYTES", 4096)
+    monkeypatch.setattr(reader_module, "AHEAD_BYTES", 4096)
     reads.hold((first + 1) * 4096)
     rig = Rig(checkpoint, read_at=reads)
     try:
@@ -486,7 +490,7 @@ def blocks_of(checkpoint, *experts):
 
 def read_ahead(rig, *experts):
     rig.engine.read_ahead([ExpertKey(0, e) for e in experts])
-    return [rig.engine._ahead[ExpertKey(0, e)] for e in experts]
+    return [rig.engine._read_aheads[ExpertKey(0, e)] for e in experts]
 
 
 def fetch_it(rig, *pairs):
@@ -494,9 +498,27 @@ def fetch_it(rig, *pairs):
     rig.engine.read_ahead(())
 
 
-def parked(rig, *tickets):
-    with rig.engine._queue.lock:
-        return rig.engine._queue.lock.wait_for(lambda: all(t in rig.engine._queue.parked for t in tickets), 20)
+def in_staging(rig, *tickets):
+    queue = rig.engine._queue
+    with queue.lock:
+        return queue.lock.wait_for(lambda: all(t in queue.in_staging for t in tickets), 20)
+
+
+def every_buffer_is_free(rig, reads):
+    """Whether as many experts as there are staging buffers have one each at the same time."""
+    plan = staging_plan(rig.store.buffer_bytes)
+    demanded = [(e, e - 15) for e in range(15, 15 + plan.buffers - plan.read_aheads)]
+    for expert, _ in demanded:
+        reads.hold(start_of(rig.checkpoint, expert))
+    gates = [reads.gates[start_of(rig.checkpoint, expert) // 4096] for expert, _ in demanded]
+    try:
+        assert in_staging(rig, *read_ahead(rig, *range(plan.read_aheads)))
+        rig.fetch(*demanded)
+        have_one = all(started.wait(20) for started in started_of(reads, rig.checkpoint, *(e for e, _ in demanded)))
+    finally:
+        for gate in gates:
+            gate.set()
+    return have_one and rig.use(*demanded)
 
 
 @pytest.mark.parametrize("backend", [DeferredBackend, CpuBackend])
@@ -506,11 +528,11 @@ def test_what_was_read_ahead_is_not_read_again(checkpoint, reading, backend):
     try:
         for _ in range(20):  # more often than there are buffers
             del reads.offsets[:]
-            assert parked(rig, *read_ahead(rig, 3, 4))
+            assert in_staging(rig, *read_ahead(rig, 3, 4))
             fetch_it(rig, (4, 1), (3, 0))
             assert rig.use((4, 1), (3, 0))
             assert len(reads.offsets) == rig.store.parts(ExpertKey(0, 3)) + rig.store.parts(ExpertKey(0, 4))
-        assert rig.engine._queue.idle_buffers == len(rig.engine._mover._staged)
+        assert every_buffer_is_free(rig, reads)
     finally:
         rig.close()
 
@@ -553,22 +575,22 @@ def test_reading_ahead_takes_half_of_the_readers_and_stops_when_it_is_for_nothin
             gate.set()
         assert ticket.issued.wait(20)
         assert not reads.started[first + 2].is_set()
-        assert rig.engine._queue.idle_buffers == len(rig.engine._mover._staged)
+        assert every_buffer_is_free(rig, reads)
     finally:
         for gate in reads.gates.values():
             gate.set()
         rig.close()
 
 
-def test_no_more_is_read_ahead_than_may_be_parked(checkpoint):
+def test_no_more_is_read_ahead_than_staging_may_hold(checkpoint):
     rig = Rig(checkpoint, read_at=(reads := GatedReads()))
     try:
         tickets = read_ahead(rig, *range(12))
-        assert parked(rig, *tickets[:8])
+        assert in_staging(rig, *tickets[:8])
         assert len(reads.offsets) == 8
         fetch_it(rig, (11, 2), (0, 3))
         assert rig.use((11, 2), (0, 3))
-        assert rig.engine._queue.idle_buffers == len(rig.engine._mover._staged)
+        assert every_buffer_is_free(rig, reads)
     finally:
         rig.close()
 
@@ -594,15 +616,15 @@ def test_a_read_ahead_that_failed_is_tried_again_by_who_needs_it(checkpoint, rea
 
 
 @pytest.mark.parametrize("end", ["forget", "close"])
-def test_what_is_parked_does_not_outlive_the_end(checkpoint, end):
-    rig = Rig(checkpoint)
+def test_what_stays_in_staging_does_not_outlive_the_end(checkpoint, end):
+    rig = Rig(checkpoint, read_at=(reads := GatedReads()))
     try:
-        assert parked(rig, *read_ahead(rig, 3, 4))
+        assert in_staging(rig, *read_ahead(rig, 3, 4))
         getattr(rig.engine, end)()
-        assert rig.engine._queue.idle_buffers == len(rig.engine._mover._staged)
         if end == "forget":
             fetch_it(rig, (3, 0))
             assert rig.use((3, 0))
+            assert every_buffer_is_free(rig, reads)
     finally:
         rig.close()
 
@@ -624,15 +646,15 @@ class CountedCopies(DeferredBackend):
         self.copies.copy = counted
 
 
-@pytest.mark.parametrize("ahead", [True, False])
-def test_copies_that_nobody_waits_for_go_in_pieces_two_at_a_time(checkpoint, ahead, monkeypatch):
-    monkeypatch.setattr(movement_module, "PIECE_BYTES", 1000)
+@pytest.mark.parametrize("start", [Rig.prefetch, Rig.fetch])
+def test_copies_that_nobody_waits_for_go_in_pieces_two_at_a_time(checkpoint, start, monkeypatch):
+    monkeypatch.setattr(slot_writer_module, "PIECE_BYTES", 1000)
     backend = CountedCopies()
     rig = Rig(checkpoint, backend=backend)
     try:
-        rig.fetch((3, 2), ahead=ahead)
+        start(rig, (3, 2))
         assert rig.engine._tickets[2].issued.wait(20)
-        if ahead:
+        if start is Rig.prefetch:
             assert max(backend.sizes) <= 1000
             assert backend.most == 2
         else:
@@ -646,7 +668,7 @@ def test_copies_that_nobody_waits_for_go_in_pieces_two_at_a_time(checkpoint, ahe
 def test_what_is_demanded_while_it_queues_becomes_a_demand(checkpoint, reading):
     rig = Rig(checkpoint, slots=16)
     try:
-        rig.fetch(*[(e, e) for e in range(16)], ahead=True)
+        rig.prefetch(*[(e, e) for e in range(16)])
         assert rig.use((15, 15))
         assert rig.use(*[(e, e) for e in range(15)])
         assert all(layer == 0 and seconds >= 0 for layer, seconds in rig.stalls)
@@ -669,9 +691,9 @@ def test_an_error_surfaces_at_the_demand_that_needs_the_expert(checkpoint, readi
 
 def test_close_ends_threads_and_refuses_more(checkpoint, reading):
     rig = Rig(checkpoint)
-    threads = [t for t in rig.engine._threads if t.is_alive()]
+    threads = [t for t in rig.engine._readers if t.is_alive()]
     assert len(threads) == 4
-    rig.fetch(*[(e, e % 8) for e in range(8)], ahead=True)
+    rig.prefetch(*[(e, e % 8) for e in range(8)])
     rig.close()
     rig.close()
     assert not any(t.is_alive() for t in threads)
@@ -682,7 +704,7 @@ def test_close_ends_threads_and_refuses_more(checkpoint, reading):
 def test_forget_leaves_nothing_under_way(checkpoint, reading):
     rig = Rig(checkpoint)
     try:
-        rig.fetch(*[(e, e) for e in range(8)], ahead=True)
+        rig.prefetch(*[(e, e) for e in range(8)])
         rig.engine.forget()
         assert not rig.engine._tickets
         rig.fetch((11, 0))

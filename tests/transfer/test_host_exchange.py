@@ -5,40 +5,41 @@ from __future__ import annotations
 import pytest
 import torch
 
-from offmoe.transfer import host_exchange
+from offmoe.transfer.host_exchange import HostExchange
+from offmoe.transfer.waits import WAITS
 from tests.doubles import DeferredBackend, DeviceBesideRam, without
 
 
-def round_trips(module, backend):
+def round_trips(waits):
     """Whether two layers' rows come back doubled."""
-    there = module.HostExchange(backend)
+    exchange = HostExchange(DeferredBackend(), waits)
     back, wanted = [], []
     for layer in (1.0, 2.0):
         rows = torch.full((3, 5), layer)
-        given = there.to_host(rows)
-        results = there.results(given)
-        results.copy_(2 * given)
-        back.append(there.to_device(results).clone())
+        inputs = exchange.to_host(rows)
+        results = exchange.results(inputs)
+        results.copy_(2 * inputs)
+        back.append(exchange.to_device(results).clone())
         wanted.append(2 * rows)
-    there.close()
+    exchange.close()
     return all(map(torch.equal, back, wanted))
 
 
 def test_rows_come_back():
-    assert round_trips(host_exchange, DeferredBackend())
+    assert round_trips(WAITS)
 
 
-@pytest.mark.parametrize("wait", ["W8", "W9"])
+@pytest.mark.parametrize("wait", ["rows_on_host", "rows_on_device"])
 def test_without_the_wait_they_are_wrong(wait):
-    assert not round_trips(without(wait, host_exchange), DeferredBackend())
+    assert not round_trips(without(wait))
 
 
 def test_buffers_grow_and_are_unpinned():
     backend = DeviceBesideRam()
-    there = host_exchange.HostExchange(backend)
+    exchange = HostExchange(backend)
     for rows in (1, 3000, 2):
-        assert there.to_host(torch.ones(rows, 64)).sum() == rows * 64
+        assert exchange.to_host(torch.ones(rows, 64)).sum() == rows * 64
     assert len(backend.pinned) == 2
-    there.close()
-    there.close()
+    exchange.close()
+    exchange.close()
     assert not backend.pinned

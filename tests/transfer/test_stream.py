@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import offmoe.transfer.engine as transfer_module
 import offmoe.transfer.staging as staging_module
 from offmoe.config import CacheOptions
 from offmoe.device.arena import SlotArena
@@ -21,8 +20,11 @@ from offmoe.profile import MissCosts
 from offmoe.storage.checkpoint import Checkpoint
 from offmoe.storage.layout import Assembly, Destination, ExpertLayout, ExpertRecord
 from offmoe.storage.store import ExpertStore, positional_read
+from offmoe.transfer.engine import TransferEngine
+from offmoe.transfer.slot_writer import SlotWriter
+from offmoe.transfer.waits import WAITS
 from offmoe.types import Access, CacheShape, CacheStats, Demand, ExpertKey, Fetch
-from tests.doubles import DeferredBackend, engine_without
+from tests.doubles import DeferredBackend, Layer, without
 
 LAYERS, EXPERTS, VALUES = 3, 12, 700
 SHAPE = CacheShape((EXPERTS,) * LAYERS, (2,) * LAYERS, (VALUES * 4,) * LAYERS)
@@ -42,7 +44,7 @@ def checkpoint(tmp_path_factory):
 class Rig:
     """Planner and engine of three layers; `run` says how many uses saw another expert than theirs."""
 
-    def __init__(self, checkpoint, backend, options, read_at=None, pins=0, module=transfer_module):
+    def __init__(self, checkpoint, backend, options, read_at=None, pins=0, waits=WAITS):
         keys = [ExpertKey(k, e) for k in range(LAYERS) for e in range(EXPERTS)]
         records = {key: ExpertRecord((checkpoint.segment(f"{key.layer}.{key.expert}"),)) for key in keys}
         self.backend = backend
@@ -55,17 +57,11 @@ class Rig:
             self.arena = SlotArena(backend.allocate, [LAYOUT] * self.planner.num_slots, in_ram=scratch)
         left = [True] * pins
         backend.pin = lambda *_: left.pop() if left else False
-        self.engine = module.TransferEngine(
-            self.store,
-            self.arena,
-            backend,
-            [LAYOUT] * LAYERS,
-            [Assembly((Destination("weight", 0, 0),))] * LAYERS,
-            host_slots=self.planner.num_host_slots,
-        )
+        layer = Layer(LAYOUT, Assembly((Destination("weight", 0, 0),)))
+        writer = SlotWriter(self.store, self.arena, backend, [layer] * LAYERS)
+        self.engine = TransferEngine(writer, host_slots=self.planner.num_host_slots, waits=waits)
         if isinstance(backend, DeferredBackend):
-            for slot in range(len(self.arena)):
-                backend.guard(self.arena.bytes(slot), self.engine._mover.last_read[slot])
+            backend.guard(writer)
         self.stats = CacheStats.for_layers(LAYERS)
 
     def run(self, access):
@@ -82,7 +78,7 @@ class Rig:
                 seen = self.arena.views(slot, LAYOUT)["weight"]
                 wrong += not bool((seen == 100.0 * access.layer + expert).all())
                 self.engine.computed([slot])
-        self.engine.fetch(plan.prefetches, ahead=True)
+        self.engine.prefetch(plan.prefetches)
         return wrong
 
     def close(self):
@@ -188,8 +184,8 @@ def test_what_could_not_be_read_into_ram_is_an_error_where_it_is_wanted(checkpoi
 
     rig = Rig(checkpoint, DeferredBackend(), CacheOptions("lru", slots_per_layer=3, host_slots=EXPERTS), fails)
     try:
-        rig.engine.fetch([Fetch(ExpertKey(1, 4), 5, None, 3)], ahead=True)
-        rig.engine.fetch([Fetch(ExpertKey(1, 2), 5, None, 2)], ahead=True)  # nobody learns of the first failure
+        rig.engine.prefetch([Fetch(ExpertKey(1, 4), 5, None, 3)])
+        rig.engine.prefetch([Fetch(ExpertKey(1, 2), 5, None, 2)])  # nobody learns of the first failure
         rig.engine.fetch([Fetch(ExpertKey(1, 4), 6, None, 3, read=False)])
         with pytest.raises(TransferError, match="expert 4 of MoE layer 1"):
             rig.engine.ready(6)
@@ -209,17 +205,17 @@ class Gate:
         return self.read(*arguments)
 
 
-def a_copy_of_what_is_being_read(checkpoint, module):
-    """Expert 4 is being read into RAM for a slot that is given away meanwhile, then copied to another: needs W6."""
+def a_copy_of_what_is_being_read(checkpoint, waits):
+    """Expert 4 is being read into RAM for a slot that is given away meanwhile, then copied to another."""
     gate = Gate()
     options = CacheOptions("lru", slots_per_layer=3, host_slots=EXPERTS)
-    rig = Rig(checkpoint, CpuBackend(), options, gate, module=module)
+    rig = Rig(checkpoint, CpuBackend(), options, gate, waits=waits)
     try:
-        rig.engine.fetch([Fetch(ExpertKey(0, 4), 0, None, 0)], ahead=True)
+        rig.engine.prefetch([Fetch(ExpertKey(0, 4), 0, None, 0)])
         assert gate.begun.wait(20)
-        rig.engine._queue.under_way[0].landing = True  # too late to be sent elsewhere
+        rig.engine._queue.running[0].landing = True  # too late to be sent elsewhere
         rig.engine.fetch([Fetch(ExpertKey(0, 4), 1, None, 0, read=False)])
-        rig.engine._tickets[1].issued.wait(0.3)  # without W6 it is issued in this time
+        rig.engine._tickets[1].issued.wait(0.3)  # without the wait it is issued in this time
         gate.open.set()
         rig.engine.ready(1)
         return bool((rig.arena.views(1, LAYOUT)["weight"] == 4.0).all())
@@ -228,10 +224,10 @@ def a_copy_of_what_is_being_read(checkpoint, module):
         rig.close()
 
 
-def a_ram_slot_read_into_again(checkpoint, module):
-    """Expert 4 is still being copied out of the RAM slot that expert 11 is read into: needs W7."""
+def a_ram_slot_read_into_again(checkpoint, waits):
+    """Expert 4 is still being copied out of the RAM slot that expert 11 is read into."""
     options = CacheOptions("lru", slots_per_layer=3, host_slots=EXPERTS)
-    rig = Rig(checkpoint, DeferredBackend(), options, module=module)
+    rig = Rig(checkpoint, DeferredBackend(), options, waits=waits)
     fetches = [Fetch(ExpertKey(0, 4), 1, None, 0), Fetch(ExpertKey(0, 11), 2, None, 0)]
     try:
         for fetch in fetches:
@@ -245,10 +241,13 @@ def a_ram_slot_read_into_again(checkpoint, module):
         rig.close()
 
 
-@pytest.mark.parametrize(("wait", "scene"), [("W6", a_copy_of_what_is_being_read), ("W7", a_ram_slot_read_into_again)])
+@pytest.mark.parametrize(
+    ("wait", "scene"),
+    [("host_slot_issued", a_copy_of_what_is_being_read), ("host_slot_copied", a_ram_slot_read_into_again)],
+)
 def test_without_the_wait_weights_are_wrong(checkpoint, wait, scene):
-    assert scene(checkpoint, transfer_module)
-    assert not scene(checkpoint, engine_without(wait))
+    assert scene(checkpoint, WAITS)
+    assert not scene(checkpoint, without(wait))
 
 
 def test_a_read_that_lost_its_slot_still_fills_ram_or_makes_way(checkpoint):
@@ -257,7 +256,7 @@ def test_a_read_that_lost_its_slot_still_fills_ram_or_makes_way(checkpoint):
     rig = Rig(checkpoint, DeferredBackend(), options, gate)
     views = lambda slot: rig.arena.views(slot, LAYOUT)["weight"]  # noqa: E731
     try:
-        rig.engine.fetch([Fetch(ExpertKey(0, e), e, None, e) for e in range(5)], ahead=True)  # two are read, three wait
+        rig.engine.prefetch([Fetch(ExpertKey(0, e), e, None, e) for e in range(5)])  # two are read, three wait
         assert gate.begun.wait(20)
         rig.engine.fetch([Fetch(ExpertKey(0, 7), 3, None, 7), Fetch(ExpertKey(0, 8), 4, None, 8)])  # 3, 4 lose slots
         rig.engine.fetch([Fetch(ExpertKey(0, 3), 5, None, 3, read=False)])  # in RAM, as the plan knows

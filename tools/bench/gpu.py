@@ -19,6 +19,7 @@ import time
 import traceback
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import checkout  # noqa: F401
@@ -86,14 +87,14 @@ def pinning(section: Section) -> None:
     count, size = (2, 8 * MIB) if section.quick else (4, 256 * MIB)
     spent: list[float] = []
 
-    def register(address: int, nbytes: int) -> bool:
+    def timed_pin(address: int, nbytes: int) -> bool:
         began = time.perf_counter()
         done = backend.pin(address, nbytes)
         spent.append(time.perf_counter() - began)
         return done
 
     began = time.perf_counter()
-    buffers = HostBuffers(count, size, register=register, unregister=backend.unpin)
+    buffers = HostBuffers(count, size, pinning=SimpleNamespace(pin=timed_pin, unpin=backend.unpin))
     mapped_s = time.perf_counter() - began - sum(spent)
     try:
         pinned = [buffers.pinned(i) for i in range(count)]

@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import checkout  # noqa: F401
 import torch
@@ -35,6 +36,7 @@ from offmoe.storage.checkpoint import Checkpoint
 from offmoe.storage.layout import Assembly, Destination, ExpertLayout, ExpertRecord
 from offmoe.storage.store import ExpertStore
 from offmoe.transfer.engine import TransferEngine
+from offmoe.transfer.slot_writer import SlotWriter
 from offmoe.types import Access, CacheShape, Demand, ExpertKey, Fetch, Plan
 
 LAYERS, EXPERTS, SLOTS, TOKENS = 4, 8, 4, 4
@@ -56,6 +58,13 @@ def write(folder: Path) -> Checkpoint:
     return Checkpoint.open(folder)
 
 
+class Layer(NamedTuple):
+    """How the experts of a layer stand in slots."""
+
+    layout: ExpertLayout
+    assembly: Assembly
+
+
 class Rig:
     """Store, slots and engine for `slots` experts of any layer."""
 
@@ -66,8 +75,8 @@ class Rig:
         self.backend = CpuBackend()
         self.store = ExpertStore(checkpoint.shards, records)
         self.arena = SlotArena(self.backend.allocate, [self.layout] * slots)
-        assembly = Assembly((Destination("weight", 0, 0),))
-        self.engine = TransferEngine(self.store, self.arena, self.backend, [self.layout] * LAYERS, [assembly] * LAYERS)
+        layer = Layer(self.layout, Assembly((Destination("weight", 0, 0),)))
+        self.engine = TransferEngine(SlotWriter(self.store, self.arena, self.backend, [layer] * LAYERS))
         self.hidden = torch.randn(TOKENS, HIDDEN, dtype=torch.bfloat16)
 
     def compute(self, slot: int) -> None:
@@ -155,7 +164,7 @@ def interval(values: Sequence[float], resamples: int = 2000) -> tuple[float, flo
 def demand_s(rig: Rig, queued: int) -> float:
     """Seconds of one demand behind so many prefetches, all of other experts."""
     keys = random.sample(rig.keys, queued + 1)
-    rig.engine.fetch([Fetch(key, slot, None) for slot, key in enumerate(keys[1:])], ahead=True)
+    rig.engine.prefetch([Fetch(key, slot, None) for slot, key in enumerate(keys[1:])])
     if queued:
         time.sleep(0.02)  # the prefetches are under way when the demand comes
     began = time.perf_counter()

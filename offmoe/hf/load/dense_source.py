@@ -41,7 +41,7 @@ class HostImages:
     ) -> None:
         """Copy `weights` (per layer, by the names of its layout). CapacityError if there is no memory for it."""
         self._sizes = [layout.nbytes for layout in layouts]
-        self._images = HostBuffers(len(layouts), max(self._sizes), register=backend.pin, unregister=backend.unpin)
+        self._images = HostBuffers(len(layouts), max(self._sizes), pinning=backend)
         for i, (layout, tensors) in enumerate(zip(layouts, weights, strict=True)):
             for name, view in layout.views(self._images.tensor(i)[: layout.nbytes]).items():
                 view.copy_(tensors[name])
@@ -69,7 +69,7 @@ class ShardTensors:
         self._count = [len(layer) for layer in segments]
         records = {key: ExpertRecord((segment,)) for key, (_, segment) in self._segments.items()}
         self._store = ExpertStore([shards[shard] for shard in used], records)
-        self._staging = HostBuffers(1, self._store.buffer_bytes, register=backend.pin, unregister=backend.unpin)
+        self._staging = HostBuffers(1, self._store.buffer_bytes, pinning=backend)
         self._memory, self._tensor = self._staging.memory(0), self._staging.tensor(0)
 
     def fetch(self, layer: int, memory: torch.Tensor, views: Mapping[str, torch.Tensor]) -> None:

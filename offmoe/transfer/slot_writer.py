@@ -1,0 +1,138 @@
+"""Copies of experts from host buffers into slots: which bytes go where, and in what sizes.
+
+Moves: one expert at a time, on the copy stream; whole, or part by part as it is read.
+Bound: the link to the device, or memcpy on a CPU.
+Must never: be called before the slot is free. Readers see to that (reader.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from offmoe.device.arena import SlotArena
+from offmoe.device.backend import Backend, Event, copy_in_ram
+from offmoe.storage.layout import Assembly, ExpertLayout
+from offmoe.storage.store import ExpertStore
+from offmoe.transfer.arrival import Arriving
+from offmoe.transfer.ticket import DEMAND, Ticket
+from offmoe.types import Fetch
+
+PIECE_BYTES = 16 << 20
+"""Bytes of one copy of a speculative ticket: 0.7 ms on a link of 24 GB/s. The device does copies in the order in which
+they are queued, and a demand's copy of 51 KB has been seen to wait 12 ms behind one of 200 MB."""
+PIECES_IN_FLIGHT = 2
+"""Speculative copies that are queued at once; a demand's copy therefore stands behind at most two of them."""
+
+
+class StoredLayer(Protocol):
+    """How the experts of one MoE layer stand in slots, and how they get there."""
+
+    @property
+    def layout(self) -> ExpertLayout:
+        """The parameters of an expert in its slot."""
+
+    @property
+    def assembly(self) -> Assembly:
+        """Which segment of an expert at rest goes to which parameter."""
+
+
+class SlotWriter:
+    """Writes experts of all layers into the slots of one model. Several readers call it at once."""
+
+    def __init__(self, store: ExpertStore, arena: SlotArena, backend: Backend, layers: Sequence[StoredLayer]) -> None:
+        """layers: one entry per MoE layer."""
+        self.store, self.arena, self.backend = store, arena, backend
+        self._layers = layers
+        self.landed = [backend.event() for _ in range(len(arena))]
+        """Per slot: marks the last copy into it."""
+        self.last_read = [backend.event() for _ in range(len(arena))]
+        """Per slot: marks the last computation with it."""
+        self._pieces = deque(backend.event() for _ in range(PIECES_IN_FLIGHT))
+        self._pieces_lock = threading.Lock()
+
+    def views(self, fetch: Fetch) -> dict[str, torch.Tensor]:
+        """The fetch's slot as the parameters of its expert."""
+        return self.arena.views(fetch.slot, self._layers[fetch.key.layer].layout)
+
+    def runs(self, fetch: Fetch) -> Sequence[torch.Tensor | None]:
+        """Per segment of the expert, the bytes of the slot that it fills unchanged; None for other segments."""
+        return self._layers[fetch.key.layer].assembly.runs(self.store.record(fetch.key).segments, self.views(fetch))
+
+    def arriving(self, ticket: Ticket) -> Arriving | None:
+        """The expert of a ticket as something to compute with while it arrives.
+
+        Returns None if its parts do not land one by one: because it is read in one part, because its values move apart
+        on their way into the slot, or because a copy on this device has not landed when it returns.
+        """
+        key = ticket.fetch.key
+        num_parts = self.store.parts(key)
+        if num_parts == 1 or not self.backend.unified_memory:
+            return None
+        views, runs = self.views(ticket.fetch), self.runs(ticket.fetch)
+        params = [to.param for to in self._layers[key.layer].assembly.destinations]
+        places: dict[str, list[tuple[int, int, int]]] = {name: [] for name in views}
+        for part in range(num_parts):
+            for segment, start, end in self.store.arrived(key, part):
+                run = runs[segment]
+                if run is None:
+                    return None
+                offset = run.data_ptr() - views[params[segment]].data_ptr()
+                places[params[segment]].append((offset + start, offset + end, part))
+        return Arriving(ticket.arrival, places)
+
+    def write_part(self, fetch: Fetch, part: int, buffer: torch.Tensor, runs: Sequence[torch.Tensor | None]) -> None:
+        """Copy one part of an expert into its slot, but for segments that have no run.
+
+        Args:
+            fetch: The expert and its slot.
+            part: The part, as `ExpertStore.arrived` numbers them.
+            buffer: uint8 [bytes], into which the expert is being read.
+            runs: The result of `runs`.
+        """
+        data = self.store.segments(fetch.key, buffer)
+        for segment, start, end in self.store.arrived(fetch.key, part):
+            run = runs[segment]
+            if run is not None:
+                self.backend.copies.copy(run[start:end], data[segment][start:end])
+
+    def write_rest(self, ticket: Ticket, buffer: torch.Tensor, copied: Event) -> None:
+        """Copy an expert into its slot, but for the segments that `write_part` has copied.
+
+        Args:
+            ticket: Its slot must be free.
+            buffer: uint8 [bytes], into which the whole expert has been read.
+            copied: Is made to mark the end of the copies.
+        """
+        fetch, early = ticket.fetch, ticket.arrival.runs
+        segments, data = self.store.record(fetch.key).segments, self.store.segments(fetch.key, buffer)
+        assembly, views = self._layers[fetch.key.layer].assembly, self.views(fetch)
+        if fetch.slot >= self.arena.num_on_device:  # a slot in RAM, which the host alone reads, after `issued`
+            assembly.place(segments, data, views, copy_in_ram)
+            return
+        present = () if early is None else [i for i, run in enumerate(early) if run is not None]
+        assembly.place(segments, data, views, functools.partial(self._copy, ticket), present)
+        copies = self.backend.copies
+        self.landed[fetch.slot].record(copies)
+        copied.record(copies)
+
+    def _copy(self, ticket: Ticket, destination: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy into device memory: whole for a demand, in pieces for a speculative ticket."""
+        copies = self.backend.copies
+        if ticket.priority == DEMAND or not destination.ndim:
+            copies.copy(destination, source)
+            return
+        rows = max(1, PIECE_BYTES * len(destination) // max(1, destination.nbytes))
+        for into, data in zip(destination.split(rows), source.split(rows), strict=True):
+            with self._pieces_lock:
+                event = self._pieces.popleft()
+                if ticket.priority != DEMAND:  # it may have become one meanwhile
+                    event.synchronize()
+                copies.copy(into, data)
+                event.record(copies)
+                self._pieces.append(event)
