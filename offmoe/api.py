@@ -16,7 +16,7 @@ import torch
 
 from offmoe.budget.inspect import Inspected, inspect
 from offmoe.compute.compute import build_compute, device_compute
-from offmoe.config import Default, OffloadConfig
+from offmoe.config import OffloadConfig
 from offmoe.device.arena import SlotArena, slot_layouts
 from offmoe.errors import ConfigError
 from offmoe.handle import Offload
@@ -24,13 +24,15 @@ from offmoe.hf.adapters.find import find_experts, require_adapter
 from offmoe.hf.load import attach as hf_experts
 from offmoe.hf.load.dense_layers import ParkedLayers, dense_layers
 from offmoe.hf.load.load import load_dense
+from offmoe.hf.load.options import check_options
 from offmoe.pack.on_load import write
 from offmoe.policy.planner import build_planner
+from offmoe.profile import Profile
 from offmoe.runtime.executor import ExpertExecutor
 from offmoe.runtime.host_experts import HostPart
 from offmoe.storage.store import ExpertStore
 from offmoe.text import format_size
-from offmoe.trace.recorder import TraceWriter
+from offmoe.trace.recorder import TraceWriter, check_writable
 from offmoe.transfer.engine import TransferEngine
 from offmoe.transfer.host_exchange import HostExchange
 from offmoe.transfer.slot_writer import SlotWriter
@@ -46,47 +48,74 @@ HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 
 def from_pretrained(
     model: str | os.PathLike[str],
+    offload_config: OffloadConfig | None = None,
+    *,
     device: str | None = None,
-    device_memory: int | str = "auto",
-    host_memory: int | str = "auto",
+    device_memory: int | str | None = None,
+    host_memory: int | str | None = None,
     slots_per_layer: int | tuple[int, ...] | None = None,
-    experts: str = "native",
-    eviction: str = Default("aged-lfu"),
-    scope: str = Default("layer"),
+    experts: str | None = None,
+    eviction: str | None = None,
+    scope: str | None = None,
     max_context: int | None = None,
-    on_miss: str = Default("auto"),
-    prefetch: int | str = Default("auto"),
-    exactness: str = "auto",
-    activations: str = "float",
-    profile: str | os.PathLike[str] | None = None,
+    on_miss: str | None = None,
+    prefetch: int | str | None = None,
+    exactness: str | None = None,
+    activations: str | None = None,
+    profile: str | os.PathLike[str] | Profile | None = None,
+    half_life: float | None = None,
+    popularity: tuple[tuple[float, ...], ...] | None = None,
+    host_slots: int | tuple[int, ...] | None = None,
     trace: str | os.PathLike[str] | None = None,
     dtype: str | torch.dtype | None = None,
     **hf_kwargs: Any,
 ) -> PreTrainedModel:
-    """A model of transformers whose experts stay outside the device; an instance of the architecture's own class.
+    """Load a Mixture-of-Experts model of transformers whose experts stay outside the device.
 
-    model: a folder, a Hub id, or "demo". Options: docs of OffloadConfig. profile: JSON of `offmoe tune`; an option that
-    is given wins over it. trace: record the routing into this file, written when `model.offload` is closed. dtype: to
-    compute in; slots keep the checkpoint's. hf_kwargs go to transformers. Raises ConfigError, CheckpointError or
-    CapacityError before anything is loaded."""
-    if "torch_dtype" in hf_kwargs:
-        raise ConfigError("torch_dtype= is transformers' old name; use dtype=.")
-    config = OffloadConfig(
-        device=device,
-        device_memory=device_memory,
-        host_memory=host_memory,
-        slots_per_layer=slots_per_layer,
-        experts=experts,
-        eviction=eviction,
-        scope=scope,
-        max_context=max_context,
-        on_miss=on_miss,
-        prefetch=prefetch,
-        exactness=exactness,
-        activations=activations,
-        profile=profile,
-    )
+    The result is an instance of the architecture's own class, in eval mode, with the runtime at `model.offload`. The
+    options from `device` to `host_slots` are those of `OffloadConfig`, which says what each of them means.
+
+    Args:
+        model: A folder, a Hub id such as "mistralai/Mixtral-8x7B-v0.1", or "demo", the small model in the package.
+        offload_config: Options prepared in one object. An option that is given by its own keyword wins over it.
+        trace: Record into this .npz file which experts every token uses. It is written when `model.offload` is closed.
+        dtype: Dtype to compute in: "bfloat16", "float16", "float32" or a torch.dtype. Slots keep the checkpoint's.
+            Default: the checkpoint's.
+        hf_kwargs: `revision`, `token`, `cache_dir` and `local_files_only` of the Hub, and options of transformers'
+            `from_pretrained`, such as `attn_implementation`.
+
+    Raises:
+        ConfigError: An option cannot be used. Raised before anything is downloaded, quantized or loaded.
+        CheckpointError: The checkpoint is damaged, incomplete, or of a kind that offmoe does not run.
+        CapacityError: The model does not fit; the message says how much would be enough.
+    """
+    options = {
+        "device": device,
+        "device_memory": device_memory,
+        "host_memory": host_memory,
+        "slots_per_layer": slots_per_layer,
+        "experts": experts,
+        "eviction": eviction,
+        "scope": scope,
+        "max_context": max_context,
+        "on_miss": on_miss,
+        "prefetch": prefetch,
+        "exactness": exactness,
+        "activations": activations,
+        "profile": profile,
+        "half_life": half_life,
+        "popularity": popularity,
+        "host_slots": host_slots,
+    }
+    if not isinstance(offload_config, OffloadConfig | None):
+        raise ConfigError(
+            f"offload_config={offload_config!r} must be an OffloadConfig; give single options by keyword: device='cpu'."
+        )
+    config = (offload_config or OffloadConfig()).overridden(**options)
     hub = {name: hf_kwargs.pop(name) for name in HUB_OPTIONS if name in hf_kwargs}
+    check_options(hf_kwargs, known=(*options, "offload_config", "trace", "dtype", *HUB_OPTIONS))
+    if trace is not None:
+        check_writable(trace)
     inspected = inspect(model, config, dtype=dtype, **hub)
     plan = inspected.plan
     logger.info("%s on %s", plan.describe(), inspected.config.device)

@@ -1,21 +1,22 @@
-"""Options of a run: frozen, validated once, the same words in Python, on the command line and in files.
+"""The options of a run: frozen, checked when made, the same words in Python, on the command line and in files.
 
-Nothing comes from environment variables. "auto" values are resolved where the facts are known (memory, model, device)
-by `dataclasses.replace`, so that `model.offload.config` says what really happened. The part of it that decisions
-depend on is written into every trace (`CacheOptions`), which is what makes replay exact."""
+Options come from arguments and profiles, never from environment variables. Values of "auto" are replaced
+(`OffloadConfig.resolved`) once memory, model and device are known, so `model.offload.config` says what happened.
+`CacheOptions` is the part that decisions depend on. Every trace records it, which makes replay exact.
+"""
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from offmoe.errors import ConfigError
 from offmoe.eviction_names import EVICTIONS as EVICTIONS
 from offmoe.eviction_names import check_eviction
 from offmoe.profile import CACHE_OPTIONS, MissCosts, Profile, read_profile
+from offmoe.text import LARGEST, parse_size
 from offmoe.types import CacheShape
 
 SCOPES = ("layer", "model")
@@ -23,47 +24,19 @@ ON_MISS = ("fetch", "cpu", "auto")
 EXPERTS = ("native", "int8", "int4")
 EXACTNESS = ("auto", "bitwise", "numeric")
 ACTIVATIONS = ("float", "int8")
-LARGEST = 2**63 - 1
-"""Bytes or tokens; more is a slip of the finger, and no float could hold what is worked out from it."""
-
-_UNITS = {
-    "": 1,
-    "B": 1,
-    "K": 10**3,
-    "M": 10**6,
-    "G": 10**9,
-    "T": 10**12,
-    "KI": 2**10,
-    "MI": 2**20,
-    "GI": 2**30,
-    "TI": 2**40,
-}
-
-
-def parse_size(value: int | str, option: str) -> int:
-    """Bytes of 10737418240, "10GiB", "10 GB", "512M"; ConfigError naming `option` otherwise."""
-    if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST:
-        return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(value), re.IGNORECASE)
-    size = float(match[1]) * _UNITS[match[2].upper()] if match and match[2].upper() in _UNITS else 0
-    if not 1 <= size <= LARGEST:
-        raise ConfigError(f"{option}={value!r} is not a size. Use bytes or a number with a unit, such as '10GiB'.")
-    return int(size)
+CHOICES = {"experts": EXPERTS, "exactness": EXACTNESS, "activations": ACTIVATIONS}
+"""Options of `OffloadConfig` with a fixed set of values, besides those of `CacheOptions`."""
 
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """What decisions depend on besides the accesses; written into traces, read back by replay.
+    """The options that cache decisions depend on, besides the accesses. Traces record them and replay reads them back.
 
-    slots_per_layer: one int, or one per MoE layer (scope "layer"); scope "model" pools their sum.
-    prefetch: 0 = off, n = at most n experts per layer, "auto" = as long as it pays.
-    half_life: accesses of a layer after which a use counts half (aged-lfu); flat optimum 8-32 on real routing.
-    popularity: one number per expert and MoE layer, higher stays (static); counted by `offmoe tune`.
-    host_slots: experts that RAM holds between disk and device, of each MoE layer; one int, or one per layer.
-    on_miss: "fetch": what is missed gets a slot. "cpu": while there are free ones; the rest is computed without.
-    "auto": what is likelier to come back than what it would replace gets one.
-    miss_costs: of a device with memory of its own, where the host computes what gets no slot; recorded, so that replay
-    weighs the same. None: the device's memory is the host's, and so is what computes.
+    Their meaning is that of `OffloadConfig`, with every default filled in. miss_costs is None where the device's memory
+    is the host's.
+
+    Raises:
+        ConfigError: A value cannot be used; the message names the option.
     """
 
     eviction: str = "aged-lfu"
@@ -92,22 +65,19 @@ class CacheOptions:
             )
 
     def popularity_of(self, shape: CacheShape) -> tuple[tuple[float, ...], ...]:
-        """The popularity, which must be there; ConfigError when it is another model's."""
+        """The popularity, which must have been set; ConfigError if it was counted on another model."""
         assert self.popularity is not None
         if tuple(map(len, self.popularity)) != shape.experts:
             raise ConfigError(
-                f"the popularity of eviction='static' is that of another model: {len(self.popularity)} layers of "
-                f"{sorted(set(map(len, self.popularity)))} experts; here are {shape.layers} of "
+                f"the popularity for eviction='static' was counted on another model: {len(self.popularity)} layers of "
+                f"{sorted(set(map(len, self.popularity)))} experts; this one has {shape.layers} of "
                 f"{sorted(set(shape.experts))}."
             )
         return self.popularity
 
     def quotas(self, shape: CacheShape) -> tuple[int, ...]:
-        """Slots of each MoE layer, at most its experts; ConfigError when one is below its top_k."""
-        slots = self.slots_per_layer
-        wanted = (slots,) * shape.layers if isinstance(slots, int) else tuple(slots)
-        if len(wanted) != shape.layers:
-            raise ConfigError(f"slots_per_layer has {len(wanted)} values, but the model has {shape.layers} MoE layers.")
+        """Slots of each MoE layer, at most as many as it has experts; ConfigError if a layer has fewer than top_k."""
+        wanted = _per_layer("slots_per_layer", self.slots_per_layer, shape)
         for layer, (n, k) in enumerate(zip(wanted, shape.top_k, strict=True)):
             if n < k:
                 raise ConfigError(
@@ -117,15 +87,19 @@ class CacheOptions:
         return tuple(min(n, e) for n, e in zip(wanted, shape.experts, strict=True))
 
     def host_quotas(self, shape: CacheShape) -> tuple[int, ...]:
-        """Slots in RAM of each MoE layer, at most its experts."""
-        slots = self.host_slots
-        wanted = (slots,) * shape.layers if isinstance(slots, int) else tuple(slots)
-        if len(wanted) != shape.layers:
-            raise ConfigError(f"host_slots has {len(wanted)} values, but the model has {shape.layers} MoE layers.")
+        """Slots in RAM of each MoE layer, at most as many as it has experts."""
+        wanted = _per_layer("host_slots", self.host_slots, shape)
         return tuple(min(n, e) for n, e in zip(wanted, shape.experts, strict=True))
 
+    def check(self, shape: CacheShape) -> None:
+        """ConfigError if these options do not fit a model of this shape."""
+        self.quotas(shape)
+        self.host_quotas(shape)
+        if self.popularity is not None:
+            self.popularity_of(shape)
+
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; what only some policies or machines have is left out where it is not set."""
+        """Values for JSON, without the options that only some policies or machines set."""
         values = asdict(self)
         if self.popularity is None:
             del values["popularity"]
@@ -137,7 +111,7 @@ class CacheOptions:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CacheOptions:
-        """Of a trace's header or a profile; unknown names are a ConfigError."""
+        """Options from a trace's header or a profile; ConfigError for unknown names."""
         unknown = set(values) - set(cls.__dataclass_fields__)
         if unknown:
             raise ConfigError(
@@ -162,21 +136,63 @@ class CacheOptions:
         return cls(**values)
 
 
-class Default(str):
-    """The default of an option: equal to its text, but known not to have been asked for, so that a profile may replace
-    it."""
-
-    __slots__ = ()
+def _profiled(default: str | None = None) -> Any:
+    """A field that is None while it is not given; a profile's value replaces None, else `default` does."""
+    return field(default=None, metadata={"default": default})
 
 
 @dataclass(frozen=True)
 class OffloadConfig:
-    """All options of `from_pretrained` (see interface.md); after loading, every "auto" is resolved.
+    """The options of `from_pretrained` and of the command line. After loading, every "auto" is resolved.
 
-    profile: a file, or one that was read; its cache options stand in for those that are not given. half_life and
-    popularity come from a profile as a rule. activations: "int8" rounds what quantized experts are given to 8 bits, in
-    groups, where kernels compute them: faster, and about 1 % of an output's norm off. Raises ConfigError naming the
-    option, its value and what would work.
+    An option that is given wins over the profile, and the profile over the default.
+
+    Args:
+        device: Device for the dense weights and the expert slots: "cpu", "cuda" or "cuda:N". Default: "cuda" if there
+            is one, else "cpu". Errors: a device that this machine does not have.
+        device_memory: Most memory to use on the device, for dense weights, expert slots and KV cache together: bytes,
+            or a size such as "8GiB". Default: "auto", what is free there less a reserve. Errors: less than the smallest
+            that works for the model; the message names that number (CapacityError).
+        host_memory: Most RAM to use for experts between disk and device: bytes, a size such as "32GiB", or 0 for none.
+            Default: "auto", what the machine can spare. Errors: any value on a CPU, where device_memory caps RAM; less
+            than the buffers that reading needs (CapacityError).
+        slots_per_layer: Experts resident on the device per MoE layer: one number, or one per layer. Default: as many as
+            fit in device_memory. Errors: fewer than top_k, the experts that one token needs.
+        experts: Form of the expert weights: "native" as stored in the checkpoint; "int8" or "int4" to quantize them
+            into temporary files while loading. Default: "native". Errors: "int8" or "int4" for experts that are
+            quantized already, or together with exactness="bitwise".
+        eviction: Policy that chooses which expert gives up its slot: aged-lfu, lru, lru-2, s3-fifo, sieve, static, or
+            one added with `register_eviction`. Default: the profile's, else "aged-lfu". Errors: an unknown policy;
+            "static" without the popularity that `offmoe tune` writes into a profile.
+        scope: What shares slots: "layer" for slots of each layer's own, "model" for one pool of all layers. Default:
+            the profile's, else "layer".
+        max_context: Tokens of KV cache to reserve memory for, all sequences of a batch together. Default: up to eight
+            full-length sequences, in at most a quarter of the memory that dense weights and the smallest set of slots
+            leave. Errors: a forward pass beyond it (CapacityError).
+        on_miss: What to do on a miss: "fetch" = always load into a slot; "cpu" = only into free slots, compute the rest
+            without one; "auto" = decide per expert. Default: the profile's, else "auto". Errors: "cpu" on a GPU without
+            exactness="numeric".
+        prefetch: Experts to fetch into slots before the next layer asks for them: at most this many per layer, 0 for
+            none, or "auto" while it pays. Default: the profile's, else "auto".
+        exactness: How equal results are to stock transformers: "bitwise" = equal bit for bit; "numeric" = same routing
+            and weights, sums in another order, faster; "auto" = "bitwise" unless experts are quantized. Default:
+            "auto".
+        activations: Form of the inputs of quantized experts: "float", or "int8" to round them to 8 bits in groups,
+            which is faster and changes an output by about 1 % of its norm. Default: "float". Errors: "int8" for native
+            experts, unless exactness="numeric".
+        profile: File written by `offmoe tune` (tuned cache options) or `offmoe calibrate` (measured costs), or a
+            `Profile`. Default: none. Errors: a file that cannot be read or is no profile.
+        half_life: Accesses of a layer after which a past use counts half, for eviction="aged-lfu". Values from 8 to 32
+            do equally well on recorded routing. Default: the profile's, else 16.
+        popularity: One number per expert and MoE layer, for eviction="static"; the higher stays. Default: the
+            profile's. Errors: numbers of another model.
+        host_slots: Most experts to hold in RAM between disk and device, per MoE layer: one number, or one per layer.
+            After loading, how many are held. Default: the profile's, else as many as fit in host_memory.
+        miss_costs: Times to weigh a fetch against computing on the host. Not an option for users: loading sets it from
+            the profile's costs or from assumed ones.
+
+    Raises:
+        ConfigError: A value cannot be used. The message names the option, the value and what would work.
     """
 
     device: str | None = None
@@ -184,70 +200,60 @@ class OffloadConfig:
     host_memory: int | str = "auto"
     slots_per_layer: int | tuple[int, ...] | None = None
     experts: str = "native"
-    eviction: str = Default("aged-lfu")
-    scope: str = Default("layer")
+    eviction: str = _profiled("aged-lfu")
+    scope: str = _profiled("layer")
     max_context: int | None = None
-    on_miss: str = Default("auto")
-    prefetch: int | str = Default("auto")
+    on_miss: str = _profiled("auto")
+    prefetch: int | str = _profiled("auto")
     exactness: str = "auto"
     activations: str = "float"
     profile: str | os.PathLike[str] | Profile | None = None
     half_life: float | None = None
     popularity: tuple[tuple[float, ...], ...] | None = None
     host_slots: int | tuple[int, ...] | None = None
-    """At most so many of what host_memory gives; after loading, how many there are. A profile may say it."""
     miss_costs: MissCosts | None = None
-    """Of a profile, or assumed; worked out, not asked for."""
+    explicit: frozenset[str] = field(init=False, repr=False, compare=False)
+    """Names of the options that were given, so that a later profile does not replace them."""
 
     def __post_init__(self) -> None:
-        self._apply_profile()
-        _one_of("experts", self.experts, EXPERTS)
-        check_eviction(self.eviction)
-        _one_of("scope", self.scope, SCOPES)
-        _one_of("on_miss", self.on_miss, ON_MISS)
-        _one_of("exactness", self.exactness, EXACTNESS)
-        _one_of("activations", self.activations, ACTIVATIONS)
-        if self.experts != "native" and self.exactness == "bitwise":
-            raise ConfigError(
-                f"exactness='bitwise' with experts={self.experts!r}: quantized experts have other weights than the "
-                "checkpoint's, so nothing could be equal to it. Leave exactness out, or use experts='native' (what "
-                "'offmoe pack' wrote is native to its folder, and computed bitwise unless asked otherwise)."
-            )
-        if self.activations == "int8" and self.experts == "native" and self.exactness != "numeric":
-            raise ConfigError(
-                "activations='int8' rounds what experts are given, which is not bitwise: it takes exactness='numeric', "
-                "or experts='int4' or 'int8'."
-            )
-        _check_prefetch(self.prefetch)
-        if self.device_memory != "auto":
-            object.__setattr__(self, "device_memory", parse_size(self.device_memory, "device_memory"))
-        if self.host_memory not in ("auto", 0):
-            object.__setattr__(self, "host_memory", parse_size(self.host_memory, "host_memory"))
-        if self.slots_per_layer is not None:
-            _check_slots(self.slots_per_layer)
-            if not isinstance(self.slots_per_layer, int):
-                object.__setattr__(self, "slots_per_layer", tuple(self.slots_per_layer))
-        self._cache(1)
+        self._fill_in()
+        for name, allowed in CHOICES.items():
+            _one_of(name, getattr(self, name), allowed)
+        self._check_exactness()
+        for name in ("device_memory", "host_memory"):
+            value = getattr(self, name)
+            if value != "auto" and (name, value) != ("host_memory", 0):
+                object.__setattr__(self, name, parse_size(value, name))
+        if isinstance(self.slots_per_layer, list):
+            object.__setattr__(self, "slots_per_layer", tuple(self.slots_per_layer))
+        self._cache(1 if self.slots_per_layer is None else self.slots_per_layer)  # checks the options of decisions
         if self.max_context is not None and (
             not isinstance(self.max_context, int) or not 1 <= self.max_context <= LARGEST
         ):
             raise ConfigError(f"max_context={self.max_context!r} must be a positive number of tokens.")
 
     def resolved(self, **values: Any) -> OffloadConfig:
-        """This with some "auto"s replaced."""
+        """A copy with "auto" values replaced."""
         return replace(self, **values)
+
+    def overridden(self, **options: Any) -> OffloadConfig:
+        """A copy in which these options win. None means "not given", as does an option that this config was not given,
+        so that a profile among `options` still decides it.
+        """
+        given = {name: value for name, value in options.items() if value is not None}
+        return OffloadConfig(**{name: getattr(self, name) for name in self.explicit} | given)
 
     @property
     def is_numeric(self) -> bool:
-        """Whether results may differ from stock's by the order of sums; "auto": once experts are quantized."""
+        """Whether results may differ from stock transformers by the order of sums."""
         return self.exactness == "numeric" or (self.exactness == "auto" and self.experts != "native")
 
     def most_in_ram(self, shape: CacheShape) -> tuple[int, ...]:
-        """Experts of each MoE layer that may have a slot in RAM."""
+        """Most experts of each MoE layer that may have a slot in RAM."""
         return shape.experts if self.host_slots is None else self._cache(1).host_quotas(shape)
 
     def cache(self) -> CacheOptions:
-        """The part that decisions depend on; slots_per_layer must be resolved."""
+        """The options that decisions depend on; slots_per_layer must be resolved."""
         assert self.slots_per_layer is not None
         return self._cache(self.slots_per_layer)
 
@@ -267,26 +273,47 @@ class OffloadConfig:
             values["popularity"] = self.popularity
         return CacheOptions.from_dict(values)
 
-    def _apply_profile(self) -> None:
-        """Take from the profile what was not given, and forget what was given and what not."""
+    def _fill_in(self) -> None:
+        """Record which options were given; take the others from the profile, else from the defaults."""
+        options = [f for f in fields(self) if f.init]
+        object.__setattr__(
+            self, "explicit", frozenset(f.name for f in options if getattr(self, f.name) not in (None, f.default))
+        )
         profile = self.profile
         if profile is not None and not isinstance(profile, Profile):
             profile = read_profile(profile)
             object.__setattr__(self, "profile", profile)
-        for name in CACHE_OPTIONS:
-            value = getattr(self, name)
-            if (value is None or isinstance(value, Default)) and profile is not None and name in profile.cache:
-                object.__setattr__(self, name, profile.cache[name])
-            elif isinstance(value, Default):
-                object.__setattr__(self, name, str(value))
+        tuned = {} if profile is None else profile.cache
+        for f in options:
+            if getattr(self, f.name) is None:
+                value = tuned.get(f.name) if f.name in CACHE_OPTIONS else None
+                object.__setattr__(self, f.name, f.metadata.get("default") if value is None else value)
+
+    def _check_exactness(self) -> None:
+        """ConfigError for combinations of experts, exactness and activations that contradict each other."""
+        if self.experts != "native" and self.exactness == "bitwise":
+            raise ConfigError(
+                f"exactness='bitwise' with experts={self.experts!r}: quantized experts have other weights than the "
+                "checkpoint's, so no result could be equal to stock's. Leave exactness out, or use experts='native' "
+                "(experts that 'offmoe pack' wrote are native to their folder)."
+            )
+        if self.activations == "int8" and self.experts == "native" and self.exactness != "numeric":
+            raise ConfigError(
+                "activations='int8' rounds the inputs of experts, which is not bitwise: use exactness='numeric' with "
+                "it, or experts='int4' or 'int8'."
+            )
 
 
-def _one_of(option: str, value: object, allowed: Sequence[str], to_come: Sequence[str] = ()) -> None:
-    if value in allowed:
-        return
-    if value in to_come:
-        raise ConfigError(f"{option}={value!r} is not built yet. Available now: {', '.join(allowed)}.")
-    raise ConfigError(f"{option}={value!r} is unknown. Use one of: {', '.join(allowed)}.")
+def _one_of(option: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{option}={value!r} is unknown. Use one of: {', '.join(allowed)}.")
+
+
+def _per_layer(option: str, slots: int | tuple[int, ...], shape: CacheShape) -> tuple[int, ...]:
+    wanted = (slots,) * shape.layers if isinstance(slots, int) else tuple(slots)
+    if len(wanted) != shape.layers:
+        raise ConfigError(f"{option} has {len(wanted)} values, but the model has {shape.layers} MoE layers.")
+    return wanted
 
 
 def _check_prefetch(value: int | str) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from offmoe.config import CacheOptions, OffloadConfig, parse_size
+from offmoe.config import CacheOptions, OffloadConfig
 from offmoe.errors import ConfigError
-from offmoe.text import format_size
+from offmoe.text import format_size, parse_size
 
 
 @pytest.mark.parametrize(

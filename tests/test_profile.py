@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 
 import pytest
 
-import offmoe
-from offmoe.config import CacheOptions, Default, OffloadConfig
+from offmoe.config import CacheOptions, OffloadConfig
 from offmoe.errors import ConfigError
 from offmoe.profile import CostModel, Profile, read_profile
 
@@ -97,13 +95,12 @@ def test_static_needs_its_popularity():
     assert OffloadConfig(slots_per_layer=2, eviction="lru", profile=profile).cache().popularity is None
 
 
-def test_the_signature_stays_readable():
-    parameters = inspect.signature(offmoe.from_pretrained).parameters
-    assert repr(parameters["eviction"].default) == "'aged-lfu'"
-    assert parameters["scope"].default == "layer"
-    assert parameters["prefetch"].default == "auto"
-    assert isinstance(parameters["prefetch"].default, Default)
-    fields = {name: p.default for name, p in inspect.signature(OffloadConfig).parameters.items()}
-    for name, default in fields.items():
-        if name in parameters:
-            assert parameters[name].default == default, name
+def test_a_later_profile_decides_what_was_not_given():
+    profile = Profile(CACHE)
+    config = OffloadConfig(scope="layer", max_context=64).overridden(profile=profile, slots_per_layer=None)
+    assert (config.eviction, config.scope, config.slots_per_layer, config.max_context) == ("lru", "layer", (3, 4), 64)
+    assert config.overridden(eviction="sieve").eviction == "sieve"
+    resolved = config.resolved(slots_per_layer=7).overridden(
+        profile=Profile({"eviction": "lru-2", "slots_per_layer": 2})
+    )
+    assert (resolved.eviction, resolved.slots_per_layer) == ("lru", 7)

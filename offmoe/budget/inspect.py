@@ -17,7 +17,7 @@ import torch
 from offmoe.budget.device import MemoryPlan
 from offmoe.budget.estimate import estimate
 from offmoe.budget.needs import ExpertBytes, Parameters, count_parameters, expert_bytes, model_bytes
-from offmoe.budget.resolve import divide_or_say
+from offmoe.budget.resolve import check_config, divide_or_say
 from offmoe.config import OffloadConfig
 from offmoe.device.backend import Backend, select_backend
 from offmoe.errors import CapacityError
@@ -28,6 +28,7 @@ from offmoe.hf.catalog.quant_config import quantization_method, shapes_are_in_sh
 from offmoe.hf.hub.locate import Source, locate
 from offmoe.hf.load.dense_layers import dense_layers
 from offmoe.hf.load.load import build_meta, compute_dtype, lone_config, model_class, read_config, require_index
+from offmoe.hf.load.options import parse_dtype
 from offmoe.hf.predict.meta import foresee
 from offmoe.pack.on_load import planned, to_quantize, with_experts
 from offmoe.quant.packed_weight import WeightFormat
@@ -105,7 +106,7 @@ def survey(
     source = lone_config(model)
     if source is None:
         return _read_headers(model, config, dtype, **hub)
-    backend = select_backend(config.device)
+    backend = _checked_backend(config, dtype)
     hf_config = read_config(source)
     cls = model_class(hf_config)
     method = quantization_method(hf_config)
@@ -143,10 +144,19 @@ def inspect(
     return found
 
 
+def _checked_backend(config: OffloadConfig, dtype: str | torch.dtype | None) -> Backend:
+    """The backend of the options' device; refuses options that it cannot honor before anything is downloaded."""
+    if dtype not in (None, "auto"):
+        parse_dtype(dtype)
+    backend = select_backend(config.device)
+    check_config(config, backend)
+    return backend
+
+
 def _read_headers(
     model: str | os.PathLike[str], config: OffloadConfig, dtype: str | torch.dtype | None, **hub: Any
 ) -> Inspected:
-    backend = select_backend(config.device)
+    backend = _checked_backend(config, dtype)
     source = locate(model, **hub)
     hf_config = read_config(source.folder)
     cls = model_class(hf_config)

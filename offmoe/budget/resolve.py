@@ -22,6 +22,14 @@ BOUNDLESS = 1 << 60
 """Bytes that any model fits into."""
 
 
+def check_config(config: OffloadConfig, backend: Backend) -> None:
+    """ConfigError for options that this device cannot honor, before anything about the model is known."""
+    if backend.unified_memory:
+        refuse_host_memory(config)
+    else:
+        on_miss_beside(config, str(backend.device))
+
+
 def divide_or_say(
     config: OffloadConfig,
     shape: CacheShape,
@@ -48,7 +56,6 @@ def divide(
 ) -> tuple[OffloadConfig, MemoryPlan]:
     """The options resolved, and the division of memory; `free` bytes of the device can be had."""
     if backend.unified_memory:
-        refuse_host_memory(config)
         on_miss, plan = plan_on_miss(config, shape, needs, free=free, share=backend.auto_share)
         host, host_computes = None, False
     else:
@@ -79,6 +86,7 @@ def divide(
         miss_costs=miss_costs(config, max(shape.expert_bytes)) if host_computes else None,
         exactness="numeric" if config.is_numeric else "bitwise",
     )
+    resolved.cache().check(shape)
     return resolved, replace(plan, host=host)
 
 

@@ -82,9 +82,9 @@ def _run(argv: list[str]) -> int:
     if verb in NOT_BUILT:
         raise ConfigError(f"'offmoe {verb}' is not built yet; available: {available}.")
     if verb not in VERBS:
-        from offmoe.cli.options import closest
+        from offmoe.text import did_you_mean
 
-        raise ConfigError(f"unknown verb {verb!r}{closest(verb, VERBS)}; available: {available}.")
+        raise ConfigError(f"unknown verb {verb!r}{did_you_mean(verb, VERBS)}; available: {available}.")
     from importlib import import_module
 
     from offmoe.cli.output import Output, logging_to_stderr

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 from offmoe.bench.scratch import ended_by_sigterm, scratch_folder
 from offmoe.cli import options, prompts
 from offmoe.cli.output import Output
-from offmoe.config import OffloadConfig, parse_size
+from offmoe.config import OffloadConfig
 from offmoe.errors import ConfigError
 from offmoe.profile import CACHE_OPTIONS
-from offmoe.text import format_size, percent
+from offmoe.text import format_size, parse_size, percent
 
 if TYPE_CHECKING:
     from rich.table import Table

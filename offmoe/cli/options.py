@@ -7,22 +7,15 @@ CacheOptions, so that Python and the command line refuse the same things. Must n
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
 from dataclasses import fields
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from offmoe.config import EVICTIONS, SCOPES, OffloadConfig
 from offmoe.errors import ConfigError
+from offmoe.text import did_you_mean
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
-
-
-def closest(word: str, known: Iterable[str]) -> str:
-    """', did you mean ...?' or nothing; for the end of a message."""
-    found = get_close_matches(word, list(known), n=1)
-    return f" (did you mean {found[0]!r}?)" if found else ""
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,7 +38,7 @@ class Parser(argparse.ArgumentParser):
             if unknown:
                 name = unknown[0].partition("=")[0]
                 starts = [option for option in self._option_string_actions if option.startswith(name)]
-                hint = f" (did you mean {starts[0]!r}?)" if starts else closest(name, self._option_string_actions)
+                hint = f" (did you mean {starts[0]!r}?)" if starts else did_you_mean(name, self._option_string_actions)
         raise ConfigError(f"{message}{hint}. See '{self.prog} --help'.")
 
 

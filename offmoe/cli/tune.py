@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from offmoe.cli import options
 from offmoe.cli.output import Output
 from offmoe.cli.plot import Curve, Figure, check_plot, write_plot
-from offmoe.config import EVICTIONS, ON_MISS, SCOPES, CacheOptions, parse_size
+from offmoe.config import EVICTIONS, ON_MISS, SCOPES, CacheOptions
 from offmoe.errors import ConfigError
 from offmoe.profile import Profile, read_profile
 from offmoe.simulate.predictions import PredictionQuality, total
@@ -31,7 +31,7 @@ from offmoe.simulate.sweep import (
     split_requests,
     sweep,
 )
-from offmoe.text import percent, plain, span
+from offmoe.text import parse_size, percent, plain, span
 from offmoe.trace.trace import Trace, read_trace
 
 if TYPE_CHECKING:

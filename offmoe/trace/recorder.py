@@ -31,7 +31,7 @@ class TraceWriter:
             raise ConfigError(
                 f"trace={str(path)!r}: the folder {str(self.path.parent)!r} does not exist; create it first."
             )
-        _check_writable(self.path)
+        check_writable(self.path)
         self._model, self._shape, self._options = model, shape, options
         self._width = max(shape.top_k)
         self._experts: list[np.ndarray] = []
@@ -115,8 +115,13 @@ class TraceWriter:
         write_trace(self.path, trace)
 
 
-def _check_writable(path: Path) -> None:
-    """ConfigError now, rather than a recording lost or something else replaced when it is written."""
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Refuse a trace's path before the run, so that no recording is lost and no other file replaced at its end.
+
+    Raises:
+        ConfigError: The path cannot be written, or holds something that is no trace.
+    """
+    path = Path(path)
     if os.path.exists(path) and not path.is_file():
         raise ConfigError(f"trace={str(path)!r} is a folder or a device; give the name of a file to write.")
     try:

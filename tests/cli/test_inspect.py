@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from offmoe.cli.inspect import _rounded_up
-from offmoe.config import ON_MISS, CacheOptions, parse_size
+from offmoe.config import ON_MISS, CacheOptions
 from offmoe.device.backend import CpuBackend
 from offmoe.profile import CostModel, Profile
 from offmoe.simulate.expect import expect
+from offmoe.text import parse_size
 from offmoe.types import CacheShape
 from tests import families, quantized, tiny
 from tests.cli.conftest import Outcome

@@ -26,8 +26,8 @@ import checkout  # noqa: F401
 import offmoe
 from offmoe.bench.scratch import ended_by_sigterm, scratch_folder
 from offmoe.cli.bench import LIBRARIES_BYTES, TEXTS
-from offmoe.config import parse_size
 from offmoe.pack.pack import pack, weight_format
+from offmoe.text import parse_size
 from tools.bench.synthetic import write_mixtral
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, VOCABULARY = 7, 8, 2, 2048, 5632, 32000

@@ -33,11 +33,11 @@ from offmoe.errors import (
     out_of_memory,
 )
 from offmoe.hf.adapters.find import find_experts, require_adapter
-from offmoe.hf.catalog.build import COMPUTABLE
 from offmoe.hf.catalog.catalog import ExpertCatalog
 from offmoe.hf.hub.config_checks import check_config, check_generation, read_object
 from offmoe.hf.hub.locate import resolve_folder
 from offmoe.hf.load.dense_layers import ParkedLayers
+from offmoe.hf.load.options import check_options, parse_dtype
 from offmoe.hf.load.save import attach_safe_save
 from offmoe.hf.upstream import forget_tie
 from offmoe.storage.checkpoint import INDEX_FILE, PICKLES, SINGLE_FILE, Checkpoint
@@ -62,29 +62,6 @@ PACK_MANIFEST = "offmoe-pack.json"
 """What `offmoe pack` keeps beside the shards it has finished; without a config there, it was interrupted."""
 WEIGHTS = (".safetensors", INDEX_FILE, *PICKLES)
 """Endings of the files that make a folder more than a configuration."""
-OURS = frozenset({"config", "device_map", "experts_implementation", "output_loading_info"})
-"""Options of transformers' from_pretrained that load_dense sets itself."""
-UNUSABLE = frozenset(
-    {
-        "adapter_kwargs",
-        "disable_mmap",
-        "distributed_config",
-        "gguf_file",
-        "ignore_mismatched_sizes",
-        "key_mapping",
-        "max_memory",
-        "offload_buffers",
-        "offload_folder",
-        "quantization_config",
-        "state_dict",
-        "subfolder",
-        "tp_plan",
-        "tp_size",
-        "use_safetensors",
-        "variant",
-    }
-)
-"""Options that would change which weights are loaded, or where to, behind the catalog's back."""
 
 
 def lone_config(model: str | os.PathLike[str]) -> Path | None:
@@ -197,12 +174,8 @@ def compute_dtype(dtype: str | torch.dtype | None, hf_config: PreTrainedConfig, 
     if dtype in (None, "auto"):
         own = getattr(hf_config, "dtype", None) or getattr(hf_config.get_text_config(), "dtype", None)
         dtype = own or unsaid
-    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype).removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
-        raise ConfigError(f"dtype={dtype!r} is unknown. Use 'auto', 'bfloat16', 'float16' or 'float32'.")
-    if found not in COMPUTABLE:
-        raise ConfigError(f"dtype={dtype!r} is not one to compute in. Use 'bfloat16', 'float16' or 'float32'.")
-    return found
+    assert dtype is not None
+    return parse_dtype(dtype)
 
 
 def load_dense(
@@ -226,10 +199,7 @@ def load_dense(
     ConfigError for an option that offmoe sets itself or cannot honor, MissingTensorError for weights that are not in
     the checkpoint, CheckpointError for weights that do not fit the model.
     """
-    for option in hf_kwargs:
-        if option in OURS | UNUSABLE:
-            why = "offmoe sets it itself" if option in OURS else "offmoe cannot honor it"
-            raise ConfigError(f"option {option!r} of transformers: {why}; leave it out")
+    check_options(hf_kwargs)
     config, view = _as_dense(config), catalog.view
     source: object = folder
     if view.encoded:  # values by dense names, decoded when transformers takes them
