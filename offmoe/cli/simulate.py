@@ -15,7 +15,7 @@ from offmoe.config import CacheOptions
 from offmoe.errors import ConfigError
 from offmoe.profile import Profile, read_profile
 from offmoe.simulate.replay import Recording, belady, uniform_hit_rate
-from offmoe.simulate.sweep import Part, Settings, evaluate
+from offmoe.simulate.sweep import Settings, Totals, evaluate
 from offmoe.text import format_size, percent, plain, span
 from offmoe.trace.trace import Trace, read_trace
 
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
     )
 
 
-def _speed(outcome: Part) -> str:
+def _speed(outcome: Totals) -> str:
     if outcome.tokens_per_s is None:
         return 'tokens/s needs the costs of a machine: --profile FILE with "costs"'
     return f"{outcome.tokens_per_s:.1f} tokens/s at the profile's costs, {outcome.stats.stall_s:.2f} s of stall"

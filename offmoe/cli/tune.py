@@ -19,7 +19,7 @@ from offmoe.config import EVICTIONS, ON_MISS, SCOPES, CacheOptions
 from offmoe.errors import ConfigError
 from offmoe.profile import Profile, read_profile
 from offmoe.simulate.predictions import PredictionQuality, total
-from offmoe.simulate.search import Found, search
+from offmoe.simulate.search import SearchResult, search
 from offmoe.simulate.sweep import (
     Bounds,
     Outcome,
@@ -149,7 +149,7 @@ def _memory(args: argparse.Namespace, trace: Trace) -> int | None:
     return affordable(trace.shape, parse_size(args.budget, "--budget"))
 
 
-def _facts(found: Found, outcome: Outcome) -> dict[str, object]:
+def _facts(found: SearchResult, outcome: Outcome) -> dict[str, object]:
     whole, chosen = outcome.whole, outcome.options
     return {
         "eviction": chosen.eviction,
@@ -171,7 +171,7 @@ def _facts(found: Found, outcome: Outcome) -> dict[str, object]:
     }
 
 
-def _knee_facts(found: Found) -> dict[str, object]:
+def _knee_facts(found: SearchResult) -> dict[str, object]:
     curve = found.curve(found.best.options.eviction) or {found.slots: found.best.whole.stats.hit_rate}
     return {
         "slots_per_layer": knee(curve),
@@ -180,7 +180,7 @@ def _knee_facts(found: Found) -> dict[str, object]:
     }
 
 
-def _profile(found: Found, name: str) -> Profile:
+def _profile(found: SearchResult, name: str) -> Profile:
     best = found.best
     return Profile(
         best.options.to_dict(),
@@ -198,7 +198,7 @@ def _profile(found: Found, name: str) -> Profile:
 # --- for people
 
 
-def _sweep_table(found: Found) -> Table:
+def _sweep_table(found: SearchResult) -> Table:
     from rich.table import Table
 
     sizes = [bound.slots_per_layer for bound in found.bounds]
@@ -227,7 +227,7 @@ def _sweep_table(found: Found) -> Table:
     return table
 
 
-def _ranked_table(found: Found) -> Table:
+def _ranked_table(found: SearchResult) -> Table:
     from rich.table import Table
 
     priced = found.settings.costs is not None
@@ -274,7 +274,7 @@ def _ranked_table(found: Found) -> Table:
     return table
 
 
-def _remarks(found: Found, predictions: dict[str, list[PredictionQuality]]) -> list[str]:
+def _remarks(found: SearchResult, predictions: dict[str, list[PredictionQuality]]) -> list[str]:
     lines = []
     curve = found.curve(found.best.options.eviction)
     if len(curve) > 1:
@@ -310,7 +310,7 @@ def _remarks(found: Found, predictions: dict[str, list[PredictionQuality]]) -> l
     return lines
 
 
-def _figure(found: Found) -> Figure:
+def _figure(found: SearchResult) -> Figure:
     curves = [Curve(name, sorted(points.items())) for name in found.policies if (points := found.curve(name))]
     for label, key in (("Belady", "belady"), ("shuffled", "shuffled"), ("uniform", "uniform")):
         points = {b.slots_per_layer: getattr(b, key) for b in found.bounds if isinstance(b.slots_per_layer, int)}

@@ -1,12 +1,19 @@
-"""What plans cost in time: one compute stream, one way in for experts, and the runtime's order of both.
+"""Prices plans: how long a simulated run takes, with one compute stream and one path for incoming experts.
 
-Nothing is measured here; the costs come from a profile. Bound: some 2 us per (step, layer). The model: a layer computes
-what is resident first, then every expert as it arrives, and some of a large one before all of it has; one fetch at a
-time occupies the way in; demands go before prefetches that have not started, and the fetches of all waves are asked for
-at once; what is read ahead begins behind them and costs a few MB where it was for nothing; what computing does not
-cover is stall. Asking for a fetch takes time from computing. What the host computes beside a device is read like the
-rest, starts with the layer and ends before anything is computed with that was fetched. Rough for prompts, where the
-dense part of many tokens costs less than that many times one token's. Must never influence a plan (rule R1)."""
+The clock follows the order of the runtime:
+
+* A layer computes its resident experts first, then each fetched expert as it arrives. A large expert is computed in
+  part before all of it has arrived.
+* One fetch at a time occupies the path. Demands go before prefetches that have not started. The fetches of all waves
+  are requested at once.
+* Read-aheads begin behind the demands. A wasted one costs the few MB that are read before it stops.
+* Time that computing does not cover is stall. Requesting a fetch takes time from computing.
+* Experts that the host computes beside a device are read like the others. The host starts with the layer, and the
+  device waits for the host before it computes fetched experts.
+
+The model is rough for prompts: the dense part of many tokens costs less than that many times one token's. Pricing takes
+about 2 us per (step, layer). It must never influence a plan; nothing is measured here, all costs come from a profile.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +25,12 @@ from offmoe.types import Access, CacheShape, ExpertKey, Plan
 
 
 class Clock:
-    """Time of a simulated run. `now_s` of it has passed, `stall_s` of that waiting for experts."""
+    """The time of one simulated run.
+
+    Attributes:
+        now_s: seconds that the run has taken so far.
+        stall_s: the part of them in which computing waited for experts.
+    """
 
     def __init__(self, costs: CostModel, shape: CacheShape):
         self.now_s = 0.0
@@ -26,6 +38,7 @@ class Clock:
         self._fetch_s = {
             read: [costs.fetch_s(nbytes, read=read) for nbytes in shape.expert_bytes] for read in (True, False)
         }
+        """Seconds that a fetch occupies the path, by whether it is read from disk, then by layer."""
         self._landing_s = [costs.landing_s(n) * last_share(n) for n in shape.expert_bytes]
         largest = max(shape.expert_bytes)
         self._scales = [nbytes / largest for nbytes in shape.expert_bytes]
@@ -35,20 +48,22 @@ class Clock:
         self._early_s = [
             0.0 if n <= WHOLE_BYTES else max(0.0, costs.expert_us_device - landed_us) * 1e-6 for n in shape.expert_bytes
         ]
-        """Of an expert's computing for one token, what is done before all of it is there."""
-        self._asking_s = costs.fetch_us * 1e-6
+        """By layer: seconds of computing an expert for one token that pass before all of the expert has landed."""
+        self._request_s = costs.fetch_us * 1e-6
         self._dense_s = costs.dense_us_per_token * 1e-6 / shape.layers
         self._free_at = 0.0
-        # Prefetches that have not started: when they were asked for, and whether they are to be read from disk.
+        """When the path becomes free."""
         self._queue: dict[ExpertKey, tuple[float, bool]] = {}
+        """Prefetches that have not started: when they were requested, and whether they are read from disk."""
         self._lands: dict[ExpertKey, float] = {}
+        """When fetches that were started have landed."""
         self._stop_s = [s * stop_share(n) for s, n in zip(self._fetch_s[True], shape.expert_bytes, strict=True)]
-        """Until a read has stopped that was for nothing."""
-        self._ahead: tuple[float, tuple[ExpertKey, ...]] = 0.0, ()
-        """When reading ahead was asked for, and what."""
+        """By layer: seconds until a wasted read has stopped."""
+        self._read_aheads: tuple[float, tuple[ExpertKey, ...]] = 0.0, ()
+        """When the read-aheads of the last plan were requested, and which experts they are."""
 
     def add(self, access: Access, plan: Plan, rows: int) -> None:
-        """One layer's access, in a step of `rows` tokens."""
+        """Advance the clock by one layer in a step of `rows` tokens."""
         layer = plan.layer
         self.now_s += self._dense_s * rows
         tokens = {demand.expert: demand.tokens for demand in access.demands}
@@ -56,16 +71,7 @@ class Clock:
         host_done = self._compute_on_host(plan, tokens) if plan.on_host else self.now_s
         residents = len(plan.waves[0].experts) - len(plan.waves[0].fetches) if plan.on_host else -1
         keys = [ExpertKey(layer, expert) for wave in plan.waves for expert, _ in wave.experts]
-        fetched = {fetch.key: fetch.read for wave in plan.waves for fetch in wave.fetches}
-        for key in self._read_ahead(fetched):
-            del fetched[key]
-        for key in keys:  # a prefetch that is demanded before it has started is a demand like the others
-            _, read = self._queue.pop(key, (0.0, None))
-            read = fetched.get(key, read)
-            if read is not None:
-                self._fetch(key, self.now_s, read)
-                self.now_s += self._asking_s
-        self._ahead = self.now_s, plan.read_ahead
+        self._start_fetches(plan, keys)
         for i, key in enumerate(keys):
             if i == residents:
                 self._wait(host_done)
@@ -76,24 +82,37 @@ class Clock:
         for fetch in plan.prefetches:
             self._queue[fetch.key] = self.now_s, fetch.read
 
-    def _fetch(self, key: ExpertKey, asked_at: float, read: bool) -> None:
-        self._free_at = max(self._free_at, asked_at) + self._fetch_s[read][key.layer]
+    def _start_fetches(self, plan: Plan, keys: Collection[ExpertKey]) -> None:
+        """Request the fetches of a plan, then its read-aheads. keys: the experts that the plan computes."""
+        fetched = {fetch.key: fetch.read for wave in plan.waves for fetch in wave.fetches}
+        for key in self._use_read_aheads(fetched):
+            del fetched[key]
+        for key in keys:  # a prefetch that is demanded before it has started is a demand like the others
+            _, read = self._queue.pop(key, (0.0, None))
+            read = fetched.get(key, read)
+            if read is not None:
+                self._fetch(key, self.now_s, read)
+                self.now_s += self._request_s
+        self._read_aheads = self.now_s, plan.read_ahead
+
+    def _fetch(self, key: ExpertKey, requested_at: float, read: bool) -> None:
+        self._free_at = max(self._free_at, requested_at) + self._fetch_s[read][key.layer]
         self._lands[key] = self._free_at + self._landing_s[key.layer]
 
-    def _read_ahead(self, wanted: Collection[ExpertKey]) -> list[ExpertKey]:
-        """What of `wanted` is being read since the layer before, or has been; the rest of that stops now."""
-        asked_at, keys = self._ahead
-        came = []
+    def _use_read_aheads(self, wanted: Collection[ExpertKey]) -> list[ExpertKey]:
+        """The experts of `wanted` whose read-ahead has begun. Those continue; the other read-aheads stop now."""
+        requested_at, keys = self._read_aheads
+        used = []
         for key in keys:
-            began = max(self._free_at, asked_at)
+            began = max(self._free_at, requested_at)
             if began >= self.now_s:
                 break
             ends = began + self._fetch_s[True][key.layer]
             if key in wanted:
-                came.append(key)
+                used.append(key)
                 self._lands[key] = ends + self._landing_s[key.layer]
             self._free_at = ends if key in wanted else min(ends, self.now_s + self._stop_s[key.layer])
-        return came
+        return used
 
     def _wait(self, until: float) -> None:
         if until > self.now_s:
@@ -101,21 +120,21 @@ class Clock:
             self.now_s = until
 
     def _compute_on_host(self, plan: Plan, tokens: Mapping[int, int]) -> float:
-        """When the host is done with its experts of a layer."""
+        """When the host has computed its experts of a layer."""
         scale, costs = self._scales[plan.layer], self._misses
         read_at = self.now_s
         computed = [fetch for wave in plan.on_host for fetch in wave.fetches]
         for _ in filter(lambda fetch: fetch.read, computed):
             self._free_at = read_at = max(self._free_at, self.now_s) + costs.read_us * scale * 1e-6
         link_us = sum([len(wave.fetches) for wave in plan.waves]) * costs.link_us * scale
-        took = costs.host_s([tokens[fetch.key.expert] for fetch in computed], link_us, scale)
-        last = costs.host_us * scale * 1e-6 if read_at > self.now_s else 0.0  # of what was read last
-        return max(self.now_s + took, read_at + last)
+        host_s = costs.host_s([tokens[fetch.key.expert] for fetch in computed], link_us, scale)
+        last_s = costs.host_us * scale * 1e-6 if read_at > self.now_s else 0.0  # the expert that was read last
+        return max(self.now_s + host_s, read_at + last_s)
 
     def _start_prefetches(self) -> None:
-        """Those for which the way in was free before now."""
-        for key, (asked_at, read) in list(self._queue.items()):
-            if max(self._free_at, asked_at) >= self.now_s:
+        """Start the queued prefetches for which the path became free before now."""
+        for key, (requested_at, read) in list(self._queue.items()):
+            if max(self._free_at, requested_at) >= self.now_s:
                 break
             del self._queue[key]
-            self._fetch(key, asked_at, read)
+            self._fetch(key, requested_at, read)

@@ -1,8 +1,8 @@
-"""Tokens per second to expect before anything has run: measured costs on routings that can be made up.
+"""Estimates tokens per second before anything has run, from measured costs and made-up routing.
 
-Nothing moves. Bound: a few hundred plans per layer. Real routing lies between two cases that need no recording: every
-demand is resident, and every expert is as likely as the others. A tuned profile brings the hit rate of a recorded
-routing, for its own slots. Must never pass for a measurement.
+Real routing lies between two cases that need no recording: every demand hits, and every expert is equally likely. A
+tuned profile adds the hit rate of a recorded routing, valid for the slots that it was tuned to. An estimate takes a few
+hundred plans per layer and must never be presented as a measurement.
 """
 
 from __future__ import annotations
@@ -15,19 +15,26 @@ import numpy as np
 from offmoe.config import CacheOptions
 from offmoe.profile import CostModel, Profile
 from offmoe.simulate.replay import Recording
-from offmoe.simulate.sweep import Part, Settings, evaluate
+from offmoe.simulate.sweep import Settings, Totals, evaluate
 from offmoe.trace.trace import NONE, Trace
 from offmoe.types import CacheShape
 
 FILLING_TOKENS, TOKENS = 128, 128
-"""Of the made-up routing: those that fill the cache, and those that count after them."""
+"""Tokens of the made-up routing: first those that fill the cache, then those that count."""
 
 
 @dataclass(frozen=True)
 class Expectation:
-    """Tokens per second of decoding. bound: nothing is missed. uniform: every expert is equally likely; roofline: the
-    same if device, way in and host never waited for each other. tuned: at the hit rate that the profile was tuned to;
-    None if it was tuned for other slots, or not at all."""
+    """Estimated decoding speed, in tokens per second.
+
+    Attributes:
+        bound: if every demand hits.
+        uniform: if every expert is equally likely.
+        uniform_hit_rate: the hit rate of `uniform`.
+        roofline: as `uniform`, if device, path and host never waited for each other.
+        tuned: at the hit rate that the profile was tuned to. None if it was tuned for other slots, or not at all.
+        tuned_hit_rate: the hit rate of `tuned`.
+    """
 
     bound: float
     uniform: float
@@ -38,45 +45,46 @@ class Expectation:
 
     @property
     def likely(self) -> float:
-        """The one figure to show if only one can be."""
+        """The estimate to show if only one can be shown."""
         return self.uniform if self.tuned is None else self.tuned
 
 
 def expect(shape: CacheShape, options: CacheOptions, profile: Profile) -> Expectation:
-    """What decoding would reach; profile: with costs."""
+    """Estimate the decoding speed of a model with one cache. profile: must have costs."""
     assert profile.costs is not None
     settings = Settings(profile.costs, test_requests=frozenset({1}))
-    found = evaluate(Recording(_uniform(shape)), options, settings).test
-    assert found.tokens_per_s is not None
+    totals = evaluate(Recording(_uniform(shape)), options, settings).test
+    assert totals.tokens_per_s is not None
     hit_rate = _tuned_hit_rate(shape, options, profile)
     return Expectation(
-        bound=1 / _seconds(shape, profile.costs, 1.0),
-        uniform=found.tokens_per_s,
-        uniform_hit_rate=found.stats.hit_rate,
-        roofline=found.tokens / max(_busy_s(shape, options, profile.costs, found)),
-        tuned=None if hit_rate is None else 1 / _seconds(shape, profile.costs, hit_rate),
+        bound=1 / _token_s(shape, profile.costs, 1.0),
+        uniform=totals.tokens_per_s,
+        uniform_hit_rate=totals.stats.hit_rate,
+        roofline=totals.tokens / max(_busy_s(shape, options, profile.costs, totals)),
+        tuned=None if hit_rate is None else 1 / _token_s(shape, profile.costs, hit_rate),
         tuned_hit_rate=hit_rate,
     )
 
 
-def _busy_s(shape: CacheShape, options: CacheOptions, costs: CostModel, part: Part) -> tuple[float, float, float]:
-    """Seconds that computing on the device, the way in and computing beside a device would take by themselves."""
-    stats, largest = part.stats, max(shape.expert_bytes)
+def _busy_s(shape: CacheShape, options: CacheOptions, costs: CostModel, totals: Totals) -> tuple[float, float, float]:
+    """Seconds that the device, the path and the host would each take if they never waited for each other."""
+    stats, largest = totals.stats, max(shape.expert_bytes)
     on_host = stats.host_computed if options.miss_costs is not None else 0
-    fetched = (stats.misses - on_host) * costs.fetch_us
-    device = part.tokens * costs.dense_us_per_token + (stats.demands - on_host) * costs.expert_us_device + fetched
-    link = 0.0 if costs.h2d_gb_s is None else stats.h2d_bytes / costs.h2d_gb_s / 1e3
-    disk = stats.disk_bytes / costs.disk_gb_s / 1e3
-    host = on_host * costs.miss_costs(largest).host_us
-    return max(device, 1e-3) * 1e-6, max(link, disk) * 1e-6, host * 1e-6
+    requests_us = (stats.misses - on_host) * costs.fetch_us
+    experts_us = (stats.demands - on_host) * costs.expert_us_device
+    device_us = totals.tokens * costs.dense_us_per_token + experts_us + requests_us
+    link_us = 0.0 if costs.h2d_gb_s is None else stats.h2d_bytes / costs.h2d_gb_s / 1e3
+    disk_us = stats.disk_bytes / costs.disk_gb_s / 1e3
+    host_us = on_host * costs.miss_costs(largest).host_us
+    return max(device_us, 1e-3) * 1e-6, max(link_us, disk_us) * 1e-6, host_us * 1e-6
 
 
-def _seconds(shape: CacheShape, costs: CostModel, hit_rate: float) -> float:
-    """Of a token, as if nothing were computed while experts arrive."""
-    computing = costs.dense_us_per_token + costs.expert_us_device * sum(shape.top_k)
+def _token_s(shape: CacheShape, costs: CostModel, hit_rate: float) -> float:
+    """Seconds per token if computing and fetching never overlap."""
+    computing_us = costs.dense_us_per_token + costs.expert_us_device * sum(shape.top_k)
     fetches = zip(shape.top_k, shape.expert_bytes, strict=True)
-    fetching = sum(k * (costs.fetch_us * 1e-6 + costs.fetch_s(nbytes)) for k, nbytes in fetches)
-    return max(computing * 1e-6 + (1 - hit_rate) * fetching, 1e-9)
+    fetching_s = sum(k * (costs.fetch_us * 1e-6 + costs.fetch_s(nbytes)) for k, nbytes in fetches)
+    return max(computing_us * 1e-6 + (1 - hit_rate) * fetching_s, 1e-9)
 
 
 def _tuned_hit_rate(shape: CacheShape, options: CacheOptions, profile: Profile) -> float | None:
@@ -89,12 +97,12 @@ def _tuned_hit_rate(shape: CacheShape, options: CacheOptions, profile: Profile) 
 
 
 def _uniform(shape: CacheShape) -> Trace:
-    """Two requests of single-token steps whose experts are drawn evenly: one to fill the cache, one to count."""
+    """Two requests of single-token steps with evenly drawn experts: the first fills the cache, the second counts."""
     tokens = FILLING_TOKENS + TOKENS
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     experts = np.full((tokens, shape.layers, max(shape.top_k)), NONE, np.int16)
     for layer, (num_experts, top_k) in enumerate(zip(shape.experts, shape.top_k, strict=True)):
-        order = chance.random((tokens, num_experts)).argsort(axis=1)
+        order = rng.random((tokens, num_experts)).argsort(axis=1)
         experts[:, layer, :top_k] = order[:, :top_k]
     request = (np.arange(tokens) >= FILLING_TOKENS).astype(np.int32)
     return Trace("", shape, experts, request=request, step=np.arange(tokens, dtype=np.int32))

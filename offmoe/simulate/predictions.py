@@ -1,9 +1,10 @@
-"""How good predictions of the next layer's experts are, and what acting on them would move.
+"""Measures how good predictions of the next layer's experts are, and what acting on them would move.
 
-Nothing moves. Recall alone flatters: most of what is predicted is resident anyway. So predictions are also held against
-a cache that fetches on demand only: how many of its misses they cover, how many of the experts that they would fetch
-are used, and how many useless bytes a useful one costs. Must never let a predictor see the requests that it is judged
-on."""
+Recall alone flatters a predictor: most predicted experts are resident anyway. So predictions are also compared with a
+cache that fetches on demand only. Three figures follow: how many of its misses they cover, how many of the experts that
+they would fetch are used, and how many wasted bytes a useful byte costs. A predictor must never see the requests that
+it is judged on.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +22,13 @@ from offmoe.types import CacheShape
 
 @dataclass
 class PredictionQuality:
-    """Counts of one layer, or of all. `predicted`, `wanted` and `right`: per token; the others: per step, against what
-    was resident. Shares are None where there is nothing to share.
+    """Counts of one layer, or of all layers. A share is None if its denominator is 0.
+
+    Attributes:
+        predicted, wanted, right: (token, expert) pairs that were predicted, that were routed, and that were both.
+        misses, covered: misses of the cache, counted per step, and those of them that were predicted.
+        fetched: predicted experts without a slot, counted per step.
+        fetched_bytes, saved_bytes: bytes of `fetched` and of `covered`.
     """
 
     predicted: int = 0
@@ -36,27 +42,27 @@ class PredictionQuality:
 
     @property
     def recall(self) -> float | None:
-        """Of the experts that tokens used, those predicted."""
+        """Share of the routed experts that were predicted."""
         return _share(self.right, self.wanted)
 
     @property
     def precision(self) -> float | None:
-        """Of the predicted experts, those used."""
+        """Share of the predicted experts that were routed."""
         return _share(self.right, self.predicted)
 
     @property
     def coverage(self) -> float | None:
-        """Of the misses, those predicted: what prefetching everything predicted could save."""
+        """Share of the misses that were predicted: what prefetching every prediction could save."""
         return _share(self.covered, self.misses)
 
     @property
     def precision_missing(self) -> float | None:
-        """Of the predicted experts without a slot, those used: what a prefetch is good for."""
+        """Share of the predicted experts without a slot that were routed: how often a prefetch is useful."""
         return _share(self.covered, self.fetched)
 
     @property
     def extra_per_saved(self) -> float | None:
-        """Bytes fetched for nothing per byte that would have been missed."""
+        """Wasted bytes per byte that a prefetch would have saved."""
         return _share(self.fetched_bytes - self.saved_bytes, self.saved_bytes)
 
     def to_dict(self) -> dict[str, float | int | None]:
@@ -75,9 +81,16 @@ class PredictionQuality:
 
 
 def analyze(trace: Trace, options: CacheOptions, only: frozenset[int] | None = None) -> list[PredictionQuality]:
-    """Quality of `trace.predicted` per layer (the first has no prediction), the cache as in `options` without prefetch.
+    """Judge the predictions of a trace.
 
-    only: judge these requests; None: all. The cache runs over all of them."""
+    Args:
+        trace: the routing, with `predicted`.
+        options: the cache to compare with. Its prefetch is ignored.
+        only: requests to judge; None judges all. The cache runs over all requests in either case.
+
+    Returns:
+        One entry per MoE layer. The first layer has no predictions.
+    """
     quality = [PredictionQuality() for _ in range(trace.shape.layers)]
     if trace.predicted is None:
         return quality
@@ -107,7 +120,7 @@ def analyze(trace: Trace, options: CacheOptions, only: frozenset[int] | None = N
 
 
 def total(quality: Sequence[PredictionQuality]) -> PredictionQuality:
-    """All layers together."""
+    """The counts of all layers together."""
     everything = PredictionQuality()
     for counts in quality:
         everything._add(counts)
@@ -115,10 +128,18 @@ def total(quality: Sequence[PredictionQuality]) -> PredictionQuality:
 
 
 def transition_predictions(trace: Trace, without: frozenset[int] = frozenset(), width: int | None = None) -> np.ndarray:
-    """Baseline that needs no hidden states: what usually follows the experts of the layer before.
+    """Predict experts without hidden states: what usually follows the experts of the previous layer.
 
-    int16 [T, L, width], naive Bayes over transition counts of the requests that are not in `without`, best first; layer
-    0 has none. width: experts predicted per token, top_k as a rule."""
+    The method is naive Bayes over counts of transitions between layers. It is the baseline for router predictions.
+
+    Args:
+        trace: the routing, T tokens of L layers.
+        without: requests to leave out of the counts.
+        width: experts to predict per token; None is top_k.
+
+    Returns:
+        int16 [T, L, width], best first. Layer 0 has no predictions.
+    """
     width = width or max(trace.shape.top_k)
     out = np.full((trace.tokens, trace.shape.layers, width), NONE, np.int16)
     train = ~np.isin(trace.request, list(without))
@@ -126,9 +147,9 @@ def transition_predictions(trace: Trace, without: frozenset[int] = frozenset(), 
     for layer in range(1, trace.shape.layers):
         after = _one_hot(trace.experts[:, layer], trace.shape.experts[layer])
         popular = after[train].mean(axis=0) + 1e-4 if train.any() else np.ones(after.shape[1])
-        together = before[train].T @ after[train]  # [E of the layer before, E]
-        given = np.log((together + 0.5 * popular) / (before[train].sum(axis=0)[:, None] + 0.5))
-        score = np.log(popular) + before @ (given - np.log(popular))
+        together = before[train].T @ after[train]  # [E of the previous layer, E]
+        conditional = np.log((together + 0.5 * popular) / (before[train].sum(axis=0)[:, None] + 0.5))
+        score = np.log(popular) + before @ (conditional - np.log(popular))
         best = np.argsort(-score, axis=1, kind="stable")[:, :width]
         out[:, layer, : best.shape[1]] = best
         before = after

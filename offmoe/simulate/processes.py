@@ -1,15 +1,20 @@
-"""Tasks over processes: every process prepares its material once, then works off one task after another.
+"""Runs tasks over several processes. Each process prepares its material once and keeps it for all of its tasks.
 
-What moves: the material once per process, a task and a result per task. Processes are started afresh ("spawn"), so that
-no threads or locks of the parent come along. Bound: the tasks. Must never leave a process behind, whatever happens."""
+The material is sent once per process, a task and its result once per task. Processes are started with "spawn", so they
+inherit no threads and no locks. None of them outlives `run_tasks`, nor a parent that was killed.
+"""
 
 from __future__ import annotations
 
 import gc
+import os
 import signal
+import threading
 from collections.abc import Callable, Sequence
-from multiprocessing import connection, get_context
-from typing import TypeVar
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import active_children, connection, get_context, parent_process
+from typing import Any, TypeVar
 
 from offmoe.errors import OffmoeError
 
@@ -23,76 +28,68 @@ def run_tasks(
     raw: Raw,
     tasks: Sequence[Callable[[Material], Result]],
     jobs: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Result]:
-    """Results of `task(prepare(raw))` in the order of the tasks; all of it must pickle. With one job it happens here.
+    """Compute `task(prepare(raw))` for every task.
 
-    An error of a task is raised here; OffmoeError when a process dies."""
-    results: dict[int, Result] = {}
+    Args:
+        prepare, raw, tasks: must be picklable, and so must the results.
+        jobs: number of processes. With one job everything runs in this process.
+        progress: called with (tasks done, all tasks) after every task.
 
-    def keep(index: int, result: Result) -> None:
-        results[index] = result
-        if progress is not None:
-            progress(len(results), len(tasks))
+    Returns:
+        The results in the order of the tasks.
 
+    Raises:
+        OffmoeError: a process died. An error that a task raises is raised unchanged.
+    """
     jobs = min(jobs, len(tasks))
     if jobs <= 1:
         material = prepare(raw) if tasks else None
-        for index, task in enumerate(tasks):
-            keep(index, task(material))  # type: ignore[arg-type]  # there is material where there are tasks
-        return [results[index] for index in range(len(tasks))]
-    context = get_context("spawn")
-    todo = iter(enumerate(tasks))
-    processes = []
-    pipes: list[connection.Connection] = []
-    try:
-        for _ in range(jobs):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, prepare, raw), daemon=True)
-            process.start()
-            theirs.close()
-            processes.append(process)
-            pipes.append(ours)
-            ours.send(next(todo))
-        while len(results) < len(tasks):
-            for ready in connection.wait(pipes):
-                assert isinstance(ready, connection.Connection)
-                try:
-                    index, result, error = ready.recv()
-                except (EOFError, ConnectionError):
-                    raise OffmoeError("a process of the sweep died (out of memory?); use fewer --jobs.") from None
-                if error is not None:
-                    raise error
-                keep(index, result)
-                following = next(todo, None)
-                if following is None:
-                    pipes.remove(ready)
-                    ready.close()
-                else:
-                    ready.send(following)
-    finally:
-        for pipe in pipes:
-            pipe.close()
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.join()
-    return [results[index] for index in range(len(tasks))]
+        results = []
+        for task in tasks:
+            results.append(task(material))  # type: ignore[arg-type]  # there is material if there are tasks
+            progress(len(results), len(tasks))
+        return results
+    earlier_children = set(active_children())
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _start_worker, (prepare, raw)) as pool:
+        try:
+            futures = [pool.submit(_run, task) for task in tasks]
+            for done, future in enumerate(as_completed(futures), 1):
+                future.result()
+                progress(done, len(tasks))
+            return [future.result() for future in futures]
+        except BaseException as error:
+            for child in set(active_children()) - earlier_children:
+                child.terminate()  # the pool would wait for the tasks under way
+            if isinstance(error, BrokenProcessPool):
+                raise OffmoeError("a process of the sweep died (out of memory?); use fewer --jobs.") from None
+            raise
 
 
-def _work(pipe: connection.Connection, prepare: Callable[[Raw], Material], raw: Raw) -> None:
-    """Until the other end closes. Ctrl-C is the parent's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    material: list[Material] = []
-    while True:
-        try:
-            index, task = pipe.recv()
-        except EOFError:
-            return
-        try:
-            if not material:
-                material.append(prepare(raw))
-                gc.freeze()  # it stays to the end: looking through it again and again would cost a tenth
-            pipe.send((index, task(material[0]), None))
-        except Exception as error:  # whatever a task raises is the caller's
-            pipe.send((index, None, error))
+class _Worker:
+    """What one worker process keeps between its tasks."""
+
+    prepare: Callable[[], Any]
+    material: list[Any]
+
+
+def _start_worker(prepare: Callable[[Raw], Material], raw: Raw) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _Worker.prepare, _Worker.material = (lambda: prepare(raw)), []
+
+
+def _end_with_parent() -> None:
+    """A worker cannot see that its parent was killed: it holds both ends of the queue that it waits on."""
+    parent = parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _run(task: Callable[[Any], Result]) -> Result:
+    if not _Worker.material:  # here and not in _start_worker, so that an error reaches the parent
+        _Worker.material.append(_Worker.prepare())
+        gc.freeze()  # the material stays until the end; scanning it at every collection would cost a tenth
+    return task(_Worker.material[0])

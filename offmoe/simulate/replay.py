@@ -1,8 +1,9 @@
-"""Replay a trace through the runtime's own planner and count what would have happened. No torch, no weights, no clock.
+"""Replays a trace through the runtime's own planner and counts what a cache would have done.
 
-Bound: the planner, some 10 us per (step, layer); the accesses of a trace are made once for many replays (`Recording`).
-`replay(trace).stats` equals the statistics of the run that recorded the trace, exactly, when the options are the run's
-(rule R2). Must never take a decision of its own."""
+No torch, no weights and no clock are involved. `replay(trace).stats` equals the statistics of the run that recorded the
+trace, exactly, if the options are that run's. So this module must never take a decision of its own. A replay costs one
+plan, about 10 us, per (step, layer); `Recording` computes the accesses of a trace once for many replays.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from offmoe.types import Access, CacheShape, CacheStats
 
 
 class Recording:
-    """A trace with its accesses made, for replaying it many times."""
+    """A trace with its accesses, for replaying it many times."""
 
     def __init__(self, trace: Trace, steps: Sequence[Step] | None = None):
         self.trace = trace
@@ -43,12 +44,12 @@ class Recording:
             yield from step.accesses
 
     def by_request(self) -> list[Recording]:
-        """One recording per run of steps of one request; a batch counts as the request of its first row."""
+        """One recording per series of steps of one request. A batch counts as the request of its first row."""
         return [Recording(self.trace, list(steps)) for _, steps in groupby(self.steps, lambda step: step.request)]
 
 
 class Step(NamedTuple):
-    """One forward pass: the request of its first row, its rows, and what its layers asked for."""
+    """One forward pass: the request of its first row, its number of rows (tokens), and its accesses."""
 
     request: int
     rows: int
@@ -57,21 +58,23 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Replay:
-    """Outcome of one configuration: the options it ran with and what it counted."""
+    """The statistics of one configuration."""
 
     options: CacheOptions
     stats: CacheStats
 
 
 def replay(trace: Trace | Recording, options: CacheOptions) -> Replay:
-    """Count one configuration over a trace, from an empty cache. ConfigError if the options do not fit the model."""
+    """Count one configuration over a trace, from an empty cache. Raises ConfigError if options and model do not fit."""
     return Replay(options, _count(build_planner(options, trace.shape), trace.accesses(), trace.shape))
 
 
 def belady(trace: Trace | Recording, options: CacheOptions) -> CacheStats:
-    """The same cache with perfect knowledge of the future: the bound for prefetch 0 and forced admission.
+    """Count the same cache with Belady's MIN policy, which knows the future.
 
-    It bounds single-token steps; in longer steps waves may pass an expert through that MIN would not have admitted.
+    This bounds every cache with prefetch 0 that gives a slot to every miss, in single-token steps. In longer steps,
+    waves may pass an expert through that MIN would not have admitted. Method: Belady, "A study of replacement
+    algorithms for a virtual-storage computer", 1966.
     """
     options = CacheOptions(slots_per_layer=options.slots_per_layer, scope=options.scope, prefetch=0)
     accesses = list(trace.accesses())
@@ -81,8 +84,9 @@ def belady(trace: Trace | Recording, options: CacheOptions) -> CacheStats:
 
 
 def belady_with_bypass(trace: Trace | Recording, options: CacheOptions) -> float:
-    """Hit rate of MIN where an expert may be used without taking a slot: no cache that fetches on demand does better,
-    whatever its admission, and whatever the length of the steps. No policy of ours: slots here take what is demanded.
+    """Hit rate of MIN if an expert may be used without taking a slot.
+
+    No cache that fetches on demand does better, whatever it admits and however long the steps are.
     """
     accesses = list(trace.accesses())
     quotas = options.quotas(trace.shape)
@@ -97,7 +101,7 @@ def belady_with_bypass(trace: Trace | Recording, options: CacheOptions) -> float
 
 
 class _Min:
-    """Of what is held and what is demanded, the keys that are used again soonest stay. A lazy heap by next use."""
+    """Keeps the keys whose next use is nearest, among those held and those demanded. A lazy heap by next use."""
 
     def __init__(self, uses: Sequence[Sequence[int]], capacity: int):
         self._uses, self._capacity = uses, capacity
@@ -124,15 +128,13 @@ class _Min:
 
 
 def shuffled(trace: Trace, seed: int = 0) -> Trace:
-    """The trace with its tokens in a random order: the skew of the experts' popularity stays, memory goes."""
+    """The trace with its tokens in random order: experts keep their popularity, and routing loses its memory."""
     order = np.random.default_rng(seed).permutation(trace.tokens)
     return replace(trace, experts=trace.experts[order], token=None, probs=None, predicted=None)
 
 
 def uniform_hit_rate(trace: Trace | Recording, options: CacheOptions) -> float:
-    """What routing without skew or memory would hit on average: the demand-weighted share of experts that have a
-    slot.
-    """
+    """Mean hit rate of routing without skew and memory: the demand-weighted share of experts that have a slot."""
     quotas = options.quotas(trace.shape)
     if options.scope == "model":
         return min(1.0, sum(quotas) / sum(trace.shape.experts))
@@ -153,7 +155,7 @@ def _count(planner: Planner, accesses: Iterable[Access], shape: CacheShape) -> C
 
 
 def _uses(accesses: Iterable[Access], shape: CacheShape, scope: str) -> list[list[int]]:
-    """By key, the indices of its pool's accesses that demand it."""
+    """For each key: the indices of the accesses of its pool that demand it."""
     uses: list[list[int]] = [[] for _ in range(shape.num_keys)]
     counts = [0] * shape.layers
     for i, access in enumerate(accesses):

@@ -1,8 +1,9 @@
-"""The search behind `offmoe tune`: which configurations are worth replaying, and what to make of the outcomes.
+"""The search behind `offmoe tune`: which configurations are replayed, and which of them is best.
 
-Nothing moves. Two rounds: every policy at every capacity; then, at one capacity, what else there is to choose (scope,
-prefetch, unequal quotas, what a miss gets) for the two best policies. All at once would be hundreds of replays for what
-nobody asks."""
+The first round replays every policy at every capacity. The second round stays at one capacity and tries the other
+options (scope, prefetch, unequal quotas, on_miss) with the two best policies. Crossing all options in one round would
+take hundreds of replays.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +17,19 @@ from offmoe.simulate.sweep import Bounds, Outcome, Settings, fit_quotas, gap_clo
 from offmoe.trace.trace import Trace
 
 REFINED = 2
-"""Policies that the second round tries everything with."""
+"""Number of policies that the second round varies."""
 
 Sweep = Callable[[Sequence[CacheOptions], Sequence[CacheOptions]], tuple[list[Outcome], list[Bounds]]]
-"""(candidates, bounds) -> outcomes: tuning.sweep with everything else decided."""
+"""(candidates, bounds) -> outcomes: `sweep.sweep` with its other arguments bound."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """Everything that was replayed. slots: the capacity that was asked for, or the knee's; ranked: the outcomes of that
-    capacity, best first.
+class SearchResult:
+    """Everything that was replayed.
+
+    Attributes:
+        slots: the capacity in slots per layer, requested or found at the knee of the curve.
+        ranked: the outcomes of that capacity, best first.
     """
 
     trace: Trace
@@ -44,11 +48,11 @@ class Found:
         return list(dict.fromkeys(outcome.options.eviction for outcome in self.outcomes))
 
     def curve(self, eviction: str) -> dict[int, float]:
-        """Hit rate over slots per layer, equal quotas of one policy without prefetch."""
+        """Hit rate by slots per layer, for one policy with equal quotas and without prefetch."""
         return {n: outcome.whole.stats.hit_rate for n, outcome in _equal_quotas(self.outcomes, eviction).items()}
 
     def gap(self, outcome: Outcome) -> float | None:
-        """Share of the way from LRU to Belady; None where Belady is no bound, or LRU was not tried."""
+        """Share of the distance from LRU to Belady that is closed; None if Belady is no bound, or LRU was not tried."""
         slots = outcome.options.slots_per_layer
         bound = next((b for b in self.bounds if b.slots_per_layer == slots), None)
         lru = next((rate for n, rate in self.curve("lru").items() if n == slots), None)
@@ -58,13 +62,15 @@ class Found:
         return gap_closed(outcome.whole.stats.hit_rate, lru, bound.belady)
 
     def others(self) -> list[Outcome]:
-        """Outcomes of other capacities."""
+        """The outcomes of other capacities."""
         ranked = {id(outcome) for outcome in self.ranked}
         return [outcome for outcome in self.outcomes if id(outcome) not in ranked]
 
     def predictions(self) -> dict[str, list[PredictionQuality]]:
-        """Quality per layer of the "recorded" predictions and of the "transitions" baseline, against the best cache, on
-        the requests that the baseline was not counted on.
+        """Quality of predictions, per layer, compared with the best cache.
+
+        "recorded" are the predictions of the trace, if it has any. "transitions" is a baseline that counts transitions
+        between layers. Both are judged on the requests that the baseline did not count.
         """
         trace, test = self.trace, self.settings.test_requests
         if trace.shape.layers < 2:
@@ -88,13 +94,24 @@ def search(
     prefetches: Sequence[int | str] | None = None,
     on_misses: Sequence[str] | None = None,
     host_sizes: Sequence[int] | None = None,
-) -> Found:
-    """Replay what is worth it. sizes: slots per layer to sweep. slots: the capacity to choose for; None: the knee.
+) -> SearchResult:
+    """Replay the configurations that are worth it.
 
-    scopes, prefetches, on_misses: what to cross with every policy and size; None: scope "layer", no prefetch and a slot
-    for every miss everywhere, the rest in the second round. host_sizes: slots per layer in RAM behind the device's; the
-    most everywhere, fewer in the second round; None: those of the recorded run, and half of them. ConfigError for what
-    the trace cannot answer."""
+    Args:
+        trace: the recorded routing.
+        settings: how every configuration is replayed.
+        sweep: replays candidates and bounds.
+        sizes: capacities of the first round, in slots per layer.
+        slots: the capacity to choose for; None chooses the knee of the hit-rate curve.
+        evictions: policies of the first round.
+        scopes, prefetches, on_misses: values to cross with every policy and size. None stands for scope "layer",
+            prefetch 0 and on_miss "fetch" in the first round; the second round then tries the others.
+        host_sizes: slots per layer in RAM behind the device's slots. The most are used everywhere, fewer in the second
+            round. None stands for those of the recorded run, and half of them.
+
+    Raises:
+        ConfigError: the trace cannot answer, because it holds no predictions.
+    """
     if trace.predicted is None and any(prefetch != 0 for prefetch in prefetches or ()):
         raise ConfigError("--prefetch: the trace holds no predictions; record one with 'offmoe generate --prefetch N'.")
     sizes = sorted({*sizes, *([slots] if slots else [])})
@@ -116,32 +133,35 @@ def search(
             assert isinstance(options.slots_per_layer, int)
             best[options.slots_per_layer] = max(best.get(options.slots_per_layer, 0.0), outcome.train.stats.hit_rate)
         slots = knee(best)
-    here = rank(outcome for outcome in outcomes if outcome.options.slots_per_layer == slots)
-    refined = _refinements(trace, outcomes, here, slots, scopes is None, prefetches is None, on_misses is None, fewer)
+    first = rank(outcome for outcome in outcomes if outcome.options.slots_per_layer == slots)
+    refined = _refinements(trace, outcomes, first, slots, scopes is None, prefetches is None, on_misses is None, fewer)
     second, _ = sweep(refined, [])
-    return Found(trace, settings, outcomes, bounds, slots, rank([*here, *second]))
+    return SearchResult(trace, settings, outcomes, bounds, slots, rank([*first, *second]))
 
 
 def _refinements(
     trace: Trace,
     outcomes: list[Outcome],
-    here: list[Outcome],
+    first: list[Outcome],
     slots: int,
     scopes: bool,
     prefetches: bool,
     on_misses: bool,
     host_sizes: Sequence[int],
 ) -> list[CacheOptions]:
-    """What the best policies have not been tried with at the chosen capacity."""
+    """Second-round candidates at capacity `slots`. first: the outcomes of that capacity, best first.
+
+    scopes, prefetches, on_misses: whether the second round varies these options.
+    """
     refined = []
-    for policy in list(dict.fromkeys(outcome.options.eviction for outcome in here))[:REFINED]:
-        base = next(outcome.options for outcome in here if outcome.options.eviction == policy)
+    for policy in list(dict.fromkeys(outcome.options.eviction for outcome in first))[:REFINED]:
+        base = next(outcome.options for outcome in first if outcome.options.eviction == policy)
         curve = _equal_quotas(outcomes, policy)
         if scopes:
             refined.append(replace(base, scope="model"))
         if prefetches and trace.predicted is not None:
-            ahead: list[int | str] = list(dict.fromkeys([1, max(trace.shape.top_k), "auto"]))
-            refined += [replace(base, prefetch=n) for n in ahead]
+            counts: list[int | str] = list(dict.fromkeys([1, max(trace.shape.top_k), "auto"]))
+            refined += [replace(base, prefetch=n) for n in counts]
         if on_misses:
             refined += [replace(base, on_miss="cpu"), replace(base, on_miss="auto")]
         refined += [replace(base, host_slots=n) for n in host_sizes]
@@ -153,7 +173,7 @@ def _refinements(
 
 
 def _host_sizes(trace: Trace, sizes: Sequence[int] | None) -> tuple[int | tuple[int, ...], tuple[int, ...]]:
-    """Slots per layer in RAM to try everything with, and fewer to try the best with."""
+    """Slots per layer in RAM: those of the first round, and the smaller numbers of the second round."""
     if sizes is not None:
         in_order = sorted({*sizes}, reverse=True)
         return in_order[0], tuple(in_order[1:])
@@ -163,7 +183,7 @@ def _host_sizes(trace: Trace, sizes: Sequence[int] | None) -> tuple[int | tuple[
 
 
 def _equal_quotas(outcomes: Sequence[Outcome], eviction: str) -> dict[int, Outcome]:
-    """One policy by slots per layer, no prefetch, every miss fetched: the runs that curves and quotas are made of."""
+    """Outcomes of one policy by slots per layer, with equal quotas, prefetch 0 and on_miss "fetch"."""
     return {
         o.options.slots_per_layer: o
         for o in outcomes

@@ -1,8 +1,9 @@
-"""Which cache is best for a trace: many configurations replayed, compared with bounds, ranked without self-deception.
+"""Finds the best cache for a trace: replays many configurations, compares them with bounds and ranks them.
 
-Nothing moves. Bound: the planner (30,000 accesses per second and core or more) times the configurations, spread over
-processes. Requests are split in two: what is fitted (popularity, quotas, the choice itself) sees the train half only,
-the test half says what it is worth. Whatever is not a bound knows no future."""
+Requests are split into two halves. Everything that is fitted (popularity, quotas, the choice itself) sees the train
+half only; the test half shows what the choice is worth. Only the bounds know the future. A sweep takes one replay per
+configuration, at 30,000 accesses per second and core or more, spread over processes.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +23,18 @@ from offmoe.trace.trace import Trace
 from offmoe.types import CacheShape, CacheStats
 
 Progress = Callable[[int, int], None]
-"""(done, all) after every configuration."""
+"""Called with (configurations done, all configurations)."""
 
 
 @dataclass
-class Part:
-    """What some of the requests did. Seconds are 0 without costs; `single_*` count steps of one token."""
+class Totals:
+    """Totals over some of the requests.
+
+    Attributes:
+        stats: the counts of the cache.
+        tokens, seconds: of all steps. Seconds are 0 without costs.
+        single_tokens, single_seconds: of the steps with one token, which is decoding.
+    """
 
     stats: CacheStats
     tokens: int = 0
@@ -49,13 +56,13 @@ class Part:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Of decoding, where there is any; None without costs."""
+        """Speed of decoding, or of all steps if no step had one token; None without costs."""
         if self.single_seconds:
             return self.single_tokens / self.single_seconds
         return self.tokens / self.seconds if self.seconds else None
 
-    def __add__(self, other: Part) -> Part:
-        return Part(
+    def __add__(self, other: Totals) -> Totals:
+        return Totals(
             self.stats + other.stats,
             self.tokens + other.tokens,
             self.seconds + other.seconds,
@@ -66,27 +73,31 @@ class Part:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One configuration over a whole trace, counted apart for the requests that were fitted to and the others."""
+    """One configuration over a whole trace, counted separately for train and test requests."""
 
     options: CacheOptions
-    train: Part
-    test: Part
+    train: Totals
+    test: Totals
 
     @property
-    def whole(self) -> Part:
+    def whole(self) -> Totals:
         return self.train + self.test
 
     @property
-    def judged(self) -> Part:
-        """The part that says what the choice is worth: test, or all there is."""
+    def judged(self) -> Totals:
+        """The totals that show what the choice is worth: test, or train if there is no test request."""
         return self.test if self.test.tokens else self.train
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """Hit rates at one capacity that frame every policy's: `belady` for prefetch 0 and forced admission (exact for
-    single-token steps), `belady_bypass` for any demand-fetched cache; `uniform`: routing without skew or memory;
-    `shuffled`: LRU on the tokens in random order, skew without memory.
+    """Hit rates at one capacity to compare every policy with.
+
+    Attributes:
+        belady: upper bound for prefetch 0 where every miss gets a slot; exact for single-token steps.
+        belady_bypass: upper bound for every cache that fetches on demand.
+        uniform: routing without skew and without memory.
+        shuffled: LRU on the tokens in random order: skew without memory.
     """
 
     slots_per_layer: int | tuple[int, ...]
@@ -99,7 +110,7 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Settings:
-    """How all configurations are replayed. test_requests: see `split_requests`."""
+    """How all configurations of a sweep are replayed. test_requests: as `split_requests` gives them."""
 
     costs: CostModel | None = None
     clear_between_requests: bool = False
@@ -107,15 +118,15 @@ class Settings:
 
 
 def split_requests(trace: Trace) -> frozenset[int]:
-    """Every other request, to test on; empty when there is only one, which then is all there is to fit to."""
+    """The test requests: every other request. Empty if there is only one, which then is the train half."""
     in_order = list(dict.fromkeys(trace.request.tolist()))
     return frozenset(in_order[1::2])
 
 
 def evaluate(recording: Recording, options: CacheOptions, settings: Settings) -> Outcome:
-    """Replay one configuration from an empty cache, and again from one where a request begins if that is asked."""
+    """Replay one configuration from an empty cache, which is emptied again between requests if the settings say so."""
     shape = recording.shape
-    train, test = Part(CacheStats.for_layers(shape.layers)), Part(CacheStats.for_layers(shape.layers))
+    train, test = Totals(CacheStats.for_layers(shape.layers)), Totals(CacheStats.for_layers(shape.layers))
     clock = None if settings.costs is None else Clock(settings.costs, shape)
     planner: Planner | None = None
     request = -1
@@ -143,7 +154,7 @@ def evaluate(recording: Recording, options: CacheOptions, settings: Settings) ->
 
 
 def bound(recording: Recording, options: CacheOptions, settings: Settings) -> Bounds:
-    """The bounds at the capacity and scope of `options`."""
+    """Compute the bounds at the capacity and scope of `options`."""
     lru = replace(options, eviction="lru", prefetch=0, popularity=None, on_miss="fetch", host_slots=0)
     parts = recording.by_request() if settings.clear_between_requests else [recording]
     demands = [sum(len(access.demands) for access in part.accesses()) for part in parts]
@@ -161,12 +172,21 @@ def sweep(
     settings: Settings | None = None,
     *,
     jobs: int = 1,
-    progress: Progress | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> tuple[list[Outcome], list[Bounds]]:
-    """Every candidate replayed, and the bounds at the capacity and scope of every option set in `bounds`.
+    """Replay every candidate, and compute bounds.
 
-    jobs: processes; with more than one, a script must guard its main module, as multiprocessing asks. Raises
-    ConfigError if a candidate does not fit the model."""
+    Args:
+        trace: the recorded routing.
+        candidates: configurations to replay.
+        bounds: configurations whose capacity and scope are bounded.
+        settings: how to replay.
+        jobs: number of processes. With more than one, a script must guard its main module, as multiprocessing requires.
+        progress: called after every configuration.
+
+    Raises:
+        ConfigError: a configuration does not fit the model.
+    """
     settings = settings or Settings()
     for options in [*candidates, *bounds]:
         build_planner(options, trace.shape)
@@ -199,8 +219,9 @@ def grid(
     test_requests: frozenset[int] = frozenset(),
     host_slots: int | tuple[int, ...] = 0,
 ) -> list[CacheOptions]:
-    """All combinations, each with these slots in RAM; the popularity of "static" is counted on the requests that are
-    not tested on.
+    """All combinations of the values, each with `host_slots` in RAM.
+
+    The popularity that the policy "static" needs is counted on the requests outside `test_requests`.
     """
     popular = popularity(trace, test_requests) if "static" in evictions else None
     return [
@@ -222,7 +243,7 @@ def grid(
 
 
 def popularity(trace: Trace, without: frozenset[int] = frozenset()) -> tuple[tuple[float, ...], ...]:
-    """Tokens routed to every expert of every layer, in the requests that are not in `without`."""
+    """Tokens routed to each expert, by layer and expert, in the requests that are not in `without`."""
     rows = ~np.isin(trace.request, list(without))
     counts = []
     for layer, num_experts in enumerate(trace.shape.experts):
@@ -232,14 +253,14 @@ def popularity(trace: Trace, without: frozenset[int] = frozenset()) -> tuple[tup
 
 
 def capacities(shape: CacheShape) -> list[int]:
-    """Slots per layer worth trying: from top_k to all experts, in steps of about 1.4x."""
+    """Slots per layer that a sweep tries: from top_k to all experts, in steps of about 1.4x."""
     top_k, most = max(shape.top_k), max(shape.experts)
     steps = {top_k << i for i in range(20)} | {top_k * 3 << i >> 1 for i in range(20)}
     return sorted({n for n in steps if top_k <= n < most} | {most})
 
 
 def affordable(shape: CacheShape, budget: int) -> int:
-    """The most slots per layer that fit `budget` bytes; CapacityError when top_k of them do not."""
+    """The most slots per layer that fit `budget` bytes. Raises CapacityError if top_k slots do not fit."""
     least = sum(k * nbytes for k, nbytes in zip(shape.top_k, shape.expert_bytes, strict=True))
     each = max(max(shape.top_k), 1) * sum(shape.expert_bytes)
     slots = budget // sum(shape.expert_bytes)
@@ -252,11 +273,19 @@ def affordable(shape: CacheShape, budget: int) -> int:
 
 
 def fit_quotas(by_slots: Mapping[int, Outcome], slots: int, shape: CacheShape) -> tuple[int, ...]:
-    """Unequal slots per layer for the memory of `slots` in each, by greedy marginal gain of hits per byte.
+    """Distribute the memory of `slots` per layer unequally, greedily by hits gained per byte.
 
-    by_slots: outcomes of one policy at several equal capacities, of which the train part is used; hits between two
-    capacities lie on the line between them. A layer's cache does not depend on the others', so its hits at n slots are
-    known from the run where all layers had n."""
+    A layer's cache does not depend on the other layers, so its hits at n slots are known from the run in which every
+    layer had n slots. Hits between two measured capacities are interpolated linearly.
+
+    Args:
+        by_slots: outcomes of one policy at several equal capacities. Only their train halves are used.
+        slots: mean slots per layer.
+        shape: the model.
+
+    Returns:
+        Slots of each layer.
+    """
     known = sorted(by_slots)
     curves = [
         np.interp(range(most + 1), known, [by_slots[n].train.stats.by_layer[layer].hits for n in known])
@@ -278,13 +307,13 @@ def fit_quotas(by_slots: Mapping[int, Outcome], slots: int, shape: CacheShape) -
 
 
 def _best_slope(curve: np.ndarray, at: int) -> float:
-    """Hits per slot of the best next step, however many slots it takes: a flat stretch may lead to a steep one."""
-    ahead = np.arange(1, len(curve) - at)
-    return float(((curve[at + 1 :] - curve[at]) / ahead).max())
+    """Hits per slot of the best next step of any width: behind a flat stretch of the curve may be a steep one."""
+    widths = np.arange(1, len(curve) - at)
+    return float(((curve[at + 1 :] - curve[at]) / widths).max())
 
 
 def knee(curve: Mapping[int, float]) -> int:
-    """The capacity farthest above the line from the first to the last point of hit rate over slots."""
+    """The knee of hit rate over slots: the capacity farthest above the line from the first point to the last."""
     first, last = min(curve), max(curve)
     if last == first or curve[last] <= curve[first]:
         return first
@@ -293,20 +322,22 @@ def knee(curve: Mapping[int, float]) -> int:
 
 
 def gain_of_doubling(curve: Mapping[int, float], slots: int) -> float:
-    """Points of hit rate that twice the slots would add, as a share; between capacities on the line between them."""
+    """Hit rate (0 to 1) that twice the slots would add, interpolated linearly between capacities."""
     known = sorted(curve)
     at = np.interp([slots, 2 * slots], known, [curve[n] for n in known])
     return float(at[1] - at[0])
 
 
 def gap_closed(rate: float, lru: float, best: float) -> float | None:
-    """Share of the way from LRU to Belady; None where there is no way to go."""
+    """Share of the distance from LRU to Belady that `rate` closes; None if LRU is as good as Belady."""
     return (rate - lru) / (best - lru) if best > lru + 1e-12 else None
 
 
 def rank(outcomes: Iterable[Outcome]) -> list[Outcome]:
-    """Best first, judged on the train part: tokens per second where there are costs, else the fewest bytes read from
-    disk, then the fewest moved, then the most hits. What is equal keeps its order.
+    """Sort outcomes, best first, by their train halves.
+
+    With costs the criterion is tokens per second. Without costs it is the fewest bytes read from disk, then the fewest
+    bytes moved, then the highest hit rate. Equal outcomes keep their order.
     """
 
     def worth(outcome: Outcome) -> tuple[float, ...]:

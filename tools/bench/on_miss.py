@@ -43,7 +43,7 @@ from offmoe.hf.replay import ReplayedRouting
 from offmoe.measure.calibrate import calibrate
 from offmoe.profile import CostModel
 from offmoe.simulate.replay import Recording
-from offmoe.simulate.sweep import Part, Settings, evaluate
+from offmoe.simulate.sweep import Settings, Totals, evaluate
 from offmoe.trace.trace import Trace, read_trace
 from offmoe.types import CacheStats
 from tools.bench.synthetic import write_mixtral, write_qwen3
@@ -157,7 +157,7 @@ def measure(
     return found
 
 
-def estimated(trace: Trace, costs: CostModel, i: int) -> Part:
+def estimated(trace: Trace, costs: CostModel, i: int) -> Totals:
     """Round `i` of a recording, priced."""
     assert trace.options is not None
     return evaluate(Recording(trace), trace.options, Settings(costs, test_requests=frozenset({i + 1}))).test
