@@ -1,11 +1,10 @@
-"""What a safetensors checkpoint holds and where: its shards, and which of them has a tensor.
+"""A safetensors checkpoint by its headers: which tensors it has, and in which bytes of which shard.
 
-Only headers and the index move; bounded by the number of tensors (90,000 in the largest models, seconds at most).
-Weights are never read here and nothing is mapped: a shard truncated under a mapping kills the process, a short read is
-an exception.
-
-What it must never do: unpickle (`.bin`, `.pth`), open a file outside the folder because an index says so, or end in
-anything but a checkpoint or an `OffmoeError`, whatever bytes the files hold.
+Moves: headers and the index, no weights.
+Bound: the number of tensors (90,000 in the largest models, seconds at most).
+Must never: map a file (a shard truncated under a mapping kills the process, a short read is an exception), unpickle
+(`.bin`, `.pth`), open a file outside the folder because an index names it, or end in anything but a checkpoint or an
+`OffmoeError`, whatever bytes the files hold.
 """
 
 from __future__ import annotations
@@ -30,30 +29,43 @@ from offmoe.storage.layout import Segment
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
+"""Endings of files that hold pickled weights."""
 Identity = tuple[int, int, int, int]
-"""Device, inode, size and time of change of a file."""
+"""A file's device, inode, size in bytes and time of last change in ns."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder of safetensors shards, by its headers. `tensors` maps the checkpoint's own names to places."""
+    """A folder of safetensors shards, by its headers.
+
+    Args:
+        folder: the folder, an absolute path.
+        shards: the shards' paths; `TensorInfo.shard` is an index into them.
+        tensors: the tensors by the checkpoint's own names.
+        identities: each shard's identity when its header was read; None for a shard that is not in the folder (yet).
+    """
 
     folder: Path
     shards: tuple[Path, ...]
     tensors: dict[str, TensorInfo]
     identities: tuple[Identity | None, ...] = ()
-    """Of the shards when their headers were read; None for one that is not in the folder."""
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], heads: Mapping[str, ShardHead] | None = None) -> Checkpoint:
         """Read the headers of a checkpoint folder.
 
-        As transformers does, `model.safetensors` is taken first, then the index; without either, every `*.safetensors`.
-        heads: of shards that are not in the folder (yet), by file name; they count as if they were there. Raises
-        MissingTensorError (a shard or a tensor of the index is absent), UnsupportedModelError (pickles only, a dtype
-        without a torch equivalent) or CheckpointError (a header or the index is not what it claims).
+        As in transformers, `model.safetensors` wins over the index. Without either, every `*.safetensors` counts.
+
+        Args:
+            folder: the checkpoint's folder.
+            heads: heads of shards that are not in the folder (yet), by file name. They count as if they were.
+
+        Raises:
+            MissingTensorError: a shard, or a tensor that the index names, is absent.
+            UnsupportedModelError: there are only pickles, or torch has no dtype for a tensor.
+            CheckpointError: a header or the index is damaged.
         """
-        folder = Path(folder).absolute()  # the shards stay where they are when the process goes elsewhere
+        folder = Path(folder).absolute()  # so that a later change of the working directory does not matter
         heads = heads or {}
         weight_map: dict[str, str] | None = None
         if SINGLE_FILE in heads or os.path.lexists(folder / SINGLE_FILE):
@@ -74,18 +86,26 @@ class Checkpoint:
 
     @property
     def shards_absent(self) -> tuple[str, ...]:
-        """File names of the shards that are known by their heads only."""
+        """File names of the shards that are not in the folder, and known by their heads only."""
         pairs = zip(self.shards, self.identities, strict=True)
         return tuple(path.relative_to(self.folder).as_posix() for path, known in pairs if known is None)
 
     def check_unchanged(self) -> None:
-        """ShardChangedError if a shard is not the file any more whose header was read."""
+        """Check that every shard still is the file whose header was read.
+
+        Raises:
+            ShardChangedError: one was replaced or rewritten.
+        """
         for path, known in zip(self.shards, self.identities, strict=True):
             if _identity_of(path) != known:
                 raise ShardChangedError(f"{path}: was replaced or rewritten while the model was loading; load it again")
 
     def info(self, name: str) -> TensorInfo:
-        """Where tensor `name` is; MissingTensorError if the checkpoint has no such tensor."""
+        """Where a tensor is.
+
+        Raises:
+            MissingTensorError: the checkpoint has no tensor of this name.
+        """
         try:
             return self.tensors[name]
         except KeyError:
@@ -94,27 +114,33 @@ class Checkpoint:
                 "the download is incomplete or belongs to another architecture"
             ) from None
 
-    def segment(self, name: str, part: int | None = None, parts: int = 1) -> Segment:
-        """Bytes of a whole tensor, or of part `part` of the `parts` equal ones that its first dimension is cut into.
+    def segment(self, name: str, index: int | None = None, count: int = 1) -> Segment:
+        """The bytes of a tensor, or of one of `count` equal slices of its first dimension.
 
-        A part of one row drops that dimension. Raises MissingTensorError for an unknown name, CheckpointError if the
-        tensor cannot be cut so.
+        Args:
+            name: the tensor.
+            index: which slice, 0 .. count - 1. None: the whole tensor. A slice of one row drops the first dimension.
+            count: how many slices.
+
+        Raises:
+            MissingTensorError: the checkpoint has no tensor of this name.
+            CheckpointError: the tensor cannot be cut so.
         """
         info = self.info(name)
-        if part is None:
+        if index is None:
             return Segment(info.shard, info.offset, info.nbytes, info.dtype, info.shape, name)
-        if not info.shape or not 0 <= part < parts or info.shape[0] % parts or not info.shape[0]:
+        if not info.shape or not 0 <= index < count or info.shape[0] % count or not info.shape[0]:
             raise CheckpointError(
-                f"{self.shards[info.shard]}: tensor {name!r} has shape {list(info.shape)} and therefore no part {part} "
-                f"of {parts} equal ones; config.json and the shards are not of the same model"
+                f"{self.shards[info.shard]}: tensor {name!r} has shape {list(info.shape)} and therefore no part "
+                f"{index} of {count} equal ones; config.json and the shards are not of the same model"
             )
-        nbytes, rows = info.nbytes // parts, info.shape[0] // parts
+        nbytes, rows = info.nbytes // count, info.shape[0] // count
         shape = info.shape[1:] if rows == 1 else (rows, *info.shape[1:])
-        return Segment(info.shard, info.offset + part * nbytes, nbytes, info.dtype, shape, name)
+        return Segment(info.shard, info.offset + index * nbytes, nbytes, info.dtype, shape, name)
 
 
 def identity(status: os.stat_result) -> Identity:
-    """What tells a file from its successor under the same name."""
+    """The identity of a file, by which a replaced or rewritten one is recognized."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
@@ -126,18 +152,23 @@ def _identity_of(path: Path) -> Identity | None:
 
 
 def indexed_files(folder: Path) -> list[str]:
-    """File names of the shards that the folder's index names, sorted. Raises CheckpointError for a damaged index."""
+    """File names of the shards that the folder's index names, sorted.
+
+    Raises:
+        CheckpointError: the index is damaged, or names a file outside the folder.
+    """
     return sorted(set(_read_index(folder / INDEX_FILE).values()))
 
 
 def _safetensors_in(folder: Path) -> list[str]:
+    """File names of every `*.safetensors`, sorted; an error if there is none."""
     try:
         names = sorted(os.listdir(folder))
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise CheckpointError(f"{str(folder)!r}: not a readable checkpoint folder ({error})") from error
-    found = [name for name in names if name.endswith(".safetensors")]
-    if found:
-        return found
+    shards = [name for name in names if name.endswith(".safetensors")]
+    if shards:
+        return shards
     pickles = [name for name in names if name.endswith(PICKLES)]
     if pickles:
         raise UnsupportedModelError(
@@ -148,7 +179,7 @@ def _safetensors_in(folder: Path) -> list[str]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> shard file name, every one a path inside the folder."""
+    """The index: tensor name -> file name of its shard. Every file name is a path inside the folder."""
     try:
         size = regular_size(path)
         if size > MAX_HEADER_BYTES:
@@ -161,7 +192,7 @@ def _read_index(path: Path) -> dict[str, str]:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f'{path}: has no "weight_map" that names tensors and their shards; download it again')
-    files: set[str] = set()  # few, of very many tensors
+    files: set[str] = set()  # checks each of the few files once, not once per tensor
     for name, file in weight_map.items():
         if isinstance(file, str) and file in files:
             continue
@@ -175,7 +206,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _stays_inside(file: str) -> bool:
-    """Judged by the name alone: the Hub's cache keeps links to files elsewhere, and those are wanted."""
+    """Whether a file name is a path inside the folder. Links are not resolved: those of the Hub's cache lead elsewhere."""
     if not file.endswith(".safetensors") or "\0" in file or not file.isprintable():
         return False
     for path in (PurePosixPath(file), PureWindowsPath(file)):
@@ -185,7 +216,7 @@ def _stays_inside(file: str) -> bool:
 
 
 def _merge(headers: list[dict[str, TensorInfo]], files: list[str], folder: Path) -> dict[str, TensorInfo]:
-    """Tensors of all shards; without an index, a name in two shards has no right answer."""
+    """The tensors of all shards, for a folder without an index. A name in two shards is an error."""
     tensors: dict[str, TensorInfo] = {}
     for header in headers:
         for name, info in header.items():
@@ -202,7 +233,7 @@ def _merge(headers: list[dict[str, TensorInfo]], files: list[str], folder: Path)
 def _pick(
     headers: list[dict[str, TensorInfo]], files: list[str], weight_map: dict[str, str], folder: Path
 ) -> dict[str, TensorInfo]:
-    """Tensors that the index names, each from the shard it names."""
+    """The tensors that the index names, each from the shard that it names."""
     header_of = dict(zip(files, headers, strict=True))
     tensors = {}
     for name, file in weight_map.items():

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 import torch
 
 PARAM_ALIGNMENT = 256
-"""Bytes. The offset of every parameter in a slot is a multiple of it. 16-byte vector loads, TMA (128) and cuBLAS (256)
-want aligned weights, and PyTorch's CPU GEMM chooses its path by alignment, so an unaligned slot could change bits.
+"""Bytes. The offset of every parameter in a slot is a multiple of it: 16-byte vector loads, TMA and cuBLAS want aligned
+weights, and PyTorch's matrix product on a CPU chooses its path by alignment too.
 """
 
 DTYPES: dict[str, torch.dtype] = {

@@ -1,9 +1,13 @@
-"""Where in a shard an expert's bytes are, and in which reads they come.
+"""Which reads bring one expert from its shards into a buffer.
 
-Nothing moves here. Unbuffered reads go by whole pages of the file, so every run of bytes is widened to them; runs that
-stand close together are one, gaps included; and large experts are cut into parts of a few MB, which several threads
-read and which can be used while the rest is on its way. Bound: some microseconds per expert, once. Must never leave a
-byte of a segment out, or let two windows overlap in the buffer."""
+Moves: nothing.
+Bound: some microseconds per expert, once.
+Must never: leave a byte of a segment out, or let two windows overlap in the buffer.
+
+An unbuffered read takes whole pages of the file, so every run of bytes is widened to pages. Runs that stand close
+together become one read, gaps included. A large expert is cut into parts of a few MB: several threads read them, and
+the first can be used while the rest is being read.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +18,15 @@ from offmoe.io_limits import part_bytes
 from offmoe.storage.layout import ExpertRecord, aligned
 
 ALIGNMENT = 4096
-"""Bytes. File offset, length and memory address of an unbuffered read; 512 is often enough, 4096 always."""
+"""Bytes. The file offset, length and memory address of an unbuffered read are multiples of it. 512 is often enough,
+4096 always."""
 
 READ_THROUGH_BYTES = 64 * 1024
-"""Gaps below this are read rather than skipped: another request costs more than their bytes."""
+"""Bytes. A smaller gap between two segments is read, not skipped: a second request costs more than those bytes."""
 
 
 class Window(NamedTuple):
-    """One read: file bytes [offset, offset + nbytes) of a shard to buffer byte `at`; all multiples of ALIGNMENT."""
+    """One read: file bytes [offset, offset + nbytes) of a shard to buffer byte `at`. All are multiples of ALIGNMENT."""
 
     shard: int
     offset: int
@@ -30,13 +35,16 @@ class Window(NamedTuple):
 
 
 class ReadPlan(NamedTuple):
-    """How one expert is read: its windows, and per segment in record order (start in the buffer, nbytes).
+    """How one expert is read.
 
-    parts: the same windows in groups of at most `part_bytes`, which may be read by different readers; those with the
-    record's first segments, which computing begins with, come first.
+    Args:
+        parts: the reads, in groups of at most `part_bytes` bytes that different threads may read. Computation begins
+            with the record's first segments, so the parts that hold them come first.
+        places: per segment of the record (first byte in the buffer, nbytes).
+        shards: the shards that are read, ascending.
+        nbytes: bytes of the buffer.
     """
 
-    windows: tuple[Window, ...]
     parts: tuple[tuple[Window, ...], ...]
     places: tuple[tuple[int, int], ...]
     shards: tuple[int, ...]
@@ -44,7 +52,7 @@ class ReadPlan(NamedTuple):
 
 
 def plan_reads(record: ExpertRecord) -> ReadPlan:
-    """Merge neighboring segments into extents, widen these to aligned windows, lay them out one after the other."""
+    """Merge neighboring segments, widen each run to pages, and lay the runs out in the buffer one after the other."""
     order = sorted(range(len(record.segments)), key=lambda i: (record.segments[i].shard, record.segments[i].offset))
     places = [(0, 0)] * len(order)
     windows: list[Window] = []
@@ -73,18 +81,18 @@ def plan_reads(record: ExpertRecord) -> ReadPlan:
         end = max(end, segment.offset + segment.nbytes)
     finish()
     parts = sorted(_parts(windows, at), key=lambda part: _first_segment(part, places))
-    return ReadPlan(tuple(windows), tuple(parts), tuple(places), tuple(sorted({w.shard for w in windows})), at)
+    return ReadPlan(tuple(parts), tuple(places), tuple(sorted({w.shard for w in windows})), at)
 
 
 def _first_segment(part: Sequence[Window], places: Sequence[tuple[int, int]]) -> int:
-    """Of those that a part holds bytes of, the first in the record; one past the last if there is none."""
+    """The record's first segment that the part holds bytes of; one past the last if the part holds none."""
     begin, end = part[0].at, part[-1].at + part[-1].nbytes
     held = (i for i, (start, nbytes) in enumerate(places) if start < end and begin < start + nbytes)
     return min(held, default=len(places))
 
 
 def _parts(windows: Sequence[Window], nbytes: int) -> list[tuple[Window, ...]]:
-    """Windows in groups, as equal as whole pages allow, in the order of the buffer."""
+    """The windows, cut into groups as equal as whole pages allow, in the order of the buffer."""
     if not windows:
         return []
     count = -(-nbytes // part_bytes(nbytes))

@@ -1,13 +1,15 @@
-"""Experts at rest: the original safetensors shards, read one whole expert at a time into a buffer of the caller.
+"""Experts at rest: the checkpoint's own safetensors shards, read one expert at a time into the caller's buffer.
 
-What moves: the bytes of one expert, disk to host buffer, and up to 8 KiB around each run of them, because unbuffered
-reads (O_DIRECT) go by 4096. What bounds it: the disk. Buffered and mapped reads reach a third of what the same disk
-gives unbuffered (the page cache's faults and copies, 0.3 CPU-seconds per GB instead of 0.01), and many small reads lose
-to the interpreter lock what they gain in parallelism. Hence few, large system calls: tensors of one expert that stand
-close together in a shard are read at once, gaps included. In shards written by safetensors that is one read per expert.
+Moves: the bytes of one expert from the disk to a host buffer, and up to 8 KiB around each run, because unbuffered reads
+(O_DIRECT) take whole pages of 4096 bytes.
+Bound: the disk.
+Must never: map a file (a shard truncated under a mapping kills the process), allocate memory per read, or return bytes
+of a shard that was replaced after it was opened.
 
-What it must never do: map a file (a shard truncated under a mapping kills the process), allocate per read, or return
-bytes of a shard that it knows to be another than the one that was opened.
+Reads are few and large. Buffered and mapped reads reach a third of the same disk's unbuffered speed (page faults and
+copies of the page cache take 0.3 CPU-seconds per GB instead of 0.01). Many small reads lose to the interpreter lock
+what they gain in parallelism. Tensors of one expert that stand close together are therefore read at once, gaps
+included; in shards written by safetensors that is one read per expert.
 """
 
 from __future__ import annotations
@@ -33,25 +35,28 @@ from offmoe.types import ExpertKey
 logger = logging.getLogger(__name__)
 
 CHECK_EVERY_S = 1.0
-"""Between two looks at a shard's identity. Every system call may cost a switch of the interpreter lock, up to 5 ms."""
+"""The least time between two checks of a shard's identity. Every system call may cost a switch of the interpreter lock,
+up to 5 ms."""
 
 DIRECT_REFUSED = (errno.EINVAL, errno.EFAULT, errno.EOPNOTSUPP)
+"""What an unbuffered read fails with where the file system has none."""
 
 ReadAt = Callable[[int, memoryview, int], int]
-"""read_at(descriptor, buffer, offset) -> bytes read, at most len(buffer); 0 at the end of the file. One system call."""
+"""read_at(descriptor, buffer, offset) -> bytes read, at most len(buffer), in one system call. 0: the end of the file.
+"""
 
 
 class Stop(Protocol):
-    """Whether a read is for nothing by now: a threading.Event, say."""
+    """Tells whether a read is no longer wanted, as a threading.Event does."""
 
     def is_set(self) -> bool: ...
 
 
 class ExpertStore:
-    """Reads experts from shards. Thread-safe: any number of readers, each with its own buffer."""
+    """Reads experts from shards. Any number of threads may read at a time, each into its own buffer."""
 
     buffer_bytes: int
-    """A buffer of this size, aligned to ALIGNMENT, holds any expert's windows."""
+    """The size of a buffer that holds any expert. It must be aligned to ALIGNMENT."""
 
     def __init__(
         self,
@@ -64,9 +69,16 @@ class ExpertStore:
     ) -> None:
         """Open the shards and plan every read.
 
-        shards: files that `Segment.shard` counts in. direct: unbuffered reads where file system and platform have them.
-        read_at, clock: how bytes and time are had; given by tests. Raises MissingTensorError (no such shard) or
-        CheckpointError (a shard cannot be opened, or is shorter than the records say).
+        Args:
+            shards: the files that `Segment.shard` is an index into.
+            records: the segments of each expert.
+            direct: read unbuffered where file system and platform can.
+            read_at: reads bytes; the platform's positional read by default. Tests replace it.
+            clock: gives the time in seconds. Tests replace it.
+
+        Raises:
+            MissingTensorError: a shard does not exist.
+            CheckpointError: a shard cannot be opened, or is shorter than the records say.
         """
         self._records = dict(records)
         self._plans = {key: plan_reads(record) for key, record in self._records.items()}
@@ -90,30 +102,43 @@ class ExpertStore:
                 self._warn(shard, shard.refused)
 
     def record(self, key: ExpertKey) -> ExpertRecord:
-        """The expert's segments."""
+        """The segments of one expert."""
         return self._records[key]
 
     def read_into(self, key: ExpertKey, buffer: memoryview, stop: Stop | None = None) -> None:
-        """Read one expert; blocks without the interpreter lock. `segments` says where its tensors then stand.
+        """Read one expert. Blocks without the interpreter lock; `segments` then gives its tensors.
 
-        buffer: writable bytes, at least the expert's windows (`buffer_bytes` always do), aligned to ALIGNMENT;
-        undefined after an error. Raises ShardChangedError (replaced, rewritten, truncated or removed since it was
-        opened), TransferError (the disk failed, or the store is closed) or, if `stop` was set,
-        concurrent.futures.CancelledError.
+        Args:
+            key: the expert.
+            buffer: writable bytes, aligned to ALIGNMENT; `buffer_bytes` are always enough. Undefined after an error.
+            stop: checked before every system call.
+
+        Raises:
+            ShardChangedError: a shard was replaced, rewritten, truncated or removed since it was opened.
+            TransferError: the disk failed, or the store is closed.
+            concurrent.futures.CancelledError: `stop` was set.
         """
         for part in range(self.parts(key)):
             self.read_part(key, part, buffer, stop)
 
     def parts(self, key: ExpertKey) -> int:
-        """Into how many parts the reading of this expert can be divided."""
+        """The number of parts that this expert is read in."""
         return len(self._plans[key].parts)
 
     def read_part(
         self, key: ExpertKey, part: int, buffer: memoryview, stop: Stop | None = None, step: int | None = None
     ) -> None:
-        """One part of `read_into`, to its place in the same buffer; any thread may read any part at any time.
+        """Read one part of an expert to its place in the buffer. Any thread may read any part at any time.
 
-        step: bytes of one system call at most, a multiple of ALIGNMENT; None: all. `stop` is asked before each.
+        Args:
+            key: the expert.
+            part: 0 .. parts(key) - 1.
+            buffer: as in `read_into`; all parts of an expert share one.
+            stop: checked before every system call.
+            step: the most bytes per system call, a multiple of ALIGNMENT. None: no limit.
+
+        Raises:
+            as `read_into`.
         """
         plan = self._plans[key]
         assert len(buffer) >= plan.nbytes
@@ -126,7 +151,7 @@ class ExpertStore:
         try:
             for window in plan.parts[part]:
                 self._read_window(window, buffer, stop, step)
-            # After the read: what was found unchanged now has not changed while it was read.
+            # Checked after the read: a shard that is unchanged now did not change during the read either.
             for number in plan.shards:
                 self._shards[number].check_unchanged(self._clock())
         finally:
@@ -135,32 +160,45 @@ class ExpertStore:
                 self._state.notify_all()
 
     def segments(self, key: ExpertKey, buffer: torch.Tensor) -> list[torch.Tensor]:
-        """Views of a buffer (uint8 [bytes]) that `read_into` filled: uint8 [nbytes] per segment, in record order."""
+        """The segments of one expert in a buffer that `read_into` filled; no bytes move.
+
+        Args:
+            key: the expert.
+            buffer: uint8 [bytes].
+
+        Returns:
+            uint8 [nbytes] per segment, in the order of the record.
+        """
         return [buffer[start : start + nbytes] for start, nbytes in self._plans[key].places]
 
     def arrived(self, key: ExpertKey, part: int) -> list[tuple[int, int, int]]:
-        """What a part holds of each segment that it touches: (index in the record, first byte, end) within it."""
+        """The pieces of segments that one part holds.
+
+        Returns:
+            (index of the segment in the record, first byte within the segment, end) for each segment it touches.
+        """
         plan = self._plans[key]
         first, last = plan.parts[part][0], plan.parts[part][-1]
         begin, end = first.at, last.at + last.nbytes
-        found = []
+        pieces = []
         for index, (start, nbytes) in enumerate(plan.places):
             low, high = max(begin, start), min(end, start + nbytes)
             if low < high:
-                found.append((index, low - start, high - start))
-        return found
+                pieces.append((index, low - start, high - start))
+        return pieces
 
     def close(self) -> None:
-        """Close the files, after reads under way have stopped (at the end of their current system call)."""
+        """Close the files once reads under way have stopped, at the end of their current system call. Idempotent."""
         with self._state:
             self._closed = True
-            # A descriptor closed under a reader could be reopened as another file and be read as weights.
+            # A descriptor closed during a read could be reopened as another file, whose bytes would be read as weights.
             self._state.wait_for(lambda: self._readers == 0)
             for shard in self._shards:
                 shard.close()
             self._shards.clear()
 
     def _check_bounds(self) -> None:
+        """CheckpointError if a segment ends behind its shard's end."""
         for record in self._records.values():
             for segment in record.segments:
                 shard = self._shards[segment.shard]
@@ -171,8 +209,9 @@ class ExpertStore:
                     )
 
     def _read_window(self, window: Window, buffer: memoryview, stop: Stop | None, step: int | None) -> None:
+        """Read one window. Retries a failed read once, and reads on buffered where unbuffered reads are refused."""
         shard = self._shards[window.shard]
-        wanted = min(window.nbytes, shard.size - window.offset)
+        wanted = min(window.nbytes, shard.size - window.offset)  # the last page of a file is not a whole one
         done = 0
         retried = False
         while done < wanted:
@@ -180,7 +219,7 @@ class ExpertStore:
                 raise CancelledError
             if self._closed:
                 raise TransferError("the expert store was closed while it was being read")
-            # After a short read the rest may start anywhere, which only a buffered descriptor can do.
+            # After a short read the rest may start anywhere, and only a buffered descriptor can read from there.
             direct = shard.direct if done % ALIGNMENT == 0 else None
             end = wanted if direct is None else window.nbytes
             end = end if step is None else min(end, done + step)
@@ -208,13 +247,14 @@ class ExpertStore:
             done += read
 
     def _stop_direct(self, shard: _Shard, error: OSError) -> None:
-        # The descriptor stays open until close(): other threads may be reading from it.
+        """Read this shard buffered from now on."""
+        # The unbuffered descriptor stays open until close(): other threads may be reading from it.
         with self._state:
             shard.direct = None
         self._warn(shard, error)
 
     def _warn(self, shard: _Shard, error: OSError) -> None:
-        """Say once per store that reads are buffered; where one shard refuses, its neighbors will."""
+        """Log once per store that reads are buffered: the other shards stand in the same file system."""
         with self._state:
             first, self._warned = not self._warned, True
         if first:
@@ -227,7 +267,7 @@ class ExpertStore:
 
 
 class _Shard:
-    """One open file, buffered and (if it can be had) unbuffered, and what identifies it."""
+    """One open file: a buffered descriptor, an unbuffered one where the file system has it, and the file's identity."""
 
     def __init__(self, path: Path, direct: bool, now: float) -> None:
         self.path = path
@@ -252,9 +292,9 @@ class _Shard:
         self._checked = now
 
     def check_unchanged(self, now: float) -> None:
-        """Raise ShardChangedError if the path no longer leads to the file that was opened, unmodified.
+        """ShardChangedError if the path no longer names the file that was opened, or if that was modified.
 
-        Looks at most once in CHECK_EVERY_S; after a change it looks, and raises, every time.
+        Checks at most once in CHECK_EVERY_S. After a change it checks, and raises, at every call.
         """
         if now - self._checked < CHECK_EVERY_S:
             return
@@ -275,9 +315,9 @@ class _Shard:
 
 
 def positional_read() -> ReadAt:
-    """The platform's way to read at an offset, safe to call from several threads on one descriptor.
+    """The platform's read at an offset, which several threads may call on one descriptor.
 
-    `preadv` fills the caller's buffer; `pread` (older systems) copies once; elsewhere seek and read under a lock.
+    `preadv` reads into the caller's buffer. `pread` (older systems) copies once. Elsewhere a lock guards seek and read.
     """
     if hasattr(os, "preadv"):
         return lambda descriptor, buffer, offset: os.preadv(descriptor, [buffer], offset)
