@@ -12,7 +12,8 @@ from offmoe.compute.kernels.cpu import Glu
 from offmoe.compute.kernels.device import Pairs
 from offmoe.compute.kernels.operands import GatedOperands, Operand, coded_operand, float_operand, packed_operand
 from offmoe.pack.quantizer import quantize
-from offmoe.quant import Mxfp4, PackedInt, ScaledFloat
+from offmoe.quant.float_formats import Mxfp4, ScaledFloat
+from offmoe.quant.int_formats import PackedInt
 from offmoe.quant.packed_weight import INT8, MXFP4, PackedWeight, WeightFormat, int4
 from offmoe.storage.layout import PARAM_ALIGNMENT, ExpertLayout, aligned
 

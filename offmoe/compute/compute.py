@@ -28,7 +28,7 @@ from offmoe.compute.kernels.cpu import CpuKernels, Rows, cpu_kernels, physical_c
 from offmoe.compute.kernels.device import DeviceKernels, Pairs, available
 from offmoe.device.arena import SlotArena
 from offmoe.errors import OffmoeError, UnsupportedModelError
-from offmoe.quant import ExpertDecoding
+from offmoe.quant.decode import ExpertDecoding
 from offmoe.storage.layout import ExpertLayout
 from offmoe.transfer.arrival import Arriving
 

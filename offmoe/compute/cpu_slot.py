@@ -30,7 +30,7 @@ from offmoe.compute.kernels import ExpertMath
 from offmoe.compute.kernels.cpu import BF16_GROUP, GatedExpert, Glu, Weight
 from offmoe.compute.kernels.library import MAX_TOKENS
 from offmoe.errors import UnsupportedModelError
-from offmoe.quant import ExpertDecoding
+from offmoe.quant.decode import ExpertDecoding
 from offmoe.quant.kernel_words import format_of, is_rows_first, rows_of
 from offmoe.quant.packed_weight import TILE_ROWS, PackedWeight, WeightFormat
 from offmoe.storage.layout import Assembly, ExpertLayout, Segment

@@ -17,7 +17,8 @@ from offmoe.compute.kernels import ExpertMath, GatedFFN
 from offmoe.compute.kernels.cpu import Glu
 from offmoe.compute.kernels.gating import gating_of
 from offmoe.errors import UnsupportedModelError
-from offmoe.quant import Codec, ExpertDecoding
+from offmoe.quant.codec import Codec
+from offmoe.quant.decode import ExpertDecoding
 from offmoe.storage.layout import Destination, ExpertLayout
 
 MATRICES = ("gate", "up", "down")

@@ -15,7 +15,7 @@ from offmoe.compute.kernels import ExpertMath
 from offmoe.compute.kernels.cpu import Glu
 from offmoe.compute.kernels.operands import GatedOperands, Operand, coded_operand, float_operand
 from offmoe.errors import UnsupportedModelError
-from offmoe.quant import ExpertDecoding
+from offmoe.quant.decode import ExpertDecoding
 from offmoe.quant.kernel_words import is_rows_first
 from offmoe.storage.layout import ExpertLayout, Param
 

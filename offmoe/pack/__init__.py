@@ -1,0 +1,1 @@
+"""Writes a checkpoint with quantized experts: once (`offmoe pack`), or into a temporary folder while a model loads."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from offmoe.quant import PackedInt
+from offmoe.quant.int_formats import PackedInt
 from offmoe.quant.packed_weight import TILE_ROWS, WeightFormat
 
 BLOCK_VALUES = 1 << 18

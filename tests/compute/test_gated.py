@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from offmoe.compute.gated import Rows, StoredTensor, gated_form, stored_tensors
 from offmoe.compute.kernels import GatedFFN
 from offmoe.errors import UnsupportedModelError
-from offmoe.quant import ExpertDecoding, Leaf
+from offmoe.quant.decode import ExpertDecoding, Leaf
 from offmoe.storage.layout import Assembly, Destination, ExpertLayout
 
 HIDDEN, INNER = 8, 6

@@ -10,8 +10,10 @@ import torch
 from safetensors import safe_open
 from transformers.integrations import finegrained_fp8, mxfp4
 
-from offmoe.quant import Awq, Codec, Gptq, Mxfp4, PackedInt, ScaledFloat, Spec
 from offmoe.quant.bitsandbytes import read_state
+from offmoe.quant.codec import Codec, Spec
+from offmoe.quant.float_formats import Mxfp4, ScaledFloat
+from offmoe.quant.int_formats import Awq, Gptq, PackedInt
 from offmoe.quant.kernel_words import format_of, rows_of
 from offmoe.quant.packed_weight import SCALES, PackedWeight, WeightFormat
 

@@ -18,7 +18,7 @@ from offmoe.compute.kernels.operands import GatedOperands, Operand, coded_operan
 from offmoe.device.arena import SlotArena
 from offmoe.device.backend import select_backend
 from offmoe.pack.quantizer import quantize
-from offmoe.quant import ScaledFloat
+from offmoe.quant.float_formats import ScaledFloat
 from offmoe.quant.packed_weight import INT8, MXFP4, PackedWeight, WeightFormat, int4
 from offmoe.storage.layout import ExpertLayout
 from tools.bench.gpu_section import MIB, Section, seconds

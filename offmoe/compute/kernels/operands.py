@@ -16,7 +16,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from offmoe.errors import UnsupportedModelError
-from offmoe.quant import Codec, Mxfp4, PackedInt, ScaledFloat
+from offmoe.quant.codec import Codec
+from offmoe.quant.float_formats import Mxfp4, ScaledFloat
+from offmoe.quant.int_formats import PackedInt
 from offmoe.quant.packed_weight import SCALES, TILE_ROWS, ZEROS, WeightFormat
 from offmoe.storage.layout import ExpertLayout, Param
 

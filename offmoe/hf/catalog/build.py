@@ -27,7 +27,7 @@ from offmoe.hf.catalog.convert import ExpertConversion, Group, Kind, Value, dest
 from offmoe.hf.catalog.dense_view import DenseView
 from offmoe.hf.catalog.shared_lists import check_count, divide, repeat_tied
 from offmoe.hf.upstream import MappedName, map_names
-from offmoe.quant import RawSlot, raw_slot
+from offmoe.quant.raw_slot import RawSlot, raw_slot
 from offmoe.storage.checkpoint import Checkpoint
 from offmoe.storage.layout import Assembly, Destination, ExpertLayout, ExpertRecord
 

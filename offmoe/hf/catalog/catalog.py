@@ -15,7 +15,7 @@ from offmoe.compute.kernels.library import status
 from offmoe.errors import UnsupportedModelError
 from offmoe.hf.adapters.find import find_experts, require_adapter
 from offmoe.hf.catalog.dense_view import DenseView
-from offmoe.quant import ExpertDecoding
+from offmoe.quant.decode import ExpertDecoding
 from offmoe.storage.checkpoint import Checkpoint
 from offmoe.storage.layout import Assembly, ExpertLayout, ExpertRecord
 from offmoe.types import CacheShape, ExpertKey

@@ -20,7 +20,7 @@ import torch
 
 from offmoe.errors import CheckpointError, UnsupportedModelError
 from offmoe.hf.upstream import Concat, Merge, Swap, WeightConverter, run_converter, steps
-from offmoe.quant import Encoding
+from offmoe.quant.codec import Encoding
 from offmoe.storage.layout import Destination
 
 if TYPE_CHECKING:

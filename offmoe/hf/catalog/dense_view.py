@@ -23,7 +23,7 @@ import torch
 
 from offmoe.errors import CheckpointError, MissingTensorError, ShardChangedError, UnsupportedModelError
 from offmoe.hf.catalog.quant_config import ACTIVATIONS, REMEDY, Method, read_method
-from offmoe.quant import Codec, Encoding, Spec
+from offmoe.quant.codec import Codec, Encoding, Spec
 from offmoe.quant.raw_slot import OFFSET, STATE, offset_of
 from offmoe.storage.checkpoint import Checkpoint
 from offmoe.storage.header import TensorInfo

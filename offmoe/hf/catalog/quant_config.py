@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from offmoe.errors import CheckpointError, UnsupportedModelError
-from offmoe.quant import Awq, Codec, Gptq, Mxfp4, PackedInt, ScaledFloat, Spec
 from offmoe.quant.bitsandbytes import read_state
+from offmoe.quant.codec import Codec, Spec
+from offmoe.quant.float_formats import Mxfp4, ScaledFloat
+from offmoe.quant.int_formats import Awq, Gptq, PackedInt
 from offmoe.quant.raw_slot import STATE
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,9 @@ import torch
 
 from offmoe.errors import CheckpointError, OffmoeError, UnsupportedModelError
 from offmoe.hf.catalog.quant_config import read_method
-from offmoe.quant import Awq, Gptq, Mxfp4, PackedInt, ScaledFloat, Spec
+from offmoe.quant.codec import Spec
+from offmoe.quant.float_formats import Mxfp4, ScaledFloat
+from offmoe.quant.int_formats import Awq, Gptq, PackedInt
 from tests import quantized
 
 
