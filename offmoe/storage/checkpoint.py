@@ -206,7 +206,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _stays_inside(file: str) -> bool:
-    """Whether a file name is a path inside the folder. Links are not resolved: the Hub's cache links to other folders."""
+    """Whether a file name is a path inside the folder. Links are not resolved: the Hub's cache links to elsewhere."""
     if not file.endswith(".safetensors") or "\0" in file or not file.isprintable():
         return False
     for path in (PurePosixPath(file), PureWindowsPath(file)):
