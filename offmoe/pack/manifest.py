@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from offmoe.errors import ConfigError
 from offmoe.hf.load.load import CONFIG_FILE, PACK_MANIFEST
-from offmoe.pack.loss import Loss
+from offmoe.pack.quantizer import Loss
 from offmoe.quant.packed_weight import WeightFormat
 from offmoe.storage.checkpoint import Checkpoint
 from offmoe.storage.shard_writer import write_file

@@ -33,10 +33,9 @@ from offmoe.hf.catalog.build import build_catalog
 from offmoe.hf.catalog.quant_config import quantization_method
 from offmoe.hf.hub.locate import MODEL_FILES, locate
 from offmoe.hf.load.load import CONFIG_FILE, PACK_MANIFEST, build_meta, model_class, read_config, require_index
-from offmoe.pack.loss import Loss
 from offmoe.pack.manifest import Finished, Manifest
 from offmoe.pack.plan import Item, NewShard, check_loads, encode, plan_shards, quantization_config, raw_parts
-from offmoe.pack.quantizer import Quantizer, quantizer
+from offmoe.pack.quantizer import Loss, Quantizer, quantizer
 from offmoe.quant.packed_weight import INT8, WeightFormat, int4
 from offmoe.storage.checkpoint import INDEX_FILE, Checkpoint
 from offmoe.storage.shard_writer import digest_of, fill, octets, read_chunks, write_file

@@ -1,73 +1,96 @@
-"""Float weights to int4 and int8: scales and zero points that minimize the squared error of each group.
+"""Quantizes float weights to int4 and int8, and measures what that changed.
 
-What moves: one weight at a time, through a few passes per candidate scale over values that stay in the nearest cache;
-arithmetic bounds it. Rounding to nearest with a scale of max|w| / 7 wastes the sixteenth level and stretches the step
-to one outlier. Here the scale is signed, so that the largest value, whatever its sign, lies on level -8; a few narrower
-and wider scales are tried beside it; then the scale that fits the chosen levels best (least squares) is taken, twice.
-On Gaussian weights in groups of 64 the squared error falls to 0.70 of that of rounding to nearest, 0.66 with zero
-points; forty candidates instead of six gain 0.005 more.
-
-The C encoder (kernels/native/encode.h) does the work where it was built. What it gives is defined here, in torch's
-operators and in an order of sums that both keep, so the bits are the same with and without a compiler, on every
-instruction set and with any number of threads.
-
-What it must never do: pass on a weight that is not finite, or depend on how the rows were cut into blocks.
+`fit` defines the result in torch's operators. The C encoder (compute/kernels/native/encode.h) gives the same bits about
+forty times as fast where it was built. The loss is measured on the tensors that will be written, so that a mistake on
+the way to them shows too. A weight that is not finite is refused.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from types import TracebackType
-from typing import NamedTuple
 
 import torch
 
 from offmoe.compute.kernels.cpu import physical_cores
 from offmoe.compute.kernels.library import SCALE_TYPES, EncodedStruct, EncodingStruct, Library, Threads, status
 from offmoe.errors import CapacityError, CheckpointError
-from offmoe.pack.loss import Loss, loss_of
+from offmoe.pack.fit import FACTORS, INT8_FACTORS, REFITS, Fitting, fit_asymmetric, fit_symmetric, round_to_nearest
+from offmoe.quant.int_formats import PackedInt
 from offmoe.quant.packed_weight import SYMMETRIC_ZERO, TILE_ROWS, PackedWeight, WeightFormat, pack_words
 
 BLOCK_VALUES = 1 << 18
-"""Values that torch quantizes at once: their intermediates stay in a core's cache."""
-
-FACTORS = (1.0, 8 / 7, 0.94, 0.88, 0.82, 0.76)
-"""Scales tried, relative to the one that maps the largest value to the last level. With the first two, what already is
-on sixteen or on fifteen levels stays as it is.
-"""
-
-REFITS = 2
-"""Rounds of fitting the scale to the levels by least squares and rounding again."""
-
-INT8_FACTORS = (1.0, 0.96)
-"""One step of int8 is small beside the largest value, so little is gained by cutting it."""
-
-SPAN = 128
-"""Values whose sixteen partial sums are added up before the next ones begin; encode.h."""
+"""Weights that torch quantizes or compares at once, so that intermediates stay in a core's cache."""
 
 MAX_FACTORS = 16
-"""Of `struct encoding`."""
+"""The most scales that `struct encoding` of the C encoder holds."""
 
 NOT_FINITE = 3
-"""What the encoder answers for such a weight; encode.c."""
+"""The C encoder's status for a weight that is not finite (encode.c)."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What quantizing changed.
+
+    Args:
+        max_error: the largest |error|.
+        total_error: sum of |error|.
+        total_squared: sum of error^2.
+        total_square: sum of weight^2.
+        values: number of weights.
+    """
+
+    max_error: float = 0.0
+    total_error: float = 0.0
+    total_squared: float = 0.0
+    total_square: float = 0.0
+    values: int = 0
+
+    def __add__(self, other: Loss) -> Loss:
+        return Loss(
+            max(self.max_error, other.max_error),
+            self.total_error + other.total_error,
+            self.total_squared + other.total_squared,
+            self.total_square + other.total_square,
+            self.values + other.values,
+        )
+
+    @property
+    def mean_error(self) -> float:
+        """Mean |error|."""
+        return self.total_error / max(1, self.values)
+
+    @property
+    def relative_error(self) -> float:
+        """The norm of the error divided by the norm of the weights."""
+        return math.sqrt(self.total_squared / self.total_square) if self.total_square else 0.0
 
 
 class Quantizer(ABC):
-    """Quantizes one weight after the other, and says what that lost; a context manager. Threads take turns."""
+    """Quantizes weights one at a time, and measures the loss. A context manager; threads that call it take turns."""
 
     @abstractmethod
     def __call__(self, weight: torch.Tensor, how: WeightFormat, name: str = "weight") -> PackedWeight:
-        """As `quantize`."""
+        """Quantize one weight; see `quantize`."""
 
     @abstractmethod
     def loss(self, weight: torch.Tensor, how: WeightFormat, raw: Mapping[str, torch.Tensor]) -> Loss:
-        """As `loss_of`: of weight [N, K] once it is decoded from `raw`."""
+        """Compare a weight with what its file will decode to.
+
+        Args:
+            weight: the original, [N, K], any float dtype.
+            how: the format it was quantized to.
+            raw: the quantized weight as `PackedInt` takes it: packed, scale and, with zero points, zero.
+        """
 
     @abstractmethod
     def close(self) -> None:
-        """End its threads; idempotent."""
+        """End the quantizer's threads. Idempotent."""
 
     def __enter__(self) -> Quantizer:
         return self
@@ -77,7 +100,13 @@ class Quantizer(ABC):
 
 
 class NativeQuantizer(Quantizer):
-    """The C encoder with a pool of threads of its own, one per core unless told."""
+    """The C encoder, with a pool of threads of its own.
+
+    Args:
+        library: the compiled kernels.
+        threads: size of the pool; None: one per physical core.
+        variant: instruction set; None: the best that the processor has.
+    """
 
     def __init__(self, library: Library, threads: int | None = None, variant: str | None = None) -> None:
         self._calls, self._variant = library.calls, library.variant(variant)
@@ -104,10 +133,10 @@ class NativeQuantizer(Quantizer):
             candidates=len(tried),
             refits=REFITS,
         )
-        said = self._calls.offmoe_encode(self._threads.handle, self._variant, ctypes.byref(encoding))
-        if said == NOT_FINITE:
+        result = self._calls.offmoe_encode(self._threads.handle, self._variant, ctypes.byref(encoding))
+        if result == NOT_FINITE:
             raise _not_finite(name)
-        if said:
+        if result:
             raise CapacityError(f"no memory to quantize {name}; use fewer threads")
         return out
 
@@ -139,47 +168,70 @@ class NativeQuantizer(Quantizer):
 
 
 class TorchQuantizer(Quantizer):
-    """torch's operators, by definition right; about a fortieth of the C encoder's speed."""
+    """torch's operators: the definition, at about a fortieth of the C encoder's speed."""
 
     def __call__(self, weight: torch.Tensor, how: WeightFormat, name: str = "weight") -> PackedWeight:
-        return _by_blocks(weight, how, name, _fit_asymmetric if how.zero_points else _fit_symmetric)
+        return _by_blocks(weight, how, name, fit_asymmetric if how.zero_points else fit_symmetric)
 
     def loss(self, weight: torch.Tensor, how: WeightFormat, raw: Mapping[str, torch.Tensor]) -> Loss:
-        return loss_of(weight, how, raw)
+        return _loss_by_blocks(weight, how, raw)
 
     def close(self) -> None:
         pass
 
 
 def quantizer(threads: int | None = None) -> Quantizer:
-    """The fastest that this installation and processor have."""
+    """The fastest quantizer that this installation has. threads: as `NativeQuantizer`."""
     library = status().library
     return TorchQuantizer() if library is None else NativeQuantizer(library, threads)
 
 
 def quantize(weight: torch.Tensor, how: WeightFormat, name: str = "weight", search: bool = True) -> PackedWeight:
-    """weight [N, K], any float dtype -> words row by row.
+    """Quantize one weight.
 
-    search=False rounds to nearest with symmetric absmax scales, the baseline that benchmarks compare with.
-    UnsupportedModelError if the shape is no multiple of tiles and groups; CheckpointError for NaN or infinity.
+    Args:
+        weight: [N, K], any float dtype.
+        how: an int4 or int8 format.
+        name: the weight's name for messages.
+        search: look for the best scales; else round to nearest with scales max|w| / 7 or / 127, the baseline that
+            benchmarks compare with.
+
+    Returns:
+        The weight row by row.
+
+    Raises:
+        UnsupportedModelError: the format cannot hold the shape.
+        CheckpointError: the weight holds NaN or infinity.
     """
     if not search:
-        return _by_blocks(weight, how, name, _round_to_nearest)
-    with quantizer() as one:
-        return one(weight, how, name)
+        return _by_blocks(weight, how, name, round_to_nearest)
+    with quantizer() as best:
+        return best(weight, how, name)
 
 
-class _Fit(NamedTuple):
-    """A way to write groups: scale, zero, error [B, 1]; level [B, G]; all float32."""
-
-    scale: torch.Tensor
-    zero: torch.Tensor
-    level: torch.Tensor
-    error: torch.Tensor
+def codec_of(how: WeightFormat) -> PackedInt:
+    """The codec that decodes weights of this format."""
+    return PackedInt(how.bits, how.group, symmetric=not how.zero_points)
 
 
-Fitting = Callable[[torch.Tensor, WeightFormat], _Fit]
-"""Groups [B, G], float32 -> how they are written."""
+def _loss_by_blocks(weight: torch.Tensor, how: WeightFormat, raw: Mapping[str, torch.Tensor]) -> Loss:
+    total, (count, cols) = Loss(), weight.shape
+    rows = max(TILE_ROWS, BLOCK_VALUES // cols // TILE_ROWS * TILE_ROWS)
+    for start in range(0, count, rows):
+        stop = min(start + rows, count)
+        part = {"packed": raw["packed"][start:stop], "scale": raw["scale"][start:stop]}
+        if "zero" in raw:
+            part["zero"] = raw["zero"][start // how.word_values : stop // how.word_values]
+        block = weight[start:stop].float().reshape(-1)
+        error = codec_of(how).decode(part, torch.float32).view(-1).sub_(block).abs_()
+        total += Loss(
+            max_error=float(error.max()),
+            total_error=float(error.sum()),
+            total_squared=float(error.dot(error)),
+            total_square=float(block.dot(block)),
+            values=block.numel(),
+        )
+    return total
 
 
 def _by_blocks(weight: torch.Tensor, how: WeightFormat, name: str, fitting: Fitting) -> PackedWeight:
@@ -200,94 +252,8 @@ def _by_blocks(weight: torch.Tensor, how: WeightFormat, name: str, fitting: Fitt
     return out
 
 
-def _round_to_nearest(w: torch.Tensor, how: WeightFormat) -> _Fit:
-    assert not how.zero_points
-    top = 2 ** (how.bits - 1)
-    return _evaluate(w, w.abs().amax(-1, keepdim=True) / (top - 1), w.new_zeros(()), -top, top - 1, how)
-
-
-def _fit_symmetric(w: torch.Tensor, how: WeightFormat) -> _Fit:
-    top = 2 ** (how.bits - 1)  # levels -top .. top - 1
-    high, low = w.amax(-1, keepdim=True), w.amin(-1, keepdim=True)
-    step = torch.where(high >= -low, high, low) / -top
-    zero = w.new_zeros(())
-
-    def at(scale: torch.Tensor) -> _Fit:
-        return _evaluate(w, scale, zero, -top, top - 1, how)
-
-    best = _best(at, [step * factor for factor in (FACTORS if how.bits == 4 else INT8_FACTORS)])
-    for _ in range(REFITS):
-        best = _better(best, at(_slope(best.level, w)))
-    return best
-
-
-def _fit_asymmetric(w: torch.Tensor, how: WeightFormat) -> _Fit:
-    """Levels 0 .. 15 around an integer zero point."""
-    high, low = w.amax(-1, keepdim=True).clamp_min(0), w.amin(-1, keepdim=True).clamp_max(0)
-    middle, mean, count = (high + low) / 2, _total(w) / w.shape[-1], w.shape[-1]
-
-    def at(scale: torch.Tensor, zero: torch.Tensor) -> _Fit:
-        return _evaluate(w, scale, zero.round().clamp(0, 15), 0, 15, how)
-
-    best = _best(lambda scale: at(scale, 7.5 - middle / _usable(scale)), [(high - low) / 15 * f for f in FACTORS])
-    for _ in range(REFITS):
-        # Scale and zero together, then the scale alone for the zero that was rounded.
-        levels = _total(best.level) / count
-        scale = _slope(best.level - levels, w - mean)
-        best = _better(best, at(scale, levels - mean / _usable(scale)))
-        best = _better(best, at(_slope(best.level - best.zero, w), best.zero))
-    return best
-
-
-def _evaluate(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, low: int, high: int, how: WeightFormat) -> _Fit:
-    scale = _usable(scale.to(how.scale_dtype).float())  # as it will be read back
-    level = (w * (1 / scale)).add_(zero).clamp_(low, high).round_()
-    error = _total((level - zero).mul_(scale).sub_(w).square_())
-    return _Fit(scale, zero, level, error)
-
-
-def _best(at: Callable[[torch.Tensor], _Fit], scales: list[torch.Tensor]) -> _Fit:
-    best = at(scales[0])
-    for scale in scales[1:]:
-        best = _better(best, at(scale))
-    return best
-
-
-def _better(a: _Fit, b: _Fit) -> _Fit:
-    """Group by group the one with the smaller error; a where they are equal, or b's is not a number."""
-    return _Fit(*(torch.where(b.error < a.error, y, x) for x, y in zip(a, b, strict=True)))
-
-
-def _slope(level: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """Of w over the levels, by least squares: [B, G] each -> [B, 1]."""
-    return _total(level * w) / _total(level.square()).clamp_min(1.0)
-
-
-def _total(x: torch.Tensor) -> torch.Tensor:
-    """[B, G] -> [B, 1]: sixteen partial sums per span, their halves added, then span by span.
-
-    torch's own sum has another order on every instruction set.
-    """
-    groups, count = x.shape
-    span = next(n for n in (SPAN, 64, 32, TILE_ROWS) if count % n == 0)
-    lanes = x.view(groups, count // span, -1, TILE_ROWS)  # [B, spans, chunks, 16]
-    sums = lanes[:, :, 0]
-    for chunk in range(1, span // TILE_ROWS):
-        sums = sums + lanes[:, :, chunk]
-    while (half := sums.shape[-1] // 2) > 0:
-        sums = sums[..., :half] + sums[..., half:]
-    total = sums[:, 0]  # [B, 1]
-    for i in range(1, count // span):
-        total = total + sums[:, i]
-    return total
-
-
-def _usable(scale: torch.Tensor) -> torch.Tensor:
-    """Scales with an inverse: a group of zeros, or of numbers too small for a scale, becomes zeros of scale 1."""
-    return torch.where(scale.abs() < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
-
-
 def _checked(weight: torch.Tensor, how: WeightFormat, name: str) -> tuple[int, int]:
+    """The weight's shape; an error if the format cannot hold it."""
     rows, cols = weight.shape
     how.check(name, rows, cols)
     assert how.kind in ("int4", "int8"), how
@@ -302,7 +268,7 @@ def _empty(rows: int, cols: int, how: WeightFormat) -> PackedWeight:
 
 
 def _readable(weight: torch.Tensor) -> torch.Tensor:
-    """Rows of a dtype that the library reads."""
+    """The weight, contiguous, in a dtype that the library reads."""
     return (weight if weight.dtype in (torch.bfloat16, torch.float16) else weight.float()).contiguous()
 
 

@@ -1,10 +1,9 @@
-"""bitsandbytes in 4 bits, nf4 and fp4: codes into a table of 16 values, a largest magnitude for every block.
+"""bitsandbytes in 4 bits, nf4 and fp4: each code is an index into a table of 16 values, scaled per block.
 
-What moves: half a byte per weight and its share of a block's magnitude in, the matrix out by way of float32; bounded by
-memory. With double quantization the magnitudes are codes too: into a table of 256 values, scaled per block of blocks
-and shifted. Products are formed in float32 and rounded to the dtype that was quantized, then cast, as bitsandbytes
-0.50 does (backends/default/ops.py dequantize_4bit, functional.py QuantState). Must never take a table for granted: it
-comes with every weight.
+The scale is the largest magnitude of the block (absmax). With double quantization the magnitudes are codes too: indices
+into a table of 256 values, scaled per block of blocks and shifted by an offset. Every weight has its own tables in the
+checkpoint. Products are formed in float32, rounded to the dtype that was quantized, then cast, as in bitsandbytes 0.50
+(backends/default/ops.py dequantize_4bit, functional.py QuantState).
 """
 
 from __future__ import annotations
@@ -20,11 +19,18 @@ from offmoe.quant.codec import Spec, expect
 
 @dataclass(frozen=True)
 class Blockwise4Bit:
-    """One weight of bitsandbytes: `dense` is its shape, `block` and `nested` count elements of a block.
+    """One 4-bit weight of bitsandbytes.
 
-    Components: weight (any dtype; a byte holds two codes, the first in the high half), absmax [blocks], quant_map
-    float32 [16], offset float32 []; and if `nested`, whose absmax is uint8, nested_absmax float32 and nested_quant_map
-    float32 [256]. stored: the dtype that was quantized.
+    Components: weight (any dtype; a byte holds two codes, the first in its high half), absmax [blocks] (float32, or
+    uint8 if nested), quant_map float32 [16], offset float32 []. If nested also nested_absmax float32 [blocks of blocks]
+    and nested_quant_map float32 [256].
+
+    Args:
+        dense: shape of the weight.
+        block: weights per block.
+        stored: the dtype that was quantized.
+        nested: magnitudes per block of blocks, with double quantization; else None.
+        kind: "nf4" or "fp4".
     """
 
     dense: tuple[int, ...]
@@ -54,8 +60,8 @@ class Blockwise4Bit:
             wanted["nested_absmax"] = Spec((-(-blocks // self.nested),), torch.float32)
             wanted["nested_quant_map"] = Spec((256,), torch.float32)
         for component, spec in wanted.items():
-            found = specs[component]
-            expect(found == spec, f"{component} is {found.dtype} {list(found.shape)}, not {spec.dtype} {spec.shape}")
+            actual = specs[component]
+            expect(actual == spec, f"{component} is {actual.dtype} {list(actual.shape)}, not {spec.dtype} {spec.shape}")
         return self.dense
 
     def decode(self, raw: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
@@ -77,8 +83,13 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def read_state(octets: bytes) -> tuple[Blockwise4Bit, float]:
-    """The JSON that bitsandbytes stores beside a weight -> (codec, offset of the magnitudes); ValueError if it is not
-    one.
+    """Read the JSON that bitsandbytes stores with a weight (its quant_state).
+
+    Returns:
+        The codec, and the offset of the magnitudes.
+
+    Raises:
+        ValueError: it is no such JSON.
     """
     try:
         state = json.loads(octets)

@@ -1,8 +1,7 @@
-"""From the raw tensors in a slot to the parameters that an expert computes with, at the moment of computing.
+"""Decodes one expert: the raw tensors in its slot become the parameters that its module computes with.
 
-What moves: one expert's raw bytes are read from its slot and its parameters written beside it, for as long as its
-tokens need them; a quantized slot is as large as the expert is at rest. Bounded by the device's memory: it costs a few
-passes over one expert, once per expert and step. Must never depend on anything but the slot's bytes.
+A slot holds the expert as it is at rest. Its parameters exist only while its tokens are computed, which costs a few
+passes over one expert per step. The result depends on the slot's bytes alone.
 """
 
 from __future__ import annotations
@@ -16,13 +15,17 @@ from offmoe.quant.codec import Codec
 from offmoe.storage.layout import Assembly
 
 WORKING_BYTES = 10
-"""Per weight of the matrix being decoded, beside the result: codes as bytes and as indices, products in float32."""
+"""Temporary bytes per weight while a matrix is decoded: its codes as bytes and as indices, its products in float32."""
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """One tensor of a checkpoint as it would be without quantization: `params` are its raw tensors in the slot, by
-    component; without a codec there is one, "weight". `shape` is the dense one.
+    """One tensor of an expert in a slot.
+
+    Args:
+        codec: decodes it; None if it is not quantized.
+        params: component -> name of its parameter in the slot. A tensor that is not quantized has one, "weight".
+        shape: the tensor's shape once decoded.
     """
 
     codec: Codec | None
@@ -30,23 +33,38 @@ class Leaf:
     shape: tuple[int, ...]
 
     def decode(self, views: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """The dense tensor in `dtype`. views: the slot's parameters by name."""
         raw = {component: views[param] for component, param in self.params.items()}
         return raw["weight"].to(dtype) if self.codec is None else self.codec.decode(raw, dtype)
 
 
 @dataclass(frozen=True)
 class ExpertDecoding:
-    """Leaves in the order that `assembly` takes them in; `shapes` are those of the parameters it makes."""
+    """Decodes the expert in one slot; all experts of a layer share one.
+
+    Args:
+        leaves: the expert's tensors, in the order that `assembly` takes them.
+        assembly: makes parameters out of decoded tensors.
+        shapes: the parameters' shapes by name.
+    """
 
     leaves: tuple[Leaf, ...]
     assembly: Assembly
     shapes: Mapping[str, tuple[int, ...]]
 
     def __call__(self, views: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """views: of a slot, by the layout's names -> parameters by name, contiguous, in `dtype`."""
+        """Decode one expert.
+
+        Args:
+            views: the slot's parameters, from `ExpertLayout.views`.
+            dtype: dtype of the result.
+
+        Returns:
+            The expert's parameters by name, contiguous.
+        """
         if self.assembly.convert is not None:
-            made = self.assembly.convert([leaf.decode(views, dtype) for leaf in self.leaves])
-            return {name: tensor.to(dtype).contiguous() for name, tensor in made.items()}
+            params = self.assembly.convert([leaf.decode(views, dtype) for leaf in self.leaves])
+            return {name: tensor.to(dtype).contiguous() for name, tensor in params.items()}
         device = next(iter(views.values())).device
         out = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in self.shapes.items()}
         for leaf, part in zip(self.leaves, self.assembly.destinations, strict=True):
@@ -54,7 +72,7 @@ class ExpertDecoding:
         return out
 
     def nbytes(self, dtype: torch.dtype) -> int:
-        """Most bytes that a call holds at a time: the parameters and the largest leaf on its way."""
+        """The most bytes that a call holds at a time: the parameters, and the largest tensor while it is decoded."""
         whole = sum(torch.Size(shape).numel() for shape in self.shapes.values()) * dtype.itemsize
         largest = max(torch.Size(leaf.shape).numel() for leaf in self.leaves)
         kept = whole if self.assembly.convert is not None else 0

@@ -1,10 +1,9 @@
-"""Weights in 8-bit or 4-bit floating point with scales: FP8 (DeepSeek-V3 and what vLLM reads) and MXFP4 (gpt-oss).
+"""Weights in 8-bit or 4-bit floating point with scales: FP8 (DeepSeek-V3, vLLM) and MXFP4 (gpt-oss).
 
-What moves: one byte (FP8) or half a byte (MXFP4) per weight in, the matrix out, by way of float32; bounded by memory.
-Products are formed in float32 and rounded once, as transformers does when it dequantizes (5.23:
-integrations/finegrained_fp8.py Fp8Dequantize, integrations/mxfp4.py convert_moe_packed_tensors). Must never take the
-size of a block from the size of the scale grid: 192 rows in blocks of 128 have two rows of scales, as 192 rows in
-blocks of 96 have (transformers 5.23 takes the latter on a CPU).
+Products are formed in float32 and rounded once, as when transformers 5.23 dequantizes (integrations/finegrained_fp8.py
+Fp8Dequantize, integrations/mxfp4.py convert_moe_packed_tensors). The size of an FP8 block comes from the config, never
+from the size of the scale grid: 192 rows have two rows of scales in blocks of 128 and in blocks of 96 (transformers
+5.23 assumes the latter on a CPU).
 """
 
 from __future__ import annotations
@@ -18,14 +17,17 @@ from offmoe.quant.codec import Spec, expect, nibbles
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu, torch.uint8)
-"""Dtypes of scales; bytes are exponents of two, which is what float8_e8m0fnu means."""
+"""The dtypes that scales may have. uint8 holds exponents of two, as float8_e8m0fnu does."""
 
 
 @dataclass(frozen=True)
 class ScaledFloat:
-    """FP8 weights [rows, cols] with a scale per `block` (rows, cols; ragged at the ends), per row, or for all.
+    """FP8 weights [rows, cols] with one scale per block, per row or for the whole matrix.
 
-    Components: weight, scale. Without `block` no scale per block is accepted.
+    Components: weight (FP8), scale.
+
+    Args:
+        block: (rows, cols) of a block; blocks at the end may be smaller. None: scales per block are refused.
     """
 
     block: tuple[int, int] | None = None
@@ -56,9 +58,15 @@ class ScaledFloat:
         return weight.to(dtype)
 
     def scales_of_groups(self, weight: tuple[int, ...], scale: torch.Tensor, group: int) -> torch.Tensor:
-        """Scales of a weight [rows, cols] for every row and `group` of columns, which divides both blocks and cols.
+        """The scale of every row and group of columns.
 
-        float32 [rows, cols / group], a view where all groups of a row have one.
+        Args:
+            weight: the weight's shape, (rows, cols).
+            scale: the component.
+            group: columns per group; divides the blocks' columns and cols.
+
+        Returns:
+            float32 [rows, cols / group]; a view where all groups of a row share one scale.
         """
         rows, cols = weight
         scale = _float_scales(scale)
@@ -85,8 +93,10 @@ def _by_row(weight: tuple[int, ...], scale: tuple[int, ...]) -> bool:
 
 @dataclass(frozen=True)
 class Mxfp4:
-    """gpt-oss: components blocks uint8 [out, groups, 16] (two weights a byte, low half first), scales uint8
-    [out, groups] (exponents, bias 127) -> [in, out], which is how its experts multiply.
+    """MXFP4 as gpt-oss stores it. Decodes to [in, out], the order in which its experts multiply.
+
+    Components: blocks uint8 [out, groups, 16] (two weights per byte, the low half first), scales uint8 [out, groups]
+    (exponents of two, bias 127).
     """
 
     name = "mxfp4"
@@ -104,10 +114,10 @@ class Mxfp4:
 
     def decode(self, raw: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         codes = nibbles(raw["blocks"])  # [out, groups, 32]
-        # E2M1 as float16: same sign, exponent and mantissa in other places, and 2**14 between the two biases
+        # E2M1 has the same fields as float16 in other places, and an exponent bias that is smaller by 14.
         half = ((codes.short() & 8) << 12) | ((codes.short() & 7) << 9)
         weight = half.view(torch.float16).float().mul_(2**14)
         exponents = raw["scales"].int() - 127
-        powers = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)  # as the reference makes them
+        powers = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents)  # as in transformers
         weight = weight.mul_(powers.unsqueeze(-1)).to(dtype)  # [out, groups, 32]
         return weight.flatten(1).mT.contiguous()

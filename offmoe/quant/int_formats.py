@@ -1,11 +1,10 @@
 """Weights as 4-bit or 8-bit integers in int32 words: compressed-tensors (pack-quantized), GPTQ and AWQ (gemm).
 
-What moves: half a byte or a byte per weight in, the matrix out; bounded by memory. All three compute
-(code - zero) * scale in the dtype of the scales, which is rounded once and then cast to the dtype to compute in, as
-their reference implementations do: compressed-tensors 0.20 (compressors/pack_quantized, lifecycle/forward_helpers.py),
-GPTQModel 7.7 (nn_modules/qlinear/torch.py, utils/model.py for the zeros of format v1), AutoAWQ 0.2.9
-(utils/packing_utils.py). The differences are exact in every dtype of scales: codes have at most 8 bits. Must never
-assume that columns are in the order of their groups where an index says otherwise.
+A weight is (code - zero) * scale, computed in the dtype of the scales, rounded once, then cast. The difference is exact
+in every dtype of scales, because codes have at most 8 bits. The reference implementations do the same:
+compressed-tensors 0.20 (compressors/pack_quantized, lifecycle/forward_helpers.py), GPTQModel 7.7
+(nn_modules/qlinear/torch.py, utils/model.py for the zeros of format v1), AutoAWQ 0.2.9 (utils/packing_utils.py). Where
+an index (g_idx) gives the group of every column, it is followed.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import torch
 from offmoe.quant.codec import Spec, codes_of_words, expect
 
 SCALES = (torch.float16, torch.bfloat16, torch.float32)
+"""The dtypes that scales may have."""
 
 
 def _apply(
@@ -25,7 +25,7 @@ def _apply(
 ) -> torch.Tensor:
     """(codes - zeros) * scales in the scales' dtype: codes [out, in], zeros and scales [out, groups] -> [out, in].
 
-    groups: int [in], the group of every column; None: equal runs of columns.
+    groups: int [in], the group of every column. None: every group is a run of equally many columns.
     """
     out = codes.shape[0]
     if groups is not None:
@@ -39,11 +39,17 @@ def _apply(
 
 @dataclass(frozen=True)
 class PackedInt:
-    """compressed-tensors, format pack-quantized: words along a row, scales [out, groups] in runs of `group` columns.
+    """compressed-tensors, format pack-quantized. Decodes to [out, in].
 
-    Components: packed int32 [out, in * bits / 32]; scale [out, groups] (also [out] or [1], of a whole row or of all);
-    unless `symmetric`, zero int32 [out * bits / 32, groups], words along a column; if `ordered`, g_idx int [in]. Codes
-    and zeros are stored with 2**(bits - 1) added.
+    Components: packed int32 [out, in * bits / 32]; scale [out, groups], [out] (per row) or [1] (for all); unless
+    symmetric, zero int32 [out * bits / 32, groups], packed along columns; if ordered, g_idx int [in]. Codes and zeros
+    are stored with 2**(bits - 1) added.
+
+    Args:
+        bits: 4 or 8.
+        group: columns per scale; None: one scale per row.
+        symmetric: whether the format has no zero points.
+        ordered: whether an index says which group a column belongs to.
     """
 
     bits: int
@@ -97,18 +103,24 @@ class PackedInt:
             assert self.group is not None
             groups = raw["g_idx"].long()
             in_turn = torch.arange(len(groups), device=groups.device) // self.group
-            groups = torch.where(groups < 0, in_turn, groups)  # -1 for all: no activation order was used after all
+            groups = torch.where(groups < 0, in_turn, groups)  # an index of -1 means that columns are in order
         return _apply(codes.contiguous(), zeros, scale, groups).to(dtype)
 
 
 @dataclass(frozen=True)
 class Gptq:
-    """GPTQ: words along a column, transposed: qweight int32 [in * bits / 32, out], qzeros int32 [groups, out * bits /
-    32], scales [groups, out] and, if `ordered`, g_idx int [in] -> [out, in].
+    """GPTQ, stored transposed and packed along columns. Decodes to [out, in].
 
-    group: columns of a group where there is no index. minus_one: format v1, whose zeros were lessened by one, as words:
-    adding it back word by word undoes that also where a zero of 0 had borrowed from its neighbor. reordered: whether
-    the index, if there is one, may say anything else than runs of `group` columns.
+    Components: qweight int32 [in * bits / 32, out], qzeros int32 [groups, out * bits / 32], scales [groups, out]; if
+    ordered, g_idx int [in].
+
+    Args:
+        bits: 4 or 8.
+        group: columns per scale where there is no index; None: all of them.
+        ordered: whether an index says which group a column belongs to.
+        minus_one: format v1, which stores zeros less one. It subtracted from whole words; adding to whole words undoes
+            that even where a zero of 0 had borrowed from its neighbor.
+        reordered: whether the index may say anything else than runs of `group` columns.
     """
 
     bits: int
@@ -152,14 +164,19 @@ class Gptq:
         return _apply(codes, zeros, scales, raw["g_idx"].long() if self.ordered else None).to(dtype)
 
     def true_zeros(self, qzeros: torch.Tensor) -> torch.Tensor:
-        """Words of zeros as they are meant."""
+        """The zeros' words without the one that format v1 subtracts."""
         return qzeros + (0x11111111 if self.bits == 4 else 0x01010101) if self.minus_one else qzeros
 
 
 @dataclass(frozen=True)
 class Awq:
-    """AWQ, layout "gemm", 4 bits: qweight int32 [in, out / 8], qzeros int32 [groups, out / 8], scales [groups, out]
-    in runs of `group` rows of qweight -> [out, in]. A word holds columns 0 2 4 6 1 3 5 7, lowest bits first.
+    """AWQ in 4 bits, layout "gemm". Decodes to [out, in].
+
+    Components: qweight int32 [in, out / 8], qzeros int32 [groups, out / 8], scales [groups, out]. A word holds columns
+    0 2 4 6 1 3 5 7, lowest bits first.
+
+    Args:
+        group: inputs per scale; None: all of them.
     """
 
     group: int | None
@@ -189,6 +206,6 @@ class Awq:
 
 
 def in_order(words: torch.Tensor) -> torch.Tensor:
-    """Codes of AWQ's words by column: int32 [n, out / 8] -> uint8 [n, out]."""
-    codes = codes_of_words(words, 4).view(len(words), -1, 2, 2, 2)  # place in a word, in binary: h m l
+    """The codes in AWQ's words, in the order of columns: int32 [n, out / 8] -> uint8 [n, out]."""
+    codes = codes_of_words(words, 4).view(len(words), -1, 2, 2, 2)  # position in a word, in binary: h m l
     return codes.permute(0, 1, 3, 4, 2).reshape(len(words), -1)  # is column m l h

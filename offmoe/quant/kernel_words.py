@@ -1,8 +1,8 @@
-"""Quantized weights as kernels read them, row by row: words of consecutive inputs, scales and zero points of outputs.
+"""Turns a checkpoint's quantized tensors into the words, scales and zero points that the CPU kernels read.
 
-What moves: nothing where a format has such words already (compressed-tensors in 4 bits, MXFP4, FP8, and GPTQ seen the
-other way round): the result is a view, and whoever copies it re-orders it. Bytes of int8 change their sign bit, AWQ's
-nibbles their neighbors; these are made anew, in a few passes over one matrix. Values are those of the codecs, exactly.
+The values are exactly those of the codecs. Compressed-tensors in 4 bits, MXFP4, FP8 and GPTQ (transposed) store such
+words already, so the result is a view. int8 needs its sign bits flipped and AWQ its nibbles reordered, which takes a
+few passes over one matrix.
 """
 
 from __future__ import annotations
@@ -18,18 +18,25 @@ from offmoe.quant.int_formats import Awq, Gptq, PackedInt, in_order
 from offmoe.quant.packed_weight import INT4_GROUPS, MXFP4, SCALES, ZEROS, WeightFormat, fp8
 
 SIGN_BITS = -0x7F7F7F80
-"""0x80808080: bytes at rest have 128 added, kernels' are signed."""
+"""0x80808080 as int32. Bytes at rest have 128 added; kernels read signed ones."""
 
 
 def is_rows_first(codec: Codec) -> bool:
-    """Whether a row of its decoded matrix is one of its rows of words; MXFP4 is decoded to the transpose."""
+    """Whether the codec decodes to [out, in], the order of its words. MXFP4 decodes to the transpose."""
     return not isinstance(codec, Mxfp4)
 
 
 def format_of(codec: Codec, cols: int, dtype: torch.dtype) -> WeightFormat | str:
-    """The kernels' format for weights of `cols` inputs; or why they have none. Larger groups repeat their scales.
+    """The kernels' format for a quantized weight.
 
-    dtype: of the codec's "weight" if that is a component, else of its scales.
+    Args:
+        codec: the weight's codec.
+        cols: inputs of the weight.
+        dtype: dtype of the component "weight" if the codec has one, else of its scales.
+
+    Returns:
+        The format, whose groups divide the codec's (a larger group's scale is repeated); or the reason why the kernels
+        have none.
     """
     if isinstance(codec, Mxfp4):
         return MXFP4
@@ -53,9 +60,18 @@ def format_of(codec: Codec, cols: int, dtype: torch.dtype) -> WeightFormat | str
 
 
 def rows_of(codec: Codec, raw: Mapping[str, torch.Tensor], how: WeightFormat) -> dict[str, torch.Tensor]:
-    """Raw components of one matrix -> "", ".scales" and perhaps ".zeros": [out, words], [out, groups] twice.
+    """The words, scales and zero points of one matrix, row by row.
 
-    CheckpointError for columns that are not in the order of their groups although the config says so.
+    Args:
+        codec: the matrix's codec.
+        raw: its components.
+        how: the kernels' format, from `format_of`.
+
+    Returns:
+        "" -> words int32 [out, words of a row]; SCALES -> [out, groups]; ZEROS -> [out, groups], if it has them.
+
+    Raises:
+        CheckpointError: columns are not in the order of their groups although the config says that they are.
     """
     zeros: torch.Tensor | None = None
     if isinstance(codec, Mxfp4):
@@ -102,7 +118,7 @@ def _no_group(codec: PackedInt | Gptq | Awq) -> str:
 
 
 def _words_of_awq(qweight: torch.Tensor) -> torch.Tensor:
-    """int32 [in, out / 8] -> words of 8 consecutive inputs, int32 [in / 8, out]."""
+    """Pack along inputs instead of outputs: int32 [in, out / 8] -> int32 [in / 8, out], 8 inputs per word."""
     codes = in_order(qweight)  # uint8 [in, out]
     pairs = codes.view(-1, 4, 2, codes.shape[1])
     octets = pairs[:, :, 0] | pairs[:, :, 1] << 4  # [in / 8, 4, out], lowest bits first
@@ -110,6 +126,7 @@ def _words_of_awq(qweight: torch.Tensor) -> torch.Tensor:
 
 
 def _check_order(index: torch.Tensor, codec: Gptq) -> None:
+    """CheckpointError if the index says anything else than runs of `group` columns."""
     group = codec.group or len(index)
     if not torch.equal(index.long(), torch.arange(len(index)) // group):
         raise CheckpointError(

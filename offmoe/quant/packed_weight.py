@@ -1,13 +1,11 @@
 """Quantized weights as words: which bits stand where, at rest and where kernels read them.
 
-A weight [rows, cols] is int32 words of consecutive inputs, lowest bits first: 8 nibbles or 4 bytes. At rest they stand
-row by row: for int4 these are the words of compressed-tensors' `pack-quantized`, for mxfp4 the blocks of gpt-oss. In
-RAM and on the device the same words stand in tiles of 16 rows, [rows / 16, words of a row, 16], because 16 rows of one
-word are one 64-byte load whose lanes need the same activations (kernels.md A.4: 1.2 to 2.3 times the speed of rows).
-Scales and zero points move along. Both orders have the same bytes at the same offsets of a record, so an expert is one
-contiguous copy at every step, and no layout depends on an instruction set.
-
-What it must never do: change a value on the way between orders. Values are (q - zero) * scale, exactly.
+A weight [rows, cols] is int32 words of consecutive inputs, lowest bits first: 8 nibbles or 4 bytes per word. At rest
+the words stand row by row; for int4 they are those of compressed-tensors' `pack-quantized`, for mxfp4 the blocks of
+gpt-oss. In slots that kernels read, the same words stand in tiles of 16 rows, [rows / 16, words of a row, 16]: one word
+of 16 rows is one 64-byte load, and all its lanes need the same activations (1.2 to 2.3 times as fast as rows).
+Scales and zero points stand in the same order. Both orders take the same bytes at the same offsets, and neither depends
+on the instruction set. A value is (q - zero) * scale in both.
 """
 
 from __future__ import annotations
@@ -27,17 +25,21 @@ SYMMETRIC_ZERO = 8
 """Zero point of int4 without a zero-point plane: nibbles are q + 8."""
 
 SCALES, ZEROS = ".scales", ".zeros"
-"""What the scales and zero points of a weight are called: its own name and this."""
+"""What the name of a weight's scales and zero points adds to the weight's own name."""
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""Values of mxfp4's nibbles 0 to 7; 8 to 15 are their negatives (OCP microscaling formats 1.0, section 5.3.3)."""
+"""The values of mxfp4's nibbles 0 to 7; nibbles 8 to 15 are their negatives (OCP Microscaling Formats 1.0, 5.3.3)."""
 
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How numbers became bits. kind: "int4", "int8", "mxfp4" or "fp8" (E4M3). group: consecutive inputs of a row that
-    share a scale, None for the whole row. zero_points: int4 only, one uint8 per group beside its scale; without, zero
-    is 8.
+    """The format of a packed weight.
+
+    Args:
+        kind: "int4", "int8", "mxfp4" or "fp8" (E4M3).
+        group: consecutive inputs of a row that share a scale; None: the whole row.
+        zero_points: int4 only: each group has a zero point, uint8. Without, the zero point is 8.
+        scale_dtype: dtype of the scales; uint8 (exponents of two, bias 127) for mxfp4.
     """
 
     kind: str
@@ -51,7 +53,7 @@ class WeightFormat:
 
     @property
     def word_values(self) -> int:
-        """Values in a word."""
+        """Weights per int32 word."""
         return 32 // self.bits
 
     def groups(self, cols: int) -> int:
@@ -59,7 +61,11 @@ class WeightFormat:
         return 1 if self.group is None else cols // self.group
 
     def check(self, name: str, rows: int, cols: int) -> None:
-        """UnsupportedModelError if a weight of this shape cannot be held: whole tiles and whole groups only."""
+        """Check that a weight of this shape is whole tiles and whole groups. name: the weight's name for the message.
+
+        Raises:
+            UnsupportedModelError: it is not; the message says what to use instead.
+        """
         multiple = self.group or TILE_ROWS
         if rows % TILE_ROWS or cols % multiple or rows < 1 or cols < 1:
             raise UnsupportedModelError(
@@ -68,7 +74,7 @@ class WeightFormat:
             )
 
     def _remedy(self, rows: int, cols: int) -> str:
-        """What holds a weight of this shape instead."""
+        """What to use for a weight of this shape instead."""
         if self.kind in ("int4", "int8") and rows and cols and rows % TILE_ROWS == 0:
             group = next((n for n in reversed(INT4_GROUPS) if cols % n == 0), None)
             if self.kind == "int4" and group:
@@ -78,14 +84,27 @@ class WeightFormat:
         return "Use experts='native'"
 
     def params(self, name: str, rows: int, cols: int, tiled: bool) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Tensors that hold a weight [rows, cols], as `ExpertLayout.of` takes them; in tiles or row by row."""
+        """The tensors that hold one weight, as `ExpertLayout.of` takes them.
+
+        Args:
+            name: the weight's name.
+            rows: outputs of the weight.
+            cols: inputs of the weight.
+            tiled: in tiles of 16 rows; else row by row.
+
+        Returns:
+            name -> (dtype, shape) of words, scales and, if the format has them, zero points.
+
+        Raises:
+            UnsupportedModelError: the format cannot hold the shape.
+        """
         self.check(name, rows, cols)
-        parts = {name: (torch.int32, cols // self.word_values), name + SCALES: (self.scale_dtype, self.groups(cols))}
+        widths = {name: (torch.int32, cols // self.word_values), name + SCALES: (self.scale_dtype, self.groups(cols))}
         if self.zero_points:
-            parts[name + ZEROS] = (torch.uint8, self.groups(cols))
+            widths[name + ZEROS] = (torch.uint8, self.groups(cols))
         return {
-            part: (dtype, (rows // TILE_ROWS, n, TILE_ROWS) if tiled else (rows, n))
-            for part, (dtype, n) in parts.items()
+            tensor: (dtype, (rows // TILE_ROWS, n, TILE_ROWS) if tiled else (rows, n))
+            for tensor, (dtype, n) in widths.items()
         }
 
     def __str__(self) -> str:
@@ -93,27 +112,36 @@ class WeightFormat:
 
 
 INT4_GROUPS = (32, 64, 128)
+"""The group sizes of int4 that the kernels have."""
 INT8 = WeightFormat("int8", None)
 MXFP4 = WeightFormat("mxfp4", 32, scale_dtype=torch.uint8)
 
 
 def int4(group: int = 64, zero_points: bool = False) -> WeightFormat:
-    """The int4 format of a group size; ConfigError for one that the kernels do not have."""
+    """The int4 format with `group` inputs per scale.
+
+    Raises:
+        ConfigError: the kernels do not have this group size.
+    """
     if group not in INT4_GROUPS:
         raise ConfigError(f"int4 group size {group} is not one of {', '.join(map(str, INT4_GROUPS))}")
     return WeightFormat("int4", group, zero_points)
 
 
 def fp8(group: int) -> WeightFormat:
-    """The fp8 format with this many columns per scale; a block's is repeated for each of its rows (3 % for 128)."""
+    """The fp8 format with `group` inputs per scale. The scale of a block is stored once per row (3 % more for 128)."""
     return WeightFormat("fp8", group, scale_dtype=torch.float32)
 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """One weight [rows, cols]: words int32, scales of the format's dtype, zeros uint8 or None.
+    """One weight [rows, cols], row by row or in tiles.
 
-    Row by row [rows, n]; in tiles [rows / 16, n, 16].
+    Args:
+        format: the format.
+        words: int32; row by row [rows, n], in tiles [rows / 16, n, 16].
+        scales: in the format's scale dtype, in the same order as the words.
+        zeros: uint8, in the same order; None if the format has no zero points.
     """
 
     format: WeightFormat
@@ -135,24 +163,24 @@ class PackedWeight:
 
     @classmethod
     def of(cls, how: WeightFormat, name: str, params: Mapping[str, torch.Tensor]) -> PackedWeight:
-        """The weight `name` of a record, from `ExpertLayout.views`; no bytes move."""
+        """The weight `name` among the parameters of a slot, from `ExpertLayout.views`; no bytes move."""
         return cls(how, params[name], params[name + SCALES], params[name + ZEROS] if how.zero_points else None)
 
     def params(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors by the names they have in a record."""
+        """The tensors by their names in a slot, as in `WeightFormat.params`."""
         out = {name: self.words, name + SCALES: self.scales}
         return out if self.zeros is None else out | {name + ZEROS: self.zeros}
 
     def tiled(self) -> PackedWeight:
-        """The same words in tiles, for kernels."""
+        """The same weight in tiles, as kernels read it."""
         return self if self.is_tiled else self._each(to_tiles)
 
     def by_row(self) -> PackedWeight:
-        """The same words row by row, for disk."""
+        """The same weight row by row, as it is on the disk."""
         return self._each(to_rows) if self.is_tiled else self
 
     def values(self) -> torch.Tensor:
-        """The weight itself, float32 [rows, cols]: what every kernel is checked against."""
+        """The weights themselves, float32 [rows, cols]: the definition that every kernel is tested against."""
         rows = self.by_row()
         q = unpack_words(rows.words, self.format)  # [N, K]
         grouped = q.view(self.rows, self.format.groups(self.cols), -1)  # [N, K / G, G]
@@ -172,7 +200,7 @@ class PackedWeight:
 
 
 def pack_words(q: torch.Tensor, how: WeightFormat) -> torch.Tensor:
-    """q [N, K], uint8 nibbles, int8 or float8_e4m3fn -> words int32 [N, K / values of a word]."""
+    """Pack q [N, K] (uint8 nibbles, int8 or float8_e4m3fn) into words int32 [N, K / word_values]."""
     if how.bits == 8:
         return q.contiguous().view(torch.int32)
     pairs = q.view(q.shape[0], -1, 2)
@@ -180,20 +208,20 @@ def pack_words(q: torch.Tensor, how: WeightFormat) -> torch.Tensor:
 
 
 def unpack_words(words: torch.Tensor, how: WeightFormat) -> torch.Tensor:
-    """words int32 [N, C] -> uint8 nibbles, int8 or float8_e4m3fn [N, C * values of a word]."""
+    """Unpack words int32 [N, C] into uint8 nibbles, int8 or float8_e4m3fn [N, C * word_values]."""
     codes = codes_of_words(words, how.bits)
     if how.kind == "fp8":
         return codes.view(torch.float8_e4m3fn)
     return codes.view(torch.int8) if how.bits == 8 else codes
 
 
-def to_tiles(part: torch.Tensor) -> torch.Tensor:
-    """[N, C] -> [N / 16, C, 16], same values."""
-    rows, n = part.shape
-    return part.view(rows // TILE_ROWS, TILE_ROWS, n).transpose(1, 2).contiguous()
+def to_tiles(by_row: torch.Tensor) -> torch.Tensor:
+    """Rows to tiles: [N, C] -> [N / 16, C, 16]."""
+    rows, n = by_row.shape
+    return by_row.view(rows // TILE_ROWS, TILE_ROWS, n).transpose(1, 2).contiguous()
 
 
-def to_rows(part: torch.Tensor) -> torch.Tensor:
-    """[N / 16, C, 16] -> [N, C], same values."""
-    tiles, n, _ = part.shape
-    return part.transpose(1, 2).contiguous().view(tiles * TILE_ROWS, n)
+def to_rows(tiled: torch.Tensor) -> torch.Tensor:
+    """Tiles to rows: [N / 16, C, 16] -> [N, C]."""
+    tiles, n, _ = tiled.shape
+    return tiled.transpose(1, 2).contiguous().view(tiles * TILE_ROWS, n)

@@ -1,8 +1,8 @@
-"""How the raw tensors of one quantized expert stand in a slot, and how they get there.
+"""Gives a quantized expert a slot that holds it as it is at rest: the layout, the copies, and the way to decode it.
 
-What moves: every component as it is at rest, one copy each; bounded by the link. The exception is the JSON of
-bitsandbytes, whose length varies from expert to expert: the number in it that decoding needs is taken out on the host.
-Must never let an expert into a slot that is quantized otherwise than its layer's others.
+Every component is copied unchanged. The one exception is the JSON of bitsandbytes, whose length differs from expert to
+expert: the host reads from it the one number that decoding needs, and refuses an expert that is quantized otherwise
+than the others of its layer.
 """
 
 from __future__ import annotations
@@ -20,29 +20,40 @@ from offmoe.quant.decode import ExpertDecoding, Leaf
 from offmoe.storage.layout import Assembly, Destination, ExpertLayout
 
 STATE = "offset"
-"""Component of bitsandbytes that is JSON at rest; of it, only the number that it is named after reaches a slot."""
+"""The component of bitsandbytes that is JSON at rest. Only the number "nested_offset" in it reaches a slot."""
 OFFSET = Spec((), torch.float32)
-"""That number."""
+"""Shape and dtype of that number in a slot."""
 
 
 def offset_of(state: torch.Tensor, codec: Codec, name: str) -> torch.Tensor:
-    """bitsandbytes' JSON -> float32 []; CheckpointError unless it describes what the first weight of its kind was."""
+    """The offset in one weight's JSON of bitsandbytes, float32 [].
+
+    Args:
+        state: the JSON's bytes, uint8 [n].
+        codec: the codec of the other weights of this kind.
+        name: the weight's name for messages.
+
+    Raises:
+        CheckpointError: the JSON is damaged, or describes another codec.
+    """
     try:
-        found, offset = read_state(state.numpy().tobytes())
+        actual, offset = read_state(state.numpy().tobytes())
     except ValueError as error:
         raise CheckpointError(f"quantized weight {name!r} cannot be decoded: {error}; download it again") from error
-    if found != codec:
+    if actual != codec:
         raise CheckpointError(
-            f"quantized weight {name!r} is {found}, others of its kind are {codec}; quantize the model anew"
+            f"quantized weight {name!r} is {actual}, others of its kind are {codec}; quantize the model anew"
         )
     return torch.tensor(offset, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
 class RawPlacement:
-    """An `Assembly.convert` that takes segments as they are, except bitsandbytes' JSON.
+    """An `Assembly.convert` that takes every segment unchanged, except bitsandbytes' JSON.
 
-    params: per segment, its place in the slot. states: segments that are JSON -> the codec they must describe.
+    Args:
+        params: per segment, the name of its parameter in the slot.
+        states: index of each segment that is JSON -> the codec that it must describe.
     """
 
     params: tuple[str, ...]
@@ -55,8 +66,8 @@ class RawPlacement:
         }
 
 
-class Source(Protocol):
-    """One tensor of an expert: dense shape and dtype, and the encoding if it is quantized."""
+class ExpertTensor(Protocol):
+    """One tensor of an expert: its dense shape and dtype, and its encoding; None if it is not quantized."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -67,32 +78,41 @@ class Source(Protocol):
 
 
 class RawSlot(NamedTuple):
-    """How experts of a layer stand in slots: the layout, how segments get there, the way back to parameters."""
+    """How the experts of a layer stand in slots.
+
+    Args:
+        layout: the slot's layout.
+        assembly: copies an expert's segments into a slot.
+        decode: makes the expert's parameters out of a slot; None if the slot holds them as they are.
+    """
 
     layout: ExpertLayout
     assembly: Assembly
     decode: ExpertDecoding | None
 
 
-def raw_slot(sources: Sequence[Source], assembly: Assembly, shapes: Mapping[str, tuple[int, ...]]) -> RawSlot:
+def raw_slot(tensors: Sequence[ExpertTensor], assembly: Assembly, shapes: Mapping[str, tuple[int, ...]]) -> RawSlot:
     """A slot that holds one expert as it is stored.
 
-    sources: of `assembly`, which makes parameters of `shapes` out of them decoded.
+    Args:
+        tensors: the expert's tensors, in the order that `assembly` takes them.
+        assembly: makes parameters out of decoded tensors.
+        shapes: the parameters' shapes by name.
     """
-    wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    params: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     states: dict[int, Codec] = {}
     leaves = []
-    for i, source in enumerate(sources):
-        encoding = source.encoding
-        parts = (("weight", Spec(source.shape, source.dtype)),) if encoding is None else encoding.components
-        names = {component: f"{i}.{component}" for component, _ in parts}
-        for component, spec in parts:
+    for i, tensor in enumerate(tensors):
+        encoding = tensor.encoding
+        components = (("weight", Spec(tensor.shape, tensor.dtype)),) if encoding is None else encoding.components
+        names = {component: f"{i}.{component}" for component, _ in components}
+        for component, spec in components:
             if encoding is not None and component == STATE:
-                states[len(wanted)] = encoding.codec
-            wanted[names[component]] = spec.dtype, spec.shape
-        leaves.append(Leaf(None if encoding is None else encoding.codec, names, source.shape))
+                states[len(params)] = encoding.codec
+            params[names[component]] = spec.dtype, spec.shape
+        leaves.append(Leaf(None if encoding is None else encoding.codec, names, tensor.shape))
     if states:
-        placing = Assembly(convert=RawPlacement(tuple(wanted), states))
+        copies = Assembly(convert=RawPlacement(tuple(params), states))
     else:
-        placing = Assembly(destinations=tuple(Destination(param, 0, 0) for param in wanted))
-    return RawSlot(ExpertLayout.of(wanted), placing, ExpertDecoding(tuple(leaves), assembly, dict(shapes)))
+        copies = Assembly(destinations=tuple(Destination(param, 0, 0) for param in params))
+    return RawSlot(ExpertLayout.of(params), copies, ExpertDecoding(tuple(leaves), assembly, dict(shapes)))

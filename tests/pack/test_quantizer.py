@@ -7,8 +7,7 @@ import torch
 
 import offmoe.pack.quantizer
 from offmoe.errors import CapacityError, CheckpointError, UnsupportedModelError
-from offmoe.pack.loss import Loss, codec
-from offmoe.pack.quantizer import NativeQuantizer, Quantizer, TorchQuantizer, quantize, quantizer
+from offmoe.pack.quantizer import Loss, NativeQuantizer, Quantizer, TorchQuantizer, codec_of, quantize, quantizer
 from offmoe.quant.packed_weight import INT8, PackedWeight, WeightFormat, int4, unpack_words
 from tests.native import VARIANTS, library, library_with
 
@@ -193,7 +192,7 @@ def test_the_loss_is_that_of_what_is_written(each: Quantizer, how: WeightFormat)
     weight = gaussian(48, 384).to(how.scale_dtype)
     raw = at_rest(each(weight, how))
     loss = each.loss(weight, how, raw)
-    error = (codec(how).decode(raw, torch.float64) - weight).abs()
+    error = (codec_of(how).decode(raw, torch.float64) - weight).abs()
     assert loss.values == weight.numel()
     assert loss.max_error == float(error.max())
     assert loss.total_error == pytest.approx(float(error.sum()), rel=1e-5)
