@@ -1,10 +1,8 @@
-"""A dense checkpoint as it will be once its experts are quantized: what `experts="int4"` makes of it while loading.
+"""Quantizes experts while a model loads, as `experts="int4"` asks.
 
-Nothing moves here until `write`, which quantizes into a temporary folder: as much disk as the packed model takes, and
-the quantizer's time, at every load. From the headers alone it is known before that what every tensor will be and where,
-so memory is divided for the quantized experts, and nothing is written for a model that then does not fit.
-
-What it must never do: leave the folder behind, or quantize what is quantized already.
+Sizes and offsets of the quantized tensors follow from the headers, so memory is planned before anything is written, and
+nothing is written for a model that does not fit. `write` then quantizes into a temporary folder, which takes the packed
+model's disk space and the quantizer's time at every load. The folder is removed with the model.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class Written(NamedTuple):
-    """A quantized checkpoint on the disk. folder: removed by its `cleanup`."""
+    """A quantized checkpoint in a temporary folder, which its `cleanup` removes."""
 
     folder: tempfile.TemporaryDirectory[str]
     checkpoint: Checkpoint
@@ -42,25 +40,34 @@ class Written(NamedTuple):
 
 
 def to_quantize(catalog: ExpertCatalog, config: PretrainedConfig, experts: str) -> WeightFormat | None:
-    """What `experts` ("int4", "int8") asks to make of a checkpoint's experts; None if they are that already.
+    """The format to quantize a checkpoint's experts to; None if they have it already.
 
-    ConfigError if they are quantized otherwise.
+    Args:
+        catalog: the checkpoint's experts.
+        config: its config.
+        experts: "int4" or "int8".
+
+    Raises:
+        ConfigError: the experts are quantized in another format.
     """
     method = quantization_method(config)
     if method is None:
         return weight_format(experts)
     if catalog.formats and all(name.endswith(f" {experts}") for name in catalog.formats):
         return None
-    found = " and ".join(catalog.formats) or "not quantized, but other weights are"
+    formats = " and ".join(catalog.formats) or "not quantized, but other weights are"
     raise ConfigError(
-        f"experts={experts!r}: the experts of this checkpoint are {found} ({method}), and quantizing what is quantized "
-        "would only lose more. Use experts='native' (with exactness='numeric' for the CPU's kernels), or the bf16 "
-        "checkpoint of the model."
+        f"experts={experts!r}: the experts of this checkpoint are {formats} ({method}), and quantizing what is "
+        "quantized would only lose more. Use experts='native' (with exactness='numeric' for the CPU's kernels), or the "
+        "bf16 checkpoint of the model."
     )
 
 
 def with_experts(config: PretrainedConfig, experts: str) -> PretrainedConfig:
-    """A config that says how `experts` would be quantized, as far as sizes follow from it; the same if they are."""
+    """A copy of a config in which experts are quantized as `experts` asks, complete enough to tell sizes by.
+
+    Returns `config` itself if `experts` is "native", or if the model is quantized already.
+    """
     if experts == "native" or quantization_method(config) is not None:
         return config
     how = weight_format(experts)
@@ -76,9 +83,10 @@ def with_experts(config: PretrainedConfig, experts: str) -> PretrainedConfig:
 def planned(
     catalog: ExpertCatalog, meta: PreTrainedModel, config: PretrainedConfig, how: WeightFormat
 ) -> tuple[ExpertCatalog, PretrainedConfig]:
-    """The catalog and the config that the checkpoint will have; nothing is written.
+    """The catalog and the config of the checkpoint once its experts are quantized; nothing is written.
 
-    UnsupportedModelError for experts that cannot be packed.
+    Raises:
+        UnsupportedModelError: its experts cannot be packed.
     """
     shards = plan_shards(catalog, meta, how, SHARD_BYTES)
     quantization = quantization_config(catalog, meta, how)
@@ -89,9 +97,18 @@ def planned(
 
 
 def write(catalog: ExpertCatalog, source: Path, how: WeightFormat, name: str) -> Written:
-    """Quantize the model in `source` as `planned` has said. name: what the user calls it.
+    """Quantize a model into a temporary folder.
 
-    Raises what `pack` does, CapacityError for a disk that is too small among it, and ShardChangedError.
+    Args:
+        catalog: what `planned` gave.
+        source: the model's folder.
+        how: the experts' format.
+        name: the model's name for messages.
+
+    Raises:
+        CapacityError: the disk has no room.
+        ShardChangedError: the model changed after `planned` read its headers.
+        OffmoeError: whatever else `pack` raises.
     """
     logger.warning(
         "%s: its experts are quantized now, and will be at every load; 'offmoe pack %s OUT --experts %s' does it once, "
@@ -101,7 +118,7 @@ def write(catalog: ExpertCatalog, source: Path, how: WeightFormat, name: str) ->
         how.kind,
     )
     try:
-        folder = tempfile.TemporaryDirectory(prefix=f"offmoe-{how.kind}-")  # lives as long as the model
+        folder = tempfile.TemporaryDirectory(prefix=f"offmoe-{how.kind}-")  # exists as long as the model
     except OSError as error:
         raise TransferError(
             f"experts={how.kind!r}: no temporary folder to quantize into ({error}); set TMPDIR to a folder on a disk "

@@ -1,12 +1,10 @@
-"""A dense checkpoint's experts as int4 or int8 in compressed-tensors' layout pack-quantized: names, order, config.
+"""Plans a packed checkpoint: names, order and bytes of its tensors, and its config.
 
-Nothing moves here. Experts get the names of the architecture's published checkpoints, one matrix each, and everything
-else stays as it is, so that what loads the dense checkpoint loads the packed one: transformers' renamings for offmoe,
-compressed-tensors for others. The plan is made from headers, complete with sizes and offsets, and tried on the catalog
-before a byte is written. On disk an expert is one run of bytes, its matrices one behind the other.
-
-What it must never do: write a config that claims something else than the tensors are, or names that load as something
-else.
+The layout is compressed-tensors' pack-quantized. Each expert matrix gets the name it has in the architecture's
+published checkpoints, and everything else is copied, so whatever loads the dense checkpoint loads the packed one:
+offmoe through transformers' renamings, other programs through compressed-tensors. The plan follows from headers alone,
+with all sizes and offsets, and a catalog is built from it before a byte is written. On disk an expert is one run of
+bytes, one matrix after the other.
 """
 
 from __future__ import annotations
@@ -36,18 +34,24 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 SCALE_DTYPES = {torch.float64: torch.float32}
-"""Scales are of the weights' dtype, which decoding computes in; nobody reads double ones."""
+"""Weights' dtypes whose scales get another dtype. Decoding computes in the scales' dtype, and no reader takes float64.
+"""
 
 FLIPPED = {4: 0, 8: -0x7F7F7F80}
-"""Xor of a word: codes at rest have 2**(bits - 1) added; ours of int4 have it already, of int8 not (0x80808080)."""
+"""What a word is xored with by its bits. Codes at rest have 2**(bits - 1) added, which `PackedWeight` has for int4 but
+not for int8 (0x80808080 flips four sign bits)."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """Bytes of the dense checkpoint and the tensors that they become. how: None if they are copied.
+    """One tensor, or one expert's matrix, of the dense checkpoint, and the tensors that it becomes.
 
-    name: of the tensor, or that an expert's matrix has where every expert has tensors of its own. layer: the MoE layer
-    it belongs to, counted as the catalog does.
+    Args:
+        name: the tensor's name; for an expert's matrix, its name in a checkpoint with one tensor per expert.
+        source: its bytes in the dense checkpoint.
+        tensors: the tensors of the packed checkpoint.
+        how: the format to quantize to; None if the bytes are copied.
+        layer: index of the expert's MoE layer in the catalog; None if the bytes are copied.
     """
 
     name: str
@@ -58,7 +62,7 @@ class Item:
 
     @property
     def nbytes(self) -> int:
-        """Of the new tensors."""
+        """Bytes of the new tensors."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
@@ -75,35 +79,41 @@ class NewShard:
 
     @property
     def head(self) -> bytes:
-        """Its bytes up to the first tensor."""
+        """The file's bytes up to its first tensor."""
         return head_of(self.tensors)
 
     @property
     def nbytes(self) -> int:
-        """Of the whole file."""
+        """Bytes of the whole file."""
         return len(self.head) + sum(item.nbytes for item in self.items)
 
 
 def plan_shards(
     catalog: ExpertCatalog, meta: PreTrainedModel, how: WeightFormat, shard_bytes: int
 ) -> tuple[NewShard, ...]:
-    """Shards of at most `shard_bytes` bytes of tensors, or of one expert: all that is copied first, then the experts.
+    """The shards of the packed checkpoint: first what is copied, then the experts.
 
-    how: scales become the dtype of the weights. Raises UnsupportedModelError for experts that are neither stored one
-    matrix at a time nor can be cut into such, or whose shape is no multiple of tiles and groups.
+    Args:
+        catalog: the dense checkpoint's experts.
+        meta: its model on the meta device.
+        how: the experts' format. Scales get the dtype of the weights.
+        shard_bytes: the most bytes of tensors in a shard; a shard of one larger expert exceeds it.
+
+    Raises:
+        UnsupportedModelError: experts cannot be cut into matrices of linear layers, or the format cannot hold them.
     """
     checkpoint = catalog.view.checkpoint
     experts: list[list[Item]] = []
     names: set[str] = set()
     for number, layer in enumerate(catalog.layers):
         for items in _Cut(checkpoint, meta, layer, number, how).experts():
-            new = [item for item in items if item.name not in names]  # several modules may share one list of experts
+            new = [item for item in items if item.name not in names]  # modules may share one list of experts
             experts.append(new)
             names.update(item.name for item in new)
     quantized = {item.source.name for expert in experts for item in expert}
     copied = [
         [Item(name, checkpoint.segment(name), (NewTensor(name, info.dtype, info.shape),))]
-        # the widest dtype first keeps all of a shard aligned
+        # Sorted by dtype, the widest first, every tensor of a shard is aligned.
         for name, info in sorted(checkpoint.tensors.items(), key=lambda entry: -entry[1].dtype.itemsize)
         if name not in quantized
     ]
@@ -115,7 +125,7 @@ def plan_shards(
 
 
 def _filled(units: Sequence[Sequence[Item]], shard_bytes: int) -> Iterator[list[Item]]:
-    """Units that stay together, in shards."""
+    """Fill shards with units; a unit is not cut."""
     shard: list[Item] = []
     size = 0
     for unit in units:
@@ -131,7 +141,7 @@ def _filled(units: Sequence[Sequence[Item]], shard_bytes: int) -> Iterator[list[
 
 @dataclass(frozen=True)
 class _Cut:
-    """Cuts the experts of one layer into matrices of linear layers."""
+    """Cuts the experts of one layer, index `number` in the catalog, into matrices of linear layers."""
 
     checkpoint: Checkpoint
     meta: PreTrainedModel
@@ -140,24 +150,26 @@ class _Cut:
     how: WeightFormat
 
     def experts(self) -> list[list[Item]]:
-        parts = self.layer.assembly.destinations
+        """The matrices of each expert."""
+        destinations = self.layer.assembly.destinations
         if self.layer.assembly.convert is not None:
             raise self._refusal("rearranges the rows of their matrices when it is loaded")
-        names = {part.param: expert_names(self.meta, f"{self.layer.name}.{part.param}") for part in parts}
+        names = {to.param: expert_names(self.meta, f"{self.layer.name}.{to.param}") for to in destinations}
         return [
             [
                 self._item(name, source)
-                for segment, part in zip(record.segments, parts, strict=True)
+                for segment, to in zip(record.segments, destinations, strict=True)
                 if len(segment.shape) > 1  # biases stay as they are
-                for name, source in self._matrices(segment, part, expert, names[part.param])
+                for name, source in self._matrices(segment, to, expert, names[to.param])
             ]
             for expert, record in enumerate(self.layer.records)
         ]
 
     def _matrices(
-        self, segment: Segment, part: Destination, expert: int, names: tuple[str, ...] | None
+        self, segment: Segment, to: Destination, expert: int, names: tuple[str, ...] | None
     ) -> Iterator[tuple[str, Segment]]:
-        if part.transposed:
+        """(name, bytes) of the matrices in one segment. names: what they are called, "*" for the expert's number."""
+        if to.transposed:
             raise self._refusal(f"has {segment.name!r} transposed")
         if self.checkpoint.tensors[segment.name].shape == segment.shape:
             yield segment.name, segment
@@ -174,6 +186,7 @@ class _Cut:
             )
 
     def _item(self, name: str, source: Segment) -> Item:
+        """The tensors that one matrix becomes."""
         if len(source.shape) != 2 or not name.endswith(".weight"):
             raise self._refusal(f"has {name!r}, which is not the matrix of a linear layer")
         how = replace(self.how, scale_dtype=SCALE_DTYPES.get(source.dtype, source.dtype))
@@ -198,7 +211,7 @@ class _Cut:
 
 
 def encode(packed: PackedWeight) -> list[torch.Tensor]:
-    """A weight row by row as the tensors of its `Item`, in that order."""
+    """The tensors of an `Item`, in its order. packed: the item's weight, row by row."""
     how, rows = packed.format, packed.rows
     out = [packed.words ^ FLIPPED[how.bits], packed.scales, torch.tensor([rows, packed.cols])]
     if packed.zeros is not None:
@@ -208,15 +221,16 @@ def encode(packed: PackedWeight) -> list[torch.Tensor]:
     return out
 
 
-def raw_parts(item: Item, tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of `encode` by what the codec calls them."""
+def components_of(item: Item, tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors that `encode` gave, by the names that the codec has for them."""
     names = (tensor.name.removeprefix(f"{item.name}_") for tensor in item.tensors)
-    return {name.removesuffix("_point"): made for name, made in zip(names, tensors, strict=True)}
+    return {name.removesuffix("_point"): tensor for name, tensor in zip(names, tensors, strict=True)}
 
 
 def quantization_config(catalog: ExpertCatalog, meta: PreTrainedModel, how: WeightFormat) -> dict[str, object]:
-    """What config.json has to say. ignore: every linear layer that is not an expert's, by the names that it has in the
-    checkpoint and in the model.
+    """The `quantization_config` of the packed checkpoint's config.json.
+
+    Its list "ignore" names every linear layer that is not an expert's, by its names in the checkpoint and in the model.
     """
     inside = tuple(f"{name}." for name in find_experts(meta))
     linear = {name for name, module in meta.named_modules() if isinstance(module, nn.Linear)}
@@ -248,7 +262,20 @@ def quantization_config(catalog: ExpertCatalog, meta: PreTrainedModel, how: Weig
 def check_loads(
     folder: Path, shards: Sequence[NewShard], config: PretrainedConfig, quantization: dict[str, object]
 ) -> Checkpoint:
-    """The checkpoint that is about to be written, by its headers; UnsupportedModelError if it would not load."""
+    """Build the catalog of a packed checkpoint before it is written.
+
+    Args:
+        folder: where it will be written.
+        shards: its shards.
+        config: the dense model's config.
+        quantization: its `quantization_config`.
+
+    Returns:
+        The packed checkpoint, by the headers that its shards will have.
+
+    Raises:
+        UnsupportedModelError: it would not load.
+    """
     tensors: dict[str, TensorInfo] = {}
     for number, shard in enumerate(shards):
         at = len(shard.head)
