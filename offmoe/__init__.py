@@ -25,6 +25,7 @@ from offmoe.errors import (
 if TYPE_CHECKING:
     from offmoe.api import from_pretrained
     from offmoe.config import OffloadConfig
+    from offmoe.eviction_names import register_eviction
     from offmoe.types import CacheStats
 
 __version__ = "0.1.0"
@@ -43,9 +44,15 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "from_pretrained",
+    "register_eviction",
 ]
 
-_LAZY = {"CacheStats": "offmoe.types", "OffloadConfig": "offmoe.config", "from_pretrained": "offmoe.api"}
+_LAZY = {
+    "CacheStats": "offmoe.types",
+    "OffloadConfig": "offmoe.config",
+    "from_pretrained": "offmoe.api",
+    "register_eviction": "offmoe.eviction_names",
+}
 """Public names by the module that has them."""
 
 

@@ -48,8 +48,9 @@ def registered_evictions() -> Mapping[str, Factory]:
 def check_eviction(name: object) -> None:
     """Raise ConfigError unless `name` is a policy of offmoe or a registered one."""
     if name not in EVICTIONS and name not in _registered:
+        on_command_line = name if ":" in str(name) else "MODULE:CLASS"
         raise ConfigError(
             f"eviction={name!r} is unknown. Use one of: {', '.join([*EVICTIONS, *_registered])}. Register a policy of "
-            f"your own under this name first: offmoe.register_eviction({name!r}, ...), or --eviction MODULE:CLASS on "
-            "the command line."
+            f"your own first: offmoe.register_eviction({name!r}, ...), or --eviction {on_command_line} on the command "
+            "line."
         )

@@ -152,10 +152,12 @@ class Contender:
     def _inspect(self) -> Inspected:
         from offmoe.budget.inspect import inspect
         from offmoe.config import OffloadConfig
+        from offmoe.policy.eviction.registry import import_eviction
 
         task = self._task
         config = OffloadConfig(device=task.device)
         if task.runtime == OFFMOE:
+            import_eviction(task.options.get("eviction", ""))
             config = replace(config, device_memory=task.device_memory, **task.options)
         return inspect(task.model, config, dtype=task.dtype)
 

@@ -7,6 +7,8 @@ CacheOptions, so that Python and the command line refuse the same things. Must n
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -51,7 +53,12 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
         metavar="N[,N...]",
         help="experts resident per MoE layer: a number, or one per layer",
     )
-    group.add_argument("--eviction", metavar="POLICY", help=f"which expert to forget: {', '.join(EVICTIONS)}")
+    group.add_argument(
+        "--eviction",
+        type=eviction,
+        metavar="POLICY",
+        help=f"which expert gives up its slot: {', '.join(EVICTIONS)}, or MODULE:CLASS, a policy of your own",
+    )
     group.add_argument("--scope", metavar="SCOPE", help=f"what shares slots: {', '.join(SCOPES)}")
     group.add_argument(
         "--prefetch", type=prefetch, metavar="N", help="experts fetched ahead per layer: 0 (off), N, or auto"
@@ -109,6 +116,17 @@ def _slots(text: str) -> int | tuple[int, ...]:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number or a comma-separated list of numbers") from None
     return values[0] if len(values) == 1 else values
+
+
+def eviction(text: str) -> str:
+    """The name of an eviction policy, a type for argparse. MODULE:CLASS is imported, also from the current folder."""
+    if ":" in text:
+        if os.getcwd() not in sys.path:  # as with python -m; the installed command starts without it
+            sys.path.insert(0, os.getcwd())
+        from offmoe.policy.eviction.registry import import_eviction
+
+        import_eviction(text)
+    return text
 
 
 def prefetch(text: str) -> int | str:

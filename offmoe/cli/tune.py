@@ -62,7 +62,12 @@ def parser() -> options.Parser:
         help="slots per layer in RAM between disk and device (default: as recorded, and half)",
     )
     group = parser.add_argument_group("what to try")
-    group.add_argument("--eviction", type=_words, metavar="A,B", help=f"of: {', '.join(EVICTIONS)} (default: all)")
+    group.add_argument(
+        "--eviction",
+        type=lambda text: [options.eviction(word) for word in _words(text)],
+        metavar="A,B",
+        help=f"of: {', '.join(EVICTIONS)} (default: all of these), MODULE:CLASS",
+    )
     group.add_argument("--scope", type=_words, metavar="A,B", help=f"of: {', '.join(SCOPES)} (default: both)")
     group.add_argument(
         "--prefetch", type=_prefetches, metavar="N,N", help="0, N, auto (default: what the trace has predictions for)"

@@ -14,6 +14,7 @@ import numpy as np
 
 from offmoe.config import EVICTIONS, CacheOptions
 from offmoe.errors import CapacityError
+from offmoe.eviction_names import Factory, register_eviction, registered_evictions
 from offmoe.policy.planner import Planner, build_planner
 from offmoe.profile import CostModel
 from offmoe.simulate.clock import Clock
@@ -192,11 +193,21 @@ def sweep(
         build_planner(options, trace.shape)
     tasks = [_Task(options, settings, False) for options in candidates]
     tasks += [_Task(options, settings, True) for options in bounds]
-    results = run_tasks(Recording, trace, tasks, jobs, progress)
+    names = {task.options.eviction for task in tasks}
+    evictions = {name: factory for name, factory in registered_evictions().items() if name in names}
+    results = run_tasks(_prepare, (trace, evictions), tasks, jobs, progress)
     return (
         [result for result in results if isinstance(result, Outcome)],
         [result for result in results if isinstance(result, Bounds)],
     )
+
+
+def _prepare(raw: tuple[Trace, Mapping[str, Factory]]) -> Recording:
+    """The accesses of a trace, and the caller's eviction policies registered in a process of the sweep's own."""
+    trace, evictions = raw
+    for name, factory in evictions.items():
+        register_eviction(name, factory)
+    return Recording(trace)
 
 
 @dataclass(frozen=True)

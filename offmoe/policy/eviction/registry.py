@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from offmoe.errors import ConfigError
-from offmoe.eviction_names import check_eviction, registered_evictions
+from offmoe.eviction_names import check_eviction, register_eviction, registered_evictions
 from offmoe.policy.eviction.aged_lfu import AgedLFU
 from offmoe.policy.eviction.base import EvictionPolicy, Pool
 from offmoe.policy.eviction.lru import LRU
@@ -39,3 +41,27 @@ def build_eviction(pool: Pool) -> EvictionPolicy:
             f"eviction={name!r} gives a {type(policy).__name__}, which is no offmoe.policy.eviction.EvictionPolicy."
         )
     return policy
+
+
+def import_eviction(name: str) -> str:
+    """Import the policy that "MODULE:CLASS" names and register it under that name; other names are left alone.
+
+    Returns:
+        The name, as `eviction=` and traces have it.
+
+    Raises:
+        ConfigError: the module cannot be imported, has no such class, or the class is no `EvictionPolicy`.
+    """
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        return name
+    try:
+        policy = getattr(import_module(module), attribute)
+    except Exception as error:  # importing runs code of the user's, which may raise anything
+        raise ConfigError(f"eviction={name!r} cannot be imported: {type(error).__name__}: {error}.") from error
+    if not (isinstance(policy, type) and issubclass(policy, EvictionPolicy)):
+        raise ConfigError(
+            f"eviction={name!r} is no eviction policy: derive the class from offmoe.policy.eviction.EvictionPolicy."
+        )
+    register_eviction(name, policy)
+    return name
