@@ -209,7 +209,7 @@ def test_public_names() -> None:
         for name, value in vars(offmoe.errors).items()
         if inspect.isclass(value) and issubclass(value, offmoe.errors.OffmoeError)
     }
-    expected = {"from_pretrained", "OffloadConfig", "CacheStats", *errors}
+    expected = {"from_pretrained", "register_eviction", "OffloadConfig", "CacheStats", *errors}
     assert set(offmoe.__all__) - {"__version__"} == expected
     assert len(offmoe.__all__) == len(set(offmoe.__all__))
     for name in offmoe.__all__:

@@ -91,13 +91,16 @@ def assert_same(ours, theirs):
     ],
 )
 def test_demo_equals_stock_bit_for_bit(tmp_path, prompts, stock, slots, eviction, dtype, prefetch, on_miss):
-    """Also where experts are computed without a slot, which on a CPU is the same kernel on another buffer."""
+    """Also where experts are computed without a slot, which on a CPU is the same kernel on another buffer.
+
+    "auto" chooses in a pool of all layers only; with quotas it is "fetch"."""
     path = tmp_path / "run.npz"
     model = offmoe.from_pretrained(
         "demo",
         device="cpu",
         slots_per_layer=slots,
         eviction=eviction,
+        scope="model" if on_miss == "auto" else "layer",
         prefetch=prefetch,
         on_miss=on_miss,
         dtype=DTYPES[dtype],

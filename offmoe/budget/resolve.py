@@ -5,6 +5,7 @@ policy that goes on deciding."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -17,6 +18,8 @@ from offmoe.errors import CapacityError, ConfigError
 from offmoe.policy.planner import SCRATCH_SLOTS
 from offmoe.profile import MissCosts, Profile
 from offmoe.types import HOST, CacheShape
+
+logger = logging.getLogger(__name__)
 
 BOUNDLESS = 1 << 60
 """Bytes that any model fits into."""
@@ -57,6 +60,8 @@ def divide(
     """The options resolved, and the division of memory; `free` bytes of the device can be had."""
     if backend.unified_memory:
         on_miss, plan = plan_on_miss(config, shape, needs, free=free, share=backend.auto_share)
+        if on_miss != config.on_miss and plan.slots_per_layer != shape.experts:
+            logger.info("on_miss=%r means %r here: choosing who gets a slot would not pay.", config.on_miss, on_miss)
         host, host_computes = None, False
     else:
         host_free = backend.host_free_bytes()

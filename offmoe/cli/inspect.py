@@ -29,6 +29,14 @@ KNEE = 2
 """Slots per top_k where hit rates stop rising steeply: below it a layer evicts what its next token needs."""
 
 
+MISS_IN_WORDS = {
+    "fetch": "every missed expert gets a slot",
+    "cpu": "a missed expert gets a slot only while one is free",
+    "auto": "a missed expert gets a slot if it is likelier to return than its victim",
+}
+"""What each value of on_miss does."""
+
+
 def parser() -> options.Parser:
     parser = options.Parser(
         "inspect", "What a model needs and what fits here; reads headers (or config.json alone), loads nothing."
@@ -147,7 +155,8 @@ def _by_way(found: Survey) -> dict[str, Expectation]:
     if beside and found.config.exactness == "bitwise":
         return {"fetch": expect(found.shape, replace(cache, on_miss="fetch", miss_costs=None), profile)}
     costs = profile.costs.miss_costs(max(found.shape.expert_bytes)) if beside else None
-    return {how: expect(found.shape, replace(cache, on_miss=how, miss_costs=costs), profile) for how in ON_MISS}
+    ways = {how: expect(found.shape, replace(cache, on_miss=how, miss_costs=costs), profile) for how in ON_MISS}
+    return ways if beside or cache.scope == "model" else {**ways, "auto": ways["fetch"]}
 
 
 def _ways_in_figures(ways: Mapping[str, Expectation]) -> dict[str, object]:
@@ -250,6 +259,9 @@ def _fit(config: OffloadConfig, found: Survey) -> Table:
         table.add_row("staging", format_size(plan.staging), "reads on their way")
     table.add_row("workspace", format_size(plan.workspace), "activations, logits")
     table.add_row("experts", found.config.exactness, f"computed {_computed(found)}")
+    if plan.slots_per_layer != shape.experts:
+        resolved = "" if found.config.on_miss == config.on_miss else f" (what {config.on_miss!r} means here)"
+        table.add_row("on a miss", found.config.on_miss, MISS_IN_WORDS[found.config.on_miss] + resolved)
     slots = f"{span(shape.top_k)} slots per layer"
     if plan.smallest < plan.smallest_dense:
         table.add_row("smallest, all dense", format_size(plan.smallest_dense), f"{slots} ({plan.smallest_dense} bytes)")

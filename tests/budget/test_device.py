@@ -116,11 +116,14 @@ def test_dense_layers_go_to_the_host_if_it_has_room(host_free, place):
 @pytest.mark.parametrize(
     ("options", "free", "resolved", "scratch"),
     [
-        ({"slots_per_layer": 3}, 10**6, "auto", 600),
+        ({"slots_per_layer": 3}, 10**6, "fetch", 0),  # quotas: choosing gains nothing
+        ({"slots_per_layer": 3, "on_miss": "auto"}, 10**6, "fetch", 0),
+        ({"slots_per_layer": 3, "scope": "model"}, 10**6, "auto", 600),
         ({"slots_per_layer": 3, "on_miss": "fetch"}, 10**6, "fetch", 0),
         ({"slots_per_layer": 3, "on_miss": "cpu"}, 10**6, "cpu", 600),
-        ({}, 10**6, "fetch", 0),  # everything has a slot
-        ({"device_memory": 5000, "max_context": 256}, 10**6, "fetch", 0),  # two of so few slots are worth more as such
+        ({"scope": "model"}, 10**6, "fetch", 0),  # everything has a slot
+        # two of so few slots are worth more as such
+        ({"device_memory": 5000, "max_context": 256, "scope": "model"}, 10**6, "fetch", 0),
         ({"device_memory": 5000, "max_context": 256, "on_miss": "cpu"}, 10**6, "cpu", 600),
         ({"device_memory": SMALLEST}, 10**6, "fetch", 0),
     ],
@@ -136,4 +139,7 @@ def test_scratch_that_does_not_fit_is_refused_only_where_it_was_asked_for():
     with pytest.raises(CapacityError, match="smallest device_memory"):
         plan_on_miss(OffloadConfig(device_memory=SMALLEST, on_miss="cpu"), SHAPE, MODEL, free=10**6, share=1.0)
     large = CacheShape((400,) * 3, (2,) * 3, (90, 90, 290))
-    assert plan_on_miss(OffloadConfig(device_memory=10**5), large, MODEL, free=10**6, share=1.0)[0] == "auto"
+    assert (
+        plan_on_miss(OffloadConfig(device_memory=120_000, scope="model"), large, MODEL, free=10**6, share=1.0)[0]
+        == "auto"
+    )

@@ -200,3 +200,13 @@ def test_beside_a_device_every_way_has_its_roofline() -> None:
     assert found["cpu"].uniform > found["fetch"].uniform, "the host takes half of what the link does"
     assert found["auto"].uniform > 0.9 * found["cpu"].uniform, "nothing to choose by, where all are equally likely"
     assert all(e.roofline >= e.uniform for e in found.values())
+
+
+def test_on_a_miss_is_said(offmoe: Run, checkpoint: Path) -> None:
+    argv = ("inspect", checkpoint, "--device", "cpu", "--slots-per-layer", "4")
+
+    def said(*more: str) -> str:
+        return " ".join(offmoe(*argv, *more).out.replace("│", " ").split())
+
+    assert "fetch every missed expert gets a slot (what 'auto' means here)" in said()
+    assert "cpu a missed expert gets a slot only while one is free" in said("--on-miss", "cpu")

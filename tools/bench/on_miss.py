@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """What a missed expert should get on a CPU, fetch, cpu or auto: decoding timed in paired rounds, and estimated.
 
+Layers share their slots (scope="model"): with a quota of slots per layer, "auto" is "fetch" on a CPU.
+
 What moves: the experts that are missed, from the disk. Six set-ups: the demo model on text, models of Mixtral's and
 Qwen3's expert shapes and random weights on a recorded routing (the demo's; gpt-oss-20b's from tests/data), each with
 two cache sizes. In every round the three ways decode the same tokens, which come out the same, a few in turn each: what
@@ -71,7 +73,13 @@ class Way:
     def __init__(self, setup: SetUp, on_miss: str, recording: Path):
         self.recording = recording
         self.model: Any = offmoe.from_pretrained(
-            setup.model, device="cpu", slots_per_layer=setup.slots, prefetch=0, on_miss=on_miss, trace=recording
+            setup.model,
+            device="cpu",
+            slots_per_layer=setup.slots,
+            scope="model",
+            prefetch=0,
+            on_miss=on_miss,
+            trace=recording,
         )
         self.offload: Offload = self.model.offload
         self._routing = None
@@ -116,7 +124,9 @@ def measure(
     setup: SetUp, prompts: Callable[[int], torch.Tensor], args: argparse.Namespace, scratch: Path
 ) -> dict[str, Any]:
     """Ratios, tokens/s and the errors of their estimates in one set-up."""
-    inspected = inspect(setup.model, OffloadConfig(device="cpu", slots_per_layer=setup.slots, prefetch=0))
+    inspected = inspect(
+        setup.model, OffloadConfig(device="cpu", slots_per_layer=setup.slots, scope="model", prefetch=0)
+    )
     before = calibrate(inspected, args.calibrate)
     tokens = args.tokens * (DEMO_TIMES if setup.routing is None else 1)
     rounds: list[dict[str, float]] = []
