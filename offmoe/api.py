@@ -22,7 +22,7 @@ from offmoe.errors import ConfigError
 from offmoe.handle import Offload
 from offmoe.hf.adapters.find import find_experts, require_adapter
 from offmoe.hf.load import attach as hf_experts
-from offmoe.hf.load.dense_layers import ParkedLayers, dense_layers
+from offmoe.hf.load.dense_layers import OffloadedLayers, dense_layers
 from offmoe.hf.load.load import load_dense
 from offmoe.hf.load.options import check_options
 from offmoe.pack.on_load import write
@@ -119,12 +119,12 @@ def from_pretrained(
     inspected = inspect(model, config, dtype=dtype, **hub)
     plan = inspected.plan
     logger.info("%s on %s", plan.describe(), inspected.config.device)
-    if plan.parked_layers:
+    if plan.offloaded_layers:
         logger.warning(
             "the dense part does not fit: %d decoder layers (%s) come from %s in every pass; device_memory=%d holds it",
-            plan.parked_layers,
-            format_size(plan.parked),
-            plan.parked_in,
+            plan.offloaded_layers,
+            format_size(plan.offloaded),
+            plan.offloaded_in,
             plan.smallest_dense,
         )
     return load(inspected, name=str(model), trace=trace, **hf_kwargs)
@@ -160,9 +160,9 @@ def load(
     try:
         planner = build_planner(config.cache(), catalog.shape)
         writer = None if trace is None else TraceWriter(trace, name, catalog.shape, config.cache())
-        parked = _park(inspected)
-        if parked is not None:
-            closing.insert(0, parked.close)
+        offloaded = _offload_layers(inspected)
+        if offloaded is not None:
+            closing.insert(0, offloaded.close)
         model = load_dense(
             inspected.folder,
             inspected.hf_config,
@@ -171,7 +171,7 @@ def load(
             device=backend.device,
             dtype=inspected.dtype,
             experts_implementation=hf_experts.IMPLEMENTATION,
-            parked=parked,
+            offloaded=offloaded,
             called=inspected.source.folder,
             **hf_kwargs,
         )
@@ -222,12 +222,12 @@ def load(
     return model
 
 
-def _park(inspected: Inspected) -> ParkedLayers | None:
+def _offload_layers(inspected: Inspected) -> OffloadedLayers | None:
     """The last decoder layers, as many as the plan has no room for."""
     plan = inspected.plan
-    if plan.parked_in is None:
+    if plan.offloaded_in is None:
         return None
-    layers = dense_layers(inspected.meta)[-plan.parked_layers :]
-    return ParkedLayers(
-        layers, plan.parked_in, inspected.meta, inspected.checkpoint, inspected.catalog.dense, inspected.backend
+    layers = dense_layers(inspected.meta)[-plan.offloaded_layers :]
+    return OffloadedLayers(
+        layers, plan.offloaded_in, inspected.meta, inspected.checkpoint, inspected.catalog.dense, inspected.backend
     )

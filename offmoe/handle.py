@@ -24,7 +24,8 @@ from torch import nn
 from offmoe.budget.device import MemoryPlan
 from offmoe.config import OffloadConfig
 from offmoe.errors import CapacityError, ConfigError, OffmoeError
-from offmoe.hf.predict.wiring import RouterWiring, WiringRecorder
+from offmoe.hf.predict.route_recorder import RouteRecorder
+from offmoe.hf.predict.router_probe import RouterProbe
 from offmoe.runtime.executor import ExpertExecutor, Predictor
 from offmoe.trace.recorder import TraceWriter
 from offmoe.transfer.reader import Reader
@@ -45,8 +46,8 @@ class _Prediction:
         inside = [set(part.modules()) for part in parts]
         part_of = [next((i for i, modules in enumerate(inside) if module in modules), -1) for module in experts]
         self._starts = {i for i in range(1, len(part_of)) if part_of[i] != part_of[i - 1]}
-        self._recorder: WiringRecorder | None = WiringRecorder(model, experts)
-        self._wiring: RouterWiring | None = None
+        self._recorder: RouteRecorder | None = RouteRecorder(model, experts)
+        self._probe: RouterProbe | None = None
         self._residuals: dict[int, torch.Tensor] = {}  # the latest only: a long prompt's are large
 
     def begin(self) -> None:
@@ -59,8 +60,8 @@ class _Prediction:
         if self._recorder is not None:
             self._recorder.pause()
             if complete:
-                self._wiring, self._recorder = self._recorder.finish(), None
-                self._wiring.install(self._keep)
+                self._probe, self._recorder = self._recorder.finish(), None
+                self._probe.install(self._keep)
 
     def _keep(self, layer: int, residual: torch.Tensor) -> None:
         self._residuals.clear()
@@ -69,9 +70,9 @@ class _Prediction:
     def predict(self, layer: int) -> torch.Tensor | None:
         """Expert ids [tokens, p] of `layer`, from the residual before the MoE block of `layer - 1`."""
         residual = self._residuals.get(layer - 1)
-        if residual is None or self._wiring is None or layer in self._starts or not self._wiring.can_predict(layer):
+        if residual is None or self._probe is None or layer in self._starts or not self._probe.can_predict(layer):
             return None
-        return self._wiring.predict(layer, residual)
+        return self._probe.predict(layer, residual)
 
 
 class Offload:

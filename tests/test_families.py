@@ -24,8 +24,8 @@ from offmoe.errors import UnsupportedModelError
 from offmoe.hf.adapters.find import RegistryExperts, adapter_of, find_experts
 from offmoe.hf.catalog.catalog import CatalogLayer, ExpertCatalog
 from offmoe.hf.load.load import build_meta, model_class, read_config
-from offmoe.hf.predict.meta import foresee
-from offmoe.hf.predict.wiring import NOT_CALLED, RouterWiring, _tensors
+from offmoe.hf.predict.meta import unpredictable_reasons
+from offmoe.hf.predict.router_probe import NOT_CALLED, tensors_in
 from offmoe.simulate.replay import replay
 from offmoe.storage.store import ExpertStore
 from offmoe.trace.trace import read_trace
@@ -123,24 +123,24 @@ def read(store: ExpertStore, key: ExpertKey) -> list[Tensor]:
 def predictions(model: PreTrainedModel, family: str) -> str:
     """Wire on one prompt; every route that was found must give the experts of another prompt exactly."""
     experts = list(find_experts(model).values())
-    wiring = RouterWiring.discover(model, experts, lambda: logits(model, families.inputs(family, seed=1)))
+    probe = tiny.watch(model, experts, lambda: logits(model, families.inputs(family, seed=1)))
     residuals: dict[int, Tensor] = {}
-    handles = wiring.install(lambda layer, residual: residuals.__setitem__(layer, residual))
+    handles = probe.install(lambda layer, residual: residuals.__setitem__(layer, residual))
     actual = routed(experts, lambda: logits(model, families.inputs(family, batch=1, length=9, seed=7)))
     for handle in handles:
         handle.remove()
     exact = []
     for layer in range(len(experts)):
-        if wiring.can_predict(layer):
-            assert torch.equal(wiring.predict(layer, residuals[layer]), actual[layer]), f"layer {layer}"
+        if probe.can_predict(layer):
+            assert torch.equal(probe.predict(layer, residuals[layer]), actual[layer]), f"layer {layer}"
             exact.append(layer)
     meta = build_meta(model.config, type(model))
-    told = foresee(meta, list(find_experts(meta).values()))
-    assert told in (None, wiring.reasons), "told wrongly without weights"
-    called = [layer for layer in range(len(experts)) if wiring.reasons[layer] != NOT_CALLED]
+    told = unpredictable_reasons(meta, list(find_experts(meta).values()))
+    assert told in (None, probe.reasons), "told wrongly without weights"
+    called = [layer for layer in range(len(experts)) if probe.reasons[layer] != NOT_CALLED]
     if len(exact) == len(called):
         return "exact"
-    reasons = {str(wiring.reasons[layer]) for layer in called if layer not in exact}
+    reasons = {str(probe.reasons[layer]) for layer in called if layer not in exact}
     return f"exact in {len(exact)} of {len(called)} layers; else {', '.join(sorted(reasons))}"
 
 
@@ -170,7 +170,7 @@ def keep_argument(seen: dict[int, Tensor], layer: int, _: nn.Module, args: tuple
 def keep_output(
     seen: dict[int, Tensor], layer: int, ids: Callable[[list[Tensor]], Tensor], _: nn.Module, __: object, output: object
 ) -> None:
-    seen[layer] = ids(list(_tensors(output))).clone()
+    seen[layer] = ids(list(tensors_in(output))).clone()
 
 
 def describe_layouts(catalog: ExpertCatalog, model: PreTrainedModel) -> str:

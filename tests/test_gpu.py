@@ -294,7 +294,7 @@ def test_one_wait_of_the_host_per_layer(demo_prompts, record_property, prefetch)
     model = offmoe.from_pretrained("demo", device=DEVICE, slots_per_layer=3, prefetch=prefetch)
     with model.offload, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        greedy(model, demo_prompts[1], 4)  # the first pass is watched to learn the wiring, which may wait
+        greedy(model, demo_prompts[1], 4)  # the first pass is watched to learn the routes, which may wait
         marks = []
 
         def waits():

@@ -173,7 +173,7 @@ def test_dense_layers_that_do_not_fit_come_decoded(tmp_path: Path) -> None:
     smallest = int(re.search(r"model is (\d+) bytes", str(raised.value)).group(1))
     model = offmoe.from_pretrained(folder, device="cpu", device_memory=smallest, max_context=64)
     with model.offload:
-        assert model.offload.memory().parked_layers > 0
+        assert model.offload.memory().offloaded_layers > 0
         got = run(model)
     assert torch.equal(got[0], wanted[0])
     assert torch.equal(got[1], wanted[1])

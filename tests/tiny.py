@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from offmoe.hf.load.load import model_class
+from offmoe.hf.predict.route_recorder import RouteRecorder
+from offmoe.hf.predict.router_probe import RouterProbe
 
 logging.disable_progress_bar()
 
@@ -138,3 +142,14 @@ def tensor(folder: Path, name: str) -> torch.Tensor:
     """One tensor of a sharded checkpoint."""
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     return load_file(folder / index["weight_map"][name])[name]
+
+
+def watch(model: nn.Module, experts: Sequence[nn.Module], run: Callable[[], object]) -> RouterProbe:
+    """The routes that a recorder finds during `run()`, one forward pass of `model`."""
+    recorder = RouteRecorder(model, experts)
+    recorder.start()
+    try:
+        run()
+    finally:
+        probe = recorder.finish()
+    return probe

@@ -57,9 +57,9 @@ class ModelBytes:
     workspace: int
     layers: tuple[DenseLayerBytes, ...] = ()
 
-    def dense_with(self, parked: int) -> tuple[int, int]:
-        """(resident, in flight) bytes of the dense part if the last `parked` layers are not on the device."""
-        layers = self.layers[len(self.layers) - parked :]
+    def dense_with(self, num_offloaded: int) -> tuple[int, int]:
+        """(resident, in flight) bytes of the dense part if the last `num_offloaded` layers are not on the device."""
+        layers = self.layers[len(self.layers) - num_offloaded :]
         if not layers:
             return self.dense, 0
         in_flight = max(layer.landing for layer in layers) + max(layer.reading for layer in layers)
@@ -70,9 +70,9 @@ class ModelBytes:
 class MemoryPlan:
     """The division of the device's memory, bytes; `budget` is the cap that the parts add up to at most.
 
-    dense: what is always on the device. parked_layers: how many decoder layers, the last ones, have their dense weights
-    (`parked` bytes) in `parked_in` and come to the device one at a time (`in_flight`). smallest: the least budget that
-    works at all; smallest_dense: with the whole dense part on the device.
+    dense: what is always on the device. offloaded_layers: how many decoder layers, the last ones, keep their dense
+    weights (`offloaded` bytes) in `offloaded_in` and stream them to the device one layer at a time (`in_flight`).
+    smallest: the least budget that works at all; smallest_dense: with the whole dense part on the device.
     """
 
     budget: int
@@ -86,9 +86,9 @@ class MemoryPlan:
     slots_per_layer: tuple[int, ...]
     smallest_dense: int = 0
     in_flight: int = 0
-    parked: int = 0
-    parked_layers: int = 0
-    parked_in: str | None = None
+    offloaded: int = 0
+    offloaded_layers: int = 0
+    offloaded_in: str | None = None
     scratch: int = 0
     """For experts that are computed without a slot."""
     host: HostPlan | None = None
@@ -98,8 +98,25 @@ class MemoryPlan:
     def used(self) -> int:
         return self.dense + self.in_flight + self.slots + self.scratch + self.kv + self.staging + self.workspace
 
+    @property
+    def parked(self) -> int:
+        """`offloaded`, under the name that it had first."""
+        return self.offloaded
+
+    @property
+    def parked_layers(self) -> int:
+        """`offloaded_layers`, under the name that it had first."""
+        return self.offloaded_layers
+
+    @property
+    def parked_in(self) -> str | None:
+        """`offloaded_in`, under the name that it had first."""
+        return self.offloaded_in
+
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "slots_per_layer": list(self.slots_per_layer), "used": self.used}
+        """The plan for JSON, whose keys say "parked" for offloaded."""
+        values = {name.replace("offloaded", "parked"): value for name, value in asdict(self).items()}
+        return {**values, "slots_per_layer": list(self.slots_per_layer), "used": self.used}
 
     def describe(self) -> str:
         """One line for people."""
@@ -107,9 +124,9 @@ class MemoryPlan:
         parts += [("scratch", self.scratch), ("staging", self.staging), ("workspace", self.workspace)]
         parts[1:1] = [("a dense layer in flight", self.in_flight)]
         text = ", ".join(f"{name} {format_size(size)}" for name, size in parts if size)
-        if self.parked_layers:
-            text += f"; dense weights of {self.parked_layers} layers, {format_size(self.parked)}, come from "
-            text += f"{self.parked_in} in every pass"
+        if self.offloaded_layers:
+            text += f"; dense weights of {self.offloaded_layers} layers, {format_size(self.offloaded)}, come from "
+            text += f"{self.offloaded_in} in every pass"
         if self.host is not None:
             text += f"; {self.host.describe()}"
         return f"{format_size(self.budget)}: {text}"
@@ -165,14 +182,14 @@ def plan_memory(
     explicit = None if config.slots_per_layer is None else config.cache().quotas(shape)
     wanted_context = config.max_context or min(model.context_limit, MIN_CONTEXT)
     around = model.staging + model.workspace + scratch + model.kv_per_token * wanted_context
-    dense_parts = [sum(model.dense_with(parked)) for parked in range(len(model.layers) + 1)]
+    dense_parts = [sum(model.dense_with(n)) for n in range(len(model.layers) + 1)]
     smallest = min(dense_parts) + around + _bytes(least, model.slot_bytes)
     around += _bytes(explicit or least, model.slot_bytes)
-    parked = next((n for n, dense in enumerate(dense_parts) if dense + around <= budget), None)
-    if parked is None:
+    num_offloaded = next((n for n, dense in enumerate(dense_parts) if dense + around <= budget), None)
+    if num_offloaded is None:
         asked = f"slots_per_layer={config.slots_per_layer}" if explicit else f"top_k={max(shape.top_k)} slots per layer"
         raise _too_small(min(dense_parts) + around, budget, asked, config, smallest)
-    resident, in_flight = model.dense_with(parked)
+    resident, in_flight = model.dense_with(num_offloaded)
     fixed = resident + in_flight + model.staging + model.workspace + scratch
     if config.max_context is not None:
         context = config.max_context
@@ -197,9 +214,9 @@ def plan_memory(
         slots_per_layer=slots,
         smallest_dense=smallest - min(dense_parts) + model.dense,
         in_flight=in_flight,
-        parked=model.dense - resident,
-        parked_layers=parked,
-        parked_in=None if not parked else HOST if model.dense - resident <= host_free else DISK,
+        offloaded=model.dense - resident,
+        offloaded_layers=num_offloaded,
+        offloaded_in=None if not num_offloaded else HOST if model.dense - resident <= host_free else DISK,
     )
 
 

@@ -29,7 +29,7 @@ from offmoe.hf.hub.locate import Source, locate
 from offmoe.hf.load.dense_layers import dense_layers
 from offmoe.hf.load.load import build_meta, compute_dtype, lone_config, model_class, read_config, require_index
 from offmoe.hf.load.options import parse_dtype
-from offmoe.hf.predict.meta import foresee
+from offmoe.hf.predict.meta import unpredictable_reasons
 from offmoe.pack.on_load import planned, to_quantize, with_experts
 from offmoe.quant.packed_weight import WeightFormat
 from offmoe.storage.checkpoint import Checkpoint
@@ -72,7 +72,7 @@ class Survey:
 
     def unpredictable(self) -> tuple[str | None, ...] | None:
         """For each MoE layer why its experts cannot be predicted, None where they can; None if only a run can tell."""
-        return foresee(self.meta, list(find_experts(self.meta).values()))
+        return unpredictable_reasons(self.meta, list(find_experts(self.meta).values()))
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def divide(
             read_bytes=max(expert.read for expert in experts),
             scratch=SCRATCH_SLOTS * max(expert.slot for expert in experts) if host_computes else 0,
             free=host_free,
-            taken=plan.parked if plan.parked_in == HOST else 0,
+            taken=plan.offloaded if plan.offloaded_in == HOST else 0,
         )
     slots = plan.slots_per_layer
     resolved = config.resolved(

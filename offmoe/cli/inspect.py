@@ -88,7 +88,7 @@ def _facts(found: Survey, unpredictable: Unpredictable) -> dict[str, object]:
         "expert_formats": _formats(found),
         "expert_bytes": plain(shape.expert_bytes),
         "expert_bytes_total": found.expert_bytes,
-        "dense_bytes": found.plan.dense + found.plan.parked,
+        "dense_bytes": found.plan.dense + found.plan.offloaded,
         "smallest_device_memory": found.plan.smallest,
         "smallest_with_dense": found.plan.smallest_dense,
         "device": found.config.device,
@@ -192,7 +192,7 @@ def _in_words(speed: Expectation | None) -> str:
 
 def _needs(name: str, found: Survey, unpredictable: Unpredictable) -> Table:
     shape, dtype = found.shape, str(found.dtype).removeprefix("torch.")
-    dense = found.plan.dense + found.plan.parked
+    dense = found.plan.dense + found.plan.offloaded
     share = percent(found.expert_bytes / (found.expert_bytes + dense))
     table = _two_columns(f"{name}: what it is")
     table.add_row("architecture", f"{found.model_class.__name__} ({found.hf_config.model_type})")
@@ -244,10 +244,12 @@ def _fit(config: OffloadConfig, found: Survey) -> Table:
     asked = "free here, less a reserve" if config.device_memory == "auto" else "--device-memory"
     table = _two_columns(f"what fits on {found.config.device}")
     table.add_row("budget", format_size(plan.budget), asked)
-    table.add_row("dense part", format_size(plan.dense), "" if not plan.parked_layers else "what stays")
-    if plan.parked_layers:
-        layers = f"{plan.parked_layers} of {_layers(found)} layers"
-        table.add_row("dense, elsewhere", format_size(plan.parked), f"{layers}, from {plan.parked_in} in every pass")
+    table.add_row("dense part", format_size(plan.dense), "" if not plan.offloaded_layers else "what stays")
+    if plan.offloaded_layers:
+        layers = f"{plan.offloaded_layers} of {_layers(found)} layers"
+        table.add_row(
+            "dense, elsewhere", format_size(plan.offloaded), f"{layers}, from {plan.offloaded_in} in every pass"
+        )
         table.add_row("a dense layer", format_size(plan.in_flight), "in flight")
     table.add_row(
         "expert slots", format_size(plan.slots), f"{span(plan.slots_per_layer)} per layer, {resident} resident"

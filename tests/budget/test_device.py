@@ -85,10 +85,10 @@ def test_dense_layers_leave_only_as_far_as_they_must():
     for budget in range(NEEDED - 600 + 180, NEEDED + 1):
         plan = plan_memory(OffloadConfig(device_memory=budget), SHAPE, LAYERED, free=10**9)
         assert plan.used <= budget
-        assert (plan.dense + plan.parked, plan.smallest, plan.smallest_dense) == (1000, NEEDED - 420, NEEDED)
-        assert plan.parked == 150 * plan.parked_layers
-        assert plan.in_flight == (180 if plan.parked_layers else 0)
-        found.setdefault(plan.parked_layers, []).append(budget)
+        assert (plan.dense + plan.offloaded, plan.smallest, plan.smallest_dense) == (1000, NEEDED - 420, NEEDED)
+        assert plan.offloaded == 150 * plan.offloaded_layers
+        assert plan.in_flight == (180 if plan.offloaded_layers else 0)
+        found.setdefault(plan.offloaded_layers, []).append(budget)
     assert list(found) == [4, 3, 2, 0], "one alone comes back to as much room as it left"
     assert all(budgets == list(range(budgets[0], budgets[-1] + 1)) for budgets in found.values())
     with pytest.raises(CapacityError, match=f"works for this model is {NEEDED - 420} bytes"):
@@ -97,19 +97,19 @@ def test_dense_layers_leave_only_as_far_as_they_must():
 
 def test_dense_layers_make_room_for_what_was_asked_for():
     enough = plan_memory(OffloadConfig(slots_per_layer=3, device_memory=NEEDED + 500), SHAPE, LAYERED, free=10**9)
-    assert (enough.slots_per_layer, enough.parked_layers) == ((3, 3, 3), 4)
+    assert (enough.slots_per_layer, enough.offloaded_layers) == ((3, 3, 3), 4)
     longer = plan_memory(OffloadConfig(max_context=500, device_memory=NEEDED + 100), SHAPE, LAYERED, free=10**9)
-    assert (longer.max_context, longer.parked_layers > 0) == (500, True)
+    assert (longer.max_context, longer.offloaded_layers > 0) == (500, True)
 
 
 @pytest.mark.parametrize(("host_free", "place"), [(0, DISK), (599, DISK), (600, HOST)])
 def test_dense_layers_go_to_the_host_if_it_has_room(host_free, place):
     config = OffloadConfig(device_memory=NEEDED - 420)
     plan = plan_memory(config, SHAPE, LAYERED, free=10**9, host_free=host_free)
-    assert (plan.parked, plan.parked_in) == (600, place)
+    assert (plan.offloaded, plan.offloaded_in) == (600, place)
     assert f"4 layers, 600 B, come from {place}" in plan.describe()
     roomy = plan_memory(OffloadConfig(), SHAPE, LAYERED, free=10**6, host_free=host_free)
-    assert (roomy.parked_in, roomy.in_flight) == (None, 0)
+    assert (roomy.offloaded_in, roomy.in_flight) == (None, 0)
     assert "come from" not in roomy.describe()
 
 

@@ -92,7 +92,7 @@ def _routers(model: nn.Module, experts: Mapping[str, nn.Module]) -> set[str]:
 
 
 class _Weight(NamedTuple):
-    """A parameter of a parked layer: who has it, under which name, and what it is while the layer does (not) run."""
+    """A parameter of an offloaded layer: its value while the layer runs (present) and while it does not (absent)."""
 
     owner: nn.Module
     param: str
@@ -100,8 +100,8 @@ class _Weight(NamedTuple):
     present: nn.Parameter
 
 
-class ParkedLayers:
-    """The parked layers of one model, from before loading to the end.
+class OffloadedLayers:
+    """The offloaded layers of one model, from before loading to the end.
 
     `device_map` and `folder` are for transformers' loader; `take_over` makes the loaded model run; `close` ends
     it.

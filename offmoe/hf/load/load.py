@@ -36,7 +36,7 @@ from offmoe.hf.adapters.find import find_experts, require_adapter
 from offmoe.hf.catalog.catalog import ExpertCatalog
 from offmoe.hf.hub.config_checks import check_config, check_generation, read_object
 from offmoe.hf.hub.locate import resolve_folder
-from offmoe.hf.load.dense_layers import ParkedLayers
+from offmoe.hf.load.dense_layers import OffloadedLayers
 from offmoe.hf.load.options import check_options, parse_dtype
 from offmoe.hf.load.save import attach_safe_save
 from offmoe.hf.upstream import forget_tie
@@ -187,14 +187,14 @@ def load_dense(
     device: str | torch.device,
     dtype: torch.dtype | str | None = None,
     experts_implementation: str = "offmoe",
-    parked: ParkedLayers | None = None,
+    offloaded: OffloadedLayers | None = None,
     called: str | os.PathLike[str] | None = None,
     **hf_kwargs: object,
 ) -> PreTrainedModel:
     """Load everything but the experts, in eval mode, as an instance of `cls` whose experts modules have no parameters.
 
-    dtype: of the dense weights; None is the checkpoint's own. parked: layers whose weights are to come and go; closing
-    it is the caller's. called: what the model says it was loaded from, if that is not `folder`. hf_kwargs go to
+    dtype: of the dense weights; None is the checkpoint's own. offloaded: layers whose weights are to come and go;
+    closing it is the caller's. called: what the model says it was loaded from, if that is not `folder`. hf_kwargs go to
     transformers' from_pretrained. Raises
     ConfigError for an option that offmoe sets itself or cannot honor, MissingTensorError for weights that are not in
     the checkpoint, CheckpointError for weights that do not fit the model.
@@ -207,15 +207,16 @@ def load_dense(
         source, hf_kwargs["state_dict"] = None, view.lazy(names, torch.device(device))
         dtype = dtype or config.dtype or torch.bfloat16
     skeleton = _without_experts(cls, catalog.parameters)
-    if parked is not None:  # places are told per parameter; the loader's check, which this ends, expects modules' names
+    if offloaded is not None:
+        # device_map names parameters; the loader checks it against module names unless this list is there
         setattr(skeleton, "_no_placement_params", getattr(cls, "_no_placement_params", None) or [])  # noqa: B010
     load = cast("Callable[..., tuple[PreTrainedModel, Mapping[str, Iterable[str]]]]", skeleton.from_pretrained)
     try:
         model, report = load(
             source,
             config=config,
-            device_map={"": torch.device(device)} if parked is None else parked.device_map,
-            offload_folder=None if parked is None else parked.folder,
+            device_map={"": torch.device(device)} if offloaded is None else offloaded.device_map,
+            offload_folder=None if offloaded is None else offloaded.folder,
             dtype="auto" if dtype is None else dtype,
             experts_implementation=experts_implementation,
             output_loading_info=True,
@@ -247,10 +248,10 @@ def load_dense(
         raise MissingTensorError(
             f"{folder}: the checkpoint has no tensor for {missing[0]!r}{more}; complete the download"
         )
-    if parked is not None:
-        parked.take_over(model)
+    if offloaded is not None:
+        offloaded.take_over(model)
     absent = {n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta}
-    assert absent == (parked.names if parked else set()), "a weight was left on the meta device"
+    assert absent == (offloaded.names if offloaded else set()), "a weight was left on the meta device"
     _own_memory(model)
     if source is None:
         _name_source(model, folder, called or folder, hf_kwargs)

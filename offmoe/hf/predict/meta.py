@@ -1,9 +1,8 @@
-"""Which layers' experts can be predicted, told without weights: one forward of the model on the meta device.
+"""Tell which layers' experts can be predicted before any weight is loaded: one forward pass on the meta device.
 
-Nothing moves and nothing is computed but shapes; bounded by the number of operations of a forward, tenths of a second.
-The experts themselves do nothing here. What is found is how a router is fed, not that it gives the right ids: that is
-proven (wiring.py) when the model first runs. Must never fail an inspection: an architecture whose forward looks at
-values cannot be told about, and that is the answer then.
+The pass computes shapes only and takes tenths of a second; the experts do nothing in it. It shows how each router is
+fed. That the router then gives the right ids is proven when the model first runs (route_recorder.py). An architecture
+whose forward looks at values cannot run on the meta device; the answer is then "unknown", never an error.
 """
 
 from __future__ import annotations
@@ -15,40 +14,46 @@ import torch
 from torch import nn
 
 from offmoe.hf.adapters.find import adapter_of
-from offmoe.hf.predict.wiring import WiringRecorder
+from offmoe.hf.predict.route_recorder import RouteRecorder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TOKENS = 4
-"""Of the prompt that has no values: more than one, so that a batch of tokens cannot be taken for one."""
+NUM_TOKENS = 4
+"""Length of the prompt without values. More than one, so that a batch of tokens cannot be taken for a single token."""
 
 
-def foresee(meta_model: PreTrainedModel, experts: Sequence[nn.Module]) -> tuple[str | None, ...] | None:
-    """For each MoE layer why it cannot be predicted, or None if it can; None for all if only weights can tell.
+def unpredictable_reasons(meta_model: PreTrainedModel, experts: Sequence[nn.Module]) -> tuple[str | None, ...] | None:
+    """Say for each MoE layer why its experts cannot be predicted.
 
-    meta_model: on the meta device, as built; experts: its experts modules by MoE layer.
+    Args:
+        meta_model: the model on the meta device, experts included.
+        experts: its experts modules by MoE layer.
+
+    Returns:
+        Per MoE layer a reason, or None if the layer can be predicted. None instead of the tuple if only a run of the
+        model with weights can tell.
     """
-    if any(map(_routes_itself, experts)):  # then the router is inside of what must do nothing
+    if any(map(_routes_itself, experts)):  # then the router is inside the module that does nothing here
         return None
-    ids = torch.zeros((1, TOKENS), dtype=torch.int64, device="meta")
-    inputs = (
-        {"input_ids": ids, "decoder_input_ids": ids} if meta_model.config.is_encoder_decoder else {"input_ids": ids}
-    )
-    recorder = WiringRecorder(meta_model, experts, prove=False)
+    ids = torch.zeros((1, NUM_TOKENS), dtype=torch.int64, device="meta")  # [batch, length]
+    inputs = {"input_ids": ids}
+    if meta_model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    recorder = RouteRecorder(meta_model, experts, prove=False)
     recorder.start()
     for module in experts:
-        object.__setattr__(module, "forward", _nothing)  # of this instance, which holds no weights
+        object.__setattr__(module, "forward", _nothing)  # on this instance, which holds no weights
     try:
         with torch.no_grad():
             meta_model(**inputs)
-    except Exception:  # whatever an architecture does with values that are not there
+    except Exception:  # an architecture may do anything with values that are absent
         return None
     finally:
         for module in experts:
             object.__delattr__(module, "forward")
-        wiring = recorder.finish()
-    return wiring.reasons
+        probe = recorder.finish()
+    return probe.reasons
 
 
 def _routes_itself(module: nn.Module) -> bool:

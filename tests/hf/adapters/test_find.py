@@ -15,7 +15,6 @@ from offmoe.budget.needs import kv_bytes_per_token, num_layers
 from offmoe.errors import CapacityError, MissingTensorError
 from offmoe.hf.adapters.families.stacked import ScaledInputFFN
 from offmoe.hf.adapters.find import adapter_of, find_experts
-from offmoe.hf.predict.wiring import RouterWiring
 from offmoe.simulate.replay import replay
 from offmoe.trace.trace import Trace, read_trace
 from tests import families, tiny
@@ -130,8 +129,8 @@ def test_own_residual_gives_the_ids_that_experts_get(tmp_path: Path, family: str
     model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=SLOTS, prefetch=0)
     experts = list(find_experts(model).values())
     first, *_, other = prompts(model)
-    wiring = RouterWiring.discover(model, experts, lambda: logits(model, first))
-    assert all(wiring.can_predict(layer) for layer in range(len(experts)))
+    probe = tiny.watch(model, experts, lambda: logits(model, first))
+    assert all(probe.can_predict(layer) for layer in range(len(experts)))
 
     got: dict[int, Tensor] = {}
     executor = model.offload._executor
@@ -143,10 +142,10 @@ def test_own_residual_gives_the_ids_that_experts_get(tmp_path: Path, family: str
 
     executor.run = watched
     residuals: dict[int, Tensor] = {}
-    wiring.install(lambda layer, residual: residuals.__setitem__(layer, residual))
+    probe.install(lambda layer, residual: residuals.__setitem__(layer, residual))
     logits(model, other)
     for layer, ids in got.items():
-        assert torch.equal(wiring.predict(layer, residuals[layer]), ids), layer
+        assert torch.equal(probe.predict(layer, residuals[layer]), ids), layer
     assert len(got) == len(experts)
     model.offload.close()
 
@@ -186,8 +185,8 @@ def test_encoder_and_decoder_are_steps_of_one_request(tmp_path: Path, family: st
     assert (trace.experts[7 : 7 + decoded, 2] >= 0).any()
     assert (trace.experts[:7, 2] == -1).all()
     if family in PREDICTED:  # found although generate() runs the encoder without the model around it
-        wiring = model.offload._prediction._wiring
-        assert [wiring.can_predict(layer) for layer in range(3)] == [True] * 3
+        probe = model.offload._prediction._probe
+        assert [probe.can_predict(layer) for layer in range(3)] == [True] * 3
         assert trace.predicted is not None
         assert (trace.predicted[:, 2] == -1).all()  # an encoder says nothing about a decoder
 

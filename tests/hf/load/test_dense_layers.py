@@ -17,21 +17,21 @@ from offmoe.api import load
 from offmoe.budget.inspect import inspect
 from offmoe.config import OffloadConfig
 from offmoe.errors import CapacityError, ConfigError, OffmoeError, ShardChangedError
-from offmoe.hf.load.dense_layers import ParkedLayers, dense_layers
+from offmoe.hf.load.dense_layers import OffloadedLayers, dense_layers
 from offmoe.simulate.replay import replay
 from offmoe.trace.trace import read_trace
 from offmoe.types import DISK, HOST
 from tests import tiny
 
 
-def parked_by(model: PreTrainedModel) -> ParkedLayers:
-    """The parked layers of a model, reached through the hook that brings one in."""
+def offloaded_layers_of(model: PreTrainedModel) -> OffloadedLayers:
+    """The offloaded layers of a model, reached through the hook that brings one in."""
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
-    return next(cell.cell_contents for hook in hooks for cell in hook.__closure__ if _is_parked(cell.cell_contents))
+    return next(cell.cell_contents for hook in hooks for cell in hook.__closure__ if _is_offloaded(cell.cell_contents))
 
 
-def _is_parked(value: object) -> bool:
-    return isinstance(value, ParkedLayers)
+def _is_offloaded(value: object) -> bool:
+    return isinstance(value, OffloadedLayers)
 
 
 def smallest(folder: Path, **options: object) -> int:
@@ -44,7 +44,7 @@ def generate(model: PreTrainedModel) -> torch.Tensor:
 
 def equal_to_resident(folder: Path, model: PreTrainedModel) -> None:
     resident = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3)
-    assert resident.offload.memory().parked_layers == 0
+    assert resident.offload.memory().offloaded_layers == 0
     with resident.offload, model.offload, torch.no_grad():
         assert torch.equal(model(input_ids=tiny.prompt()).logits, resident(input_ids=tiny.prompt()).logits)
         assert torch.equal(generate(model), generate(resident))
@@ -56,15 +56,15 @@ def test_the_same_bits(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
     folder = tiny.save(tiny.build(family, dtype), tmp_path)
     model = offmoe.from_pretrained(folder, device="cpu", device_memory=smallest(folder))
     plan = model.offload.memory()
-    assert plan.parked_layers == 3
-    assert plan.parked_in == DISK
+    assert plan.offloaded_layers == 3
+    assert plan.offloaded_in == DISK
     assert plan.used <= plan.budget
     total = inspect(folder, OffloadConfig(device="cpu")).plan.dense
     there = {id(t): t for t in (*model.parameters(), *model.buffers()) if not t.is_meta}
     resident = sum(t.nbytes for t in there.values())
     assert plan.dense == resident if dtype == torch.float32 else resident <= plan.dense < resident + 1000
-    assert plan.dense + plan.parked == total
-    assert plan.parked > 0
+    assert plan.dense + plan.offloaded == total
+    assert plan.offloaded > 0
     assert any(p.is_meta for p in model.parameters())
     equal_to_resident(folder, model)
 
@@ -76,7 +76,7 @@ def test_the_demo_in_the_smallest_memory() -> None:
         with offmoe.from_pretrained("demo", device="cpu", device_memory=budget).offload as runtime:
             model = runtime._finalizer.peek()[0]
             tokens.append(model.generate(input_ids=ids, max_new_tokens=12, do_sample=False))
-            assert (runtime.memory().parked_layers > 0) == (budget != "auto")
+            assert (runtime.memory().offloaded_layers > 0) == (budget != "auto")
     assert torch.equal(*tokens)
 
 
@@ -88,10 +88,10 @@ def test_as_many_layers_as_fit_stay(tmp_path: Path) -> None:
         with offmoe.from_pretrained(folder, device="cpu", device_memory=budget).offload as runtime:
             model, found = runtime._finalizer.peek()[0], runtime.memory()
             away = [any(p.is_meta for p in layer.parameters()) for layer in model.model.layers]
-            assert away == [False] * (6 - found.parked_layers) + [True] * found.parked_layers, "the last ones go"
+            assert away == [False] * (6 - found.offloaded_layers) + [True] * found.offloaded_layers, "the last ones go"
             assert found.used <= budget
             generate(model)
-            seen.add(found.parked_layers)
+            seen.add(found.offloaded_layers)
     assert len(seen) > 2
 
 
@@ -113,7 +113,7 @@ def test_from_host_memory(tmp_path: Path) -> None:
     """The way of a device with memory of its own; here both are RAM."""
     folder = tiny.save(tiny.build("qwen3_moe"), tmp_path)
     found = inspect(folder, OffloadConfig(device="cpu", device_memory=smallest(folder)))
-    object.__setattr__(found.plan, "parked_in", HOST)
+    object.__setattr__(found.plan, "offloaded_in", HOST)
     model = load(found)
     (folder / "model.safetensors.index.json").unlink()  # nothing is read from here any more but experts
     assert sum(p.is_meta for p in model.parameters()) > 10
@@ -240,7 +240,7 @@ def test_predictions_work_and_replay_agrees(tmp_path: Path) -> None:
     model = offmoe.from_pretrained(folder, device="cpu", device_memory=budget, prefetch=2, trace=path)
     with model.offload:
         generate(model)
-        assert model.offload._prediction._wiring.routes.count(None) == 0, "routers stay"
+        assert model.offload._prediction._probe.routes.count(None) == 0, "routers stay"
         stats = model.offload.stats()
     assert stats.prefetched > 0
     trace = read_trace(path)

@@ -6,8 +6,8 @@ import pytest
 
 from offmoe.hf.catalog.catalog import find_experts
 from offmoe.hf.load.load import build_meta, model_class
-from offmoe.hf.predict.meta import foresee
-from offmoe.hf.predict.wiring import NOT_CALLED, PER_CALL
+from offmoe.hf.predict.meta import unpredictable_reasons
+from offmoe.hf.predict.router_probe import NOT_CALLED, PER_CALL
 from tests import families
 
 
@@ -15,7 +15,7 @@ def told(family: str) -> tuple[str | None, ...] | None:
     config = families.config(family)
     model = build_meta(config, model_class(config))
     experts = list(find_experts(model).values())
-    found = foresee(model, experts)
+    found = unpredictable_reasons(model, experts)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert not any("forward" in vars(module) for module in experts)
     return found

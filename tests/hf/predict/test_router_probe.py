@@ -1,4 +1,4 @@
-"""Wiring found by watching one forward: exact for every family, and no guess where a router needs more."""
+"""Routes found by watching one forward pass: exact for every family, and none where a router needs more."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from offmoe.hf.adapters.find import find_experts
-from offmoe.hf.predict.wiring import OTHER_WIDTH, RouterWiring, WiringRecorder
+from offmoe.hf.predict.route_recorder import RouteRecorder
+from offmoe.hf.predict.router_probe import OTHER_WIDTH
 from tests import tiny
 
 
@@ -45,31 +46,31 @@ def test_own_residual_reproduces_the_ids_on_another_prompt(family: str) -> None:
     model = tiny.build(family, torch.bfloat16)
     experts = experts_of(model)
     before = hooks_of(model)
-    wiring = RouterWiring.discover(model, experts, lambda: forward(model, tiny.prompt(1, 4, seed=1)))
+    probe = tiny.watch(model, experts, lambda: forward(model, tiny.prompt(1, 4, seed=1)))
     assert hooks_of(model) == before
-    assert all(wiring.can_predict(layer) for layer in range(len(experts)))
+    assert all(probe.can_predict(layer) for layer in range(len(experts)))
 
     residuals: dict[int, Tensor] = {}
-    handles = wiring.install(lambda layer, residual: residuals.__setitem__(layer, residual))
+    handles = probe.install(lambda layer, residual: residuals.__setitem__(layer, residual))
     ids = routed(experts, lambda: forward(model, tiny.prompt(2, 13, seed=9)))
     for handle in handles:
         handle.remove()
     assert hooks_of(model) == before
     assert [residuals[layer].shape for layer in range(len(experts))] == [(2, 13, 32)] * len(experts)
     for layer, wanted in enumerate(ids):
-        found = wiring.predict(layer, residuals[layer])
+        found = probe.predict(layer, residuals[layer])
         assert found.dtype == torch.int64
         assert torch.equal(found, wanted)
-    across = wiring.predict(1, residuals[0])  # what prefetching does
+    across = probe.predict(1, residuals[0])  # what prefetching does
     assert across.shape == (26, tiny.TOP_K)
 
 
 def test_residual_is_kept_before_the_layers_experts_run() -> None:
     model = tiny.build("mixtral")
     experts = experts_of(model)
-    wiring = RouterWiring.discover(model, experts, lambda: forward(model, tiny.prompt()))
+    probe = tiny.watch(model, experts, lambda: forward(model, tiny.prompt()))
     order: list[tuple[str, int]] = []
-    wiring.install(lambda layer, _: order.append(("residual", layer)))
+    probe.install(lambda layer, _: order.append(("residual", layer)))
     for layer, module in enumerate(experts):
         module.register_forward_pre_hook(lambda *_, layer=layer: order.append(("experts", layer)))
     forward(model, tiny.prompt())
@@ -84,7 +85,7 @@ def test_watching_changes_nothing_and_holds_nothing() -> None:
         module.register_forward_hook(
             lambda _m, _a, out: alive.append(weakref.ref(out)) if isinstance(out, Tensor) else None
         )
-    recorder = WiringRecorder(model, experts_of(model))
+    recorder = RouteRecorder(model, experts_of(model))
     recorder.start()
     logits = forward(model, tiny.prompt())
     assert torch.equal(logits, wanted)
@@ -92,8 +93,8 @@ def test_watching_changes_nothing_and_holds_nothing() -> None:
     gc.collect()
     assert len(alive) > 20
     assert not [ref for ref in alive if ref() is not None]  # even before finish
-    wiring = recorder.finish()
-    assert all(wiring.can_predict(layer) for layer in range(3))
+    probe = recorder.finish()
+    assert all(probe.can_predict(layer) for layer in range(3))
     assert not recorder._calls
 
 
@@ -105,16 +106,16 @@ def test_failed_forward_leaves_no_hooks() -> None:
         raise RuntimeError("out of coffee")
 
     with pytest.raises(RuntimeError, match="coffee"):
-        RouterWiring.discover(model, experts_of(model), broken)
+        tiny.watch(model, experts_of(model), broken)
     assert hooks_of(model) == 0
 
 
 def test_layer_that_was_not_called_cannot_be_predicted() -> None:
     model = tiny.build("mixtral")
     experts = experts_of(model)
-    wiring = RouterWiring.discover(model, [*experts, nn.Linear(1, 1)], lambda: forward(model, tiny.prompt()))
-    assert [wiring.can_predict(layer) for layer in range(4)] == [True, True, True, False]
-    assert len(wiring.install(lambda *_: None)) == 3
+    probe = tiny.watch(model, [*experts, nn.Linear(1, 1)], lambda: forward(model, tiny.prompt()))
+    assert [probe.can_predict(layer) for layer in range(4)] == [True, True, True, False]
+    assert len(probe.install(lambda *_: None)) == 3
 
 
 class Experts(nn.Module):
@@ -171,26 +172,26 @@ class Block(nn.Module):
 def test_constant_extra_arguments_are_repeated(style: str) -> None:
     torch.manual_seed(0)
     block = Block(style)
-    wiring = RouterWiring.discover(block, [block.experts], lambda: block(torch.randn(2, 3, 8)))
-    assert wiring.can_predict(0)
-    route = wiring.routes[0]
+    probe = tiny.watch(block, [block.experts], lambda: block(torch.randn(2, 3, 8)))
+    assert probe.can_predict(0)
+    route = probe.routes[0]
     assert route is not None
     assert route.norm is block.norm
     other = torch.randn(1, 5, 8)
     (wanted,) = routed([block.experts], lambda: block(other))
-    assert torch.equal(wiring.predict(0, other), wanted)
+    assert torch.equal(probe.predict(0, other), wanted)
 
 
 @pytest.mark.parametrize("style", ["per call", "per call keyword", "cast", "changed"])
 def test_router_that_needs_more_than_the_residual_is_not_trusted(style: str) -> None:
     torch.manual_seed(0)
     block = Block(style)
-    wiring = RouterWiring.discover(block, [block.experts], lambda: block(torch.randn(2, 3, 8)))
-    assert not wiring.can_predict(0)
+    probe = tiny.watch(block, [block.experts], lambda: block(torch.randn(2, 3, 8)))
+    assert not probe.can_predict(0)
 
 
-def test_residual_that_the_model_drops_is_still_wired() -> None:
-    """Post-norm residuals: nobody keeps the norm's input until the experts run."""
+def test_residual_that_the_model_drops_still_has_a_route() -> None:
+    """Post-norm residuals: the norm's input is freed before the experts run."""
 
     class PostNorm(Block):
         def forward(self, residual: Tensor) -> Tensor:
@@ -199,9 +200,9 @@ def test_residual_that_the_model_drops_is_still_wired() -> None:
 
     torch.manual_seed(0)
     block = PostNorm("post")
-    wiring = RouterWiring.discover(block, [block.experts], lambda: block(torch.randn(6, 8)))
-    assert wiring.can_predict(0)
-    assert wiring.taps[0] is block.norm
+    probe = tiny.watch(block, [block.experts], lambda: block(torch.randn(6, 8)))
+    assert probe.can_predict(0)
+    assert probe.taps[0] is block.norm
 
 
 def test_memory_that_was_given_back_is_not_taken_for_a_norm() -> None:
@@ -226,10 +227,10 @@ def test_memory_that_was_given_back_is_not_taken_for_a_norm() -> None:
     block = Reused("")
     block.norm = Leaf()
     with torch.no_grad():
-        wiring = RouterWiring.discover(block, [block.experts], lambda: block(torch.randn(6, 8)))
-    assert wiring.routes[0] is not None
-    assert wiring.routes[0].norm is None
-    assert wiring.taps[0] is block.router
+        probe = tiny.watch(block, [block.experts], lambda: block(torch.randn(6, 8)))
+    assert probe.routes[0] is not None
+    assert probe.routes[0].norm is None
+    assert probe.taps[0] is block.router
 
 
 def test_residuals_of_two_widths_predict_nothing_from_each_other() -> None:
@@ -242,6 +243,6 @@ def test_residuals_of_two_widths_predict_nothing_from_each_other() -> None:
     first, second = PerHead(""), Block("none")
     first.norm = nn.LayerNorm(4)
     model = nn.Sequential(first, second)
-    wiring = RouterWiring.discover(model, [first.experts, second.experts], lambda: model(torch.randn(6, 8)))
-    assert not wiring.can_predict(1)
-    assert wiring.reasons[1] == OTHER_WIDTH
+    probe = tiny.watch(model, [first.experts, second.experts], lambda: model(torch.randn(6, 8)))
+    assert not probe.can_predict(1)
+    assert probe.reasons[1] == OTHER_WIDTH
