@@ -172,7 +172,7 @@ def load(
             dtype=inspected.dtype,
             experts_implementation=hf_experts.IMPLEMENTATION,
             offloaded=offloaded,
-            called=inspected.source.folder,
+            name_or_path=inspected.source.folder,
             **hf_kwargs,
         )
         model.requires_grad_(False)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 import offmoe
 from offmoe.device.backend import CpuBackend
-from offmoe.hf.load.load import model_class, read_config
+from offmoe.hf.load.config import model_class, read_config
 from tests import families, tiny
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -20,7 +20,7 @@ import offmoe
 from offmoe.device.backend import CudaBackend, _CudaStream, select_backend
 from offmoe.errors import CapacityError
 from offmoe.hf.adapters.find import find_experts
-from offmoe.hf.load.load import resolve_folder
+from offmoe.hf.hub.locate import resolve_folder
 from offmoe.simulate.replay import replay
 from offmoe.trace.trace import read_trace
 from offmoe.transfer.waits import Waits

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import offmoe
 from offmoe.compute.kernels import torch_ffn
-from offmoe.hf.load.load import resolve_folder
+from offmoe.hf.hub.locate import resolve_folder
 from offmoe.simulate.replay import replay
 from offmoe.storage import read_plan
 from offmoe.trace.trace import read_trace

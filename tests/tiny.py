@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from offmoe.hf.load.load import model_class
+from offmoe.hf.load.config import model_class
 from offmoe.hf.predict.route_recorder import RouteRecorder
 from offmoe.hf.predict.router_probe import RouterProbe
 

@@ -25,7 +25,7 @@ from offmoe.errors import CheckpointError, UnsupportedModelError
 from offmoe.hf.adapters.find import expert_parameters, find_experts, find_top_k, require_adapter
 from offmoe.hf.catalog.quant_config import quantization_config, quantization_method
 from offmoe.hf.load.dense_layers import dense_layers
-from offmoe.hf.load.load import build_meta
+from offmoe.hf.load.meta_model import build_meta
 from offmoe.storage.layout import PARAM_ALIGNMENT, ExpertLayout, aligned
 from offmoe.storage.read_plan import ALIGNMENT
 from offmoe.types import CacheShape

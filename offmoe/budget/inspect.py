@@ -26,8 +26,10 @@ from offmoe.hf.catalog.build import build_catalog
 from offmoe.hf.catalog.catalog import ExpertCatalog
 from offmoe.hf.catalog.quant_config import quantization_method, shapes_are_in_shards
 from offmoe.hf.hub.locate import Source, locate
+from offmoe.hf.load.config import lone_config, model_class, read_config
 from offmoe.hf.load.dense_layers import dense_layers
-from offmoe.hf.load.load import build_meta, compute_dtype, lone_config, model_class, read_config, require_index
+from offmoe.hf.load.load import compute_dtype, require_index
+from offmoe.hf.load.meta_model import build_meta
 from offmoe.hf.load.options import parse_dtype
 from offmoe.hf.predict.meta import unpredictable_reasons
 from offmoe.pack.on_load import planned, to_quantize, with_experts

@@ -15,8 +15,9 @@ from offmoe.budget.inspect import Inspected, inspect, survey
 from offmoe.budget.needs import count_parameters, model_bytes
 from offmoe.config import OffloadConfig
 from offmoe.errors import CheckpointError, MissingTensorError, UnsupportedModelError
+from offmoe.hf.load.config import model_class
 from offmoe.hf.load.dense_layers import dense_layers
-from offmoe.hf.load.load import build_meta, model_class
+from offmoe.hf.load.meta_model import build_meta
 from tests import tiny
 
 CONFIGS = Path(__file__).parent.parent / "data" / "configs"

@@ -29,7 +29,7 @@ from offmoe.errors import (
     TransferError,
     UnsupportedModelError,
 )
-from offmoe.hf.load.load import PACK_MANIFEST
+from offmoe.hf.load.config import PACK_MANIFEST
 from offmoe.pack import pack as packing
 from offmoe.pack.pack import pack, weight_format
 from offmoe.pack.quantizer import quantize

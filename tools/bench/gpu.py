@@ -139,7 +139,7 @@ def resident(section: Section) -> None:
     """Decode of the demo with a slot for every expert: what offmoe's own steps cost beside stock transformers."""
     import transformers
 
-    from offmoe.hf.load.load import resolve_folder
+    from offmoe.hf.hub.locate import resolve_folder
     from tools.bench.overhead import PROMPT, seconds_per_token
 
     transformers.logging.disable_progress_bar()

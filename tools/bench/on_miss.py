@@ -40,7 +40,7 @@ from offmoe.cli.bench import TEXTS
 from offmoe.config import ON_MISS, OffloadConfig
 from offmoe.handle import Offload
 from offmoe.hf.adapters.find import find_experts
-from offmoe.hf.load.load import resolve_folder
+from offmoe.hf.hub.locate import resolve_folder
 from offmoe.hf.replay import ReplayedRouting
 from offmoe.measure.calibrate import calibrate
 from offmoe.profile import CostModel

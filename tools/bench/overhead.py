@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 import offmoe
 from offmoe.config import CacheOptions
-from offmoe.hf.load.load import resolve_folder
+from offmoe.hf.hub.locate import resolve_folder
 from offmoe.policy.planner import build_planner
 from offmoe.trace.trace import read_trace
 from offmoe.types import Access, CacheShape, single_demands

@@ -39,7 +39,7 @@ from offmoe.bench.scratch import ended_by_sigterm, scratch_folder
 from offmoe.budget.inspect import Inspected, inspect
 from offmoe.config import OffloadConfig
 from offmoe.hf.adapters.find import find_experts
-from offmoe.hf.load.load import resolve_folder
+from offmoe.hf.hub.locate import resolve_folder
 from offmoe.hf.replay import ReplayedRouting
 from offmoe.measure.probes import DiskProbe, drop_page_cache
 from offmoe.simulate.predictions import transition_predictions

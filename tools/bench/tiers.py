@@ -57,7 +57,7 @@ def record_demo(path: Path) -> None:
     import torch
     from transformers import AutoTokenizer
 
-    from offmoe.hf.load.load import resolve_folder
+    from offmoe.hf.hub.locate import resolve_folder
 
     tokenizer = AutoTokenizer.from_pretrained(resolve_folder("demo"))
     model: Any = offmoe.from_pretrained("demo", device="cpu", slots_per_layer=4, prefetch=2, trace=path)

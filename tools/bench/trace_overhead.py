@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 import offmoe
 from offmoe.budget.inspect import inspect
 from offmoe.config import CacheOptions
-from offmoe.hf.load.load import resolve_folder
+from offmoe.hf.hub.locate import resolve_folder
 from offmoe.trace.recorder import TraceWriter
 from offmoe.types import CacheShape
 

@@ -1,172 +1,47 @@
-"""Load a transformers model without its experts: the rest by transformers' own loader, as if nothing were missing.
+"""Load a transformers model without its experts: transformers' own loader loads the rest, as if nothing were missing.
 
-What moves: dense weights, from the shards to the device, once; bounded by the disk or the link. The model is an
-instance of a throw-away subclass whose constructor deletes the experts' parameters before anything is materialized, so
-the loader finds no place for the experts' tensors and never reads them; afterwards the instance becomes a plain object
-of the architecture's own class. The subclass carries the class's own names, because conversions and checks of
-transformers are keyed on them.
-
-What it must never do: materialize an expert, initialize a missing weight at random, or let `save_pretrained` write a
-checkpoint without experts (save.py).
+The loader reads the dense weights from the shards to the device once. The model is first an instance of a throw-away
+subclass (skeleton.py) whose constructor deletes the experts' parameters before anything is materialized. So the loader
+finds no place for the experts' tensors and never reads them. Afterwards the instance becomes an object of the
+architecture's own class. A weight that is missing from the checkpoint is an error, never a random value.
 """
 
 from __future__ import annotations
 
 import copy
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, cast
 
 import torch
 import transformers
-from torch.overrides import TorchFunctionMode
 
-from offmoe.errors import (
-    CapacityError,
-    CheckpointError,
-    ConfigError,
-    MissingTensorError,
-    UnsupportedModelError,
-    out_of_memory,
-)
+from offmoe.errors import CapacityError, CheckpointError, ConfigError, MissingTensorError
 from offmoe.hf.adapters.find import find_experts, require_adapter
 from offmoe.hf.catalog.catalog import ExpertCatalog
-from offmoe.hf.hub.config_checks import check_config, check_generation, read_object
-from offmoe.hf.hub.locate import resolve_folder
 from offmoe.hf.load.dense_layers import OffloadedLayers
 from offmoe.hf.load.options import check_options, parse_dtype
 from offmoe.hf.load.save import attach_safe_save
-from offmoe.hf.upstream import forget_tie
-from offmoe.storage.checkpoint import INDEX_FILE, PICKLES, SINGLE_FILE, Checkpoint
+from offmoe.hf.load.skeleton import without_experts
+from offmoe.storage.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = [
-    "attach_safe_save",
-    "build_meta",
-    "compute_dtype",
-    "load_dense",
-    "lone_config",
-    "model_class",
-    "read_config",
-    "require_index",
-    "resolve_folder",
-]
-
-CONFIG_FILE = "config.json"
-PACK_MANIFEST = "offmoe-pack.json"
-"""What `offmoe pack` keeps beside the shards it has finished; without a config there, it was interrupted."""
-WEIGHTS = (".safetensors", INDEX_FILE, *PICKLES)
-"""Endings of the files that make a folder more than a configuration."""
-
-
-def lone_config(model: str | os.PathLike[str]) -> Path | None:
-    """The configuration file that is all there is of a model: a .json file, or that of a folder without weights."""
-    path = Path(os.path.expanduser(os.fspath(model)))
-    if os.path.isfile(path) and path.suffix == ".json":
-        return path
-    alone = os.path.isdir(path) and os.path.isfile(path / CONFIG_FILE)
-    return path / CONFIG_FILE if alone and not any(n.endswith(WEIGHTS) for n in os.listdir(path)) else None
-
-
-def read_config(model: str | os.PathLike[str]) -> PreTrainedConfig:
-    """The configuration in a folder, or in a file. Code that comes with a checkpoint is never run.
-
-    Raises CheckpointError if config.json is absent, or it or generation_config.json is damaged, UnsupportedModelError
-    if transformers does not know the model.
-    """
-    from transformers import CONFIG_MAPPING, AutoConfig
-
-    path = Path(model) if os.path.isfile(model) else Path(model) / CONFIG_FILE
-    try:
-        values = read_object(path)
-    except FileNotFoundError:
-        if os.path.exists(path.with_name(PACK_MANIFEST)):
-            raise CheckpointError(
-                f"{path.parent}: packing into this folder was interrupted; run the same 'offmoe pack' again, and it "
-                "goes on where it was"
-            ) from None
-        raise CheckpointError(f"{path}: is not there; give the folder of a complete model") from None
-    known = values.get("model_type")
-    if not known or not isinstance(known, str):
-        raise CheckpointError(f'{path}: has no "model_type", so it is not the config of a transformers model')
-    if known not in CONFIG_MAPPING:
-        own_code = ", and offmoe does not run a checkpoint's own code" if "auto_map" in values else ""
-        raise UnsupportedModelError(
-            f"{path}: transformers {transformers.__version__} has no model type {known!r}{own_code}; "
-            "use a newer transformers, if one knows it"
-        )
-    check_config(values, path)
-    check_generation(path.parent)
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except Exception as error:  # each architecture's config has validators of its own
-        raise CheckpointError(f"{path}: not a valid config of {known!r} ({error}); download it again") from error
-    return config
-
-
-def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The architecture's own class that generates text; for a config with vision, the one that takes images too."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
-
-    order = [AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForImageTextToText]
-    if getattr(config, "vision_config", None) is not None:
-        order.reverse()
-    for auto in order:
-        classes = auto._model_mapping
-        if classes is not None and type(config) in classes:
-            found = classes[type(config)]
-            cls: type[PreTrainedModel] = found[0] if isinstance(found, (list, tuple)) else found
-            return cls
-    raise UnsupportedModelError(
-        f"transformers has no text-generating class for {type(config).__name__} (model type {config.model_type!r}); "
-        "offmoe runs causal, sequence-to-sequence and image-text models"
-    )
 
 
 def require_index(checkpoint: Checkpoint) -> None:
-    """MissingTensorError where transformers finds no weights: it takes model.safetensors or what an index names."""
+    """Check that transformers will find the weights: it reads model.safetensors or the files that an index names.
+
+    Raises:
+        MissingTensorError: the folder has neither.
+    """
     if checkpoint.shards[0].name != SINGLE_FILE and not (checkpoint.folder / INDEX_FILE).exists():
         raise MissingTensorError(
             f"{checkpoint.folder}: holds {checkpoint.shards[0].name}, but neither {SINGLE_FILE} nor {INDEX_FILE}, which"
             " says where each tensor is; complete the download (a single shard may simply be renamed)"
         )
-
-
-class _NoInitialization(TorchFunctionMode):
-    """Leaves as they are tensors that have no values: initializing them costs more than making 60,000 experts."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        named = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else named["tensor"]
-        return func(*args, **named)
-
-
-def build_meta(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrainedModel:
-    """The whole model on the meta device, experts included: shapes without bytes. `config` is not changed.
-
-    Raises CheckpointError if no such model can be made from it.
-    """
-    name = Path(str(config.name_or_path))
-    try:
-        with torch.device("meta"), _NoInitialization():
-            model = cls(copy.deepcopy(config))
-    except Exception as error:  # sizes and names that contradict each other fail in any way, deep in an architecture
-        if out_of_memory(error):
-            raise
-        raise CheckpointError(
-            f"{name if name.suffix == '.json' else name / CONFIG_FILE}: does not describe a {cls.__name__} "
-            f"({type(error).__name__}: {error}); download it again"
-        ) from error
-    model.eval()
-    return model
 
 
 def compute_dtype(dtype: str | torch.dtype | None, hf_config: PreTrainedConfig, unsaid: torch.dtype) -> torch.dtype:
@@ -185,49 +60,85 @@ def load_dense(
     catalog: ExpertCatalog,
     *,
     device: str | torch.device,
+    experts_implementation: str,
     dtype: torch.dtype | str | None = None,
-    experts_implementation: str = "offmoe",
     offloaded: OffloadedLayers | None = None,
-    called: str | os.PathLike[str] | None = None,
+    name_or_path: str | os.PathLike[str] | None = None,
     **hf_kwargs: object,
 ) -> PreTrainedModel:
-    """Load everything but the experts, in eval mode, as an instance of `cls` whose experts modules have no parameters.
+    """Load everything but the experts.
 
-    dtype: of the dense weights; None is the checkpoint's own. offloaded: layers whose weights are to come and go;
-    closing it is the caller's. called: what the model says it was loaded from, if that is not `folder`. hf_kwargs go to
-    transformers' from_pretrained. Raises
-    ConfigError for an option that offmoe sets itself or cannot honor, MissingTensorError for weights that are not in
-    the checkpoint, CheckpointError for weights that do not fit the model.
+    Args:
+        folder: holds config.json and the shards.
+        config: the model's configuration.
+        cls: the architecture's class.
+        catalog: the experts of the checkpoint.
+        device: where the dense weights go.
+        experts_implementation: name of the registered function that computes the experts.
+        dtype: of the dense weights; None means the checkpoint's own.
+        offloaded: decoder layers whose weights are on the device only while they run. The caller closes it.
+        name_or_path: where the model says that it comes from; None means `folder`.
+        hf_kwargs: further options of transformers' from_pretrained.
+
+    Returns:
+        An instance of `cls` in eval mode whose experts modules have no parameters.
+
+    Raises:
+        ConfigError: an option that offmoe sets itself or cannot honor.
+        MissingTensorError: a dense weight is not in the checkpoint.
+        CheckpointError: the weights do not fit the model.
+        CapacityError: the weights do not fit the device, or the system refuses to map a shard.
     """
     check_options(hf_kwargs)
     config, view = _as_dense(config), catalog.view
     source: object = folder
-    if view.encoded:  # values by dense names, decoded when transformers takes them
+    if view.encoded:  # then transformers gets a state dict whose values are decoded when it takes them
         names = [name for name in view.tensors if not catalog.keys.issuperset(view.raw_names(name))]
         source, hf_kwargs["state_dict"] = None, view.lazy(names, torch.device(device))
         dtype = dtype or config.dtype or torch.bfloat16
-    skeleton = _without_experts(cls, catalog.parameters)
+    skeleton = without_experts(cls, catalog.parameters)
+    hf_kwargs["device_map"] = {"": torch.device(device)}
     if offloaded is not None:
+        hf_kwargs |= {"device_map": offloaded.device_map, "offload_folder": offloaded.folder}
         # device_map names parameters; the loader checks it against module names unless this list is there
         setattr(skeleton, "_no_placement_params", getattr(cls, "_no_placement_params", None) or [])  # noqa: B010
     load = cast("Callable[..., tuple[PreTrainedModel, Mapping[str, Iterable[str]]]]", skeleton.from_pretrained)
-    try:
+    with _loader_errors(folder, cls.__name__, device):
         model, report = load(
             source,
             config=config,
-            device_map={"": torch.device(device)} if offloaded is None else offloaded.device_map,
-            offload_folder=None if offloaded is None else offloaded.folder,
             dtype="auto" if dtype is None else dtype,
             experts_implementation=experts_implementation,
             output_loading_info=True,
             **hf_kwargs,
         )
+    _check_complete(folder, report["missing_keys"])
+    model.__class__ = cls
+    for module in find_experts(model).values():
+        require_adapter(module).settle(module)
+    if offloaded is not None:
+        offloaded.take_over(model)
+    absent = {n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta}
+    assert absent == (offloaded.names if offloaded else set()), "a weight was left on the meta device"
+    _own_memory(model)
+    if source is None:
+        _name_source(model, folder, name_or_path or folder, hf_kwargs)
+    attach_safe_save(model, folder, catalog)
+    model.eval()
+    return model
+
+
+@contextmanager
+def _loader_errors(folder: str | os.PathLike[str], name: str, device: str | torch.device) -> Iterator[None]:
+    """Turn whatever transformers' loader raises in the block into an error of offmoe about the model class `name`."""
+    try:
+        yield
     except torch.OutOfMemoryError as error:
         raise CapacityError(
             f"{folder}: the dense weights do not fit on {device} ({error}); free memory there"
         ) from error
     except (TypeError, ValueError, ImportError) as error:
-        raise ConfigError(f"transformers cannot load {cls.__name__} with these options: {error}") from error
+        raise ConfigError(f"transformers cannot load {name} with these options: {error}") from error
     except (RuntimeError, OSError, KeyError) as error:  # KeyError: an index without its 'metadata'
         if "unable to mmap" in str(error):
             raise CapacityError(
@@ -235,33 +146,22 @@ def load_dense(
                 "the checkpoint into smaller shards, or allow it (Linux: sysctl vm.overcommit_memory=1)"
             ) from error
         raise CheckpointError(
-            f"{folder}: transformers cannot load the dense weights of {cls.__name__} ({error}); "
+            f"{folder}: transformers cannot load the dense weights of {name} ({error}); "
             "config.json and the shards are probably not of the same model"
         ) from error
-    model.__class__ = cls
-    for module in find_experts(model).values():
-        adapter = require_adapter(module)
-        adapter.settle(module)
-    missing = sorted(report["missing_keys"])
+
+
+def _check_complete(folder: str | os.PathLike[str], missing_keys: Iterable[str]) -> None:
+    missing = sorted(missing_keys)
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise MissingTensorError(
             f"{folder}: the checkpoint has no tensor for {missing[0]!r}{more}; complete the download"
         )
-    if offloaded is not None:
-        offloaded.take_over(model)
-    absent = {n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta}
-    assert absent == (offloaded.names if offloaded else set()), "a weight was left on the meta device"
-    _own_memory(model)
-    if source is None:
-        _name_source(model, folder, called or folder, hf_kwargs)
-    attach_safe_save(model, folder, catalog)
-    model.eval()
-    return model
 
 
 def _as_dense(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A config that does not say that the checkpoint is quantized, so that no quantizer of transformers takes part."""
+    """A copy of the configuration without quantization, so that no quantizer of transformers takes part."""
     config = copy.deepcopy(config)
     for part in (config, config.get_text_config()):
         if hasattr(part, "quantization_config"):
@@ -272,55 +172,21 @@ def _as_dense(config: PreTrainedConfig) -> PreTrainedConfig:
 def _name_source(
     model: PreTrainedModel,
     folder: str | os.PathLike[str],
-    called: str | os.PathLike[str],
+    name_or_path: str | os.PathLike[str],
     options: Mapping[str, object],
 ) -> None:
-    """What transformers does only for a model that it loads from a folder itself."""
-    model.config.name_or_path = model.name_or_path = str(called)
+    """Set what transformers sets only on a model that it loads from a folder itself: name and generation config."""
+    model.config.name_or_path = model.name_or_path = str(name_or_path)
     if model.can_generate() and options.get("generation_config") is None:
-        with suppress(OSError):  # no file: what the class has made of the config
+        with suppress(OSError):  # without the file, the model keeps what its class made of the config
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
 
 
 def _own_memory(model: PreTrainedModel) -> None:
-    """Copy, one by one, the weights that transformers left in mapped shards, as it does on a CPU.
+    """Copy, one by one, the weights that transformers left in mapped shards; on a CPU it leaves all of them there.
 
-    A shard truncated under a mapping kills the process, and one rewritten changes the model that is running.
+    Truncating a mapped shard kills the process, and rewriting it changes the running model.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if not tensor.is_meta and not tensor.untyped_storage().resizable():  # memory that is not torch's own
             tensor.data = tensor.data.clone()
-
-
-def _without_experts(cls: type[PreTrainedModel], expert_names: frozenset[str]) -> type[PreTrainedModel]:
-    """A subclass of `cls` that looks like it and constructs models without experts' parameters."""
-
-    def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: object, **kwargs: object) -> None:
-        cls.__init__(self, config, *args, **kwargs)
-        _strip(self)
-        ignored = {_exactly(name, self.base_model_prefix) for name in expert_names}
-        self._keys_to_ignore_on_load_unexpected = set(self._keys_to_ignore_on_load_unexpected or ()) | ignored
-
-    names = {
-        "__init__": __init__,
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__doc__": cls.__doc__,
-    }
-    return type(cls.__name__, (cls,), names)
-
-
-def _strip(model: PreTrainedModel) -> None:
-    """Delete experts' parameters. The loader then has no place for their tensors and leaves them in the shards."""
-    for name, module in find_experts(model).items():
-        if any(part._non_persistent_buffers_set for part in module.modules()):
-            raise UnsupportedModelError(f"experts {name!r} compute their own buffers, which offmoe does not run yet")
-        adapter = require_adapter(module)
-        for param in adapter.places(module):
-            forget_tie(model, f"{name}.{param}")
-        adapter.strip(module)
-
-
-def _exactly(name: str, prefix: str) -> str:
-    """Pattern for one parameter's name as the loader reports it: with or without the base model's prefix."""
-    return rf"^(?:{re.escape(prefix)}\.)?{re.escape(name.removeprefix(f'{prefix}.'))}$"

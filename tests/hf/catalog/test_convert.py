@@ -11,7 +11,8 @@ from transformers.core_model_loading import Concatenate, ConversionOps, Interlea
 
 from offmoe.errors import CheckpointError, UnsupportedModelError
 from offmoe.hf.catalog.convert import Block, ExpertConversion, Group, Kind, Share, destinations_of, trace, trace_share
-from offmoe.hf.load.load import build_meta, model_class
+from offmoe.hf.load.config import model_class
+from offmoe.hf.load.meta_model import build_meta
 from offmoe.hf.upstream import Concat, Merge, Swap, WeightConverter, steps
 from offmoe.storage.layout import Assembly, Destination, ExpertLayout, Segment
 from tests import tiny
