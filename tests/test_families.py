@@ -21,7 +21,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 import offmoe
 from offmoe.errors import UnsupportedModelError
-from offmoe.hf.adapters.find import RegistryExperts, adapter_of, find_experts
+from offmoe.hf.adapters.base import RegistryExperts
+from offmoe.hf.adapters.find import adapter_of, find_experts
 from offmoe.hf.catalog.catalog import CatalogLayer, ExpertCatalog
 from offmoe.hf.load.config import model_class, read_config
 from offmoe.hf.load.meta_model import build_meta

@@ -33,7 +33,7 @@ OFTEN = (
 
 
 def random_routing(shape: CacheShape, dropping: bool) -> Trace:
-    """Of nine tokens, each in a step of its own; dropping: now and then a choice is nobody's."""
+    """Nine tokens, each in a step of its own; dropping: some choices have no expert."""
     chance = np.random.default_rng(1)
     experts = np.full((9, shape.layers, max(shape.top_k)), NONE, np.int16)
     for layer, (number, top_k) in enumerate(zip(shape.experts, shape.top_k, strict=True)):
@@ -68,7 +68,7 @@ def test_family(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) ->
     stock, inputs = stock_model(folder, torch.float32), families.inputs(family)
     own = plain(stock, inputs)
     modules = [find_experts(stock)[layer.name] for layer in inspected.catalog.layers]
-    dropping = all(require_adapter(module).nobodys(module) for module in modules)
+    dropping = all(require_adapter(module).null_ids(module) for module in modules)
     routing = random_routing(inspected.shape, dropping)
     found = []
     for model in (ours, stock):
@@ -82,7 +82,7 @@ def test_family(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) ->
     with ours.offload:
         torch.testing.assert_close(plain(ours, inputs), own, rtol=0, atol=ROUNDING)
     assert torch.equal(found[0][1], found[1][1])
-    if family == "nllb-moe" or any(map(in_registry, modules)):  # where nobody's rows are in products, with weight 0
+    if family == "nllb-moe" or any(map(in_registry, modules)):  # rows without an expert, weighted 0
         torch.testing.assert_close(found[0][0], found[1][0], rtol=0, atol=ROUNDING)
     else:
         assert torch.equal(found[0][0], found[1][0])

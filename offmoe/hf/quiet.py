@@ -1,4 +1,4 @@
-"""How transformers and the Hub behave under the command line, by their own switches and only here."""
+"""Silence transformers, accelerate and huggingface_hub under the command line, by their own switches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from transformers.utils import logging
 
 
 def quiet(verbose: bool, json: bool) -> None:
-    """Leave stderr to offmoe: no bars with `json` or without a terminal; warnings of libraries only with `verbose`."""
+    """Leave stderr to offmoe.
+
+    Args:
+        verbose: show the libraries' warnings.
+        json: show no progress bars, as on a stderr that is no terminal.
+    """
     if json or sys.stderr is None or not sys.stderr.isatty():
         hide_bars()
     if not verbose:
@@ -22,5 +27,5 @@ def quiet(verbose: bool, json: bool) -> None:
 
 
 def hide_bars() -> None:
-    """From here on no progress bars, on no terminal: a download is worth one, loading the dense part is not."""
+    """Show no progress bar from now on: a download is worth one, loading the dense part is not."""
     logging.disable_progress_bar()

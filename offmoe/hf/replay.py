@@ -1,10 +1,8 @@
-"""A recorded routing in place of the routers' own: what drives models of random weights like trained ones.
+"""Drive a model by a recorded routing, so that random weights ask for experts as trained ones do.
 
-What moves: the ids of a step, from a trace in RAM to the device, once per layer. The routers still run and weight what
-the experts give back; only which experts are asked is the recording's. It drives offmoe and stock transformers in the
-same way. Results are then no model's: say so wherever they are shown.
-
-Must never change a module for good: `detach` leaves no trace of it.
+Works on offmoe and on stock transformers alike. The routers still run, and their weights scale the experts' outputs;
+only the expert ids come from the trace, copied to the device once per layer and step. The outputs then belong to no
+real model, and wherever they are shown that must be said. `detach` removes the hooks without a trace.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from offmoe.types import CacheShape
 
 
 class _Layer:
-    """One MoE layer, and the rows of the trace that its tokens get in turn; `rows` are those of its latest tokens."""
+    """Walks through the trace's rows for one MoE layer, one row per token."""
 
     def __init__(self, rows: torch.Tensor):
         self.all = rows
@@ -33,6 +31,7 @@ class _Layer:
     def seek(self, row: int) -> None:
         self._next = row % len(self.all)
         self.rows = self.all[:0]
+        """The rows of the latest step."""
 
     def step(self, tokens: int) -> torch.Tensor:
         self.rows = self.all[torch.arange(self._next, self._next + tokens) % len(self.all)]
@@ -41,22 +40,26 @@ class _Layer:
 
 
 class ReplayedRouting:
-    """Ids of consecutive rows of a trace for consecutive tokens; after the last row comes the first again.
+    """Gives consecutive tokens the expert ids of consecutive rows of a trace, and starts over after the last row.
 
-    Every layer counts the tokens that come to it, so an encoder's and a decoder's are counted apart; where they ran in
-    steps of their own when the trace was recorded, each part gets the rows of its own. A model with more MoE layers
-    than the trace has takes its layers in turn. Also a `Predictor`, of what the trace's run had predicted.
+    Every layer counts its own tokens, so those of an encoder and of a decoder are counted apart. If these ran in steps
+    of their own when the trace was recorded, each gets the rows of its own steps. If the model has more MoE layers than
+    the trace, the trace's layers repeat. The object is also a `Predictor` that repeats the recorded predictions.
     """
 
     def __init__(self, trace: Trace, shape: CacheShape):
-        """shape: of the model. ConfigError where the trace does not fit it."""
+        """Prepare to replay `trace` on a model of this `shape`.
+
+        Raises:
+            ConfigError: the trace has no token, or a layer's number of experts or top_k differs from the model's.
+        """
         for layer, (experts, top_k) in enumerate(zip(shape.experts, shape.top_k, strict=True)):
-            there = layer % trace.shape.layers
-            if (trace.shape.experts[there], trace.shape.top_k[there]) != (experts, top_k):
+            recorded = layer % trace.shape.layers
+            if (trace.shape.experts[recorded], trace.shape.top_k[recorded]) != (experts, top_k):
                 raise ConfigError(
-                    f"the trace's layer {there} has {trace.shape.experts[there]} experts, top_k "
-                    f"{trace.shape.top_k[there]}; the model's MoE layer {layer} has {experts}, top_k {top_k}. Replay a "
-                    "trace of a model with as many."
+                    f"the trace's layer {recorded} has {trace.shape.experts[recorded]} experts, top_k "
+                    f"{trace.shape.top_k[recorded]}; the model's MoE layer {layer} has {experts}, top_k {top_k}. "
+                    "Replay a trace of a model with as many."
                 )
         self._layers = trace.shape.layers
         self._top_k = shape.top_k
@@ -70,21 +73,29 @@ class ReplayedRouting:
 
     @property
     def predicts(self) -> bool:
-        """Whether the recorded run predicted."""
+        """Whether the trace holds predictions."""
         return self._predicted is not None
 
     def attach(self, experts: Sequence[nn.Module]) -> None:
-        """Route these experts modules, MoE layer 0 first, from now on; ConfigError where tokens lack an expert."""
-        nobodys = [tuple(require_adapter(module).nobodys(module)) for module in experts]
-        for layer, nobody in enumerate(nobodys):
+        """Route these experts modules by the trace from now on.
+
+        Args:
+            experts: the model's experts modules by MoE layer.
+
+        Raises:
+            ConfigError: recorded tokens lack an expert, and the module needs one for every choice.
+        """
+        null_ids = [tuple(require_adapter(module).null_ids(module)) for module in experts]
+        for layer, nulls in enumerate(null_ids):
             ids = self._ids_at(layer, self._steps[layer].all)
-            if not nobody and (ids < 0).any() and not (ids < 0).all():  # all: it is not called for text, say
+            # a layer without any recorded expert is, say, one for images, which text does not call
+            if not nulls and (ids < 0).any() and not (ids < 0).all():
                 raise ConfigError(
                     f"the trace has tokens without all of their experts in layer {layer % self._layers}, and "
                     f"{type(experts[layer]).__name__} needs all of them; record another."
                 )
-        for layer, (module, nobody) in enumerate(zip(experts, nobodys, strict=True)):
-            self._attached.append(reroute(module, partial(self._choose, layer, nobody)))
+        for layer, (module, nulls) in enumerate(zip(experts, null_ids, strict=True)):
+            self._attached.append(reroute(module, partial(self._choose, layer, nulls)))
 
     def detach(self) -> None:
         """Let the routers route again."""
@@ -93,26 +104,27 @@ class ReplayedRouting:
         self._attached.clear()
 
     def seek(self, row: int) -> None:
-        """The next token gets this row, of those that the trace has for the layer."""
+        """Give the next token row `row` of the rows that the trace has for each layer."""
         for layer in self._steps:
             layer.seek(row)
 
     def predict(self, layer: int) -> torch.Tensor | None:
-        """Expert ids int64 [tokens, p] that the recorded run had predicted for `layer`; None if it had not."""
-        there = layer % self._layers
-        if self._predicted is None or there == 0:  # nothing comes before layer 0 that could predict it
+        """The recorded prediction for MoE layer `layer`: expert ids, int64 [T, p]; None if there is none."""
+        recorded = layer % self._layers
+        if self._predicted is None or recorded == 0:  # no layer runs before layer 0 and could predict it
             return None
-        return self._predicted[self._steps[layer - 1].rows, there]
+        return self._predicted[self._steps[layer - 1].rows, recorded]
 
-    def _choose(self, layer: int, nobodys: tuple[int, ...], ids: torch.Tensor) -> torch.Tensor:
-        """Those of the trace in place of ids [T, k]."""
+    def _choose(self, layer: int, null_ids: tuple[int, ...], ids: torch.Tensor) -> torch.Tensor:
+        """The trace's ids in place of the router's `ids` [T, k]."""
         chosen = self._ids_at(layer, self._steps[layer].step(len(ids)))
         if (chosen < 0).any():
-            if not nobodys:
+            if not null_ids:
                 raise ConfigError(f"the trace has no experts for MoE layer {layer}: record one of the same work.")
-            # each its own: stock adds up a token's choices of one id at once, which in bf16 rounds otherwise
+            # a different null id for each choice: stock sums a token's choices of one id at once, which rounds
+            # differently in bf16
             number = (chosen < 0).cumsum(dim=1) - 1
-            chosen = torch.where(chosen < 0, torch.tensor(nobodys)[number % len(nobodys)], chosen)
+            chosen = torch.where(chosen < 0, torch.tensor(null_ids)[number % len(null_ids)], chosen)
         return chosen.to(ids.device, ids.dtype)
 
     def _ids_at(self, layer: int, rows: torch.Tensor) -> torch.Tensor:
@@ -120,9 +132,10 @@ class ReplayedRouting:
 
 
 def _rows(trace: Trace) -> list[torch.Tensor]:
-    """Tokens that came to each layer of the trace: all, unless parts of the model ran in steps of their own.
+    """For each layer of the trace, the rows of the tokens that reached it.
 
-    A layer begins a part if it ran in no step of the part before it.
+    These are all rows, unless parts of the model (encoder, decoder) ran in steps of their own. A layer begins a new
+    part if it ran in no step of the part before it.
     """
     _, step = np.unique(trace.step, return_inverse=True)  # [T], from 0
     ran = np.zeros((trace.shape.layers, int(step.max()) + 1), bool)  # [layers, steps]
@@ -134,6 +147,6 @@ def _rows(trace: Trace) -> list[torch.Tensor]:
         if before.any() and ran[layer].any() and not (before & ran[layer]).any():
             parts.append([])
         parts[-1].append(layer)
-    if len(parts) == 1:  # a token may have been nobody's in all layers
+    if len(parts) == 1:  # also where a token has no expert in any layer
         return [torch.arange(trace.tokens)] * trace.shape.layers
     return [torch.from_numpy(np.flatnonzero(ran[part][:, step].any(axis=0))) for part in parts for _ in part]

@@ -1,8 +1,8 @@
-"""The one place that knows transformers' semi-private interfaces; everything else in offmoe goes through these names.
+"""The only module that imports transformers' semi-private interfaces.
 
-Nothing moves here. Two things are borrowed: the registry of experts implementations, and the renamings and conversions
-by which the loader maps a checkpoint's names to parameters. Neither is promised to be stable, so a release that lacks
-one is refused by name, at import, rather than misread. This module must never touch a tensor's values.
+offmoe builds on two of them: the registry of experts implementations, and the renamings and conversions by which the
+loader maps a checkpoint's tensor names to parameters. transformers does not promise that they are stable, so importing
+this module fails with a message that names what a release lacks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from offmoe.errors import ConfigError
 
 TESTED_VERSIONS = "5.17 to 5.23"
 PLAIN_NAME = re.compile(r"[\w.]*\.\*\.[\w.]+")
-"""A pattern that is a name but for the number of the expert."""
+"""A pattern that is a plain name except for the expert's number."""
 
 try:
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -64,27 +64,32 @@ __all__ = [
 
 
 def forget_tie(model: PreTrainedModel, param: str) -> None:
-    """Let the loader not tie a parameter that the model no longer has."""
+    """Tell the loader not to tie a parameter that the model no longer has."""
     model.all_tied_weights_keys.pop(param, None)
 
 
 class MappedName(NamedTuple):
-    """A checkpoint's tensor and the parameter it becomes, or becomes a part of.
-
-    `pattern` is the source pattern of `converter` that matched, None without a converter.
-    """
+    """A checkpoint's tensor and the parameter that is made from it."""
 
     name: str
+    """The tensor's name in the checkpoint."""
     target: str
+    """Full name of the parameter that the tensor becomes, or becomes a part of."""
     pattern: str | None
+    """The source pattern of `converter` that matched; None without a converter."""
     converter: WeightConverter | None
+    """The conversion that makes the parameter; None if the tensor is only renamed."""
 
 
 def map_names(model: PreTrainedModel, names: Iterable[str]) -> Iterator[MappedName]:
-    """Map a checkpoint's names to parameters of `model` (meta device will do), exactly as transformers' loader does.
+    """Map a checkpoint's tensor names to parameters, exactly as transformers' loader does.
 
-    In the loader's order, because grouped renamings depend on it. Targets that the model does not have come out as they
-    are.
+    Args:
+        model: the model, on any device.
+        names: the checkpoint's tensor names.
+
+    Returns:
+        The names in the loader's order, on which grouped renamings depend. A target need not exist in the model.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
@@ -93,7 +98,7 @@ def map_names(model: PreTrainedModel, names: Iterable[str]) -> Iterator[MappedNa
     prefix, parameters = model.base_model_prefix, model.state_dict()
     for name in sorted(names, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
-        if target not in parameters and name in parameters:  # already the parameter's own name
+        if target not in parameters and name in parameters:  # the name is the parameter's own already
             target, pattern = rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=parameters)
         yield MappedName(name, target, pattern, converter_of[pattern] if pattern is not None else None)
 
@@ -111,7 +116,7 @@ class Concat(NamedTuple):
 
 
 class Swap(NamedTuple):
-    """Exchange two dimensions; with `check`, only if the shape is not the parameter's own already."""
+    """Exchange two dimensions; with `check`, only if the shape is not yet the parameter's own."""
 
     dim0: int
     dim1: int
@@ -119,7 +124,7 @@ class Swap(NamedTuple):
 
 
 def steps(converter: WeightConverter) -> tuple[Merge | Concat | Swap, ...] | None:
-    """The operations of a converter as plain data; None if one of them is none of the three that only move blocks."""
+    """The operations of a converter as plain data; None if one of them does more than move blocks."""
     out: list[Merge | Concat | Swap] = []
     for op in converter.operations:
         if type(op) is MergeModulelist:
@@ -134,8 +139,15 @@ def steps(converter: WeightConverter) -> tuple[Merge | Concat | Swap, ...] | Non
 
 
 def expert_names(model: PreTrainedModel, parameter: str) -> tuple[str, ...] | None:
-    """What the equal blocks of rows of one expert in a parameter of all are called where every expert has tensors of
-    its own, "*" for its number; None if transformers does not make that parameter so.
+    """Names of the tensors from which transformers stacks a parameter of all experts.
+
+    Args:
+        model: the model, on any device.
+        parameter: full name of a parameter that holds all experts.
+
+    Returns:
+        One name per equal block of an expert's rows, with "*" for the expert's number. None if transformers does not
+        make the parameter from one set of tensors per expert.
     """
     for converter in get_model_conversion_mapping(model):
         if not isinstance(converter, WeightConverter) or len(converter.target_patterns) > 1:
@@ -155,12 +167,22 @@ def run_converter(
     model: PreTrainedModel,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, torch.Tensor]:
-    """Run a converter's own operations on some experts' tensors -> tensors by full parameter name.
+    """Run a converter's own operations on the tensors of some experts.
 
-    tensors: per source pattern. shapes: what operations that look up a parameter's size are told, by full parameter
-    name. Raises whatever the operations raise.
+    Args:
+        converter: the conversion.
+        tensors: per source pattern, one tensor for each of these experts.
+        target: full name of the first parameter that the converter makes.
+        model: the model, on any device.
+        shapes: by full parameter name, the shapes that operations see when they look up a parameter of `model`.
+
+    Returns:
+        The converted tensors by full parameter name.
+
+    Raises:
+        Exception: whatever the operations raise.
     """
-    values: Mapping[str, torch.Tensor | list[torch.Tensor]] = {name: list(found) for name, found in tensors.items()}
+    values: Mapping[str, torch.Tensor | list[torch.Tensor]] = {name: list(group) for name, group in tensors.items()}
     for op in converter.operations:
         values = op.convert(
             dict(values),
@@ -176,7 +198,7 @@ def run_converter(
 
 
 class _ResizedModel:
-    """The model as operations see it, with some parameters cut down to the experts at hand."""
+    """A model in which some parameters seem to have other shapes: those of a few experts instead of all."""
 
     def __init__(self, model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._model, self._shapes = model, shapes

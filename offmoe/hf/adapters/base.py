@@ -1,20 +1,21 @@
-"""What offmoe must know about a kind of experts module: what an expert's parameters are, and how the module calls it.
+"""What offmoe must know about a kind of experts module: the parameters of one expert, and how the module calls it.
 
-Nothing moves here. Every experts module in transformers' registry is of one kind, known by the attributes that the
-registry's decorator sets; an architecture outside the registry has a small class in families/. Everything else in
-offmoe works on what an adapter says and knows no architecture.
+Every experts module in transformers' registry is of one kind, `RegistryExperts`, known by the attributes that the
+registry's decorator sets. An architecture outside the registry has a small class in families/, a `FamilyExperts`.
+Everything else in offmoe works on what an adapter says and knows no architecture.
 
-What it must never do: compute anything that the module it stands for would not, dropped tokens and quirks included.
+An adapter never imports a modeling file, and it reproduces what the module of transformers 5.23 computes, dropped
+tokens and quirks included. Where that differs from the architecture's paper, the class says so.
 
-The tests pass on transformers 5.17.0 and 5.23.0. What only the later ones set (`_is_expert_parallel`,
-`has_post_expert_norm`) is not relied on.
+The tests pass on transformers 5.17.0 and 5.23.0. Attributes that only the later ones set (`_is_expert_parallel`,
+`has_post_expert_norm`) may be absent.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -25,52 +26,59 @@ from offmoe.hf.adapters import reroute
 from offmoe.hf.adapters.reroute import Choose
 
 HANDLE = "_offmoe"
-"""Attribute of a registry module that holds what computes for it."""
+"""Attribute of a registry module: the function (hidden, ids, weights) -> hidden that computes its experts."""
+
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+"""An elementwise activation function."""
 
 
 class Rows(Protocol):
-    """What an adapter's forward computes experts through."""
+    """Computes the experts of one MoE layer for an adapter's forward."""
 
     def routed(self, ids: torch.Tensor) -> torch.Tensor:
-        """The ids [T, k] to compute with: these of the router, unless others are put in their place."""
+        """The expert ids [T, k] to compute with: the router's own, or those of a recorded routing in their place."""
 
     def __call__(self, math: ExpertMath, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """hidden [T, H], ids [T, k] -> [T * k, H]: every token through its experts, unweighted, in the order of ids.
+        """Run every token through its experts.
 
-        A row whose id is no expert's is zero. hidden may be [T * k, H]: each (token, expert) pair's own input.
+        Args:
+            math: what one expert computes.
+            hidden: [T, H], or [T * k, H] if each (token, expert) pair has an input of its own.
+            ids: expert ids [T, k].
+
+        Returns:
+            [T * k, H], not weighted, in the order of `ids`. A row whose id belongs to no expert is zero.
         """
 
 
 class Place(NamedTuple):
-    """Whose weights a parameter of the model holds.
-
-    param: the name of that parameter of one expert. expert: whose it is; None for all experts', which follow each other
-    along its first dimension. entries: how many follow each other, if those behind the last expert's are nobody's.
-    """
+    """Which expert's weights a parameter of the model holds."""
 
     param: str
+    """The name that `ExpertsAdapter.shapes` gives this parameter of one expert."""
     expert: int | None = None
+    """The expert; None if the parameter holds all experts, stacked along its first dimension."""
     entries: int | None = None
+    """Rows in the stacked parameter, if it is longer than num_experts. The rows behind the last expert are ignored."""
 
 
 class Routing(NamedTuple):
-    """How the ids of a layer come from its router.
-
-    router: the module; None: whichever module puts out the tensor that the experts module gets as ids. ids: what the
-    router puts out (with None, that tensor alone) -> the ids that the experts get, int [T, k].
-    """
+    """How to read a layer's expert ids from the outputs of its router."""
 
     router: nn.Module | None
+    """None stands for whichever module puts out the tensor that the experts module gets as ids."""
     ids: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+    """Takes the router's outputs (with router None, that one tensor) and returns int [T, k]."""
 
 
 def ids_as_they_are(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The ids of a router that puts them out: [..., k] -> [T, k]."""
+    """Ids of a router whose first output they are: [..., k] -> [T, k]."""
     return outputs[0].reshape(-1, outputs[0].shape[-1])
 
 
 class ExpertsAdapter(ABC):
-    """One kind of experts module. Methods but the first get a module that it claims."""
+    """One kind of experts module. Every method except `claims` must be called with a module that the adapter claims."""
 
     by_choice = False
     """Whether its experts see all tokens' first choices before their second ones. The order decides the last bits on a
@@ -79,22 +87,22 @@ class ExpertsAdapter(ABC):
 
     @abstractmethod
     def claims(self, module: nn.Module) -> bool:
-        """Whether `module` is of this kind; also after `strip`."""
+        """Whether `module` is of this kind. Also works after `strip`."""
 
     @abstractmethod
     def num_experts(self, module: nn.Module) -> int:
-        """Experts whose weights it has; before `strip`."""
+        """The number of experts whose weights the module has. Works only before `strip`."""
 
     @abstractmethod
     def shapes(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
-        """Of the parameters of one expert, by the names that `math` reads; before `strip`."""
+        """Shapes of one expert's parameters, by the names that `math` reads. Works only before `strip`."""
 
     @abstractmethod
     def places(self, module: nn.Module) -> dict[str, Place]:
-        """What each parameter under `module` holds that belongs to experts, by its name there; before `strip`."""
+        """The module's parameters that belong to experts, by their names under `module`. Works only before `strip`."""
 
     def strip(self, module: nn.Module) -> None:
-        """Delete experts' parameters. The loader then has no place for their tensors and leaves them in the shards."""
+        """Delete the experts' parameters. The loader then has no place for their tensors and leaves them on disk."""
         holders = {module}
         for name in self.places(module):
             owner, _, param = name.rpartition(".")
@@ -110,36 +118,36 @@ class ExpertsAdapter(ABC):
             setattr(holder, "_is_hf_initialized", True)  # noqa: B010
 
     def settle(self, module: nn.Module) -> None:
-        """End what `strip` left for the time of loading."""
+        """After loading, delete the plain attributes that `strip` put in the place of parameters."""
         for part in module.modules():
             for name in [n for n, value in vars(part).items() if isinstance(value, torch.Tensor) and value.is_meta]:
                 delattr(part, name)
 
     def top_k(self, module: nn.Module) -> int | None:
-        """Experts per token; None: as the modules around it or the configuration say."""
+        """Experts per token; None if the modules around this one or the configuration say it."""
         return None
 
     def routing(self, module: nn.Module) -> Routing | None:
-        """How its ids come from a router; None if they depend on more than what the router makes of its input."""
+        """How to read its ids from a router; None if they depend on more than the router's outputs."""
         return Routing(None, ids_as_they_are)
 
     @abstractmethod
     def math(self, module: nn.Module) -> ExpertMath:
-        """What one expert computes; also after `strip`."""
+        """The function that one expert computes. Also works after `strip`."""
 
     @abstractmethod
     def connect(self, module: nn.Module, rows: Rows) -> None:
-        """Let this one module compute through `rows` from now on."""
+        """Make this one module compute its experts through `rows` from now on."""
 
     def reroute(self, module: nn.Module, choose: Choose) -> RemovableHandle:
-        """Let a module of stock transformers compute with the experts that `choose` says, until the handle is removed.
+        """Make a module of stock transformers compute with the ids that `choose` returns, until the handle is removed.
 
-        It gives then what the same module gives that is connected to rows whose `routed` is `choose`.
+        Its output is then that of the same module connected to rows whose `routed` is `choose`.
         """
         return reroute.ids_argument(module, choose)
 
-    def nobodys(self, module: nn.Module) -> Sequence[int]:
-        """Ids that its forward takes for choices that no expert's weights serve; none if every choice needs one."""
+    def null_ids(self, module: nn.Module) -> Sequence[int]:
+        """Ids that the module's forward understands as "no expert"; empty if every choice needs an expert."""
         return ()
 
 
@@ -147,7 +155,7 @@ class RegistryExperts(ExpertsAdapter):
     """Any class decorated with transformers' `use_experts_implementation`: fused parameters, experts first."""
 
     ATTRIBUTES = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
-    """Set by the decorator on every instance."""
+    """What the decorator sets on every instance."""
 
     def claims(self, module: nn.Module) -> bool:
         return all(hasattr(module, name) for name in self.ATTRIBUTES)
@@ -184,3 +192,38 @@ class RegistryExperts(ExpertsAdapter):
     def _names(self, module: nn.Module) -> tuple[str, ...]:
         names = (self._up(module), "down_proj")
         return (*names, *(f"{name}_bias" for name in names)) if module.has_bias else names
+
+
+class FamilyExperts(ExpertsAdapter):
+    """Base of the adapters for architectures outside the registry; each one claims a module class by its name.
+
+    A subclass claims the module whose forward it replaces: the experts module where that gets ids and weights, the
+    block around it where the block computes the ids. Routers, shared experts and biases go on computing; only the loop
+    over experts becomes a call of `rows`. All but one of these architectures add up a token's experts one after the
+    other, in ascending order and in the hidden dtype, and so does `accumulate`.
+    """
+
+    by_choice = True  # these architectures look for an expert's tokens in a mask [k, T]: first choices come first
+    family: str
+    """The package under transformers.models."""
+    name: str
+    """Name of the module's class."""
+    params: tuple[str, ...]
+    """Names of the parameters under the module, each of which holds all experts."""
+
+    def claims(self, module: nn.Module) -> bool:
+        cls = type(module)
+        return cls.__name__ == self.name and cls.__module__.startswith(f"transformers.models.{self.family}.")
+
+    def shapes(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(module.get_parameter(name).shape[1:]) for name in self.params}
+
+    def places(self, module: nn.Module) -> dict[str, Place]:
+        return {name: Place(name) for name in self.params}
+
+    def connect(self, module: nn.Module, rows: Rows) -> None:
+        module.forward = self.forward(module, rows)
+
+    @abstractmethod
+    def forward(self, module: Any, rows: Rows) -> Callable[..., Any]:
+        """A forward for the module that computes its experts through `rows`."""

@@ -1,31 +1,12 @@
-"""Which adapter knows a module, and what all adapters say about a whole model.
-
-Nothing moves here. Must never name an architecture: those are in families/.
-"""
+"""Find the experts modules of a model and the adapter of each. Architectures are named in families/ only."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from offmoe.errors import UnsupportedModelError
-from offmoe.hf.adapters.base import HANDLE, ExpertsAdapter, Place, RegistryExperts, Routing, Rows
+from offmoe.hf.adapters.base import ExpertsAdapter, Place, RegistryExperts
 from offmoe.hf.adapters.families import FAMILIES
-
-__all__ = [
-    "ADAPTERS",
-    "HANDLE",
-    "ExpertsAdapter",
-    "Place",
-    "RegistryExperts",
-    "Routing",
-    "Rows",
-    "adapter_of",
-    "expert_parameters",
-    "find_experts",
-    "find_top_k",
-    "require_adapter",
-]
-
 
 TOP_K_NAMES = (
     "top_k",
@@ -36,7 +17,7 @@ TOP_K_NAMES = (
     "top_k_experts",
     "moe_k",
 )
-"""What architectures call the number of experts per token, as attributes of modules and of configs."""
+"""Names that architectures give the number of experts per token, as attributes of modules and of configs."""
 
 ADAPTERS: tuple[ExpertsAdapter, ...] = (RegistryExperts(), *FAMILIES)
 
@@ -47,15 +28,15 @@ def adapter_of(module: nn.Module) -> ExpertsAdapter | None:
 
 
 def require_adapter(module: nn.Module) -> ExpertsAdapter:
-    """The adapter of an experts module, such as `find_experts` gives."""
+    """The adapter of an experts module, one that `find_experts` returned."""
     adapter = adapter_of(module)
     assert adapter is not None, f"{type(module).__name__} is no experts module"
     return adapter
 
 
 def find_experts(model: nn.Module) -> dict[str, nn.Module]:
-    """Experts modules of a model by module path, in module order, which is the order of a forward."""
-    found: dict[str, nn.Module] = {}
+    """The experts modules of a model by module path, in the order in which a forward pass calls them."""
+    experts: dict[str, nn.Module] = {}
     waiting: list[tuple[str, nn.Module]] = [("", model)]
     seen: set[nn.Module] = set()
     while waiting:
@@ -64,15 +45,15 @@ def find_experts(model: nn.Module) -> dict[str, nn.Module]:
             continue
         seen.add(module)
         if adapter_of(module) is not None:
-            found[name] = module  # and nothing below it: 2048 experts may be modules of their own
+            experts[name] = module  # nothing below it is searched: 2048 experts may be modules of their own
             continue
         prefix = f"{name}." if name else ""
         waiting += [(prefix + child, part) for child, part in reversed(list(module.named_children()))]
-    return found
+    return experts
 
 
 def expert_parameters(model: nn.Module) -> dict[str, tuple[str, Place]]:
-    """Experts' parameters of a whole model by full name -> (name of the experts module, what of whom it holds)."""
+    """All experts' parameters of a model: full name -> (name of the experts module, what the parameter holds)."""
     out: dict[str, tuple[str, Place]] = {}
     for name, module in find_experts(model).items():
         adapter = require_adapter(module)
@@ -81,10 +62,18 @@ def expert_parameters(model: nn.Module) -> dict[str, tuple[str, Place]]:
 
 
 def find_top_k(module: nn.Module, block: nn.Module, config: object) -> int:
-    """Experts per token of one layer, as its adapter or its own modules say, or else a config.
+    """The number of experts per token of one MoE layer.
 
-    Asked in this order: the adapter, and for any of TOP_K_NAMES the experts module, the block it stands in, the block's
-    other children (one of them is the router), the layer's config, the model's config.
+    It is looked up in this order: the adapter; then, under any of TOP_K_NAMES, the experts module, the block around it,
+    the block's other children (one of them is the router), the layer's config, the model's config.
+
+    Args:
+        module: the experts module.
+        block: the module that `module` is a child of.
+        config: the model's config.
+
+    Raises:
+        UnsupportedModelError: none of them has the number.
     """
     adapter = adapter_of(module)
     known = None if adapter is None else adapter.top_k(module)

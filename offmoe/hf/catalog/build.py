@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from offmoe.errors import CheckpointError, MissingTensorError, UnsupportedModelError
-from offmoe.hf.adapters.find import Place, expert_parameters, find_experts, find_top_k, require_adapter
+from offmoe.hf.adapters.base import Place
+from offmoe.hf.adapters.find import expert_parameters, find_experts, find_top_k, require_adapter
 from offmoe.hf.catalog.catalog import CatalogLayer, ExpertCatalog
 from offmoe.hf.catalog.convert import ExpertConversion, Group, Kind, Value, destinations_of, trace, trace_share
 from offmoe.hf.catalog.dense_view import DenseView

@@ -13,7 +13,8 @@ from torch import nn
 
 from offmoe.compute.kernels import ExpertMath
 from offmoe.errors import ConfigError
-from offmoe.hf.adapters.find import HANDLE, require_adapter
+from offmoe.hf.adapters.base import HANDLE
+from offmoe.hf.adapters.find import require_adapter
 from offmoe.hf.adapters.reroute import Choose
 from offmoe.hf.upstream import ALL_EXPERTS_FUNCTIONS
 from offmoe.runtime.executor import ExpertExecutor
@@ -73,7 +74,7 @@ def attach(module: nn.Module, executor: ExpertExecutor, layer: int) -> None:
 def reroute(module: nn.Module, choose: Choose) -> Removable:
     """Let an experts module, of ours or of stock transformers, compute with the ids that `choose` says.
 
-    With stock, only ids of experts, or `nobodys` of its adapter. Removing what is returned leaves no trace.
+    With stock, only ids of experts, or `null_ids` of its adapter. Removing what is returned leaves no trace.
     """
     rows: ExecutorRows | None = getattr(module, ROWS, None)
     return require_adapter(module).reroute(module, choose) if rows is None else _Choosing(rows, choose)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from offmoe.hf.catalog.catalog import find_experts
+from offmoe.hf.adapters.find import find_experts
 from offmoe.hf.load.config import model_class
 from offmoe.hf.load.meta_model import build_meta
 from offmoe.hf.predict.meta import unpredictable_reasons

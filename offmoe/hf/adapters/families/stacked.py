@@ -1,7 +1,4 @@
-"""Architectures outside the registry whose experts are stacked: one parameter holds a weight of all of them.
-
-family.py says what such a class does and must never do.
-"""
+"""Architectures outside the registry whose experts are stacked: one parameter holds a weight of all experts."""
 
 from __future__ import annotations
 
@@ -15,17 +12,16 @@ from torch.utils.hooks import RemovableHandle
 
 from offmoe.compute.kernels import ExpertMath, GatedFFN, accumulate
 from offmoe.hf.adapters import reroute
-from offmoe.hf.adapters.base import Place, Routing, Rows
-from offmoe.hf.adapters.families.family import Activation, Family
+from offmoe.hf.adapters.base import Activation, FamilyExperts, Place, Routing, Rows
 from offmoe.hf.adapters.reroute import Choose
 
 
-class Llama4(Family):
-    """Llama4TextMoe: inputs are scaled by the score, outputs are not.
+class Llama4(FamilyExperts):
+    """Llama4TextMoe: the score scales an expert's input, not its output.
 
-    transformers repeats every token for every expert and multiplies most of them by zero, [E * T, H]; here only routed
-    rows exist. The two agree bit for bit (up to two experts per token; published models have one) if the few rows of an
-    expert take the way through a matrix product that stock's T rows take: `ScaledInputFFN` sees to that.
+    transformers repeats every token for every expert, [E * T, H], and multiplies most of the rows by zero; here only
+    routed rows exist. The two agree bit for bit for up to two experts per token (published models have one), because
+    `ScaledInputFFN` pads an expert's few rows until a matrix product rounds them as it rounds stock's T rows.
     """
 
     family, name = "llama4", "Llama4TextMoe"
@@ -55,9 +51,9 @@ class Llama4(Family):
             ids = ids_of((scores, logits))  # [T, k]
             scaled = hidden.unsqueeze(1) * scores.gather(1, ids).unsqueeze(2)  # [T, k, H]
             math = ScaledInputFFN(module.experts.act_fn, tokens=len(hidden))
-            made = rows(math, scaled.flatten(0, 1), rows.routed(ids))
+            outputs = rows(math, scaled.flatten(0, 1), rows.routed(ids))
             out = module.shared_expert(hidden)
-            out.add_(made.view(scaled.shape).sum(dim=1))
+            out.add_(outputs.view(scaled.shape).sum(dim=1))
             return out, logits
 
         return forward
@@ -67,21 +63,22 @@ class Llama4(Family):
 
 
 FULL_ROWS = 4
-"""Of so many rows, or a multiple, a float32 product gives every row the bits that it has among any larger number."""
+"""A float32 product of 4 rows, or a multiple of 4, gives every row the bits that it has among any larger number."""
 
 
 @dataclass(frozen=True)
 class ScaledInputFFN:
-    """Llama 4's expert. tokens: of the step, which are the rows of stock's products; zeros are added to take their way.
+    """Llama 4's expert, with rows of zeros added so that a matrix product rounds as stock's product of all tokens.
 
-    In float32 a row's last bits depend on how many rows a product has. With torch 2.13 (MKL) a single row is otherwise
-    than two or more on Intel (Cascade Lake), and one to three are otherwise than four or more on AMD (avx512_bf16);
-    beyond that neither their number nor a row's place matters on one thread. Two threads share the rows of 5 to 11
-    between them, and some are again among too few; not those of a multiple of four. bf16 has one way for all.
+    In float32 a row's last bits depend on the number of rows in the product. With torch 2.13 (MKL), one row rounds
+    differently from two or more on Intel (Cascade Lake), and one to three rows differently from four or more on AMD
+    (avx512_bf16). On one thread, larger numbers and a row's position make no difference. Two threads divide 5 to 11
+    rows between them, so that one thread may get too few; multiples of four are safe. bf16 always rounds the same.
     """
 
     activate: Activation
     tokens: int = 1
+    """Tokens of the step: the number of rows in stock's product."""
 
     def __call__(self, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
         n = len(x)
@@ -92,8 +89,8 @@ class ScaledInputFFN:
         return torch.mm(up * self.activate(gate), weights["experts.down_proj"])[:n]
 
 
-class Dbrx(Family):
-    """DbrxFFN: three weights per expert, those of all experts merged into one first dimension [E * I, H]."""
+class Dbrx(FamilyExperts):
+    """DbrxFFN: three weights per expert; all experts of a weight are merged into the first dimension, [E * I, H]."""
 
     family, name = "dbrx", "DbrxFFN"
     params = ("experts.mlp.w1", "experts.mlp.v1", "experts.mlp.w2")
@@ -115,7 +112,7 @@ class Dbrx(Family):
         mlp = module.experts.mlp
 
         def math(weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
-            # the module's own forward takes the weights as arguments
+            # DbrxExpertGLU.forward takes the weights as arguments
             w1, v1, w2 = (weights[name] for name in self.params)
             out: Tensor = mlp(x, w1, v1, w2)
             return out
@@ -128,8 +125,8 @@ class Dbrx(Family):
         def forward(hidden_states: Tensor) -> Tensor:
             weights, routed = module.route_tokens_to_experts(module.router(hidden_states))  # [T, k] each
             ids = rows.routed(routed)
-            made = rows(math, hidden_states.reshape(-1, hidden_states.shape[-1]), ids)
-            return accumulate(made * weights.reshape(-1, 1), ids, hidden_states.dtype).view(hidden_states.shape)
+            outputs = rows(math, hidden_states.reshape(-1, hidden_states.shape[-1]), ids)
+            return accumulate(outputs * weights.reshape(-1, 1), ids, hidden_states.dtype).view(hidden_states.shape)
 
         return forward
 
@@ -137,11 +134,11 @@ class Dbrx(Family):
         return reroute.ids_argument(module.experts, choose)
 
 
-class JetMoe(Family):
+class JetMoe(FamilyExperts):
     """JetMoeMoE, the experts of the feed-forward part.
 
-    The mixture of attention (JetMoeMoA) stays on the device with the dense weights: its experts project the queries of
-    every layer and are a small part of the model.
+    The mixture of attention heads (JetMoeMoA) stays on the device with the dense weights: its experts project the
+    queries of every layer and are a small part of the model.
     """
 
     by_choice = False
@@ -178,8 +175,8 @@ class JetMoe(Family):
             chosen, routed = logits.topk(module.router.top_k, dim=1)  # [T, k]; the router itself gives them sorted
             weights = torch.softmax(chosen, dim=1).type_as(hidden)
             ids = rows.routed(routed)
-            made = rows(math, hidden, ids)
-            out = accumulate(made * weights.reshape(-1, 1), ids, hidden.dtype).view(layer_input.shape)
+            outputs = rows(math, hidden, ids)
+            out = accumulate(outputs * weights.reshape(-1, 1), ids, hidden.dtype).view(layer_input.shape)
             return torch.add(out, module.bias)
 
         return forward
@@ -188,11 +185,11 @@ class JetMoe(Family):
         return reroute.sorted_pairs(module.router, choose)
 
 
-class LongcatFlash(Family):
-    """LongcatFlashExperts: behind the experts there are identities, which give a token back as it is.
+class LongcatFlash(FamilyExperts):
+    """LongcatFlashExperts: ids above the last expert are identities, which return a token unchanged.
 
-    transformers 5.23 gives the identities rows in gate_up_proj that nothing ever reads. A checkpoint may hold them, as
-    those that transformers writes do, or not.
+    transformers 5.23 gives the identities rows in gate_up_proj that nothing ever reads. A checkpoint that transformers
+    wrote has these rows; others may lack them.
     """
 
     family, name = "longcat_flash", "LongcatFlashExperts"
@@ -217,22 +214,22 @@ class LongcatFlash(Family):
 
         def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
             ids = rows.routed(top_k_index)
-            made = rows(math, hidden_states, ids)  # [T * k, H]
+            outputs = rows(math, hidden_states, ids)  # [T * k, H]
             identity = (ids >= module.num_routed_experts).view(-1, 1)
             weights = top_k_weights.reshape(-1, 1)
             same = hidden_states.repeat_interleave(ids.shape[1], dim=0)
-            # Weighted one by one: under autocast they may have two dtypes, and each is rounded in its own.
-            weighted = torch.where(identity, (same * weights).to(same.dtype), (made * weights).to(same.dtype))
+            # Each is weighted before they are joined: under autocast they may differ in dtype and rounding.
+            weighted = torch.where(identity, (same * weights).to(same.dtype), (outputs * weights).to(same.dtype))
             return accumulate(weighted, ids, same.dtype)
 
         return forward
 
-    def nobodys(self, module: Any) -> Sequence[int]:
+    def null_ids(self, module: Any) -> Sequence[int]:
         return range(module.num_routed_experts, module.total_experts)
 
 
-class Step3p7(Family):
-    """Step3p7Experts: a registry module in all but the decorator, and with clamps."""
+class Step3p7(FamilyExperts):
+    """Step3p7Experts: like a registry module, but without the decorator and with clamped activations."""
 
     family, name = "step3p7", "Step3p7Experts"
     params = ("gate_up_proj", "down_proj")
@@ -248,7 +245,7 @@ class Step3p7(Family):
 
         def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
             ids = rows.routed(top_k_index)
-            made = rows(math, hidden_states, ids)  # [T * k, H]
-            return accumulate(made * top_k_weights.reshape(-1, 1), ids, hidden_states.dtype)
+            outputs = rows(math, hidden_states, ids)  # [T * k, H]
+            return accumulate(outputs * top_k_weights.reshape(-1, 1), ids, hidden_states.dtype)
 
         return forward
