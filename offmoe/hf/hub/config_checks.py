@@ -1,8 +1,8 @@
-"""What config.json and generation_config.json can be asked before transformers builds anything from them.
+"""Check config.json and generation_config.json before transformers builds anything from them.
 
-Nothing moves. transformers takes numbers as they come: a billion layers are built one after the other until the memory
-is full, and a token id that is a word fails in `generate`, long after the weights were loaded. Must never refuse what a
-real model says: the limits stand far above any, and fields that are not known here are left to transformers.
+transformers accepts any number: it builds a billion layers one after the other until the memory is full, and a token id
+that is a word fails in `generate`, long after the weights were loaded. The limits are far above those of any real
+model. Fields that are not known here are left to transformers.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any
 from offmoe.errors import CheckpointError
 
 LIMITS = {"layers": 10_000, "experts": 100_000}
-"""By a word in the field's name. Each one is a module to build; the largest models have 126 and 2,048."""
+"""Largest number allowed in a field whose name holds the word. The largest models have 126 layers and 2,048 experts."""
 LARGEST = 2**63 - 1
+"""The largest number that a tensor of token ids can hold."""
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 TOKEN_LISTS = ("suppress_tokens", "begin_suppress_tokens")
 COUNTS = ("num_beams", "num_return_sequences", "max_new_tokens", "max_length", "top_k")
@@ -24,7 +25,12 @@ NUMBERS = ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object, as config files are. Raises CheckpointError if it is damaged, FileNotFoundError if not there."""
+    """Read a file that holds one JSON object.
+
+    Raises:
+        CheckpointError: the file cannot be read or is not a JSON object.
+        FileNotFoundError: the file does not exist.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -39,9 +45,14 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def check_config(values: Mapping[str, Any], path: Path) -> None:
-    """CheckpointError for a number of layers or experts that no model has, or a token id that is none. path: its file.
+    """Check a model's configuration, and the configurations inside it (text_config).
 
-    values: as parsed; configs inside it (text_config) are looked at too.
+    Args:
+        values: the parsed config.json.
+        path: the file, for messages.
+
+    Raises:
+        CheckpointError: a number of layers or experts that no model has, or a token id that is not one.
     """
     for name, value in values.items():
         if isinstance(value, Mapping):
@@ -53,7 +64,11 @@ def check_config(values: Mapping[str, Any], path: Path) -> None:
 
 
 def check_generation(folder: Path) -> None:
-    """CheckpointError if the folder has a generation_config.json that `generate` could not use."""
+    """Check generation_config.json, if the folder has one.
+
+    Raises:
+        CheckpointError: `generate` could not use it.
+    """
     path = folder / "generation_config.json"
     try:
         values = read_object(path)
@@ -83,7 +98,7 @@ def _check_tokens(values: Mapping[str, Any], path: Path) -> None:
 
 
 def _is_id(value: object) -> bool:
-    """A whole number that a tensor can hold. Negative ones are in use for "none"."""
+    """Whether the value is a whole number that a tensor can hold. Some models write -1 for "none"."""
     return type(value) is int and abs(value) <= LARGEST
 
 

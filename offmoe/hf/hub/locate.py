@@ -1,12 +1,13 @@
-"""Find a model: a folder, the demo, or a repository on the Hub, of which only what is needed is fetched, when it is.
+"""Find a model: a folder, the demo in the package, or a repository on the Hub.
 
-What moves: configuration, index and tokenizer (a few MB) when a model is located; of each shard that is not here the
-header, by a range request (64 KiB, 6 MB for the 96 GB of Mixtral); whole shards only when a model is to be loaded, and
-only those that its index names. Bounded by the network. Cache, authentication, retries and progress bars are
-huggingface_hub's own. Everything is taken from one commit, so that a push in between cannot mix two models.
+Locating a model on the Hub downloads its configuration, index and tokenizer, a few MB. Reading its checkpoint downloads
+the header of each shard that is absent (remote_header.py): 6 MB for the 96 GB of Mixtral. Whole shards are downloaded
+only by `fetch`, and only those that the index names. Cache, authentication, retries and progress bars are
+huggingface_hub's own.
 
-What it must never do: fetch pickles, other formats or the same weights a second time (`original/`, `consolidated*`,
-variants), download a weight before it is known that the model can run, or wait for ever for a dead network.
+Everything comes from one commit, so that a push in between cannot mix two models. Pickles, other formats and second
+copies of the weights (`original/`, `consolidated*`, variants) are never downloaded, nor is any weight before it is
+known that the model can run.
 """
 
 from __future__ import annotations
@@ -30,54 +31,55 @@ from offmoe.errors import (
     UnsupportedModelError,
 )
 from offmoe.hf.hub.errors import hub_errors, translated
+from offmoe.hf.hub.remote_header import TIMEOUT_S, read_remote_head
 from offmoe.storage.checkpoint import INDEX_FILE, PICKLES, SINGLE_FILE, Checkpoint, indexed_files
-from offmoe.storage.header import ShardHead, header_end
+from offmoe.storage.header import ShardHead
 from offmoe.text import format_size
-
-__all__ = ["Repository", "Source", "locate", "resolve_folder"]
 
 logger = logging.getLogger(__name__)
 
 DEMO = "demo"
 NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
-"""Files of a model's folder: weights, index, configs, tokenizer."""
+"""Name patterns of a model's files: weights, index, configs, tokenizer."""
 SMALL_FILES = tuple(pattern for pattern in MODEL_FILES if pattern != "*.safetensors")
 JUNK = ("*/*", "consolidated*", "*[!s].index.json", "*.index.*.json")
-"""Among SMALL_FILES: subfolders, the publisher's own format, indexes of other formats and of variants."""
-TIMEOUT_S = 10.0
-"""For an answer of the Hub; huggingface_hub's own default for downloads, but it has none for questions."""
-HEAD_BYTES = 1 << 16
-"""First piece of a shard: the header of nearly all shards is smaller (6 KB in Mixtral, 85 KB in DeepSeek-V3)."""
+"""Matches of SMALL_FILES that are not needed: subfolders, the publisher's own format, indexes of other formats and of
+variants."""
 CONNECTIONS = 8
-RETRIES = 2
-"""Of a request for a header, 3 s in all."""
+"""Headers that are requested at the same time."""
 
 
 @dataclass(frozen=True)
 class Repository:
-    """One commit of a model on the Hub. files: names in it; None where the Hub was not, or could not be asked."""
+    """One commit of a model on the Hub."""
 
     name: str
+    """The repository, "owner/name"."""
     commit: str
     options: dict[str, Any]
     """token and cache_dir, as huggingface_hub takes them."""
     files: tuple[str, ...] | None
+    """Names of the files in the commit; None if the Hub was not asked or did not answer."""
     why_offline: str = ""
+    """Why `files` is None, for messages."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from. folder: holds configuration, index and tokenizer; shards of a repository may be absent.
-
-    repository: None for a folder of the user's own.
-    """
+    """Where a model comes from."""
 
     folder: Path
+    """Holds configuration, index and tokenizer. Shards of a repository may be absent."""
     repository: Repository | None = None
+    """None if the model is a folder of the user's own."""
 
     def checkpoint(self) -> Checkpoint:
-        """The model's tensors by the headers of its shards, wherever these are. Raises what Checkpoint.open does."""
+        """The model's tensors, from the headers of its shards on disk and on the Hub.
+
+        Raises:
+            OffmoeError: what `Checkpoint.open` raises, or what went wrong on the way to the Hub.
+        """
         if self.repository is None:
             return Checkpoint.open(self.folder)
         shards = self._shards(self.repository)
@@ -88,13 +90,18 @@ class Source:
                 f"({absent[0]}), and {self.repository.why_offline}; run it once with a network, what is there is kept"
             )
         with hub_errors(self.repository.name), ThreadPoolExecutor(CONNECTIONS) as pool:
-            heads = dict(zip(absent, pool.map(lambda name: _head(self, name), absent), strict=True))
+            heads = dict(zip(absent, pool.map(self._remote_head, absent), strict=True))
         return Checkpoint.open(self.folder, heads)
 
     def fetch(self, checkpoint: Checkpoint) -> Checkpoint:
-        """The same checkpoint with all its shards here, downloaded if need be.
+        """Download the shards that are absent.
 
-        Raises CapacityError if the disk is too small, ShardChangedError if what arrives is not what was announced.
+        Returns:
+            The same checkpoint, with all its shards on disk.
+
+        Raises:
+            CapacityError: the disk is too small.
+            ShardChangedError: the downloaded shards differ from the headers that were read before.
         """
         absent = checkpoint.shards_absent
         if not absent:
@@ -113,13 +120,19 @@ class Source:
         logger.info("%s: downloading %d shards, %s", self.repository.name, len(absent), format_size(needed))
         patterns = [re.sub(r"([*?[])", r"[\1]", name) for name in absent]
         _snapshot(self.repository.name, self.repository.commit, self.repository.options, patterns, ())
-        here = Checkpoint.open(self.folder)
-        if here.shards_absent or (here.shards, here.tensors) != (checkpoint.shards, checkpoint.tensors):
+        local = Checkpoint.open(self.folder)
+        if local.shards_absent or (local.shards, local.tensors) != (checkpoint.shards, checkpoint.tensors):
             raise ShardChangedError(f"{self.folder}: the shards are not those that the Hub announced; load it again")
-        return here
+        return local
+
+    def _remote_head(self, file: str) -> ShardHead:
+        assert self.repository is not None, "only a repository has shards elsewhere"
+        repository = self.repository
+        token = repository.options["token"]
+        return read_remote_head(repository.name, repository.commit, token, file, self.folder / file)
 
     def _shards(self, repository: Repository) -> list[str]:
-        """File names, by the rules of Checkpoint.open; those of the repository count as if they were here."""
+        """Names of the model's shards, by the rules of Checkpoint.open, whether or not they are on disk."""
         files = repository.files if repository.files is not None else tuple(os.listdir(self.folder))
         if SINGLE_FILE in files:
             return [SINGLE_FILE]
@@ -154,15 +167,26 @@ def locate(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Source:
-    """A model's source: a folder as it is, "demo" the one in the package, else a Hub id. No weight is downloaded.
+    """Find a model. No weight is downloaded.
 
-    Where the Hub cannot be asked, or must not be, what its cache holds is taken. Raises ConfigError if the model is
-    neither a folder nor in the cache nor on the Hub for this token, CheckpointError if it is a file.
+    If the Hub does not answer, or must not be asked, the copy in the Hub cache is used.
+
+    Args:
+        model: a folder, "demo" for the model in the package, or a Hub id "owner/name".
+        revision: branch, tag or commit on the Hub; None means the default branch.
+        token: as huggingface_hub takes it.
+        cache_dir: the Hub cache; None means huggingface_hub's own.
+        local_files_only: use no network.
+
+    Raises:
+        ConfigError: the model is no folder, not in the cache, and not on the Hub for this token.
+        CheckpointError: `model` is a file.
+        UnsupportedModelError: the repository has no config.json.
     """
     name = os.fspath(model)
     if name == DEMO:
         return Source(Path(__file__).parents[2] / "demo" / "model")
-    path = Path(os.path.expanduser(name))  # of os.path, because those of Path raise for names that no file can have
+    path = Path(os.path.expanduser(name))  # os.path: the methods of Path raise for names that no file can have
     if name and os.path.isdir(path):
         return Source(path)
     if name and os.path.exists(path):
@@ -176,7 +200,7 @@ def locate(
 
 
 def resolve_folder(model: str | os.PathLike[str], **hub: Any) -> Path:
-    """The folder of a model with all that loading takes, downloaded if need be. hub: options of `locate`."""
+    """The folder of a model, complete for loading; whatever is absent is downloaded. hub: the options of `locate`."""
     source = locate(model, **hub)
     if source.repository is not None:
         source.fetch(source.checkpoint())
@@ -225,7 +249,7 @@ def _snapshot(
     *,
     local_files_only: bool = False,
 ) -> Path:
-    """The cache's folder of one commit, with the wanted files of it."""
+    """The folder of one commit in the Hub cache, with the wanted files in it."""
     from huggingface_hub import snapshot_download
 
     with hub_errors(name, revision):
@@ -238,39 +262,3 @@ def _snapshot(
             **options,
         )
     return Path(folder)
-
-
-def _head(source: Source, file: str) -> ShardHead:
-    """The header of a shard on the Hub, and the shard's size."""
-    assert source.repository is not None, "only a repository has shards elsewhere"
-    path = source.folder / file
-    data, size = _range(source.repository, file, 0, HEAD_BYTES)
-    end = header_end(data, size, path)
-    if end > len(data):
-        data += _range(source.repository, file, len(data), end)[0]
-    return ShardHead(data[:end], size)
-
-
-def _range(repository: Repository, file: str, start: int, end: int) -> tuple[bytes, int]:
-    """Bytes [start, end) of a file, fewer if it is shorter, and the size of the whole."""
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
-
-    headers = {
-        **build_hf_headers(token=repository.options["token"]),
-        "Range": f"bytes={start}-{end - 1}",
-        "Accept-Encoding": "identity",  # a compressed answer has ranges of its own
-    }
-    url = hf_hub_url(repository.name, file, revision=repository.commit)
-    with http_stream_backoff("GET", url, headers=headers, timeout=TIMEOUT_S, max_retries=RETRIES) as response:
-        hf_raise_for_status(response)
-        if response.status_code != 206:  # the whole file would follow
-            raise CheckpointError(
-                f"model {repository.name!r}: the server does not send parts of {file!r}; download the model with "
-                "`hf download` and give the folder"
-            )
-        size = response.headers.get("Content-Range", "").rpartition("/")[2]
-        data = b"".join(response.iter_bytes())
-    if not size.isdecimal() or len(data) != min(end, int(size)) - start:
-        raise CheckpointError(f"model {repository.name!r}: the server sent another part of {file!r}; try again")
-    return data, int(size)

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-
 def require_index(checkpoint: Checkpoint) -> None:
     """Check that transformers will find the weights: it reads model.safetensors or the files that an index names.
 

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from offmoe.errors import CheckpointError, ConfigError
-from offmoe.hf.hub.locate import HEAD_BYTES, resolve_folder
+from offmoe.hf.hub.locate import resolve_folder
+from offmoe.hf.hub.remote_header import HEAD_BYTES
 from tests import tiny
 from tests.cli.conftest import byte_tokenizer
 from tests.hub import ROOT, VALID_TOKEN, Client, HubServer, Repo, environment
