@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from offmoe.errors import ConfigError
-from offmoe.hf.load.load import CONFIG_FILE, PACK_MANIFEST
+from offmoe.hf.load.config import CONFIG_FILE, PACK_MANIFEST
 from offmoe.pack.quantizer import Loss
 from offmoe.quant.packed_weight import WeightFormat
 from offmoe.storage.checkpoint import Checkpoint
