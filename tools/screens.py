@@ -1,0 +1,189 @@
+#!/usr/bin/env python3
+"""Make the pictures and the table of the README from real runs.
+
+    .venv/bin/python tools/screens.py [screen] [fits] [plot]     (the plot needs matplotlib: pip install matplotlib)
+
+Writes docs/images/generate.svg (a run of `offmoe generate demo` as a terminal shows it), docs/images/hit-rate.svg (the
+sweep of `offmoe tune` on the gpt-oss-20b recording of the tests), docs/data/fits.csv (what `offmoe inspect` plans for
+four models and four sizes of memory) and, from the last, the table between the markers in README.md.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+IMAGES = ROOT / "docs" / "images"
+FITS = ROOT / "docs" / "data" / "fits.csv"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- fits: written by tools/screens.py -->", "<!-- fits: end -->"
+
+GENERATE = [
+    *("generate", "demo", "And the LORD said unto", "--slots-per-layer", "4", "--max-new-tokens", "48"),
+    *("--temperature", "0.7", "--seed", "3"),
+]
+TRACE = "tests/data/gptoss20b_6req.npz"
+MODELS = {
+    "Mixtral 8x7B": ("mixtral-8x7b", "native", "bf16"),
+    "Mixtral 8x7B, int4": ("mixtral-8x7b", "int4", "int4"),
+    "Qwen3-30B-A3B": ("qwen3-30b-a3b", "native", "bf16"),
+    "Qwen3-30B-A3B, int4": ("qwen3-30b-a3b", "int4", "int4"),
+    "gpt-oss-120b": ("gpt-oss-120b", "native", "MXFP4"),
+    "DeepSeek-V3": ("deepseek-v3", "native", "FP8"),
+}
+MEMORY_GIB = (8, 12, 16, 24, 48)
+CONTEXT_TOKENS = 2048
+
+
+def offmoe(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "offmoe", *arguments]
+
+
+def terminal(arguments: list[str], columns: int) -> str:
+    """What a command writes to a terminal of this width, escape sequences included."""
+    master, slave = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(columns), "LINES": "60"}
+    process = subprocess.Popen(
+        offmoe(*arguments), stdin=slave, stdout=slave, stderr=slave, cwd=ROOT, env=environment, close_fds=True
+    )
+    os.close(slave)
+    written = io.BytesIO()
+    while True:
+        try:
+            piece = os.read(master, 65536)
+        except OSError:  # Linux reports the closed terminal as EIO
+            break
+        if not piece:
+            break
+        written.write(piece)
+    os.close(master)
+    if process.wait() != 0:
+        raise SystemExit(written.getvalue().decode(errors="replace"))
+    return written.getvalue().decode().replace("\r\n", "\n")
+
+
+def screen(arguments: list[str], target: Path, columns: int = 118) -> None:
+    """A run as an SVG picture of a terminal."""
+    from rich.console import Console
+    from rich.text import Text
+
+    shown = " ".join(f'"{part}"' if " " in part else part for part in arguments)
+    console = Console(record=True, width=columns, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    console.print(Text(f"$ offmoe {shown}", style="bold"))
+    console.print(Text.from_ansi(terminal(arguments, columns)))
+    drawing = console.export_svg(title="offmoe", unique_id="screen")
+    drawing = re.sub(r"@font-face \{.*?\}\n", "", drawing, flags=re.DOTALL)  # they would be fetched from elsewhere
+    target.write_text(drawing, encoding="utf-8")
+
+
+def hit_rates(target: Path) -> None:
+    """Hit rate over slots per layer, for every policy and the optimum, as `offmoe tune` finds them."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    sizes = (4, 6, 8, 12, 16, 24)
+    listed = ",".join(map(str, sizes))
+    command = ("tune", TRACE, "--capacities", listed, "--scope", "layer", "--on-miss", "fetch", "--prefetch", "0")
+    run = subprocess.run(offmoe(*command, "--json"), cwd=ROOT, check=True, capture_output=True, text=True)
+    facts = json.loads(run.stdout.splitlines()[-1])
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for candidate in facts["candidates"]:
+        if isinstance(candidate["slots_per_layer"], int):  # a list is a candidate with unequal quotas
+            point = (candidate["slots_per_layer"], 100 * candidate["hit_rate"])
+            curves.setdefault(candidate["eviction"], []).append(point)
+    optimum = [(bound["slots_per_layer"], 100 * bound["belady"]) for bound in facts["bounds"]]
+    uniform = [(bound["slots_per_layer"], 100 * bound["uniform"]) for bound in facts["bounds"]]
+
+    matplotlib.rcParams.update({"svg.hashsalt": "offmoe", "font.size": 10, "axes.spines.top": False})
+    figure, axes = pyplot.subplots(figsize=(7.2, 3.8), layout="constrained")
+    axes.spines["right"].set_visible(False)
+    axes.plot(*zip(*optimum, strict=True), color="black", linestyle="--", linewidth=1.2, label="optimum (Belady)")
+    for name in ("aged-lfu", "s3-fifo", "lru-2", "sieve", "lru", "static"):
+        strong = name == "aged-lfu"
+        axes.plot(
+            *zip(*sorted(curves[name]), strict=True),
+            marker="o",
+            markersize=4 if strong else 3,
+            linewidth=2.4 if strong else 1.1,
+            alpha=1.0 if strong else 0.75,
+            label=f"{name} (default)" if strong else name,
+        )
+    axes.plot(*zip(*uniform, strict=True), color="gray", linestyle=":", linewidth=1.2, label="if routing were uniform")
+    axes.set(xlabel="slots per layer, of 32 experts", ylabel="hit rate, %", xticks=sizes, ylim=(0, 100))
+    axes.set_title("gpt-oss-20b, top-4 of 32 experts, 24 layers, 2,636 decoded tokens", fontsize=10)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    figure.savefig(target, metadata={"Date": None})
+
+
+def fits() -> list[dict[str, str]]:
+    """What fits, for every model and size of memory: one row per model, as `offmoe inspect` plans it for a CPU."""
+    rows = []
+    for name, (config, experts, form) in MODELS.items():
+        row = {"model": name, "experts": form}
+        for gib in MEMORY_GIB:
+            command = (
+                *("inspect", f"tests/data/configs/{config}.json", "--experts", experts, "--device", "cpu"),
+                *("--device-memory", f"{gib}GiB", "--max-context", str(CONTEXT_TOKENS), "--json"),
+            )
+            run = subprocess.run(offmoe(*command), cwd=ROOT, capture_output=True, text=True)
+            facts = json.loads(run.stdout.splitlines()[-1])  # written also where the model does not fit
+            row["size"] = gibibytes(facts["expert_bytes_total"] + facts["dense_bytes"])
+            row["smallest"] = gibibytes(facts["smallest_device_memory"], 1)
+            if run.returncode:
+                row[f"{gib} GiB"] = "no"
+                continue
+            plan = facts["plan"]
+            slots = plan["slots_per_layer"]
+            share = sum(slots) / (len(slots) * facts["experts"])
+            row[f"{gib} GiB"] = f"{share:.0%}" + (f" ({plan['parked_layers']} L)" if plan["parked_layers"] else "")
+        rows.append(row)
+    return rows
+
+
+def gibibytes(size: int, digits: int = 0) -> str:
+    return f"{size / 2**30:.{digits}f} GiB"
+
+
+def write_fits(rows: list[dict[str, str]]) -> None:
+    columns = ["model", "experts", "size", "smallest", *(f"{gib} GiB" for gib in MEMORY_GIB)]
+    with FITS.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    lines = [
+        "| model | experts | whole model | needs at least | " + " | ".join(columns[4:]) + " |",
+        "|" + "---|" * len(columns),
+        *("| " + " | ".join(row[column] for column in columns) + " |" for row in rows),
+    ]
+    text = README.read_text(encoding="utf-8")
+    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    README.write_text(text[:start] + "\n" + "\n".join(lines) + "\n" + text[end:], encoding="utf-8")
+
+
+PARTS = {
+    "screen": lambda: screen(GENERATE, IMAGES / "generate.svg"),
+    "fits": lambda: write_fits(fits()),
+    "plot": lambda: hit_rates(IMAGES / "hit-rate.svg"),
+}
+
+
+def main() -> None:
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    FITS.parent.mkdir(parents=True, exist_ok=True)
+    for name in sys.argv[1:] or PARTS:
+        PARTS[name]()
+
+
+if __name__ == "__main__":
+    main()
