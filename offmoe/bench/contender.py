@@ -1,8 +1,8 @@
-"""A contender: a process of its own that loads one model with offmoe or with accelerate's offload, and does passes.
+"""A contender: a process that loads one model, with offmoe or with accelerate's offload, and generates on request.
 
-What moves: what its runtime moves. It answers JSON lines on the stdout that it was started with; whatever libraries
-print goes to stderr. Nothing heavy is imported before the task has come. Both runtimes go through the same generate()
-of transformers, watched and forced by one logits processor, so that nothing but the weights' way differs.
+It reads requests as JSON lines from stdin and answers on the stdout that it was started with. Whatever libraries print
+goes to stderr. Nothing heavy is imported before the task has arrived. Both runtimes use the same generate() of
+transformers, watched and forced by one logits processor, so that only the movement of weights differs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LINK_BYTES = 64 << 20
 
 
 def main() -> None:
-    """Serve the process that started this one until it closes the pipe."""
+    """Answer the process that started this one until it closes the pipe."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     try:
@@ -43,7 +43,7 @@ def main() -> None:
         traceback.print_exc()
         _answer(answers, f'{{"error": {_quoted(error)}}}\n')
     except KeyboardInterrupt:
-        pass  # the process that started this one was interrupted too, and says so
+        pass  # the process that started this one was interrupted too, and reports it
 
 
 def _serve(requests: TextIO, answers: TextIO) -> None:
@@ -65,7 +65,7 @@ def _serve(requests: TextIO, answers: TextIO) -> None:
 
 
 class Contender:
-    """One loaded model."""
+    """One loaded model that does passes and measures them."""
 
     def __init__(self, task: Task):
         import torch
@@ -83,14 +83,15 @@ class Contender:
         self._watch = _Watch()
 
     def run(self, work: Pass) -> Outcome:
-        """One pass; its cache of keys and values is gone afterwards, experts stay where they are.
+        """Do one pass. The KV cache is dropped afterwards; experts stay in their slots.
 
-        What a model that writes blocks of tokens takes after the first step is divided evenly among all its tokens.
+        Block-diffusion models emit several tokens per step. Their time after the first step is divided evenly over the
+        tokens.
         """
         import torch
         from transformers import LogitsProcessorList
 
-        torch.manual_seed(0)  # such a model begins with random tokens
+        torch.manual_seed(0)  # a block-diffusion model begins with random tokens
         if self._replayed is not None:
             self._replayed.seek(work.row)
         ids = torch.tensor([work.prompt], device=self._inspected.backend.device)
@@ -123,7 +124,10 @@ class Contender:
         )
 
     def costs(self) -> Costs:
-        """Time of computing alone, with the routing fixed to experts in slots, and of copies to the device."""
+        """Measure computing alone, with the routing fixed to resident experts, and copies to the device.
+
+        Call it after the passes: the router probe watches the first pass, and needs the model's own routing there.
+        """
         from offmoe.measure.calibrate import FixedRouting
         from offmoe.measure.probes import copy_gb_s
 
@@ -132,7 +136,7 @@ class Contender:
         if self._replayed is not None:
             self._replayed.detach()
         compute_s = None
-        if not self._watch.blocks:  # how many steps a block takes is not known
+        if not self._watch.blocks:  # the number of steps per block is unknown
             empty, extra = FixedRouting(self.model, self._inspected, decoding=True).measure(COMPUTE_SECONDS)
             compute_s = empty + max(0.0, extra)
         if self._replayed is not None:
@@ -142,7 +146,7 @@ class Contender:
         return Costs(compute_s, link)
 
     def peak(self) -> Peak:
-        """The most memory so far."""
+        """Peak memory so far."""
         return Peak(_rss_peak(), self._inspected.backend.peak_bytes())
 
     def close(self) -> None:
@@ -169,25 +173,25 @@ class Contender:
         return model
 
     def _stock(self) -> Any:
-        """transformers with accelerate's offload: what fits on the device there, then RAM, then disk."""
+        """The model in transformers with accelerate's offload: first on the device, then in RAM, then on disk."""
         import psutil
 
-        found, task = self._inspected, self._task
+        inspected, task = self._inspected, self._task
         budget: dict[int | str, int] = {"cpu": task.device_memory}
-        if not found.backend.unified_memory:
+        if not inspected.backend.unified_memory:
             ram = int(psutil.virtual_memory().available * 0.7)
-            budget = {found.backend.device.index: task.device_memory, "cpu": ram}
-        load: Callable[..., Any] = found.model_class.from_pretrained
+            budget = {inspected.backend.device.index: task.device_memory, "cpu": ram}
+        load: Callable[..., Any] = inspected.model_class.from_pretrained
         model = load(
-            found.folder,
-            config=found.hf_config,
-            dtype=found.dtype,
+            inspected.folder,
+            config=inspected.hf_config,
+            dtype=inspected.dtype,
             device_map="auto",
             max_memory=budget,
             offload_folder=task.scratch,
         )
-        # As offmoe's are: for one row of bf16 on a CPU, torch takes another kernel, with other last bits, for weights
-        # that could have a gradient, even where none is computed.
+        # As offmoe does. For one row of bf16 on a CPU, torch uses another kernel, with other last bits, for weights
+        # that could have a gradient, even if none is computed.
         model.requires_grad_(False)
         model.eval()
         return model
@@ -210,9 +214,11 @@ class Contender:
 
 
 class _Watch:
-    """Logits processor that takes the time, the likeliest token and a digest of the logits, and may force another.
+    """Logits processor that records the time, the likeliest token and a digest of the logits, and can force a token.
 
-    blocks: whether logits are of all tokens of a block, [1, n, V] and not [1, V].
+    Attributes:
+        blocks: whether the model emits blocks of tokens, with logits [1, n, V] in place of [1, V].
+        prefilled: statistics after the prompt.
     """
 
     blocks = False
@@ -225,7 +231,7 @@ class _Watch:
         self.times = [time.perf_counter()]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        host = scores.float().cpu()  # on a GPU this is where the logits are waited for
+        host = scores.float().cpu()  # on a GPU this waits for the logits
         self.times.append(time.perf_counter())
         if self.prefilled is None:
             self.prefilled = self._stats()
@@ -233,7 +239,7 @@ class _Watch:
         self.tokens += host.argmax(dim=-1).flatten().tolist()
         self.blocks = scores.ndim == 3
         if self.blocks and self._forced:
-            raise ConfigError("the model writes blocks of tokens at once, so no tokens can be given to it.")
+            raise ConfigError("the model emits blocks of tokens, so tokens cannot be forced on it.")
         token = len(self.times) - 2
         if token < len(self._forced):
             scores = scores.new_full(scores.shape, -float("inf"))
@@ -242,7 +248,7 @@ class _Watch:
 
 
 def _read_bytes() -> int | None:
-    """Of this process, from the disk; None where the system does not tell."""
+    """Bytes that this process read from disk; None if the system does not tell."""
     import psutil
 
     try:

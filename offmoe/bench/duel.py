@@ -1,9 +1,8 @@
-"""Paired rounds of contenders on the same work, and what the hardware would allow.
+"""Runs contenders in paired rounds on the same work, and computes what the hardware would allow.
 
-What moves: nothing in this process but the probe of the disk between rounds. Contenders are processes that stay
-loaded, each in a memory cgroup of its own if a cap is asked for; one works at a time, and who begins changes with every
-round, so that what drifts on the machine hits both. Figures are medians over rounds of ratios within a round.
-Must never leave a process or a cgroup behind.
+Each contender is a process that stays loaded, in a memory cgroup of its own if there is a cap. One contender works at a
+time, and another one begins in every round, so that a drift of the machine affects all alike. The figures are medians
+over rounds of ratios within a round. No process and no cgroup is left behind.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from offmoe.text import format_size
 T = TypeVar("T")
 
 START = "import sys; sys.path.insert(0, sys.argv[1]); from offmoe.bench.contender import main; main()"
-"""The same offmoe as here, wherever it stands."""
+"""Runs the contender with this very offmoe, installed or not."""
 
 
 class Opponent:
-    """One contender's process. cap: bytes of its memory cgroup; None: no cgroup."""
+    """A contender's process, seen from the benchmark. cap: bytes of its memory cgroup; None for no cgroup."""
 
     def __init__(self, name: str, task: Task, cap: int | None = None):
         self.name, self.task, self.cap = name, task, cap
@@ -62,7 +61,7 @@ class Opponent:
         return restore(Costs, self._ask(to_line("costs", None), "costs"))
 
     def peak(self) -> dict[str, int | None]:
-        """Bytes: of the process (rss), of its cgroup with page cache, of the device."""
+        """Peak memory in bytes: of the process (rss), of its cgroup including page cache, and of the device."""
         own = restore(Peak, self._ask(to_line("peak", None), "peak"))
         return {
             "rss": own.rss,
@@ -71,7 +70,7 @@ class Opponent:
         }
 
     def close(self) -> None:
-        """End the process; idempotent."""
+        """End the process. Idempotent."""
         process = self._process
         if process.stdin is not None and not process.stdin.closed:
             try:
@@ -126,14 +125,14 @@ class Opponent:
                 "Lower --device-memory or raise the cap."
             )
         self._stderr.seek(0)
-        said = self._stderr.read().decode(errors="replace").strip().splitlines()
-        last = f": {said[-1]}" if said else ""
+        lines = self._stderr.read().decode(errors="replace").strip().splitlines()
+        last = f": {lines[-1]}" if lines else ""
         return OffmoeError(f"{self.name} ended with status {status}{last}")
 
 
 @dataclass
 class Record:
-    """What one contender did over all rounds."""
+    """The results of one contender over all rounds."""
 
     outcomes: list[Outcome] = field(default_factory=list)
     peak: Mapping[str, int | None] = field(default_factory=dict)
@@ -143,14 +142,18 @@ class Record:
         return statistics.median(mean_s(outcome) for outcome in self.outcomes)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON. Bytes and stall are per decoded token, medians over rounds; read_bytes are of prompt and tokens."""
+        """The record for JSON, as medians over rounds.
+
+        Bytes and stall are per decoded token; `read_bytes_per_round` counts the prompt too. `foretold_rate` is the
+        share of demands that hit because of a prefetch.
+        """
         token_s = self.token_s()
         out: dict[str, Any] = {
             "ttft_s": statistics.median(outcome.ttft_s for outcome in self.outcomes),
             "ms_per_token": token_s * 1e3,
             "tokens_per_s": 1 / token_s,
             "hit_rate": self._counted(lambda stats, tokens: stats["hit_rate"]),
-            "foretold_rate": self._counted(_foretold),
+            "foretold_rate": self._counted(_prefetched_rate),
             "disk_bytes_per_token": self._counted(lambda stats, tokens: stats["disk_bytes"] / tokens),
             "h2d_bytes_per_token": self._counted(lambda stats, tokens: stats["h2d_bytes"] / tokens),
             "prefetched_per_token": self._counted(lambda stats, tokens: stats["prefetched"] / tokens),
@@ -171,8 +174,8 @@ class Record:
         return statistics.median(known) if known else None
 
 
-def _foretold(stats: Mapping[str, Any], tokens: int) -> float:
-    """Of what is demanded, the share that counts as hit because it was prefetched."""
+def _prefetched_rate(stats: Mapping[str, Any], tokens: int) -> float:
+    """Share of the demands that hit because of a prefetch."""
     demands = stats["hits"] + stats["pending"] + stats["misses"]
     return float(stats["pending"] / demands) if demands else 0.0
 
@@ -188,9 +191,16 @@ def paired(
     between: Callable[[], object] = lambda: None,
     progress: Callable[[int], object] = lambda rounds: None,
 ) -> list[Record]:
-    """Every pass by every opponent, the order turning with each; the first pass warms up and is not recorded.
+    """Let every opponent do every pass.
 
-    between: done before each recorded round.
+    Args:
+        opponents: the contenders. The one that begins changes with every pass.
+        passes: the work. The first pass warms up and is not recorded.
+        between: called before every recorded round.
+        progress: called with 1 after every pass.
+
+    Returns:
+        A record for each opponent.
     """
     records = [Record() for _ in opponents]
     for number, work in enumerate(passes):
@@ -208,14 +218,14 @@ def paired(
 
 
 def ratio(slower: Record, faster: Record, of: Callable[[Outcome], float] = mean_s) -> dict[str, float]:
-    """How many times as long the first took, per round: median, least and most."""
+    """How many times as long `slower` took as `faster` in the same round: median, least and most over rounds."""
     pairs = zip(slower.outcomes, faster.outcomes, strict=True)
-    found = [of(a) / max(of(b), 1e-9) for a, b in pairs]
-    return {"median": statistics.median(found), "least": min(found), "most": max(found)}
+    ratios = [of(a) / max(of(b), 1e-9) for a, b in pairs]
+    return {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
 
 
 def same(a: Record, b: Record) -> dict[str, bool]:
-    """Whether both gave the same tokens, and the very same logits."""
+    """Whether both gave the same tokens, and whether their logits have the same bits."""
     pairs = list(zip(a.outcomes, b.outcomes, strict=True))
     return {
         "tokens": all(x.tokens == y.tokens for x, y in pairs),
@@ -224,8 +234,18 @@ def same(a: Record, b: Record) -> dict[str, bool]:
 
 
 def roofline(record: Record, costs: Costs, disk_gb_s: float) -> dict[str, float | None]:
-    """What disk, link and computing would need for the bytes that were missed, and the share of the slowest in the
-    time that a token took. What was read ahead for nothing reached no slot, and is no part of a bound.
+    """The least time that a token needs on this hardware, and how close a contender came.
+
+    The bound is the slowest of three: reading the bytes that arrived in slots, copying them over the link, computing.
+    Wasted read-aheads reached no slot, so they are no part of the bound.
+
+    Args:
+        record: of the contender.
+        costs: measured in the contender.
+        disk_gb_s: speed of the disk, from the probes between rounds.
+
+    Returns:
+        Speeds, milliseconds per token of each of the three and of the bound, and `share`: bound / measured time.
     """
     measured = record.to_dict()
     arrived = measured["h2d_bytes_per_token"] or 0.0

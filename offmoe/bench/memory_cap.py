@@ -1,7 +1,7 @@
-"""A memory cgroup made for a process that is measured.
+"""A memory cgroup for a process that is measured.
 
-A cgroup counts page cache too, so a process in one cannot borrow memory that its figures do not show. Elsewhere than on
-Linux `MemoryCap.create` refuses. Must never leave a cgroup behind.
+A cgroup counts page cache too, so a process cannot use memory that its figures do not show. `MemoryCap.create` raises
+on systems other than Linux. No cgroup is left behind.
 """
 
 from __future__ import annotations
@@ -19,23 +19,30 @@ from offmoe.errors import CapacityError
 
 PROCESSES = "/proc"
 OURS = re.compile(r"offmoe-(\d+)-.+")
-"""Names of cgroups made here: whose they are, and what for."""
+"""Names of our cgroups: the process that created it, and the name of what is measured."""
 REMOVAL_S = 2.0
-"""Seconds in which a cgroup whose processes have ended is let go; a large one needs some hundredths."""
+"""Seconds to wait until the kernel releases a cgroup whose processes have ended; a large one takes hundredths."""
 
 
 class MemoryCap:
-    """A cgroup of our own with a limit, for processes that are added. `close` needs them to have ended."""
+    """A cgroup with a memory limit. Processes are added to it, and must have ended before `close`."""
 
     def __init__(self, folder: Path, version: Version):
         self._folder, self._version = folder, version
 
     @classmethod
     def create(cls, nbytes: int, name: str, root: str = ROOT, of_process: str = OF_PROCESS) -> MemoryCap:
-        """A cgroup for `name` below that of this process, or below the nearest around it that takes one.
+        """Create a cgroup below the one of this process, or below the nearest ancestor that allows it.
 
-        Removes those that processes which are no more have left there. CapacityError saying what to do where none can
-        be made.
+        Cgroups of ours whose process has ended are removed first.
+
+        Args:
+            nbytes: the memory limit.
+            name: ends the name of the cgroup.
+            root, of_process: where the kernel shows cgroups; for tests.
+
+        Raises:
+            CapacityError: no cgroup can be created; the message says what to do.
         """
         refused = "there are no memory cgroups here"
         for around, version in cgroups_around(root, of_process):
@@ -59,17 +66,17 @@ class MemoryCap:
         )
 
     def add(self, pid: int) -> None:
-        """Move a process in. What it has allocated before stays where it was counted."""
+        """Move a process into the cgroup. Memory that it allocated before stays counted where it was."""
         (self._folder / "cgroup.procs").write_text(str(pid))
 
     @property
     def peak_bytes(self) -> int | None:
-        """The most that was in use, page cache included; None where the kernel does not say (v2 before 5.19)."""
+        """Peak memory in bytes, page cache included; None if the kernel does not tell (cgroup v2 before Linux 5.19)."""
         return read_number(self._folder / self._version.peak)
 
     @property
     def kills(self) -> int:
-        """Processes that the kernel ended here for want of memory."""
+        """Number of processes that the kernel killed in this cgroup because memory ran out."""
         file = "memory.events" if self._version is V2 else "memory.oom_control"
         with suppress(OSError, ValueError):
             lines = dict(line.split() for line in (self._folder / file).read_text().splitlines())
@@ -77,7 +84,7 @@ class MemoryCap:
         return 0
 
     def close(self) -> None:
-        """Remove the cgroup; nothing happens the second time. The kernel may take a moment to see that it is empty."""
+        """Remove the cgroup. Idempotent. The kernel may need a moment to notice that it is empty."""
         deadline = time.monotonic() + REMOVAL_S
         while True:
             try:
@@ -99,7 +106,7 @@ class MemoryCap:
 
 
 def _remove_abandoned(around: Path) -> None:
-    """Cgroups whose process is no more. One with processes in it cannot be removed."""
+    """Remove our cgroups whose process has ended. The kernel refuses to remove one that holds processes."""
     for folder in around.glob("offmoe-*"):
         match = OURS.fullmatch(folder.name)
         if match and not Path(PROCESSES, match[1]).exists():

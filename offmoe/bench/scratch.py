@@ -1,8 +1,8 @@
-"""Folders that a benchmark fills and removes again, also after runs that could not.
+"""Folders that a benchmark fills and removes again, even after runs that could not clean up.
 
-What moves: nothing. A folder is locked by the process that made it for as long as that lives, in whichever container;
-one that nobody locks belongs to nobody, and the next run removes it. Where there are no such locks (Windows) only a
-run's own folder is removed. Must never remove a folder that it has not locked itself.
+The process that creates a folder locks it for as long as it lives. Processes in other containers see the lock too. A
+folder without a lock is abandoned, and the next run removes it. On systems without such locks (Windows) a run removes
+its own folder only. A run never removes a folder that it could not lock.
 """
 
 from __future__ import annotations
@@ -24,32 +24,35 @@ except ImportError:  # not on Windows
 
 LOCK = ".offmoe-lock"
 TERMINATED = 143
-"""Exit status after SIGTERM, as shells have it."""
+"""Exit status after SIGTERM: 128 + 15, as in shells."""
 
 
 @contextmanager
 def scratch_folder(prefix: str, parent: str | Path | None = None) -> Iterator[Path]:
-    """A new folder below `parent` (None: where temporary files go), removed at the end; first those that earlier
-    runs with this prefix left there.
+    """Create a folder below `parent` and remove it at the end. Abandoned folders with this prefix are removed first.
+
+    prefix: begins the folder's name. parent: None is the system's folder for temporary files.
     """
     parent = Path(parent or tempfile.gettempdir())
     for folder in parent.glob(f"{prefix}*"):
         _remove_abandoned(folder)
     with (
-        tempfile.TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True) as made,
+        tempfile.TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True) as folder_name,
         ExitStack() as stack,
     ):
         if fcntl is not None:
-            new = Path(made, f"{LOCK}-new")
+            new = Path(folder_name, f"{LOCK}-new")
             _lock(stack.enter_context(open(new, "w")))
-            new.replace(new.with_name(LOCK))  # nobody finds it unlocked
-        yield Path(made)
+            new.replace(new.with_name(LOCK))  # so the lock file is never seen unlocked
+        yield Path(folder_name)
 
 
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM as an exception (SystemExit), so that what is open is closed. Where it is not ignored or handled already,
-    and in the main thread; elsewhere nothing changes."""
+    """Turn SIGTERM into SystemExit, so that context managers run.
+
+    This changes nothing outside the main thread, or if SIGTERM is ignored or handled already.
+    """
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
@@ -62,7 +65,7 @@ def ended_by_sigterm() -> Iterator[None]:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would only disturb the way out
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would disturb the cleanup
     raise SystemExit(TERMINATED)
 
 
@@ -73,11 +76,11 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 def _lock(file: IO[str]) -> bool:
-    """Whether the lock is ours now; it ends with the file."""
+    """Whether this process holds the lock now. The lock ends when the file is closed."""
     if fcntl is None:
         return False
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # somebody has it, or this file system knows no locks
+    except OSError:  # another process holds it, or the file system has no locks
         return False
     return True

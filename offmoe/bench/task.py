@@ -1,7 +1,7 @@
-"""What a contender of a benchmark is asked to do, and what it answers: plain values that travel as JSON lines.
+"""The messages between a benchmark and its contenders: plain values that travel as JSON lines.
 
-Must never import anything heavy: the contender reads its task before it loads a library, so that all it allocates is
-counted in its cgroup.
+This module must never import anything heavy. A contender reads its task before it loads a library, so that its memory
+cgroup counts everything that it allocates.
 """
 
 from __future__ import annotations
@@ -17,10 +17,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Task:
-    """One contender. device_memory: bytes of weights, slots and cache on the device, for either.
+    """What one contender has to load.
 
-    options: of OffloadConfig (offmoe). scratch: a folder for what accelerate writes. routing: a trace to replay; ""
-    lets the routers route. threads: of torch; 0 leaves them alone.
+    Attributes:
+        runtime: OFFMOE or ACCELERATE.
+        model, device, dtype: as in `offmoe.from_pretrained`, as strings.
+        device_memory: bytes for weights, slots and KV cache on the device, in either runtime.
+        options: options of OffloadConfig; offmoe only.
+        scratch: folder that accelerate writes experts to.
+        routing: path of a trace whose routing is replayed; "" keeps the routers' own.
+        threads: threads of torch; 0 keeps torch's default.
     """
 
     runtime: str
@@ -36,8 +42,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Pass:
-    """One piece of work: continue `prompt` by `new_tokens`. forced: the tokens to continue with, whatever the model
-    says; () is greedy. row: of the replayed routing, for the first token."""
+    """One piece of work: continue a prompt.
+
+    Attributes:
+        prompt: token ids.
+        new_tokens: tokens to generate.
+        forced: token ids to continue with, whatever the model prefers; () continues greedily.
+        row: row of the replayed routing that the first token of the prompt gets.
+    """
 
     prompt: tuple[int, ...]
     new_tokens: int
@@ -47,11 +59,16 @@ class Pass:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one pass did. tokens: those that the model found likeliest, also where others were forced.
+    """The result of one pass.
 
-    ttft_s: until the logits after the prompt. token_s: of every further token. digest: of all logits. stats: counts of
-    the decoding alone (offmoe), by the names of CacheStats. read_bytes: that the process had from the disk in all; None
-    where the system does not tell."""
+    Attributes:
+        tokens: the likeliest token ids, even where other tokens were forced.
+        digest: SHA-256 of all logits, in hexadecimal.
+        ttft_s: seconds until the logits after the prompt (time to first token).
+        token_s: seconds of every further token.
+        stats: counts of decoding alone, by the names of CacheStats; None for accelerate.
+        read_bytes: bytes that the process read from disk; None if the system does not tell.
+    """
 
     tokens: tuple[int, ...]
     digest: str
@@ -63,8 +80,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Costs:
-    """Of the machine, as this contender sees it. compute_s: of a token when nothing has to move; None if it cannot be
-    told. link_gb_s: to the device; None if slots are in RAM."""
+    """What the machine needs for a token at least, as measured in a contender.
+
+    Attributes:
+        compute_s: seconds per token when nothing has to move; None if it cannot be measured.
+        link_gb_s: speed of copies to the device; None if slots are in RAM.
+    """
 
     compute_s: float | None
     link_gb_s: float | None
@@ -72,25 +93,25 @@ class Costs:
 
 @dataclass(frozen=True)
 class Peak:
-    """The most memory that was used, bytes. device: None where it is the process's own memory."""
+    """Peak memory in bytes. device: None if the device's memory is the process's own."""
 
     rss: int
     device: int | None
 
 
 def to_line(kind: str, value: Any) -> str:
-    """A message: what it is, and its fields."""
+    """A message as a JSON line. kind: what the message is; value: its dataclass, or None."""
     return json.dumps({kind: asdict(value) if value is not None else None}) + "\n"
 
 
 def from_line(line: str) -> tuple[str, Any]:
-    """(kind, fields) of a message."""
+    """The (kind, fields) of a message."""
     ((kind, value),) = json.loads(line).items()
     return kind, value
 
 
 def restore(cls: type[T], values: Mapping[str, Any]) -> T:
-    """A dataclass of this module from a message's fields: lists become tuples."""
+    """A dataclass of this module from the fields of a message. Lists become tuples."""
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     assert set(values) <= known
     return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})

@@ -1,6 +1,6 @@
-"""`offmoe calibrate MODEL -o PROFILE`: measure what moving and computing this model costs here, for prices.
+"""`offmoe calibrate MODEL -o PROFILE`: measure what moving and computing this model costs on this machine.
 
-Bound: `--seconds`, and loading the dense part. What else the profile holds stays in it.
+It takes `--seconds`, and the time to load the dense part. The rest of an existing profile is kept.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ FIGURES = {
     "ram_gb_s": ("copies within RAM", "GB/s"),
     "h2d_gb_s": ("copies to the device", "GB/s"),
     "expert_us_device": ("one expert, one token", "us"),
-    "expert_us_landed": ("one expert, one token, left when all of it has landed (told from its size)", "us"),
+    "expert_us_landed": ("one expert, one token, left when all of it has landed (estimated from its size)", "us"),
     "expert_us_host": ("one expert, one token, on the CPU", "us"),
     "expert_us_host_4": ("one expert, four tokens, on the CPU", "us"),
     "expert_us_host_overlapped": ("one expert, one token, on the CPU beside reading or copying", "us"),
-    "fetch_us": ("one fetch, of the thread that computes", "us"),
-    "dense_us_per_token": ("all but the experts, per token", "us"),
+    "fetch_us": ("one fetch, taken from the computing thread", "us"),
+    "dense_us_per_token": ("everything but the experts, per token", "us"),
 }
 
 
 def parser() -> options.Parser:
     parser = options.Parser(
         "calibrate",
-        "Measure disk, RAM, link and expert times of a model on this machine, alone and at once, and write them into a "
-        "profile, with which simulate, tune and inspect can tell tokens/s.",
+        "Measure disk, RAM, link and expert times of a model on this machine, and write them into a profile. With it, "
+        "simulate, tune and inspect estimate tokens/s.",
     )
     options.add_loading(parser)
     options.add_cache(parser)
@@ -48,7 +48,7 @@ def parser() -> options.Parser:
         type=float,
         default=DEFAULT_SECONDS,
         metavar="S",
-        help=f"to measure, loading apart (default: {DEFAULT_SECONDS})",
+        help=f"time to measure, without loading (default: {DEFAULT_SECONDS})",
     )
     return parser
 

@@ -1,4 +1,4 @@
-"""`offmoe doctor [FOLDER]`: what this machine can do, and what to change. Loads no model; a few seconds."""
+"""`offmoe doctor [FOLDER]`: what this machine can do, and what to change. Takes a few seconds and loads no model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
     out.json({"checks": [check.to_dict() for check in checks]})
     failed = [check.name for check in checks if check.verdict == "fail"]
     if failed:
-        raise OffmoeError(f"offmoe will not run here before this is mended: {', '.join(failed)}.")
+        raise OffmoeError(f"offmoe cannot run here until these are fixed: {', '.join(failed)}.")
 
 
 def _table(checks: list[Check]) -> Table:
@@ -51,5 +51,5 @@ def _table(checks: list[Check]) -> Table:
 
     table = Table(title="this machine", title_justify="left", show_header=False)
     for check in checks:
-        table.add_row(f"[{COLORS[check.verdict]}]{check.verdict}[/]", check.name, escape(check.found))
+        table.add_row(f"[{COLORS[check.verdict]}]{check.verdict}[/]", check.name, escape(check.finding))
     return table

@@ -1,8 +1,8 @@
-"""What this machine can do for offmoe: one check per fact, each with a verdict and, where it is not ok, what to change.
+"""Checks what this machine can do for offmoe. Each check has a verdict and, unless it is "ok", advice what to change.
 
-Nothing is loaded. What moves: 128 MiB to a file and back, to see what the disk gives, and on CUDA as much over the
-link; bounded by the disk, a second or so. Checks that need torch come last, so that a machine where torch does not
-start still hears the rest. A check that fails in an unforeseen way says so and stops no other.
+No model is loaded. The disk check writes 128 MiB to a file and reads it back; on CUDA, 64 MiB are copied over the link.
+All checks together take a second or so. Checks that need torch come last, so that a machine where torch does not start
+still gets the others. A check that fails in an unforeseen way reports that and does not stop the others.
 """
 
 from __future__ import annotations
@@ -39,34 +39,42 @@ LIBRARIES = {
     "psutil": ("5.9", None),
     "rich": ("13.7", None),
 }
-"""Lowest version that works, and highest minor that was tested where that matters."""
+"""The lowest version that works, and the highest minor version that was tested if that matters."""
 TRANSFORMERS_BELOW = "5.24"
 PROBE_BYTES = 128 << 20
 REQUEST_BYTES = 16 << 20
 SLOW_DISK_GB_S = 0.5
-"""Below it a token of a large model takes seconds: some 1 GB of experts is missed per token."""
+"""A slower disk means seconds per token of a large model, which misses about 1 GB of experts per token."""
 LITTLE_DISK, LITTLE_MEMORY = 5 * 10**9, 2 * 10**9
-"""Bytes: no room to unpack a model; no room for Python, torch and a small model's dense part."""
+"""Bytes. Less disk cannot hold a model; less memory cannot hold Python, torch and a small model's dense part."""
 CPU_FEATURES = ("avx2", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "bf16", "i8mm", "sve")
 PIN_CHUNK_BYTES, PIN_PROBE_BYTES = 256 << 20, 2 << 30
 
 
 @dataclass(frozen=True)
 class Check:
-    """One finding. advice: what to change, "" where nothing is needed. values: the figures, for programs."""
+    """The result of one check.
+
+    Attributes:
+        name: of the check.
+        verdict: "ok", "warn" or "fail"; offmoe cannot run after "fail".
+        finding: one sentence. Its JSON key is "found".
+        advice: what to change; "" if nothing.
+        values: the figures, for programs.
+    """
 
     name: str
     verdict: Verdict
-    found: str
+    finding: str
     advice: str
     values: dict[str, object]
 
     def to_dict(self) -> dict[str, object]:
-        return asdict(self)
+        return {"found" if name == "finding" else name: value for name, value in asdict(self).items()}
 
 
 def examine(folder: Path) -> Iterator[Check]:
-    """All checks, as they are made. folder: an existing one, on the disk that holds models."""
+    """Run all checks, one at a time. folder: an existing folder on the disk that holds models."""
     named: dict[str, Probe] = {
         "system": system,
         "libraries": libraries,
@@ -84,54 +92,54 @@ def examine(folder: Path) -> Iterator[Check]:
     for name, probe in named.items():
         try:
             yield probe()
-        except Exception as error:  # a machine can refuse anything; the other checks are still worth having
+        except Exception as error:  # a machine can refuse anything; the other checks are still useful
             yield _check(name, "warn", f"could not be checked ({type(error).__name__}: {error})", "")
 
 
-def _check(name: str, verdict: Verdict, found: str, advice: str, **values: object) -> Check:
-    return Check(name, verdict, found, "" if verdict == "ok" else advice, values)
+def _check(name: str, verdict: Verdict, finding: str, advice: str, **values: object) -> Check:
+    return Check(name, verdict, finding, "" if verdict == "ok" else advice, values)
 
 
 def system() -> Check:
-    """Operating system and Python."""
+    """Check the operating system and the version of Python."""
     values = {"system": platform.system(), "release": platform.release(), "machine": platform.machine()}
     python = platform.python_version()
-    found = f"Python {python} on {values['system']} {values['release']}, {values['machine']}"
+    finding = f"Python {python} on {values['system']} {values['release']}, {values['machine']}"
     if sys.version_info < PYTHON:
-        return _check("system", "fail", found, "Install Python 3.10 or newer.", python=python, **values)
+        return _check("system", "fail", finding, "Install Python 3.10 or newer.", python=python, **values)
     untried = values["system"] != "Linux"
-    advice = "offmoe was only tried on Linux; reads go through the page cache here and are slower."
-    return _check("system", "warn" if untried else "ok", found, advice, python=python, **values)
+    advice = "offmoe was tested on Linux only; on this system reads go through the page cache, which is slower."
+    return _check("system", "warn" if untried else "ok", finding, advice, python=python, **values)
 
 
 def libraries() -> Check:
-    """Versions that are installed against those that offmoe was written for and tested with; imports none of them."""
+    """Compare installed versions with those that offmoe needs and was tested with. Imports none of them."""
     versions: dict[str, str | None] = {}
     verdict: Verdict = "ok"
     advice: list[str] = []
     for name, (lowest, tested) in LIBRARIES.items():
         try:
-            versions[name] = found = metadata.version(name)
+            versions[name] = installed = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = None
             verdict = "fail"
             advice.append(f"Install {name} >= {lowest}.")
             continue
-        if _version(found) < _version(lowest) or (
-            name == "transformers" and _version(found) >= _version(TRANSFORMERS_BELOW)
+        if _version(installed) < _version(lowest) or (
+            name == "transformers" and _version(installed) >= _version(TRANSFORMERS_BELOW)
         ):
             upper = f", < {TRANSFORMERS_BELOW}" if name == "transformers" else ""
             verdict = "fail"
-            advice.append(f"Install {name} >= {lowest}{upper}: {found} is outside what offmoe runs with.")
-        elif tested is not None and _version(found)[:2] > _version(tested)[:2]:
+            advice.append(f"Install {name} >= {lowest}{upper}: {installed} is outside the range that offmoe runs with.")
+        elif tested is not None and _version(installed)[:2] > _version(tested)[:2]:
             verdict = "warn" if verdict == "ok" else verdict
-            advice.append(f"{name} {found} is newer than {tested}, the newest that was tested.")
-    text = ", ".join(f"{name} {found or 'missing'}" for name, found in versions.items())
+            advice.append(f"{name} {installed} is newer than {tested}, the newest that was tested.")
+    text = ", ".join(f"{name} {version or 'missing'}" for name, version in versions.items())
     return _check("libraries", verdict, text, " ".join(advice), **versions)
 
 
 def processor() -> Check:
-    """Cores that this process may use, and instructions that matrix products profit from."""
+    """Report the cores that this process may use, and the instruction sets that matrix products use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     model, flags = platform.processor(), set[str]()
     with suppress(OSError), open("/proc/cpuinfo") as file:
@@ -149,18 +157,18 @@ def processor() -> Check:
 
 
 def memory() -> Check:
-    """RAM, and what a memory cgroup leaves of it: experts in RAM and page cache both count there."""
+    """Check RAM, and what a memory cgroup allows of it. A cgroup counts experts in RAM and the page cache."""
     import psutil
 
     ram = psutil.virtual_memory()
-    limit, left = memory_limit(), memory_left()
-    available = min(int(ram.available), left)
+    limit, allowed = memory_limit(), memory_left()
+    available = min(int(ram.available), allowed)
     text = f"{format_size(ram.total)} of RAM, {format_size(available)} available"
     if limit is not None:
         text += f"; a cgroup (v{limit[1]}) allows {format_size(limit[0])}"
-    text += "; slots in RAM fill as experts are asked for, so the first tokens come from disk"
+    text += "; slots in RAM fill as experts are used, so the first tokens read from disk"
     little = available < LITTLE_MEMORY
-    where = "Raise the container's memory limit" if left < ram.available else "Close other programs"
+    where = "Raise the container's memory limit" if allowed < ram.available else "Close other programs"
     return _check(
         "memory",
         "warn" if little else "ok",
@@ -174,58 +182,58 @@ def memory() -> Check:
 
 
 def huge_pages() -> Check:
-    """Whether reads can land on 2 MiB pages, which halves what they cost on virtual disks."""
+    """Check whether reads can use 2 MiB pages, which halves their time on virtual disks."""
     file = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     chosen = re.search(r"\[(\w+)\]", file.read_text()) if file.exists() else None
     if chosen is None:
         return _check("huge pages", "ok", "no transparent huge pages on this system", "", enabled=None)
     never = chosen[1] == "never"
-    advice = f"Let programs ask for them: echo madvise | sudo tee {file}"
-    found = f"transparent huge pages: {chosen[1]}"
-    return _check("huge pages", "warn" if never else "ok", found, advice, enabled=chosen[1])
+    advice = f"Allow programs to request them: echo madvise | sudo tee {file}"
+    finding = f"transparent huge pages: {chosen[1]}"
+    return _check("huge pages", "warn" if never else "ok", finding, advice, enabled=chosen[1])
 
 
 def open_files() -> Check:
-    """Descriptors that a process may have: two per shard are kept open."""
+    """Check how many files a process may open: offmoe keeps two descriptors per shard open."""
     try:
         import resource
     except ImportError:
         return _check("open files", "ok", "no such limit on this system", "", limit=None)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    advice = f"Two are needed per shard, and large models have 200: ulimit -n {min(hard, 4096)}"
+    advice = f"offmoe needs two per shard, and large models have 200 shards: ulimit -n {min(hard, 4096)}"
     return _check("open files", "warn" if soft < 512 else "ok", f"{soft} allowed", advice, limit=soft)
 
 
 def disk(folder: Path) -> Check:
-    """Free space, whether reads can go past the page cache, and what a short one gives."""
+    """Check free space, whether reads can bypass the page cache, and how fast a short read is."""
     free = shutil.disk_usage(folder).free
     values: dict[str, object] = {"folder": str(folder), "free": free}
     text = f"{folder}: {format_size(free)} free"
     if not os.access(folder, os.W_OK) or free < 4 * PROBE_BYTES:
         why = "it cannot be written" if free >= 4 * PROBE_BYTES else "it is full"
-        return _check("disk", "warn", text, f"Reading was not tried, because {why}; give another folder.", **values)
+        return _check("disk", "warn", text, f"Reading was not measured, because {why}; give another folder.", **values)
     direct, rate = read_probe(folder)
     values |= {"direct": direct, "read_gb_s": round(rate, 3)}
-    text += f", unbuffered reads {'work' if direct else 'are refused'}, {rate:.2f} GB/s in a short one"
+    text += f", unbuffered reads {'work' if direct else 'are refused'}, {rate:.2f} GB/s in a short test"
     if not direct:
         advice = (
-            "Keep models on a local ext4, xfs or btrfs disk: the page cache makes reading take three times as long."
+            "Keep models on a local ext4, xfs or btrfs disk: reading through the page cache takes three times as long."
         )
     elif rate < SLOW_DISK_GB_S:
-        advice = "An NVMe disk reads ten times as fast; until then give experts as many slots as memory allows."
+        advice = "Use an NVMe disk, which reads ten times as fast, or give experts as many slots as memory allows."
     else:
-        advice = "Little room: models take tens of GB."
+        advice = "Free some space: models take tens of GB."
     poor = not direct or rate < SLOW_DISK_GB_S or free < LITTLE_DISK
     return _check("disk", "warn" if poor else "ok", text, advice, **values)
 
 
 def read_probe(folder: Path) -> tuple[bool, float]:
-    """(whether O_DIRECT works, GB/s of a few requests of 16 MiB, the median); writes a file and removes it."""
+    """Write a file, read it and remove it. Returns whether O_DIRECT works, and the median GB/s of 16 MiB requests."""
     buffer = mmap.mmap(-1, REQUEST_BYTES)  # anonymous memory begins on a page, as unbuffered reads want it
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):
             buffer.madvise(mmap.MADV_HUGEPAGE)
-    buffer.write(os.urandom(1 << 20) * (REQUEST_BYTES >> 20))  # touched; and a disk that compresses gains nothing
+    buffer.write(os.urandom(1 << 20) * (REQUEST_BYTES >> 20))  # random, so that a disk that compresses gains nothing
     with tempfile.NamedTemporaryFile(dir=folder, prefix="offmoe-doctor-") as file:
         for _ in range(PROBE_BYTES // REQUEST_BYTES):
             file.write(buffer)
@@ -241,7 +249,7 @@ def read_probe(folder: Path) -> tuple[bool, float]:
 
 
 def _read_rate(path: str, flags: int, buffer: mmap.mmap) -> float:
-    """GB/s. Raises OSError where the flags are refused, on opening or on reading."""
+    """Median GB/s. Raises OSError if opening or reading refuses the flags."""
     descriptor = os.open(path, flags)
     rates = []
     try:
@@ -258,14 +266,14 @@ def _read_rate(path: str, flags: int, buffer: mmap.mmap) -> float:
 
 
 def compiler() -> Check:
-    """What could compile kernels; whether that is needed, "kernels" says."""
-    found = {name: shutil.which(name) for name in ("cc", "clang", "nvcc")}
-    have = ", ".join(f"{name} ({path})" for name, path in found.items() if path)
-    return _check("compiler", "ok", have or "none", "", **found)
+    """List the compilers that could build the kernels. Whether one is needed is the check "kernels"."""
+    paths = {name: shutil.which(name) for name in ("cc", "clang", "nvcc")}
+    have = ", ".join(f"{name} ({path})" for name, path in paths.items() if path)
+    return _check("compiler", "ok", have or "none", "", **paths)
 
 
 def device() -> Check:
-    """Devices that torch can compute on."""
+    """List the devices that torch can compute on."""
     from offmoe.device.backend import cuda_devices
 
     devices = cuda_devices()
@@ -276,24 +284,24 @@ def device() -> Check:
         )
         return _check("device", "ok", text, "", cuda=[d._asdict() for d in devices])
     unused = shutil.which("nvidia-smi") is not None
-    advice = "There is an NVIDIA driver, but this torch cannot use it: install a CUDA build of torch from pytorch.org."
+    advice = "This torch cannot use the NVIDIA driver of this machine: install a CUDA build of torch from pytorch.org."
     text = f"the CPU; torch {metadata.version('torch')} finds no GPU"
     return _check("device", "warn" if unused else "ok", text, advice, cuda=[])
 
 
 def kernels() -> Check:
-    """What experts are computed with where they are computed on the CPU."""
+    """Check for the C kernels that compute experts on the CPU."""
     from offmoe.compute.kernels.library import status
 
-    found = status()
-    if found.library is not None:
-        return _check("kernels", "ok", found.message, "", variant=found.variant)
-    fact, _, remedy = found.message.partition(": ")
+    kernel_status = status()
+    if kernel_status.library is not None:
+        return _check("kernels", "ok", kernel_status.message, "", variant=kernel_status.variant)
+    fact, _, remedy = kernel_status.message.partition(": ")
     return _check("kernels", "warn", fact, remedy, variant=None)
 
 
 def pinning() -> Check:
-    """How much memory the driver pins, chunk by chunk, up to a bound: what copies to a GPU run fastest from."""
+    """Check how much memory the driver pins, up to 2 GiB. Copies to a GPU are fastest from pinned memory."""
     from offmoe.device.arena import HostBuffers
     from offmoe.device.backend import cuda_devices, select_backend
 
@@ -309,13 +317,13 @@ def pinning() -> Check:
         buffers.close()
     took = time.perf_counter() - began
     refused = pinned < len(buffers) * PIN_CHUNK_BYTES
-    text = f"{format_size(pinned)} could be pinned ({took:.1f} s{', then it was refused' if refused else ''})"
+    text = f"{format_size(pinned)} could be pinned ({took:.1f} s{', then the driver refused' if refused else ''})"
     advice = "Copies from unpinned memory are slower: on WSL2 and in containers raise the memory limit (ulimit -l)."
     return _check("pinning", "warn" if refused else "ok", text, advice, pinned=pinned, refused=refused)
 
 
 def link() -> Check:
-    """What host memory gives to the device, pinned."""
+    """Measure copies from pinned host memory to the device."""
     from offmoe.device.backend import cuda_devices, select_backend
     from offmoe.measure.probes import copy_gb_s
 
@@ -323,7 +331,7 @@ def link() -> Check:
         return _check("link", "ok", "not needed without a GPU", "", gb_s=None)
     rate = copy_gb_s(select_backend("cuda"), 64 << 20)
     slow = rate < 5
-    advice = "That is a link of few lanes or an old generation: is the card in a slot of 16 lanes?"
+    advice = "The link has few lanes or is an old generation: check that the card is in a slot with 16 lanes."
     return _check("link", "warn" if slow else "ok", f"{rate:.1f} GB/s to the device", advice, gb_s=round(rate, 2))
 
 

@@ -1,8 +1,8 @@
-"""Perplexity of models on a text, in windows, and how far their predictions are apart.
+"""Computes the perplexity of models on a text, and how far their predictions are apart.
 
-What moves: every window through every model once; computing bounds it, or the experts' way to the device. The second
-half of every window is scored, so that each scored token has at least half a window of context; windows overlap by
-half, so each token but those of the first half is scored once. Must never score a token twice or load a model.
+The text is cut into windows that overlap by half. Only the second half of a window is scored, so each scored token has
+at least half a window of context. Every token is scored once, except those of the first half window. Every window runs
+through every model once. This module loads no model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ WINDOW, BATCH = 512, 8
 
 
 class Score(NamedTuple):
-    """Perplexity; mean divergence KL(first model, this) in nats per token, which chance moves less; tokens scored."""
+    """The score of one model.
+
+    Attributes:
+        perplexity: exp of the mean negative log-likelihood per token.
+        divergence: mean KL(first model, this model) in nats per token. Chance moves it less than perplexity.
+        tokens: number of scored tokens.
+    """
 
     perplexity: float
     divergence: float
@@ -31,13 +37,13 @@ class Score(NamedTuple):
 
 
 def windows(ids: torch.Tensor, length: int = WINDOW) -> torch.Tensor:
-    """Token ids [T] -> [n, length] that overlap by half; what is left at the end is left out.
+    """Cut token ids [T] into windows [n, length] that overlap by half. An incomplete window at the end is dropped.
 
-    A text shorter than that is one window. ConfigError if it has fewer than two tokens.
+    A text shorter than `length` is one window. Raises ConfigError if it has fewer than two tokens.
     """
     if len(ids) < 2:
         raise ConfigError(
-            f"the text has {len(ids)} tokens; perplexity needs two at least, and means something from 10,000"
+            f"the text has {len(ids)} tokens; perplexity needs at least two, and is meaningful from about 10,000"
         )
     length = min(length, len(ids))
     return ids.unfold(0, length, max(1, length // 2))
@@ -50,9 +56,16 @@ def scores(
     batch: int = BATCH,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> dict[str, Score]:
-    """All models on the same windows [n, length]; the first is what divergence is measured from.
+    """Score all models on the same windows.
 
-    progress(done, total): windows.
+    Args:
+        models: by name. Divergence is measured from the first.
+        ids: token ids [n, length] from `windows`.
+        batch: windows per forward pass.
+        progress: called with (windows done, all windows).
+
+    Returns:
+        A score for each model, by name.
     """
     losses, divergences, scored = dict.fromkeys(models, 0.0), dict.fromkeys(models, 0.0), 0
     half = ids.shape[1] - ids.shape[1] // 2

@@ -1,8 +1,7 @@
-"""What moving and computing cost on this machine, each measured the way the runtime does it.
+"""Measures reading, copying and computing on this machine, each the way the runtime does it.
 
-What moves: experts from the shards to staging buffers, staging buffers to the device, one expert's matrices through the
-host's cores. Every figure is a median, because a shared machine's mean is somebody else's. Bound: the seconds that the
-caller gives. Must never report the page cache as a disk: shards are dropped from it first.
+Every figure is a median, because the mean on a shared machine depends on the other users. Shards are dropped from the
+page cache first, so that memory is never reported as a disk.
 """
 
 from __future__ import annotations
@@ -30,16 +29,14 @@ from offmoe.types import ExpertKey
 
 ROUNDS = 5
 COLD_BYTES = 64 << 20
-"""Of zeros, written between two rounds of computing, so that weights come from memory as they do in a run."""
+"""Bytes written between two rounds of computing, so that weights come from memory and not from the CPU's caches."""
 
 
 class DiskProbe:
-    """Reads of whole experts in random order, by as many threads as the runtime has, as many at once; a context
-    manager.
-    """
+    """Reads experts in random order, with as many threads and experts at once as the runtime. A context manager."""
 
     def __init__(self, store: ExpertStore, keys: Iterable[ExpertKey], shards: Sequence[Path]):
-        """shards: what the store reads; dropped from the page cache now."""
+        """shards: the files that the store reads. They are dropped from the page cache now."""
         self._store, self._keys = store, list(keys)
         self._random = random.Random(0)
         self.at_once = staging_plan(store.buffer_bytes).at_once
@@ -55,19 +52,19 @@ class DiskProbe:
         self._buffers.close()
 
     def lone_s(self) -> float:
-        """Seconds of one read with no other under way."""
+        """Seconds of one read while no other read is under way."""
         key = self._random.choice(self._keys)
         began = time.perf_counter()
-        if self._store.parts(key) == 1:  # as one reader does that is there already: starting threads takes longer
+        if self._store.parts(key) == 1:  # starting threads would take longer than the read
             self._read_share(key, 0, 0, 1)
             return time.perf_counter() - began
         self._together(lambda i: self._read_share(key, 0, i, READERS))
         return time.perf_counter() - began
 
     def gb_s(self, seconds: float, meanwhile: Callable[[], object] | None = None) -> float:
-        """GB/s of all readers together over some seconds, a read each at least.
+        """GB/s of all readers together over `seconds`; every reader reads at least once.
 
-        meanwhile: called in this thread, once at least, again and again while they read.
+        meanwhile: called again and again in this thread while they read, at least once.
         """
         stop, done = threading.Event(), [0] * READERS
         sharing = READERS // self.at_once
@@ -93,7 +90,7 @@ class DiskProbe:
         return sum(done) / 1e9 / (time.perf_counter() - began)
 
     def _read_share(self, key: ExpertKey, buffer: int, share: int, of: int) -> int:
-        """One reader's parts of an expert; bytes."""
+        """Read one reader's parts of an expert. Returns the bytes read."""
         parts = self._store.parts(key)
         for part in range(share, parts, of):
             self._store.read_part(key, part, self._buffers.memory(buffer))
@@ -105,13 +102,13 @@ class DiskProbe:
         meanwhile: Callable[[], object] | None = None,
         stop: threading.Event | None = None,
     ) -> None:
-        """work(i) in a thread for each reader; `stop` is set when `meanwhile` has returned."""
+        """Run work(i) in a thread for each reader. `stop` is set when `meanwhile` has returned."""
         errors: list[BaseException] = []
 
         def run(i: int) -> None:
             try:
                 work(i)
-            except BaseException as error:  # raised where the figure is wanted
+            except BaseException as error:  # raised below, in the calling thread
                 errors.append(error)
 
         threads = [threading.Thread(target=run, args=(i,), name=f"offmoe-probe-{i}") for i in range(READERS)]
@@ -130,7 +127,7 @@ class DiskProbe:
 
 
 def drop_page_cache(files: Iterable[Path]) -> None:
-    """Forget what the system has read of these files; nothing happens where that cannot be asked for."""
+    """Drop these files from the page cache, if the system can."""
     if not hasattr(os, "posix_fadvise"):
         return
     for path in files:
@@ -143,7 +140,7 @@ def drop_page_cache(files: Iterable[Path]) -> None:
 
 
 def copy_gb_s(backend: Backend, nbytes: int, rounds: int = ROUNDS) -> float:
-    """GB/s of copies of `nbytes` from a staging buffer to the device, pinned if that can be had; the median."""
+    """Median GB/s of copies of `nbytes` from a staging buffer to the device. The buffer is pinned if possible."""
     buffers = HostBuffers(1, nbytes, pinning=backend)
     try:
         destination = torch.empty(buffers.nbytes, dtype=torch.uint8, device=backend.device)
@@ -162,7 +159,7 @@ def copy_gb_s(backend: Backend, nbytes: int, rounds: int = ROUNDS) -> float:
 def host_expert_us(layout: ExpertLayout, tokens: int, rounds: int = ROUNDS) -> float | None:
     """Microseconds of one expert's matrix products with `tokens` rows on the CPU; None if it has no plain matrices.
 
-    Activation and biases, which are small beside them, are left out.
+    Activation and biases are left out; they are small in comparison.
     """
     compute = host_expert(layout, tokens)
     if compute is None:
@@ -172,7 +169,7 @@ def host_expert_us(layout: ExpertLayout, tokens: int, rounds: int = ROUNDS) -> f
 
 
 def host_expert(layout: ExpertLayout, tokens: int) -> Callable[[], None] | None:
-    """What `host_expert_us` times."""
+    """A function that computes one expert's matrix products on the CPU; None if it has no plain matrices."""
     params = [p for p in layout.params if len(p.shape) == 2]
     if not params or any(not p.dtype.is_floating_point or p.dtype.itemsize < 2 for p in params):
         return None
@@ -187,7 +184,7 @@ def host_expert(layout: ExpertLayout, tokens: int) -> Callable[[], None] | None:
 
 
 def median_s(work: Callable[[], object], rounds: int, before: Callable[[], object] | None = None) -> float:
-    """Median seconds of `work`, after one call that does not count. before: done each time, and not timed."""
+    """Median seconds of `work`, after one call that does not count. before: called before each round, not timed."""
     work()
     times = []
     for _ in range(rounds):

@@ -66,7 +66,7 @@ def test_against_accelerate_on_a_replayed_routing(offmoe: Run, tmp_path: Path) -
     assert found["baseline"]["hit_rate"] is None
     said = " ".join(outcome.err.split())
     assert "tokens equal, logits equal" in said
-    assert "not the model's: the text means nothing" in said
+    assert "not the model's: the text is meaningless" in said
     assert list(scratch.iterdir()) == []
 
 
@@ -106,7 +106,7 @@ def test_what_is_measured_prefetches(offmoe: Run, checkpoint: Path) -> None:
     ("more", "says"),
     [
         (["--against", "vllm"], "--against 'vllm' is unknown"),
-        (["--against-model", "m"], "give --against accelerate too"),
+        (["--against-model", "m"], "add --against accelerate"),
         (["--prompt", "a", "--prompt-tokens", "3"], "both given"),
         (["--new-tokens", "1"], "use 2 or more"),
         (["--rounds", "0"], "--rounds: '0'"),

@@ -48,12 +48,12 @@ def test_table(offmoe: Run, tmp_path: Path) -> None:
         assert words in outcome.out
 
 
-def test_what_must_be_mended_is_an_error_after_the_table(offmoe: Run, tmp_path: Path, monkeypatch) -> None:
+def test_what_must_be_fixed_is_an_error_after_the_table(offmoe: Run, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(doctor, "libraries", lambda: doctor._check("libraries", "fail", "torch missing", "Install it."))
     outcome = offmoe("doctor", tmp_path)
     assert outcome.status == 1
     assert "libraries: Install it." in outcome.out
-    assert outcome.err.endswith("before this is mended: libraries.\n")
+    assert outcome.err.endswith("until these are fixed: libraries.\n")
 
 
 def test_no_folder(offmoe: Run) -> None:

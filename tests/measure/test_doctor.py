@@ -60,8 +60,8 @@ def test_little_memory(monkeypatch) -> None:
     check = doctor.memory()
     assert check.verdict == "warn"
     assert check.advice.startswith("Raise the container's memory limit")
-    assert "a cgroup (v2) allows" in check.found
-    assert "slots in RAM fill as experts are asked for" in check.found
+    assert "a cgroup (v2) allows" in check.finding
+    assert "slots in RAM fill as experts are used" in check.finding
     assert (check.values["available"], check.values["cgroup_limit"], check.values["cgroup_version"]) == (
         10**9,
         3 * 10**9,
@@ -112,7 +112,7 @@ def test_a_gpu_is_described(monkeypatch) -> None:
     found = backend.CudaDevice("Some GPU", "9.0", 80 << 30, 70 << 30)
     monkeypatch.setattr(backend, "cuda_devices", lambda: [found])
     check = doctor.device()
-    assert "cuda:0 Some GPU, 70.0 GiB of 80.0 GiB free" in check.found
+    assert "cuda:0 Some GPU, 70.0 GiB of 80.0 GiB free" in check.finding
     assert check.values["cuda"][0]["total"] == 80 << 30
 
 
@@ -120,7 +120,7 @@ def test_kernels_that_are_not_built(monkeypatch) -> None:
     missing = library.KernelStatus(None, "the CPU kernels were not built: install a compiler")
     monkeypatch.setattr(library, "status", lambda: missing)
     check = doctor.kernels()
-    assert (check.verdict, check.found) == ("warn", "the CPU kernels were not built")
+    assert (check.verdict, check.finding) == ("warn", "the CPU kernels were not built")
     assert check.advice == "install a compiler"
 
 
@@ -135,5 +135,5 @@ def test_what_cannot_be_checked_stops_nothing(tmp_path: Path, monkeypatch) -> No
     monkeypatch.setattr(doctor, "disk", lambda folder: doctor._check("disk", "ok", "", ""))
     monkeypatch.setattr(builtins, "__import__", broken)
     checks = list(doctor.examine(tmp_path))
-    assert [c.name for c in checks if "torch does not start" in c.found] == ["device", "pinning", "link"]
+    assert [c.name for c in checks if "torch does not start" in c.finding] == ["device", "pinning", "link"]
     assert {"system", "libraries", "memory"} <= {c.name for c in checks}
