@@ -1,4 +1,4 @@
-"""Strict stand-ins: a device on which nothing has happened until somebody waited for it."""
+"""Strict stand-ins: a device on which no copy has landed before its event is waited for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from offmoe.transfer.waits import Waits
 
 
 class DeferredEvent:
-    """Marks a point in a stream's work: everything given to the stream so far is done when the event is waited for."""
+    """Marks a stream's work so far. That work is done when the event is waited for, and not before."""
 
     def __init__(self, backend: DeferredBackend):
         self._backend = backend
@@ -36,10 +36,11 @@ class DeferredEvent:
 
 
 class DeferredStream:
-    """Copies fill their destination with NaN (0xFF bytes) when issued, and land when an event after them is waited for.
+    """A copy fills its destination with NaN (0xFF bytes) when queued, and lands when an event after it is waited for.
 
-    The source is read when the copy lands, as DMA does. A copy into bytes that another stream marked as read, by an
-    event this stream never waited for, is a race: the bytes never become right."""
+    The source is read when the copy lands, as DMA does. A copy into a slot is a race if this stream has not waited for
+    the event that marks the slot's last read. Such a copy never lands.
+    """
 
     def __init__(self, backend: DeferredBackend, name: str):
         self._backend, self.name = backend, name
@@ -69,7 +70,7 @@ class DeferredStream:
 
 
 class DeferredBackend(CpuBackend):
-    """A CPU that behaves like the least obliging GPU, with `ram` bytes for experts beside its own memory."""
+    """A CPU that behaves like a GPU as late as the rules allow, with `ram` bytes of host memory for experts."""
 
     unified_memory = False
     ram = 1 << 24
@@ -108,7 +109,7 @@ class DeferredBackend(CpuBackend):
         )
 
 
-class DeviceBesideRam(DeferredBackend):
+class PinningBackend(DeferredBackend):
     """A deferred device that can pin `pins` buffers of RAM."""
 
     pins = 1000

@@ -18,7 +18,7 @@ from offmoe.transfer.reader import Reader
 from offmoe.transfer.staging import staging_plan
 from offmoe.types import ExpertKey, Fetch
 from tests import tiny
-from tests.doubles import DeviceBesideRam
+from tests.doubles import PinningBackend
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +26,12 @@ def folder(tmp_path_factory):
     return tiny.save(tiny.build("mixtral"), tmp_path_factory.mktemp("faults") / "model")
 
 
-@pytest.fixture(params=[CpuBackend, DeviceBesideRam])
+@pytest.fixture(params=[CpuBackend, PinningBackend])
 def model(request, folder, monkeypatch):
     """Few slots, so that prompts come in waves; some experts in RAM where the device is another."""
     backend = request.param()
     monkeypatch.setattr(offmoe.budget.inspect, "select_backend", lambda name: backend)
-    if isinstance(backend, DeviceBesideRam):
+    if isinstance(backend, PinningBackend):
         found = offmoe.budget.inspect.inspect(folder, offmoe.OffloadConfig(slots_per_layer=3))
         read = max(e.read for e in found.experts)
         backend.ram = (staging_plan(read).buffers + 3 * 3) * read
@@ -174,7 +174,7 @@ def test_closing_while_prefetches_are_read(model):
 def test_what_cannot_be_pinned_is_said_and_still_right(folder, monkeypatch, caplog):
     made = {}
     for pins in (1000, 6, 0):
-        backend = DeviceBesideRam()
+        backend = PinningBackend()
         backend.pins = pins
         monkeypatch.setattr(offmoe.budget.inspect, "select_backend", lambda name, backend=backend: backend)
         caplog.clear()

@@ -17,14 +17,14 @@ from offmoe.simulate.replay import replay
 from offmoe.trace.trace import read_trace
 from offmoe.transfer.staging import staging_plan
 from tests import tiny
-from tests.doubles import DeviceBesideRam
+from tests.doubles import PinningBackend
 
 FAST_HOST = CostModel(disk_gb_s=1.0, expert_us_device=1.0, dense_us_per_token=1.0, h2d_gb_s=0.0001, expert_us_host=1.0)
 
 
 @pytest.fixture
 def device(monkeypatch):
-    made = DeviceBesideRam()
+    made = PinningBackend()
     monkeypatch.setattr(offmoe.budget.inspect, "select_backend", lambda name: made)
     return made
 

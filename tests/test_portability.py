@@ -53,8 +53,8 @@ def test_each_of_them_absent(folder, want, monkeypatch, what):
 
 def test_cgroup_files_absent(folder, want, monkeypatch, tmp_path):
     nowhere = str(tmp_path / "nowhere")
-    monkeypatch.setattr(backend, "memory_left", functools.partial(cgroup.memory_left, nowhere, nowhere))
-    assert backend.memory_left() == cgroup.UNLIMITED
+    monkeypatch.setattr(backend, "cgroup_free_bytes", functools.partial(cgroup.cgroup_free_bytes, nowhere, nowhere))
+    assert backend.cgroup_free_bytes() == cgroup.UNLIMITED
     assert tokens(folder) == want
 
 

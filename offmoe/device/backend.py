@@ -21,7 +21,7 @@ import numpy as np
 import psutil
 import torch
 
-from offmoe.device.cgroup import memory_left
+from offmoe.device.cgroup import cgroup_free_bytes
 from offmoe.errors import CapacityError, ConfigError
 from offmoe.storage.layout import PARAM_ALIGNMENT
 
@@ -279,7 +279,7 @@ def select_backend(device: str | None) -> Backend:
 
 def available_memory() -> int:
     """Bytes of host memory that can be had: the smaller of what psutil calls available and what the cgroup leaves."""
-    return min(int(psutil.virtual_memory().available), memory_left())
+    return min(int(psutil.virtual_memory().available), cgroup_free_bytes())
 
 
 class CudaDevice(NamedTuple):

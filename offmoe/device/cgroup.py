@@ -1,6 +1,8 @@
 """Memory cgroups of Linux, v1 and v2: how much memory they still allow this process.
 
-Nothing moves. Page cache counts as available. Elsewhere than on Linux there is no limit. Must never import torch.
+Moves: nothing.
+Bound: a few small files of the kernel per call. On other systems there is no limit.
+Must never: import torch.
 """
 
 from __future__ import annotations
@@ -10,44 +12,50 @@ from dataclasses import dataclass
 from pathlib import Path
 
 UNLIMITED = 1 << 62
-"""Bytes; v1 writes "no limit" as a number beyond it."""
+"""Bytes that stand for "no limit". Version 1 writes it as a number above this one."""
 ROOT = "/sys/fs/cgroup"
+"""The folder under which all cgroups are."""
 OF_PROCESS = "/proc/self/cgroup"
+"""The file that names the cgroups of this process."""
 
 
 @dataclass(frozen=True)
 class Version:
-    """What one version calls its files. cache: the line of memory.stat with page cache that the kernel gives back."""
+    """The names of the files of one version of cgroups."""
 
     number: int
     limit: str
     used: str
     peak: str
     cache: str
+    """The line of memory.stat that counts page cache which the kernel frees on demand."""
 
 
 V1 = Version(1, "memory.limit_in_bytes", "memory.usage_in_bytes", "memory.max_usage_in_bytes", "total_inactive_file")
 V2 = Version(2, "memory.max", "memory.current", "memory.peak", "inactive_file")
 
 
-def memory_left(root: str = ROOT, of_process: str = OF_PROCESS) -> int:
+def cgroup_free_bytes(root: str = ROOT, of_process: str = OF_PROCESS) -> int:
     """Bytes that the memory cgroups around this process still allow; UNLIMITED without a limit.
 
-    Page cache counts as available: the kernel gives it back before it refuses memory.
+    Page cache counts as available, because the kernel frees it before it refuses memory.
     """
-    return min([UNLIMITED, *(_left(folder, version) for folder, version in cgroups_around(root, of_process))])
+    return min([UNLIMITED, *(_available(folder, version) for folder, version in cgroups_around(root, of_process))])
 
 
 def memory_limit(root: str = ROOT, of_process: str = OF_PROCESS) -> tuple[int, int] | None:
-    """(bytes, version) of the tightest limit around this process; None without one."""
+    """The tightest limit around this process as (bytes, version of cgroups); None without a limit."""
     limits = [(_limit(folder, version), version.number) for folder, version in cgroups_around(root, of_process)]
     tightest = min(limits, default=(UNLIMITED, 0))
     return None if tightest[0] >= UNLIMITED else tightest
 
 
 def cgroups_around(root: str, of_process: str) -> list[tuple[Path, Version]]:
-    """Folders of the memory cgroups around this process, innermost first. A container may show its own as the root."""
-    found: dict[Path, Version] = {}
+    """Folders of the memory cgroups around this process, innermost first.
+
+    The roots are always among them, because a container may show its own cgroup as the root.
+    """
+    folders: dict[Path, Version] = {}
     paths = []
     with suppress(OSError, ValueError), open(of_process) as lines:  # absent where there are no cgroups
         for line in lines:
@@ -59,16 +67,16 @@ def cgroups_around(root: str, of_process: str) -> list[tuple[Path, Version]]:
         parts = [part for part in path.split("/") if part]
         for depth in range(len(parts), -1, -1):
             folder = base.joinpath(*parts[:depth])
-            if folder not in found and (folder / "cgroup.procs").exists():
-                found[folder] = version
-    return list(found.items())
+            if folder not in folders and (folder / "cgroup.procs").exists():
+                folders[folder] = version
+    return list(folders.items())
 
 
 def _limit(folder: Path, version: Version) -> int:
     return min(UNLIMITED, read_number(folder / version.limit) or UNLIMITED)
 
 
-def _left(folder: Path, version: Version) -> int:
+def _available(folder: Path, version: Version) -> int:
     limit, used = _limit(folder, version), read_number(folder / version.used)
     if limit >= UNLIMITED or used is None:
         return UNLIMITED
@@ -80,7 +88,7 @@ def _left(folder: Path, version: Version) -> int:
 
 
 def read_number(file: Path) -> int | None:
-    """Of a file with one number; None for "max" and where there is none."""
+    """The number in a file that holds one; None if it holds "max" or does not exist."""
     try:
         return int(file.read_text())
     except (OSError, ValueError):

@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from offmoe.device.cgroup import memory_left, memory_limit
+from offmoe.device.cgroup import cgroup_free_bytes, memory_limit
 from offmoe.text import format_size
 
 Verdict = Literal["ok", "warn", "fail"]
@@ -161,7 +161,7 @@ def memory() -> Check:
     import psutil
 
     ram = psutil.virtual_memory()
-    limit, allowed = memory_limit(), memory_left()
+    limit, allowed = memory_limit(), cgroup_free_bytes()
     available = min(int(ram.available), allowed)
     text = f"{format_size(ram.total)} of RAM, {format_size(available)} available"
     if limit is not None:
@@ -308,7 +308,7 @@ def pinning() -> Check:
     if not cuda_devices():
         return _check("pinning", "ok", "not needed without a GPU", "", pinned=None)
     cuda = select_backend("cuda")
-    wanted = min(PIN_PROBE_BYTES, memory_left() // 4) // PIN_CHUNK_BYTES
+    wanted = min(PIN_PROBE_BYTES, cgroup_free_bytes() // 4) // PIN_CHUNK_BYTES
     began = time.perf_counter()
     buffers = HostBuffers(max(1, wanted), PIN_CHUNK_BYTES, pinning=cuda)
     try:

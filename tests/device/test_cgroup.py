@@ -10,7 +10,7 @@ import pytest
 
 from offmoe.bench.memory_cap import MemoryCap
 from offmoe.device import cgroup
-from offmoe.device.cgroup import UNLIMITED, memory_left, memory_limit
+from offmoe.device.cgroup import UNLIMITED, cgroup_free_bytes, memory_limit
 from offmoe.errors import CapacityError
 
 V1 = {"limit": "memory.limit_in_bytes", "used": "memory.usage_in_bytes", "cache": "total_inactive_file"}
@@ -37,22 +37,22 @@ def asked(tmp_path: Path) -> dict[str, str]:
 def test_the_tightest_limit_counts_and_cache_is_free(tmp_path: Path, asked: dict[str, str]) -> None:
     group(tmp_path / "fs" / "memory" / "box" / "inner", V1, 2**63 - 4096, 10)
     group(tmp_path / "fs" / "memory" / "box", V1, 1000, 900, cache=300)
-    assert memory_left(**asked) == 400
+    assert cgroup_free_bytes(**asked) == 400
     assert memory_limit(**asked) == (1000, 1)
     group(tmp_path / "fs" / "box" / "inner", V2, 500, 450, cache=20)
     group(tmp_path / "fs" / "box", V2, "max", 10**6)
-    assert memory_left(**asked) == 70
+    assert cgroup_free_bytes(**asked) == 70
     assert memory_limit(**asked) == (500, 2)
 
 
 def test_a_container_sees_its_own_as_the_root(tmp_path: Path, asked: dict[str, str]) -> None:
     group(tmp_path / "fs", V2, 800, 900)
-    assert memory_left(**asked) == 0
+    assert cgroup_free_bytes(**asked) == 0
 
 
 def test_no_cgroups(tmp_path: Path) -> None:
     nowhere = {"root": str(tmp_path / "fs"), "of_process": str(tmp_path / "absent")}
-    assert memory_left(**nowhere) == UNLIMITED
+    assert cgroup_free_bytes(**nowhere) == UNLIMITED
     assert memory_limit(**nowhere) is None
     with pytest.raises(CapacityError, match=r"no memory cgroups here.*systemd-run"):
         MemoryCap.create(1, "cap", **nowhere)

@@ -55,7 +55,7 @@ def test_libraries(monkeypatch, name, version, verdict, says) -> None:
 
 
 def test_little_memory(monkeypatch) -> None:
-    monkeypatch.setattr(doctor, "memory_left", lambda: 10**9)
+    monkeypatch.setattr(doctor, "cgroup_free_bytes", lambda: 10**9)
     monkeypatch.setattr(doctor, "memory_limit", lambda: (3 * 10**9, 2))
     check = doctor.memory()
     assert check.verdict == "warn"

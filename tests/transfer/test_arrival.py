@@ -1,4 +1,4 @@
-"""Who computes with what arrives waits for the parts that it needs, and no longer."""
+"""A computation with an arriving expert waits for the parts that it needs, and for no others."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_wait_ends_with_the_last_of_its_parts():
     assert arrival.take_waited_s() == 0
 
 
-def test_a_wait_ends_when_nothing_more_will_come():
+def test_a_wait_ends_when_no_more_parts_will_land():
     arrival = Arrival()
     thread = waiting_for(arrival, [0])
     arrival.end()
@@ -44,7 +44,7 @@ def test_a_wait_ends_when_nothing_more_will_come():
     arrival.wait([7])
 
 
-def test_bytes_come_with_the_parts_that_they_are_in():
+def test_bytes_are_waited_for_by_the_parts_that_bring_them():
     arrival = Arrival()
     waits: list[set[int]] = []
     arrival.wait = lambda parts: waits.append(set(parts))  # type: ignore[method-assign]

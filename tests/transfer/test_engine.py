@@ -1,4 +1,4 @@
-"""The transfer engine on a device where nothing lands until it is waited for, and what happens without each wait."""
+"""The transfer engine on a device where no copy lands before its event is waited for, and without each of the waits."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def checkpoint(tmp_path):
 
 
 def cut(monkeypatch):
-    """Even these experts are read in parts, of one page each."""
+    """Make these small experts be read in parts of one page each."""
     monkeypatch.setattr(read_plan, "part_bytes", lambda nbytes: 4096)
 
 
 @pytest.fixture(params=["whole", "in parts"])
 def reading(request, monkeypatch):
-    """Experts are read by one reader each, or in several parts by all of them."""
+    """Whether an expert is read by one reader, or in several parts by all of them."""
     if request.param == "in parts":
         cut(monkeypatch)
     return request.param
@@ -65,7 +65,7 @@ def start_of(checkpoint, expert):
 
 
 class GatedReads:
-    """Reads that wait until the test opens them, by byte offset of the expert."""
+    """Reads that block until the test opens their gate; gates are numbered by the page at which a read begins."""
 
     def __init__(self):
         self.gates: dict[int, threading.Event] = {}
@@ -86,7 +86,7 @@ class GatedReads:
 
 
 class Rig:
-    """Engine, slots and a record of what computing saw."""
+    """Engine and slots; `use` computes with experts and checks that they are the right ones."""
 
     def __init__(self, checkpoint, waits=WAITS, backend=None, slots=8, read_at=None):
         self.checkpoint, self.backend = checkpoint, backend or DeferredBackend()
@@ -110,7 +110,7 @@ class Rig:
         self.engine.prefetch([Fetch(ExpertKey(0, e), slot, None) for e, slot in pairs])
 
     def sees(self, expert, slot):
-        """Whether computing with the slot now would use exactly this expert."""
+        """Whether the slot holds exactly this expert."""
         views = self.arena.views(slot, LAYOUT)
         return all(torch.equal(views[name], weight(expert, name)) for name in ("in", "out"))
 
@@ -141,7 +141,7 @@ def several_waves(rig):
 
 
 class HeldCopies(DeferredBackend):
-    """The first copy waits in its reader until the test lets it go."""
+    """The first copy blocks its reader until the test opens the gate."""
 
     def __init__(self):
         super().__init__()
@@ -295,7 +295,7 @@ def test_all_readers_share_one_expert(checkpoint, in_parts):
 
 @pytest.mark.parametrize("start", [Rig.fetch, Rig.prefetch])
 def test_what_is_demanded_lands_while_the_rest_is_read(checkpoint, in_parts, start):
-    """And what nobody waits for does not, since its slot may still be given to another."""
+    """A prefetch does not: its slot may still be given to another expert."""
     reads = GatedReads()
     last = start_of(checkpoint, 2) // 4096 + 3
     reads.hold(last * 4096)
@@ -317,7 +317,7 @@ def test_what_is_demanded_lands_while_the_rest_is_read(checkpoint, in_parts, sta
 
 
 def test_a_part_that_fails_ends_the_others(checkpoint, in_parts):
-    """The demand says it, and the readers go on with what comes next."""
+    """The demand raises the error, and the readers go on with the next tickets."""
     bad = start_of(checkpoint, 3) // 4096 * 4096 + 4096
 
     def read(descriptor, buffer, offset):
@@ -342,7 +342,7 @@ def started_of(reads, checkpoint, *experts):
 
 
 def test_a_demand_behind_thirty_prefetches_is_read_at_once(checkpoint):
-    """Half of the readers is what prefetches may occupy: it waits for none of them, whatever becomes of those."""
+    """Prefetches may occupy half of the readers, so the demand waits for none of them."""
     reads = GatedReads()
     for expert in (0, 1):
         reads.hold(start_of(checkpoint, expert))
@@ -352,7 +352,7 @@ def test_a_demand_behind_thirty_prefetches_is_read_at_once(checkpoint):
         for started in started_of(reads, checkpoint, 0, 1):
             assert started.wait(20)
         rig.fetch((23, 30))
-        assert rig.use((23, 30)), "while both reads for prefetches are held"
+        assert rig.use((23, 30)), "it must not wait for the two prefetches that are held"
         assert [o // 4096 for o in reads.offsets[2:]] == [start_of(checkpoint, 23) // 4096]
         for gate in reads.gates.values():
             gate.set()
@@ -385,7 +385,7 @@ def test_newer_prefetches_go_before_older_ones(checkpoint):
 
 
 def test_a_read_whose_slot_was_given_away_goes_nowhere(checkpoint, in_parts):
-    """And what is left of it is not read."""
+    """The rest of it is not read."""
     reads = GatedReads()
     for expert in (0, 1):
         reads.hold(start_of(checkpoint, expert))
@@ -401,15 +401,15 @@ def test_a_read_whose_slot_was_given_away_goes_nowhere(checkpoint, in_parts):
         assert rig.use((5, 0), (6, 1))
         assert all(ticket.issued.wait(20) for ticket in lost)
         assert rig.sees(5, 0)
-        for_nothing = [o for o in reads.offsets if o // 4096 in blocks_of(checkpoint, 0, 1)]
-        assert len(for_nothing) <= 4, "two parts of each were being read"
+        wasted = [o for o in reads.offsets if o // 4096 in blocks_of(checkpoint, 0, 1)]
+        assert len(wasted) <= 4, "two parts of each were being read already"
     finally:
         for gate in reads.gates.values():
             gate.set()
         rig.close()
 
 
-def test_what_has_arrived_can_be_computed_with(checkpoint, in_parts):
+def test_parts_that_have_landed_can_be_computed_with(checkpoint, in_parts):
     reads = GatedReads()
     first = start_of(checkpoint, 2) // 4096
     rig = Rig(checkpoint, backend=CpuBackend(), read_at=reads)
@@ -420,19 +420,19 @@ def test_what_has_arrived_can_be_computed_with(checkpoint, in_parts):
         arriving = rig.engine.arriving(5)
         nbytes = LAYOUT.params[0].nbytes
         arriving.wait("in", 0, nbytes)
-        assert torch.equal(rig.arena.views(5, LAYOUT)["in"], weight(2, "in")), "the second weight is still to come"
+        assert torch.equal(rig.arena.views(5, LAYOUT)["in"], weight(2, "in")), "the second weight has not landed"
         assert not rig.engine._tickets[5].issued.is_set()
         threading.Timer(0.1, reads.gates[first + parts - 1].set).start()
         arriving.wait("out", 0, nbytes)
         assert rig.use((2, 5))
-        assert rig.stalls[0][1] >= 0.05, "it was waited for, though not in `ready`"
+        assert rig.stalls[0][1] >= 0.05, "the wait in `Arriving.wait` must count as a stall"
         assert rig.engine.arriving(5) is None
     finally:
         reads.gates[first + parts - 1].set()
         rig.close()
 
 
-def test_whoever_waits_for_what_does_not_come_is_told(checkpoint, in_parts):
+def test_a_wait_for_a_part_that_failed_ends_and_ready_raises(checkpoint, in_parts):
     first = start_of(checkpoint, 2) // 4096
 
     def read(descriptor, buffer, offset):
@@ -451,12 +451,12 @@ def test_whoever_waits_for_what_does_not_come_is_told(checkpoint, in_parts):
         rig.close()
 
 
-def test_what_cannot_be_computed_with_before_it_is_there(checkpoint, monkeypatch):
-    """One part, or a device where a copy that was made is not there yet."""
+def test_what_cannot_be_computed_with_while_it_arrives(checkpoint, monkeypatch):
+    """An expert that is read in one part, and any expert on a device whose copies land later."""
     rig = Rig(checkpoint, backend=CpuBackend())
     rig.fetch((2, 5))
     assert rig.engine.arriving(5) is None
-    assert rig.engine.arriving(4) is None, "nothing was asked for"
+    assert rig.engine.arriving(4) is None, "nothing was fetched into it"
     rig.close()
     cut(monkeypatch)
     rig = Rig(checkpoint, backend=DeferredBackend())
@@ -465,7 +465,7 @@ def test_what_cannot_be_computed_with_before_it_is_there(checkpoint, monkeypatch
     rig.close()
 
 
-def test_what_is_read_ahead_stops_within_a_part(checkpoint, monkeypatch):
+def test_a_cancelled_read_ahead_stops_within_a_part(checkpoint, monkeypatch):
     reads = GatedReads()
     first = start_of(checkpoint, 2) // 4096
     monkeypatch.setattr(reader_module, "AHEAD_BYTES", 4096)
@@ -484,7 +484,7 @@ def test_what_is_read_ahead_stops_within_a_part(checkpoint, monkeypatch):
 
 
 def blocks_of(checkpoint, *experts):
-    """Of 4,096 bytes that these experts' reads begin at, but for those that they share with the next expert."""
+    """Pages at which reads of these experts begin, but for the last one, which each shares with the next expert."""
     return {start_of(checkpoint, e) // 4096 + i for e in experts for i in range(3)}
 
 
@@ -522,11 +522,11 @@ def every_buffer_is_free(rig, reads):
 
 
 @pytest.mark.parametrize("backend", [DeferredBackend, CpuBackend])
-def test_what_was_read_ahead_is_not_read_again(checkpoint, reading, backend):
+def test_a_read_ahead_is_not_read_again(checkpoint, reading, backend):
     reads = GatedReads()
     rig = Rig(checkpoint, backend=backend(), read_at=reads)
     try:
-        for _ in range(20):  # more often than there are buffers
+        for _ in range(20):  # more times than there are buffers
             del reads.offsets[:]
             assert in_staging(rig, *read_ahead(rig, 3, 4))
             fetch_it(rig, (4, 1), (3, 0))
@@ -538,8 +538,8 @@ def test_what_was_read_ahead_is_not_read_again(checkpoint, reading, backend):
 
 
 @pytest.mark.parametrize("backend", [DeferredBackend, CpuBackend])
-def test_what_is_read_ahead_becomes_a_demand_in_the_middle(checkpoint, in_parts, backend):
-    """Its first part arrived when nobody waited, the second comes when its slot is known and the first lands too."""
+def test_a_read_ahead_becomes_a_demand_while_it_is_read(checkpoint, in_parts, backend):
+    """Some parts were read before it had a slot, the rest afterwards; all must land."""
     reads = GatedReads()
     first = start_of(checkpoint, 2) // 4096
     reads.hold((first + 2) * 4096)
@@ -557,7 +557,7 @@ def test_what_is_read_ahead_becomes_a_demand_in_the_middle(checkpoint, in_parts,
         rig.close()
 
 
-def test_reading_ahead_takes_half_of_the_readers_and_stops_when_it_is_for_nothing(checkpoint, in_parts):
+def test_a_read_ahead_takes_half_of_the_readers_and_stops_when_cancelled(checkpoint, in_parts):
     reads = GatedReads()
     first = start_of(checkpoint, 2) // 4096
     for i in range(4):
@@ -570,7 +570,7 @@ def test_reading_ahead_takes_half_of_the_readers_and_stops_when_it_is_for_nothin
         assert not reads.started[first + 2].wait(0.1)
         rig.fetch((9, 3))
         rig.engine.read_ahead(())
-        assert rig.use((9, 3)), "while the read that is for nothing is held"
+        assert rig.use((9, 3)), "it must not wait for the cancelled read, which is held"
         for gate in reads.gates.values():
             gate.set()
         assert ticket.issued.wait(20)
@@ -595,7 +595,7 @@ def test_no_more_is_read_ahead_than_staging_may_hold(checkpoint):
         rig.close()
 
 
-def test_a_read_ahead_that_failed_is_tried_again_by_who_needs_it(checkpoint, reading):
+def test_a_failed_read_ahead_is_read_again_by_the_fetch_that_needs_it(checkpoint, reading):
     failing = threading.Event()
     failing.set()
 
@@ -630,8 +630,7 @@ def test_what_stays_in_staging_does_not_outlive_the_end(checkpoint, end):
 
 
 class CountedCopies(DeferredBackend):
-    """Sizes of the copies, and the most that were given to the device before it was known to be done with earlier
-    ones."""
+    """Records the sizes of copies, and the most copies that were queued at once."""
 
     def __init__(self):
         super().__init__()
@@ -647,7 +646,7 @@ class CountedCopies(DeferredBackend):
 
 
 @pytest.mark.parametrize("start", [Rig.prefetch, Rig.fetch])
-def test_copies_that_nobody_waits_for_go_in_pieces_two_at_a_time(checkpoint, start, monkeypatch):
+def test_speculative_copies_go_in_pieces_two_at_a_time(checkpoint, start, monkeypatch):
     monkeypatch.setattr(slot_writer_module, "PIECE_BYTES", 1000)
     backend = CountedCopies()
     rig = Rig(checkpoint, backend=backend)
@@ -665,7 +664,7 @@ def test_copies_that_nobody_waits_for_go_in_pieces_two_at_a_time(checkpoint, sta
         rig.close()
 
 
-def test_what_is_demanded_while_it_queues_becomes_a_demand(checkpoint, reading):
+def test_a_prefetch_that_is_demanded_while_it_waits_becomes_a_demand(checkpoint, reading):
     rig = Rig(checkpoint, slots=16)
     try:
         rig.prefetch(*[(e, e) for e in range(16)])
@@ -714,7 +713,7 @@ def test_forget_leaves_nothing_under_way(checkpoint, reading):
 
 
 class InterruptedOnce:
-    """A ticket's event on which the first wait is cut short by Ctrl-C."""
+    """An event whose first wait is interrupted by Ctrl-C."""
 
     def __init__(self, event):
         self.event, self.waits = event, 0
@@ -730,7 +729,7 @@ class InterruptedOnce:
 
 
 def forgets_while_a_read_goes_on(rig, reads, block):
-    """`forget` in a thread; true if it returned before the read that is under way was let go on."""
+    """Whether `forget` returns although a read is still under way."""
     forgetting = threading.Thread(target=rig.engine.forget)
     forgetting.start()
     forgetting.join(0.3)

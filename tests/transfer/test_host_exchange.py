@@ -1,4 +1,4 @@
-"""Rows to the host and back, on a device where nothing has arrived before somebody waited for it."""
+"""Rows to the host and back, on a device where no copy lands before its event is waited for."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import torch
 
 from offmoe.transfer.host_exchange import HostExchange
 from offmoe.transfer.waits import WAITS
-from tests.doubles import DeferredBackend, DeviceBesideRam, without
+from tests.doubles import DeferredBackend, PinningBackend, without
 
 
 def round_trips(waits):
-    """Whether two layers' rows come back doubled."""
+    """Whether the rows of two layers come back doubled."""
     exchange = HostExchange(DeferredBackend(), waits)
     back, wanted = [], []
     for layer in (1.0, 2.0):
@@ -30,12 +30,12 @@ def test_rows_come_back():
 
 
 @pytest.mark.parametrize("wait", ["rows_on_host", "rows_on_device"])
-def test_without_the_wait_they_are_wrong(wait):
+def test_without_the_wait_rows_are_wrong(wait):
     assert not round_trips(without(wait))
 
 
 def test_buffers_grow_and_are_unpinned():
-    backend = DeviceBesideRam()
+    backend = PinningBackend()
     exchange = HostExchange(backend)
     for rows in (1, 3000, 2):
         assert exchange.to_host(torch.ones(rows, 64)).sum() == rows * 64

@@ -1,4 +1,4 @@
-"""Plans of the real planner carried out by the real engine, at random: every use must see its own expert."""
+"""The real engine carries out plans of the real planner for random accesses: every use must see its own expert."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def checkpoint(tmp_path_factory):
 
 
 class Rig:
-    """Planner and engine of three layers; `run` says how many uses saw another expert than theirs."""
+    """Planner and engine of three layers. `run` counts the uses that saw another expert than theirs."""
 
     def __init__(self, checkpoint, backend, options, read_at=None, pins=0, waits=WAITS):
         keys = [ExpertKey(k, e) for k in range(LAYERS) for e in range(EXPERTS)]
@@ -97,7 +97,7 @@ def random_accesses(seed, steps):
 
 
 def slow_at_random(seed):
-    """Reads that take up to two milliseconds longer, in an order of their own."""
+    """Reads that take up to two milliseconds longer, at random."""
     chance, read = random.Random(seed), positional_read()
 
     def slow(descriptor, buffer, offset):
@@ -109,7 +109,7 @@ def slow_at_random(seed):
 
 @pytest.fixture(params=["small", "large"])
 def size(request, monkeypatch):
-    """Large ones pass through two staging buffers, of which what is read ahead may hold one."""
+    """Large experts pass through two staging buffers, of which read-aheads may hold one."""
     if request.param == "large":
         monkeypatch.setattr(staging_module, "FEW_BYTES", 0)
 
@@ -160,10 +160,10 @@ def test_every_use_sees_its_expert_through_ram(checkpoint, scope, slots, host_sl
         wrong = sum(rig.run(access) for access in random_accesses(7, 50))
         rig.planner.check()
         assert wrong == 0
-        for_nothing = (rig.stats.prefetched - rig.stats.prefetched_used) * SHAPE.expert_bytes[0]
-        assert 0 < rig.stats.disk_bytes < rig.stats.h2d_bytes + for_nothing
+        wasted = (rig.stats.prefetched - rig.stats.prefetched_used) * SHAPE.expert_bytes[0]
+        assert 0 < rig.stats.disk_bytes < rig.stats.h2d_bytes + wasted
         rig.engine.forget()
-        assert len(reads) <= rig.stats.disk_bytes // SHAPE.expert_bytes[0], "only what plans say is read, or less"
+        assert len(reads) <= rig.stats.disk_bytes // SHAPE.expert_bytes[0], "no more is read than the plans say"
     finally:
         rig.close()
 
@@ -178,14 +178,16 @@ def test_with_room_for_everything_in_ram_each_expert_is_read_once(checkpoint):
         rig.close()
 
 
-def test_what_could_not_be_read_into_ram_is_an_error_where_it_is_wanted(checkpoint):
+def test_a_failed_read_into_ram_is_raised_by_the_fetch_that_needs_it(checkpoint):
     def fails(descriptor, buffer, offset):
         raise OSError(5, "Input/output error")
 
     rig = Rig(checkpoint, DeferredBackend(), CacheOptions("lru", slots_per_layer=3, host_slots=EXPERTS), fails)
     try:
         rig.engine.prefetch([Fetch(ExpertKey(1, 4), 5, None, 3)])
-        rig.engine.prefetch([Fetch(ExpertKey(1, 2), 5, None, 2)])  # nobody learns of the first failure
+        rig.engine.prefetch(
+            [Fetch(ExpertKey(1, 2), 5, None, 2)]
+        )  # supersedes the first fetch, whose error is not raised
         rig.engine.fetch([Fetch(ExpertKey(1, 4), 6, None, 3, read=False)])
         with pytest.raises(TransferError, match="expert 4 of MoE layer 1"):
             rig.engine.ready(6)
@@ -194,7 +196,7 @@ def test_what_could_not_be_read_into_ram_is_an_error_where_it_is_wanted(checkpoi
 
 
 class Gate:
-    """Reads that wait until the test lets them go on."""
+    """Reads that block until the test opens the gate."""
 
     def __init__(self):
         self.open, self.begun, self.read = threading.Event(), threading.Event(), positional_read()
@@ -213,7 +215,7 @@ def a_copy_of_what_is_being_read(checkpoint, waits):
     try:
         rig.engine.prefetch([Fetch(ExpertKey(0, 4), 0, None, 0)])
         assert gate.begun.wait(20)
-        rig.engine._queue.running[0].landing = True  # too late to be sent elsewhere
+        rig.engine._queue.running[0].landing = True  # from here on it cannot be dropped
         rig.engine.fetch([Fetch(ExpertKey(0, 4), 1, None, 0, read=False)])
         rig.engine._tickets[1].issued.wait(0.3)  # without the wait it is issued in this time
         gate.open.set()
@@ -250,17 +252,17 @@ def test_without_the_wait_weights_are_wrong(checkpoint, wait, scene):
     assert not scene(checkpoint, without(wait))
 
 
-def test_a_read_that_lost_its_slot_still_fills_ram_or_makes_way(checkpoint):
+def test_a_read_that_lost_its_slot_still_fills_ram_or_gives_its_ram_slot_up(checkpoint):
     gate = Gate()
     options = CacheOptions("lru", slots_per_layer=3, host_slots=EXPERTS)
     rig = Rig(checkpoint, DeferredBackend(), options, gate)
     views = lambda slot: rig.arena.views(slot, LAYOUT)["weight"]  # noqa: E731
     try:
-        rig.engine.prefetch([Fetch(ExpertKey(0, e), e, None, e) for e in range(5)])  # two are read, three wait
+        rig.engine.prefetch([Fetch(ExpertKey(0, e), e, None, e) for e in range(5)])  # two are being read, three wait
         assert gate.begun.wait(20)
         rig.engine.fetch([Fetch(ExpertKey(0, 7), 3, None, 7), Fetch(ExpertKey(0, 8), 4, None, 8)])  # 3, 4 lose slots
-        rig.engine.fetch([Fetch(ExpertKey(0, 3), 5, None, 3, read=False)])  # in RAM, as the plan knows
-        rig.engine.fetch([Fetch(ExpertKey(0, 9), 6, None, 4)])  # and this one takes the other's place in RAM
+        rig.engine.fetch([Fetch(ExpertKey(0, 3), 5, None, 3, read=False)])  # the plan counts on the expert in RAM
+        rig.engine.fetch([Fetch(ExpertKey(0, 9), 6, None, 4)])  # takes over a RAM slot whose read has not begun
         gate.open.set()
         for expert, slot in ((7, 3), (8, 4), (3, 5), (9, 6)):
             rig.engine.ready(slot)
