@@ -1,12 +1,9 @@
-"""How a checkpoint's tensors become the parameters that experts modules compute with: makes the catalog.
+"""Build the catalog: find out which of a checkpoint's tensors hold which expert, from headers alone.
 
-Nothing moves: the input is the checkpoint's headers and a model on the meta device. No architecture is known by name:
-adapters say which parameters hold which experts; the checkpoint's names are mapped by the loader's own renamings and
-converters, and what a converter does is worked out once per layer (convert.py). Work is linear in the number of
-tensors: 90,000 names take seconds.
-
-What it must never do: guess. An expert that is absent, of another shape or of mixed dtype is an error here, before
-anything is loaded.
+The input is the checkpoint's headers and the model on the meta device. No architecture is known by name. Adapters say
+which parameters hold which experts; the loader's own renamings and converters map the checkpoint's names to parameters;
+convert.py works out once per layer what a converter does. The work is linear in the number of tensors: 90,000 names
+take seconds. An expert that is absent, of another shape or of mixed dtype is an error here, before anything is loaded.
 """
 
 from __future__ import annotations
@@ -21,13 +18,12 @@ import torch
 from torch import nn
 
 from offmoe.errors import CheckpointError, MissingTensorError, UnsupportedModelError
-from offmoe.hf.adapters.base import Place
 from offmoe.hf.adapters.find import expert_parameters, find_experts, find_top_k, require_adapter
 from offmoe.hf.catalog.catalog import CatalogLayer, ExpertCatalog
-from offmoe.hf.catalog.convert import ExpertConversion, Group, Kind, Value, destinations_of, trace, trace_share
+from offmoe.hf.catalog.convert import ExpertConversion, Kind, Value, blocks_of, blocks_of_share, destinations_of
 from offmoe.hf.catalog.dense_view import DenseView
-from offmoe.hf.catalog.shared_lists import check_count, divide, repeat_tied
-from offmoe.hf.upstream import MappedName, map_names
+from offmoe.hf.catalog.groups import Group, Groups, check_count, collect, divide_shared_lists, repeat_tied_experts
+from offmoe.hf.upstream import map_names
 from offmoe.quant.raw_slot import RawSlot, raw_slot
 from offmoe.storage.checkpoint import Checkpoint
 from offmoe.storage.layout import Assembly, Destination, ExpertLayout, ExpertRecord
@@ -36,14 +32,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 COMPUTABLE = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+"""The dtypes in which models can compute."""
 OTHER_MODEL = "config.json and the shards are not of the same model"
 
 
 def build_catalog(checkpoint: Checkpoint, meta_model: PreTrainedModel) -> ExpertCatalog:
-    """Locate every expert of `meta_model` (meta device, experts not stripped) in `checkpoint`.
+    """Locate every expert of a model in its checkpoint.
 
-    Raises UnsupportedModelError (no experts, an unknown quantization, a conversion that mixes experts),
-    MissingTensorError (naming the tensor) or CheckpointError (a tensor of another shape or dtype, dense ones included).
+    Args:
+        checkpoint: the tensors at rest.
+        meta_model: the model on the meta device, experts included.
+
+    Raises:
+        UnsupportedModelError: no experts, an unknown quantization, or a conversion that mixes experts.
+        MissingTensorError: a tensor is absent; the message names it.
+        CheckpointError: a tensor, dense ones included, has another shape or dtype than the model's.
     """
     view = DenseView.of(checkpoint, meta_model.config)
     modules = find_experts(meta_model)
@@ -54,14 +57,14 @@ def build_catalog(checkpoint: Checkpoint, meta_model: PreTrainedModel) -> Expert
             "as Mixtral, Qwen-MoE, DeepSeek or gpt-oss"
         )
     owned = expert_parameters(meta_model)
-    groups: dict[str, dict[str, Group]] = {name: {} for name in modules}
+    groups: Groups = {name: {} for name in modules}
     parameters = meta_model.state_dict()
     keys: set[str] = set()
     dense: dict[str, str] = {}
     for mapped in map_names(meta_model, view.tensors):
         if mapped.target in owned:
             name, place = owned[mapped.target]
-            _collect(groups[name], mapped, name, place, checkpoint)
+            collect(groups[name], mapped, name, place, checkpoint.folder)
             keys.update(view.raw_names(mapped.name))
         elif mapped.converter is None and mapped.target in parameters:
             _check_shape(view, mapped.name, tuple(parameters[mapped.target].shape))
@@ -69,33 +72,11 @@ def build_catalog(checkpoint: Checkpoint, meta_model: PreTrainedModel) -> Expert
                 _check_computable(view, mapped.name)
             if mapped.name not in view.encoded:
                 dense[mapped.target] = mapped.name
-    divide(groups, meta_model, checkpoint.folder)
-    repeat_tied(groups, modules)
+    divide_shared_lists(groups, meta_model, checkpoint.folder)
+    repeat_tied_experts(groups, modules)
     builder = _Builder(view, meta_model, groups)
     layers = tuple(builder.layer(name, module) for name, module in modules.items())
     return ExpertCatalog(layers, frozenset(keys), frozenset(owned), dense, view)
-
-
-def _collect(groups: dict[str, Group], mapped: MappedName, layer: str, place: Place, checkpoint: Checkpoint) -> None:
-    """Put a tensor of the checkpoint to those that make the same parameter of `layer`."""
-    target, expert = f"{layer}.{place.param}", place.expert
-    group = groups.setdefault(target, Group(target, mapped.converter, entries=place.entries))
-    if expert is None:
-        source: str | int = mapped.pattern or mapped.name
-        first = next((names[0] for names in group.names.values()), None)
-        twice = group.converter is None and first is not None
-    else:
-        source, first = expert, group.owned.get(expert)
-        twice = first is not None
-    if twice or group.converter is not mapped.converter:
-        raise CheckpointError(
-            f"{checkpoint.folder}: tensors {first!r} and {mapped.name!r} both become {mapped.target!r}; "
-            "keep one of the two formats in the checkpoint"
-        )
-    if isinstance(source, int):
-        group.owned[source] = mapped.name
-    else:
-        group.names.setdefault(source, []).append(mapped.name)
 
 
 def _check_shape(view: DenseView, name: str, expected: tuple[int, ...]) -> None:
@@ -108,7 +89,7 @@ def _check_shape(view: DenseView, name: str, expected: tuple[int, ...]) -> None:
 
 
 def _check_computable(view: DenseView, name: str) -> None:
-    """transformers would cast whatever it finds, and compute with codes as if they were weights."""
+    """Refuse a tensor that is no weight: transformers would cast it and compute with codes as if they were weights."""
     dtype = view.tensors[name].dtype
     if dtype not in COMPUTABLE:
         raise UnsupportedModelError(
@@ -119,74 +100,96 @@ def _check_computable(view: DenseView, name: str) -> None:
 
 @dataclass
 class _Builder:
-    """Turns the collected names of each layer into its catalog entry; equal layers share a layout and one trial."""
+    """Turns the groups of each layer into its catalog entry."""
 
     view: DenseView
     model: PreTrainedModel
-    groups: dict[str, dict[str, Group]]
+    groups: Groups
     layouts: dict[ExpertLayout, ExpertLayout] = field(default_factory=dict)
-    tried: dict[object, dict[str, torch.dtype]] = field(default_factory=dict)
-    traced: dict[object, Value] = field(default_factory=dict)
+    """One object for all equal layouts."""
+    converted: dict[object, dict[str, torch.dtype]] = field(default_factory=dict)
+    """Conversions that passed their check, by structure -> the dtypes that they give. Equal layers check only once."""
+    shared: dict[object, Value] = field(default_factory=dict)
+    """Shares of divided lists, by structure -> what they become. Equal layers check only once."""
 
     def layer(self, name: str, module: nn.Module) -> CatalogLayer:
         adapter = require_adapter(module)
-        num_experts, per_expert = adapter.num_experts(module), adapter.shapes(module)
+        num_experts, shapes = adapter.num_experts(module), adapter.shapes(module)
         groups = tuple(group.settled(num_experts) for group in self.groups[name].values())
-        self._check_present(name, tuple(per_expert), groups)
+        self._check_present(name, tuple(shapes), groups)
         kinds = [[self._kind(group, names, num_experts) for names in group.names.values()] for group in groups]
-        flat = [k for kind in kinds for k in kind]
-        parts: list[Destination] = []
-        dtypes: dict[str, torch.dtype] = {}
-        for group, kind in zip(groups, kinds, strict=True):
-            param = group.target.removeprefix(f"{name}.")
-            dtypes[param] = self._one_dtype(group, kind)
-            value = self._trace(group, kind, per_expert[param])
-            if value is None:
-                break
-            self._check_tiling(group, kind, value, per_expert[param], num_experts)
-            made = destinations_of(param, value)
-            if made is None:
-                break
-            parts += made
-        if len(parts) == sum(len(group.names) for group in groups):
-            assembly = Assembly(destinations=tuple(parts))
-        else:
-            conversion = ExpertConversion(self.model, name, per_expert, groups)
-            structure = (tuple((id(g.converter), g.per_expert) for g in groups), tuple(flat), tuple(per_expert.items()))
-            if structure not in self.tried:
-                self.tried[structure] = conversion.check(flat)
-            dtypes = self.tried[structure]
-            assembly = Assembly(convert=conversion)
-        wanted = {param: (dtypes[param], shape) for param, shape in per_expert.items()}
-        slot = RawSlot(ExpertLayout.of(wanted), assembly, None)
+        flat = [kind for group_kinds in kinds for kind in group_kinds]
+        assembly, dtypes = self._assembly(name, shapes, groups, kinds, num_experts)
+        slot = RawSlot(ExpertLayout.of({param: (dtypes[param], shapes[param]) for param in shapes}), assembly, None)
         if any(kind.encoding for kind in flat):
-            slot = raw_slot(flat, assembly, per_expert)
-        block = self.model.get_submodule(name.rpartition(".")[0])
-        top_k = find_top_k(module, block, self.model.config)
-        if top_k > num_experts:
-            raise CheckpointError(
-                f"{self.view.folder}: config.json asks for {top_k} experts per token of the {num_experts} that "
-                f"{name!r} has; download config.json again"
-            )
+            slot = raw_slot(flat, assembly, shapes)
         return CatalogLayer(
             name=name,
             num_experts=num_experts,
-            top_k=top_k,
+            top_k=self._top_k(name, module, num_experts),
             layout=self.layouts.setdefault(slot.layout, slot.layout),
             assembly=slot.assembly,
             records=self._records(groups, num_experts),
             decode=slot.decode,
         )
 
-    def _trace(self, group: Group, kinds: list[Kind], expected: tuple[int, ...]) -> Value | None:
+    def _top_k(self, name: str, module: nn.Module, num_experts: int) -> int:
+        top_k = find_top_k(module, self.model.get_submodule(name.rpartition(".")[0]), self.model.config)
+        if top_k > num_experts:
+            raise CheckpointError(
+                f"{self.view.folder}: config.json asks for {top_k} experts per token of the {num_experts} that "
+                f"{name!r} has; download config.json again"
+            )
+        return top_k
+
+    def _assembly(
+        self,
+        name: str,
+        shapes: dict[str, tuple[int, ...]],
+        groups: tuple[Group, ...],
+        kinds: list[list[Kind]],
+        num_experts: int,
+    ) -> tuple[Assembly, dict[str, torch.dtype]]:
+        """How an expert of the layer `name` is assembled, and the dtype of each parameter."""
+        destinations: list[Destination] = []
+        dtypes: dict[str, torch.dtype] = {}
+        for group, group_kinds in zip(groups, kinds, strict=True):
+            param = group.target.removeprefix(f"{name}.")
+            dtypes[param] = self._one_dtype(group, group_kinds)
+            value = self._blocks(group, group_kinds, shapes[param])
+            if value is not None:
+                self._check_tiling(group, group_kinds, value, shapes[param], num_experts)
+            copies = None if value is None else destinations_of(param, value)
+            if copies is None or len(copies) < len(group.names):  # transformers' own operations are needed
+                return self._conversion(name, shapes, groups, kinds)
+            destinations += copies
+        return Assembly(destinations=tuple(destinations)), dtypes
+
+    def _conversion(
+        self,
+        name: str,
+        shapes: dict[str, tuple[int, ...]],
+        groups: tuple[Group, ...],
+        kinds: list[list[Kind]],
+    ) -> tuple[Assembly, dict[str, torch.dtype]]:
+        flat = [kind for group_kinds in kinds for kind in group_kinds]
+        conversion = ExpertConversion(self.model, name, shapes, groups)
+        structure = (tuple((id(g.converter), g.per_expert) for g in groups), tuple(flat), tuple(shapes.items()))
+        if structure not in self.converted:
+            self.converted[structure] = conversion.check(flat)
+        return Assembly(convert=conversion), self.converted[structure]
+
+    def _blocks(self, group: Group, kinds: list[Kind], expected: tuple[int, ...]) -> Value | None:
+        """The group's parameter for one expert as blocks, [1, ...]; None if it does not consist of blocks."""
         if group.share is None:
-            return trace(group, [k.shape for k in kinds], (1, *expected))
+            return blocks_of(group, [k.shape for k in kinds], (1, *expected))
         structure = (id(group.converter), group.share.number, tuple(kinds), expected)
-        if structure not in self.traced:
-            self.traced[structure] = trace_share(group, kinds, expected, self.model)
-        return self.traced[structure]
+        if structure not in self.shared:
+            self.shared[structure] = blocks_of_share(group, kinds, expected, self.model)
+        return self.shared[structure]
 
     def _records(self, groups: Sequence[Group], num_experts: int) -> tuple[ExpertRecord, ...]:
+        """The segments of every expert, in the order of the groups."""
         segments = self.view.segments
         sources = [
             (names, None if group.per_expert else self._entries(group, names[0], num_experts))
@@ -196,16 +199,17 @@ class _Builder:
         by_expert = (
             [segments(names[0], e, n) if n else segments(names[e]) for names, n in sources] for e in range(num_experts)
         )
-        return tuple(ExpertRecord(tuple(chain.from_iterable(found))) for found in by_expert)
+        return tuple(ExpertRecord(tuple(chain.from_iterable(parts))) for parts in by_expert)
 
     def _entries(self, group: Group, name: str, num_experts: int) -> int:
-        """How many experts' rows follow each other in a tensor of all, those that are nobody's counted."""
+        """Number of experts in a stacked tensor, including those behind the last expert that the model has."""
         return num_experts if self.view.tensors[name].shape[:1] != (group.entries,) else group.entries or 0
 
     def _check_present(self, name: str, params: Sequence[str], groups: Sequence[Group]) -> None:
-        made = {target for group in groups for target in group.targets}
+        """Check that every parameter of one expert has tensors."""
+        targets = {target for group in groups for target in group.targets}
         for param in params:
-            if f"{name}.{param}" in made:
+            if f"{name}.{param}" in targets:
                 continue
             others = (g for layer in self.groups.values() for t, g in layer.items() if t.endswith(f".{param}"))
             other = next(others, None)
@@ -216,7 +220,7 @@ class _Builder:
             )
 
     def _kind(self, group: Group, names: list[str], num_experts: int) -> Kind:
-        """What all tensors of one pattern are; an error if they are not one per expert, or not all alike."""
+        """The common shape, dtype and encoding of all tensors of one pattern; an error if they differ."""
         infos = [self.view.tensors[name] for name in names]
         shape, dtype = Counter((info.shape, info.dtype) for info in infos).most_common(1)[0][0]
         entries = self._entries(group, names[0], num_experts)
@@ -242,7 +246,7 @@ class _Builder:
     def _check_tiling(
         self, group: Group, kinds: Sequence[Kind], value: Value, expected: tuple[int, ...], num_experts: int
     ) -> None:
-        """The blocks must cover one expert's parameter exactly; blame the first tensor that prevents it."""
+        """Check that the blocks cover one expert's parameter exactly; else name the first tensor that is wrong."""
         axis = value.axis
         if value.shape == (1, *expected) and all(
             size == whole
@@ -254,11 +258,11 @@ class _Builder:
         absent = [p for p in group.converter.source_patterns if p not in group.names] if group.converter else []
         patterns = list(group.names)
         if absent:
-            beside, tail = group.names[patterns[0]][0], patterns[0].rpartition("*")[2]
-            name = beside.removesuffix(tail) + absent[0].rpartition("*")[2] if beside.endswith(tail) else absent[0]
+            present, tail = group.names[patterns[0]][0], patterns[0].rpartition("*")[2]
+            name = present.removesuffix(tail) + absent[0].rpartition("*")[2] if present.endswith(tail) else absent[0]
             raise MissingTensorError(
                 f"{self.view.folder}: the checkpoint has no tensor {name!r}, which {group.target!r} is made of "
-                f"beside {beside!r}; complete the download"
+                f"beside {present!r}; complete the download"
             )
         for block in value.blocks:
             wanted = list(expected)
@@ -279,14 +283,15 @@ class _Builder:
         )
 
     def _one_dtype(self, group: Group, kinds: Sequence[Kind]) -> torch.dtype:
+        """The dtype of a parameter; an error if the tensors that become it differ in dtype."""
         plain = [k for k in kinds if k.encoding is None] or kinds
         for names, kind in zip(group.names.values(), kinds, strict=True):
             if kind.encoding is None and kind.dtype != plain[0].dtype:
                 self._mixed(names[0], kind.dtype, plain[0].dtype)
         return plain[0].dtype
 
-    def _mixed(self, name: str, found: torch.dtype, others: torch.dtype) -> None:
+    def _mixed(self, name: str, dtype: torch.dtype, others: torch.dtype) -> None:
         raise CheckpointError(
-            f"{self.view.where(name)}: tensor {name!r} is {found}, but belongs "
+            f"{self.view.where(name)}: tensor {name!r} is {dtype}, but belongs "
             f"to a parameter of {others}; save the checkpoint in one dtype"
         )

@@ -1,8 +1,4 @@
-"""Where every expert of a checkpoint is, and how it stands in a slot.
-
-Nothing moves here, and nothing is found out (cataloging.py does): what is here was checked against the headers. Must
-never name an architecture.
-"""
+"""The catalog: where every expert of a checkpoint is, and how it stands in a slot. build.py makes and checks it."""
 
 from __future__ import annotations
 
@@ -26,40 +22,45 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CatalogLayer:
-    """One MoE layer: `name` is the module path of its experts module, `records[e]` is expert e at rest.
-
-    decode: from a slot to the parameters, if slots hold something else. cpu_slot: how experts stand in slots for the C
-    kernels, if these compute them; without_kernel: the reason why not, after `for_kernels`.
-    """
+    """The experts of one MoE layer."""
 
     name: str
+    """Full name of the experts module."""
     num_experts: int
     top_k: int
     layout: ExpertLayout
+    """What a slot holds."""
     assembly: Assembly
+    """How an expert's segments become what a slot holds."""
     records: tuple[ExpertRecord, ...]
+    """By expert, where its bytes are in the shards."""
     decode: ExpertDecoding | None = None
+    """How a slot's contents become the parameters; None if the slot holds the parameters themselves."""
     cpu_slot: CpuSlot | None = None
+    """How experts stand in slots for the C kernels; None if the kernels do not compute this layer."""
     without_kernel: str | None = None
+    """Why the C kernels do not compute this layer, after `for_kernels`."""
 
 
 @dataclass(frozen=True)
 class ExpertCatalog:
-    """Every expert of a checkpoint. `layers` in module order.
-
-    keys: the checkpoint's tensors that belong to experts; parameters: the model's, by full name. dense: the tensor of
-    every other parameter that is one as it is. view: all tensors.
-    """
+    """Every expert of a checkpoint."""
 
     layers: tuple[CatalogLayer, ...]
+    """The MoE layers in module order."""
     keys: frozenset[str]
+    """Names of the checkpoint's tensors that belong to experts."""
     parameters: frozenset[str]
+    """Full names of the model's parameters that belong to experts."""
     dense: dict[str, str]
+    """Full name of a dense parameter -> its tensor in the checkpoint, if the tensor is loaded unchanged."""
     view: DenseView
+    """All tensors of the checkpoint."""
 
     @property
     def shape(self) -> CacheShape:
-        """What decisions need to know. expert_bytes: at rest, which is what one fetch reads."""
+        """What the cache policy needs to know. expert_bytes counts an expert at rest: the bytes that one fetch
+        reads."""
         return CacheShape(
             experts=tuple(layer.num_experts for layer in self.layers),
             top_k=tuple(layer.top_k for layer in self.layers),
@@ -68,17 +69,21 @@ class ExpertCatalog:
 
     @property
     def formats(self) -> tuple[str, ...]:
-        """Names of the quantized formats that experts are in."""
+        """Names of the quantized formats in which experts are stored."""
         leaves = (leaf for layer in self.layers if layer.decode for leaf in layer.decode.leaves)
         stored = {name for layer in self.layers if layer.cpu_slot for name in layer.cpu_slot.stored}
         return tuple(sorted(stored | {leaf.codec.name for leaf in leaves if leaf.codec}))
 
     def moved(self, checkpoint: Checkpoint) -> ExpertCatalog:
-        """The same in another folder; `checkpoint` has the same tensors at the same places."""
+        """This catalog for a copy of its checkpoint, which has the same tensors at the same places."""
         return replace(self, view=replace(self.view, checkpoint=checkpoint))
 
     def for_kernels(self, meta_model: PreTrainedModel) -> ExpertCatalog:
-        """The same with slots that the CPU's kernels read, where they can. meta_model: with its experts."""
+        """This catalog with slots laid out for the C kernels of the CPU, in every layer that they can compute.
+
+        Args:
+            meta_model: the model on the meta device, experts included.
+        """
         kernels, layers = status(), []
         for layer, module in zip(self.layers, find_experts(meta_model).values(), strict=True):
             try:

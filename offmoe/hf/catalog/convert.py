@@ -1,25 +1,24 @@
-"""How the tensors of one expert become its parameters: as blocks to copy, or by running transformers' own operations.
+"""How the tensors of one expert become its parameters: as blocks to copy, or by transformers' own operations.
 
-Nothing moves while this is worked out; the bytes of two experts are made up when a conversion has to be tried. `trace`
-follows a converter through shapes alone and says which source tensor ends up in which block of the parameter, so that
-copying needs no intermediate. What it cannot follow (interleaving, splitting) becomes an `ExpertConversion`: the
-converter's operations on one expert's tensors, on the host, bounded by memory bandwidth. It is tried on random bytes of
-two experts together and apart: an operation that lets one expert's values depend on another's is refused, because a
-cache that reads single experts could not run it.
-
-What it must never do: give an expert other bytes than stock transformers would.
+`blocks_of` follows a converter through shapes alone. It says which source tensor ends up in which block of the
+parameter, so that copying needs no intermediate. What it cannot follow (interleaving, splitting) becomes an
+`ExpertConversion`: the converter's operations on one expert's tensors, run on the host and bound by memory bandwidth. A
+conversion is checked on random bytes of two experts, together and alone. An operation that lets one expert's values
+depend on another's is refused, because a cache that reads single experts could not run it. So an expert always gets the
+bytes that stock transformers would give it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from offmoe.errors import CheckpointError, UnsupportedModelError
-from offmoe.hf.upstream import Concat, Merge, Swap, WeightConverter, run_converter, steps
+from offmoe.hf.catalog.groups import Group
+from offmoe.hf.upstream import Concat, Merge, Swap, run_converter, steps
 from offmoe.quant.codec import Encoding
 from offmoe.storage.layout import Destination
 
@@ -27,95 +26,53 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Share(NamedTuple):
-    """One of the equal shares into which a converter divides a list of experts; targets: the parameters, in order."""
-
-    number: int
-    targets: tuple[str, ...]
-
-
-@dataclass
-class Group:
-    """The checkpoint's tensors that one converter (or, without one, a renaming) turns into the parameter `target`.
-
-    names: per source pattern, in the loader's order: one tensor per expert, or a single one with all experts' rows.
-    owned: expert -> its tensor, where the model itself has a parameter per expert; `settled` makes them names. entries:
-    experts that there may be tensors or rows of, if some are nobody's (behind the others). share: given if the
-    converter makes the experts of several modules of one list; then names are this module's.
-    """
-
-    target: str
-    converter: WeightConverter | None
-    names: dict[str, list[str]] = field(default_factory=dict)
-    owned: dict[int, str] = field(default_factory=dict)
-    entries: int | None = None
-    share: Share | None = None
-
-    def settled(self, num_experts: int) -> Group:
-        """Once all tensors are known: with `owned` in expert order among the names, and without nobody's tensors."""
-        if self.owned:
-            self.names[self.target] = [self.owned[expert] for expert in sorted(self.owned)]
-        for pattern, names in self.names.items():
-            if len(names) == self.entries:
-                self.names[pattern] = names[:num_experts]
-        return self
-
-    @property
-    def per_expert(self) -> bool:
-        """Whether each expert has tensors of its own."""
-        if self.owned:
-            return True
-        if self.converter is None:
-            return False
-        known = steps(self.converter)
-        return (known is not None and isinstance(known[0], Merge)) or any(len(n) > 1 for n in self.names.values())
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """Full names of all parameters this group makes; `target` is the first."""
-        if self.converter is None or self.share is not None:
-            return (self.target,)
-        patterns = self.converter.target_patterns
-        return tuple(self.target.replace(patterns[0], pattern) for pattern in patterns)
-
-
 class Kind(NamedTuple):
-    """Shape (of one expert, without the experts' dimension), dtype and encoding that all tensors of a pattern have.
-
-    encoding: if they are quantized; shape is what they are decoded to, dtype stands for any.
-    """
+    """What all tensors of one source pattern have in common."""
 
     shape: tuple[int, ...]
+    """Shape for one expert, without the experts' dimension; of a quantized tensor, the decoded shape."""
     dtype: torch.dtype
+    """The dtype; of a quantized tensor, a placeholder."""
     encoding: Encoding | None = None
+    """How the tensors are quantized; None if they are not."""
 
 
 class Block(NamedTuple):
-    """Place of a source tensor in a value. source: index of its pattern. swapped: its last two dimensions are."""
+    """The part of a value that one source tensor fills."""
 
     source: int
+    """Index of the source tensor's pattern."""
     start: tuple[int, ...]
+    """First index of the block in the value."""
     shape: tuple[int, ...]
+    """Shape of the block."""
     swapped: bool = False
+    """Whether the source tensor's last two dimensions are exchanged."""
 
 
 class Value(NamedTuple):
-    """A tensor that a converter has in hand, as the blocks it is made of."""
+    """An intermediate result of a converter: its shape, and the blocks that it consists of."""
 
     shape: tuple[int, ...]
     blocks: tuple[Block, ...]
 
     @property
     def axis(self) -> int:
-        """The dimension along which blocks follow each other; 0, the experts' own, if there is only one block."""
+        """The dimension along which blocks follow each other; 0, the experts' dimension, if there is only one block."""
         return next((i for block in self.blocks for i, start in enumerate(block.start) if start), 0)
 
 
-def trace(group: Group, shapes: Sequence[tuple[int, ...]], expected: tuple[int, ...]) -> Value | None:
-    """What the group makes of one expert, [1, ...], as blocks; None if that cannot be said in blocks.
+def blocks_of(group: Group, shapes: Sequence[tuple[int, ...]], expected: tuple[int, ...]) -> Value | None:
+    """Work out which blocks one expert's parameter consists of, from shapes alone.
 
-    shapes: of one expert, per pattern of `group.names`. expected: the parameter's, for one expert [1, ...]. Shapes that
-    contradict each other come out as a value of another shape than expected; judging that is the caller's.
+    Args:
+        group: the tensors and their converter.
+        shapes: per pattern of `group.names`, the shape of one expert's tensor.
+        expected: the parameter's shape for one expert, [1, ...].
+
+    Returns:
+        The parameter as blocks, or None if it does not consist of blocks. Its shape differs from `expected` if the
+        shapes contradict each other; the caller must check that.
     """
     order = list(group.names)
     values: dict[str, Value] = {}
@@ -150,32 +107,41 @@ def trace(group: Group, shapes: Sequence[tuple[int, ...]], expected: tuple[int, 
     return next(iter(values.values())) if len(values) == 1 else None
 
 
-def trace_share(group: Group, kinds: Sequence[Kind], expected: tuple[int, ...], model: PreTrainedModel) -> Value:
-    """What the group makes of one expert of its share, [1, ...], found by trying the converter on made-up experts.
+def blocks_of_share(group: Group, kinds: Sequence[Kind], expected: tuple[int, ...], model: PreTrainedModel) -> Value:
+    """Find out which blocks one expert of a divided list consists of, by running the converter on random experts.
 
-    Two per share, all different: each must come out in its own share, as its sources one behind the other. kinds: per
-    pattern. expected: the parameter's shape for one expert, [...]. Raises UnsupportedModelError if it is otherwise.
+    The converter gets two experts per share, all different. Each must come out in its own share, as its source tensors
+    one behind the other.
+
+    Args:
+        group: the tensors of one share and their converter.
+        kinds: per pattern of `group.names`.
+        expected: the parameter's shape for one expert, without the experts' dimension.
+        model: the model, on any device.
+
+    Raises:
+        UnsupportedModelError: an expert comes out otherwise.
     """
     assert group.converter is not None
     assert group.share is not None
     generator = torch.Generator().manual_seed(0)
-    made_up = {
+    inputs = {
         pattern: [_random(kind, generator) for _ in range(2 * len(group.share.targets))]
         for pattern, kind in zip(group.names, kinds, strict=True)
     }
     pairs = {target: (2, *model.get_parameter(target).shape[1:]) for target in group.share.targets}
     try:
-        made = run_converter(group.converter, made_up, group.share.targets[0], model, pairs)[group.target]
+        pair = run_converter(group.converter, inputs, group.share.targets[0], model, pairs)[group.target]
     except Exception as error:  # whatever an operation of transformers raises on these shapes
         raise _not_one_by_one(group.target, f"{type(error).__name__}: {error}") from error
-    sources = [[tensors[2 * group.share.number + i] for tensors in made_up.values()] for i in range(2)]
+    sources = [[tensors[2 * group.share.number + i] for tensors in inputs.values()] for i in range(2)]
     wholes = [
         Value((1, *kind.shape), (Block(i, (0,) * (1 + len(kind.shape)), (1, *kind.shape)),))
         for i, kind in enumerate(kinds)
     ]
     for dim in range(len(expected)):
         joinable = len({(*kind.shape[:dim], *kind.shape[dim + 1 :]) for kind in kinds}) == 1
-        if joinable and len(made) == 2 and all(_same_bytes(made[i], torch.cat(sources[i], dim)) for i in range(2)):
+        if joinable and len(pair) == 2 and all(_same_bytes(pair[i], torch.cat(sources[i], dim)) for i in range(2)):
             return _joined(wholes, dim + 1)
     raise _not_one_by_one(group.target, "an expert is not made of its own tensors alone")
 
@@ -214,7 +180,7 @@ def _swapped(value: Value) -> Value:
 
 
 def destinations_of(param: str, value: Value) -> list[Destination] | None:
-    """Where each source goes in the parameter of one expert; None if a block is cut in two dimensions."""
+    """Where each source tensor goes in one expert's parameter; None if a block is cut in two dimensions."""
     out: dict[int, Destination] = {}
     for block in value.blocks:
         if sum(start > 0 for start in block.start) > 1:
@@ -229,25 +195,31 @@ def destinations_of(param: str, value: Value) -> list[Destination] | None:
 
 @dataclass(frozen=True)
 class ExpertConversion:
-    """Turn the tensors of one expert into its parameters with transformers' own operations; an `Assembly.convert`.
-
-    shapes: per parameter of the layer `name`, without the experts' dimension.
-    """
+    """An `Assembly.convert` that turns one expert's tensors into its parameters by transformers' own operations."""
 
     model: PreTrainedModel
     name: str
+    """Full name of the experts module."""
     shapes: dict[str, tuple[int, ...]]
+    """Shape of each parameter of one expert, without the experts' dimension."""
     groups: tuple[Group, ...]
 
     def __call__(self, tensors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        made = self._run([[tensor] for tensor in tensors])
-        return {param: made[f"{self.name}.{param}"][0] for param in self.shapes}
+        params = self._run([[tensor] for tensor in tensors])
+        return {param: params[f"{self.name}.{param}"][0] for param in self.shapes}
 
     def check(self, kinds: Sequence[Kind]) -> dict[str, torch.dtype]:
-        """Try it on made-up experts of these kinds (per pattern, groups in order) -> dtype of every parameter.
+        """Check the conversion on two random experts, together and alone.
 
-        Raises UnsupportedModelError if an expert comes out otherwise alone than beside another one, CheckpointError if
-        a parameter comes out in another shape than the model's.
+        Args:
+            kinds: per pattern, groups in order.
+
+        Returns:
+            The dtype of every parameter.
+
+        Raises:
+            UnsupportedModelError: an expert comes out differently alone and together with another one.
+            CheckpointError: a parameter comes out in another shape than the model's.
         """
         generator = torch.Generator().manual_seed(0)
         first, second = ([_random(kind, generator) for kind in kinds] for _ in range(2))
@@ -272,18 +244,18 @@ class ExpertConversion:
         return {param: alone[0][param].dtype for param in self.shapes}
 
     def _run(self, tensors: Sequence[Sequence[torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """tensors[p][i]: pattern p of the i-th of n experts -> parameters [n, ...] by full name."""
+        """Convert n experts; tensors[p][i] is pattern p of expert i. Returns parameters [n, ...] by full name."""
         num = len(tensors[0])
         shapes = {f"{self.name}.{param}": (num, *shape) for param, shape in self.shapes.items()}
         out: dict[str, torch.Tensor] = {}
         rest = iter(tensors)
         for group in self.groups:
-            found = {pattern: next(rest) for pattern in group.names}
+            own = {pattern: next(rest) for pattern in group.names}
             if group.converter is None:
-                out[group.target] = torch.stack(list(found.popitem()[1]))
+                out[group.target] = torch.stack(list(own.popitem()[1]))
                 continue
             inputs: Mapping[str, Sequence[torch.Tensor]] = (
-                found if group.per_expert else {pattern: [torch.stack(list(rows))] for pattern, rows in found.items()}
+                own if group.per_expert else {pattern: [torch.stack(list(rows))] for pattern, rows in own.items()}
             )
             out |= run_converter(group.converter, inputs, group.target, self.model, shapes)
         return out
@@ -295,7 +267,7 @@ def _random(kind: Kind, generator: torch.Generator) -> torch.Tensor:
 
 
 def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equality of bits: the made-up values contain NaN."""
+    """Whether two tensors have the same bits; == would not do, because random bytes contain NaN."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))

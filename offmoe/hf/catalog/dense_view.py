@@ -1,11 +1,12 @@
-"""A quantized checkpoint as if it were not: dense names and shapes in front, raw tensors behind.
+"""A quantized checkpoint under dense names and shapes, as if it were not quantized.
 
-What moves: nothing for experts; of the dense part, each weight once while transformers loads the model, read, sent to
-the device raw and decoded there, one at a time. Because the dense names are what the same checkpoint would have without
-quantization, transformers' own renamings and converters apply to them, and every architecture works with every format.
+The dense names are those that the same checkpoint would have without quantization. So transformers' own renamings and
+converters apply to them, and every architecture works with every format. No quantizer of transformers takes part, and
+none of their packages is needed.
 
-What it must never do: let a weight pass whose parts are not all there and all understood. No quantizer of transformers
-takes part, and none of their packages is needed.
+Experts are not read here. A quantized dense weight is read once, when transformers takes it: its raw bytes go to the
+device and are decoded there, one weight at a time. A weight whose components are not all present and understood is an
+error.
 """
 
 from __future__ import annotations
@@ -33,30 +34,39 @@ logger = logging.getLogger(__name__)
 
 
 class Encoded(NamedTuple):
-    """A quantized weight of the checkpoint. names: of its components. stacked: it has a row for every expert. shape: of
-    one matrix, decoded.
-    """
+    """A quantized weight of the checkpoint."""
 
     encoding: Encoding
     names: Mapping[str, str]
+    """Component -> name of its tensor in the checkpoint."""
     stacked: int | None
+    """Number of experts in the weight, if it has a row for every expert; None if it is one matrix."""
     shape: tuple[int, ...]
+    """Shape of one matrix, decoded."""
 
 
 @dataclass(frozen=True)
 class DenseView:
-    """The checkpoint by dense names. `tensors` has what `encoded` has, too, with the shape it will have decoded."""
+    """The checkpoint by dense names."""
 
     checkpoint: Checkpoint
     tensors: Mapping[str, TensorInfo]
+    """All tensors, with the shapes that they have decoded."""
     encoded: Mapping[str, Encoded] = field(default_factory=dict)
+    """The quantized tensors among them."""
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, config: object) -> DenseView:
-        """Read the config of a model; without quantization, the names are the checkpoint's own.
+        """The view of a checkpoint.
 
-        Raises UnsupportedModelError (a method, layout or component that offmoe does not know), MissingTensorError (a
-        component) or CheckpointError (components that make no matrix).
+        Args:
+            checkpoint: the tensors at rest.
+            config: the model's transformers config. If it names no quantization, the names are the checkpoint's own.
+
+        Raises:
+            UnsupportedModelError: a method, layout or component that offmoe does not know.
+            MissingTensorError: a component is absent.
+            CheckpointError: the components of a weight are not those of one matrix.
         """
         method = read_method(checkpoint.folder, config)
         if method is None:
@@ -68,20 +78,30 @@ class DenseView:
         return self.checkpoint.folder
 
     def where(self, name: str) -> str:
-        """The shard that holds a tensor of this dense name, for messages."""
+        """Path of the shard that holds the tensor of this dense name, for messages."""
         return str(self.checkpoint.shards[self.tensors[name].shard])
 
     def raw_names(self, name: str) -> Iterable[str]:
-        """The checkpoint's tensors that make the one of this dense name."""
-        found = self.encoded.get(name)
-        return (name,) if found is None else found.names.values()
+        """Names of the checkpoint's tensors from which the tensor of this dense name is decoded."""
+        weight = self.encoded.get(name)
+        return (name,) if weight is None else weight.names.values()
 
     def common_encoding(self, names: Sequence[str], rows: int | None) -> Encoding | None:
-        """Of one expert's part of each of these tensors, None if they are not quantized; CheckpointError if they
-        differ. rows: experts that each has a row for.
+        """The encoding that one expert's part of every one of these tensors has.
+
+        Args:
+            names: dense names.
+            rows: number of experts that each tensor must hold; None if each tensor must be one matrix.
+
+        Returns:
+            None if the tensors are not quantized.
+
+        Raises:
+            CheckpointError: the tensors differ in encoding.
+            UnsupportedModelError: a quantized tensor does not hold `rows` experts.
         """
-        found = [self.encoded.get(name) for name in names]
-        encodings = [None if one is None else one.encoding for one in found]
+        weights = [self.encoded.get(name) for name in names]
+        encodings = [None if weight is None else weight.encoding for weight in weights]
         common = Counter(encodings).most_common(1)[0][0]
         for name, encoding in zip(names, encodings, strict=True):
             if encoding != common:
@@ -89,8 +109,8 @@ class DenseView:
                     f"{self.where(name)}: tensor {name!r} is {_describe(encoding)}, those of other experts of its "
                     f"layer are {_describe(common)}; quantize all experts of a layer alike"
                 )
-        for name, one in zip(names, found, strict=True):
-            if one is not None and one.stacked != rows:
+        for name, weight in zip(names, weights, strict=True):
+            if weight is not None and weight.stacked != rows:
                 raise UnsupportedModelError(
                     f"{self.where(name)}: quantized weight {name!r} holds several experts in a way that offmoe cannot "
                     f"take apart; {REMEDY}"
@@ -98,47 +118,53 @@ class DenseView:
         return common
 
     def segments(self, name: str, part: int | None = None, parts: int = 1) -> tuple[Segment, ...]:
-        """Bytes of a tensor, or of one expert's part of it, component by component."""
+        """Where a tensor's bytes are, component by component; with `part`, one of `parts` equal parts of it."""
         return tuple([self.checkpoint.segment(raw, part, parts) for raw in self.raw_names(name)])
 
     def lazy(self, names: Iterable[str], device: torch.device) -> dict[str, LazyTensor]:
-        """Values for transformers' loader, each read and decoded on `device` when the loader takes it."""
-        one = threading.Lock()
-        return {name: LazyTensor(self, name, device, one) for name in names}
+        """A state dict for transformers' loader; each value is read and decoded on `device` when the loader takes
+        it."""
+        lock = threading.Lock()
+        return {name: LazyTensor(self, name, device, lock) for name in names}
 
     def decode(self, name: str, device: torch.device) -> torch.Tensor:
-        """A whole tensor; one that is quantized in float32, which any dtype to compute in is rounded from."""
-        found = self.encoded.get(name)
-        if found is None:
+        """Read a whole tensor. A quantized one is decoded to float32, from which every compute dtype is rounded."""
+        weight = self.encoded.get(name)
+        if weight is None:
             return read_tensor(self.checkpoint, name).to(device)
-        raw = {component: read_tensor(self.checkpoint, raw) for component, raw in found.names.items()}
-        codec = found.encoding.codec
+        raw = {component: read_tensor(self.checkpoint, raw) for component, raw in weight.names.items()}
+        codec = weight.encoding.codec
         if STATE in raw:
             raw[STATE] = offset_of(raw[STATE], codec, name)
         raw = {component: tensor.to(device) for component, tensor in raw.items()}
-        if found.stacked is None:
+        if weight.stacked is None:
             return codec.decode(raw, torch.float32)
-        rows = [codec.decode({c: t[i] for c, t in raw.items()}, torch.float32) for i in range(found.stacked)]
+        rows = [codec.decode({c: t[i] for c, t in raw.items()}, torch.float32) for i in range(weight.stacked)]
         return torch.stack(rows)
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """Stands for a tensor in the dictionary that transformers loads from: it takes `value[...]`, once."""
+    """A value of the state dict that transformers loads from. The loader takes `value[...]`, once."""
 
     view: DenseView
     name: str
     device: torch.device
-    one: threading.Lock
+    lock: threading.Lock
+    """Shared by all values: without it, each thread of the loader would hold the raw and decoded bytes of a weight."""
 
     def __getitem__(self, index: object) -> torch.Tensor:
         assert index is Ellipsis
-        with self.one:  # the loader's threads would each hold the raw and the decoded bytes of a weight
+        with self.lock:
             return self.view.decode(self.name, self.device)
 
 
 def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    """One tensor of a checkpoint in memory of its own; ShardChangedError if the shard is shorter than it was."""
+    """Read one tensor of a checkpoint into new memory.
+
+    Raises:
+        ShardChangedError: the shard ends before the tensor does.
+    """
     info = checkpoint.info(name)
     octets = torch.empty(info.nbytes, dtype=torch.uint8)
     with open(checkpoint.shards[info.shard], "rb", buffering=0) as file:
@@ -157,13 +183,14 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
 
 @dataclass
 class _Reading:
-    """Sorts a checkpoint's names into plain tensors and components of quantized ones."""
+    """Sorts a checkpoint's names into plain tensors and components of quantized weights."""
 
     checkpoint: Checkpoint
     method: Method
-    known: dict[object, Codec] = field(default_factory=dict)
+    codecs: dict[object, Codec] = field(default_factory=dict)
+    """Codecs that were read from a file, by the weights that share them."""
     checked: dict[Encoding, tuple[Encoding, tuple[int, ...]]] = field(default_factory=dict)
-    """Encodings that make a matrix -> the one object of each, and the shape of the matrix."""
+    """Valid encodings -> the one object for all equal ones, and the shape of the decoded matrix."""
 
     def view(self) -> DenseView:
         plain: dict[str, TensorInfo] = {}
@@ -196,7 +223,7 @@ class _Reading:
                 activations[0],
             )
         encoded = {name: self._encoded(name, names) for name, names in components.items()}
-        tensors = plain | {name: self._info(found) for name, found in encoded.items()}
+        tensors = plain | {name: self._info(weight) for name, weight in encoded.items()}
         return DenseView(self.checkpoint, tensors, encoded)
 
     def _add(self, names: dict[str, str], dense: str, component: str, name: str) -> None:
@@ -252,7 +279,8 @@ class _Reading:
             raise ValueError(f"{names[unknown[0]]!r} is no part of {codec.name}")
 
     def _codec(self, name: str, names: Mapping[str, str], specs: Mapping[str, Spec]) -> Codec:
-        """bitsandbytes' is in a file: read once for weights that look alike, but for the numbers in their names."""
+        """The codec of a weight. bitsandbytes keeps it in a tensor, which is read once for all weights that look alike:
+        their names differ only in numbers."""
 
         def read(component: str) -> bytes:
             return read_tensor(self.checkpoint, names[component]).numpy().tobytes()
@@ -260,13 +288,13 @@ class _Reading:
         if STATE not in specs:
             return self.method.codec(name, specs, read)
         alike = NUMBER.sub(".#", name), tuple(sorted((c, s) for c, s in specs.items() if c != STATE))
-        if alike not in self.known:
-            self.known[alike] = self.method.codec(name, specs, read)
-        return self.known[alike]
+        if alike not in self.codecs:
+            self.codecs[alike] = self.method.codec(name, specs, read)
+        return self.codecs[alike]
 
-    def _info(self, found: Encoded) -> TensorInfo:
-        first = self.checkpoint.tensors[next(iter(found.names.values()))]
-        shape = found.shape if found.stacked is None else (found.stacked, *found.shape)
+    def _info(self, weight: Encoded) -> TensorInfo:
+        first = self.checkpoint.tensors[next(iter(weight.names.values()))]
+        shape = weight.shape if weight.stacked is None else (weight.stacked, *weight.shape)
         return TensorInfo(first.shard, first.offset, first.nbytes, DECODED, shape)
 
     def _shard(self, name: str) -> str:
@@ -274,7 +302,7 @@ class _Reading:
 
 
 DECODED = torch.bfloat16
-"""Stands for the dtype of what is decoded, which is any dtype to compute in."""
+"""Placeholder for the dtype of a decoded tensor, which can be any compute dtype."""
 
 
 def _describe(encoding: Encoding | None) -> str:
@@ -285,13 +313,13 @@ def _describe(encoding: Encoding | None) -> str:
 
 
 NUMBER = re.compile(r"\.\d+(?=\.)")
-"""Of a layer or an expert in a name; w1 and w2 are two different things."""
+"""Matches the number of a layer or an expert in a name, but not the digit of w1 and w2."""
 MATRICES = {"weight": 2, "blocks": 3, "packed": 2, "qweight": 2}
-"""Dimensions of one matrix' largest component."""
+"""Component -> its number of dimensions in one matrix, for the largest component of each format."""
 
 
 def _stacked(specs: Mapping[str, Spec]) -> int | None:
-    """Experts that a weight holds behind each other; None if it is one matrix."""
+    """Number of experts that a weight holds, stacked; None if it is one matrix."""
     for component, dims in MATRICES.items():
         if component in specs:
             shape = specs[component].shape

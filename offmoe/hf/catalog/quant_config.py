@@ -1,11 +1,10 @@
-"""What `quantization_config` promises: the names that a quantized tensor has in the checkpoint, and how to decode it.
+"""Read `quantization_config`: the names that a quantized weight's components have, and the codec that decodes them.
 
-Nothing moves here. A `Method` says which endings of tensor names belong to a format and which codec a weight's parts
-want. Whether a weight is quantized at all is decided by what the checkpoint holds, not by lists of modules in the
-config: those name modules of the model that was quantized, and an expert is seldom one of transformers' modules. The
-config gives what the tensors cannot say (the size of a block, how zeros are stored) and must not contradict them.
-
-What it must never do: take a format for another. Everything that is not known to be read right is refused by name.
+A `Method` knows which endings of tensor names belong to a format, and which codec a weight's components need. The
+tensors in the checkpoint decide whether a weight is quantized, not the config's lists of modules: those lists name
+modules of the model that was quantized, and an expert is seldom a module of its own in transformers. The config
+supplies what the tensors cannot say (the size of a block, how zeros are stored) and must not contradict them. A format
+that is not known to be read right is refused by name.
 """
 
 from __future__ import annotations
@@ -30,22 +29,28 @@ REMEDY = "use another quantization of the model (FP8, MXFP4, compressed-tensors,
 
 
 class Method(ABC):
-    """One quantization method as configured by one checkpoint."""
+    """One quantization method, as one checkpoint configures it."""
 
     main = True
-    """Whether the tensor under the dense name itself is a component, "weight"."""
+    """Whether the tensor of the dense name itself is a component, called "weight"."""
     endings: ClassVar[Mapping[str, tuple[str, str]]]
-    """Ending of a tensor's name -> (what the dense name ends in instead, component; "" for one that is not needed)."""
+    """Ending of a tensor's name -> (ending of the dense name, component). The component "" is not needed."""
 
     @abstractmethod
     def codec(self, name: str, specs: Mapping[str, Spec], read: Callable[[str], bytes]) -> Codec:
-        """For the weight of this dense name with these components. read(component) gives the bytes of a small one.
+        """The codec of one weight.
 
-        Raises ValueError with the reason, beginning with what is wrong about the tensor.
+        Args:
+            name: the weight's dense name.
+            specs: shape and dtype of its components.
+            read: returns the bytes of a small component.
+
+        Raises:
+            ValueError: the weight cannot be decoded; the message says why.
         """
 
     def split(self, name: str) -> tuple[str, str] | None:
-        """(dense name, component) of a tensor's name; None for one that is not this method's."""
+        """Split a tensor's name into (dense name, component); None if the tensor is none of this method's."""
         for ending, (instead, component) in self.endings.items():
             if name.endswith(ending):
                 return name[: -len(ending)] + instead, component
@@ -53,8 +58,8 @@ class Method(ABC):
 
 
 ACTIVATIONS = (".input_scale", ".activation_scale", ".input_zero_point", ".input_global_scale")
-"""Endings of scales for activations, which are not quantized here: the weights alone are what stock computes with where
-it dequantizes, and activations in full precision are closer to the unquantized model."""
+"""Endings of the names of activation scales. offmoe does not quantize activations: stock does not either where it
+dequantizes weights, and activations in full precision are closer to the unquantized model."""
 
 
 def _without(endings: tuple[str, ...]) -> dict[str, tuple[str, str]]:
@@ -63,7 +68,7 @@ def _without(endings: tuple[str, ...]) -> dict[str, tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Fp8(Method):
-    """FP8 of transformers, DeepSeek and vLLM: `x.weight` beside `x.weight_scale_inv` or `x.weight_scale`."""
+    """FP8 of transformers, DeepSeek and vLLM: `x.weight` with `x.weight_scale_inv` or `x.weight_scale`."""
 
     block: tuple[int, int] | None
 
@@ -91,14 +96,17 @@ class Mxfp4Method(Method):
 
 @dataclass(frozen=True)
 class GptqMethod(Method):
-    """`x.qweight`, `x.qzeros`, `x.scales`, `x.g_idx`; bits follow from the index where there is one."""
+    """GPTQ: `x.qweight`, `x.qzeros`, `x.scales`, `x.g_idx`. If there is a g_idx, the bits follow from its length."""
 
     bits: int
     group: int | None
+    """Columns per group; None means that all columns are one group."""
     minus_one: bool
+    """Whether the stored zero points are one less than the real ones."""
     uniform: bool
-    """Whether bits and group are those of all modules."""
+    """Whether bits and group apply to all modules."""
     needs_index: bool
+    """Whether g_idx is required, because columns are reordered."""
 
     main = False
     endings: ClassVar = {f".{c}": (".weight", c) for c in ("qweight", "qzeros", "scales", "g_idx")}
@@ -117,7 +125,7 @@ class GptqMethod(Method):
 
 @dataclass(frozen=True)
 class AwqMethod(Method):
-    """`x.qweight`, `x.qzeros`, `x.scales` in the layout "gemm"."""
+    """AWQ in the layout "gemm": `x.qweight`, `x.qzeros`, `x.scales`."""
 
     group: int | None
 
@@ -129,7 +137,10 @@ class AwqMethod(Method):
 
 
 class BitsAndBytes(Method):
-    """`x.weight` beside `x.weight.absmax`, `.quant_map`, `.quant_state.*` and, doubly quantized, `.nested_*`."""
+    """bitsandbytes in 4 bits: `x.weight` with `x.weight.absmax`, `.quant_map`, `.quant_state.*`.
+
+    A doubly quantized weight also has `.nested_absmax` and `.nested_quant_map`.
+    """
 
     endings: ClassVar = {
         **{f".weight.{c}": (".weight", c) for c in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")},
@@ -145,9 +156,10 @@ class BitsAndBytes(Method):
 
 @dataclass(frozen=True)
 class Scheme:
-    """One group of a compressed-tensors config. targets: class names, module names or "re:" patterns."""
+    """One group of a compressed-tensors config."""
 
     targets: tuple[str, ...]
+    """Class names, module names or "re:" patterns of the modules in the group."""
     packed: bool
     bits: int
     group: int | None
@@ -158,7 +170,7 @@ class Scheme:
 
 @dataclass(frozen=True)
 class CompressedTensors(Method):
-    """`x.weight_packed` or an FP8 `x.weight`, beside `x.weight_scale`, `_zero_point`, `_g_idx`."""
+    """compressed-tensors: `x.weight_packed` or an FP8 `x.weight`, with `x.weight_scale`, `_zero_point`, `_g_idx`."""
 
     schemes: tuple[Scheme, ...]
 
@@ -185,9 +197,9 @@ class CompressedTensors(Method):
                 return re.match(target.removeprefix("re:"), module) is not None
             return module == target or module.endswith(f".{target}")
 
-        found = [scheme for scheme in self.schemes if any(map(named, scheme.targets))]
+        by_name = [scheme for scheme in self.schemes if any(map(named, scheme.targets))]
         by_class = [s for s in self.schemes if any("." not in t and not t.startswith("re:") for t in s.targets)]
-        for candidates in (found, by_class, self.schemes):
+        for candidates in (by_name, by_class, self.schemes):
             if len(set(candidates)) == 1:
                 return candidates[0]
             if candidates:
@@ -196,10 +208,18 @@ class CompressedTensors(Method):
 
 
 def read_method(source: object, config: object) -> Method | None:
-    """The method that a transformers config names, None if it names none; `source` is whose it is, for messages.
+    """The quantization method that a transformers config names.
 
-    Raises UnsupportedModelError for a method or layout that offmoe does not decode, CheckpointError for a config that
-    makes no sense.
+    Args:
+        source: the model that the config belongs to, for messages.
+        config: the transformers config.
+
+    Returns:
+        None if the config names no quantization.
+
+    Raises:
+        UnsupportedModelError: a method or layout that offmoe cannot decode.
+        CheckpointError: the config contradicts itself or lacks a value.
     """
     values = quantization_config(config)
     if values is None:
@@ -219,23 +239,23 @@ def read_method(source: object, config: object) -> Method | None:
 
 
 def shapes_are_in_shards(config: object) -> bool:
-    """Whether headers alone do not say what the weights of a checkpoint are, because of how it is quantized."""
+    """Whether the shards' contents are needed to know the shapes of the weights; their headers do not suffice."""
     return (quantization_config(config) or {}).get("quant_method") == "bitsandbytes"
 
 
 def quantization_method(config: object) -> str | None:
-    """Name of the method that a checkpoint of this configuration is quantized by."""
+    """Name of the quantization method of a checkpoint with this configuration; None if it is not quantized."""
     method = (quantization_config(config) or {}).get("quant_method")
     return None if method is None else str(getattr(method, "value", method))
 
 
 def quantization_config(config: object) -> Mapping[str, Any] | None:
-    """`quantization_config` of a model or of its text part, as plain data."""
+    """`quantization_config` of a model or of its text part, as plain data; None if it has none."""
     text = getattr(config, "get_text_config", lambda: None)()
     for holder in (config, text):
-        found = getattr(holder, "quantization_config", None)
-        if found is not None:
-            values: Mapping[str, Any] = found if isinstance(found, Mapping) else found.to_dict()
+        quantization = getattr(holder, "quantization_config", None)
+        if quantization is not None:
+            values: Mapping[str, Any] = quantization if isinstance(quantization, Mapping) else quantization.to_dict()
             return values
     return None
 
@@ -250,12 +270,8 @@ def _pair(value: Any) -> tuple[int, int] | None:
 
 
 def _group(value: Any) -> int | None:
-    """Columns of a group; None for all of them, which configs call -1."""
+    """Columns per group; None if all columns are one group, for which configs write -1."""
     return int(value) if value is not None and int(value) > 0 else None
-
-
-def _fp8(values: Mapping[str, Any]) -> Method:
-    return Fp8(_pair(values.get("weight_block_size")))
 
 
 def _gptq(values: Mapping[str, Any]) -> Method:
@@ -320,11 +336,11 @@ def _scheme(group: Mapping[str, Any], values: Mapping[str, Any]) -> Scheme:
 
 
 READERS: Mapping[str, Callable[[Mapping[str, Any]], Method]] = {
-    "fp8": _fp8,
+    "fp8": lambda values: Fp8(_pair(values.get("weight_block_size"))),
     "mxfp4": lambda values: Mxfp4Method(),
     "gptq": _gptq,
     "awq": _awq,
     "bitsandbytes": _bitsandbytes,
     "compressed-tensors": _compressed_tensors,
 }
-"""quant_method -> what reads the rest of its config."""
+"""quant_method -> the function that reads the rest of the config."""

@@ -10,7 +10,8 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.core_model_loading import Concatenate, ConversionOps, Interleave, MergeModulelist, Transpose
 
 from offmoe.errors import CheckpointError, UnsupportedModelError
-from offmoe.hf.catalog.convert import Block, ExpertConversion, Group, Kind, Share, destinations_of, trace, trace_share
+from offmoe.hf.catalog.convert import Block, ExpertConversion, Kind, blocks_of, blocks_of_share, destinations_of
+from offmoe.hf.catalog.groups import Group, Share
 from offmoe.hf.load.config import model_class
 from offmoe.hf.load.meta_model import build_meta
 from offmoe.hf.upstream import Concat, Merge, Swap, WeightConverter, steps
@@ -50,7 +51,7 @@ def test_operations_are_read_as_data() -> None:
 
 def test_merge_and_concatenate_are_blocks() -> None:
     group = Group(UP, converter(["*.w1", "*.w3"], [MergeModulelist(0), Concatenate(1)]), {"*.w1": ["x"], "*.w3": ["y"]})
-    value = trace(group, [(3, 4), (5, 4)], (1, 8, 4))
+    value = blocks_of(group, [(3, 4), (5, 4)], (1, 8, 4))
     assert value is not None
     assert value.shape == (1, 8, 4)
     assert value.blocks == (Block(0, (0, 0, 0), (1, 3, 4)), Block(1, (0, 3, 0), (1, 5, 4)))
@@ -59,7 +60,7 @@ def test_merge_and_concatenate_are_blocks() -> None:
 
 def test_order_is_the_converters_not_the_files() -> None:
     group = Group(UP, converter(["*.b", "*.a"], [MergeModulelist(0), Concatenate(1)]), {"*.a": ["x"], "*.b": ["y"]})
-    value = trace(group, [(3, 4), (5, 4)], (1, 8, 4))
+    value = blocks_of(group, [(3, 4), (5, 4)], (1, 8, 4))
     assert value is not None
     assert destinations_of("p", value) == [Destination("p", 0, 5), Destination("p", 0, 0)]
 
@@ -68,7 +69,7 @@ def test_concatenated_then_transposed_is_placed_like_stock() -> None:
     """[E, in, gate] and [E, in, up] in the file, [E, gate + up, in] in the model."""
     made = converter(["*.w1", "*.w3"], [MergeModulelist(0), Concatenate(2), Transpose(1, 2)])
     group = Group(UP, made, {"*.w1": ["x"], "*.w3": ["y"]})
-    value = trace(group, [(4, 3), (4, 5)], (1, 8, 4))
+    value = blocks_of(group, [(4, 3), (4, 5)], (1, 8, 4))
     assert value is not None
     parts = destinations_of("gate_up_proj", value)
     assert parts == [Destination("gate_up_proj", 1, 0, True), Destination("gate_up_proj", 1, 3, True)]
@@ -84,7 +85,7 @@ def test_concatenated_then_transposed_is_placed_like_stock() -> None:
 
 def test_transpose_with_check_depends_on_the_shape() -> None:
     group = Group(UP, converter(["w"], [Transpose(1, 2, check_dims=True)]), {"w": ["x"]})
-    as_is, turned = trace(group, [(3, 4)], (1, 3, 4)), trace(group, [(4, 3)], (1, 3, 4))
+    as_is, turned = blocks_of(group, [(3, 4)], (1, 3, 4)), blocks_of(group, [(4, 3)], (1, 3, 4))
     assert as_is is not None
     assert turned is not None
     assert destinations_of("p", as_is) == [Destination("p", 0, 0, False)]
@@ -97,7 +98,7 @@ def test_transpose_with_check_depends_on_the_shape() -> None:
     ids=["interleave", "swaps experts", "joins experts", "chain"],
 )
 def test_what_blocks_cannot_say_is_left_to_the_operations(operations: list[ConversionOps]) -> None:
-    assert trace(Group(UP, converter(["w"], operations), {"w": ["x"]}), [(6, 4)], (1, 6, 4)) is None
+    assert blocks_of(Group(UP, converter(["w"], operations), {"w": ["x"]}), [(6, 4)], (1, 6, 4)) is None
 
 
 def test_interleaved_expert_is_converted_alone_as_in_its_layer() -> None:
@@ -163,7 +164,7 @@ def shared_group(operation: ConversionOps, number: int) -> tuple[Group, PreTrain
 @pytest.mark.parametrize(("dim", "shape"), [(1, (8, 4)), (2, (4, 8))])
 def test_share_of_a_divided_list_is_blocks(number: int, dim: int, shape: tuple[int, int]) -> None:
     group, meta = shared_group(Divided(runs=True, dim=dim), number)
-    value = trace_share(group, [Kind((4, 4), torch.bfloat16)] * 2, shape, meta)
+    value = blocks_of_share(group, [Kind((4, 4), torch.bfloat16)] * 2, shape, meta)
     assert value.shape == (1, *shape)
     assert destinations_of("p", value) == [Destination("p", dim - 1, 0), Destination("p", dim - 1, 4)]
 
@@ -171,10 +172,10 @@ def test_share_of_a_divided_list_is_blocks(number: int, dim: int, shape: tuple[i
 def test_list_divided_otherwise_is_refused() -> None:
     group, meta = shared_group(Divided(runs=False), 1)
     with pytest.raises(UnsupportedModelError, match=r"one expert at a time \(an expert is not made of its own tensors"):
-        trace_share(group, [Kind((4, 4), torch.bfloat16)] * 2, (8, 4), meta)
+        blocks_of_share(group, [Kind((4, 4), torch.bfloat16)] * 2, (8, 4), meta)
 
 
 def test_division_that_fails_is_refused_with_its_reason() -> None:
     group, meta = shared_group(Divided(runs=True), 0)
     with pytest.raises(UnsupportedModelError, match=r"one expert at a time.*Sizes of tensors"):
-        trace_share(group, [Kind((4, 4), torch.bfloat16), Kind((4, 5), torch.bfloat16)], (8, 4), meta)
+        blocks_of_share(group, [Kind((4, 4), torch.bfloat16), Kind((4, 5), torch.bfloat16)], (8, 4), meta)
