@@ -9,27 +9,30 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from offmoe.budget.inspect import Inspected, inspect
-from offmoe.compute.compute import build_compute, device_compute
+from offmoe.compute.build import device_compute, host_compute
+from offmoe.compute.expert_layer import ExpertLayer
 from offmoe.config import OffloadConfig
 from offmoe.device.arena import SlotArena, slot_layouts
 from offmoe.errors import ConfigError
 from offmoe.handle import Offload
-from offmoe.hf.adapters.find import find_experts, require_adapter
-from offmoe.hf.load import attach as hf_experts
+from offmoe.hf.adapters.find import find_experts
+from offmoe.hf.load.attach import IMPLEMENTATION, attach, expert_layers
 from offmoe.hf.load.dense_layers import OffloadedLayers, dense_layers
 from offmoe.hf.load.load import load_dense
 from offmoe.hf.load.options import check_options
 from offmoe.pack.on_load import write
-from offmoe.policy.planner import build_planner
+from offmoe.policy.planner import Planner, build_planner
 from offmoe.profile import Profile
 from offmoe.runtime.executor import ExpertExecutor
-from offmoe.runtime.host_experts import HostPart
+from offmoe.runtime.host_experts import HostExperts
 from offmoe.storage.store import ExpertStore
 from offmoe.text import format_size
 from offmoe.trace.recorder import TraceWriter, check_writable
@@ -152,73 +155,53 @@ def fetch(inspected: Inspected) -> Inspected:
 def load(
     inspected: Inspected, *, name: str = "", trace: str | os.PathLike[str] | None = None, **hf_kwargs: Any
 ) -> PreTrainedModel:
-    """Load what `inspect` found, and `fetch` what is not here yet."""
+    """Load an inspected model.
+
+    Args:
+        inspected: what `inspect` gave; shards that are not on this machine are fetched first.
+        name: of the model, as a recording states it.
+        trace: the file to record the routing into, written when `model.offload` is closed.
+        hf_kwargs: for transformers.
+    Raises:
+        CheckpointError: a shard is damaged, or changed since `inspect`.
+        CapacityError: the system does not give the memory.
+    """
     inspected = fetch(inspected)
-    catalog, backend, config = inspected.catalog, inspected.backend, inspected.config
-    layouts = [layer.layout for layer in catalog.layers]
-    closing = [inspected.release]
-    try:
+    catalog, config = inspected.catalog, inspected.config
+    with ExitStack() as closing:
+        closing.callback(inspected.release)
         planner = build_planner(config.cache(), catalog.shape)
         writer = None if trace is None else TraceWriter(trace, name, catalog.shape, config.cache())
-        offloaded = _offload_layers(inspected)
-        if offloaded is not None:
-            closing.insert(0, offloaded.close)
-        model = load_dense(
-            inspected.folder,
-            inspected.hf_config,
-            inspected.model_class,
-            catalog,
-            device=backend.device,
-            dtype=inspected.dtype,
-            experts_implementation=hf_experts.IMPLEMENTATION,
-            offloaded=offloaded,
-            name_or_path=inspected.source.folder,
-            **hf_kwargs,
-        )
-        model.requires_grad_(False)
-        store = ExpertStore(inspected.checkpoint.shards, catalog.records)
-        closing.insert(0, store.close)
-        inspected.checkpoint.check_unchanged()
-        slots = slot_layouts(layouts, inspected.plan.slots_per_layer, config.scope)
-        scratch = [max(layouts, key=lambda layout: layout.nbytes)] * planner.num_scratch
-        if backend.unified_memory:
-            arena = SlotArena(backend.allocate, slots + scratch)
-        else:
-            arena = SlotArena(backend.allocate, slots, in_ram=scratch)
-        stats = CacheStats.for_layers(catalog.shape.layers)
-        slot_writer = SlotWriter(store, arena, backend, catalog.layers)
-        transfer = TransferEngine(slot_writer, host_slots=planner.num_host_slots, on_stall=stats.stalled)
-        closing.insert(0, transfer.close)
-        closing.append(arena.close)
-        decodings, kernels = [layer.decode for layer in catalog.layers], [layer.cpu_slot for layer in catalog.layers]
-        compute = build_compute(
-            arena,
-            layouts,
-            decodings,
-            kernels,
-            dtype=inspected.dtype,
-            int8_activations=config.activations == "int8",
-        )
-        closing.insert(0, compute.close)
-        host = None
-        if scratch and not backend.unified_memory:
-            exchange = HostExchange(backend)
-            closing.append(exchange.close)
-            host = HostPart(compute, exchange)
-        found = find_experts(model)
-        modules = [found[layer.name] for layer in catalog.layers]
-        if config.is_numeric and backend.has_device_kernels:
-            compute = device_compute(catalog.layers, [require_adapter(m).math(m) for m in modules], arena, compute)
-            closing.insert(0, compute.close)
-        executor = ExpertExecutor(planner, transfer, compute, backend, stats, host)
+        model = _load_dense(inspected, closing, hf_kwargs)
+        experts = find_experts(model)
+        modules = [experts[layer.name] for layer in catalog.layers]
+        layers = expert_layers(catalog.layers, modules)
+        executor = _build_executor(inspected, layers, planner, closing)
         executor.trace = writer
-        for layer, module in enumerate(modules):
-            hf_experts.attach(module, executor, layer)
+        for layer, module in zip(layers, modules, strict=True):
+            attach(module, executor, layer)
         Offload(model, config, inspected.plan, executor, modules, closing)
-    except BaseException:
-        for close in closing:
-            close()
-        raise
+    return model
+
+
+def _load_dense(inspected: Inspected, closing: ExitStack, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
+    """The model without its experts, on the device but for the decoder layers that the plan has no room for."""
+    offloaded = _offload_layers(inspected)
+    if offloaded is not None:
+        closing.callback(offloaded.close)
+    model = load_dense(
+        inspected.folder,
+        inspected.hf_config,
+        inspected.model_class,
+        inspected.catalog,
+        device=inspected.backend.device,
+        dtype=inspected.dtype,
+        experts_implementation=IMPLEMENTATION,
+        offloaded=offloaded,
+        name_or_path=inspected.source.folder,
+        **hf_kwargs,
+    )
+    model.requires_grad_(False)
     return model
 
 
@@ -231,3 +214,40 @@ def _offload_layers(inspected: Inspected) -> OffloadedLayers | None:
     return OffloadedLayers(
         layers, plan.offloaded_in, inspected.meta, inspected.checkpoint, inspected.catalog.dense, inspected.backend
     )
+
+
+def _build_executor(
+    inspected: Inspected, layers: Sequence[ExpertLayer], planner: Planner, closing: ExitStack
+) -> ExpertExecutor:
+    """Everything between the experts at rest and their rows. Closed from the compute back to the files."""
+    backend, config = inspected.backend, inspected.config
+    store = ExpertStore(inspected.checkpoint.shards, inspected.catalog.records)
+    closing.callback(store.close)
+    inspected.checkpoint.check_unchanged()
+    arena = _build_slots(inspected, layers, planner.num_scratch)
+    closing.callback(arena.close)
+    stats = CacheStats.for_layers(len(layers))
+    slot_writer = SlotWriter(store, arena, backend, layers)
+    transfer = TransferEngine(slot_writer, host_slots=planner.num_host_slots, on_stall=stats.stalled)
+    closing.callback(transfer.close)
+    compute = host_compute(layers, arena, inspected.dtype, config.activations == "int8")
+    closing.callback(compute.close)
+    host = None
+    if planner.num_scratch and not backend.unified_memory:
+        exchange = HostExchange(backend)
+        closing.callback(exchange.close)
+        host = HostExperts(compute, exchange, transfer)
+    if config.is_numeric and backend.has_device_kernels:
+        compute = device_compute(layers, arena, compute)
+        closing.callback(compute.close)
+    return ExpertExecutor(planner, transfer, compute, backend, stats, host)
+
+
+def _build_slots(inspected: Inspected, layers: Sequence[ExpertLayer], num_scratch: int) -> SlotArena:
+    """All slots. Scratch slots, where the host computes, are RAM: slots like the others if the device's memory is."""
+    layouts = [layer.layout for layer in layers]
+    slots = slot_layouts(layouts, inspected.plan.slots_per_layer, inspected.config.scope)
+    scratch = [max(layouts, key=lambda layout: layout.nbytes)] * num_scratch
+    if inspected.backend.unified_memory:
+        return SlotArena(inspected.backend.allocate, slots + scratch)
+    return SlotArena(inspected.backend.allocate, slots, in_ram=scratch)

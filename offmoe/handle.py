@@ -13,7 +13,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +85,7 @@ class Offload:
         plan: MemoryPlan,
         executor: ExpertExecutor,
         experts: Sequence[nn.Module],
-        closing: Sequence[Callable[[], None]],
+        closing: ExitStack,
     ):
         self.config = config
         """The options with every "auto" resolved, but for prefetch and on_miss, where "auto" is a policy that goes on
@@ -103,7 +103,9 @@ class Offload:
             self._prediction = _Prediction(model, experts, parts)
             executor.predictor = self._prediction
         # What ends the runtime must not hold the model, or the model would never be collected.
-        self._finalizer = weakref.finalize(model, _close_all, os.getpid(), [executor.end_trace, *closing])
+        kept = closing.pop_all()
+        kept.callback(executor.end_trace)
+        self._finalizer = weakref.finalize(model, _close_all, os.getpid(), kept)
         self._install(model, parts)
 
     @property
@@ -259,18 +261,11 @@ def _parts(model: PreTrainedModel) -> tuple[nn.Module, ...]:
     return model.get_encoder(), model.get_decoder()
 
 
-def _close_all(process: int, closing: Sequence[Callable[[], None]]) -> None:
+def _close_all(process: int, closing: ExitStack) -> None:
     """Close what a process has opened; a fork of it must not write its recording over the whole one."""
     if os.getpid() != process:
         return
     if isinstance(threading.current_thread(), Reader):
         threading.Thread(target=_close_all, args=(process, closing), name="offmoe-closing").start()
         return
-    first: BaseException | None = None
-    for close in closing:
-        try:
-            close()
-        except BaseException as error:  # an interrupt of one must not skip the others
-            first = first or error
-    if first is not None:
-        raise first
+    closing.close()

@@ -12,7 +12,7 @@ import offmoe
 import offmoe.budget.inspect
 from offmoe.errors import CapacityError, ConfigError
 from offmoe.profile import CostModel, Profile
-from offmoe.runtime.host_experts import HostPart
+from offmoe.runtime.host_experts import HostExperts
 from offmoe.simulate.replay import replay
 from offmoe.trace.trace import read_trace
 from offmoe.transfer.staging import staging_plan
@@ -166,7 +166,7 @@ def test_a_failure_while_the_host_computes_leaves_nothing(folder, device, monkey
     )
     with model.offload:
         expected = generate(model)
-        run, calls = HostPart.run, []
+        run, calls = HostExperts.run, []
 
         def fails(*args):
             calls.append(args)
@@ -174,7 +174,7 @@ def test_a_failure_while_the_host_computes_leaves_nothing(folder, device, monkey
                 raise KeyboardInterrupt
             return run(*args)
 
-        monkeypatch.setattr(HostPart, "run", fails)
+        monkeypatch.setattr(HostExperts, "run", fails)
         with pytest.raises(KeyboardInterrupt):
             generate(model)
         assert torch.equal(generate(model), expected)

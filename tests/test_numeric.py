@@ -14,8 +14,9 @@ import torch
 
 import offmoe
 from offmoe.budget.inspect import inspect
-from offmoe.compute.compute import KernelCompute, TorchCompute
+from offmoe.compute.cpu_compute import CpuCompute
 from offmoe.compute.cpu_slot import CpuSlot
+from offmoe.compute.expert_layer import ExpertLayer
 from offmoe.compute.kernels.cpu import GatedExpert, Glu, NativeKernels, Rows, TorchKernels
 from offmoe.compute.kernels.library import KernelStatus, status
 from offmoe.config import OffloadConfig
@@ -301,9 +302,10 @@ def test_closing_waits_for_the_call_under_way() -> None:
 
     slot = Slot(layout, Assembly(), (), Glu(), False)
     kernels = Kernels()
-    compute = KernelCompute(kernels, arena, [slot], TorchCompute(arena, [layout], [None], torch.float32))
+    compute = CpuCompute(kernels, arena)
+    layer = ExpertLayer(0, layout, slot.assembly, lambda weights, x: x, cpu_slot=slot)
     with ThreadPoolExecutor(2) as pool:
-        call = pool.submit(compute.expert, 0, 0, None, torch.ones(1, 1))
+        call = pool.submit(compute.expert, layer, 0, torch.ones(1, 1))
         assert inside.wait(30)
         closing = pool.submit(compute.close)
         assert not kernels.closed
@@ -312,4 +314,4 @@ def test_closing_waits_for_the_call_under_way() -> None:
         closing.result(30)
     assert kernels.closed
     with pytest.raises(OffmoeError, match="was closed"):
-        compute.expert(0, 0, None, torch.ones(1, 1))
+        compute.expert(layer, 0, torch.ones(1, 1))

@@ -20,7 +20,7 @@ from offmoe.compute.gated import (
     BIAS,
     MATRICES,
     GatedForm,
-    Rows,
+    RowRange,
     StoredTensor,
     gated_form,
     parameter_shapes,
@@ -216,11 +216,11 @@ class TilePlacement:
             words[i] = rows_of(tensor.codec, {c: tensors[j] for c, j in tensor.components.items()}, how)
         return words
 
-    def _takes_turns(self, rows: Rows) -> bool:
+    def _takes_turns(self, rows: RowRange) -> bool:
         """Whether gate and up are alternate columns of one bf16 tensor."""
         return rows.step == 2 and rows.tensor in self.form.inputs_first and self.form.tensors[rows.tensor].codec is None
 
-    def _weight(self, tensors: Sequence[torch.Tensor], rows: Rows) -> torch.Tensor:
+    def _weight(self, tensors: Sequence[torch.Tensor], rows: RowRange) -> torch.Tensor:
         return tensors[self.form.tensors[rows.tensor].components["weight"]]
 
 

@@ -43,7 +43,7 @@ class StoredTensor(NamedTuple):
     """Where its values go in the parameters of the experts module."""
 
 
-class Rows(NamedTuple):
+class RowRange(NamedTuple):
     """Rows of one stored tensor that make up a matrix or a bias: `size` rows, every `step`-th from `first` on."""
 
     tensor: int
@@ -60,7 +60,7 @@ class GatedForm:
     """A gated feed-forward network: glu(gate(x), up(x)) through down, out of stored tensors."""
 
     tensors: tuple[StoredTensor, ...]
-    rows: Mapping[str, Rows]
+    rows: Mapping[str, RowRange]
     """Per matrix, and per bias where there are biases, its rows. Row r of a matrix computes output r."""
     inputs_first: frozenset[int]
     """Indices of the tensors that stand [in, out], so that their rows are columns of the tensor."""
@@ -121,7 +121,7 @@ def gated_form(tensors: Sequence[StoredTensor], shapes: Mapping[str, tuple[int, 
     gating = gating_of(math.activate)
     if gating is None:
         raise UnsupportedModelError("kernels do not have the activation")
-    rows: dict[str, Rows] = {}
+    rows: dict[str, RowRange] = {}
     inputs_first = set()
     for i, tensor in enumerate(tensors):
         if len(tensor.shape) == 2 and _stands_inputs_first(tensor.destination, math):
@@ -150,24 +150,24 @@ def _stands_inputs_first(to: Destination, math: GatedFFN) -> bool:
 
 def _rows_in(
     index: int, tensor: StoredTensor, shapes: Mapping[str, tuple[int, ...]], math: GatedFFN, interleaved: bool
-) -> dict[str, Rows]:
+) -> dict[str, RowRange]:
     """The matrices or biases that one tensor holds."""
     param = tensor.destination.param
     start, count = _output_range(tensor, shapes[param], math)
     is_bias = math.biased and param.endswith("_bias")
     name, suffix = (param.removesuffix("_bias"), BIAS) if is_bias else (param, "")
     if name == math.down:
-        return {"down" + suffix: Rows(index, 0, 1, count)}
+        return {"down" + suffix: RowRange(index, 0, 1, count)}
     if name != math.up:
         raise UnsupportedModelError(NOT_THREE)
     both = shapes[math.up][1 if math.transposed else 0]
     half = both // 2
     if count == both and interleaved:
-        return {"gate" + suffix: Rows(index, 0, 2, half), "up" + suffix: Rows(index, 1, 2, half)}
+        return {"gate" + suffix: RowRange(index, 0, 2, half), "up" + suffix: RowRange(index, 1, 2, half)}
     if count == both:
-        return {"gate" + suffix: Rows(index, 0, 1, half), "up" + suffix: Rows(index, half, 1, half)}
+        return {"gate" + suffix: RowRange(index, 0, 1, half), "up" + suffix: RowRange(index, half, 1, half)}
     if count == half and start in (0, half) and not interleaved:
-        return {("up" if start else "gate") + suffix: Rows(index, 0, 1, half)}
+        return {("up" if start else "gate") + suffix: RowRange(index, 0, 1, half)}
     raise UnsupportedModelError(NOT_THREE)
 
 

@@ -1,72 +1,45 @@
-"""Carry out one plan for one layer: the only place where decisions, movement and computing meet.
+"""Carries out one plan for one MoE layer: decisions, movement and computing meet here and nowhere else.
 
-What moves: router ids to the host (the one synchronization a layer pays), the plan's fetches into slots, tokens through
-experts. Bound: per layer, the larger of reading what missed and computing what hit. Must never decide (the planner
-does) and never wait (transfer does).
+One layer runs like this: the router's ids reach the host (the only synchronization of a layer), the planner plans, the
+fetches start, the host's experts and the device's waves are computed, and all rows leave in router order, unweighted,
+to be weighted and reduced once. The planner decides and the transfer engine waits; this module does neither.
 
-If anything fails half-way, residency no longer says what slots hold. Then everything is forgotten: the next step
-starts from an empty cache and is right again."""
+If anything fails half-way, residency no longer says what slots hold. Everything is forgotten then: the next step starts
+from an empty cache and is right again.
+"""
 
 from __future__ import annotations
 
 import logging
-import os
-import threading
-from collections.abc import Sequence
-from types import TracebackType
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from offmoe.compute.compute import ExpertCompute, Work
-from offmoe.compute.kernels import ExpertMath
-from offmoe.compute.kernels.autocast import autocast_enabled, concatenate
+from offmoe.compute.compute import ExpertCompute, LayerInput
+from offmoe.compute.expert_layer import ExpertLayer
 from offmoe.device.backend import Backend
-from offmoe.errors import OffmoeError, TraceError
+from offmoe.errors import TraceError
 from offmoe.policy.planner import Planner, build_planner
-from offmoe.runtime.host_experts import HostPart
+from offmoe.runtime.host_experts import HostExperts
+from offmoe.runtime.one_user import OneUser
+from offmoe.runtime.rows import ExpertOutputs, layer_input
 from offmoe.trace.recorder import TraceWriter
 from offmoe.transfer.engine import TransferEngine
-from offmoe.types import Access, CacheStats, Demand, Plan, count_demands, rank_predictions
+from offmoe.types import Access, CacheStats, Plan, Wave, count_demands, rank_predictions
 
 logger = logging.getLogger(__name__)
 
 
 class Predictor(Protocol):
-    """What may know the experts of a layer before its router ran."""
+    """Predicts the experts of a layer before its router runs."""
 
     def predict(self, layer: int) -> torch.Tensor | None:
-        """Expert ids int64 [tokens, p] that `layer` will probably want in this step; None if unknown."""
-
-
-class OneUser:
-    """Context that lets one thread of one process in, again and again if it likes; OffmoeError for everybody else."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._process = os.getpid()
-
-    def __enter__(self) -> None:
-        if os.getpid() != self._process:  # the readers were not forked along: a fetch would wait for ever
-            raise OffmoeError(
-                f"the model was loaded by process {self._process} and cannot run in a fork of it. Load it in the "
-                "process that uses it, or start that one with 'spawn'."
-            )
-        if not self._lock.acquire(blocking=False):
-            raise OffmoeError(
-                "the model is already generating in another thread. Wait for it, or load a second model: "
-                "one cache serves one user."
-            )
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        self._lock.release()
+        """Expert ids int64 [T, p] that `layer` will probably want in this step; None if unknown."""
 
 
 class ExpertExecutor:
-    """Runs the experts of all layers of one model; one thread at a time."""
+    """Runs the experts of all MoE layers of one model; one thread at a time."""
 
     def __init__(
         self,
@@ -75,58 +48,60 @@ class ExpertExecutor:
         compute: ExpertCompute,
         backend: Backend,
         stats: CacheStats,
-        host: HostPart | None = None,
-    ):
-        """host: where plans may leave experts to it."""
-        self._host = host
+        host: HostExperts | None = None,
+    ) -> None:
+        """host: computes what plans leave to the host; None: they leave nothing to it."""
         self._planner, self._transfer, self._compute, self._backend = planner, transfer, compute, backend
+        self._host = host
         self.shape = planner.shape
         self.stats = stats
+        """Everything counted since the model was loaded."""
         self.user = OneUser()
+        """The thread that runs the model."""
         self.predictor: Predictor | None = None
         self.trace: TraceWriter | None = None
+        """The recording in progress."""
         self._sound = True
-        """Whether slots hold what residency says; false while a layer runs, and after a failure cut short."""
+        """Whether slots hold what residency says. False while a layer runs, and after a failure cut it short."""
 
-    def run(
-        self, layer: int, math: ExpertMath, hidden: torch.Tensor, top_k_index: torch.Tensor, by_choice: bool = False
-    ) -> torch.Tensor:
-        """Experts of one layer: hidden [T, H], top_k_index [T, k] -> rows [T * k, H] in router order, unweighted.
+    def run(self, layer: ExpertLayer, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """The experts of one layer on the tokens routed to them.
 
-        hidden may be [T * k, H], an input for each (token, expert) pair. A row whose id is no expert's is zero.
-        by_choice: an expert sees the tokens that chose it first before those that chose it second, not token by token.
+        Args:
+            hidden: [T, H], or [T * k, H] an input for each (token, expert) pair.
+            ids: int [T, k], as routed. The row of an id that is no expert's is zero.
+        Returns:
+            Rows [T * k, H] in router order, unweighted.
         """
-        with self.user:  # parts of a model can be called without the whole, past the lock around its forward
+        with self.user:  # modules can be called past the model's forward, which takes this lock too
             if not self._sound:
                 self.forget()
             self._sound = False
             try:
-                rows = self._run(layer, math, hidden, top_k_index, by_choice)
+                rows = self._run(layer, hidden, ids)
             except BaseException:
                 self.forget()
                 raise
             self._sound = True
             return rows
 
-    def _run(
-        self, layer: int, math: ExpertMath, hidden: torch.Tensor, top_k_index: torch.Tensor, by_choice: bool
-    ) -> torch.Tensor:
-        ids, predicted = self._routing(layer, top_k_index)
+    def _run(self, layer: ExpertLayer, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        host_ids, predicted = self._route(layer.index, ids)
         if self.trace is not None:
-            self.trace.record(layer, ids, predicted)
-        demands, tail = count_demands(ids, self.shape.experts[layer])
+            self.trace.record(layer.index, host_ids, predicted)
+        demands, tail = count_demands(host_ids, self.shape.experts[layer.index])
         if not demands:
-            return hidden.new_zeros(top_k_index.numel(), hidden.shape[-1])
-        ahead = () if predicted is None else rank_predictions(predicted, self.shape.experts[layer + 1])
-        access = Access(layer, demands, tail, ahead)
-        plan = self._planner.plan(access)
+            return hidden.new_zeros(ids.numel(), hidden.shape[-1])
+        ranked = () if predicted is None else rank_predictions(predicted, self.shape.experts[layer.index + 1])
+        plan = self._planner.plan(Access(layer.index, demands, tail, ranked))
         self.stats.add(plan, self.shape)
-        groups = None if len(hidden) == 1 else _groups(top_k_index, demands, by_choice)
-        work = Work(hidden, groups, top_k_index.numel() // len(hidden))
-        return self._execute(plan, math, work, ids)
+        inputs = layer_input(hidden, ids, demands, layer.order)
+        outputs = ExpertOutputs(inputs, host_ids)
+        self._carry_out(layer, plan, inputs, outputs)
+        return outputs.in_router_order()
 
     def forget(self) -> None:
-        """Start again from an empty cache; a recording ends here, since replay could not follow."""
+        """Start again from an empty cache. A recording ends here, since its replay would not match."""
         self._planner = build_planner(self._planner.options, self.shape)
         self._transfer.forget()
         self._sound = True
@@ -134,93 +109,56 @@ class ExpertExecutor:
             logger.warning("recording of the routing ends here: %s", self.trace.path)
             try:
                 self.end_trace()
-            except TraceError as error:  # what made us forget is the error to show
+            except TraceError as error:  # the failure that led here is the error to show
                 logger.error("%s", error)
 
     def end_trace(self) -> None:
-        """Write the recording, if there is one."""
+        """Finish and write the recording, if there is one."""
         trace, self.trace = self.trace, None
         if trace is not None:
             trace.close()
 
-    def _routing(self, layer: int, top_k_index: torch.Tensor) -> tuple[np.ndarray, np.ndarray | None]:
-        """Ids [T, k] on the host, and those predicted for the next layer if a plan could use them."""
+    def _route(self, layer: int, ids: torch.Tensor) -> tuple[np.ndarray, np.ndarray | None]:
+        """Ids [T, k] on the host, and those predicted for the next layer [T, p] if a plan could use them."""
         if self.predictor is not None and self._planner.wants_prediction(layer + 1):
             predicted = self.predictor.predict(layer + 1)
             if predicted is not None:
-                ids, ahead = self._backend.to_host([top_k_index, predicted])
-                return ids, ahead
-        return self._backend.to_host([top_k_index])[0], None
+                host_ids, host_predicted = self._backend.to_host([ids, predicted])
+                return host_ids, host_predicted
+        return self._backend.to_host([ids])[0], None
 
-    def _execute(self, plan: Plan, math: ExpertMath, work: Work, ids: np.ndarray) -> torch.Tensor:
-        """Rows of every (token, expert) pair."""
-        transfer, hidden, pairs = self._transfer, work.hidden, work.pairs
-        outputs: dict[int, torch.Tensor] = {}
-        rows: torch.Tensor | None = None
+    def _carry_out(self, layer: ExpertLayer, plan: Plan, inputs: LayerInput, outputs: ExpertOutputs) -> None:
+        received = self._start(plan, inputs)
+        is_only = len(plan.waves) == 1
+        for wave in plan.waves:
+            self._compute_wave(layer, wave, inputs, outputs, is_only)
+            if received is not None and self._host is not None:  # while the device computes its first wave
+                for expert, rows in self._host.run(layer, plan.on_host, received, inputs):
+                    outputs.add(expert, rows)
+                received = None
+        if plan.prefetches:
+            self._transfer.prefetch(plan.prefetches)
 
-        def place(expert: int, out: torch.Tensor) -> None:
-            nonlocal rows
-            if pairs is None:
-                outputs[expert] = out
-                return
-            if rows is None:
-                rows = out.new_zeros(ids.size, hidden.shape[-1])
-            rows[pairs[expert]] = out.to(rows.dtype)
-
-        given = None
+    def _start(self, plan: Plan, inputs: LayerInput) -> torch.Tensor | None:
+        """Start every fetch of the plan; gives the rows for the host's experts, in RAM."""
+        transfer, received = self._transfer, None
         if plan.on_host:
             assert self._host is not None
-            given = self._host.given(plan.on_host, work)
-            # What the first wave waits for comes first: readers may soon stand waiting for the host to free scratch.
+            received = self._host.receive(plan.on_host, inputs)
+            # The first wave's experts come first: later, readers may wait for the host to free its scratch slots.
             transfer.demand([slot for _, slot in plan.waves[0].experts])
             transfer.stream(plan.on_host)
         transfer.stream(plan.waves)
         transfer.read_ahead(plan.read_ahead)
-        streaming = len(plan.waves) > 1
-        for wave in plan.waves:
-            made = self._compute.wave(plan.layer, math, wave.experts, work, transfer)
-            for (expert, slot), out in zip(wave.experts, made, strict=True):
-                place(expert, out)
-                if streaming:
-                    transfer.computed((slot,))  # at once: an expert of a later wave may be waiting for this slot
-            if not streaming:
-                transfer.computed([slot for _, slot in wave.experts])
-            if given is not None and self._host is not None:  # while the device computes its first wave
-                for expert, out in self._host.run(plan.layer, math, plan.on_host, given, transfer, work):
-                    place(expert, out)
-                given = None
-        if plan.prefetches:
-            transfer.prefetch(plan.prefetches)
-        if rows is not None:
-            return rows
-        order = ids[0].tolist()
-        if len(outputs) < len(order):
-            nothing = torch.zeros_like(next(iter(outputs.values())))
-            outputs |= {expert: nothing for expert in order if expert not in outputs}
-        rows = concatenate([outputs[expert] for expert in order])
-        # Stock reduces what its experts give under autocast; kernels may give float32, which costs more to reduce.
-        return rows if autocast_enabled(rows) else rows.to(hidden.dtype)
+        return received
 
-
-def _groups(top_k_index: torch.Tensor, demands: Sequence[Demand], by_choice: bool) -> dict[int, torch.Tensor]:
-    """For each demanded expert, the positions of its (token, expert) pairs in the flattened [T * k].
-
-    In the order in which stock computes them: as torch.sort leaves them, or by_choice with all first choices before all
-    second ones.
-    """
-    if by_choice:
-        tokens, k = top_k_index.shape
-        order = torch.argsort(top_k_index.T.reshape(-1), stable=True)  # positions in [k * T]
-        order = order % tokens * k + order // tokens
-    else:
-        # As transformers sorts for grouped_mm, not stable: with several threads torch's products on a CPU differ in the
-        # last bits with a row's place among the others, so an expert must see its tokens in the very same order.
-        order = torch.sort(top_k_index.reshape(-1))[1]
-    start = 0
-    if order.numel() > sum(d.tokens for d in demands):  # ids that are nobody's sort before 0 or behind the last expert
-        start = int((top_k_index < 0).sum())
-    groups = {}
-    for demand in demands:
-        groups[demand.expert] = order[start : start + demand.tokens]
-        start += demand.tokens
-    return groups
+    def _compute_wave(
+        self, layer: ExpertLayer, wave: Wave, inputs: LayerInput, outputs: ExpertOutputs, is_only: bool
+    ) -> None:
+        computed = self._compute.wave(layer, wave.experts, inputs, self._transfer)
+        for (expert, slot), rows in zip(wave.experts, computed, strict=True):
+            outputs.add(expert, rows)
+            if not is_only:
+                self._transfer.computed((slot,))  # at once: an expert of a later wave may be waiting for this slot
+        if is_only:
+            self._transfer.computed([slot for _, slot in wave.experts])

@@ -1,4 +1,4 @@
-"""Computes those experts of a layer that plans leave to the host, beside a device with memory of its own."""
+"""The host computes the experts that a plan leaves to it, while a device with memory of its own computes the others."""
 
 from __future__ import annotations
 
@@ -6,49 +6,49 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from offmoe.compute.compute import ExpertCompute, Work
-from offmoe.compute.kernels import ExpertMath
+from offmoe.compute.compute import ExpertCompute, LayerInput
+from offmoe.compute.expert_layer import ExpertLayer
 from offmoe.compute.kernels.autocast import concatenate
 from offmoe.transfer.engine import TransferEngine
 from offmoe.transfer.host_exchange import HostExchange
 from offmoe.types import Wave
 
 
-class HostPart:
-    """Computes those experts of a layer that plans leave to the host."""
+class HostExperts:
+    """Computes experts from scratch slots in RAM; their rows cross the link, not their weights."""
 
-    def __init__(self, compute: ExpertCompute, exchange: HostExchange):
-        """compute: for scratch slots in RAM."""
-        self._compute, self._exchange = compute, exchange
+    def __init__(self, compute: ExpertCompute, exchange: HostExchange, transfer: TransferEngine) -> None:
+        """compute: for scratch slots in RAM. exchange: carries rows to the host and back. transfer: fills the slots."""
+        self._compute, self._exchange, self._transfer = compute, exchange, transfer
 
-    def given(self, waves: Sequence[Wave], work: Work) -> torch.Tensor:
-        """The rows [n, H] that the experts of `waves` get, in RAM; expert by expert unless there is one token only.
+    def receive(self, waves: Sequence[Wave], inputs: LayerInput) -> torch.Tensor:
+        """The input rows [n, H] of the experts of `waves`, in RAM, expert by expert; one row if there is one token.
 
-        To be called before the device has work: it would answer after that.
+        To be called before the device gets work: the rows would arrive after it.
         """
-        if work.pairs is None:
-            return self._exchange.to_host(work.hidden)
+        if inputs.pairs is None:
+            return self._exchange.to_host(inputs.hidden)
         return self._exchange.to_host(
-            concatenate([work.inputs(expert) for wave in waves for expert, _ in wave.experts])
+            concatenate([inputs.rows(expert) for wave in waves for expert, _ in wave.experts])
         )
 
     def run(
-        self,
-        layer: int,
-        math: ExpertMath,
-        waves: Sequence[Wave],
-        given: torch.Tensor,
-        transfer: TransferEngine,
-        work: Work,
+        self, layer: ExpertLayer, waves: Sequence[Wave], received: torch.Tensor, inputs: LayerInput
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """(expert, its rows [n, H] on the device). given: of `given`."""
+        """Compute the experts of `waves`.
+
+        Args:
+            received: the rows that `receive` gave for these waves.
+        Returns:
+            Per expert, its id and its rows [n, H] on the device.
+        """
         experts = [pair for wave in waves for pair in wave.experts]
-        sizes = [1 if work.pairs is None else len(work.pairs[expert]) for expert, _ in experts]
-        results = self._exchange.results(given.new_empty(sum(sizes), given.shape[1]))
-        inputs = [given] * len(experts) if work.pairs is None else given.split(sizes)
-        for (_, slot), x, rows in zip(experts, inputs, results.split(sizes), strict=True):
-            transfer.ready(slot)
-            rows.copy_(self._compute.expert(layer, slot, math, x))
-            transfer.computed((slot,))
-        back = self._exchange.to_device(results)
-        return zip([expert for expert, _ in experts], back.split(sizes), strict=True)
+        sizes = [inputs.num_rows(expert) for expert, _ in experts]
+        results = self._exchange.results(received.new_empty(sum(sizes), received.shape[1]))
+        per_expert = [received] * len(experts) if inputs.pairs is None else received.split(sizes)
+        for (_, slot), x, rows in zip(experts, per_expert, results.split(sizes), strict=True):
+            self._transfer.ready(slot)
+            rows.copy_(self._compute.expert(layer, slot, x))
+            self._transfer.computed((slot,))
+        on_device = self._exchange.to_device(results)
+        return zip([expert for expert, _ in experts], on_device.split(sizes), strict=True)

@@ -6,19 +6,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from offmoe.compute.compute import DeviceCompute, TorchCompute, Work
+from offmoe.compute.compute import LayerInput
+from offmoe.compute.expert_layer import ExpertLayer
+from offmoe.compute.gpu_compute import GpuCompute
 from offmoe.compute.kernels import GatedFFN, torch_ffn
 from offmoe.compute.kernels.autocast import concatenate
 from offmoe.compute.kernels.device import DeviceKernels
+from offmoe.compute.torch_compute import TorchCompute
 from offmoe.device.arena import SlotArena
 from offmoe.device.backend import CpuBackend
-from offmoe.storage.layout import ExpertLayout
+from offmoe.storage.layout import Assembly, ExpertLayout
 
 LAYOUT = ExpertLayout.of({"w": (torch.float32, (1,))})
 
 
 def scaled(weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     return x * weights["w"]
+
+
+SCALED = ExpertLayer(0, LAYOUT, Assembly(), scaled)
 
 
 class Filling:
@@ -33,17 +39,17 @@ class Filling:
 
 def test_an_expert_is_read_once_its_slot_is_ready() -> None:
     arena = SlotArena(CpuBackend().allocate, [LAYOUT] * 3)
-    compute = TorchCompute(arena, [LAYOUT], [None], torch.float32)
+    compute = TorchCompute(arena, torch.float32)
 
     def ready(slot: int) -> None:
         arena.views(slot, LAYOUT)["w"].fill_(slot + 1.0)
 
     hidden = torch.tensor([[1.0], [10.0], [100.0]])
     pairs = {4: torch.tensor([0, 5]), 2: torch.tensor([3])}  # of [3 * 2]
-    made = list(compute.wave(0, scaled, [(4, 2), (2, 0)], Work(hidden, pairs, 2), Filling(ready)))
+    made = list(compute.wave(SCALED, [(4, 2), (2, 0)], LayerInput(hidden, pairs, 2), Filling(ready)))
     assert made[0].tolist() == [[3.0], [300.0]]
     assert made[1].tolist() == [[10.0]]
-    alone = list(compute.wave(0, scaled, [(4, 1)], Work(hidden[:1], None, 2), Filling(ready)))
+    alone = list(compute.wave(SCALED, [(4, 1)], LayerInput(hidden[:1], None, 2), Filling(ready)))
     assert alone[0].tolist() == [[2.0]]
 
 
@@ -74,8 +80,9 @@ def test_an_expert_is_computed_with_as_it_arrives(monkeypatch, dtype, biased, th
     )
     layout = ExpertLayout.of({name: (dtype, shape) for name, shape in shapes.items()})
     arena = SlotArena(CpuBackend().allocate, [layout])
-    compute, views = TorchCompute(arena, [layout], [None], torch.float32), arena.views(0, layout)
+    compute, views = TorchCompute(arena, torch.float32), arena.views(0, layout)
     math = GatedFFN("up", lambda h: F.silu(h[:, :INNER]) * h[:, INNER:], biased, down="down")
+    layer = ExpertLayer(0, layout, Assembly(), math)
     used = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -85,7 +92,7 @@ def test_an_expert_is_computed_with_as_it_arrives(monkeypatch, dtype, biased, th
             x = torch.randn(1, WIDE).to(dtype)
             coming = Trickling(views, weights)
             done: list[int] = []
-            (rows,) = compute.wave(0, math, [(5, 0)], Work(x, None, 2), Filling(done.append, {0: coming}))
+            (rows,) = compute.wave(layer, [(5, 0)], LayerInput(x, None, 2), Filling(done.append, {0: coming}))
             assert torch.equal(rows, math(weights, x))
             assert done, "it is asked at the end whether something went wrong"
             blocks = [-(-size // 64) for size in (2 * INNER, WIDE)]
@@ -104,9 +111,9 @@ class Off(GatedFFN):
 def test_what_does_not_have_the_same_bits_by_blocks_is_computed_whole() -> None:
     layout = ExpertLayout.of({"up": (torch.float32, (INNER, WIDE)), "down": (torch.float32, (WIDE, INNER))})
     arena = SlotArena(CpuBackend().allocate, [layout])
-    compute, views = TorchCompute(arena, [layout], [None], torch.float32), arena.views(0, layout)
+    compute, views = TorchCompute(arena, torch.float32), arena.views(0, layout)
     weights = {name: torch.randn(view.shape) for name, view in views.items()}
-    math, x = Off("up", F.relu, down="down"), torch.randn(1, WIDE)
+    layer, x = ExpertLayer(0, layout, Assembly(), Off("up", F.relu, down="down")), torch.randn(1, WIDE)
 
     def fill(slot: int) -> None:
         for name, view in views.items():
@@ -114,7 +121,7 @@ def test_what_does_not_have_the_same_bits_by_blocks_is_computed_whole() -> None:
 
     for turn in range(2):
         coming = Trickling(views, weights)
-        (rows,) = compute.wave(0, math, [(5, 0)], Work(x, None, 2), Filling(fill, {0: coming}))
+        (rows,) = compute.wave(layer, [(5, 0)], LayerInput(x, None, 2), Filling(fill, {0: coming}))
         assert torch.equal(rows, F.relu(x @ weights["up"].T) @ weights["down"].T)
         assert bool(coming.waited) is (turn == 0)
 
@@ -122,11 +129,11 @@ def test_what_does_not_have_the_same_bits_by_blocks_is_computed_whole() -> None:
 def test_a_wave_without_experts_gives_no_rows() -> None:
     """A layer without a hit begins with one, where the host computes what missed: also of a GPU's kernels."""
     arena = SlotArena(CpuBackend().allocate, [LAYOUT])
-    by_torch = TorchCompute(arena, [LAYOUT], [None], torch.float32)
+    by_torch = TorchCompute(arena, torch.float32)
     kernels = DeviceKernels.__new__(DeviceKernels)  # which launch nothing here
-    for compute in (by_torch, DeviceCompute([kernels], by_torch)):
+    for compute in (by_torch, GpuCompute({0: kernels})):
         for pairs in (None, {}):
-            assert not list(compute.wave(0, scaled, [], Work(torch.ones(1, 1), pairs, 1), Filling(print)))
+            assert not list(compute.wave(SCALED, [], LayerInput(torch.ones(1, 1), pairs, 1), Filling(print)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

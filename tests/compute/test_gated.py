@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from offmoe.compute.gated import Rows, StoredTensor, gated_form, stored_tensors
+from offmoe.compute.gated import RowRange, StoredTensor, gated_form, stored_tensors
 from offmoe.compute.kernels import GatedFFN
 from offmoe.errors import UnsupportedModelError
 from offmoe.quant.decode import ExpertDecoding, Leaf
@@ -38,7 +38,11 @@ DOWN = stored(SHAPES["down"], Destination("down", 0, 0))
 
 def test_halves_of_one_parameter() -> None:
     form = gated_form(whole(SHAPES), SHAPES, GatedFFN("up", halves, down="down"))
-    assert form.rows == {"gate": Rows(0, 0, 1, INNER), "up": Rows(0, INNER, 1, INNER), "down": Rows(1, 0, 1, HIDDEN)}
+    assert form.rows == {
+        "gate": RowRange(0, 0, 1, INNER),
+        "up": RowRange(0, INNER, 1, INNER),
+        "down": RowRange(1, 0, 1, HIDDEN),
+    }
     assert (form.shape("gate"), form.shape("down")) == ((INNER, HIDDEN), (HIDDEN, INNER))
     assert (form.glu.kind, form.inputs_first, form.interleaved) == ("silu", frozenset(), False)
 
@@ -49,7 +53,7 @@ def test_turns_in_transposed_parameters_with_biases() -> None:
     form = gated_form(whole(shapes), shapes, math)
     assert (form.interleaved, form.biased, form.transposed) == (True, True, True)
     assert form.inputs_first == {0, 1}
-    assert form.rows["gate.bias"] == Rows(2, 0, 2, INNER)
+    assert form.rows["gate.bias"] == RowRange(2, 0, 2, INNER)
 
 
 def test_gate_and_up_are_two_tensors() -> None:

@@ -21,35 +21,34 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from offmoe.compute.kernels import ExpertMath, GatedFFN, combine
+from offmoe.compute.expert_layer import TokenOrder
+from offmoe.compute.kernels import ExpertMath, GatedFFN
 from offmoe.hf.adapters import reroute
 from offmoe.hf.adapters.reroute import Choose
-
-HANDLE = "_offmoe"
-"""Attribute of a registry module: the function (hidden, ids, weights) -> hidden that computes its experts."""
-
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 """An elementwise activation function."""
 
 
-class Rows(Protocol):
-    """Computes the experts of one MoE layer for an adapter's forward."""
+class Experts(Protocol):
+    """The experts of one MoE layer, as a module's forward calls them."""
 
     def routed(self, ids: torch.Tensor) -> torch.Tensor:
         """The expert ids [T, k] to compute with: the router's own, or those of a recorded routing in their place."""
 
-    def __call__(self, math: ExpertMath, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def __call__(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Run every token through its experts.
 
         Args:
-            math: what one expert computes.
             hidden: [T, H], or [T * k, H] if each (token, expert) pair has an input of its own.
             ids: expert ids [T, k].
 
         Returns:
             [T * k, H], not weighted, in the order of `ids`. A row whose id belongs to no expert is zero.
         """
+
+    def with_math(self, math: ExpertMath) -> Experts:
+        """The same experts computing `math`, for an architecture whose math depends on the step."""
 
 
 class Place(NamedTuple):
@@ -80,10 +79,8 @@ def ids_as_they_are(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
 class ExpertsAdapter(ABC):
     """One kind of experts module. Every method except `claims` must be called with a module that the adapter claims."""
 
-    by_choice = False
-    """Whether its experts see all tokens' first choices before their second ones. The order decides the last bits on a
-    CPU: the end of a tensor goes through other code than the vectorized rest.
-    """
+    order = TokenOrder.SORTED_IDS
+    """The order in which the experts see their tokens."""
 
     @abstractmethod
     def claims(self, module: nn.Module) -> bool:
@@ -136,13 +133,13 @@ class ExpertsAdapter(ABC):
         """The function that one expert computes. Also works after `strip`."""
 
     @abstractmethod
-    def connect(self, module: nn.Module, rows: Rows) -> None:
-        """Make this one module compute its experts through `rows` from now on."""
+    def connect(self, module: nn.Module, experts: Experts) -> None:
+        """Make this one module compute through `experts` from now on."""
 
     def reroute(self, module: nn.Module, choose: Choose) -> RemovableHandle:
         """Make a module of stock transformers compute with the ids that `choose` returns, until the handle is removed.
 
-        Its output is then that of the same module connected to rows whose `routed` is `choose`.
+        Its output is then that of the same module connected to experts whose `routed` is `choose`.
         """
         return reroute.ids_argument(module, choose)
 
@@ -178,13 +175,8 @@ class RegistryExperts(ExpertsAdapter):
             normalize=module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,  # type: ignore[arg-type]
         )
 
-    def connect(self, module: nn.Module, rows: Rows) -> None:
-        math = self.math(module)
-
-        def forward(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-            return combine(rows(math, hidden, rows.routed(ids)), weights, hidden.dtype)
-
-        setattr(module, HANDLE, forward)
+    def connect(self, module: nn.Module, experts: Experts) -> None:
+        """Nothing to do: transformers calls the function that hf/load/attach.py registers."""
 
     def _up(self, module: nn.Module) -> str:
         return "gate_up_proj" if module.has_gate else "up_proj"
@@ -199,11 +191,11 @@ class FamilyExperts(ExpertsAdapter):
 
     A subclass claims the module whose forward it replaces: the experts module where that gets ids and weights, the
     block around it where the block computes the ids. Routers, shared experts and biases go on computing; only the loop
-    over experts becomes a call of `rows`. All but one of these architectures add up a token's experts one after the
+    over experts becomes a call of `experts`. All but one of these architectures add up a token's experts one after the
     other, in ascending order and in the hidden dtype, and so does `accumulate`.
     """
 
-    by_choice = True  # these architectures look for an expert's tokens in a mask [k, T]: first choices come first
+    order = TokenOrder.CHOICES_FIRST  # they look for an expert's tokens in a mask [k, T]: first choices come first
     family: str
     """The package under transformers.models."""
     name: str
@@ -221,9 +213,9 @@ class FamilyExperts(ExpertsAdapter):
     def places(self, module: nn.Module) -> dict[str, Place]:
         return {name: Place(name) for name in self.params}
 
-    def connect(self, module: nn.Module, rows: Rows) -> None:
-        module.forward = self.forward(module, rows)
+    def connect(self, module: nn.Module, experts: Experts) -> None:
+        module.forward = self.forward(module, experts)
 
     @abstractmethod
-    def forward(self, module: Any, rows: Rows) -> Callable[..., Any]:
-        """A forward for the module that computes its experts through `rows`."""
+    def forward(self, module: Any, experts: Experts) -> Callable[..., Any]:
+        """A forward for the module that computes its experts through `experts`."""

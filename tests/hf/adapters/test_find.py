@@ -12,6 +12,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 import offmoe
 from offmoe.budget.needs import kv_bytes_per_token, num_layers
+from offmoe.compute.expert_layer import ExpertLayer
 from offmoe.errors import CapacityError, MissingTensorError
 from offmoe.hf.adapters.families.stacked import ScaledInputFFN
 from offmoe.hf.adapters.find import adapter_of, find_experts
@@ -136,9 +137,9 @@ def test_own_residual_gives_the_ids_that_experts_get(tmp_path: Path, family: str
     executor = model.offload._executor
     run = executor.run
 
-    def watched(layer: int, math: object, hidden: Tensor, ids: Tensor, *rest: object) -> Tensor:
-        got[layer] = ids
-        return run(layer, math, hidden, ids, *rest)
+    def watched(layer: ExpertLayer, hidden: Tensor, ids: Tensor) -> Tensor:
+        got[layer.index] = ids
+        return run(layer, hidden, ids)
 
     executor.run = watched
     residuals: dict[int, Tensor] = {}

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from offmoe.compute.kernels import ExpertMath, accumulate
 from offmoe.hf.adapters import reroute
-from offmoe.hf.adapters.base import Activation, FamilyExperts, Place, Routing, Rows
+from offmoe.hf.adapters.base import Activation, Experts, FamilyExperts, Place, Routing
 from offmoe.hf.adapters.reroute import Choose
 
 
@@ -69,13 +69,13 @@ class SwitchTransformers(_Separate):
     def routing(self, module: Any) -> Routing:
         return Routing(module.router, lambda outputs: reroute.ids_of_one_hot(outputs[0].flatten(0, -2)))
 
-    def forward(self, module: Any, rows: Rows) -> Callable[..., Any]:
-        math, ids_of = self.math(module), self.routing(module).ids
+    def forward(self, module: Any, experts: Experts) -> Callable[..., Any]:
+        ids_of = self.routing(module).ids
 
         def forward(hidden_states: Tensor) -> Tensor:
             routing = module.router(hidden_states)  # one-hot [B, S, E], probability [B, S, 1], logits
-            ids = rows.routed(ids_of(routing))  # [T, 1]
-            outputs = rows(math, hidden_states.reshape(len(ids), -1), ids)  # [T, H]
+            ids = experts.routed(ids_of(routing))  # [T, 1]
+            outputs = experts(hidden_states.reshape(len(ids), -1), ids)  # [T, H]
             out = accumulate(outputs * routing[1].reshape(-1, 1), ids, hidden_states.dtype)
             return out.view(hidden_states.shape)
 
@@ -105,16 +105,15 @@ class NllbMoe(_Separate):
     def routing(self, module: nn.Module) -> None:
         return None
 
-    def forward(self, module: Any, rows: Rows) -> Callable[..., Any]:
-        math = self.math(module)
+    def forward(self, module: Any, experts: Experts) -> Callable[..., Any]:
         kept = 1 - module.experts.moe_token_dropout
 
         def forward(hidden_states: Tensor, padding_mask: Tensor | None = None) -> Tensor:
             hidden = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, H]
             mask, probs, _ = module.router(hidden, padding_mask)  # [T, E] twice; at most two entries of a row are not 0
             routed, weights = reroute.ids_of_mask(mask, probs)
-            ids = rows.routed(routed)
-            weighted = rows(math, hidden, ids) * weights.reshape(-1, 1)
+            ids = experts.routed(routed)
+            weighted = experts(hidden, ids) * weights.reshape(-1, 1)
             if kept < 1:
                 weighted = weighted * kept
             return accumulate(weighted, ids, hidden.dtype).view(hidden_states.shape)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from offmoe.compute.expert_layer import TokenOrder
 from offmoe.compute.kernels import ExpertMath, GatedFFN, accumulate
 from offmoe.hf.adapters import reroute
-from offmoe.hf.adapters.base import Activation, FamilyExperts, Place, Routing, Rows
+from offmoe.hf.adapters.base import Activation, Experts, FamilyExperts, Place, Routing
 from offmoe.hf.adapters.reroute import Choose
 
 
@@ -42,7 +43,7 @@ class Llama4(FamilyExperts):
     def math(self, module: Any) -> ExpertMath:
         return ScaledInputFFN(module.experts.act_fn)
 
-    def forward(self, module: Any, rows: Rows) -> Callable[..., Any]:
+    def forward(self, module: Any, experts: Experts) -> Callable[..., Any]:
         ids_of = self.routing(module).ids
 
         def forward(hidden_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,7 +52,7 @@ class Llama4(FamilyExperts):
             ids = ids_of((scores, logits))  # [T, k]
             scaled = hidden.unsqueeze(1) * scores.gather(1, ids).unsqueeze(2)  # [T, k, H]
             math = ScaledInputFFN(module.experts.act_fn, tokens=len(hidden))
-            outputs = rows(math, scaled.flatten(0, 1), rows.routed(ids))
+            outputs = experts.with_math(math)(scaled.flatten(0, 1), experts.routed(ids))
             out = module.shared_expert(hidden)
             out.add_(outputs.view(scaled.shape).sum(dim=1))
             return out, logits
@@ -119,13 +120,11 @@ class Dbrx(FamilyExperts):
 
         return math
 
-    def forward(self, module: Any, rows: Rows) -> Callable[..., Any]:
-        math = self.math(module)
-
+    def forward(self, module: Any, experts: Experts) -> Callable[..., Any]:
         def forward(hidden_states: Tensor) -> Tensor:
             weights, routed = module.route_tokens_to_experts(module.router(hidden_states))  # [T, k] each
-            ids = rows.routed(routed)
-            outputs = rows(math, hidden_states.reshape(-1, hidden_states.shape[-1]), ids)
+            ids = experts.routed(routed)
+            outputs = experts(hidden_states.reshape(-1, hidden_states.shape[-1]), ids)
             return accumulate(outputs * weights.reshape(-1, 1), ids, hidden_states.dtype).view(hidden_states.shape)
 
         return forward
@@ -141,7 +140,7 @@ class JetMoe(FamilyExperts):
     queries of every layer and are a small part of the model.
     """
 
-    by_choice = False
+    order = TokenOrder.SORTED_IDS
     family, name = "jetmoe", "JetMoeMoE"
     params = ("input_linear.weight", "output_linear.weight")
 
@@ -166,16 +165,14 @@ class JetMoe(FamilyExperts):
         up, down = self.params
         return GatedFFN(up=up, activate=activate, down=down, autocasts=True)
 
-    def forward(self, module: Any, rows: Rows) -> Callable[..., Any]:
-        math = self.math(module)
-
+    def forward(self, module: Any, experts: Experts) -> Callable[..., Any]:
         def forward(layer_input: Tensor) -> Tensor:
             hidden = layer_input.reshape(-1, layer_input.shape[-1])  # [T, H]
             logits = module.router(hidden)[-1]  # [T, E] float32
             chosen, routed = logits.topk(module.router.top_k, dim=1)  # [T, k]; the router itself gives them sorted
             weights = torch.softmax(chosen, dim=1).type_as(hidden)
-            ids = rows.routed(routed)
-            outputs = rows(math, hidden, ids)
+            ids = experts.routed(routed)
+            outputs = experts(hidden, ids)
             out = accumulate(outputs * weights.reshape(-1, 1), ids, hidden.dtype).view(layer_input.shape)
             return torch.add(out, module.bias)
 
@@ -209,12 +206,10 @@ class LongcatFlash(FamilyExperts):
 
         return GatedFFN(up="gate_up_proj", activate=activate, autocasts=True)
 
-    def forward(self, module: Any, rows: Rows) -> Callable[..., Any]:
-        math = self.math(module)
-
+    def forward(self, module: Any, experts: Experts) -> Callable[..., Any]:
         def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-            ids = rows.routed(top_k_index)
-            outputs = rows(math, hidden_states, ids)  # [T * k, H]
+            ids = experts.routed(top_k_index)
+            outputs = experts(hidden_states, ids)  # [T * k, H]
             identity = (ids >= module.num_routed_experts).view(-1, 1)
             weights = top_k_weights.reshape(-1, 1)
             same = hidden_states.repeat_interleave(ids.shape[1], dim=0)
@@ -240,12 +235,10 @@ class Step3p7(FamilyExperts):
     def math(self, module: Any) -> ExpertMath:
         return GatedFFN(up="gate_up_proj", activate=module._apply_gate, autocasts=True)
 
-    def forward(self, module: Any, rows: Rows) -> Callable[..., Any]:
-        math = self.math(module)
-
+    def forward(self, module: Any, experts: Experts) -> Callable[..., Any]:
         def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-            ids = rows.routed(top_k_index)
-            outputs = rows(math, hidden_states, ids)  # [T * k, H]
+            ids = experts.routed(top_k_index)
+            outputs = experts(hidden_states, ids)  # [T * k, H]
             return accumulate(outputs * top_k_weights.reshape(-1, 1), ids, hidden_states.dtype)
 
         return forward

@@ -1,0 +1,61 @@
+"""Experts computed by the C kernels, from slots that were made for them (`CpuSlot`).
+
+Moves: nothing. The kernels read weights where they stand.
+Bound: the host's memory bandwidth for few tokens, arithmetic for many.
+Must never: call a kernel after its threads were ended.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from offmoe.compute.compute import ExpertCompute, LayerInput, Slots
+from offmoe.compute.expert_layer import ExpertLayer
+from offmoe.compute.kernels.cpu import CpuKernels, Rows
+from offmoe.device.arena import SlotArena
+from offmoe.errors import OffmoeError
+
+
+class CpuCompute(ExpertCompute):
+    """The C kernels, for layers with a `cpu_slot`.
+
+    Slots never move, so the pointers into a slot are prepared once and serve whichever expert stands there.
+    """
+
+    def __init__(self, kernels: CpuKernels, arena: SlotArena) -> None:
+        """kernels: closed with this."""
+        self._kernels, self._arena = kernels, arena
+        self._prepared: dict[tuple[int, int], Rows] = {}
+        """By id of the CpuSlot and slot number. Layers share equal CpuSlots: a pool of all layers would otherwise hold
+        one entry per layer and slot."""
+        self._calling = threading.Lock()
+        self._closed = False
+
+    def expert(self, layer: ExpertLayer, slot: int, x: torch.Tensor) -> torch.Tensor:
+        form = layer.cpu_slot
+        assert form is not None
+        with self._calling:  # `close` may be called by another thread
+            if self._closed:
+                raise OffmoeError("the model was closed; load it again with from_pretrained.")
+            run = self._prepared.get((id(form), slot))
+            if run is None:
+                weights = form.expert(self._arena.views(slot, form.layout))
+                run = self._prepared[id(form), slot] = self._kernels.expert(weights, form.glu)
+            return run(x)
+
+    def wave(
+        self, layer: ExpertLayer, experts: Sequence[tuple[int, int]], inputs: LayerInput, slots: Slots
+    ) -> Iterator[torch.Tensor]:
+        # Converted once, not by every expert: converting one row takes a tenth of the time of a small expert.
+        dtype, inputs = inputs.hidden.dtype, inputs._replace(hidden=inputs.hidden.float())
+        for rows in super().wave(layer, experts, inputs, slots):
+            yield rows if inputs.pairs is None else rows.to(dtype)
+
+    def close(self) -> None:
+        with self._calling:
+            self._closed = True
+            self._prepared.clear()
+            self._kernels.close()

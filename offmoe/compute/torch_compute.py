@@ -1,0 +1,62 @@
+"""Experts computed by torch's operators, in the order of stock transformers: the bitwise compute.
+
+Moves: quantized weights are decoded into new memory at every call.
+Bound: the device's memory bandwidth for few tokens, arithmetic for many.
+Must never: give an expert that is still arriving other bits than a complete one.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from offmoe.compute.compute import ExpertCompute, Slots
+from offmoe.compute.expert_layer import ExpertLayer
+from offmoe.compute.kernels import GatedFFN, expert_ffn
+from offmoe.compute.kernels.autocast import autocast_enabled
+from offmoe.device.arena import SlotArena
+
+
+class TorchCompute(ExpertCompute):
+    """torch's operators on decoded weights."""
+
+    def __init__(self, arena: SlotArena, dtype: torch.dtype) -> None:
+        """dtype: the model's. Weights keep it under torch.autocast, where inputs may have another one."""
+        self._arena, self._dtype = arena, dtype
+        self._same_by_blocks: dict[tuple[object, ...], bool] = {}
+        """Per shapes, dtype and number of threads: whether blocks of rows gave the bits of the whole product."""
+
+    def expert(self, layer: ExpertLayer, slot: int, x: torch.Tensor) -> torch.Tensor:
+        weights = self._arena.views(slot, layer.layout)
+        dtype = self._dtype if autocast_enabled(x) else x.dtype
+        return expert_ffn(layer.math, weights if layer.decode is None else layer.decode(weights, dtype), x, dtype)
+
+    def _when_ready(self, layer: ExpertLayer, slot: int, x: torch.Tensor, slots: Slots) -> torch.Tensor:
+        """As `expert`. For a single token, block by block while the expert arrives, if that gives the same bits.
+
+        The first expert of a kind is computed both ways, and its bits decide for all later ones.
+        """
+        math, arriving = layer.math, slots.arriving(slot) if _divides(layer, x) else None
+        if arriving is None:
+            return super()._when_ready(layer, slot, x, slots)
+        assert isinstance(math, GatedFFN)
+        weights = self._arena.views(slot, layer.layout)
+        kind = (weights[math.up].shape, weights[math.down].shape, x.dtype, torch.get_num_threads())
+        if not self._same_by_blocks.get(kind, True) or any(w.dtype != x.dtype for w in weights.values()):
+            return super()._when_ready(layer, slot, x, slots)
+        rows = math.as_it_arrives(weights, x, arriving.wait)
+        slots.ready(slot)  # raises if the fetch failed: the rows are wrong then
+        if kind in self._same_by_blocks:
+            return rows
+        whole = math(weights, x)
+        self._same_by_blocks[kind] = torch.equal(rows, whole)
+        return whole
+
+    def close(self) -> None:
+        """Nothing to end: torch's threads are the process's."""
+
+
+def _divides(layer: ExpertLayer, x: torch.Tensor) -> bool:
+    """Whether an expert's products can be computed by blocks of rows."""
+    math = layer.math
+    is_plain = isinstance(math, GatedFFN) and not math.transposed and layer.decode is None
+    return is_plain and len(x) == 1 and not autocast_enabled(x)
