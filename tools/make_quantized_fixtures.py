@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Golden fixtures of quantized matrices, packed and unpacked by each format's own package (tests/data/quantized).
+"""Write the golden fixtures in tests/data/quantized: matrices that each format's own package quantized and decoded.
 
-One argument, the package to use; it must be importable, offmoe's own decoders are not involved:
+offmoe's decoders are not involved. The one argument names the package, which must be importable:
 
     compressed-tensors       pip install --no-deps compressed-tensors==0.20.0 loguru
-    compressed-tensors-old   pip install --no-deps compressed-tensors==0.10.2 (the last ones with g_idx)
-    gptqmodel, awq           sources of gptqmodel==7.7.0 and autoawq==0.2.9 on PYTHONPATH, with what they import
+    compressed-tensors-old   pip install --no-deps compressed-tensors==0.10.2 (the last version that writes g_idx)
+    gptqmodel, awq           sources of gptqmodel==7.7.0 and autoawq==0.2.9 on PYTHONPATH, with their dependencies
     bitsandbytes             pip install --no-deps bitsandbytes==0.50.2
 
-A file holds `CASE/raw/COMPONENT` as in a checkpoint and `CASE/dense` as the package decodes it; its metadata say the
-version and the parameters of each case.
+A file holds `CASE/raw/COMPONENT` as in a checkpoint, and `CASE/dense` as the package decodes it. Its metadata names the
+package's version and the parameters of each case.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def weights(rows: int, cols: int, seed: int) -> torch.Tensor:
 
 
 def scales_and_zeros(weight: torch.Tensor, bits: int, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """weight [out, groups, n] -> scale and zero [out, groups]; codes from 0."""
+    """Scale and zero point of every group, for codes from 0: weight [out, groups, n] -> [out, groups] each."""
     low, high = weight.amin(-1), weight.amax(-1)
     if symmetric:
         scale = weight.abs().amax(-1) / (2 ** (bits - 1) - 1)
@@ -46,7 +46,7 @@ def compressed_tensors() -> dict[str, Case]:
     from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-    made = {}
+    cases = {}
     for bits, group, symmetric, dtype in (
         (4, 16, True, torch.bfloat16),
         (4, 16, False, torch.float16),
@@ -66,8 +66,8 @@ def compressed_tensors() -> dict[str, Case]:
         raw = PackedQuantizationCompressor.compress(state, scheme)
         dense = PackedQuantizationCompressor.decompress(raw, scheme)["weight"]
         name = f"int{bits}_{strategy}_{'symmetric' if symmetric else 'asymmetric'}_{str(dtype).rpartition('.')[2]}"
-        made[name] = {"bits": bits, "group": group, "symmetric": symmetric, "ordered": False}, raw, dense
-    return made
+        cases[name] = {"bits": bits, "group": group, "symmetric": symmetric, "ordered": False}, raw, dense
+    return cases
 
 
 def compressed_tensors_old() -> dict[str, Case]:
@@ -91,7 +91,7 @@ def compressed_tensors_old() -> dict[str, Case]:
 def gptqmodel() -> dict[str, Case]:
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 
-    made = {}
+    cases = {}
     for bits, ordered, symmetric, dtype in (
         (4, False, True, torch.float16),
         (4, True, False, torch.float16),
@@ -106,7 +106,7 @@ def gptqmodel() -> dict[str, Case]:
         grouped = torch.stack([weight[:, index == i] for i in range(cols // group)], dim=1)
         scale, zero = scales_and_zeros(grouped, bits, symmetric)
         if not symmetric:
-            zero[3, 0] = 0  # stored as 15 or 255 in format v1, and borrowed from its neighbor
+            zero[3, 0] = 0  # format v1 stores it as 15 or 255, borrowing from the neighboring code
         linear = torch.nn.Linear(cols, out, bias=False)
         linear.weight.data = weight
         module = TorchLinear(bits, group, sym=symmetric, desc_act=ordered, in_features=cols, out_features=out)
@@ -118,17 +118,16 @@ def gptqmodel() -> dict[str, Case]:
         name = f"int{bits}{'_desc_act' if ordered else ''}_{'symmetric' if symmetric else 'asymmetric'}"
         parameters = {"bits": bits, "group": group, "ordered": True}
         if not symmetric:
-            made[f"{name}_v2"] = {**parameters, "minus_one": False}, raw, dense
+            cases[f"{name}_v2"] = {**parameters, "minus_one": False}, raw, dense
         older = raw["qzeros"] - (0x11111111 if bits == 4 else 0x01010101)  # convert_gptq_v2_to_v1_format_module
-        made[f"{name}_v1"] = {**parameters, "minus_one": True}, {**raw, "qzeros": older}, dense.clone()
-    return made
+        cases[f"{name}_v1"] = {**parameters, "minus_one": True}, {**raw, "qzeros": older}, dense.clone()
+    return cases
 
 
 def awq() -> dict[str, Case]:
-    for name in ("awq", "awq.modules", "awq.modules.linear"):  # without what their __init__ files import
+    for name in ("awq", "awq.modules", "awq.modules.linear"):  # skips their __init__ files and what those import
         package = types.ModuleType(name)
-        found = importlib.util.find_spec(name)
-        package.__path__ = list(found.submodule_search_locations)
+        package.__path__ = list(importlib.util.find_spec(name).submodule_search_locations)
         sys.modules[name] = package
     from awq.modules.linear.gemm import WQLinear_GEMM
     from awq.utils.packing_utils import dequantize_gemm
@@ -146,7 +145,7 @@ def awq() -> dict[str, Case]:
 def bitsandbytes() -> dict[str, Case]:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    made = {}
+    cases = {}
     for kind, nested, dtype, shape in (
         ("nf4", False, torch.bfloat16, (16, 64)),
         ("nf4", True, torch.bfloat16, (32, 64)),
@@ -156,8 +155,8 @@ def bitsandbytes() -> dict[str, Case]:
         weight = weights(*shape, seed=11).to(dtype)
         packed, state = quantize_4bit(weight, blocksize=64, compress_statistics=nested, quant_type=kind)
         raw = {"weight": packed, **{f"weight.{k}": v for k, v in state.as_dict(packed=True).items()}}
-        made[f"{kind}{'_nested' if nested else ''}"] = {}, raw, dequantize_4bit(packed, state).contiguous()
-    return made
+        cases[f"{kind}{'_nested' if nested else ''}"] = {}, raw, dequantize_4bit(packed, state).contiguous()
+    return cases
 
 
 MAKERS = {
@@ -173,7 +172,7 @@ def main(name: str) -> None:
     make, distribution = MAKERS[name]
     try:
         version = metadata.version(distribution)
-    except metadata.PackageNotFoundError:  # sources on the path
+    except metadata.PackageNotFoundError:  # the package is source files on PYTHONPATH
         version = {"gptqmodel": "7.7.0", "autoawq": "0.2.9"}[distribution]
     tensors, parameters = {}, {}
     for case, (options, raw, dense) in make().items():
