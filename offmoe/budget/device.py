@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from offmoe.budget.host import HostPlan
+from offmoe.budget.needs import ModelBytes
 from offmoe.config import OffloadConfig
 from offmoe.errors import CapacityError
 from offmoe.policy.planner import SCRATCH_SLOTS
@@ -32,38 +33,6 @@ SLOTS_PER_SCRATCH = 128
 the misses, and two slots less in a hundred lose as much."""
 
 """Where dense layers are that are not on the device."""
-
-
-class DenseLayerBytes(NamedTuple):
-    """Of one decoder layer: weights that may leave the device, the room they come back to, a buffer to read them."""
-
-    weights: int
-    landing: int
-    reading: int
-
-
-@dataclass(frozen=True)
-class ModelBytes:
-    """What a model needs apart from its experts. slot_bytes: a slot of each MoE layer. context_limit: of a sequence.
-
-    dense: all of it, `layers` included.
-    """
-
-    dense: int
-    kv_per_token: int
-    context_limit: int
-    slot_bytes: tuple[int, ...]
-    staging: int
-    workspace: int
-    layers: tuple[DenseLayerBytes, ...] = ()
-
-    def dense_with(self, num_offloaded: int) -> tuple[int, int]:
-        """(resident, in flight) bytes of the dense part if the last `num_offloaded` layers are not on the device."""
-        layers = self.layers[len(self.layers) - num_offloaded :]
-        if not layers:
-            return self.dense, 0
-        in_flight = max(layer.landing for layer in layers) + max(layer.reading for layer in layers)
-        return self.dense - sum(layer.weights for layer in layers), in_flight
 
 
 @dataclass(frozen=True)

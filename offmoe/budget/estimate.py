@@ -1,10 +1,8 @@
-"""What the experts of a model weigh, told from its configuration alone.
+"""What a model needs by its configuration alone, without a checkpoint.
 
-Nothing moves and no weight is needed: shapes come from the model on the meta device, bytes from its dtype or from
-what `quantization_config` says about its experts. The formats are those that published checkpoints have; what their
-scales and zero points take is counted, because for 4 bits it is an eighth of the whole.
-
-What it must never do: pass for a checkpoint. It says how much there is, not where; only headers say that.
+Shapes come from the model on the meta device, bytes from its dtype or from `quantization_config`, for the formats of
+published checkpoints. Scales and zero points are counted: with 4 bits they are an eighth of the whole. The result tells
+how many bytes there are, not where; only a checkpoint's headers tell that.
 """
 
 from __future__ import annotations
@@ -14,17 +12,15 @@ import fnmatch
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from offmoe.budget.device import DenseLayerBytes, ModelBytes
-from offmoe.budget.needs import ExpertBytes, Parameters, count_parameters, model_bytes
+from offmoe.budget.needs import DenseLayerBytes, ExpertBytes, ModelNeeds, Parameters, model_needs
 from offmoe.errors import CheckpointError, UnsupportedModelError
 from offmoe.hf.adapters.find import expert_parameters, find_experts, find_top_k, require_adapter
 from offmoe.hf.catalog.quant_config import quantization_config, quantization_method
-from offmoe.hf.load.dense_layers import dense_layers
 from offmoe.hf.load.meta_model import build_meta
 from offmoe.storage.layout import PARAM_ALIGNMENT, ExpertLayout, aligned
 from offmoe.storage.read_plan import ALIGNMENT
@@ -34,27 +30,15 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 MatrixBytes = Callable[[int, int], int]
-"""(rows, columns) of one matrix as the checkpoint has it -> its bytes, scales included."""
+"""(rows, columns) of one matrix in the checkpoint -> its bytes, scales included."""
 
 EXPERTS_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""What configurations call the number of experts."""
+"""Names that configurations have for the number of experts."""
 MANY_MODULES = 64
-"""Experts of a layer above which making each as a module of its own takes long."""
+"""Experts per layer from which on building each as a module takes too long."""
 
 IGNORED_LISTS = ("modules_to_not_convert", "ignore", "ignored_layers", "llm_int8_skip_modules")
-"""What quantization methods call the modules that stay as they were."""
-
-
-class Estimate(NamedTuple):
-    """What a plan needs to know of a model. experts: bytes of one in each MoE layer. meta: the model that was measured,
-    which may have fewer experts.
-    """
-
-    shape: CacheShape
-    experts: tuple[ExpertBytes, ...]
-    parameters: Parameters
-    needs: ModelBytes
-    meta: PreTrainedModel
+"""Names that quantization methods have for the list of modules that are not quantized."""
 
 
 def estimate(
@@ -64,67 +48,87 @@ def estimate(
     stored: torch.dtype,
     *,
     unified_memory: bool,
-) -> Estimate:
-    """What a model of this configuration takes, computed in `dtype`, its weights `stored` in that one.
+) -> tuple[ModelNeeds, PreTrainedModel]:
+    """What a model of this configuration needs.
 
-    Experts that are modules of their own cannot be counted by making them all: 2,048 of them in 30 layers are 200,000
-    modules and a minute. Such a model is made with two experts and with three, and what one more adds is added for the
-    rest. Raises UnsupportedModelError for a model without experts and for a quantization whose bytes are not known,
-    CheckpointError if no such model can be made.
+    If every expert is a module of its own and there are very many, not all are built: 2,048 experts in 30 layers are
+    200,000 modules and take a minute. The model is built with two and with three experts, and the difference is added
+    for each of the others.
+
+    Args:
+        config: the configuration.
+        cls: the model's class.
+        dtype: dtype to compute in.
+        stored: dtype of the weights at rest, unless they are quantized.
+        unified_memory: whether the device's memory is the host's.
+
+    Returns:
+        The needs, and the model that was measured, on the meta device; it may have two experts per layer.
+
+    Raises:
+        UnsupportedModelError: the model has no experts, or a quantization whose bytes are not known.
+        CheckpointError: no model of this configuration can be built.
     """
 
-    def measured(values: PretrainedConfig) -> Estimate:
+    def measure(values: PretrainedConfig) -> tuple[ModelNeeds, PreTrainedModel]:
         meta = build_meta(values, cls)
         shape, experts = estimate_experts(meta, stored)
-        needs = model_bytes(meta, experts, dense_layers(meta), dtype, stored, unified_memory=unified_memory)
-        return Estimate(shape, experts, count_parameters(meta), needs, meta)
+        return model_needs(meta, shape, experts, dtype, stored, unified_memory=unified_memory), meta
 
     for name in EXPERTS_NAMES:
         count = getattr(config.get_text_config(), name, None)
-        if not isinstance(count, int) or count < MANY_MODULES or not _apart(_with_experts(config, name, 2), cls):
+        if not isinstance(count, int) or count < MANY_MODULES or not _are_modules(_with_experts(config, name, 2), cls):
             continue
-        two, three = (measured(_with_experts(config, name, n)) for n in (2, 3))
+        (two, meta), (three, _) = (measure(_with_experts(config, name, n)) for n in (2, 3))
         if set(two.shape.experts) == {2} and set(three.shape.experts) == {3}:
-            return _continued(two, three, count)
-    return measured(config)
+            return _extrapolated(two, three, count), meta
+    return measure(config)
 
 
 def _with_experts(config: PretrainedConfig, name: str, count: int) -> PretrainedConfig:
+    """A copy of the configuration with `count` experts per layer. name: its name for that number."""
     config = copy.deepcopy(config)
     setattr(config.get_text_config(), name, count)
     return config
 
 
-def _apart(config: PretrainedConfig, cls: type[PreTrainedModel]) -> bool:
-    """Whether each expert has parameters of its own."""
+def _are_modules(config: PretrainedConfig, cls: type[PreTrainedModel]) -> bool:
+    """Whether every expert is a module with parameters of its own."""
     try:
         places = [place for _, place in expert_parameters(build_meta(config, cls)).values()]
-    except CheckpointError:  # so few experts are none of this architecture's
+    except CheckpointError:  # the architecture does not allow so few experts
         return False
     return bool(places) and all(place.expert is not None for place in places)
 
 
-def _continued(two: Estimate, three: Estimate, count: int) -> Estimate:
-    """The values of two and of three experts, as a straight line, at `count`; that of one expert is the same in all."""
+def _extrapolated(two: ModelNeeds, three: ModelNeeds, count: int) -> ModelNeeds:
+    """The needs with `count` experts, on the straight line through those with two and three."""
 
     def line(a: int, b: int) -> int:
         return a + (count - 2) * (b - a)
 
-    shape = replace(two.shape, experts=(count,) * two.shape.layers)
-    parameters = Parameters(*map(line, two.parameters, three.parameters))
-    layers = zip(two.needs.layers, three.needs.layers, strict=True)
-    needs = replace(
-        two.needs,
-        dense=line(two.needs.dense, three.needs.dense),
-        layers=tuple(DenseLayerBytes(*map(line, a, b)) for a, b in layers),
+    layers = zip(two.bytes.layers, three.bytes.layers, strict=True)
+    return ModelNeeds(
+        shape=replace(two.shape, experts=(count,) * two.shape.layers),
+        experts=two.experts,
+        parameters=Parameters(*map(line, two.parameters, three.parameters)),
+        bytes=replace(
+            two.bytes,
+            dense=line(two.bytes.dense, three.bytes.dense),
+            layers=tuple(DenseLayerBytes(*map(line, a, b)) for a, b in layers),
+        ),
     )
-    return Estimate(shape, two.experts, parameters, needs, two.meta)
 
 
 def estimate_experts(meta_model: PreTrainedModel, dtype: torch.dtype) -> tuple[CacheShape, tuple[ExpertBytes, ...]]:
-    """Shape and bytes of every MoE layer of a model on the meta device; weights at rest in `dtype` if not quantized.
+    """Shape and expert bytes of every MoE layer of a model.
 
-    Raises UnsupportedModelError for a model without experts and for a quantization whose bytes are not known.
+    Args:
+        meta_model: the model on the meta device.
+        dtype: dtype of experts at rest, unless they are quantized.
+
+    Raises:
+        UnsupportedModelError: the model has no experts, or a quantization whose bytes are not known.
     """
     modules = find_experts(meta_model)
     if not modules:
@@ -140,7 +144,7 @@ def estimate_experts(meta_model: PreTrainedModel, dtype: torch.dtype) -> tuple[C
 
 
 def _expert(name: str, module: nn.Module, config: PretrainedConfig, dtype: torch.dtype) -> ExpertBytes:
-    """Bytes of one expert of a layer; its matrices as the checkpoint has them, one after the other."""
+    """Bytes of one expert of the layer `module`, whose name is `name`."""
     shapes = require_adapter(module).shapes(module)
     of_matrix = _matrix_bytes(config, name)
     dense = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
@@ -153,7 +157,7 @@ def _expert(name: str, module: nn.Module, config: PretrainedConfig, dtype: torch
             at_rest += shape[0] * torch.bfloat16.itemsize  # no published format quantizes biases
             continue
         columns, rows = shape if getattr(module, "is_transposed", False) else shape[::-1]
-        halves = 2 if param.startswith("gate_up") else 1  # stored apart, so that blocks never straddle them
+        halves = 2 if param.startswith("gate_up") else 1  # gate and up are stored apart, so no block contains both
         at_rest += halves * of_matrix(rows // halves, columns)
     components = 3 * len(shapes)
     slot = aligned(at_rest + components * PARAM_ALIGNMENT, PARAM_ALIGNMENT)
@@ -161,30 +165,30 @@ def _expert(name: str, module: nn.Module, config: PretrainedConfig, dtype: torch
 
 
 def _read_bytes(at_rest: int, runs: int) -> int:
-    """Of the pages that an expert touches if it stands in so many separate runs, as at the worst its matrices do."""
+    """Bytes of the pages that an expert touches if it stands in `runs` separate runs, the worst case."""
     return aligned(at_rest, ALIGNMENT) + 2 * runs * ALIGNMENT
 
 
 def _matrix_bytes(config: PretrainedConfig, name: str) -> MatrixBytes | None:
-    """How this quantization stores the matrices of experts module `name`; None if it leaves them as they are."""
+    """How many bytes the quantization stores a matrix of experts module `name` in; None if they are not quantized."""
     values, method = quantization_config(config) or {}, quantization_method(config)
     if method is None or any(_matches(str(entry), name) for key in IGNORED_LISTS for entry in _list(values.get(key))):
         return None
     if method == "fp8":
         block = [n for n in _list(values.get("weight_block_size")) if isinstance(n, int)]
         rows, columns = block if len(block) == 2 else (0, 0)
-        return lambda m, n: m * n + 4 * (_parts(m, rows) * _parts(n, columns))
+        return lambda m, n: m * n + 4 * (_blocks(m, rows) * _blocks(n, columns))
     if method == "mxfp4":
-        return lambda m, n: m * _parts(n, 32) * 17  # 16 bytes of codes and one exponent for 32 values
+        return lambda m, n: m * _blocks(n, 32) * 17  # 16 bytes of codes and one exponent per 32 weights
     if method in ("gptq", "awq"):
         bits, group = _number(values, "bits", 4), _number(values, "group_size", 128)
         index = 4 if method == "gptq" else 0  # g_idx: int32 per column
-        return lambda m, n: _packed(m, n, bits) + _parts(n, group) * (2 * m + m * bits // 8) + index * n
+        return lambda m, n: _packed(m, n, bits) + _blocks(n, group) * (2 * m + m * bits // 8) + index * n
     if method == "compressed-tensors":
         weights = _compressed_weights(values)
         bits, group = _number(weights, "num_bits", 4), _number(weights, "group_size", 0)
         zeros = 0 if weights.get("symmetric", True) else bits / 8
-        return lambda m, n: _packed(m, n, bits) + int(m * _parts(n, group) * (2 + zeros)) + 16  # 16: weight_shape
+        return lambda m, n: _packed(m, n, bits) + int(m * _blocks(n, group) * (2 + zeros)) + 16  # 16: weight_shape
     raise UnsupportedModelError(
         f"how many bytes experts quantized by {method!r} take cannot be told from the configuration alone; "
         "download the checkpoint: its headers say it"
@@ -192,6 +196,7 @@ def _matrix_bytes(config: PretrainedConfig, name: str) -> MatrixBytes | None:
 
 
 def _compressed_weights(values: Mapping[str, object]) -> Mapping[str, object]:
+    """The description of weights in the first group of a compressed-tensors config."""
     groups = values.get("config_groups")
     first = next(iter(groups.values()), None) if isinstance(groups, Mapping) else None
     weights = first.get("weights") if isinstance(first, Mapping) else None
@@ -199,7 +204,7 @@ def _compressed_weights(values: Mapping[str, object]) -> Mapping[str, object]:
 
 
 def _matches(entry: str, name: str) -> bool:
-    """Whether an entry of an ignore list means the module: a regular expression ("re:"), a glob or part of a path."""
+    """Whether an entry of an ignore list names the module: a regular expression ("re:"), a glob, or part of a path."""
     if entry.startswith("re:"):
         return re.match(entry[3:], f"{name}.0.up_proj") is not None
     return fnmatch.fnmatchcase(name, entry) or f".{entry}." in f".{name}."
@@ -209,9 +214,9 @@ def _packed(rows: int, columns: int, bits: int) -> int:
     return rows * columns * bits // 8
 
 
-def _parts(size: int, part: int) -> int:
-    """Blocks of `part` in `size`, the last one ragged; without a part, one for all."""
-    return -(-size // part) if part > 0 else 1
+def _blocks(size: int, block: int) -> int:
+    """Number of blocks in `size`, the last one may be smaller; 1 if `block` is 0."""
+    return -(-size // block) if block > 0 else 1
 
 
 def _number(values: Mapping[str, object], name: str, default: int) -> int:

@@ -1,7 +1,8 @@
-"""What RAM beside a device with memory of its own holds: slots of experts, and the buffers that experts pass through.
+"""Plans the RAM of a machine whose device has its own memory: staging buffers, and slots for experts.
 
-What moves: nothing. Slots take what the cap leaves beside staging, shared out equally among the layers that are not
-whole on the device. Must never promise more than there is, in the machine or in the cgroups around the process."""
+Slots get what staging leaves, in equal shares for all layers that have experts without a device slot. A plan never
+exceeds what is free in the machine and in the cgroups around the process.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +19,24 @@ from offmoe.types import CacheShape
 
 @dataclass(frozen=True)
 class HostPlan:
-    """RAM beside a device with memory of its own, bytes: `budget` is the cap of staging buffers and experts' slots."""
+    """The division of RAM, in bytes.
+
+    Args:
+        budget: the most that all of it may take.
+        staging: the buffers that experts are read into.
+        slots: all slots.
+        slots_per_layer: number of slots of each MoE layer.
+        scratch: the buffers of experts that the host computes.
+    """
 
     budget: int
     staging: int
     slots: int
     slots_per_layer: tuple[int, ...]
     scratch: int = 0
-    """For experts that the host computes."""
 
     def describe(self) -> str:
-        """One line for people."""
+        """The plan in one line."""
         experts = f"slots of {sum(self.slots_per_layer)} experts {format_size(self.slots)}"
         return f"{format_size(self.budget)} of RAM: {experts}, staging {format_size(self.staging)}" + (
             f", scratch {format_size(self.scratch)}" if self.scratch else ""
@@ -36,7 +44,7 @@ class HostPlan:
 
 
 def refuse_host_memory(config: OffloadConfig) -> None:
-    """Raise ConfigError if `host_memory` is set for a device whose memory is the host's: it would mean nothing."""
+    """ConfigError if `host_memory` is set for a device whose memory is the host's, where it has no meaning."""
     if config.host_memory not in ("auto", 0):
         raise ConfigError(
             f"host_memory={config.host_memory!r}: this device's memory is the RAM. Leave it at 'auto', and set "
@@ -54,18 +62,28 @@ def plan_host(
     taken: int,
     scratch: int = 0,
 ) -> HostPlan:
-    """Slots in RAM for as many experts as fit, for a device with memory of its own.
+    """Divide the RAM of a machine whose device has its own memory.
 
-    read_bytes: of the buffer that any expert is read into. scratch: bytes for experts that the host computes. free: of
-    what "auto" takes; taken: of these, what something else has been given. A layer that is whole on the device needs
-    none, and none gets more than config.host_slots. CapacityError with the smallest host_memory that works.
+    A layer whose experts all have device slots gets no slot in RAM. No layer gets more than `config.host_slots`.
+
+    Args:
+        config: the options.
+        shape: experts of each MoE layer.
+        device_slots: number of device slots of each MoE layer.
+        read_bytes: bytes of a buffer that any expert can be read into.
+        free: bytes of RAM that are free.
+        taken: bytes of these that are planned for something else.
+        scratch: bytes for experts that the host computes.
+
+    Raises:
+        CapacityError: host_memory is too small; the message names the smallest that works.
     """
     slot = aligned(read_bytes, ALIGNMENT)
     staging = staging_plan(read_bytes).buffers * slot
     needed = staging + scratch
     budget = max(0, free - taken)
     if config.host_memory != "auto":
-        budget = min(int(config.host_memory), budget) or needed  # 0: no experts, but they still pass through
+        budget = min(int(config.host_memory), budget) or needed  # 0: no slots, but experts still pass through staging
     if budget < needed:
         raise CapacityError(
             f"host_memory, {format_size(budget)}, is too small: experts pass through {format_size(needed)} of staging "
@@ -79,11 +97,11 @@ def plan_host(
 
 
 def share_out(slots: int, wanted: list[int]) -> tuple[int, ...]:
-    """Equal shares, none above what is wanted; what is left over goes to the first layers."""
+    """Divide `slots` into equal shares, none above what the layer wants; the remainder goes to the first layers."""
     shares = [0] * len(wanted)
-    while slots and (hungry := [i for i, n in enumerate(wanted) if shares[i] < n]):
-        each = max(1, min(slots // len(hungry), *(wanted[i] - shares[i] for i in hungry)))
-        for i in hungry[: slots // each]:
+    while slots and (open_layers := [i for i, n in enumerate(wanted) if shares[i] < n]):
+        each = max(1, min(slots // len(open_layers), *(wanted[i] - shares[i] for i in open_layers)))
+        for i in open_layers[: slots // each]:
             shares[i] += each
             slots -= each
     return tuple(shares)

@@ -1,7 +1,8 @@
-"""What a model needs and what fits, found out before anything is loaded: what `inspect` shows and loading starts from.
+"""Reads a model's configuration and headers and divides the memory: what `inspect` shows and loading starts from.
 
-What moves: configuration and headers, of a model on the Hub these alone. Bound: building the model on the meta device
-and naming its tensors. Must never read a weight, and never leave what does not fit to be found out while loading.
+No weight is read, and of a model on the Hub only configuration and headers are downloaded. A model that does not fit is
+refused here, not while it loads. The flow: needs.py (what the model needs; estimate.py if there is only a
+configuration), then resolve.py (options against needs and device), which calls device.py and host.py (what goes where).
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import torch
 
 from offmoe.budget.device import MemoryPlan
 from offmoe.budget.estimate import estimate
-from offmoe.budget.needs import ExpertBytes, Parameters, count_parameters, expert_bytes, model_bytes
-from offmoe.budget.resolve import check_config, divide_or_say
+from offmoe.budget.needs import ExpertBytes, ModelNeeds, Parameters, catalog_needs
+from offmoe.budget.resolve import check_config, divide_or_refusal
 from offmoe.config import OffloadConfig
 from offmoe.device.backend import Backend, select_backend
 from offmoe.errors import CapacityError
@@ -27,7 +28,6 @@ from offmoe.hf.catalog.catalog import ExpertCatalog
 from offmoe.hf.catalog.quant_config import quantization_method, shapes_are_in_shards
 from offmoe.hf.hub.locate import Source, locate
 from offmoe.hf.load.config import lone_config, model_class, read_config
-from offmoe.hf.load.dense_layers import dense_layers
 from offmoe.hf.load.load import compute_dtype, require_index
 from offmoe.hf.load.meta_model import build_meta
 from offmoe.hf.load.options import parse_dtype
@@ -43,56 +43,83 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a model needs and what fits, from its configuration; nothing is loaded.
+    """What a model needs and what fits; nothing is loaded.
 
-    refusal: why it cannot run here as asked; `plan` is then for a device that is large enough.
+    Args:
+        folder: the model's folder, or its configuration file if there is nothing else.
+        hf_config: the model's configuration.
+        model_class: its class in transformers.
+        needs: what it needs.
+        quantization: the method that the checkpoint is quantized by; None if it is not.
+        dtype: dtype to compute in.
+        config: the options, resolved.
+        plan: the division of memory; for a device that is large enough if there is a refusal.
+        refusal: why the model cannot run here with these options; None if it can.
+        backend: the device.
+        meta: the model on the meta device. If a lone configuration has very many expert modules, it is built with two
+            per layer.
     """
 
     folder: Path
-    """Of the model, or its configuration file where there is nothing else."""
     hf_config: PretrainedConfig
     model_class: type[PreTrainedModel]
-    shape: CacheShape
-    experts: tuple[ExpertBytes, ...]
-    """Of each MoE layer."""
-    parameters: Parameters
+    needs: ModelNeeds
     quantization: str | None
-    """Method that the checkpoint is quantized by."""
     dtype: torch.dtype
     config: OffloadConfig
-    """As asked, with device, slots, context and modes resolved."""
     plan: MemoryPlan
     refusal: CapacityError | None
     backend: Backend
     meta: PreTrainedModel
-    """On the meta device. Of a configuration with a great many expert modules, one that has but two per layer."""
+
+    @property
+    def shape(self) -> CacheShape:
+        """Experts and top_k of each MoE layer."""
+        return self.needs.shape
+
+    @property
+    def experts(self) -> tuple[ExpertBytes, ...]:
+        """The bytes of one expert of each MoE layer."""
+        return self.needs.experts
+
+    @property
+    def parameters(self) -> Parameters:
+        """The number of the model's parameters."""
+        return self.needs.parameters
 
     @property
     def expert_bytes(self) -> int:
-        """All experts, at rest."""
+        """Bytes of all experts at rest."""
         return sum(n * size for n, size in zip(self.shape.experts, self.shape.expert_bytes, strict=True))
 
     def unpredictable(self) -> tuple[str | None, ...] | None:
-        """For each MoE layer why its experts cannot be predicted, None where they can; None if only a run can tell."""
+        """Why the experts of each MoE layer cannot be predicted; None for a layer whose can.
+
+        None in all if only a run can tell.
+        """
         return unpredictable_reasons(self.meta, list(find_experts(self.meta).values()))
 
 
 @dataclass(frozen=True)
 class Inspected(Survey):
-    """A checkpoint whose headers have been read; nothing is loaded, and of the Hub's shards nothing else downloaded."""
+    """A checkpoint whose headers were read; nothing is loaded.
+
+    Args:
+        source: where the checkpoint is; downloads shards of the Hub.
+        checkpoint: its headers. After `fetch` quantized it, those of the quantized one.
+        catalog: its experts, in the format in which they will be loaded.
+        quantize: the format that `fetch` will quantize experts to; None if there is nothing to do.
+        temporary: the folder of a checkpoint that `fetch` quantized; removed with the model.
+    """
 
     source: Source
     checkpoint: Checkpoint
-    """Of `source`; once quantized, what was written."""
     catalog: ExpertCatalog
-    """With experts as they will be loaded."""
     quantize: WeightFormat | None = None
-    """What experts are still to be made, which `fetch` does."""
     temporary: TemporaryDirectory[str] | None = None
-    """Where that is, if it was done; removed with the model."""
 
     def release(self) -> None:
-        """Remove what `fetch` has written, where no model does; idempotent."""
+        """Remove the temporary folder, for a caller that does not load the model. Idempotent."""
         if self.temporary is not None:
             self.temporary.cleanup()
 
@@ -100,10 +127,15 @@ class Inspected(Survey):
 def survey(
     model: str | os.PathLike[str], config: OffloadConfig, *, dtype: str | torch.dtype | None = None, **hub: Any
 ) -> Survey:
-    """What `inspect` finds, also where the model does not fit, and also of a configuration alone: a config.json, or a
-    folder that holds nothing else of a model.
+    """As `inspect`, but a model that does not fit is no error, and a configuration alone is enough.
 
-    Of a configuration, an explicit device_memory is taken at its word: the model may be meant for another machine.
+    With a configuration alone, an explicit device_memory counts as free: the plan may be for another machine.
+
+    Args:
+        model: as `inspect`; or a config.json, or a folder that holds no weights.
+        config: the options.
+        dtype: as `inspect`.
+        hub: as `inspect`.
     """
     source = lone_config(model)
     if source is None:
@@ -112,42 +144,52 @@ def survey(
     hf_config = read_config(source)
     cls = model_class(hf_config)
     method = quantization_method(hf_config)
-    # what is quantized is computed in bfloat16, whatever else a config forgets to say
+    # A quantized model computes in bfloat16 if its config does not name a dtype.
     compute = compute_dtype(dtype, hf_config, torch.float32 if method is None else torch.bfloat16)
     stored, unified = compute_dtype(None, hf_config, compute), backend.unified_memory
-    found = estimate(with_experts(hf_config, config.experts), cls, compute, stored, unified_memory=unified)
-    asked = 0 if config.device_memory == "auto" else int(config.device_memory)
-    free = max(asked, backend.free_bytes())
+    needs, meta = estimate(with_experts(hf_config, config.experts), cls, compute, stored, unified_memory=unified)
+    wanted = 0 if config.device_memory == "auto" else int(config.device_memory)
+    resolved, plan, refusal = divide_or_refusal(config, needs, backend, max(wanted, backend.free_bytes()))
     return Survey(
-        source,
-        hf_config,
-        cls,
-        found.shape,
-        found.experts,
-        found.parameters,
-        method,
-        compute,
-        *divide_or_say(config, found.shape, found.experts, found.needs, backend, free),
-        backend,
-        found.meta,
+        folder=source,
+        hf_config=hf_config,
+        model_class=cls,
+        needs=needs,
+        quantization=method,
+        dtype=compute,
+        config=resolved,
+        plan=plan,
+        refusal=refusal,
+        backend=backend,
+        meta=meta,
     )
 
 
 def inspect(
     model: str | os.PathLike[str], config: OffloadConfig, *, dtype: str | torch.dtype | None = None, **hub: Any
 ) -> Inspected:
-    """Read headers and configuration, divide the memory; loads no weight. Raises what `from_pretrained` would.
+    """Read a model's headers and configuration and divide the memory.
 
-    A model on the Hub is downloaded only if bitsandbytes quantized it: its headers do not say the shapes of weights.
+    Of a model on the Hub weights are downloaded only if bitsandbytes quantized it: its headers do not tell the shapes.
+
+    Args:
+        model: a folder, a Hub id, or "demo".
+        config: the options.
+        dtype: dtype to compute in; None: the checkpoint's.
+        hub: options of the Hub: revision, token, cache_dir, local_files_only.
+
+    Raises:
+        CapacityError: the model does not fit.
+        OffmoeError: whatever else `from_pretrained` raises before it loads.
     """
-    found = _read_headers(model, config, dtype, **hub)
-    if found.refusal is not None:
-        raise found.refusal
-    return found
+    inspected = _read_headers(model, config, dtype, **hub)
+    if inspected.refusal is not None:
+        raise inspected.refusal
+    return inspected
 
 
 def _checked_backend(config: OffloadConfig, dtype: str | torch.dtype | None) -> Backend:
-    """The backend of the options' device; refuses options that it cannot honor before anything is downloaded."""
+    """The device's backend. Refuses options that it cannot honor, before anything is downloaded."""
     if dtype not in (None, "auto"):
         parse_dtype(dtype)
     backend = select_backend(config.device)
@@ -174,25 +216,24 @@ def _read_headers(
     if config.is_numeric and backend.unified_memory and not backend.has_device_kernels:
         catalog = catalog.for_kernels(meta)
     compute = compute_dtype(dtype, hf_config, torch.bfloat16 if catalog.view.encoded else torch.float32)
-    experts = expert_bytes(catalog, compute)
-    layers = dense_layers(meta)
-    # to be read as it is stored, or as transformers writes it once more, which is in the dtype to compute in
-    wider = max(compute, compute_dtype(None, hf_config, compute), key=lambda dtype: dtype.itemsize)
-    needs = model_bytes(meta, experts, layers, compute, wider, unified_memory=backend.unified_memory)
+    # Offloaded dense layers are read as they are stored, or as transformers writes them again, in the compute dtype.
+    stored = max(compute, compute_dtype(None, hf_config, compute), key=lambda dtype: dtype.itemsize)
+    needs = catalog_needs(catalog, meta, compute, stored, unified_memory=backend.unified_memory)
+    resolved, plan, refusal = divide_or_refusal(config, needs, backend, backend.free_bytes())
     return Inspected(
-        source.folder,
-        hf_config,
-        cls,
-        catalog.shape,
-        experts,
-        count_parameters(meta),
-        quantization_method(hf_config),
-        compute,
-        *divide_or_say(config, catalog.shape, experts, needs, backend, backend.free_bytes()),
-        backend,
-        meta,
-        source,
-        checkpoint,
-        catalog,
-        how,
+        folder=source.folder,
+        hf_config=hf_config,
+        model_class=cls,
+        needs=needs,
+        quantization=quantization_method(hf_config),
+        dtype=compute,
+        config=resolved,
+        plan=plan,
+        refusal=refusal,
+        backend=backend,
+        meta=meta,
+        source=source,
+        checkpoint=checkpoint,
+        catalog=catalog,
+        quantize=how,
     )

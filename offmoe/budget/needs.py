@@ -1,40 +1,43 @@
-"""What a model will need on the device apart from its experts, worked out on the meta device.
+"""What a model needs, worked out on the meta device: the bytes of its dense part, KV cache, experts and workspace.
 
-Nothing moves. The KV cache follows from the configuration; where an architecture caches less (sliding windows, linear
-attention), this is an upper bound. Must never be below what transformers allocates.
+The KV cache follows from the configuration. Where an architecture caches less (sliding windows, linear attention), the
+figure is an upper bound. No figure may be below what transformers allocates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from offmoe.budget.device import DenseLayerBytes, ModelBytes
 from offmoe.device.arena import PAGE_BYTES
 from offmoe.errors import UnsupportedModelError
 from offmoe.hf.adapters.find import expert_parameters
 from offmoe.hf.catalog.catalog import CatalogLayer, ExpertCatalog
-from offmoe.hf.load.dense_layers import DenseLayer
+from offmoe.hf.load.dense_layers import DenseLayer, dense_layers
 from offmoe.storage.layout import PARAM_ALIGNMENT, ExpertLayout, aligned
 from offmoe.storage.read_plan import plan_reads
 from offmoe.transfer.staging import staging_plan
+from offmoe.types import CacheShape
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 UNLIMITED_CONTEXT = 1 << 20
-"""Tokens, where the configuration names no limit."""
+"""The context limit in tokens of a model whose configuration names none."""
 WORKSPACE_TOKENS = 64
-"""Rows whose activations and logits the workspace holds; a longer prefill takes what the KV reserve does not use
-yet.
-"""
+"""Tokens whose activations and logits the workspace holds. A longer prefill uses KV reserve that is still free."""
 
 
 class ExpertBytes(NamedTuple):
-    """Bytes of one expert of a layer. read: of the buffer that it is read into; cast: of what computing takes beside
-    the slot, such as a copy to compute with.
+    """Bytes of one expert of a layer.
+
+    Args:
+        at_rest: in the checkpoint.
+        slot: in a device slot.
+        read: of the buffer that it is read into.
+        cast: temporary bytes while it computes, such as a copy in the dtype to compute in.
     """
 
     at_rest: int
@@ -43,9 +46,79 @@ class ExpertBytes(NamedTuple):
     cast: int
 
 
-def expert_bytes(catalog: ExpertCatalog, dtype: torch.dtype) -> tuple[ExpertBytes, ...]:
-    """Of each MoE layer, as the checkpoint's headers have it; computed in `dtype`."""
-    return tuple(
+class Parameters(NamedTuple):
+    """Number of a model's parameters, and of those that are not routed experts'."""
+
+    total: int
+    dense: int
+
+
+class DenseLayerBytes(NamedTuple):
+    """Bytes of the dense part of one decoder layer that may be kept outside the device.
+
+    Args:
+        weights: its weights.
+        landing: the buffer on the device that they are streamed to.
+        reading: the buffer that they are read into, if that is on the device; else 0.
+    """
+
+    weights: int
+    landing: int
+    reading: int
+
+
+@dataclass(frozen=True)
+class ModelBytes:
+    """Bytes that a model needs on the device.
+
+    Args:
+        dense: the dense part, `layers` included.
+        kv_per_token: the KV cache of one token.
+        context_limit: the longest sequence in tokens.
+        slot_bytes: a slot of each MoE layer.
+        staging: the staging buffers; 0 if they are not on the device.
+        workspace: activations, logits and temporary bytes of one expert.
+        layers: the decoder layers whose dense part may be kept outside the device.
+    """
+
+    dense: int
+    kv_per_token: int
+    context_limit: int
+    slot_bytes: tuple[int, ...]
+    staging: int
+    workspace: int
+    layers: tuple[DenseLayerBytes, ...] = ()
+
+    def dense_with(self, num_offloaded: int) -> tuple[int, int]:
+        """(resident, in flight) bytes of the dense part if the last `num_offloaded` layers are not on the device."""
+        layers = self.layers[len(self.layers) - num_offloaded :]
+        if not layers:
+            return self.dense, 0
+        in_flight = max(layer.landing for layer in layers) + max(layer.reading for layer in layers)
+        return self.dense - sum(layer.weights for layer in layers), in_flight
+
+
+class ModelNeeds(NamedTuple):
+    """Everything that a division of memory needs to know about a model.
+
+    Args:
+        shape: experts and top_k of each MoE layer.
+        experts: one expert of each MoE layer.
+        parameters: the model's parameters.
+        bytes: what it needs on the device.
+    """
+
+    shape: CacheShape
+    experts: tuple[ExpertBytes, ...]
+    parameters: Parameters
+    bytes: ModelBytes
+
+
+def catalog_needs(
+    catalog: ExpertCatalog, meta: PreTrainedModel, dtype: torch.dtype, stored: torch.dtype, *, unified_memory: bool
+) -> ModelNeeds:
+    """What a model needs by its checkpoint's headers. Arguments as `model_needs`; catalog: the checkpoint's experts."""
+    experts = tuple(
         ExpertBytes(
             at_rest=layer.records[0].nbytes,
             slot=aligned(layer.layout.nbytes, PARAM_ALIGNMENT),
@@ -54,86 +127,88 @@ def expert_bytes(catalog: ExpertCatalog, dtype: torch.dtype) -> tuple[ExpertByte
         )
         for layer in catalog.layers
     )
+    return model_needs(meta, catalog.shape, experts, dtype, stored, unified_memory=unified_memory)
 
 
-def model_bytes(
-    meta_model: PreTrainedModel,
-    experts: Sequence[ExpertBytes],
-    layers: Sequence[DenseLayer],
+def model_needs(
+    meta: PreTrainedModel,
+    shape: CacheShape,
+    experts: tuple[ExpertBytes, ...],
     dtype: torch.dtype,
     stored: torch.dtype,
     *,
     unified_memory: bool,
-) -> ModelBytes:
-    """Bytes of the dense part, of a token of KV cache, of a slot of each layer, of staging and of the workspace.
+) -> ModelNeeds:
+    """What a model needs whose experts are known.
 
-    layers: those whose weights may leave the device; stored: the dtype of these at rest.
+    Args:
+        meta: the model on the meta device.
+        shape: experts and top_k of each MoE layer.
+        experts: one expert of each MoE layer.
+        dtype: dtype to compute in.
+        stored: dtype of the decoder layers' dense weights at rest.
+        unified_memory: whether the device's memory is the host's, so that staging buffers count too.
     """
-    config = meta_model.config
     buffer_bytes = max(expert.read for expert in experts)
     staging = staging_plan(buffer_bytes).buffers * buffer_bytes if unified_memory else 0
-    text = config.get_text_config()
+    text = meta.config.get_text_config()
     limit = int(getattr(text, "max_position_embeddings", None) or 0)
     widest = max(int(getattr(text, "vocab_size", 0)), 8 * int(text.hidden_size))
-    return ModelBytes(
-        dense=dense_bytes(meta_model, dtype),
-        kv_per_token=kv_bytes_per_token(config, dtype),
+    layers = dense_layers(meta)
+    needed = ModelBytes(
+        dense=dense_bytes(meta, dtype),
+        kv_per_token=kv_bytes_per_token(meta.config, dtype),
         context_limit=limit if limit > 0 else UNLIMITED_CONTEXT,
         slot_bytes=tuple(expert.slot for expert in experts),
         staging=staging,
         workspace=WORKSPACE_TOKENS * widest * 4 + max(expert.cast for expert in experts),
         layers=tuple(_layer_bytes(layer, dtype, stored if unified_memory else None) for layer in layers),
     )
+    return ModelNeeds(shape, experts, count_parameters(meta), needed)
 
 
 def _layer_bytes(layer: DenseLayer, dtype: torch.dtype, stored: torch.dtype | None) -> DenseLayerBytes:
-    """stored: None if what is read is not on the device."""
+    """The bytes of one decoder layer. stored: dtype at rest; None if the read buffer is not on the device."""
     sizes = [torch.Size(shape).numel() for shape in layer.shapes.values()]
-    # a window of whole pages, and a page more for where it begins
+    # A read takes whole pages, and one page more because a tensor may begin inside a page.
     reading = 0 if stored is None else aligned(max(sizes) * stored.itemsize, PAGE_BYTES) + PAGE_BYTES
     return DenseLayerBytes(sum(sizes) * dtype.itemsize, layer.layout(dtype).nbytes + PARAM_ALIGNMENT, reading)
 
 
 def _computing_bytes(layer: CatalogLayer, dtype: torch.dtype) -> int:
+    """Temporary bytes while one expert of the layer computes in `dtype`."""
     if layer.cpu_slot is not None:
         return layer.cpu_slot.working_bytes()
     return _cast_bytes(layer.layout, dtype) if layer.decode is None else layer.decode.nbytes(dtype)
 
 
 def _cast_bytes(layout: ExpertLayout, dtype: torch.dtype) -> int:
-    """Of one expert in the dtype to compute in, if that is not the checkpoint's."""
+    """Bytes of a copy, in `dtype`, of those parameters of one expert that have another dtype."""
     other = [p for p in layout.params if p.dtype != dtype]
     return sum(p.nbytes // p.dtype.itemsize * dtype.itemsize for p in other)
 
 
-class Parameters(NamedTuple):
-    """Numbers of a model: all of its parameters, and those that are not routed experts'."""
-
-    total: int
-    dense: int
-
-
 def count_parameters(meta_model: PreTrainedModel) -> Parameters:
-    """Of a model on the meta device; shared ones once."""
+    """Count the parameters of a model on the meta device; shared ones count once."""
     experts = expert_parameters(meta_model)
     sizes = [(name not in experts, p.numel()) for name, p in meta_model.named_parameters()]
     return Parameters(sum(n for _, n in sizes), sum(n for dense, n in sizes if dense))
 
 
 def dense_bytes(meta_model: PreTrainedModel, dtype: torch.dtype) -> int:
-    """Parameters and buffers that are not experts', shared ones once; floating point ones in `dtype`."""
+    """Bytes of the parameters and buffers that are not experts', floating-point ones in `dtype`; shared ones once."""
     experts = expert_parameters(meta_model)
     params = [t for name, t in meta_model.named_parameters() if name not in experts]
     size = sum(t.numel() * (dtype.itemsize if t.is_floating_point() else t.element_size()) for t in params)
-    # the loader casts some buffers and leaves others, such as the frequencies of rotary embeddings, as they were made
+    # The loader casts some buffers and leaves others in their own dtype, such as frequencies of rotary embeddings.
     return size + sum(t.numel() * max(dtype.itemsize, t.element_size()) for t in meta_model.buffers())
 
 
 def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
-    """Keys and values of all layers of one token.
+    """Bytes of the keys and values of one token in all layers.
 
-    With an encoder, a token of either side: the decoder's layers cache their own tokens and, for cross attention, the
-    encoder's.
+    In an encoder-decoder model tokens of both sides count: the decoder's layers cache their own tokens and, for cross
+    attention, the encoder's.
     """
     if config.is_encoder_decoder:
         heads = int(getattr(config, "decoder_attention_heads", None) or config.num_attention_heads)
@@ -143,10 +218,10 @@ def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
 
 
 def _cached_elements(layer: PretrainedConfig) -> int:
-    """Of one token in one decoder layer; layers may differ."""
+    """Elements that one decoder layer caches per token."""
     heads = int(layer.num_attention_heads)
     head = int(getattr(layer, "head_dim", None) or layer.hidden_size // heads)
-    if getattr(layer, "kv_lora_rank", None):  # multi-head latent attention: transformers caches expanded keys, values
+    if getattr(layer, "kv_lora_rank", None):  # multi-head latent attention; transformers caches expanded keys
         key = int(layer.qk_nope_head_dim) + int(layer.qk_rope_head_dim)
         return heads * (key + int(layer.v_head_dim))
     kv_heads = int(getattr(layer, "num_key_value_heads", None) or heads)
@@ -154,13 +229,14 @@ def _cached_elements(layer: PretrainedConfig) -> int:
 
 
 def num_layers(config: PretrainedConfig) -> int:
-    """Layers of the text part; of encoder and decoder together."""
+    """Number of layers of the text part; of encoder and decoder together."""
     if config.is_encoder_decoder:
         return _layers_of(config, "encoder") + _layers_of(config, "decoder")
     return int(config.get_text_config().num_hidden_layers)
 
 
 def _layers_of(config: PretrainedConfig, side: str) -> int:
+    """Number of layers of one side ("encoder" or "decoder") of an encoder-decoder model."""
     for name in (f"{side}_layers", f"num_{side}_layers", "num_layers", "num_hidden_layers"):
         if getattr(config, name, None) is not None:
             return int(getattr(config, name))

@@ -1,72 +1,78 @@
-"""What goes where, and how misses are met: options and a model's needs against what the machine has.
+"""Resolves the options against a model's needs and what the machine has: what goes where, and what a miss does.
 
-Nothing moves and nothing is loaded. Must never leave an "auto" behind but for prefetch and on_miss, where it is a
-policy that goes on deciding."""
+No option stays "auto" afterwards, except prefetch and on_miss, where "auto" is a policy that decides per access.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 
-from offmoe.budget.device import MemoryPlan, ModelBytes, plan_memory, plan_on_miss
+from offmoe.budget.device import MemoryPlan, plan_memory, plan_on_miss
 from offmoe.budget.host import plan_host, refuse_host_memory
-from offmoe.budget.needs import ExpertBytes
+from offmoe.budget.needs import ModelNeeds
 from offmoe.config import OffloadConfig
 from offmoe.device.backend import Backend
 from offmoe.errors import CapacityError, ConfigError
 from offmoe.policy.planner import SCRATCH_SLOTS
 from offmoe.profile import MissCosts, Profile
-from offmoe.types import HOST, CacheShape
+from offmoe.types import HOST
 
 logger = logging.getLogger(__name__)
 
 BOUNDLESS = 1 << 60
-"""Bytes that any model fits into."""
+"""Bytes of a device that any model fits."""
 
 
 def check_config(config: OffloadConfig, backend: Backend) -> None:
-    """ConfigError for options that this device cannot honor, before anything about the model is known."""
+    """Refuse options that the device cannot honor, before anything about the model is known.
+
+    Raises:
+        ConfigError: host_memory on a device whose memory is the host's, or on_miss="cpu" where results would differ.
+    """
     if backend.unified_memory:
         refuse_host_memory(config)
     else:
         on_miss_beside(config, str(backend.device))
 
 
-def divide_or_say(
-    config: OffloadConfig,
-    shape: CacheShape,
-    experts: Sequence[ExpertBytes],
-    needs: ModelBytes,
-    backend: Backend,
-    free: int,
+def divide_or_refusal(
+    config: OffloadConfig, needs: ModelNeeds, backend: Backend, free: int
 ) -> tuple[OffloadConfig, MemoryPlan, CapacityError | None]:
-    """`divide`; where nothing fits, the plan of a device that is large enough, and the refusal."""
+    """`divide`, and None. If nothing fits: the division for a device that is large enough, and the refusal."""
     try:
-        return (*divide(config, shape, experts, needs, backend, free), None)
+        return (*divide(config, needs, backend, free), None)
     except CapacityError as refusal:
         boundless = replace(config, device_memory=BOUNDLESS, host_memory="auto", slots_per_layer=None)
-        return (*divide(boundless, shape, experts, needs, backend, BOUNDLESS), refusal)
+        return (*divide(boundless, needs, backend, BOUNDLESS), refusal)
 
 
-def divide(
-    config: OffloadConfig,
-    shape: CacheShape,
-    experts: Sequence[ExpertBytes],
-    needs: ModelBytes,
-    backend: Backend,
-    free: int,
-) -> tuple[OffloadConfig, MemoryPlan]:
-    """The options resolved, and the division of memory; `free` bytes of the device can be had."""
+def divide(config: OffloadConfig, needs: ModelNeeds, backend: Backend, free: int) -> tuple[OffloadConfig, MemoryPlan]:
+    """Divide the memory.
+
+    Args:
+        config: the options.
+        needs: what the model needs.
+        backend: the device.
+        free: bytes of the device's memory that are free.
+
+    Returns:
+        The options with every "auto" resolved, and the plan.
+
+    Raises:
+        CapacityError: the model does not fit; the message names the smallest memory that works.
+        ConfigError: the device cannot honor the options.
+    """
+    shape, experts = needs.shape, needs.experts
     if backend.unified_memory:
-        on_miss, plan = plan_on_miss(config, shape, needs, free=free, share=backend.auto_share)
+        on_miss, plan = plan_on_miss(config, shape, needs.bytes, free=free, share=backend.auto_share)
         if on_miss != config.on_miss and plan.slots_per_layer != shape.experts:
             logger.info("on_miss=%r means %r here: choosing who gets a slot would not pay.", config.on_miss, on_miss)
         host, host_computes = None, False
     else:
         host_free = backend.host_free_bytes()
         on_miss = on_miss_beside(config, str(backend.device))
-        plan = plan_memory(config, shape, needs, free=free, share=backend.auto_share, host_free=host_free)
+        plan = plan_memory(config, shape, needs.bytes, free=free, share=backend.auto_share, host_free=host_free)
         if plan.slots_per_layer == shape.experts:
             on_miss = "fetch"
         host_computes = on_miss != "fetch"
@@ -96,7 +102,7 @@ def divide(
 
 
 def on_miss_beside(config: OffloadConfig, device: str) -> str:
-    """on_miss on a device with memory of its own, whose kernels are not the host's."""
+    """on_miss on a device with memory of its own: its kernels and the host's do not give the same bits."""
     if config.is_numeric:
         return config.on_miss
     if config.on_miss == "cpu":
@@ -108,7 +114,7 @@ def on_miss_beside(config: OffloadConfig, device: str) -> str:
 
 
 def miss_costs(config: OffloadConfig, expert_bytes: int) -> MissCosts:
-    """Of the profile, as far as it has them, else assumed."""
+    """What a miss costs by the profile, with defaults for whatever it lacks."""
     profile = config.profile
     if isinstance(profile, Profile) and profile.costs is not None:
         return profile.costs.miss_costs(expert_bytes)

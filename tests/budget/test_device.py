@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offmoe.budget.device import DenseLayerBytes, ModelBytes, plan_memory, plan_on_miss
+from offmoe.budget.device import plan_memory, plan_on_miss
+from offmoe.budget.needs import DenseLayerBytes, ModelBytes
 from offmoe.config import OffloadConfig
 from offmoe.errors import CapacityError, ConfigError
 from offmoe.types import DISK, HOST, CacheShape

@@ -12,11 +12,10 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 import offmoe
 from offmoe.budget.estimate import estimate, estimate_experts
 from offmoe.budget.inspect import Inspected, inspect, survey
-from offmoe.budget.needs import count_parameters, model_bytes
+from offmoe.budget.needs import model_needs
 from offmoe.config import OffloadConfig
 from offmoe.errors import CheckpointError, MissingTensorError, UnsupportedModelError
 from offmoe.hf.load.config import model_class
-from offmoe.hf.load.dense_layers import dense_layers
 from offmoe.hf.load.meta_model import build_meta
 from tests import tiny
 
@@ -128,12 +127,10 @@ def test_many_experts_are_counted_without_making_them(family: str, sizes: dict[s
     """What two and three experts say of 70 is what 70 say."""
     config = AutoConfig.for_model(family, num_heads=4, vocab_size=97, num_experts=70, **sizes)
     cls = model_class(config)
-    told = estimate(config, cls, torch.float32, torch.float32, unified_memory=True)
+    estimated, _ = estimate(config, cls, torch.float32, torch.float32, unified_memory=True)
     meta = build_meta(config, cls)
     shape, experts = estimate_experts(meta, torch.float32)
-    layers = dense_layers(meta)
-    needs = model_bytes(meta, experts, layers, torch.float32, torch.float32, unified_memory=True)
-    assert told[:4] == (shape, experts, count_parameters(meta), needs)
+    assert estimated == model_needs(meta, shape, experts, torch.float32, torch.float32, unified_memory=True)
     assert set(shape.experts) == {70}
 
 
