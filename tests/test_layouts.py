@@ -68,7 +68,7 @@ def test_dense_layers_between_moe_layers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scope", ["layer", "model"])
 @pytest.mark.parametrize("family", ["dots3_note", "ernie4_5_vl_moe"])
 def test_layers_of_different_counts_and_shapes(tmp_path: Path, family: str, scope: str) -> None:
-    """Experts for images: of dots3_note fewer, of ernie4_5_vl_moe smaller. One pool must hold both kinds."""
+    """dots3_note has fewer experts for images, ernie4_5_vl_moe smaller ones. One pool must hold both kinds."""
     folder = tiny.save(families.build(family, torch.bfloat16), tmp_path / "model")
     inputs = families.image_inputs(family, torch.bfloat16)
     found = []

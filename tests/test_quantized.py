@@ -67,8 +67,9 @@ def test_logits_and_tokens_are_those_of_the_dequantized_model(
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe", "mixtral"])
 def test_fp8_equals_stock_on_the_same_file(tmp_path: Path, family: str) -> None:
-    """On a CPU stock dequantizes FP8, to bf16 (in fp32 its layers disagree about dtypes); blocks divide all matrices
-    here, because it reads others wrong.
+    """On a CPU stock dequantizes FP8 to bf16; in fp32 its layers disagree about dtypes.
+
+    Blocks divide all matrices here, because stock reads ragged ones wrong.
     """
     folder, _ = quantized.save(tmp_path, family, "fp8")
     wanted = run(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval())
@@ -165,7 +166,7 @@ def test_a_model_is_what_the_class_says_and_saves_its_source(tmp_path: Path) -> 
 
 
 def test_dense_layers_that_do_not_fit_come_decoded(tmp_path: Path) -> None:
-    """From the disk: what is quantized is written once more, decoded; the rest is read where it is."""
+    """Quantized dense layers are decoded into a temporary file; the others are read from their shards."""
     folder, dense = quantized.save(tmp_path, "mixtral", "fp8", num_hidden_layers=4)
     wanted = run(AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16).eval())
     with pytest.raises(CapacityError) as raised:

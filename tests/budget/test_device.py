@@ -82,16 +82,16 @@ NEEDED = 1000 + 600 + 50 + 2 * 256 + 2 * 100 + 2 * 100 + 300
 
 
 def test_dense_layers_leave_only_as_far_as_they_must():
-    found = {}
+    plans = {}
     for budget in range(NEEDED - 600 + 180, NEEDED + 1):
         plan = plan_memory(OffloadConfig(device_memory=budget), SHAPE, LAYERED, free=10**9)
         assert plan.used <= budget
         assert (plan.dense + plan.offloaded, plan.smallest, plan.smallest_dense) == (1000, NEEDED - 420, NEEDED)
         assert plan.offloaded == 150 * plan.offloaded_layers
         assert plan.in_flight == (180 if plan.offloaded_layers else 0)
-        found.setdefault(plan.offloaded_layers, []).append(budget)
-    assert list(found) == [4, 3, 2, 0], "one alone comes back to as much room as it left"
-    assert all(budgets == list(range(budgets[0], budgets[-1] + 1)) for budgets in found.values())
+        plans.setdefault(plan.offloaded_layers, []).append(budget)
+    assert list(plans) == [4, 3, 2, 0], "one alone comes back to as much room as it left"
+    assert all(budgets == list(range(budgets[0], budgets[-1] + 1)) for budgets in plans.values())
     with pytest.raises(CapacityError, match=f"works for this model is {NEEDED - 420} bytes"):
         plan_memory(OffloadConfig(device_memory=NEEDED - 421), SHAPE, LAYERED, free=10**9)
 

@@ -1,4 +1,4 @@
-"""What a configuration alone tells: the published sizes of real models, and the very bytes that headers would give."""
+"""What a configuration alone tells: the published sizes of real models, and the very bytes that headers give."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ CPU = OffloadConfig(device="cpu", device_memory=1 << 50)
 def test_published_sizes(
     name: str, total: float, dense: float, layers: int, moe_layers: int, experts: int, top_k: int
 ) -> None:
-    found = survey(CONFIGS / f"{name}.json", CPU)
-    assert (round(found.parameters.total / 1e9, 1), round(found.parameters.dense / 1e9, 1)) == (total, dense)
-    assert found.shape.layers == moe_layers
-    assert found.hf_config.get_text_config().num_hidden_layers == layers
-    assert set(found.shape.experts) == {experts}
-    assert set(found.shape.top_k) == {top_k}
-    assert found.plan.dense >= 2 * found.parameters.dense, "computed in bf16"
-    assert found.plan.slots_per_layer == found.shape.experts, "a petabyte holds all of them"
+    surveyed = survey(CONFIGS / f"{name}.json", CPU)
+    assert (round(surveyed.parameters.total / 1e9, 1), round(surveyed.parameters.dense / 1e9, 1)) == (total, dense)
+    assert surveyed.shape.layers == moe_layers
+    assert surveyed.hf_config.get_text_config().num_hidden_layers == layers
+    assert set(surveyed.shape.experts) == {experts}
+    assert set(surveyed.shape.top_k) == {top_k}
+    assert surveyed.plan.dense >= 2 * surveyed.parameters.dense, "computed in bf16"
+    assert surveyed.plan.slots_per_layer == surveyed.shape.experts, "a petabyte holds all of them"
 
 
 @pytest.mark.parametrize(
@@ -59,8 +59,8 @@ def test_published_sizes(
     ],
 )
 def test_bytes_of_an_expert_as_published(name: str, expert: int) -> None:
-    found = survey(CONFIGS / f"{name}.json", CPU)
-    assert set(found.shape.expert_bytes) == {expert}
+    surveyed = survey(CONFIGS / f"{name}.json", CPU)
+    assert set(surveyed.shape.expert_bytes) == {expert}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -68,12 +68,12 @@ def test_bytes_of_an_expert_as_published(name: str, expert: int) -> None:
 def test_the_configuration_says_what_the_headers_say(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
     folder = tiny.save(tiny.build(family, dtype), tmp_path / "model")
     read = inspect(folder, CPU)
-    told = survey(folder / "config.json", CPU)
-    assert not isinstance(told, Inspected)
-    assert (told.shape, told.parameters, told.dtype) == (read.shape, read.parameters, read.dtype)
-    assert [e.slot for e in told.experts] == [e.slot for e in read.experts]
-    assert told.plan.slots_per_layer == read.plan.slots_per_layer
-    fixed = [(p.dense, p.slots, p.workspace) for p in (told.plan, read.plan)]
+    estimated = survey(folder / "config.json", CPU)
+    assert not isinstance(estimated, Inspected)
+    assert (estimated.shape, estimated.parameters, estimated.dtype) == (read.shape, read.parameters, read.dtype)
+    assert [e.slot for e in estimated.experts] == [e.slot for e in read.experts]
+    assert estimated.plan.slots_per_layer == read.plan.slots_per_layer
+    fixed = [(p.dense, p.slots, p.workspace) for p in (estimated.plan, read.plan)]
     assert fixed[0] == fixed[1]
 
 
@@ -111,9 +111,9 @@ def _config(folder: Path, family: str, **quantization: object) -> Path:
     ids=lambda value: value["quant_method"] if isinstance(value, dict) else "",
 )
 def test_bytes_of_quantized_experts(tmp_path: Path, quantization: dict[str, object], expert: int) -> None:
-    found = survey(_config(tmp_path, "mixtral", **quantization), CPU)
-    assert set(found.shape.expert_bytes) == {expert}
-    assert found.quantization == quantization["quant_method"]
+    surveyed = survey(_config(tmp_path, "mixtral", **quantization), CPU)
+    assert set(surveyed.shape.expert_bytes) == {expert}
+    assert surveyed.quantization == quantization["quant_method"]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_bytes_of_quantized_experts(tmp_path: Path, quantization: dict[str, obje
     ],
 )
 def test_many_experts_are_counted_without_making_them(family: str, sizes: dict[str, int]) -> None:
-    """What two and three experts say of 70 is what 70 say."""
+    """Needs that are extrapolated from two and three experts to 70 equal those of a model with 70."""
     config = AutoConfig.for_model(family, num_heads=4, vocab_size=97, num_experts=70, **sizes)
     cls = model_class(config)
     estimated, _ = estimate(config, cls, torch.float32, torch.float32, unified_memory=True)
@@ -135,16 +135,16 @@ def test_many_experts_are_counted_without_making_them(family: str, sizes: dict[s
 
 
 def test_many_experts_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[int] = []
+    counts: list[int] = []
 
     def counted(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrainedModel:
-        made.append(config.num_experts)
+        counts.append(config.num_experts)
         return build_meta(config, cls)
 
     monkeypatch.setattr("offmoe.budget.estimate.build_meta", counted)
     config = AutoConfig.for_model("switch_transformers", num_experts=2048)
     estimate(config, model_class(config), torch.float32, torch.float32, unified_memory=True)
-    assert max(made) == 3
+    assert max(counts) == 3
 
 
 def test_a_quantization_of_unknown_size_is_refused(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_a_folder_with_a_configuration_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"])
 def test_a_damaged_checkpoint_is_no_configuration(tmp_path: Path, name: str) -> None:
-    """It would hide that the download failed."""
+    """To take it for a configuration would hide that the download failed."""
     (tmp_path / "config.json").write_text((CONFIGS / "mixtral-8x7b.json").read_text())
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(CheckpointError):

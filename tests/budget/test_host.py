@@ -1,4 +1,4 @@
-"""How slots in RAM are shared out; what they are taken from is tested in tests/test_host_tier.py."""
+"""How slots in RAM are divided among layers. Runs with slots in RAM are tested in tests/test_host_tier.py."""
 
 from __future__ import annotations
 

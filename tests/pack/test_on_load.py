@@ -1,4 +1,4 @@
-"""experts="int4" of a dense checkpoint: the same model as from a packed folder, and nothing left behind."""
+"""experts="int4" of a dense checkpoint: the same model as from a packed folder, and nothing stays on the disk."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROMPT = {"input_ids": tiny.prompt()}
 
 @pytest.fixture(autouse=True)
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where temporary folders are made."""
+    """The folder that temporary folders are created in."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -68,14 +68,14 @@ def test_sizes_are_known_before_anything_is_written(
 ) -> None:
     config = OffloadConfig(device="cpu", slots_per_layer=3, experts=experts)
     pack(checkpoint, tmp_path / "packed", weight_format(experts))
-    found, wanted = inspect(checkpoint, config), inspect(tmp_path / "packed", config)
-    assert found.plan.to_dict() | {"budget": 0} == wanted.plan.to_dict() | {"budget": 0}
-    assert (found.experts, found.shape) == (wanted.experts, wanted.shape)
+    planned, wanted = inspect(checkpoint, config), inspect(tmp_path / "packed", config)
+    assert planned.plan.to_dict() | {"budget": 0} == wanted.plan.to_dict() | {"budget": 0}
+    assert (planned.experts, planned.shape) == (wanted.experts, wanted.shape)
     assert list(temporary.iterdir()) == []
     alone = tmp_path / "config.json"
     alone.write_bytes((checkpoint / "config.json").read_bytes())
     guessed = survey(alone, config)
-    assert guessed.shape.expert_bytes[0] == pytest.approx(found.shape.expert_bytes[0], rel=0.01)
+    assert guessed.shape.expert_bytes[0] == pytest.approx(planned.shape.expert_bytes[0], rel=0.01)
 
 
 def test_what_is_quantized_otherwise(tmp_path: Path, checkpoint: Path) -> None:

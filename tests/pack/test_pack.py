@@ -51,14 +51,14 @@ def save(folder: Path, family: str = "mixtral", dtype: torch.dtype = torch.bfloa
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """As the reader of safetensors has them, by the index."""
+    """The tensors that the safetensors reader gives, by the index."""
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     shards = {file: load_file(folder / file) for file in set(index.values())}
     return {name: shards[file][name] for name, file in index.items()}
 
 
 def expected(source: Path, how: WeightFormat) -> dict[str, torch.Tensor]:
-    """Experts' weights as the quantizer has them, float32."""
+    """The experts' weights as the quantizer decodes them, float32."""
     return {
         name: quantize(weight, WeightFormat(how.kind, how.group, how.zero_points, weight.dtype)).values()
         for name, weight in tensors(source).items()
@@ -161,15 +161,15 @@ def test_the_config_says_what_the_tensors_are(tmp_path: Path, how: WeightFormat)
     (source / "vocab.txt").write_text("a b c")
     pack(source, out, how)
     config = json.loads((out / "config.json").read_text())
-    said = config.pop("quantization_config")
+    quantization = config.pop("quantization_config")
     assert config == json.loads((source / "config.json").read_text())
-    weights = said["config_groups"]["group_0"]["weights"]
+    weights = quantization["config_groups"]["group_0"]["weights"]
     assert (weights["num_bits"], weights["group_size"]) == (how.bits, how.group)
     assert weights["symmetric"] is not how.zero_points
     dense = {name.removesuffix(".weight") for name, t in tensors(source).items() if t.ndim == 2}
-    assert {name for name in dense if not EXPERT.search(f"{name}.weight")} <= set(said["ignore"])
-    assert not any(".experts." in name for name in said["ignore"])
-    assert "model.layers.0.mlp.shared_expert.up_proj" in said["ignore"]
+    assert {name for name in dense if not EXPERT.search(f"{name}.weight")} <= set(quantization["ignore"])
+    assert not any(".experts." in name for name in quantization["ignore"])
+    assert "model.layers.0.mlp.shared_expert.up_proj" in quantization["ignore"]
     assert (out / "vocab.txt").read_text() == "a b c"
     assert (out / "generation_config.json").read_bytes() == (source / "generation_config.json").read_bytes()
 
@@ -179,15 +179,15 @@ def test_compressed_tensors_decodes_the_same_values(tmp_path: Path, how: WeightF
     ct = pytest.importorskip("compressed_tensors")
     source, out = save(tmp_path / "source", num_hidden_layers=1), tmp_path / "out"
     pack(source, out, how)
-    said = json.loads((out / "config.json").read_text())["quantization_config"]
-    config = ct.quantization.QuantizationConfig.model_validate(said)
+    quantization = json.loads((out / "config.json").read_text())["quantization_config"]
+    config = ct.quantization.QuantizationConfig.model_validate(quantization)
     scheme = config.config_groups["group_0"]
     packed = tensors(out)
     endings = ["packed", "scale", "shape", *(["zero_point"] if how.zero_points else [])]
     compressor = ct.compressors.PackedQuantizationCompressor
     for name, values in expected(source, how).items():
-        made = compressor.decompress({f"weight_{part}": packed[f"{name}_{part}"] for part in endings}, scheme)["weight"]
-        assert torch.equal(made, values.bfloat16())
+        raw = {f"weight_{ending}": packed[f"{name}_{ending}"] for ending in endings}
+        assert torch.equal(compressor.decompress(raw, scheme)["weight"], values.bfloat16())
 
 
 # --- interruptions
@@ -244,11 +244,11 @@ def test_a_finished_shard_that_was_damaged_is_made_again(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda found: {**found, "version": 2}, "by another version of offmoe"),
-        (lambda found: {**found, "options": {**found["options"], "group": 32}}, "with other options"),
-        (lambda found: {**found, "source": {}}, "from another model"),
-        (lambda found: {**found, "shards": [1]}, "not a manifest"),
-        (lambda found: [], "not a manifest"),
+        (lambda manifest: {**manifest, "version": 2}, "by another version of offmoe"),
+        (lambda manifest: {**manifest, "options": {**manifest["options"], "group": 32}}, "with other options"),
+        (lambda manifest: {**manifest, "source": {}}, "from another model"),
+        (lambda manifest: {**manifest, "shards": [1]}, "not a manifest"),
+        (lambda manifest: [], "not a manifest"),
     ],
 )
 def test_another_manifest_is_refused(tmp_path: Path, change, says: str) -> None:
@@ -370,14 +370,14 @@ def test_a_disk_that_fills_up_meanwhile(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_killed_run_goes_on_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It leaves what it was writing; neither a run that is refused nor one that goes on stumbles over that."""
+    """A killed run leaves a half-written file; neither a refused run nor one that resumes stumbles over it."""
     source, out = save(tmp_path / "source"), tmp_path / "out"
     whole = pack(source, out, INT4, shard_bytes=SHARD_BYTES)
     before = contents(out)
-    left = json.loads(before[PACK_MANIFEST]) | {"shards": {}}
+    unfinished = json.loads(before[PACK_MANIFEST]) | {"shards": {}}
     for path in out.iterdir():
         path.unlink()
-    (out / PACK_MANIFEST).write_text(json.dumps(left))
+    (out / PACK_MANIFEST).write_text(json.dumps(unfinished))
     (out / "model-00001-of-00005.safetensors.partial").write_bytes(b"half")
     usage = namedtuple("usage", "free")
     with monkeypatch.context() as patch:
@@ -389,7 +389,7 @@ def test_a_killed_run_goes_on_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_memory_that_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wherever in the work it happens, it is one error, and the next run goes on."""
+    """Wherever memory runs out, the error is the same, and the next run resumes."""
     source, out = save(tmp_path / "source"), tmp_path / "out"
     empty = torch.empty
 
@@ -415,7 +415,7 @@ def test_memory_that_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_shards_are_made_at_the_same_time_and_all_are_given_up_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first two wait for each other inside `write_file`; then one fails, and the other leaves nothing."""
+    """The first two wait for each other inside `write_file`; then one fails, and the other leaves no file."""
     source, out = save(tmp_path / "source"), tmp_path / "out"
     both, write = threading.Barrier(2, timeout=60), packing.write_file
 

@@ -19,18 +19,18 @@ def gaussian(rows: int = 64, cols: int = 512, seed: int = 0) -> torch.Tensor:
 
 
 def error(weight: torch.Tensor, how: WeightFormat, **options: bool) -> float:
-    """Squared error relative to the weight's own square."""
+    """The squared error divided by the squared weight."""
     return ((quantize(weight, how, **options).values() - weight).square().sum() / weight.square().sum()).item()
 
 
 def same(a: PackedWeight, b: PackedWeight) -> None:
-    """Bit for bit, the sign of zeros included."""
+    """Assert that two weights have the same bits, signs of zeros included."""
     for x, y in zip(a.params("w").values(), b.params("w").values(), strict=True):
         assert torch.equal(x.view(torch.uint8), y.view(torch.uint8))
 
 
 def at_rest(packed: PackedWeight) -> dict[str, torch.Tensor]:
-    """As compressed-tensors has it."""
+    """The tensors that compressed-tensors stores for a packed weight."""
     raw = {"packed": packed.words ^ (0 if packed.format.bits == 4 else -0x7F7F7F80), "scale": packed.scales}
     if packed.zeros is not None:
         nibbles = packed.zeros.view(-1, 8, packed.zeros.shape[1]).int()  # [rows / 8, 8, groups]
@@ -124,7 +124,7 @@ def test_shape(each: Quantizer) -> None:
 
 
 def hard(rows: int, cols: int, scale: float) -> torch.Tensor:
-    """Gaussian rows, and some that are special."""
+    """Gaussian rows, and some special ones: constants, zeros, outliers, one sign."""
     weight = gaussian(rows, cols) * 50 * scale
     weight[0], weight[1], weight[2], weight[3] = 0, scale, -scale, 1e-42
     weight[4, 5] = 100 * scale  # one outlier
@@ -154,12 +154,12 @@ def test_the_encoder_gives_the_bits_that_torch_defines(variant: str, how: Weight
 
 def test_threads_do_not_change_a_bit() -> None:
     weight = gaussian(2048, 512).bfloat16()
-    made = []
+    packed = []
     for threads in (1, 2, 5):
         with NativeQuantizer(library(), threads) as native:
-            made += [native(weight, int4()) for _ in range(3)]
-    for other in made[1:]:
-        same(other, made[0])
+            packed += [native(weight, int4()) for _ in range(3)]
+    for other in packed[1:]:
+        same(other, packed[0])
 
 
 def test_weights_that_lie_otherwise() -> None:
@@ -169,9 +169,9 @@ def test_weights_that_lie_otherwise() -> None:
 
 
 def test_memory_that_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = library()
-    monkeypatch.setattr(found.calls, "offmoe_encode", lambda *arguments: 2)
-    with NativeQuantizer(found, 1) as native, pytest.raises(CapacityError, match="no memory to quantize w2"):
+    compiled = library()
+    monkeypatch.setattr(compiled.calls, "offmoe_encode", lambda *arguments: 2)
+    with NativeQuantizer(compiled, 1) as native, pytest.raises(CapacityError, match="no memory to quantize w2"):
         native(gaussian(16, 64), int4(), "w2")
 
 

@@ -27,11 +27,11 @@ RENAMED = {
 
 
 def cases() -> list[tuple[str, str]]:
-    found = []
+    cases = []
     for file in sorted(DATA.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
-            found += [(file.stem, case) for case in json.loads(opened.metadata()["cases"])]
-    return found
+            cases += [(file.stem, case) for case in json.loads(opened.metadata()["cases"])]
+    return cases
 
 
 def golden(file: str, case: str) -> tuple[Codec, dict[str, torch.Tensor], torch.Tensor]:
@@ -62,10 +62,10 @@ def test_decoder_gives_the_bits_of_the_formats_own_package(file: str, case: str,
     assert codec.required == raw.keys()
     assert codec.shape(specs(raw)) == tuple(dense.shape)
     before = {name: tensor.clone() for name, tensor in raw.items()}
-    found = codec.decode(raw, dtype)
-    assert found.dtype == dtype
-    assert found.is_contiguous()
-    assert torch.equal(found, dense.to(dtype))
+    decoded = codec.decode(raw, dtype)
+    assert decoded.dtype == dtype
+    assert decoded.is_contiguous()
+    assert torch.equal(decoded, dense.to(dtype))
     assert all(torch.equal(raw[name], tensor) for name, tensor in before.items()), "the slot was written to"
 
 
@@ -159,14 +159,14 @@ def test_mxfp4_is_what_transformers_dequantizes(dtype: torch.dtype) -> None:
     scales = torch.randint(0, 255, (1, 4, 8), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
     raw = {"blocks": blocks[0], "scales": scales[0]}
     assert Mxfp4().shape(specs(raw)) == (256, 4)
-    found, reference = Mxfp4().decode(raw, dtype), mxfp4.convert_moe_packed_tensors(blocks, scales, dtype=dtype)[0]
-    assert found.is_contiguous()
-    assert torch.equal(found, reference)
-    assert torch.equal(torch.signbit(found), torch.signbit(reference))
+    decoded, reference = Mxfp4().decode(raw, dtype), mxfp4.convert_moe_packed_tensors(blocks, scales, dtype=dtype)[0]
+    assert decoded.is_contiguous()
+    assert torch.equal(decoded, reference)
+    assert torch.equal(torch.signbit(decoded), torch.signbit(reference))
 
 
 def test_compressed_tensors_index_of_minus_ones_is_none() -> None:
-    """How it marks that no activation order was used."""
+    """compressed-tensors' mark that no activation order was used."""
     codec, raw, _ = golden("compressed-tensors-old", "int4_actorder")
     plain = PackedInt(4, 16).decode({k: raw[k] for k in ("packed", "scale")}, torch.bfloat16)
     raw["g_idx"] = torch.full_like(raw["g_idx"], -1)
@@ -215,10 +215,10 @@ REFUSED: list[tuple[Codec, dict[str, Spec], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("codec", "found", "match"), REFUSED)
-def test_components_that_make_no_matrix_are_refused(codec: Codec, found: dict[str, Spec], match: str) -> None:
+@pytest.mark.parametrize(("codec", "specs", "match"), REFUSED)
+def test_components_that_make_no_matrix_are_refused(codec: Codec, specs: dict[str, Spec], match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        codec.shape(found)
+        codec.shape(specs)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ FORMATS = [INT8, int4(32), int4(64), int4(128), int4(32, zero_points=True), MXFP
 
 
 def random_weight(how: WeightFormat, rows: int, cols: int) -> PackedWeight:
-    """Any bits are a weight; scales stay finite."""
+    """A weight of random bits, with finite scales."""
     g = torch.Generator().manual_seed(rows * 1000 + cols)
     words = torch.randint(-(2**31), 2**31 - 1, (rows, cols // how.word_values), dtype=torch.int32, generator=g)
     if how.kind == "fp8":
@@ -39,7 +39,7 @@ def random_weight(how: WeightFormat, rows: int, cols: int) -> PackedWeight:
 
 
 def one_by_one(weight: PackedWeight) -> torch.Tensor:
-    """The definition, value by value in plain integers."""
+    """The weight by definition, value by value in plain integers."""
     how, out = weight.format, torch.empty(weight.rows, weight.cols)
     e2m1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
     for n in range(weight.rows):
@@ -80,7 +80,7 @@ def test_tiles_are_the_same_words(how: WeightFormat) -> None:
 
 
 def test_words_are_those_of_compressed_tensors() -> None:
-    """Its pack_to_int32: value i of a word is bits 4i to 4i + 3."""
+    """compressed-tensors' pack_to_int32: value i of a word is bits 4i to 4i + 3."""
     q = torch.arange(16, dtype=torch.uint8).view(1, 16)
     assert [hex(w & 0xFFFFFFFF) for w in pack_words(q, int4()).flatten().tolist()] == ["0x76543210", "0xfedcba98"]
     bytes_ = torch.tensor([[1, -2, 3, -128]], dtype=torch.int8)

@@ -29,9 +29,9 @@ def test_what_is_written_is_a_shard(tmp_path: Path) -> None:
     assert len(head) % 8 == 0
     path = tmp_path / "model.safetensors"
     digest = write_file(path, [head, *map(octets, wanted.values())])
-    found = load_file(path)
-    assert found.keys() == wanted.keys() == Checkpoint.open(tmp_path).tensors.keys()
-    assert all(torch.equal(found[name], wanted[name]) and found[name].dtype == wanted[name].dtype for name in wanted)
+    read = load_file(path)
+    assert read.keys() == wanted.keys() == Checkpoint.open(tmp_path).tensors.keys()
+    assert all(torch.equal(read[name], wanted[name]) and read[name].dtype == wanted[name].dtype for name in wanted)
     assert digest == digest_of(path)
     assert os.listdir(tmp_path) == [path.name]
 

@@ -61,9 +61,9 @@ def shards(tmp_path: Path) -> list[Path]:
 
 @pytest.fixture
 def buffers() -> Iterator[HostBuffers]:
-    made = HostBuffers(8, SHARD_BYTES + 2 * ALIGNMENT)
-    yield made
-    made.close()
+    buffers = HostBuffers(8, SHARD_BYTES + 2 * ALIGNMENT)
+    yield buffers
+    buffers.close()
 
 
 def expected(shards: list[Path], key: ExpertKey) -> list[bytes]:
@@ -82,11 +82,11 @@ def read(store: ExpertStore, key: ExpertKey, buffers: HostBuffers, i: int = 0) -
 
 def failing(times: int, error: OSError) -> ReadAt:
     """A read that raises `error` the first `times` times."""
-    real, left = positional_read(), [times]
+    real, remaining = positional_read(), [times]
 
     def read_at(descriptor: int, buffer: memoryview, offset: int) -> int:
-        if left[0]:
-            left[0] -= 1
+        if remaining[0]:
+            remaining[0] -= 1
             raise error
         return real(descriptor, buffer, offset)
 
