@@ -17,7 +17,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TextIO
 
-from offmoe.bench.task import OFFMOE, Costs, Outcome, Pass, Peak, Task, from_line, restore, to_line
+from offmoe.bench.messages import OFFMOE, Costs, Outcome, Pass, Peak, Task, from_line, restore, to_line
 from offmoe.errors import ConfigError, OffmoeError
 
 if TYPE_CHECKING:

@@ -29,8 +29,8 @@ from offmoe.text import format_size, parse_size, percent
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from offmoe.bench.duel import Opponent, Record
-    from offmoe.bench.task import Pass
+    from offmoe.bench.messages import Pass
+    from offmoe.bench.rounds import ContenderProcess, Record
     from offmoe.budget.inspect import Inspected
 
 ACCELERATE, NO_PREFETCH = "accelerate", "no-prefetch"
@@ -146,7 +146,7 @@ def _inspect(args: argparse.Namespace, config: OffloadConfig, cap: int | None, h
 
 def _passes(args: argparse.Namespace, inspected: Inspected, out: Output) -> list[Pass]:
     """One pass to warm up, and one per round."""
-    from offmoe.bench.task import Pass
+    from offmoe.bench.messages import Pass
 
     vocabulary = int(inspected.hf_config.get_text_config().vocab_size)
     rng = random.Random(0)
@@ -175,13 +175,13 @@ def _measure(
     args: argparse.Namespace, inspected: Inspected, cap: int | None, passes: list[Pass], out: Output, stack: ExitStack
 ) -> dict[str, Any]:
     """Run the rounds. stack: closes the contenders."""
-    from offmoe.bench import duel
+    from offmoe.bench import rounds
     from offmoe.measure.probes import DiskProbe, drop_page_cache
     from offmoe.storage.store import ExpertStore
 
     shards = inspected.checkpoint.shards
     stock_model = _stock_model(args, inspected)
-    opponents = _opponents(args, inspected, stock_model, cap, out, stack)
+    contenders = _start_contenders(args, inspected, stock_model, cap, out, stack)
     store = ExpertStore(shards, inspected.catalog.records)
     stack.callback(store.close)
     disk = stack.enter_context(DiskProbe(store, inspected.catalog.records, shards))
@@ -192,12 +192,12 @@ def _measure(
         drop_page_cache(shards)
 
     with out.progress("rounds", len(passes), "rounds") as advance:
-        records = duel.paired(opponents, passes, probe, advance)
+        records = rounds.paired(contenders, passes, probe, advance)
     ours = records[0]
     return {
         "ours": ours.to_dict(),
         **_comparison(records, comparable=stock_model is None or not _other_weights(args, inspected)),
-        "roofline": duel.roofline(ours, opponents[0].costs(), statistics.median(rates)),
+        "roofline": rounds.roofline(ours, contenders[0].costs(), statistics.median(rates)),
         "against": args.against,
         "rounds": len(ours.outcomes),
         "new_tokens": args.new_tokens,
@@ -209,24 +209,23 @@ def _measure(
     }
 
 
-def _opponents(
+def _start_contenders(
     args: argparse.Namespace,
     inspected: Inspected,
     stock_model: Inspected | None,
     cap: int | None,
     out: Output,
     stack: ExitStack,
-) -> list[Opponent]:
+) -> list[ContenderProcess]:
     """Start the contenders, offmoe first. stock_model: what accelerate runs, if it does."""
-    from offmoe.bench import duel
-    from offmoe.bench import task as tasks
+    from offmoe.bench import messages, rounds
     from offmoe.measure.probes import drop_page_cache
 
     scratch_parent = None if stock_model is None else _scratch_parent(args, stock_model)
     drop_page_cache(inspected.checkpoint.shards)  # or a contender reads pages that another cgroup is charged for
     config = inspected.config
-    task = tasks.Task(
-        tasks.OFFMOE,
+    task = messages.Task(
+        messages.OFFMOE,
         str(inspected.folder),
         device=str(config.device),
         dtype=str(inspected.dtype).removeprefix("torch."),
@@ -236,31 +235,31 @@ def _opponents(
         threads=args.threads,
     )
     out.note(f"memory on {config.device}: {inspected.plan.describe()}")
-    opponents = [stack.enter_context(duel.Opponent(tasks.OFFMOE, task, cap))]
+    contenders = [stack.enter_context(rounds.ContenderProcess(messages.OFFMOE, task, cap))]
     if args.against == NO_PREFETCH:
         other = replace(task, options={**task.options, "prefetch": 0})
-        opponents.append(stack.enter_context(duel.Opponent(NO_PREFETCH, other, cap)))
+        contenders.append(stack.enter_context(rounds.ContenderProcess(NO_PREFETCH, other, cap)))
     elif stock_model is not None:
         scratch = str(stack.enter_context(scratch_folder("offmoe-bench-", scratch_parent)))
         out.note("loading the model with accelerate's offload, which may write a second copy of the experts")
         folder = str(stock_model.source.folder)
-        stock = replace(task, runtime=tasks.ACCELERATE, model=folder, options={}, scratch=scratch)
-        opponents.append(stack.enter_context(duel.Opponent(ACCELERATE, stock, cap)))
-    return opponents
+        stock = replace(task, runtime=messages.ACCELERATE, model=folder, options={}, scratch=scratch)
+        contenders.append(stack.enter_context(rounds.ContenderProcess(ACCELERATE, stock, cap)))
+    return contenders
 
 
 def _comparison(records: Sequence[Record], *, comparable: bool) -> dict[str, Any]:
     """The other contender's figures. comparable: whether both computed with the same weights."""
-    from offmoe.bench import duel
+    from offmoe.bench import rounds
 
     if len(records) < 2:
         return dict.fromkeys(("baseline", "ratio", "ttft_ratio", "same"))
     ours, other = records
     return {
         "baseline": other.to_dict(),
-        "ratio": duel.ratio(other, ours),
-        "ttft_ratio": duel.ratio(other, ours, lambda outcome: outcome.ttft_s),
-        "same": duel.same(ours, other) if comparable else None,
+        "ratio": rounds.ratio(other, ours),
+        "ttft_ratio": rounds.ratio(other, ours, lambda outcome: outcome.ttft_s),
+        "same": rounds.same(ours, other) if comparable else None,
     }
 
 

@@ -1,7 +1,7 @@
-"""Which experts of neighboring layers are chosen by the same tokens, and what that tells about the next layer.
+"""Counts which experts of neighboring layers the same tokens choose, and how well that predicts the next layer.
 
-Only counts of pairs. Bound: linear in routes x top_k, but for guessing, which is tokens x experts x experts of the
-next. Must never show a ratio that chance would explain.
+Counting is linear in routes x top_k. Guessing takes tokens x experts x experts of the next layer. A ratio that chance
+would explain is never shown.
 """
 
 from __future__ import annotations
@@ -13,17 +13,23 @@ from functools import cached_property
 import numpy as np
 
 MIN_EXPECTED = 5.0
-"""Routes that independence must lead us to expect before a ratio to it is shown: below, chance alone makes any."""
+"""Expected routes below which no ratio is shown: with fewer, chance alone can produce any ratio."""
 PAIRS_SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Coactivation:
-    """Which experts of `layer + 1` follow those of `layer`. tokens: int [experts, experts of the next], those that
-    chose both; before and after: int [experts], those that chose each, of the `both` that were routed in both layers.
+    """Which experts of layer `layer + 1` follow the experts of `layer`.
 
-    guessed: of the next layer's experts, the share found by the counts of the first half of the trace in its second
-    half, guessing as many as a token takes. by_popularity: the same without looking at this layer's experts."""
+    Attributes:
+        layer: the first of the two layers.
+        tokens: int [experts, experts of the next layer], tokens that chose both experts.
+        before, after: int [experts], tokens that chose each expert of the first and of the second layer.
+        both: tokens that were routed in both layers; `before` and `after` count only these.
+        guessed: share of the next layer's experts that are guessed right. Pairs are counted in the first half of the
+            trace and guessed in the second, top_k experts per token.
+        by_popularity: the same, guessing the most popular experts without looking at the first layer.
+    """
 
     layer: int
     tokens: np.ndarray
@@ -35,20 +41,20 @@ class Coactivation:
 
     @cached_property
     def expected(self) -> np.ndarray:
-        """float: tokens that independent layers would give."""
+        """float, as `tokens`: tokens expected if the two layers chose independently."""
         return np.asarray(np.outer(self.before, self.after) / max(self.both, 1))
 
     @cached_property
     def lift(self) -> np.ndarray:
-        """float: tokens over expected ones; NaN where fewer than MIN_EXPECTED are expected."""
+        """float, as `tokens`: tokens / expected tokens; NaN where fewer than MIN_EXPECTED are expected."""
         supported = self.expected >= MIN_EXPECTED
         return np.where(supported, self.tokens / np.where(supported, self.expected, 1), np.nan)
 
     def pairs(self, most: int = PAIRS_SHOWN) -> list[dict[str, object]]:
-        """The pairs that stand out most, those with most routes in excess of chance first."""
+        """The pairs with the most tokens above chance, the strongest first."""
         excess = np.where(np.isnan(self.lift), 0, self.tokens - self.expected)
         order = np.argsort(-excess, axis=None, kind="stable")[:most]
-        found = [(int(a), int(b)) for a, b in zip(*np.unravel_index(order, excess.shape), strict=True)]
+        strongest = [(int(a), int(b)) for a, b in zip(*np.unravel_index(order, excess.shape), strict=True)]
         return [
             {
                 "experts": [a, b],
@@ -56,7 +62,7 @@ class Coactivation:
                 "expected": float(self.expected[a, b]),
                 "lift": float(self.lift[a, b]),
             }
-            for a, b in found
+            for a, b in strongest
             if excess[a, b] > 0
         ]
 
@@ -70,7 +76,7 @@ class Coactivation:
 
 
 def coactivated(layer: int, before: np.ndarray, after: np.ndarray, top_k: int) -> Coactivation:
-    """Pairs of experts of two layers. before, after: bool [T, experts of the layer]."""
+    """Count the pairs of two layers. before, after: bool [T, experts], which experts each token chose in the layers."""
     both = before.any(axis=1) & after.any(axis=1)
     half = len(before) // 2
     seen, truth = _together(before[:half], after[:half]), after[half:]
@@ -89,8 +95,8 @@ def coactivated(layer: int, before: np.ndarray, after: np.ndarray, top_k: int) -
 def _together(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """int [experts of a, experts of b]: tokens that chose both. a, b: bool [T, experts].
 
-    Counts pairs of ids, which is linear in routes; the matrix product of the two tables is not, and threads of a busy
-    machine made it a hundred times slower.
+    Counting pairs of ids is linear in routes. The matrix product of the two tables is not, and took a hundred times as
+    long on a machine with busy threads.
     """
     width = b.shape[1]
     counts = np.zeros(a.shape[1] * width, np.int64)
@@ -103,7 +109,7 @@ def _together(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _id_columns(chosen: np.ndarray) -> Iterator[np.ndarray]:
-    """int [T], as often as a token has experts at most: the first expert of each token, the second, ...; -1: none."""
+    """int [T] for the first expert of each token, then for the second, and so on. -1 where a token has no more."""
     tokens, experts = chosen.nonzero()
     ends = np.cumsum(chosen.sum(axis=1))
     rank = np.arange(len(tokens)) - np.concatenate([[0], ends])[tokens]

@@ -1,6 +1,6 @@
-"""A report in plain sentences, for the terminal and the page: what was found, beside what chance would give.
+"""Writes a report as plain sentences, for the terminal and the page. Findings are compared with chance.
 
-Words only. Must never state a finding that has no counts behind it.
+No sentence is written without counts behind it.
 """
 
 from __future__ import annotations
@@ -11,38 +11,38 @@ from offmoe.text import format_size, percent, span
 
 FEW_TOKENS = 100
 SPECIALISTS = 500
-"""Strongest ones among which jobs of different types are looked for."""
+"""Strongest specialists that are searched for jobs of different types."""
 JOBS = 3
 
 
 def findings(report: Report) -> list[str]:
-    """What the report says, most general first; one sentence or two each."""
+    """The findings, the most general first, in one or two sentences each."""
     if not report.tokens:
         return ["The trace holds no tokens: there is nothing to describe."]
     parts = (_work, _balance, _memory, _same_token, _specialization, _paths, _phases)
-    said = [text for part in parts if (text := part(report))]
+    sentences = [text for part in parts if (text := part(report))]
     if report.tokens < FEW_TOKENS:
         few = _plural(report.tokens, "token", "tokens")
-        said.append(f"Only {few}: all of this may be chance. Record more before concluding anything.")
-    return said
+        sentences.append(f"Only {few}: all of this may be chance. Record more before concluding anything.")
+    return sentences
 
 
 def missing(report: Report) -> list[str]:
-    """What could not be said, and what would be needed."""
-    said = []
+    """What the trace cannot tell, and what would be needed."""
+    sentences = []
     if report.specialization is None:
-        said.append(
+        sentences.append(
             "Which tokens go where is unknown: the trace holds no tokens with their texts. 'offmoe trace' records them."
         )
     if report.active.parameters is None:
-        said.append(
+        sentences.append(
             "Parameters and FLOPs per token are unknown: the trace's header has no parameter counts. 'offmoe trace' "
             "writes them."
         )
     if report.tokens and not (report.prefill.tokens and report.decode.tokens):
         only = "decode" if report.decode.tokens else "prefill"
-        said.append(f"Only {only} was recorded, so prefill and decode cannot be compared.")
-    return said
+        sentences.append(f"Only {only} was recorded, so prefill and decode cannot be compared.")
+    return sentences
 
 
 def _work(report: Report) -> str:
@@ -134,8 +134,8 @@ def _specialization(report: Report) -> str:
     if not by_type:
         return ""
     named = list(by_type.values())[:JOBS]
-    said = [f"expert {s.expert} of layer {s.layer} takes '{s.type}' {s.lift:.1f}x as often" for s in named]
-    return f"Clearest jobs: {', '.join(said)} as its load explains."
+    jobs = [f"expert {s.expert} of layer {s.layer} takes '{s.type}' {s.lift:.1f}x as often" for s in named]
+    return f"Clearest jobs: {', '.join(jobs)} as its load explains."
 
 
 def _paths(report: Report) -> str:
@@ -144,8 +144,8 @@ def _paths(report: Report) -> str:
     if guessed is None or popular is None:
         return ""
     return (
-        f"Who knows a layer's experts can guess {percent(guessed)} of the next layer's by mere counting; popularity "
-        f"alone guesses {percent(popular)}."
+        f"Counting which experts follow each other, {percent(guessed)} of the next layer's experts can be guessed; "
+        f"popularity alone guesses {percent(popular)}."
     )
 
 
@@ -159,7 +159,7 @@ def _phases(report: Report) -> str:
 
 
 def _count(number: int) -> str:
-    """'5.5 M' of 5,545,600; ends in a space below a thousand."""
+    """5,545,600 -> '5.5 M'. Below a thousand the text ends in a space."""
     size = float(number)
     for unit in ("", "k", "M", "G", "T"):
         if size < 1000:

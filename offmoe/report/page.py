@@ -1,8 +1,8 @@
-"""The page of `offmoe report -o`: one HTML file that needs nothing but a browser.
+"""Writes the page of `offmoe report -o`: one HTML file that needs only a browser.
 
-The template holds style and drawing; this module gives it numbers and texts as JSON. Bound: the page's size, some
-bytes per (layer, type, expert) and per pair of experts, which is why only the busiest experts of very wide layers are
-paired. Texts of tokens are foreign input: they must never stand in the file in a form that a browser could run.
+The template holds style and drawing; this module fills in numbers and texts as JSON. The page grows by some bytes per
+(layer, type, expert) and per pair of experts, so very wide layers pair only their busiest experts. Texts of tokens are
+untrusted input: the file must never contain them in a form that a browser could run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from offmoe.text import percent
 
 DATA = "/*DATA*/"
 PAIRED_EXPERTS = 64
-"""Experts of a layer in the page's co-activation maps: the square of it times layers is what the page grows by."""
+"""Experts per layer in the co-activation maps. The page grows with its square, times the number of layers."""
 
 
 def page(report: Report) -> str:
@@ -38,7 +38,7 @@ def page(report: Report) -> str:
 
 
 def write_page(path: str, report: Report) -> None:
-    """Write the page, whole or not at all."""
+    """Write the page atomically."""
     target = Path(path)
     if not target.parent.is_dir():
         raise ConfigError(f"-o {path}: the folder does not exist; create it first.")
@@ -139,24 +139,24 @@ def _pairs(report: Report, index: int) -> dict[str, Any]:
 
 
 def _types(report: Report) -> dict[str, Any] | None:
-    found = report.specialization
-    if found is None:
+    specialization = report.specialization
+    if specialization is None:
         return None
     return {
-        "names": list(found.types),
-        "meaning": [TYPES.get(name, f"letters of this script: {name}") for name in found.types],
-        "tokens": list(found.types.values()),
-        "routes": [routes.tolist() for routes in found.routes],
+        "names": list(specialization.types),
+        "meaning": [TYPES.get(name, f"letters of this script: {name}") for name in specialization.types],
+        "tokens": list(specialization.types.values()),
+        "routes": [routes.tolist() for routes in specialization.routes],
         "favorites": [
             [[[t.piece, t.routes, t.occurrences, _rounded(t.lift)] for t in tokens] for tokens in experts]
-            for experts in found.favorites
+            for experts in specialization.favorites
         ],
-        "strongest": [[s.layer, s.expert, s.type, s.routes, _rounded(s.lift)] for s in found.strongest()],
+        "strongest": [[s.layer, s.expert, s.type, s.routes, _rounded(s.lift)] for s in specialization.strongest()],
     }
 
 
 def _rounded(value: object) -> object:
-    """Four digits are more than a picture shows."""
+    """Rounded to four digits, which is more than a picture shows."""
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 

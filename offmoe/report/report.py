@@ -1,11 +1,12 @@
-"""What a recorded routing says about a model: balance, memory, specialization, paths between layers, work per token.
+"""Analyzes a recorded routing: balance, memory, specialization, paths between layers, work per token.
 
-Only arrays of the trace are read. Bound: tables [tokens, experts] of bools of two layers at a time, and time linear in
-routes but for co-activation. Everything is a count or a ratio of counts; what has no counts is None, never 0.
-Must never import torch, and never show a ratio whose counts are left out.
+Every figure is a count or a ratio of counts. A figure without counts is None, never 0. The analysis holds tables
+[tokens, experts] of bools for two layers at a time, and takes time linear in routes, except for co-activation. Nothing
+needs torch.
 
-A *route* is one (token, expert) pair of a layer. Overlaps compare the experts of two tokens: the share that they have
-in common, 1.0 where all are."""
+A *route* is one (token, expert) pair of a layer. An *overlap* compares two tokens: it is the share of experts that they
+have in common, from 0 to 1.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +22,12 @@ from offmoe.trace.trace import Parameters, Trace
 from offmoe.types import CacheShape
 
 ALERT = 3.0
-"""Times the mean load of its layer above which an expert is worth an alert."""
+"""An expert above this multiple of its layer's mean load causes an alert."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """How evenly the routes of one layer are spread. routes: int [experts]."""
+    """How evenly the routes of one layer are spread over its experts. routes: int [experts]."""
 
     routes: np.ndarray
 
@@ -36,19 +37,19 @@ class Load:
 
     @property
     def shares(self) -> np.ndarray:
-        """float [experts], sum 1; zeros without routes."""
+        """float [experts]: share of each expert in the routes. The sum is 1; all are 0 without routes."""
         return np.asarray(self.routes / max(self.total, 1))
 
     @property
     def gini(self) -> float | None:
-        """0: every expert carries the same; (experts - 1) / experts: one carries all."""
+        """Gini coefficient: 0 if all experts have equal loads, (experts - 1) / experts if one expert has all routes."""
         n = len(self.routes)
         ranks = 2 * np.arange(1, n + 1) - n - 1
         return float(ranks @ np.sort(self.routes)) / (n * self.total) if self.total else None
 
     @property
     def entropy(self) -> float | None:
-        """Of the shares, over that of an even spread: 1 is even, 0 is one expert. A lone expert is even."""
+        """Entropy of the shares / entropy of equal shares: 1 if loads are equal, 0 if one expert has all routes."""
         if not self.total:
             return None
         shares = self.shares[self.routes > 0]
@@ -57,7 +58,7 @@ class Load:
 
     @property
     def busiest(self) -> float | None:
-        """Load of the busiest expert, in means of the layer."""
+        """Load of the busiest expert / mean load of the layer."""
         return float(self.routes.max()) * len(self.routes) / self.total if self.total else None
 
     @property
@@ -87,11 +88,14 @@ class Alert:
 
 @dataclass(frozen=True)
 class Consistency:
-    """Overlaps of one layer; None where no two tokens can be compared.
+    """Mean overlaps in one layer; None if there are no two tokens to compare.
 
-    consecutive: of a token and the one before it in its request. same_token: of two occurrences of one token id,
-    weighted by occurrences. independent: of any two tokens of the trace, which is what neither memory nor meaning
-    would give. uniform: of routing without preferences, top_k / experts."""
+    Attributes:
+        consecutive: of a token and the previous token of its request.
+        same_token: of two occurrences of the same token id, weighted by occurrences.
+        independent: of any two tokens of the trace. This is what chance gives with these loads.
+        uniform: of routing without preferences: top_k / experts.
+    """
 
     consecutive: float | None
     same_token: float | None
@@ -104,12 +108,12 @@ class Consistency:
 
 @dataclass(frozen=True)
 class Phase:
-    """One of prefill and decode, by itself."""
+    """Prefill or decode alone."""
 
     tokens: int
     loads: tuple[Load, ...]
     consecutive: tuple[float | None, ...]
-    """Of the tokens of this phase, with whatever token came before them."""
+    """By layer: mean overlap of this phase's tokens with their previous token, whichever phase that was in."""
 
     def to_dict(self) -> dict[str, object]:
         return {
@@ -122,7 +126,12 @@ class Phase:
 
 @dataclass(frozen=True)
 class Active:
-    """Expert weights that one token uses, of those there are; parameters and FLOPs if the trace knows them."""
+    """What one token uses of the model.
+
+    Attributes:
+        expert_bytes, expert_bytes_total: bytes of expert weights that a token uses, and of all experts.
+        parameters, parameters_total: active and all parameters; None if the trace has no parameter counts.
+    """
 
     expert_bytes: int
     expert_bytes_total: int
@@ -131,7 +140,7 @@ class Active:
 
     @property
     def flops_per_token(self) -> int | None:
-        """Two per active parameter; attention over the context comes on top."""
+        """Two FLOPs per active parameter. Attention over the context is not counted."""
         return None if self.parameters is None else 2 * self.parameters
 
     def to_dict(self) -> dict[str, int | None]:
@@ -140,7 +149,7 @@ class Active:
 
 @dataclass(frozen=True)
 class Report:
-    """All that `offmoe report` shows."""
+    """Everything that `offmoe report` shows."""
 
     model: str
     shape: CacheShape
@@ -153,32 +162,32 @@ class Report:
     decode: Phase
     active: Active
     specialization: Specialization | None
-    """None for a trace without tokens or pieces."""
+    """None if the trace has no token ids or no texts of tokens."""
 
     @property
     def alerts(self) -> list[Alert]:
-        """The heaviest first."""
-        found = []
+        """Experts above ALERT times the mean load, the heaviest first."""
+        alerts = []
         for layer, load in enumerate(self.loads):
             times = load.shares * len(load.routes)
             for expert in np.flatnonzero(times > ALERT).tolist():
                 routes = int(load.routes[expert])
-                found.append(Alert(layer, expert, float(load.shares[expert]), float(times[expert]), routes))
-        return sorted(found, key=lambda alert: (-alert.times_mean, alert.layer, alert.expert))
+                alerts.append(Alert(layer, expert, float(load.shares[expert]), float(times[expert]), routes))
+        return sorted(alerts, key=lambda alert: (-alert.times_mean, alert.layer, alert.expert))
 
     @property
     def shift(self) -> float | None:
-        """Share of the routes that would have to move to turn prefill's loads into decode's; mean of the layers."""
+        """Share of routes to move to turn prefill's loads into decode's (total variation distance), mean of layers."""
         pairs = zip(self.prefill.loads, self.decode.loads, strict=True)
         return mean([float(np.abs(a.shares - b.shares).sum()) / 2 if a.total and b.total else None for a, b in pairs])
 
     def overall(self) -> dict[str, float | None]:
-        """Mean overlaps of the layers."""
+        """Mean of the layers, by name of the overlap."""
         names = ("consecutive", "same_token", "independent", "uniform")
         return {name: mean([getattr(layer, name) for layer in self.consistency]) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
-        """The form of `offmoe report --json`."""
+        """The object that `offmoe report --json` prints."""
         layers = zip(self.loads, self.consistency, strict=True)
         return {
             "model": self.model,
@@ -208,7 +217,7 @@ class Report:
 
 
 def describe(trace: Trace) -> Report:
-    """Everything that the trace tells. Never fails on a valid trace, however short."""
+    """Analyze a trace. Works on every valid trace, however short."""
     in_order = np.argsort(trace.request, kind="stable")
     follows = np.flatnonzero(np.diff(trace.request[in_order]) == 0) + 1
     later, earlier = in_order[follows], in_order[follows - 1]
@@ -252,7 +261,7 @@ def describe(trace: Trace) -> Report:
 
 
 def chosen_by_layer(trace: Trace) -> Iterator[np.ndarray]:
-    """bool [T, experts] of each layer in turn: what each token was routed to."""
+    """For each layer in turn: bool [T, experts], the experts that each token was routed to."""
     rows = np.arange(trace.tokens)[:, None]
     for layer, experts in enumerate(trace.shape.experts):
         ids = trace.experts[:, layer]
@@ -262,10 +271,17 @@ def chosen_by_layer(trace: Trace) -> Iterator[np.ndarray]:
 
 
 def pair_overlap(chosen: np.ndarray, group: np.ndarray) -> float | None:
-    """Mean overlap of two different tokens of one group, groups weighted by their tokens; None if none has two.
+    """Mean overlap of two different tokens of the same group.
 
-    chosen: bool [T, experts]; group: int [T]. Tokens without an expert are left out. Exact and without comparing
-    pairs: an expert that c of a group's n tokens chose is shared by c (c - 1) of their n (n - 1) ordered pairs.
+    The mean is exact without comparing pairs: an expert that c of a group's n tokens chose is shared by c (c - 1) of
+    their n (n - 1) ordered pairs.
+
+    Args:
+        chosen: bool [T, experts]. Tokens without an expert are left out.
+        group: int [T].
+
+    Returns:
+        The mean of the groups, weighted by their tokens; None if no group has two tokens.
     """
     routed = chosen.any(axis=1)
     chosen = chosen[routed]
@@ -284,13 +300,13 @@ def pair_overlap(chosen: np.ndarray, group: np.ndarray) -> float | None:
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """Of those that are known; None if none is."""
+    """Mean of the values that are not None; None if all are."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
 
 
 def _overlaps(chosen: np.ndarray, later: np.ndarray, earlier: np.ndarray) -> np.ndarray:
-    """float [pairs]: share of the later token's experts that the earlier one had too; NaN if either had none."""
+    """float [pairs]: share of the later token's experts that the earlier token had too; NaN if either had none."""
     shared = (chosen[later] & chosen[earlier]).sum(axis=1)
     routes = chosen.sum(axis=1)
     return np.where((routes[later] > 0) & (routes[earlier] > 0), shared / np.maximum(routes[later], 1), np.nan)

@@ -1,7 +1,8 @@
-"""Which tokens go to which expert: by the type of their text, and one by one.
+"""Counts which tokens go to which expert, by the type of their text and one by one.
 
-Only counts. Bound: linear in routes, and a table [tokens that occur often enough, experts] per layer. Must never show
-a preference that chance would explain: every lift stands on enough expected routes, and carries its counts."""
+A preference that chance would explain is never shown: every lift is based on enough expected routes and carries its
+counts. Time is linear in routes; a table [frequent tokens, experts] is held per layer.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +15,23 @@ from offmoe.report.token_types import TYPES, token_type
 from offmoe.trace.trace import Trace
 
 MIN_TOKENS = 20
-"""Tokens of a type below which nothing is said about it."""
+"""A type with fewer tokens is not analyzed."""
 CLEAR = 8.0
-"""Nats of evidence that a preference needs: among 10,000 cells, chance alone passes it less than once."""
+"""Evidence that a preference needs, in nats. Chance passes it less than once in 10,000 cells."""
 TOKENS_PER_EXPERT = 6
 STRONGEST = 20
 
 
 @dataclass(frozen=True)
 class TokenLift:
-    """Occurrences of one token that one expert took, against those its load would have brought it."""
+    """A token that one expert takes more often than its load explains.
+
+    Attributes:
+        piece, token: text and id of the token.
+        routes: occurrences that the expert took.
+        occurrences: occurrences in the trace.
+        lift: routes / routes that the expert's load would give.
+    """
 
     piece: str
     token: int
@@ -34,7 +42,13 @@ class TokenLift:
 
 @dataclass(frozen=True)
 class TypeLift:
-    """Tokens of one type that one expert took, against those its load would have brought it."""
+    """A type of tokens that one expert takes more often than its load explains.
+
+    Attributes:
+        routes: routes of such tokens to the expert.
+        expected: routes that the expert's load would give.
+        lift: routes / expected.
+    """
 
     layer: int
     expert: int
@@ -46,8 +60,15 @@ class TypeLift:
 
 @dataclass(frozen=True)
 class Specialization:
-    """types: tokens of each type, the most frequent first. routes[layer]: int [types, experts]. expected: likewise,
-    what loads alone would give. favorites[layer][expert]: tokens that stand out there, the clearest first."""
+    """Routes by type of token and expert.
+
+    Attributes:
+        types: number of tokens of each type, the most frequent first.
+        routes: int [types, experts] for each layer.
+        expected: float [types, experts] for each layer: the routes that loads alone would give.
+        favorites: for each layer and expert, the tokens that stand out, the clearest first.
+        min_expected: expected routes below which no lift is given.
+    """
 
     types: dict[str, int]
     routes: tuple[np.ndarray, ...]
@@ -56,14 +77,14 @@ class Specialization:
     min_expected: float
 
     def lift(self, layer: int) -> np.ndarray:
-        """float [types, experts]: routes over expected ones; NaN without enough support."""
+        """float [types, experts]: routes / expected routes; NaN with too few tokens or expected routes."""
         enough = np.array([count >= MIN_TOKENS for count in self.types.values()], bool)[:, None]
         supported = enough & (self.expected[layer] >= self.min_expected)
         return np.where(supported, self.routes[layer] / np.where(supported, self.expected[layer], 1), np.nan)
 
     def strongest(self, most: int = STRONGEST) -> list[TypeLift]:
-        """Expert and type that belong together most clearly, one entry per expert."""
-        found = []
+        """The clearest specialists: one type per expert, the clearest first."""
+        specialists = []
         names = list(self.types)
         for layer in range(len(self.routes)):
             lift = self.lift(layer)
@@ -73,8 +94,8 @@ class Specialization:
                 if len(names) and score[best, expert] > 0:
                     routes, expected = int(self.routes[layer][best, expert]), float(self.expected[layer][best, expert])
                     entry = TypeLift(layer, expert, names[best], routes, expected, float(lift[best, expert]))
-                    found.append((float(score[best, expert]), entry))
-        return [entry for _, entry in sorted(found, key=lambda item: -item[0])[:most]]
+                    specialists.append((float(score[best, expert]), entry))
+        return [entry for _, entry in sorted(specialists, key=lambda item: -item[0])[:most]]
 
     def to_dict(self) -> dict[str, object]:
         return {
@@ -85,7 +106,7 @@ class Specialization:
 
 
 def specialization(trace: Trace, chosen: Iterable[np.ndarray], min_expected: float) -> Specialization | None:
-    """Of a trace with tokens and their pieces, else None. chosen: bool [T, experts] of each layer."""
+    """Analyze a trace; None without token ids and texts. chosen: bool [T, experts] for each layer."""
     if trace.token is None or trace.pieces is None or not trace.tokens:
         return None
     ids, index, counts = np.unique(trace.token, return_inverse=True, return_counts=True)
@@ -105,10 +126,10 @@ def specialization(trace: Trace, chosen: Iterable[np.ndarray], min_expected: flo
         shares = table.sum(axis=0) / max(int(table.sum()), 1)
         tokens, experts = table.nonzero()
         cells = of_token[tokens] * table.shape[1] + experts
-        found = np.bincount(cells[of_token[tokens] >= 0], minlength=len(types) * table.shape[1])
-        found = found.reshape(len(types), table.shape[1])
-        routes.append(found)
-        expected.append(np.outer(found.sum(axis=1), shares))
+        counted = np.bincount(cells[of_token[tokens] >= 0], minlength=len(types) * table.shape[1])
+        by_type = counted.reshape(len(types), table.shape[1])
+        routes.append(by_type)
+        expected.append(np.outer(by_type.sum(axis=1), shares))
         favorites.append(_favorites(table, index, ids, counts, pieces, shares, min_expected))
     return Specialization(types, tuple(routes), tuple(expected), tuple(favorites), min_expected)
 
@@ -122,7 +143,7 @@ def _favorites(
     shares: np.ndarray,
     min_expected: float,
 ) -> tuple[tuple[TokenLift, ...], ...]:
-    """Per expert, the tokens that it takes most clearly more often than its load explains."""
+    """For each expert, the tokens that it clearly takes more often than its load explains."""
     frequent = np.flatnonzero((counts >= min_expected) & np.array([piece is not None for piece in pieces]))
     row = np.full(len(ids), -1)
     row[frequent] = np.arange(len(frequent))
@@ -152,8 +173,9 @@ def _favorites(
 
 
 def _evidence(routes: np.ndarray, expected: np.ndarray, lift: np.ndarray) -> np.ndarray:
-    """Log-likelihood ratio of a cell against its expectation (Poisson), in nats; 0 where it is below CLEAR, no lift is
-    known, or the lift is below 1.
+    """Log-likelihood ratio of each cell against its expectation (Poisson), in nats.
+
+    It is 0 where it is below CLEAR, the lift is unknown, or the lift is below 1.
     """
     known = ~np.isnan(lift) & (lift > 1)
     score = routes * np.log(np.where(known, lift, 1.0)) - (routes - expected)

@@ -1,7 +1,7 @@
-"""What kind of text a token is, told from its piece alone: word starts, word pieces, numbers, code, scripts.
+"""Classifies tokens by their text: word starts, word pieces, numbers, code, scripts.
 
-Nothing moves. A piece says little (is "in" a preposition or Python?), so the rules are few and stated, and what is
-ambiguous counts as prose. Must never depend on a tokenizer: pieces of every vocabulary come here as plain text.
+A single piece of text says little (is "in" a preposition or Python?), so the rules are few, and ambiguous pieces count
+as prose. Nothing depends on a tokenizer: pieces of every vocabulary are plain text.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ TYPES = {
     BYTES: "bytes that are no character by themselves",
     SYMBOL: "emoji, arrows, box drawing, mathematics",
 }
-"""Every type that does not name a script, with what it means. Letters of other scripts are a type of the script's
-name: 'Cyrillic', 'Greek', 'Chinese, Japanese, Korean', ... ."""
+"""Meaning of every type that is not a script. Letters of other scripts have the script's name as their type:
+'Cyrillic', 'Greek', 'Chinese, Japanese, Korean', ... ."""
 
 SCRIPTS = {
     "CJK": "Chinese, Japanese, Korean",
@@ -73,7 +73,7 @@ _CODE_NAME = re.compile(r"\w*_\w*|[a-z]+[A-Z]\w*|[A-Za-z]+\d\w*|0[xb][0-9a-fA-F]
 
 @lru_cache(maxsize=1 << 16)
 def token_type(piece: str) -> str:
-    """The type of one token's text, one of TYPES or the name of a script."""
+    """The type of one token's text: a key of TYPES, or the name of a script."""
     text = piece.strip()
     if not text:
         return NEWLINE if "\n" in piece or "\r" in piece or len(piece) >= 4 else SPACE
@@ -109,7 +109,7 @@ def _marks(text: str) -> str:
 
 
 def _script(letters: list[str]) -> str | None:
-    """The script of the first letter that is not Latin."""
+    """The script of the first letter that is not Latin; None if all are."""
     for char in letters:
         if not char.isascii():
             name = unicodedata.name(char, "").split(" ")[0]

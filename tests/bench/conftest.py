@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from offmoe.bench.task import OFFMOE, Task
+from offmoe.bench.messages import OFFMOE, Task
 from tests import tiny
 
 

@@ -12,7 +12,7 @@ import torch
 import offmoe
 from offmoe.bench import contender
 from offmoe.bench.contender import Contender
-from offmoe.bench.task import ACCELERATE, Costs, Pass, Task
+from offmoe.bench.messages import ACCELERATE, Costs, Pass, Task
 from offmoe.measure import calibrate
 from offmoe.trace.trace import write_trace
 from tests import families, tiny

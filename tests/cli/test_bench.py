@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from offmoe.bench import contender, duel
-from offmoe.bench.task import Costs, Pass, Task
-from offmoe.bench.task import Outcome as Done
+from offmoe.bench import contender, rounds
+from offmoe.bench.messages import Costs, Pass, Task
+from offmoe.bench.messages import Outcome as Done
 from offmoe.cli import bench
 from tests import tiny
 from tests.cli.conftest import Outcome, byte_tokenizer
@@ -17,7 +17,7 @@ Run = Callable[..., Outcome]
 
 
 class Here:
-    """A contender in this process: tests/bench/test_duel.py has the real ones."""
+    """A contender in this process: tests/bench/test_rounds.py has the real ones."""
 
     def __init__(self, name: str, task: Task, cap: int | None = None):
         assert cap is None
@@ -43,7 +43,7 @@ class Here:
 def short(monkeypatch) -> None:
     monkeypatch.setattr(bench, "PROBE_SECONDS", 0.0)
     monkeypatch.setattr(contender, "COMPUTE_SECONDS", 0.0)
-    monkeypatch.setattr(duel, "Opponent", Here)
+    monkeypatch.setattr(rounds, "ContenderProcess", Here)
 
 
 def test_against_accelerate_on_a_replayed_routing(offmoe: Run, tmp_path: Path) -> None:

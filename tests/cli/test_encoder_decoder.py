@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from offmoe.bench import contender, duel
+from offmoe.bench import contender, rounds
 from offmoe.cli import bench
 from offmoe.simulate.replay import replay
 from offmoe.trace.trace import read_trace
@@ -78,7 +78,7 @@ def test_bench_against_accelerate_on_a_recording(offmoe: Run, tmp_path: Path, mo
     switch = make_switch(tmp_path / "switch", torch.bfloat16)
     monkeypatch.setattr(bench, "PROBE_SECONDS", 0.0)
     monkeypatch.setattr(contender, "COMPUTE_SECONDS", 0.0)
-    monkeypatch.setattr(duel, "Opponent", Here)
+    monkeypatch.setattr(rounds, "ContenderProcess", Here)
     recording = tmp_path / "t.npz"
     assert offmoe("generate", switch, PROMPT, *CPU, "--max-new-tokens", 6, "--trace", recording).status == 0
     argv = ("bench", switch, *CPU, "--device-memory", "4MiB", "--against", "accelerate", "--scratch", tmp_path)

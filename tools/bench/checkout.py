@@ -1,8 +1,8 @@
-"""Imported first by every script here, so that it runs from any folder, whether offmoe is installed or not.
+"""Imported first by every script of this folder, so that it runs from any folder, with offmoe installed or not.
 
-The checkout comes first on the path: offmoe is the one that the script belongs to, and the scripts beside it are
-`tools.bench.NAME`. Their own folder leaves the path: transformers looks for a package `kernels`, and would find and run
-kernels.py.
+The checkout comes first on the path: offmoe is the one that the script belongs to, and the scripts of this folder are
+`tools.bench.NAME`. Their own folder is removed from the path, because transformers looks for a package `kernels` and
+would run kernels.py.
 """
 
 import sys

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """The measurements of tools/gpu_check, one section per process: a section that breaks the device breaks only itself.
 
-What moves: bytes from the disk to host buffers, from there to the device, and weights through the device's memory;
-each alone here, together in gpu_decode.py. A section writes what it knows into WORK/SECTION.json after every figure, so
-that one that is stopped half-way has still said something. transformers is imported where it is needed: a process per
-section would otherwise spend most of its time on that.
+Bytes go from the disk to host buffers and from there to the device, and weights through the device's memory. Each is
+measured alone; gpu_decode.py measures them together. A section writes its figures into WORK/SECTION.json after each
+one, so that a section that is stopped has reported something. transformers is imported only where it is needed:
+otherwise each process would spend most of its time on that.
 """
 
 from __future__ import annotations

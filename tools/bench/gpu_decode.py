@@ -1,8 +1,8 @@
-"""Decode of a model of Mixtral's shape on a GPU, at several numbers of slots, against what disk and link allow.
+"""Measures decoding of a model of Mixtral's shape on a GPU, at several numbers of slots, against disk and link.
 
-What moves: per token, the experts that were not in a slot, from the disk over a pinned buffer to the device; bounded by
-the slowest of disk, link and computing. The weights are random, made on the spot. Their routing is not that of a
-trained model: it asks for nearly random experts, so the hit rates say nothing, but bytes per second do.
+Per token, the experts that had no slot go from the disk over a pinned buffer to the device. The weights are random and
+created by the script. Their routing is not that of a trained model: it chooses nearly random experts, so hit rates mean
+nothing, but bytes per second do.
 """
 
 from __future__ import annotations

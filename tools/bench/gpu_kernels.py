@@ -1,8 +1,8 @@
-"""The Triton kernels on a GPU: right, and how near to the memory's speed, per format; beside torch on bf16 weights.
+"""Checks the Triton kernels on a GPU and measures how close they come to memory speed, per format and against torch.
 
-What moves: the weights of the chosen experts, from the device's memory, which bounds few tokens. Every call takes other
-experts than the one before, so that caches do not help. Launches are recorded once and replayed as a CUDA graph: what
-starting a kernel from Python takes is a question of its own (section resident), not of the kernels.
+The weights of the chosen experts are read from the device's memory, which is the limit for few tokens. Every call uses
+other experts than the previous one, so that caches do not help. Launches are recorded once and replayed as a CUDA
+graph: the time to start a kernel from Python is a question of its own (section resident).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the measurements of tools/gpu_check share: a section's state, which outlives its process, and a stopwatch."""
+"""Shared by the measurements of tools/gpu_check: a section's state, which outlives its process, and a stopwatch."""
 
 from __future__ import annotations
 

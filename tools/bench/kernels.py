@@ -1,17 +1,15 @@
-"""How close experts computed on the CPU come to the memory that feeds them: C kernels against a read probe beside them.
+"""Measures how close experts computed on the CPU come to the speed of memory: C kernels against a read probe.
 
-What moves: the weights of one expert after the other, cold, in huge pages as in offmoe's slots; experts are
-Mixtral's (4096 x 14336) and Qwen3-30B-A3B's (2048 x 768), int4 in groups of 64, fp8 in groups of 128, bf16. Rounds
-alternate between experts and a probe that only reads memory; the figure is the median of the rounds' ratios, with its
-quartiles. One thread is timed by its own CPU time, so that what others do on the machine counts only through the memory
-they use.
+The weights of one expert after the other are cold, in huge pages as in offmoe's slots. Experts are Mixtral's (4096 x
+14336) and Qwen3-30B-A3B's (2048 x 768), int4 in groups of 64, fp8 in groups of 128, bf16. Rounds alternate between
+experts and a probe that only reads memory. The figure is the median of the rounds' ratios, with its quartiles. One
+thread is timed by its own CPU time, so that other work on the machine matters only by the memory that it uses.
 
-shared_core_slowdown: wall time per Mixtral expert with one thread per core while a foreign process spins on every core,
-relative to without, alternating. It says what it should only on a machine that has nothing else to do.
+shared_core_slowdown: wall time per Mixtral expert with one thread per core while another process spins on every core,
+divided by the time without it, alternating. It is valid only on an otherwise idle machine.
 
 Prints a table; with --json one last line {"int4_mixtral_m1", "int4_mixtral_m4", "int4_qwen3_m1", "int4_qwen3_m4",
-"bf16_mixtral_m1", "fp8_mixtral_m1", "vs_torch_int4", "shared_core_slowdown"}. Exit status 1 where there are no C
-kernels.
+"bf16_mixtral_m1", "fp8_mixtral_m1", "vs_torch_int4", "shared_core_slowdown"}. The exit status is 1 without C kernels.
 """
 
 from __future__ import annotations

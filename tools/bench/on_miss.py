@@ -1,17 +1,15 @@
 #!/usr/bin/env python3
-"""What a missed expert should get on a CPU, fetch, cpu or auto: decoding timed in paired rounds, and estimated.
+"""Compares what a missed expert can get on a CPU (fetch, cpu or auto): decoding timed in paired rounds, and estimated.
 
-Layers share their slots (scope="model"): with a quota of slots per layer, "auto" is "fetch" on a CPU.
+There are six set-ups: the demo model on text, and models with random weights of Mixtral's and of Qwen3's expert shapes
+on a recorded routing (the demo's, and gpt-oss-20b's from tests/data), each with two cache sizes. In every round the
+three ways decode the same tokens, a few in turn each, so that other load on the machine affects all of them. Each
+set-up is calibrated before and after its rounds. Every round is estimated too: its recording is replayed and priced at
+the mean of the two calibrations.
 
-What moves: the experts that are missed, from the disk. Six set-ups: the demo model on text, models of Mixtral's and
-Qwen3's expert shapes and random weights on a recorded routing (the demo's; gpt-oss-20b's from tests/data), each with
-two cache sizes. In every round the three ways decode the same tokens, which come out the same, a few in turn each: what
-else the machine does falls on all of them. Each set-up is calibrated before and after its rounds, and every round is
-estimated: its recording is replayed and priced at the mean of the two calibrations.
-
-"worst_vs_best": the largest over the set-ups of the median over rounds of auto's time divided by that of the better of
-the other two, the one with the lower median. "worst_prediction_error": the largest relative error of the estimated
-tokens/s, over set-ups and ways, each the median over rounds.
+With --json, one last line. "worst_vs_best": the time of auto divided by the time of the better of the other two, as a
+median over rounds; the largest of the set-ups. "worst_prediction_error": the relative error of the estimated tokens/s,
+as a median over rounds; the largest of the set-ups and ways.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""What offmoe costs when nothing has to move: decode time per token against stock transformers, and time per plan.
+"""Measures what offmoe costs when nothing has to move: time per token against stock transformers, and time per plan.
 
-What moves: nothing; every expert of the demo model has a slot. The rounds interleave stock (eager and grouped_mm) and
-offmoe on the same prompt, so that drift of the machine cancels: the figure is the median over rounds of offmoe's time
-divided by the faster stock's time in the same round. Plans are timed by replaying the accesses of a recorded run
-through the runtime's planner, at 4 of 8 slots, after the cache has filled; and on random skewed routing of 128 experts,
-top-8, with 32 slots and 64 in RAM behind them. Those are CPU time, which the machine's other work disturbs less."""
+Every expert of the demo model has a slot. The rounds interleave stock (eager and grouped_mm) and offmoe on the same
+prompt, so that drift of the machine cancels. The figure is offmoe's time divided by the faster stock's time in the same
+round, as a median over rounds. Plans are timed by replaying the accesses of a recorded run through the runtime's
+planner after the cache has filled, at 4 of 8 slots; and on random skewed routing of 128 experts, top-8, with 32 slots
+and 64 in RAM. Plans are timed in CPU time, which other work on the machine disturbs less.
+"""
 
 from __future__ import annotations
 

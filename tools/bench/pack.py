@@ -1,14 +1,13 @@
-"""How close `offmoe pack` comes to what binds it: the disk's reads and writes, or the quantizer.
+"""Measures how close `offmoe pack` comes to its limit: the disk's reads and writes, or the quantizer.
 
-What moves: a synthetic bf16 checkpoint of Mixtral's names (2.1 GB, experts of 50 MB), read cold, and its int4 copy,
-which is written, synced and read back. Two limits are measured beside it in every round, before and after the run:
-the disk's, the time to read as many bytes of the same shards with O_DIRECT or, where that is slower, buffered, to write
-as many as the copy has through to the disk, and to read these back; and the quantizer's, all cores on matrices in
-memory, for all of the experts' bytes. The larger time binds. The figure is the median of the rounds' ratios of it
-to the time of the run.
+A synthetic bf16 checkpoint with Mixtral's names (2.1 GB, experts of 50 MB) is read cold. Its int4 copy is written,
+synced and read back. Two limits are measured in every round, before and after the run. The disk's limit is the time to
+read as many bytes of the same shards (with O_DIRECT, or buffered if that is slower), to write as many as the copy has
+and to read these back. The quantizer's limit is the time of all cores on matrices in memory, for all bytes of experts.
+The larger time is the limit. The figure is its ratio to the time of the run, as a median over rounds.
 
-Prints a table; with --json one last line {"pack_mb_s", "disk_mb_s", "quantizer_mb_s", "binds", "ratio"}, MB of bf16
-input per second. Exit status 1 where there is no room, or the ratio is below 0.5.
+Prints a table; with --json one last line {"pack_mb_s", "disk_mb_s", "quantizer_mb_s", "binds", "ratio"}, in MB of bf16
+input per second. The exit status is 1 if there is no room, or the ratio is below 0.5.
 """
 
 from __future__ import annotations

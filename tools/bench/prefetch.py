@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""What prefetch="auto" gains and costs, by what a read costs beside computing: replayed and priced, nothing is timed.
+"""Measures what prefetch="auto" gains and costs, by the time of a read relative to computing. Nothing is timed.
 
-What moves: nothing. Routing of the demo model is recorded here with its own predictions, that of gpt-oss-20b comes from
-the fixture, two requests predicted by the transition counts of the first. Adversaries: predictions at random, and such
-as are right and random in turn, 100 tokens each. A cost is the time of one read over the time that a layer computes for
-one token, half of it in the experts: at 100 hardly anything can be hidden and each read for nothing is lost time, at
-0.1 reading is hidden almost by itself. Gains are time off / time - 1. The same figures come out everywhere where the
-demo model samples the same text."""
+The routing is replayed and priced. The demo model's routing is recorded with its own predictions. gpt-oss-20b's comes
+from the test data: two requests, predicted by the transition counts of the first. Two adversaries predict at random,
+and right and at random in turn, 100 tokens each. A cost is the time of one read divided by the time that a layer
+computes for one token, half of it in the experts. At 100, hardly anything can be hidden and each wasted read is lost
+time; at 0.1, reading is almost hidden by itself. Gains are time off / time - 1. The figures are the same on every
+machine where the demo model samples the same text.
+"""
 
 from __future__ import annotations
 

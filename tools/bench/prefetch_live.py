@@ -1,19 +1,20 @@
 #!/usr/bin/env python3
-"""What prefetch="auto" gains or costs in a running model, paired with prefetch=0 in one process.
+"""Measures what prefetch="auto" gains or costs in a running model, paired with prefetch=0 in one process.
 
-What moves: experts from the disk (O_DIRECT, so always cold) into slots, in two loaded models that differ in nothing but
-prefetch. A round decodes the same tokens with both, in turns of a few tokens, and who begins changes with every turn:
-the gain is time off / time on - 1 of a round, its interval that of the median. Before the first round both decode
-tokens that are not timed, which fills the caches and lets "auto" see how good predictions are.
+Two models are loaded that differ in prefetch only. Experts are read from disk with O_DIRECT, so reads are always cold.
+A round decodes the same tokens with both, a few in turn each; the model that begins changes with every turn. The gain
+is time off / time on - 1 of a round, with the interval of the median. Both first decode tokens that are not timed,
+which fills the caches and lets "auto" see how good predictions are.
 
-Routings: the demo model on a text, with its own routers; a model of Mixtral's shape with random weights on random
-tokens, with its own routers; the same with the demo's recorded routing and predictions in their place; and one of 32
-experts, top-4, with gpt-oss-20b's routing, predicted by the transition counts of other requests. Random weights with a
-recorded routing give no meaningful tokens, and need not.
+There are four routings: the demo model on a text, with its own routers; a model of Mixtral's shape with random weights
+on random tokens, with its own routers; the same model with the demo's recorded routing and predictions; and a model of
+32 experts, top-4, with gpt-oss-20b's routing, predicted by the transition counts of other requests. The tokens of
+random weights with a recorded routing are meaningless.
 
-read_s is what the bytes that the model without prefetch read take at the disk's rate, measured beside every round.
-hidden: the share of it that nobody waited for, without and with prefetch (below 0 where waiting took longer than that).
-With --json one last line {"worst": least median gain, "rows": [...]}."""
+read_s is the time that the bytes read without prefetch take at the disk's rate, which is measured in every round.
+hidden is the share of it that nothing waited for, without and with prefetch (below 0 if waiting took longer than that).
+With --json, one last line {"worst": least median gain, "rows": [...]}.
+"""
 
 from __future__ import annotations
 

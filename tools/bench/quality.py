@@ -1,18 +1,17 @@
-"""What int8 and int4 experts cost in perplexity: the demo model on held-out text, its experts' weights quantized.
+"""Measures what int8 and int4 experts cost in perplexity: the demo model on held-out text, with quantized experts.
 
-What moves: nothing but the demo model, in float32, so that only the weights differ. Text: quality.txt, 180 kB of
-documents that training held out (tools/train_demo.py, every fiftieth): the King James Bible, statements of Metamath's
-set.mm, the Jargon File and the Devil's Dictionary, all in the public domain (set.mm: CC0). The second half of every
-window of 512 tokens is scored, so that each scored token has a context; windows overlap by half.
-int4 is in groups of 64; "rtn" rounds to nearest with
+The demo model runs in float32, so that only the weights differ. The text is quality.txt, 180 kB of documents that
+training held out (tools/train_demo.py, every fiftieth): the King James Bible, statements of Metamath's set.mm, the
+Jargon File and the Devil's Dictionary, all in the public domain (set.mm: CC0). Scoring is that of
+offmoe/measure/perplexity.py, with windows of 512 tokens. int4 is in groups of 64. "rtn" rounds to nearest with
 symmetric absmax scales, without the search of offmoe/pack/quantizer.py.
 
-Perplexity of a small text moves by chance too, in either direction; the divergence from the native model does not, and
-says the same more reliably.
+The perplexity of a small text moves by chance too, in either direction. The divergence from the native model does not,
+and is more reliable.
 
-Prints a table; with --json one last line {"ppl_native", "ppl_int8", "ppl_int4", "ppl_int4_rtn"}. Exit status 1 if the
-figures miss what is promised: int8 at most 0.3 % worse than native, and the search recovers at least a quarter of what
-rounding to nearest loses.
+Prints a table; with --json one last line {"ppl_native", "ppl_int8", "ppl_int4", "ppl_int4_rtn"}. The exit status is 1
+if the figures miss their limits: int8 is at most 0.3 % worse than native, and the search recovers at least a quarter of
+what rounding to nearest loses.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""How close reading whole experts at random comes to what the disk gives: cold reads against a control beside them.
+"""Measures how close reading whole experts at random comes to the speed of the disk: cold reads against a control.
 
-What moves: every expert of two synthetic checkpoints (experts of 50 MB and of 5 MB, in shards as save_file writes
-them), disk to host buffers, by 4 threads. The control reads the same files from end to end with O_DIRECT, in large
-requests, with as many threads, into the same buffers. A disk's speed drifts by more than the difference that is looked
-for, and often favors whoever comes second; hence rounds of experts, control, control, experts, each with the page
-cache dropped, and the median of the rounds' ratios.
+Every expert of two synthetic checkpoints (experts of 50 MB and of 5 MB, in shards as save_file writes them) is read
+into host buffers by 4 threads. The control reads the same files from end to end with O_DIRECT, in large requests, with
+as many threads, into the same buffers. A disk's speed drifts by more than the difference in question, and often favors
+the second reader. So each round reads experts, control, control, experts, drops the page cache before each, and the
+figure is the median of the rounds' ratios.
 
-Prints a table; with --json one last line {"cold_ratio_50mb", "cold_ratio_5mb", "limit_gb_s"}. Exit status 1 if the
-bytes read are not those written, or there is no room.
+Prints a table; with --json one last line {"cold_ratio_50mb", "cold_ratio_5mb", "limit_gb_s"}. The exit status is 1 if
+the bytes read are not those written, or there is no room.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""How fast traces are replayed through the runtime's planner: what a sweep over caches costs.
+"""Measures how fast traces are replayed through the runtime's planner, which is the cost of a sweep over caches.
 
-What moves: nothing. The accesses of the trace are made once and then planned and counted, five policies at eight
-capacities. `accesses_per_s` is (token, layer) accesses per second of one core's processor time, over all of them,
-making the accesses included; `sweep_s` is the time by the clock of the same sweep over all cores, start of the
-processes included. On a machine that does other work the second says more about that than about offmoe."""
+The accesses of the trace are computed once and then planned and counted, with five policies at eight capacities.
+`accesses_per_s` is (token, layer) accesses per second of one core's CPU time over all of them, computing the accesses
+included. `sweep_s` is the wall time of the same sweep over all cores, starting the processes included; other work on
+the machine affects it.
+"""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Whether memory, descriptors and threads stay flat while the demo model generates for minutes.
+"""Checks whether memory, descriptors and threads stay flat while the demo model generates for minutes.
 
-What moves: the demo's experts, over and over, with four of eight slots and prefetch; prompts of all lengths, sampled
-continuations, a model closed and loaded again now and then, since that is where things are left behind. Growth is the
-median of the last quarter of the samples less that of the second: the first one fills allocators and caches.
+The demo runs with four of eight slots and prefetch, on prompts of all lengths with sampled continuations. Now and then
+the model is closed and loaded again, since that is where resources leak. Growth is the median of the last quarter of
+the samples minus the median of the second quarter; the first quarter fills allocators and caches.
 
-torch keeps what it made for each shape that it multiplied on a CPU, in oneDNN's cache and in one in front of it, 1,024
-shapes each by default: prompts of all lengths fill these for an hour, whoever multiplies. They are kept small here,
-so that growth is our own.
+torch keeps what it prepared for each shape that it multiplied on a CPU, in oneDNN's cache and in one in front of it,
+1,024 shapes each by default. Prompts of all lengths fill these for an hour, with or without offmoe. The script keeps
+them small, so that the growth is offmoe's own.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""What `offmoe inspect` costs as a whole command: seconds and peak memory, a JSON line per model.
+"""Measures the whole command `offmoe inspect`: seconds and peak memory, one JSON line per model.
 
-What moves: nothing but headers. The configurations of real models are inspected as they are; `--headers` makes a
-checkpoint folder of DeepSeek-V3's shape, with all of its 90,000 tensors' headers and no bytes behind them (sparse
-files), and inspects that. Bound: importing torch and transformers, then the number of tensors."""
+Configurations of real models are inspected as they are. `--headers` creates a checkpoint folder of DeepSeek-V3's shape,
+with the headers of all of its 90,000 tensors and no bytes behind them (sparse files), and inspects that. Importing
+torch and transformers takes most of the time, then the number of tensors decides.
+"""
 
 from __future__ import annotations
 

@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
-"""A model larger than its memory: offmoe against accelerate's disk offload under one cap that counts page cache.
+"""Compares offmoe with accelerate's disk offload on a model larger than memory, under one cap that counts page cache.
 
-What moves: a checkpoint of Mixtral's shape with random weights (7 layers x 8 experts of 69 MB, 3.9 GB), written once;
-then, per token, the experts that each contender had not in memory. Bounded by the disk. `offmoe bench` does the
-measuring, each contender in a memory cgroup of its own, in paired rounds: on random tokens with the routers' own
-routing, and on a routing with a trained model's locality, recorded on the spot from the demo model (or --routing). The
-same tokens must come out of both, bit for bit. Then once more with experts packed as int4 by `offmoe pack`, against
-accelerate with the bf16 model; weights are not the same then, and tokens not compared.
+A checkpoint of Mixtral's shape with random weights (7 layers x 8 experts of 69 MB, 3.9 GB) is written once. `offmoe
+bench` measures each contender in a memory cgroup of its own, in paired rounds: on random tokens with the routers' own
+routing, and on a routing with a trained model's locality, recorded from the demo model (or --routing). Both must give
+the same tokens, bit for bit. A third run packs the experts as int4 with `offmoe pack`, against accelerate with the bf16
+model; the weights differ then, so tokens are not compared.
 
 Prints a table; with --json one last line: the figures on random tokens, and under "replayed" and "int4" the others.
 """

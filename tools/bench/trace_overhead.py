@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""What recording the routing costs: time per token of the demo model with a trace and without, in pairs.
+"""Measures what recording the routing costs: time per token of the demo model with and without a trace, in pairs.
 
-What moves: the ids that the executor has on the host anyway, into arrays; nothing else. Both runs decode the same
-tokens with every expert resident, in turn and in changing order, so that drift of the machine falls on both; the
-figure is the median over rounds of the ratio within a round. Writing the file is timed by itself: it happens once.
-`--null` compares two models without a trace instead: the spread of that is what this machine can tell apart. Where it
-is wider than the effect, the other figure helps: the writer's calls for one token, timed alone, over a token's time."""
+Both runs decode the same tokens with every expert resident, in turn and in changing order, so that drift of the machine
+affects both. The figure is the ratio within a round, as a median over rounds. Writing the file happens once and is
+timed separately. `--null` compares two models without a trace; its spread is the smallest difference that this machine
+can show. If the effect is smaller, use the other figure: the time of the writer's calls for one token, measured alone,
+divided by the time of a token.
+"""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
-"""What the transfer engine makes of a disk: prompts through few slots, and demands behind prefetches. Paired runs.
+"""Measures the transfer engine on a disk: prompts through few slots, and demands behind prefetches, in paired runs.
 
-What moves: experts of one bf16 matrix (25 MB), from a synthetic checkpoint to slots in RAM, by the engine's readers.
-Bound: the disk, or multiplying. Two questions, each answered by rounds in which both ways take turns:
+Experts of one bf16 matrix (25 MB) go from a synthetic checkpoint to slots in RAM. There are two questions:
 
-prefill  a layer of 8 experts goes through 4 slots, 4 tokens each (about as long to multiply as to read): all waves
-         asked for at once, against one wave at a time. Plans are the same. Reading alone, one wave at a time, and
-         computing alone are measured beside it.
-queue    how long a demand takes behind 30 queued prefetches, against a lone read.
+prefill  A layer of 8 experts goes through 4 slots, 4 tokens each (about as long to multiply as to read). Requesting all
+         waves at once is compared with one wave at a time; the plans are the same. Reading alone (one wave at a time)
+         and computing alone are measured too.
+queue    How long a demand takes behind 30 queued prefetches, compared with a lone read.
 
 Prints a table; with --json one last line {"prefill_gain" (time apart / time streamed - 1, median and 95 % interval),
-"vs_bound" (time streamed / the longer of reading and computing), "queue_ratio" (median, worst)}."""
+"vs_bound" (time streamed / the longer of reading and computing), "queue_ratio" (median, worst)}.
+"""
 
 from __future__ import annotations
 

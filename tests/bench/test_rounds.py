@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from offmoe.bench import duel
+from offmoe.bench import rounds
 from offmoe.bench.memory_cap import MemoryCap
-from offmoe.bench.task import Costs, Outcome, Pass, Task, from_line, restore, to_line
+from offmoe.bench.messages import Costs, Outcome, Pass, Task, from_line, restore, to_line
 from offmoe.errors import CapacityError, OffmoeError
 
 
@@ -17,19 +17,19 @@ def test_messages_survive_the_way() -> None:
 
 
 def test_a_process_works_fails_and_ends(task: Task) -> None:
-    with duel.Opponent("ours", task) as opponent:
+    with rounds.ContenderProcess("ours", task) as contender:
         between: list[int] = []
-        (record,) = duel.paired([opponent], [Pass((5, 6), 3), Pass((7, 8), 3)], lambda: between.append(1))
+        (record,) = rounds.paired([contender], [Pass((5, 6), 3), Pass((7, 8), 3)], lambda: between.append(1))
         assert (len(between), len(record.outcomes)) == (1, 1)
         values = record.to_dict()
         assert values["tokens_per_s"] == pytest.approx(1e3 / values["ms_per_token"])
         assert values["peak"]["rss"] > 50 << 20
         assert values["peak"]["cgroup"] is None
         with pytest.raises(OffmoeError, match=r"ours: .*65 tokens of context"):
-            opponent.run(Pass((5,) * 65, 2))
+            contender.run(Pass((5,) * 65, 2))
         with pytest.raises(OffmoeError, match="ours ended with status 0"):
-            opponent.run(Pass((5,), 2))
-    opponent.close()
+            contender.run(Pass((5,), 2))
+    contender.close()
 
 
 def test_what_goes_past_its_cap_is_ended(task: Task) -> None:
@@ -38,18 +38,18 @@ def test_what_goes_past_its_cap_is_ended(task: Task) -> None:
     except CapacityError as error:
         pytest.skip(str(error))
     with pytest.raises(CapacityError, match=r"small was ended by the kernel.*memory cap of 48.0 MiB"):
-        duel.Opponent("small", task, cap=48 << 20)
+        rounds.ContenderProcess("small", task, cap=48 << 20)
 
 
 @pytest.mark.slow
 def test_the_peak_under_a_cap_is_known(task: Task) -> None:
     try:
-        opponent = duel.Opponent("roomy", task, cap=2 << 30)
+        contender = rounds.ContenderProcess("roomy", task, cap=2 << 30)
     except CapacityError as error:
         pytest.skip(str(error))
-    with opponent:
-        opponent.run(Pass((5,), 2))
-        peak = opponent.peak()["cgroup"]
+    with contender:
+        contender.run(Pass((5,), 2))
+        peak = contender.peak()["cgroup"]
     assert peak is not None
     assert 50 << 20 < peak < 2 << 30
 
@@ -61,7 +61,7 @@ def outcome(ttft_s: float, token_s: float, missed: int = 0, digest: str = "x") -
 
 
 class Scripted:
-    """An opponent that only remembers when it was asked."""
+    """An contender that only remembers when it was asked."""
 
     def __init__(self, name: str, log: list[str]):
         self._name, self._log = name, log
@@ -76,22 +76,22 @@ class Scripted:
 
 def test_who_begins_changes_and_the_first_pass_warms_up() -> None:
     log: list[str] = []
-    a, b = duel.paired([Scripted("a", log), Scripted("b", log)], [Pass((1,), 2, row=i) for i in range(3)])
+    a, b = rounds.paired([Scripted("a", log), Scripted("b", log)], [Pass((1,), 2, row=i) for i in range(3)])
     assert log == ["a0", "b0", "b1", "a1", "a2", "b2"]
     assert (len(a.outcomes), len(b.outcomes)) == (2, 2)
 
 
 def test_ratios_are_of_a_round_and_medians_over_rounds() -> None:
-    fast = duel.Record([outcome(1, 0.1), outcome(1, 0.2), outcome(1, 0.4)])
-    slow = duel.Record([outcome(2, 0.3), outcome(3, 0.4), outcome(4, 4.0, digest="y")])
-    assert duel.ratio(slow, fast) == pytest.approx({"median": 3.0, "least": 2.0, "most": 10.0})
-    assert duel.ratio(slow, fast, lambda o: o.ttft_s)["median"] == 3
-    assert duel.same(slow, fast) == {"tokens": True, "logits": False}
+    fast = rounds.Record([outcome(1, 0.1), outcome(1, 0.2), outcome(1, 0.4)])
+    slow = rounds.Record([outcome(2, 0.3), outcome(3, 0.4), outcome(4, 4.0, digest="y")])
+    assert rounds.ratio(slow, fast) == pytest.approx({"median": 3.0, "least": 2.0, "most": 10.0})
+    assert rounds.ratio(slow, fast, lambda o: o.ttft_s)["median"] == 3
+    assert rounds.same(slow, fast) == {"tokens": True, "logits": False}
 
 
 def test_the_bound_is_the_slowest_of_three() -> None:
-    record = duel.Record([outcome(1, 0.5, missed=2 * 10**8)])  # 100 MB a token
-    found = duel.roofline(record, Costs(compute_s=0.02, link_gb_s=10.0), disk_gb_s=1.0)
+    record = rounds.Record([outcome(1, 0.5, missed=2 * 10**8)])  # 100 MB a token
+    found = rounds.roofline(record, Costs(compute_s=0.02, link_gb_s=10.0), disk_gb_s=1.0)
     assert (found["disk_ms"], found["link_ms"], found["compute_ms"]) == pytest.approx((100, 10, 20))
     assert (found["bound_ms"], found["share"]) == pytest.approx((100, 0.2))
-    assert duel.roofline(record, Costs(0.25, None), 1.0)["share"] == pytest.approx(0.5)
+    assert rounds.roofline(record, Costs(0.25, None), 1.0)["share"] == pytest.approx(0.5)

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import offmoe
 from offmoe.bench.memory_cap import MemoryCap
-from offmoe.bench.task import Costs, Outcome, Pass, Peak, Task, restore, to_line
+from offmoe.bench.messages import Costs, Outcome, Pass, Peak, Task, restore, to_line
 from offmoe.errors import CapacityError, ConfigError, OffmoeError
 from offmoe.text import format_size
 
@@ -30,7 +30,7 @@ START = "import sys; sys.path.insert(0, sys.argv[1]); from offmoe.bench.contende
 """Runs the contender with this very offmoe, installed or not."""
 
 
-class Opponent:
+class ContenderProcess:
     """A contender's process, seen from the benchmark. cap: bytes of its memory cgroup; None for no cgroup."""
 
     def __init__(self, name: str, task: Task, cap: int | None = None):
@@ -84,7 +84,7 @@ class Opponent:
         self._close_cgroup()
         self._stderr.close()
 
-    def __enter__(self) -> Opponent:
+    def __enter__(self) -> ContenderProcess:
         return self
 
     def __exit__(
@@ -186,34 +186,34 @@ def mean_s(outcome: Outcome) -> float:
 
 
 def paired(
-    opponents: Sequence[Opponent],
+    contenders: Sequence[ContenderProcess],
     passes: Sequence[Pass],
     between: Callable[[], object] = lambda: None,
     progress: Callable[[int], object] = lambda rounds: None,
 ) -> list[Record]:
-    """Let every opponent do every pass.
+    """Let every contender do every pass.
 
     Args:
-        opponents: the contenders. The one that begins changes with every pass.
+        contenders: the contenders. The one that begins changes with every pass.
         passes: the work. The first pass warms up and is not recorded.
         between: called before every recorded round.
         progress: called with 1 after every pass.
 
     Returns:
-        A record for each opponent.
+        A record for each contender.
     """
-    records = [Record() for _ in opponents]
+    records = [Record() for _ in contenders]
     for number, work in enumerate(passes):
-        turn = number % len(opponents)
+        turn = number % len(contenders)
         if number:
             between()
-        for i in [*range(turn, len(opponents)), *range(turn)]:
-            outcome = opponents[i].run(work)
+        for i in [*range(turn, len(contenders)), *range(turn)]:
+            outcome = contenders[i].run(work)
             if number:
                 records[i].outcomes.append(outcome)
         progress(1)
-    for record, opponent in zip(records, opponents, strict=True):
-        record.peak = opponent.peak()
+    for record, contender in zip(records, contenders, strict=True):
+        record.peak = contender.peak()
     return records
 
 
