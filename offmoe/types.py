@@ -1,9 +1,7 @@
-"""The nouns of offmoe: what one layer asks for, what is decided about it, and what is counted.
+"""The nouns of offmoe: what a layer asks for (`Access`), what is decided (`Plan`), and what is counted (`CacheStats`).
 
-Nothing moves here and nothing decides here. Everything is plain integers and tuples, so that the runtime, the
-simulator and (later) a planner on the device can share it. Must never import torch.
-
-A *demand* is one expert needed by one step of one layer, whatever the number of tokens routed to it.
+A *step* is one forward pass. A *demand* is one expert that one layer needs in one step, however many tokens are routed
+to it. Everything here is integers and tuples, which the runtime and the simulator share.
 """
 
 from __future__ import annotations
@@ -18,20 +16,20 @@ from typing import NamedTuple
 import numpy as np
 
 TAIL_TOKENS = 64
-"""Rows at the end of a step that say what decoding will need next (house.md, Decisions)."""
+"""Rows at the end of a step whose routing is counted apart: decoding goes on from these."""
 HOST, DISK = "host", "disk"
-"""Where weights rest that are not on the device."""
+"""Where weights are stored that are not on the device."""
 
 
 class ExpertKey(NamedTuple):
-    """One expert: MoE layer index (dense layers do not count) and expert id within it."""
+    """One expert: the index of its MoE layer (dense layers do not count) and its id within the layer."""
 
     layer: int
     expert: int
 
 
 class Lookup(IntEnum):
-    """Where an expert is, as the decisions see it. PENDING: prefetched and not demanded since."""
+    """Whether an expert has a slot. PENDING: it does, by a prefetch, and has not been demanded since."""
 
     MISS = 0
     PENDING = 1
@@ -39,7 +37,7 @@ class Lookup(IntEnum):
 
 
 class Demand(NamedTuple):
-    """One expert of an access: its id, tokens routed to it, and how many of them are among the last 64 of the step."""
+    """One expert of an access: its id, the tokens routed to it, and those of them in the tail of the step."""
 
     expert: int
     tokens: int
@@ -49,9 +47,11 @@ class Demand(NamedTuple):
 class Access(NamedTuple):
     """What one layer asks for in one step.
 
-    `demands` ascend by expert id. `tail` is the number of rows that tail_tokens are counted in: min(rows of the step,
-    64). `predicted` are expert ids the next MoE layer will probably want, most wanted first; () when nothing is
-    predicted."""
+    layer: index of the MoE layer.
+    demands: ascending by expert id.
+    tail: rows in which `tail_tokens` are counted, min(rows of the step, TAIL_TOKENS).
+    predicted: expert ids that the next MoE layer will probably demand, the likeliest first; () without a prediction.
+    """
 
     layer: int
     demands: tuple[Demand, ...]
@@ -60,10 +60,14 @@ class Access(NamedTuple):
 
 
 class Fetch(NamedTuple):
-    """One movement of one expert into a device slot, forgetting what the slot held (`evicted`, None if it was free).
+    """One movement of one expert into a slot of the device.
 
-    It comes from RAM slot `host`; `read`: after having been read there from disk. No host: it is read past RAM.
-    `read_ahead`: reading it began when the layer before ran (`Plan.read_ahead`), and was counted then."""
+    slot: the slot; beyond the pool's slots, a scratch slot.
+    evicted: the expert that the slot held before; None if it was free.
+    host: the RAM slot that the expert passes through; None if it is read past RAM.
+    read: whether it must be read from disk, into RAM slot `host` if there is one.
+    read_ahead: the plan before began to read it (`Plan.read_ahead`) and counted the read.
+    """
 
     key: ExpertKey
     slot: int
@@ -74,9 +78,10 @@ class Fetch(NamedTuple):
 
 
 class Wave(NamedTuple):
-    """Experts of one layer that are resident together, and the fetches that come first.
+    """Experts of one layer that have slots at the same time.
 
-    `experts` are (expert id, slot) pairs in the order to compute them: residents, those still on their way, fetches.
+    experts: (expert id, slot) pairs in the order of computing: residents, then pending ones, then fetches.
+    fetches: the movements that the wave waits for.
     """
 
     experts: tuple[tuple[int, int], ...]
@@ -84,14 +89,20 @@ class Wave(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What to do for one access. Waves run in order; prefetches (of the next layer) start after the last one.
+    """What to do for one access.
 
-    `read_ahead` are experts of the next layer that are on disk and predicted. Reading them begins behind the fetches of
-    this plan; they get no slot before they are demanded, and what the next plan does not fetch is not read further.
-    `hits`, `pending` and `misses` count demands; `host_computed` of the misses get no slot. On a device whose memory is
-    the host's they pass through scratch slots in `waves`, like the others. Beside a device with memory of its own, the
-    host computes the waves `on_host` from scratch slots in RAM; they are fetched first, and computed while the device
-    computes the first of `waves`, which then waits for no fetch of this plan."""
+    waves: run in order.
+    prefetches: copies into slots that start behind the last wave; for the next layer, or of an expert that the host
+        has just computed.
+    hits, pending, misses: demands that had a slot, that were prefetched or read ahead, and that were neither.
+    host_computed: misses that get no slot. They pass through scratch slots: in `waves` on a device whose memory is the
+        host's, else in `on_host`.
+    on_host: waves that the host computes from scratch slots in RAM. They are fetched first and computed while the
+        device computes the first of `waves`, which then waits for no fetch.
+    read_ahead: experts of the next layer that are on disk and predicted. Reading them into staging begins behind the
+        fetches of this plan. They get no slot before they are demanded, and the read of one that the next plan does
+        not fetch is stopped.
+    """
 
     layer: int
     waves: tuple[Wave, ...]
@@ -106,9 +117,9 @@ class Plan(NamedTuple):
 
 @dataclass(frozen=True)
 class CacheShape:
-    """The part of a model that decisions depend on; one entry per MoE layer.
+    """The part of a model that decisions depend on, with one entry per MoE layer.
 
-    experts: ids run over range(experts[layer]). top_k: demands of a single token. expert_bytes: one expert at rest.
+    experts: number of experts. top_k: experts that one token is routed to. expert_bytes: size of one expert as stored.
     """
 
     experts: tuple[int, ...]
@@ -132,13 +143,19 @@ class CacheShape:
 
 @dataclass
 class CacheStats:
-    """Counts of what a cache did, folded from plans; the same class for one layer and for a whole model.
+    """Counts of what a cache did: a sum over plans. The same class serves one layer and a whole model.
 
-    hits + pending + misses == demands; pending ones were prefetched, into a slot or read ahead without one. Bytes are
-    those of fetches and prefetches; what is read ahead counts as a whole, however soon it was stopped. `h2d_bytes`
-    arrived in device slots (on a CPU the slots are RAM), `disk_bytes` were read from disk, the rest came from the host
-    tier. What the host computes beside a device never arrives there, but may have been read. `stall_s` is time and no
-    part of `==`: seconds that computing waited for an expert. Snapshots subtract."""
+    hits, pending, misses: demands, as in `Plan`.
+    host_computed: misses that got no slot.
+    prefetched: experts that were prefetched into a slot or read ahead. prefetched_used: those demanded afterwards.
+    evictions: experts that lost their slot.
+    h2d_bytes: moved into device slots (on a CPU these are RAM); experts that the host computes do not count.
+    disk_bytes: read from disk; a read ahead counts as a whole, however soon it was stopped.
+    stall_s: seconds that computing waited for experts. Not compared by `==`.
+    by_layer: the same counts for each MoE layer.
+
+    Snapshots can be subtracted.
+    """
 
     hits: int = 0
     pending: int = 0
@@ -158,7 +175,7 @@ class CacheStats:
 
     @property
     def hit_rate(self) -> float:
-        """Share of demands that needed no fetch of their own; 0.0 before the first demand."""
+        """Share of demands that were hits or pending; 0.0 before the first demand."""
         return (self.hits + self.pending) / self.demands if self.demands else 0.0
 
     @classmethod
@@ -166,7 +183,7 @@ class CacheStats:
         return cls(by_layer=[cls() for _ in range(layers)])
 
     def add(self, plan: Plan, shape: CacheShape) -> None:
-        """Fold one plan into the totals and its layers (a prefetch counts for the layer it fetches)."""
+        """Add one plan to the totals and to its layer. A prefetch counts for the layer of its expert."""
         layer = plan.layer
         fetched = read = evicted = 0
         for wave in plan.waves:
@@ -199,6 +216,7 @@ class CacheStats:
                 stats.disk_bytes += shape.expert_bytes[key.layer]
 
     def stalled(self, layer: int, seconds: float) -> None:
+        """Count `seconds` that the computing of `layer` waited."""
         self.stall_s += seconds
         self.by_layer[layer].stall_s += seconds
 
@@ -218,7 +236,7 @@ class CacheStats:
         return self - CacheStats.for_layers(len(self.by_layer))
 
     def to_dict(self) -> dict[str, object]:
-        """Totals flat with `hit_rate`, and `by_layer`, a list of the same: the form of every `--json` output."""
+        """Totals with `hit_rate`, and `by_layer`, a list of the same. Every `--json` output has this form."""
         numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "by_layer"}
         out: dict[str, object] = {**numbers, "hit_rate": self.hit_rate}
         if self.by_layer:
@@ -229,21 +247,26 @@ class CacheStats:
 def count_demands(experts: np.ndarray, num_experts: int) -> tuple[tuple[Demand, ...], int]:
     """Demands of one step of one layer, and the rows in its tail.
 
-    experts: int [tokens, top_k] in router order; ids outside range(num_experts) are nobody's (dropped, padding).
-    The trace, the simulator and the runtime all count here, or replay would not be exact.
+    Runtime and replay both count with this function, which keeps replay exact.
+
+    Args:
+        experts: int [tokens, top_k], in router order. Ids outside range(num_experts) are padding and do not count.
+
+    Returns:
+        (demands ascending by expert id, min(tokens, TAIL_TOKENS)).
     """
     rows = experts.shape[0]
     tail = min(rows, TAIL_TOKENS)
     if rows == 1:
         return single_demands(experts[0].tolist(), num_experts), 1
-    if experts.size <= 64:  # beams and small batches: numpy's calls would cost more than the counting
+    if experts.size <= 64:  # a small batch: numpy's calls would cost more than counting
         few: dict[int, int] = {}
         for e in chain.from_iterable(experts.tolist()):
             if 0 <= e < num_experts:
                 few[e] = few.get(e, 0) + 1
         return tuple([Demand(e, n, n) for e, n in sorted(few.items())]), tail
-    tokens = _tokens_per_expert(experts, num_experts)
-    tail_tokens = _tokens_per_expert(experts[-tail:], num_experts)
+    tokens = _tokens_per_expert(experts, num_experts)  # [num_experts]
+    tail_tokens = _tokens_per_expert(experts[-tail:], num_experts)  # [num_experts]
     ids = np.flatnonzero(tokens).tolist()
     return tuple([Demand(e, int(tokens[e]), int(tail_tokens[e])) for e in ids]), tail
 
@@ -259,16 +282,19 @@ def _tokens_per_expert(experts: np.ndarray, num_experts: int) -> np.ndarray:
 
 
 def rank_predictions(predicted: np.ndarray, num_experts: int) -> tuple[int, ...]:
-    """Predicted experts of one step of one layer, most wanted first.
+    """Predicted experts of one step of one layer, the likeliest first.
 
-    predicted: int [tokens, p] in router order. More tokens first, then the better best rank, then the lower id.
+    Experts predicted for more tokens come first, then those with the better best rank, then those with the lower id.
+
+    Args:
+        predicted: int [tokens, p], in router order.
     """
     if len(predicted) == 1:
         return tuple(dict.fromkeys([e for e in predicted[0].tolist() if 0 <= e < num_experts]))
-    tokens = _tokens_per_expert(predicted, num_experts)
-    rank = np.full(num_experts, predicted.shape[1])
+    tokens = _tokens_per_expert(predicted, num_experts)  # [num_experts]
+    rank = np.full(num_experts, predicted.shape[1])  # [num_experts], each expert's best rank
     for i in range(predicted.shape[1] - 1, -1, -1):
-        column = predicted[:, i]
+        column = predicted[:, i]  # [tokens]
         rank[column[(column >= 0) & (column < num_experts)]] = i
     experts = np.flatnonzero(tokens)
     return tuple(experts[np.lexsort((experts, rank[experts], -tokens[experts]))].tolist())

@@ -1,7 +1,6 @@
-"""Several recordings as one trace, so that a cache is chosen and an evaluation made for all of a workload.
+"""Merges recordings of one model into one trace, so that a cache is chosen for a whole workload.
 
-Only arrays move. What the parts must share is the shape of the model; what only some of them have is left out of the
-whole, because a half-known column would be read as a known one. Must never join the routing of different models.
+A column that only some of the recordings have is dropped, because a reader would take it as known for all tokens.
 """
 
 from __future__ import annotations
@@ -18,27 +17,30 @@ from offmoe.types import CacheShape
 
 
 def merge_traces(traces: Sequence[Trace]) -> Trace:
-    """One after the other, requests and steps renumbered from 0 in their order.
+    """Concatenate traces; requests and steps are renumbered from 0 in their order.
 
-    Tokens and probabilities are kept if all parts have them, cache options and parameter counts if all agree, and
-    predictions if any part has some. Raises TraceError if there is no part, or parts are not of one model.
+    Token ids and probabilities are kept if all traces have them, cache options and parameter counts if all agree, and
+    predictions if any trace has some.
+
+    Raises:
+        TraceError: there is no trace, or the traces are of different models or tokenizers.
     """
     if not traces:
         raise TraceError("there is nothing to merge; name at least one trace.")
     first = traces[0]
     for i, trace in enumerate(traces[1:], start=1):
         _check_shape(first.shape, trace.shape, i)
-    whole = [trace for trace in traces if trace.tokens]
-    requests, steps = [_dense(t.request) for t in whole], [_dense(t.step) for t in whole]
+    nonempty = [trace for trace in traces if trace.tokens]
+    requests, steps = [_dense(t.request) for t in nonempty], [_dense(t.step) for t in nonempty]
     return Trace(
         model=" + ".join(dict.fromkeys(trace.model for trace in traces)),
         shape=first.shape,
-        experts=np.concatenate([first.experts[:0], *(t.experts for t in whole)]),
+        experts=np.concatenate([first.experts[:0], *(t.experts for t in nonempty)]),
         request=_renumbered(requests),
         step=_renumbered(steps),
-        token=_concatenated([t.token for t in whole]),
-        probs=_concatenated([t.probs for t in whole]),
-        predicted=_predictions(whole),
+        token=_concatenated([t.token for t in nonempty]),
+        probs=_concatenated([t.probs for t in nonempty]),
+        predicted=_predictions(nonempty),
         options=first.options if all(t.options == first.options for t in traces) else None,
         pieces=reduce(_joined_pieces, [t.pieces for t in traces]),
         parameters=first.parameters if all(t.parameters == first.parameters for t in traces) else None,
@@ -60,12 +62,12 @@ def _check_shape(first: CacheShape, other: CacheShape, index: int) -> None:
 
 
 def _dense(numbers: np.ndarray) -> np.ndarray:
-    """Renumbered 0, 1, ... in ascending order."""
+    """The numbers replaced by their ranks 0, 1, ... in ascending order."""
     return np.unique(numbers, return_inverse=True)[1].reshape(-1)
 
 
 def _renumbered(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """int32, each part counting on from the one before it."""
+    """One int32 array in which each part counts on from the part before it."""
     starts = np.cumsum([0, *(int(part.max()) + 1 for part in parts)])
     return np.concatenate([np.zeros(0), *(p + s for p, s in zip(parts, starts, strict=False))]).astype(np.int32)
 
@@ -76,7 +78,7 @@ def _concatenated(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
 
 
 def _predictions(traces: Sequence[Trace]) -> np.ndarray | None:
-    """int16 [T, L, p] with the widest p; parts that ran without predictions predicted nothing."""
+    """int16 [T, L, p] with the largest p; NONE where a trace has no predictions. None if no trace has any."""
     width = max((t.predicted.shape[2] for t in traces if t.predicted is not None), default=0)
     if not any(t.predicted is not None for t in traces):
         return None

@@ -1,8 +1,7 @@
-"""Recording a run: its routing, layer by layer, as the trace that is written when the run ends.
+"""Records the routing of a run, layer by layer, and writes it as a trace when the run ends.
 
-What moves: a few small integers per token and layer, from the executor into memory, and once into a file (trace.py).
-Bound: 2 bytes per (token, layer, k) and 2 per prediction, held in RAM until `close`. Must never import torch, and never
-take the place of a file that is no trace.
+A recording takes 2 bytes of RAM per token, layer and expert, and 2 per prediction, until `close` writes the file. A
+file that is no trace is never replaced.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from offmoe.types import CacheShape
 
 
 class TraceWriter:
-    """Collects the routing of a run and writes it once, atomically.
+    """Collects the routing of a run: `begin_step` before each forward pass, `record` per layer, `close` at the end.
 
-    `begin_step` before the layers of a forward pass, `record` per layer; `close` writes `path` (".npz" is not
-    appended)."""
+    path: the file to write; ".npz" is not appended.
+    """
 
     def __init__(self, path: str | os.PathLike[str], model: str, shape: CacheShape, options: CacheOptions):
         self.path = Path(path)
@@ -48,12 +47,16 @@ class TraceWriter:
 
     @property
     def tokens(self) -> int:
-        """Recorded so far."""
+        """Tokens recorded so far."""
         return sum(len(rows) for rows in self._request)
 
     def begin_step(self, rows: int, request: np.ndarray, token: np.ndarray | None) -> None:
-        """A forward pass over `rows` tokens; request: int [rows], from 0 in each generation; token: int [rows] or
-        None.
+        """Begin a forward pass.
+
+        Args:
+            rows: its number of tokens.
+            request: int [rows], the request of each token, from 0 in each generation.
+            token: int [rows], token ids; None if they are unknown.
         """
         shape = (rows, self._shape.layers, self._width)
         self._recorded = -1
@@ -64,37 +67,40 @@ class TraceWriter:
         self._token.append(np.zeros(rows, np.int32) if token is None else token.astype(np.int32))
 
     def next_requests(self) -> None:
-        """Requests of the following steps are new ones."""
+        """The following steps belong to new requests."""
         if self._request:
             self._requests_before = int(self._request[-1].max()) + 1
 
     def record(self, layer: int, experts: np.ndarray, predicted: np.ndarray | None) -> None:
-        """Routing of one layer in the current step.
+        """Record the routing of one layer in the current step.
 
-        experts: int [rows, k] in router order. predicted: int [rows, p <= k], made for layer + 1, or None.
+        Args:
+            experts: int [rows, k], in router order.
+            predicted: int [rows, p <= k], predictions for layer + 1; None without a prediction.
         """
-        begun = layer > self._recorded  # else a part of the model runs by itself, without a step announced
+        begun = layer > self._recorded  # otherwise a part of the model runs alone, without `begin_step`
         if not begun or len(experts) != len(self._experts[-1]):
-            if begun and self._recorded < 0:  # the model routes other rows than its inputs: they are nobody's tokens
+            if begun and self._recorded < 0:  # the rows routed are not the model's inputs, so tokens are unknown
                 for rows in (self._experts, self._predicted, self._request, self._token):
                     rows.pop()
             self.begin_step(len(experts), np.zeros(len(experts), np.int32), None)
         self._recorded = layer
-        self._experts[-1][:, layer, : experts.shape[1]] = self._somebodys(experts, layer)
+        self._experts[-1][:, layer, : experts.shape[1]] = self._existing(experts, layer)
         if predicted is not None:
             width = min(predicted.shape[1], self._width)
-            self._predicted[-1][:, layer + 1, :width] = self._somebodys(predicted[:, :width], layer + 1)
+            self._predicted[-1][:, layer + 1, :width] = self._existing(predicted[:, :width], layer + 1)
             self._any_predicted = True
 
-    def _somebodys(self, experts: np.ndarray, layer: int) -> np.ndarray:
+    def _existing(self, experts: np.ndarray, layer: int) -> np.ndarray:
+        """Expert ids, NONE in place of padding."""
         return np.where((experts >= 0) & (experts < self._shape.experts[layer]), experts, NONE)
 
     def tokens_seen(self) -> list[int]:
-        """Token ids that occur, ascending: those worth a text in `pieces`."""
+        """The token ids that occur, ascending; `pieces` needs their texts. Empty if token ids are unknown."""
         return np.unique(np.concatenate([np.zeros(0, np.int32), *self._token])).tolist() if self._tokens_known else []
 
     def close(self) -> None:
-        """Write the file; nothing happens the second time."""
+        """Write the file. A second call does nothing."""
         if self._closed:
             return
         self._closed = True

@@ -1,14 +1,17 @@
-"""Routing traces: which experts every token asked for, in memory and as a file (format v1, `.npz`), replayed without a
-model.
+"""Routing traces: the experts that every token was routed to, in memory and as a file. A replay needs no model.
 
-What moves: one file, read and written whole. Bound: 2 bytes per (token, layer, k) and 2 per prediction. Must never
-import torch, believe what a file says before it is checked, or leave a half-written file under the final name.
+File format v1 is a compressed `.npz` (T tokens, L MoE layers, k = largest top_k, p predictions per token and layer):
 
-Arrays (interface.md): experts int16 [T, L, k] in router order, -1 = none · request int32 [T] · step int32 [T] ·
-optional token int32 [T], probs float16 [T, L, k], predicted int16 [T, L, p] · header, a JSON string.
+    header     JSON string: format, version, model, layers, experts, top_k, expert_bytes, config, pieces, parameters
+    experts    int16 [T, L, k], in router order, -1 = none
+    request    int32 [T], the request of each token
+    step       int32 [T], the forward pass of each token, ascending
+    token      int32 [T], optional: token ids
+    probs      float16 [T, L, k], optional: router weights
+    predicted  int16 [T, L, p], optional: experts predicted for the layer, the likeliest first, -1 = none
 
-Prefill and decode are told apart by the steps: a token that shared its step with others of its request was prefill
-(`Trace.prefill`)."""
+Nothing in a file is believed before it is checked.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +37,11 @@ NONE = -1
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of parameters that a token can be multiplied with. dense: outside the experts, in every token's way
-    (an input embedding, which is only looked up, does not count). expert: one expert of each MoE layer."""
+    """Parameters that a token is multiplied with.
+
+    dense: outside the experts, for every token; an input embedding is looked up and does not count.
+    expert: of one expert of each MoE layer.
+    """
 
     dense: int
     expert: tuple[int, ...]
@@ -43,7 +49,11 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Trace:
-    """A validated trace in memory; the arrays are those of the file."""
+    """A checked trace in memory. The arrays are those of the file (see above).
+
+    options: the cache of the run that was recorded; a replay with them gives the statistics of the run.
+    pieces: text of the token ids that occur.
+    """
 
     model: str
     shape: CacheShape
@@ -67,15 +77,17 @@ class Trace:
 
     @property
     def prefill(self) -> np.ndarray:
-        """bool [T]: tokens that ran in one step with others of their request. A prompt of one token counts as decode,
-        and so does the last token of a prompt that was fed in pieces, if it came alone.
+        """bool [T]: tokens that shared their step with others of their request.
+
+        A prompt of one token counts as decoding, and so does the last token of a prompt that was fed in pieces, if it
+        ran alone.
         """
-        pairs = np.stack([self.step, self.request], axis=1)
+        pairs = np.stack([self.step, self.request], axis=1)  # [T, 2]
         _, index, rows = np.unique(pairs, axis=0, return_inverse=True, return_counts=True)
         return np.asarray(rows[index.reshape(-1)] > 1)
 
     def steps(self) -> Iterator[slice]:
-        """Rows of each step, in order."""
+        """The rows of each step, in order."""
         edges = np.flatnonzero(np.diff(self.step)) + 1
         bounds = [0, *edges.tolist(), self.tokens]
         for start, stop in pairwise(bounds):
@@ -83,8 +95,9 @@ class Trace:
                 yield slice(start, stop)
 
     def accesses(self) -> Iterator[Access]:
-        """What the runtime's planner was asked, in its order: layers within steps. Layers without demands are left
-        out.
+        """The accesses that the runtime's planner saw, in its order: steps, and the layers of each step.
+
+        Layers without demands are skipped.
         """
         for rows in self.steps():
             yield from self.step_accesses(rows)
@@ -107,7 +120,7 @@ class Trace:
 
 
 def write_trace(path: Path, trace: Trace) -> None:
-    """Write a trace file atomically; TraceError when the disk refuses."""
+    """Write a trace as a file of format v1, atomically. TraceError if it cannot be written."""
     shape = trace.shape
     header: dict[str, Any] = {
         "model": trace.model,
@@ -128,7 +141,7 @@ def write_trace(path: Path, trace: Trace) -> None:
 
 
 def write_arrays(path: Path, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-    """Write a trace file atomically; TraceError when the disk refuses."""
+    """Write a header and arrays as a trace file, atomically and unchecked. TraceError if it cannot be written."""
     text = json.dumps({"format": FORMAT, "version": VERSION, **header})
     try:
         with replacing(path) as temporary, open(temporary, "wb") as file:
@@ -140,7 +153,12 @@ def write_arrays(path: Path, header: dict[str, Any], arrays: dict[str, np.ndarra
 
 
 def read_trace(path: str | os.PathLike[str]) -> Trace:
-    """A trace file, checked; TraceError with the reason for anything that is not one."""
+    """Read and check a trace file.
+
+    Raises:
+        TraceError: the file does not exist, is damaged, or contradicts itself; the message gives the reason. Also when
+            it was recorded with an eviction policy that is not registered (`offmoe.register_eviction`).
+    """
     name = str(path)
     try:
         with open(path, "rb") as stream:
@@ -152,7 +170,7 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
         raise TraceError(
             f"{name} does not exist; record one with 'offmoe generate MODEL PROMPT --trace {name}'."
         ) from None
-    except Exception as error:  # a damaged archive raises what zipfile, zlib, struct and numpy's header parser please
+    except Exception as error:  # a damaged archive raises errors of zipfile, zlib, struct and numpy alike
         raise TraceError(f"{name} is not a readable .npz trace: {type(error).__name__}: {error}") from error
     try:
         return _validated(arrays)
