@@ -74,7 +74,7 @@ def test_a_new_good_place_starts_the_pauses_anew():
     assert good.prefetched_used > 1000
     run(planner, routing(200, seed=2), lambda _, experts: wrong(experts))  # no place is trusted any more
     asked = 0
-    for experts in routing(AutoPrefetch.PAUSE + 1, seed=3):
+    for experts in routing(AutoPrefetch.TRIAL + 1, seed=3):
         asked += planner.wants_prediction(1)
         planner.plan(access(0, [0, 1], wrong(experts)))
         planner.plan(access(1, experts))
