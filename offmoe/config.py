@@ -154,7 +154,7 @@ class OffloadConfig:
             or a size such as "8GiB". Default: "auto", what is free there less a reserve. Errors: less than the smallest
             that works for the model; the message names that number (CapacityError).
         host_memory: Most RAM to use for experts between disk and device: bytes, a size such as "32GiB", or 0 for none.
-            Default: "auto", what the machine can spare. Errors: any value on a CPU, where device_memory caps RAM; less
+            Default: "auto", what the machine can spare. Errors: a size on a CPU, where device_memory caps RAM; less
             than the buffers that reading needs (CapacityError).
         slots_per_layer: Experts resident on the device per MoE layer: one number, or one per layer. Default: as many as
             fit in device_memory. Errors: fewer than top_k, the experts that one token needs.
@@ -162,8 +162,9 @@ class OffloadConfig:
             into temporary files while loading. Default: "native". Errors: "int8" or "int4" for experts that are
             quantized already, or together with exactness="bitwise".
         eviction: Policy that chooses which expert gives up its slot: aged-lfu, lru, lru-2, s3-fifo, sieve, static, or
-            one added with `register_eviction`. Default: the profile's, else "aged-lfu". Errors: an unknown policy;
-            "static" without the popularity that `offmoe tune` writes into a profile.
+            a policy of your own (in Python by `register_eviction`, on the command line by MODULE:CLASS). Default: the
+            profile's, else "aged-lfu". Errors: an unknown policy; "static" without the popularity that `offmoe tune`
+            writes into a profile.
         scope: What shares slots: "layer" for slots of each layer's own, "model" for one pool of all layers. Default:
             the profile's, else "layer".
         max_context: Tokens of KV cache to reserve memory for, all sequences of a batch together. Default: up to eight
@@ -180,8 +181,8 @@ class OffloadConfig:
         activations: Form of the inputs of quantized experts: "float", or "int8" to round them to 8 bits in groups,
             which is faster and changes an output by about 1 % of its norm. Default: "float". Errors: "int8" for native
             experts, unless exactness="numeric".
-        profile: File written by `offmoe tune` (tuned cache options) or `offmoe calibrate` (measured costs), or a
-            `Profile`. Default: none. Errors: a file that cannot be read or is no profile.
+        profile: File written by `offmoe tune` (tuned cache options) or `offmoe calibrate` (measured costs); in Python
+            also a `Profile` object. Default: none. Errors: a file that cannot be read or is no profile.
         half_life: Accesses of a layer after which a past use counts half, for eviction="aged-lfu". Values from 8 to 32
             do equally well on recorded routing. Default: the profile's, else 16.
         popularity: One number per expert and MoE layer, for eviction="static"; the higher stays. Default: the

@@ -55,7 +55,7 @@ WRONG = [
     ({"dtype": "float7"}, "dtype='float7' is unknown"),
     ({"dtype": "int8"}, "not one to compute in"),
     ({"torch_dtype": "float32"}, "use dtype="),
-    ({"trace": "/no/such/folder/t.npz"}, "cannot be written"),
+    ({"trace": "/no/such/folder/t.npz"}, "does not exist; create it first"),
     ({"trace": "/"}, "a folder or a device"),
     ({"trace": __file__}, "is no trace"),
     ({"slot_per_layer": 3}, r"'slot_per_layer' is no option .*\(did you mean 'slots_per_layer'\?\)"),
@@ -85,7 +85,7 @@ def test_a_wrong_option_is_refused_without_network(options: dict[str, object], m
         ({"slots_per_layer": 1}, "below top_k=2"),
         ({"slots_per_layer": (3, 3)}, "2 values, but the model has 3 MoE layers"),
         ({"profile": Profile({"eviction": "static", "popularity": [[1.0, 2.0]]})}, "counted on another model"),
-        ({"trace": "/no/such/folder/t.npz"}, "cannot be written"),
+        ({"trace": "/no/such/folder/t.npz"}, "does not exist; create it first"),
         ({"nonsense": 1}, "'nonsense' is no option"),
     ],
 )

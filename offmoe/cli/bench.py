@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from offmoe.bench.scratch import ended_by_sigterm, scratch_folder
 from offmoe.cli import options, prompts
+from offmoe.cli.model import open_model
 from offmoe.cli.output import Output
 from offmoe.config import OffloadConfig
 from offmoe.errors import ConfigError
@@ -116,32 +117,15 @@ def run(args: argparse.Namespace, out: Output) -> None:
     if args.new_tokens < 2:
         raise ConfigError("--new-tokens 1: the time per token needs a second one; use 2 or more.")
     cap = None if args.memory_cap is None else parse_size(args.memory_cap, "memory_cap")
-    config, hub = options.offload_config(args), options.hub_options(args)
-    from offmoe.hf.quiet import hide_bars, quiet
-
-    quiet(args.verbose, args.json)
-    inspected = _inspect(args, config, cap, hub)
-    passes = _passes(args, inspected, out)
-    hide_bars()
-    with ended_by_sigterm(), ExitStack() as stack:
-        stack.callback(inspected.release)
-        results = _measure(args, inspected, cap, passes, out, stack)
+    auto_memory = args.device_memory in (None, "auto")
+    capped: dict[str, Any] = {"device_memory": max(1, cap - LIBRARIES_BYTES)} if cap is not None and auto_memory else {}
+    with ended_by_sigterm(), open_model(args, out, **capped) as opened, ExitStack() as stack:
+        if auto_memory and cap is None and args.against is not None:  # two contenders at once share the memory
+            opened.inspect(device_memory=opened.inspected.plan.budget // 2)
+        passes = _passes(args, opened.inspected, out)
+        results = _measure(args, opened.fetch(), cap, passes, out, stack)
     out.result(_table(results), *_words(args, results))
     out.json(results)
-
-
-def _inspect(args: argparse.Namespace, config: OffloadConfig, cap: int | None, hub: dict[str, Any]) -> Inspected:
-    """The model. An "auto" memory budget is reduced to fit the cap, and halved for two contenders."""
-    from offmoe.api import fetch
-    from offmoe.budget.inspect import inspect
-
-    if config.device_memory == "auto" and cap is not None:
-        config = replace(config, device_memory=max(1, cap - LIBRARIES_BYTES))
-    inspected = inspect(args.model, config, dtype=args.dtype, **hub)
-    if config.device_memory == "auto" and args.against is not None:
-        half = replace(config, device_memory=inspected.plan.budget // 2)
-        inspected = inspect(args.model, half, dtype=args.dtype, **hub)
-    return fetch(inspected)
 
 
 def _passes(args: argparse.Namespace, inspected: Inspected, out: Output) -> list[Pass]:
@@ -164,7 +148,7 @@ def _passes(args: argparse.Namespace, inspected: Inspected, out: Output) -> list
     row = 0
     for i in range(args.rounds + 1):
         prompt = encoded[i % len(encoded)]
-        prompts.room(args.new_tokens, len(prompt), inspected.plan.max_context, out)
+        prompts.fitting_tokens(args.new_tokens, len(prompt), inspected.plan.max_context, out)
         forced = tuple(rng.choices(range(vocabulary), k=args.new_tokens)) if args.random_tokens else ()
         passes.append(Pass(prompt, args.new_tokens, forced, row))
         row += len(prompt) + args.new_tokens - 1
@@ -234,7 +218,6 @@ def _start_contenders(
         routing=args.replay_routing or "",
         threads=args.threads,
     )
-    out.note(f"memory on {config.device}: {inspected.plan.describe()}")
     contenders = [stack.enter_context(rounds.ContenderProcess(messages.OFFMOE, task, cap))]
     if args.against == NO_PREFETCH:
         other = replace(task, options={**task.options, "prefetch": 0})

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offmoe.cli import options
+from offmoe.cli.model import open_model
 from offmoe.cli.output import Output
 from offmoe.errors import ConfigError
 from offmoe.profile import CostModel, Profile, read_profile
@@ -56,7 +57,6 @@ def parser() -> options.Parser:
 def run(args: argparse.Namespace, out: Output) -> None:
     if not 0 <= args.seconds <= 3600:
         raise ConfigError(f"--seconds {args.seconds} must be from 0 to 3600.")
-    config, hub = replace(options.offload_config(args), prefetch=0), options.hub_options(args)
     profile = Profile()
     if args.output is not None:
         output = Path(args.output)
@@ -64,19 +64,12 @@ def run(args: argparse.Namespace, out: Output) -> None:
             profile = read_profile(output)
         elif not output.parent.is_dir():
             raise ConfigError(f"-o {args.output}: the folder does not exist; create it first.")
-    from offmoe.api import fetch
-    from offmoe.budget.inspect import inspect
-    from offmoe.hf.quiet import hide_bars, quiet
-    from offmoe.measure.calibrate import calibrate
+    with open_model(args, out, prefetch=0) as opened:
+        from offmoe.measure.calibrate import calibrate
 
-    quiet(args.verbose, args.json)
-    inspected = fetch(inspect(args.model, config, dtype=args.dtype, **hub))
-    hide_bars()
-    try:
-        costs = calibrate(inspected, args.seconds, lambda what: out.note(f"measuring: {what}"))
-    finally:
-        inspected.release()
-    out.result(_table(args.model, str(inspected.config.device), costs))
+        costs = calibrate(opened.fetch(), args.seconds, lambda what: out.note(f"measuring: {what}"))
+        device = str(opened.inspected.config.device)
+    out.result(_table(args.model, device, costs))
     if args.output is not None:
         replace(profile, costs=costs).write(args.output)
         out.note(

@@ -1,7 +1,7 @@
-"""`offmoe generate MODEL PROMPT`: text on stdout as it comes, then on stderr what the expert cache did.
+"""`offmoe generate MODEL PROMPT`: writes the text to stdout as it is generated, then the cache's statistics to stderr.
 
-stdout is the text and nothing else (with `--json` the JSON object), so that it can be piped. Bound: generating. Times:
-the first token counts from the call of generate() to its arrival, the rate is that of the tokens after it.
+stdout carries nothing but the text (with `--json` the JSON object), so that it can be piped. The time to the first
+token counts from the call of generate(); the rate is that of the tokens after the first.
 """
 
 from __future__ import annotations
@@ -10,19 +10,18 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from offmoe.cli import options, prompts
+from offmoe.cli.model import open_model
 from offmoe.cli.output import Output
 from offmoe.errors import CheckpointError, ConfigError
 from offmoe.text import format_size, percent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from rich.table import Table
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from offmoe.handle import Offload
     from offmoe.types import CacheStats
@@ -32,7 +31,7 @@ def parser() -> options.Parser:
     parser = options.Parser("generate", "Continue a prompt with a model whose experts stay outside the device.")
     options.add_loading(parser)
     parser.add_argument(
-        "prompt", metavar="PROMPT", nargs="?", help="the text; '-' reads stdin (a final newline is dropped)"
+        "prompt", metavar="PROMPT", nargs="?", help="the text to continue; '-' reads stdin, without its final newline"
     )
     parser.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a file instead")
     group = prompts.add_generating(parser)
@@ -42,64 +41,20 @@ def parser() -> options.Parser:
 
 
 def run(args: argparse.Namespace, out: Output) -> None:
-    config, hub = options.offload_config(args), options.hub_options(args)
-    sampling = prompts.sampling(args)
-    prompt = _prompt(args)
-    import torch
-
-    from offmoe.api import fetch, load
-    from offmoe.budget.inspect import inspect
-    from offmoe.hf.quiet import hide_bars, quiet
-
-    quiet(args.verbose, args.json)
-    inspected = inspect(args.model, config, dtype=args.dtype, **hub)
-    tokenizer = prompts.load_tokenizer(inspected.folder)
-    ids = prompts.encode(tokenizer, prompt, args.chat_template)
-    taken = prompts.context_taken(inspected.hf_config, ids)
-    new_tokens = prompts.room(args.max_new_tokens, taken, inspected.plan.max_context, out)
-    out.note(f"memory on {inspected.config.device}: {inspected.plan.describe()}")
-    inspected = fetch(inspected)
-    hide_bars()
-    model = load(inspected, name=args.model, trace=args.trace)
-    offload = cast("Offload", model.offload)
-    with offload:
+    sampling, prompt = prompts.sampling(args), _prompt(args)
+    with open_model(args, out, trace=args.trace) as opened:
+        tokenizer = prompts.load_tokenizer(opened.inspected.folder)
+        ids = prompts.encode(tokenizer, prompt, args.chat_template)
+        new_tokens = prompts.new_tokens(args.max_new_tokens, ids, opened.inspected, out)
+        model, offload = opened.load(args.trace)
         prompts.check_vocabulary(model, ids)
-        if args.seed is None:
-            torch.seed()
-        else:
-            torch.manual_seed(args.seed)
-        ids = ids.to(model.device)
+        prompts.seed(args.seed)
         stream = TextStream(tokenizer, out)
-        try:
-            cast("Callable[..., object]", model.generate)(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=new_tokens,
-                streamer=stream,
-                num_beams=1,  # a generation_config may ask for more, and beams cannot be streamed
-                num_return_sequences=1,
-                **sampling,
-            )
-        except RuntimeError as error:
-            if "probability tensor" not in str(error):
-                raise
-            raise CheckpointError(
-                "the model's probabilities are not numbers. Computing in float16 overflows in many models: try --dtype "
-                "bfloat16 or float32; otherwise the weights are damaged: download them again."
-            ) from error
-        stats, memory, trace = offload.stats(), offload.memory(), offload.trace
-        if trace is not None:
-            trace.pieces.update(prompts.pieces(tokenizer, trace.tokens_seen()))
-    waited = f", {stats.stall_s:.2f} s of it waiting for experts" if stats.stall_s >= 0.005 else ""
-    out.details(
-        _table(stats),
-        f"{ids.shape[1]} prompt tokens, {stream.count} new; first after {_seconds(stream.first_s)}, "
-        f"then {_rate(stream.tokens_per_s)}{waited}",
-        f"read from disk {format_size(stats.disk_bytes)}, moved into slots {format_size(stats.h2d_bytes)}",
-        f"memory on {offload.config.device}: {memory.describe()}",
-    )
-    if args.trace is not None:
-        out.note(f"routing recorded in {args.trace}; replay it with: offmoe simulate {args.trace}")
+        _generate(model, ids, stream, max_new_tokens=new_tokens, **sampling)
+        stats = offload.stats()
+        if offload.trace is not None:
+            offload.trace.pieces.update(prompts.pieces(tokenizer, offload.trace.tokens_seen()))
+    _show(args, out, stream, ids.shape[1], offload, stats)
     out.json(
         {
             "text": stream.text,
@@ -108,16 +63,44 @@ def run(args: argparse.Namespace, out: Output) -> None:
             "ttft_s": stream.first_s,
             "tokens_per_s": stream.tokens_per_s,
             "stats": stats.to_dict(),
-            "memory": memory.to_dict(),
+            "memory": offload.memory().to_dict(),
         }
     )
+
+
+def _generate(model: PreTrainedModel, ids: Tensor, stream: TextStream, **options: object) -> None:
+    """Continue ids [1, n]. Sets what a generation_config may ask for and a stream cannot show."""
+    try:
+        prompts.generate(model, ids, streamer=stream, num_beams=1, num_return_sequences=1, **options)
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise CheckpointError(
+            "the model's probabilities are not numbers. Many models overflow in float16: try --dtype bfloat16 or "
+            "float32. Otherwise the weights are damaged: download them again."
+        ) from error
+
+
+def _show(
+    args: argparse.Namespace, out: Output, stream: TextStream, prompt_tokens: int, offload: Offload, stats: CacheStats
+) -> None:
+    waited = f", {stats.stall_s:.2f} s of it waiting for experts" if stats.stall_s >= 0.005 else ""
+    out.details(
+        _table(stats),
+        f"{prompt_tokens} prompt tokens, {stream.count} new; first after {_seconds(stream.first_s)}, "
+        f"then {_rate(stream.tokens_per_s)}{waited}",
+        f"read from disk {format_size(stats.disk_bytes)}, moved into slots {format_size(stats.h2d_bytes)}",
+        f"memory on {offload.config.device}: {offload.memory().describe()}",
+    )
+    if args.trace is not None:
+        out.note(f"routing recorded in {args.trace}; replay it with: offmoe simulate {args.trace}")
 
 
 class TextStream:
     """Streamer for `generate`: shows new tokens as text at once, and takes the times.
 
-    Decodes a short window, so that a token costs the same however long the text is; characters that need several tokens
-    wait for the last of them.
+    It decodes a short window, so that a token costs the same however long the text is. A character of several tokens is
+    shown when its last token has arrived.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, out: Output):
@@ -128,12 +111,12 @@ class TextStream:
         self._started = time.perf_counter()
         self._first: float | None = None
         self._last = self._started
-        self._prompt_came = False
+        self._is_prompt = True
 
     def put(self, tokens: Tensor) -> None:
         """Called by transformers with the prompt first, then with every new token."""
-        if not self._prompt_came:
-            self._prompt_came = True
+        if self._is_prompt:
+            self._is_prompt = False
             return
         self._last = time.perf_counter()
         if self._first is None:
@@ -159,18 +142,18 @@ class TextStream:
 
     @property
     def first_s(self) -> float | None:
-        """From the start to the first new token; None before it."""
+        """Seconds from the start to the first new token; None before it."""
         return None if self._first is None else self._first - self._started
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Of the tokens after the first; None if there are none."""
+        """Rate of the tokens after the first; None if there are none."""
         if self._first is None or self.count < 2:
             return None
         return (self.count - 1) / max(self._last - self._first, 1e-9)
 
     def _undecoded(self) -> str:
-        """Text of the tokens not shown yet, as it continues what is shown."""
+        """The text that the tokens not shown yet add to the shown text."""
         before = self._decode(self._ids[self._window : self._shown])
         return self._decode(self._ids[self._window :])[len(before) :]
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from offmoe.cli import options
+from offmoe.cli.model import survey_model
 from offmoe.cli.output import Output
 from offmoe.config import ON_MISS, OffloadConfig
 from offmoe.profile import Profile
@@ -55,12 +56,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
 
 
 def _run(args: argparse.Namespace, out: Output) -> None:
-    config, hub = options.offload_config(args), options.hub_options(args)
-    from offmoe.budget.inspect import survey
-    from offmoe.hf.quiet import quiet
-
-    quiet(args.verbose, args.json)
-    found = survey(args.model, config, dtype=args.dtype, **hub)
+    config, found = survey_model(args)
     speed, unpredictable = _speed(found), found.unpredictable()
     ways = {} if speed is None else _by_way(found)
     facts = _facts(found, unpredictable)

@@ -1,7 +1,7 @@
-"""Options that several verbs share, under one name each: those of Python with dashes.
+"""Options that several verbs share, named as in Python but with dashes. Their help texts are those of OffloadConfig.
 
-A value that argparse cannot turn into its type is refused here; what values mean is checked by OffloadConfig and
-CacheOptions, so that Python and the command line refuse the same things. Must not import torch or transformers.
+This module refuses text that cannot be converted to an option's type. OffloadConfig and CacheOptions check the values,
+so that Python and the command line refuse the same things. Must not import torch or transformers.
 """
 
 from __future__ import annotations
@@ -9,27 +9,31 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from offmoe.config import EVICTIONS, SCOPES, OffloadConfig
+from offmoe.cli.option_docs import flag, help_text
+from offmoe.config import OffloadConfig
 from offmoe.errors import ConfigError
 from offmoe.text import did_you_mean
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
+MODEL_HELP = "a folder, a Hub id, or 'demo', the small model that comes with offmoe"
+
 
 class Parser(argparse.ArgumentParser):
-    """Raises ConfigError where argparse would exit; no abbreviations, which new options would break."""
+    """Raises ConfigError where argparse would exit. Allows no abbreviations, which new options would break."""
 
     def __init__(self, verb: str, description: str):
         super().__init__(prog=f"offmoe {verb}", description=description, allow_abbrev=False)
         self.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
-        self.add_argument("-v", "--verbose", action="store_true", help="log what happens to stderr")
+        self.add_argument("-v", "--verbose", action="store_true", help="log each step to stderr")
 
     def print_help(self, file: SupportsWrite[str] | None = None) -> None:
-        """argparse would pass over a full disk in silence."""
+        """Print the help; an error of the output is raised, where argparse would ignore it."""
         print(self.format_help(), end="", file=file)
 
     def error(self, message: str) -> NoReturn:
@@ -44,70 +48,61 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}{hint}. See '{self.prog} --help'.")
 
 
-def add_cache(parser: argparse.ArgumentParser) -> None:
-    """Options of the cache's decisions: the same for a run and for a simulation."""
+def add_cache(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Options of the cache's decisions, for a run and for a simulation. default: a text in place of OffloadConfig's."""
     group = parser.add_argument_group("expert cache")
-    group.add_argument(
-        "--slots-per-layer",
-        type=_slots,
-        metavar="N[,N...]",
-        help="experts resident per MoE layer: a number, or one per layer",
-    )
-    group.add_argument(
-        "--eviction",
-        type=eviction,
-        metavar="POLICY",
-        help=f"which expert gives up its slot: {', '.join(EVICTIONS)}, or MODULE:CLASS, a policy of your own",
-    )
-    group.add_argument("--scope", metavar="SCOPE", help=f"what shares slots: {', '.join(SCOPES)}")
-    group.add_argument(
-        "--prefetch", type=prefetch, metavar="N", help="experts fetched ahead per layer: 0 (off), N, or auto"
-    )
-    group.add_argument(
-        "--on-miss", metavar="HOW", help="what is missed gets a slot: fetch (always), cpu (while one is free), auto"
-    )
-    group.add_argument("--profile", metavar="FILE", help="JSON of 'offmoe tune': tuned options, measured costs")
+    _add(group, "slots_per_layer", "N[,N...]", _slots, default)
+    _add(group, "eviction", "POLICY", eviction, default)
+    _add(group, "scope", "SCOPE", default=default)
+    _add(group, "prefetch", "N", prefetch, default)
+    _add(group, "on_miss", "HOW", default=default)
+    _add(group, "profile", "FILE")
 
 
-def add_loading(parser: argparse.ArgumentParser, *, always: bool = True) -> None:
-    """Options of a model and of the memory it may use. always: the verb cannot do without a model."""
-    nargs = None if always else "?"
-    parser.add_argument("model", metavar="MODEL", nargs=nargs, help="a folder, a Hub id, or 'demo'")
+def add_loading(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Options of a model and of the memory it may use. required: the verb cannot do without a model."""
+    parser.add_argument("model", metavar="MODEL", nargs=None if required else "?", help=MODEL_HELP)
     group = parser.add_argument_group("memory")
-    group.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda if there is one)")
-    group.add_argument(
-        "--device-memory",
-        type=_size,
-        metavar="SIZE",
-        help="cap for all on the device: 8GiB (default: auto)",
-    )
-    group.add_argument(
-        "--host-memory",
-        type=_size,
-        metavar="SIZE",
-        help="cap for experts in RAM beside the device: 32GiB (default: auto)",
-    )
-    group.add_argument("--max-context", type=positive, metavar="TOKENS", help="tokens of KV cache to reserve")
+    _add(group, "device", "DEVICE")
+    _add(group, "device_memory", "SIZE", _size)
+    _add(group, "host_memory", "SIZE", _size)
+    _add(group, "max_context", "TOKENS", positive)
     group = parser.add_argument_group("computing")
-    group.add_argument("--experts", metavar="FORM", help="native: as stored in the checkpoint; int8 or int4")
-    group.add_argument("--exactness", metavar="HOW", help="bitwise, numeric (sums in another order), or auto")
-    group.add_argument("--activations", metavar="FORM", help="float, or int8: rounded, and faster")
-    group.add_argument("--dtype", metavar="DTYPE", help="bfloat16, float16, float32 (default: the checkpoint's)")
+    _add(group, "experts", "FORM")
+    _add(group, "exactness", "HOW")
+    _add(group, "activations", "FORM")
+    group.add_argument(
+        "--dtype", metavar="DTYPE", help="compute in bfloat16, float16 or float32 (default: the checkpoint's dtype)"
+    )
+    add_hub(parser)
+
+
+def add_hub(parser: argparse.ArgumentParser) -> None:
+    """Options of a download."""
     group = parser.add_argument_group("Hugging Face Hub")
-    group.add_argument("--revision", metavar="NAME", help="branch, tag or commit")
-    group.add_argument("--local-files-only", action="store_true", help="never use the network")
+    group.add_argument("--revision", metavar="NAME", help="branch, tag or commit (default: main)")
+    group.add_argument("--local-files-only", action="store_true", help="use what is on this machine, never the network")
 
 
 def offload_config(args: argparse.Namespace) -> OffloadConfig:
-    """The options of a run that were given; ConfigError for those that cannot be."""
-    values = {f.name: getattr(args, f.name, None) for f in fields(OffloadConfig)}
-    given = {name: value for name, value in values.items() if value is not None}
-    return OffloadConfig(**given)
+    """The options of a run as they were given; ConfigError for those that cannot be used."""
+    return OffloadConfig().overridden(**{f.name: getattr(args, f.name, None) for f in fields(OffloadConfig) if f.init})
 
 
 def hub_options(args: argparse.Namespace) -> dict[str, Any]:
     """Options of the download, as `offmoe.budget.inspect.inspect` takes them."""
     return {"revision": args.revision, "local_files_only": args.local_files_only}
+
+
+def _add(
+    group: argparse._ArgumentGroup,
+    name: str,
+    metavar: str,
+    type: Callable[[str], Any] = str,
+    default: str | None = None,
+) -> None:
+    """Add the option of `OffloadConfig` of that name."""
+    group.add_argument(flag(name), type=type, metavar=metavar, help=help_text(name, default))
 
 
 def _slots(text: str) -> int | tuple[int, ...]:

@@ -41,9 +41,7 @@ def parser() -> options.Parser:
     parser.add_argument(
         "--perplexity", metavar="FILE", help="of the model before and after, on this text (UTF-8); loads both in turn"
     )
-    group = parser.add_argument_group("Hugging Face Hub")
-    group.add_argument("--revision", metavar="NAME", help="branch, tag or commit")
-    group.add_argument("--local-files-only", action="store_true", help="never use the network")
+    options.add_hub(parser)
     return parser
 
 

@@ -1,6 +1,6 @@
-"""Prompts of `generate` and `trace`: read, encoded, measured against the reserved context; and how to continue them.
+"""Prompts of the verbs that generate: reading, encoding and checking them, and the options of generating.
 
-Nothing is loaded here but the tokenizer. Must never silently shorten a prompt or guess what a file holds.
+A prompt is never shortened to fit, and the format of a file is never guessed from its content.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from offmoe.errors import CapacityError, CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from offmoe.budget.inspect import Inspected
 
 DEFAULT_NEW_TOKENS = 128
 COLDEST = 1e-6
-"""Temperature. Below it sampling is greedy to the last digit, and far below it logits overflow."""
+"""Lowest temperature. Below it sampling equals greedy decoding, and far below it logits overflow."""
 JSON_LINES = (".jsonl", ".ndjson")
 
 
@@ -38,15 +40,27 @@ class Prompt:
 def add_generating(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Options of generating; the group, so that a verb can add its own."""
     group = parser.add_argument_group("generating")
-    group.add_argument("--max-new-tokens", type=options.positive, metavar="N", help=f"default: {DEFAULT_NEW_TOKENS}")
+    group.add_argument(
+        "--max-new-tokens",
+        type=options.positive,
+        metavar="N",
+        help=f"tokens to generate at most (default: {DEFAULT_NEW_TOKENS})",
+    )
     group.add_argument("--temperature", type=float, metavar="T", help="sample at this temperature (default: greedy)")
-    group.add_argument("--top-k", type=options.positive, metavar="K", help="with --temperature: only the K most likely")
-    group.add_argument("--top-p", type=float, metavar="P", help="with --temperature: only the likeliest that make up P")
-    group.add_argument("--seed", type=int, metavar="N", help="of sampling; the same seed gives the same text")
+    group.add_argument(
+        "--top-k", type=options.positive, metavar="K", help="with --temperature: sample from the K likeliest tokens"
+    )
+    group.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="with --temperature: sample from the likeliest tokens whose probabilities add up to P",
+    )
+    group.add_argument("--seed", type=int, metavar="N", help="seed of sampling; the same seed gives the same text")
     group.add_argument(
         "--chat-template",
         action=argparse.BooleanOptionalAction,
-        help="wrap the prompt as the tokenizer's template says (default: if it has one)",
+        help="format the prompt with the tokenizer's chat template (default: if there is one)",
     )
     return group
 
@@ -172,13 +186,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]
     return ids.long()
 
 
-def context_taken(config: PretrainedConfig, ids: Tensor) -> int:
-    """Tokens of context that a prompt takes; behind an encoder, the decoder begins with a token of its own."""
-    return ids.shape[1] + int(config.is_encoder_decoder)
+def new_tokens(asked: int | None, ids: Tensor, inspected: Inspected, out: Output) -> int:
+    """How many tokens to generate after the prompt ids [1, n]. CapacityError if the reserved context is too short."""
+    # A decoder behind an encoder begins with a token of its own.
+    prompt_tokens = ids.shape[1] + int(inspected.hf_config.is_encoder_decoder)
+    return fitting_tokens(asked, prompt_tokens, inspected.plan.max_context, out)
 
 
-def room(asked: int | None, prompt_tokens: int, context: int, out: Output) -> int:
-    """New tokens that the reserved context allows; the last one is not fed back and needs none of it."""
+def fitting_tokens(asked: int | None, prompt_tokens: int, context: int, out: Output) -> int:
+    """New tokens that the reserved context allows. The last one is not fed back, so it needs no room."""
     room = context - prompt_tokens + 1
     if room < 1 or (asked is not None and asked > room):
         needed = prompt_tokens + (asked or 1) - 1
@@ -189,6 +205,22 @@ def room(asked: int | None, prompt_tokens: int, context: int, out: Output) -> in
     if asked is None and room < DEFAULT_NEW_TOKENS:
         out.note(f"at most {room} new tokens: memory is reserved for {context} tokens of context (--max-context).")
     return asked or min(room, DEFAULT_NEW_TOKENS)
+
+
+def seed(value: int | None) -> None:
+    """Seed sampling; None: by chance."""
+    import torch
+
+    if value is None:
+        torch.seed()
+    else:
+        torch.manual_seed(value)
+
+
+def generate(model: PreTrainedModel, ids: Tensor, **options: Any) -> None:
+    """Continue ids [1, n] with options of transformers' generate()."""
+    ids = ids.to(model.device)
+    cast("Any", model.generate)(input_ids=ids, attention_mask=ids.new_ones(ids.shape), **options)
 
 
 def check_vocabulary(model: PreTrainedModel, ids: Tensor) -> None:

@@ -35,7 +35,7 @@ def parser() -> options.Parser:
         "a trace without them gets the defaults and no prefetch.",
     )
     parser.add_argument("trace", metavar="TRACE", help="an .npz file written by generate --trace")
-    options.add_cache(parser)
+    options.add_cache(parser, default="the recorded run's")
     return parser
 
 

@@ -1,8 +1,7 @@
-"""`offmoe trace MODEL --prompts FILE -o TRACE`: run prompts, record which experts every token asks for.
+"""`offmoe trace MODEL --prompts FILE -o TRACE`: runs prompts and records which experts every token uses.
 
-What moves: as in `generate`; recording adds a copy of a few small arrays per layer and step. The file appears when
-all prompts have run, or holds what had run when something went wrong. `--merge` joins recordings instead and loads no
-model. Must never record a prompt that was cut to fit.
+The file is written when all prompts have run; after an error it holds what had run until then. A prompt that does not
+fit the context is refused, never shortened. `--merge` joins recordings instead and loads no model.
 """
 
 from __future__ import annotations
@@ -11,9 +10,10 @@ import argparse
 import math
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
 from offmoe.cli import options, prompts
+from offmoe.cli.model import open_model
 from offmoe.cli.output import Output
 from offmoe.errors import ConfigError, OffmoeError, TraceError
 from offmoe.text import percent
@@ -22,10 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from offmoe.budget.inspect import Inspected
-    from offmoe.handle import Offload
     from offmoe.trace.trace import Parameters
 
 
@@ -35,7 +34,7 @@ def parser() -> options.Parser:
         "Continue every prompt of a file and record the routing, for 'simulate', 'tune' and 'report'. "
         "With --merge, join recordings of one model instead.",
     )
-    options.add_loading(parser, always=False)
+    options.add_loading(parser, required=False)
     group = parser.add_argument_group("recording")
     group.add_argument(
         "--prompts",
@@ -86,56 +85,20 @@ def _record(args: argparse.Namespace, out: Output) -> None:
         raise ConfigError("MODEL is missing; give a folder, a Hub id, or 'demo'.")
     if args.prompts is None:
         raise ConfigError("--prompts FILE is missing; it holds one prompt per line.")
-    config, hub = options.offload_config(args), options.hub_options(args)
-    sampling = prompts.sampling(args)
-    asked = prompts.read_prompts(args.prompts, args.paragraphs)
-    import torch
-
-    from offmoe.api import fetch, load
-    from offmoe.budget.inspect import inspect
-    from offmoe.hf.quiet import hide_bars, quiet
-
-    quiet(args.verbose, args.json)
-    inspected = inspect(args.model, config, dtype=args.dtype, **hub)
-    tokenizer = prompts.load_tokenizer(inspected.folder)
-    runs: list[tuple[Tensor, int]] = []
-    for prompt in asked:
-        try:
-            ids = prompts.encode(tokenizer, prompt.content, args.chat_template)
-            taken = prompts.context_taken(inspected.hf_config, ids)
-            runs.append((ids, prompts.room(args.max_new_tokens, taken, inspected.plan.max_context, out)))
-        except OffmoeError as error:
-            raise type(error)(f"{prompt.where}: {error}") from error
-    out.note(f"memory on {inspected.config.device}: {inspected.plan.describe()}")
-    inspected = fetch(inspected)
-    hide_bars()
-    model = load(inspected, name=args.model, trace=args.output)
-    offload = cast("Offload", model.offload)
-    new_tokens = 0
-    with offload:
+    sampling, texts = prompts.sampling(args), prompts.read_prompts(args.prompts, args.paragraphs)
+    with open_model(args, out, trace=args.output) as opened:
+        tokenizer = prompts.load_tokenizer(opened.inspected.folder)
+        runs = _encode(args, texts, tokenizer, opened.inspected, out)
+        model, offload = opened.load(args.output)
         trace = offload.trace
         assert trace is not None
-        trace.parameters = _parameters(model, inspected)
-        prompts.check_vocabulary(model, torch.cat([ids for ids, _ in runs], dim=1))
-        if args.seed is None:
-            torch.seed()
-        else:
-            torch.manual_seed(args.seed)
+        trace.parameters = _parameters(model, opened.inspected)
+        for ids, _ in runs:
+            prompts.check_vocabulary(model, ids)
+        prompts.seed(args.seed)
         began = time.perf_counter()
         try:
-            with out.progress("recording", sum(n for _, n in runs), "tokens") as advance:
-                for ids, limit in runs:
-                    count = _Count(advance)
-                    ids = ids.to(model.device)
-                    cast("Callable[..., object]", model.generate)(
-                        input_ids=ids,
-                        attention_mask=torch.ones_like(ids),
-                        max_new_tokens=limit,
-                        streamer=count,
-                        **sampling,
-                    )
-                    advance(limit - count.tokens)
-                    new_tokens += count.tokens
+            new_tokens = _run(model, runs, sampling, out)
         finally:
             trace.pieces.update(prompts.pieces(tokenizer, trace.tokens_seen()))
         seconds = time.perf_counter() - began
@@ -156,18 +119,48 @@ def _record(args: argparse.Namespace, out: Output) -> None:
     )
 
 
-class _Count:
+def _encode(
+    args: argparse.Namespace,
+    texts: list[prompts.Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    inspected: Inspected,
+    out: Output,
+) -> list[tuple[Tensor, int]]:
+    """(ids [1, n], new tokens) of every prompt; an error names the line of the prompt that does not fit."""
+    runs = []
+    for prompt in texts:
+        try:
+            ids = prompts.encode(tokenizer, prompt.content, args.chat_template)
+            runs.append((ids, prompts.new_tokens(args.max_new_tokens, ids, inspected, out)))
+        except OffmoeError as error:
+            raise type(error)(f"{prompt.where}: {error}") from error
+    return runs
+
+
+def _run(model: PreTrainedModel, runs: list[tuple[Tensor, int]], sampling: dict[str, Any], out: Output) -> int:
+    """Continue every prompt -> how many tokens were generated."""
+    new_tokens = 0
+    with out.progress("recording", sum(limit for _, limit in runs), "tokens") as advance:
+        for ids, limit in runs:
+            counter = _Counter(advance)
+            prompts.generate(model, ids, max_new_tokens=limit, streamer=counter, **sampling)
+            advance(limit - counter.tokens)
+            new_tokens += counter.tokens
+    return new_tokens
+
+
+class _Counter:
     """Streamer for `generate` that only counts."""
 
     def __init__(self, advance: Callable[[int], None]):
         self._advance = advance
-        self._prompt_came = False
+        self._is_prompt = True
         self.tokens = 0
 
     def put(self, tokens: Tensor) -> None:
         """Called by transformers with the prompt first, then with every new token."""
-        if not self._prompt_came:
-            self._prompt_came = True
+        if self._is_prompt:
+            self._is_prompt = False
             return
         self.tokens += tokens.numel()
         self._advance(tokens.numel())
@@ -177,7 +170,7 @@ class _Count:
 
 
 def _parameters(model: PreTrainedModel, inspected: Inspected) -> Parameters:
-    """Counts for the trace's header: a loaded model holds all of its parameters except the experts'."""
+    """Counts for the trace's header. The loaded model holds all parameters except the experts'."""
     from offmoe.trace.trace import Parameters
 
     weights = {id(p): p.numel() for p in model.parameters()}

@@ -26,10 +26,6 @@ class TraceWriter:
 
     def __init__(self, path: str | os.PathLike[str], model: str, shape: CacheShape, options: CacheOptions):
         self.path = Path(path)
-        if not os.path.isdir(self.path.parent):
-            raise ConfigError(
-                f"trace={str(path)!r}: the folder {str(self.path.parent)!r} does not exist; create it first."
-            )
         check_writable(self.path)
         self._model, self._shape, self._options = model, shape, options
         self._width = max(shape.top_k)
@@ -128,6 +124,8 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         ConfigError: The path cannot be written, or holds something that is no trace.
     """
     path = Path(path)
+    if not os.path.isdir(path.parent):
+        raise ConfigError(f"trace={str(path)!r}: the folder {str(path.parent)!r} does not exist; create it first.")
     if os.path.exists(path) and not path.is_file():
         raise ConfigError(f"trace={str(path)!r} is a folder or a device; give the name of a file to write.")
     try:

@@ -1,0 +1,93 @@
+"""The model that a verb works on: inspected first, then fetched, loaded and closed.
+
+Nothing of torch or transformers is imported before the options of the command have been checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from offmoe.cli import options
+from offmoe.cli.output import Output
+from offmoe.config import OffloadConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from offmoe.budget.inspect import Inspected, Survey
+    from offmoe.handle import Offload
+
+
+class OpenModel:
+    """A model named on the command line; made by `open_model`."""
+
+    def __init__(self, args: argparse.Namespace, out: Output, config: OffloadConfig, closing: ExitStack):
+        self.config = config
+        """The options as they were asked for."""
+        self._args, self._out, self._closing = args, out, closing
+        self.inspect()
+
+    def inspect(self, **overrides: Any) -> None:
+        """Inspect the model, with these options in place of those that were asked for."""
+        from offmoe.budget.inspect import inspect
+
+        config, hub = replace(self.config, **overrides), options.hub_options(self._args)
+        self.inspected: Inspected = inspect(self._args.model, config, dtype=self._args.dtype, **hub)
+
+    def fetch(self) -> Inspected:
+        """Download absent shards, and quantize the experts if the options ask for it."""
+        from offmoe.api import fetch
+        from offmoe.hf.quiet import hide_bars
+
+        self._out.note(f"memory on {self.inspected.config.device}: {self.inspected.plan.describe()}")
+        self.inspected = fetch(self.inspected)
+        self._closing.callback(self.inspected.release)
+        hide_bars()
+        return self.inspected
+
+    def load(self, trace: str | None = None) -> tuple[PreTrainedModel, Offload]:
+        """Fetch and load the model -> (the model, its handle). trace: the file to record the routing into."""
+        from offmoe.api import load
+
+        model = load(self.fetch(), name=self._args.model, trace=trace)
+        offload: Any = model.offload
+        self._closing.callback(offload.close)
+        return model, offload
+
+
+@contextmanager
+def open_model(
+    args: argparse.Namespace, out: Output, *, trace: str | None = None, **overrides: Any
+) -> Iterator[OpenModel]:
+    """Inspect the model that a command names; when the block ends, close it and remove temporary files.
+
+    Args:
+        args: Parsed options of `options.add_loading` and `options.add_cache`.
+        out: Output of the command.
+        trace: A file that a recording will be written to; checked before anything is downloaded.
+        overrides: Options of `OffloadConfig` that the verb sets itself.
+    """
+    config = replace(options.offload_config(args), **overrides)
+    if trace is not None:
+        from offmoe.trace.recorder import check_writable
+
+        check_writable(trace)
+    from offmoe.hf.quiet import quiet
+
+    quiet(args.verbose, args.json)
+    with ExitStack() as closing:
+        yield OpenModel(args, out, config, closing)
+
+
+def survey_model(args: argparse.Namespace) -> tuple[OffloadConfig, Survey]:
+    """The options of a command, and what its model needs, whether or not it fits or has weights."""
+    config = options.offload_config(args)
+    from offmoe.budget.inspect import survey
+    from offmoe.hf.quiet import quiet
+
+    quiet(args.verbose, args.json)
+    return config, survey(args.model, config, dtype=args.dtype, **options.hub_options(args))
