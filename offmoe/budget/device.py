@@ -1,10 +1,10 @@
-"""What goes where before anything is loaded: one budget, divided once, with the numbers that divided it.
+"""The memory planner: divides the device's memory before anything is loaded.
 
-What moves: nothing. On the device stand the dense weights, the expert slots, the KV cache and a workspace; on a CPU
-also the staging buffers. Slots take what the others leave. Dense weights are needed by every token, an expert only by
-some, so as many decoder layers as fit keep theirs on the device; the last ones give them up where nothing else helps,
-and then share one piece of memory, to which their weights come when their turn is. Must never promise what does not
-fit: the smallest budget that works is part of every refusal."""
+The device holds the dense weights, the expert slots, the KV cache and a workspace; if its memory is the host's, the
+staging buffers too. Slots get what the others leave. Every token needs the dense weights and only some need an expert,
+so dense weights come first. If they do not fit, the last decoder layers are kept outside the device and streamed
+through one shared buffer, one layer at a time. Every refusal names the smallest budget that works.
+"""
 
 from __future__ import annotations
 
@@ -21,27 +21,38 @@ from offmoe.text import format_size
 from offmoe.types import DISK, HOST, CacheShape
 
 MIN_CONTEXT = 256
-"""Tokens of KV cache without which a model is not usable."""
+"""Tokens. A KV cache for fewer would make a model useless, so no plan goes below unless max_context says so."""
 KV_SHARE = 0.25
-"""Most of what is not needed otherwise that an unstated max_context may take; the slots get the rest."""
+"""If max_context is not set: the most that the KV cache takes of the memory left by everything else but slots."""
 KV_SEQUENCES = 8
-"""Full-length sequences that an unstated max_context makes room for at most: a batch, or beams."""
-
-
+"""If max_context is not set: the most sequences of full length that the KV cache holds, for a batch or beams."""
 SLOTS_PER_SCRATCH = 128
-"""Slots beside which a scratch slot is worth its memory to on_miss="auto": choosing who gets a slot saves 1 to 4 % of
-the misses, and two slots less in a hundred lose as much."""
-
-"""Where dense layers are that are not on the device."""
+"""on_miss="auto" needs this many slots per scratch slot to pay. Choosing who gets a slot saves 1 to 4 % of the misses;
+two slots fewer in a hundred cost as much.
+"""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The division of the device's memory, bytes; `budget` is the cap that the parts add up to at most.
+    """The division of the device's memory. All figures are bytes unless they say otherwise.
 
-    dense: what is always on the device. offloaded_layers: how many decoder layers, the last ones, keep their dense
-    weights (`offloaded` bytes) in `offloaded_in` and stream them to the device one layer at a time (`in_flight`).
-    smallest: the least budget that works at all; smallest_dense: with the whole dense part on the device.
+    Args:
+        budget: the most that all parts may take.
+        dense: dense weights that stay on the device.
+        slots: all expert slots.
+        kv: the KV cache.
+        staging: staging buffers; 0 if they are not on the device.
+        workspace: activations, logits and temporary bytes of one expert.
+        smallest: the smallest budget that works.
+        max_context: tokens that the KV cache holds, over all sequences.
+        slots_per_layer: number of slots of each MoE layer.
+        smallest_dense: the smallest budget that works with all dense weights on the device.
+        in_flight: the buffers that offloaded dense layers are streamed through.
+        offloaded: dense weights that are kept outside the device.
+        offloaded_layers: number of decoder layers, the last ones, that these belong to.
+        offloaded_in: where they are kept, HOST or DISK; None if there are none.
+        scratch: slots for experts that compute without becoming resident.
+        host: the plan of RAM; None on a device whose memory is the host's.
     """
 
     budget: int
@@ -59,12 +70,11 @@ class MemoryPlan:
     offloaded_layers: int = 0
     offloaded_in: str | None = None
     scratch: int = 0
-    """For experts that are computed without a slot."""
     host: HostPlan | None = None
-    """RAM that experts are kept in beside the device; None where RAM is the device."""
 
     @property
     def used(self) -> int:
+        """Bytes of all parts together."""
         return self.dense + self.in_flight + self.slots + self.scratch + self.kv + self.staging + self.workspace
 
     @property
@@ -88,7 +98,7 @@ class MemoryPlan:
         return {**values, "slots_per_layer": list(self.slots_per_layer), "used": self.used}
 
     def describe(self) -> str:
-        """One line for people."""
+        """The plan in one line."""
         parts = [("dense", self.dense), ("expert slots", self.slots), (f"KV of {self.max_context} tokens", self.kv)]
         parts += [("scratch", self.scratch), ("staging", self.staging), ("workspace", self.workspace)]
         parts[1:1] = [("a dense layer in flight", self.in_flight)]
@@ -117,15 +127,17 @@ def plan_on_miss(
     if config.on_miss == "fetch" or (config.on_miss == "auto" and config.scope == "layer"):
         return "fetch", plan(0)
     try:
-        found = plan(SCRATCH_SLOTS)
+        with_scratch = plan(SCRATCH_SLOTS)
     except CapacityError:
         if config.on_miss == "cpu":
             raise
         return "fetch", plan(0)
-    if config.on_miss == "cpu":
-        return "cpu", found if found.slots_per_layer != shape.experts else plan(0)
-    enough = config.slots_per_layer is not None or sum(found.slots_per_layer) >= SLOTS_PER_SCRATCH * SCRATCH_SLOTS
-    return ("auto", found) if enough and found.slots_per_layer != shape.experts else ("fetch", plan(0))
+    if with_scratch.slots_per_layer == shape.experts:
+        return ("cpu" if config.on_miss == "cpu" else "fetch"), plan(0)
+    enough = config.slots_per_layer is not None or (
+        sum(with_scratch.slots_per_layer) >= SLOTS_PER_SCRATCH * SCRATCH_SLOTS
+    )
+    return (config.on_miss, with_scratch) if config.on_miss == "cpu" or enough else ("fetch", plan(0))
 
 
 def plan_memory(
@@ -138,38 +150,38 @@ def plan_memory(
     host_free: int = 0,
     scratch: int = 0,
 ) -> MemoryPlan:
-    """Divide the device's memory, of which `free` bytes can be had and "auto" takes `share`.
+    """Divide the device's memory.
 
-    host_free: bytes of a memory other than the device's that dense layers may take; what does not fit there stays on
-    disk. scratch: bytes for experts that get no slot. CapacityError naming the smallest budget that works. A pool of
-    all layers sizes each slot for the largest expert.
+    Args:
+        config: the options.
+        shape: experts and top_k of each MoE layer.
+        model: what the model needs.
+        free: bytes of the device's memory that are free.
+        share: the share of these that device_memory="auto" takes.
+        host_free: bytes of RAM that offloaded dense layers may take; if they do not fit there, they stay on the disk.
+        scratch: bytes of scratch slots.
+
+    Raises:
+        CapacityError: the model does not fit; the message names the smallest budget that works.
     """
     budget = int(free * share) if config.device_memory == "auto" else min(int(config.device_memory), free)
-    if config.scope == "model":
+    if config.scope == "model":  # one pool for all layers, whose slots hold the largest expert
         model = replace(model, slot_bytes=(max(model.slot_bytes),) * shape.layers)
     least = tuple(min(k, e) for k, e in zip(shape.top_k, shape.experts, strict=True))
     explicit = None if config.slots_per_layer is None else config.cache().quotas(shape)
-    wanted_context = config.max_context or min(model.context_limit, MIN_CONTEXT)
-    around = model.staging + model.workspace + scratch + model.kv_per_token * wanted_context
-    dense_parts = [sum(model.dense_with(n)) for n in range(len(model.layers) + 1)]
-    smallest = min(dense_parts) + around + _bytes(least, model.slot_bytes)
-    around += _bytes(explicit or least, model.slot_bytes)
-    num_offloaded = next((n for n, dense in enumerate(dense_parts) if dense + around <= budget), None)
+    min_slots = _bytes(explicit or least, model.slot_bytes)
+    fixed = model.staging + model.workspace + scratch
+    min_kv = model.kv_per_token * _min_context(config, model)
+    smallest = model.min_dense + fixed + min_kv + _bytes(least, model.slot_bytes)
+    num_offloaded = model.num_offloaded(budget - fixed - min_kv - min_slots)
     if num_offloaded is None:
-        asked = f"slots_per_layer={config.slots_per_layer}" if explicit else f"top_k={max(shape.top_k)} slots per layer"
-        raise _too_small(min(dense_parts) + around, budget, asked, config, smallest)
+        raise _too_small(model.min_dense + fixed + min_kv + min_slots, budget, config, shape, smallest)
     resident, in_flight = model.dense_with(num_offloaded)
-    fixed = resident + in_flight + model.staging + model.workspace + scratch
-    if config.max_context is not None:
-        context = config.max_context
-    elif model.kv_per_token == 0:
-        context = KV_SEQUENCES * model.context_limit
-    else:
-        room = budget - fixed - _bytes(explicit or least, model.slot_bytes)
-        reserve = room if explicit else max(int(room * KV_SHARE), model.kv_per_token * wanted_context)
-        context = min(KV_SEQUENCES * model.context_limit, reserve // model.kv_per_token)
+    room = budget - resident - in_flight - fixed  # for slots and KV cache
+    context = _context(config, model, room - min_slots)
     kv = model.kv_per_token * context
-    slots = explicit or _spread(budget - fixed - kv, shape, model.slot_bytes, least)
+    slots = explicit or _spread(room - kv, shape, model.slot_bytes, least)
+    offloaded = model.dense - resident
     return MemoryPlan(
         budget=budget,
         dense=resident,
@@ -181,16 +193,33 @@ def plan_memory(
         smallest=smallest,
         max_context=context,
         slots_per_layer=slots,
-        smallest_dense=smallest - min(dense_parts) + model.dense,
+        smallest_dense=smallest - model.min_dense + model.dense,
         in_flight=in_flight,
-        offloaded=model.dense - resident,
+        offloaded=offloaded,
         offloaded_layers=num_offloaded,
-        offloaded_in=None if not num_offloaded else HOST if model.dense - resident <= host_free else DISK,
+        offloaded_in=None if not num_offloaded else HOST if offloaded <= host_free else DISK,
     )
 
 
+def _min_context(config: OffloadConfig, model: ModelBytes) -> int:
+    """Tokens that the KV cache holds at least."""
+    return config.max_context or min(model.context_limit, MIN_CONTEXT)
+
+
+def _context(config: OffloadConfig, model: ModelBytes, spare: int) -> int:
+    """Tokens that the KV cache holds. spare: bytes that the smallest number of slots leaves for it."""
+    if config.max_context is not None:
+        return config.max_context
+    most = KV_SEQUENCES * model.context_limit
+    if model.kv_per_token == 0:
+        return most
+    if config.slots_per_layer is None:  # more slots are worth more than more context
+        spare = max(int(spare * KV_SHARE), model.kv_per_token * _min_context(config, model))
+    return min(most, spare // model.kv_per_token)
+
+
 def _spread(room: int, shape: CacheShape, slot_bytes: Sequence[int], least: Sequence[int]) -> tuple[int, ...]:
-    """Equal quotas as far as they go, what is left over to the first layers that still can take one more."""
+    """Slots of each layer in `room` bytes: equal quotas, at least `least`; the remainder goes to the first layers."""
     quotas = list(least)
     room -= _bytes(quotas, slot_bytes)
     while growing := [layer for layer, experts in enumerate(shape.experts) if quotas[layer] < experts]:
@@ -205,12 +234,15 @@ def _spread(room: int, shape: CacheShape, slot_bytes: Sequence[int], least: Sequ
 
 
 def _bytes(quotas: Sequence[int], slot_bytes: Sequence[int]) -> int:
+    """Bytes of `quotas` slots per layer."""
     return sum(n * size for n, size in zip(quotas, slot_bytes, strict=True))
 
 
-def _too_small(needed: int, budget: int, what: str, config: OffloadConfig, smallest: int) -> CapacityError:
-    have = "device_memory" if budget == config.device_memory else "what is free"
+def _too_small(needed: int, budget: int, config: OffloadConfig, shape: CacheShape, smallest: int) -> CapacityError:
+    name = "device_memory" if budget == config.device_memory else "what is free"
+    explicit = config.slots_per_layer is not None
+    slots = f"slots_per_layer={config.slots_per_layer}" if explicit else f"top_k={max(shape.top_k)} slots per layer"
     return CapacityError(
-        f"{have}, {format_size(budget)}, is too small: {what} needs {needed} bytes ({format_size(needed)}). "
+        f"{name}, {format_size(budget)}, is too small: {slots} needs {needed} bytes ({format_size(needed)}). "
         f"The smallest device_memory that works for this model is {smallest} bytes ({format_size(smallest)})."
     )

@@ -97,6 +97,15 @@ class ModelBytes:
         in_flight = max(layer.landing for layer in layers) + max(layer.reading for layer in layers)
         return self.dense - sum(layer.weights for layer in layers), in_flight
 
+    def num_offloaded(self, budget: int) -> int | None:
+        """How many decoder layers must be offloaded at least so that the dense part fits; None if it never does."""
+        return next((n for n in range(len(self.layers) + 1) if sum(self.dense_with(n)) <= budget), None)
+
+    @property
+    def min_dense(self) -> int:
+        """The fewest bytes of device memory that the dense part can do with."""
+        return min(sum(self.dense_with(n)) for n in range(len(self.layers) + 1))
+
 
 class ModelNeeds(NamedTuple):
     """Everything that a division of memory needs to know about a model.

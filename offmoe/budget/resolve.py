@@ -33,7 +33,7 @@ def check_config(config: OffloadConfig, backend: Backend) -> None:
     if backend.unified_memory:
         refuse_host_memory(config)
     else:
-        on_miss_beside(config, str(backend.device))
+        on_miss_apart(config, str(backend.device))
 
 
 def divide_or_refusal(
@@ -71,7 +71,7 @@ def divide(config: OffloadConfig, needs: ModelNeeds, backend: Backend, free: int
         host, host_computes = None, False
     else:
         host_free = backend.host_free_bytes()
-        on_miss = on_miss_beside(config, str(backend.device))
+        on_miss = on_miss_apart(config, str(backend.device))
         plan = plan_memory(config, shape, needs.bytes, free=free, share=backend.auto_share, host_free=host_free)
         if plan.slots_per_layer == shape.experts:
             on_miss = "fetch"
@@ -101,8 +101,8 @@ def divide(config: OffloadConfig, needs: ModelNeeds, backend: Backend, free: int
     return resolved, replace(plan, host=host)
 
 
-def on_miss_beside(config: OffloadConfig, device: str) -> str:
-    """on_miss on a device with memory of its own: its kernels and the host's do not give the same bits."""
+def on_miss_apart(config: OffloadConfig, device: str) -> str:
+    """on_miss on a device apart from the host: their kernels do not give the same bits. device: its name."""
     if config.is_numeric:
         return config.on_miss
     if config.on_miss == "cpu":

@@ -148,13 +148,7 @@ def pack(
     checkpoint = source.fetch(checkpoint)
     job = _Job(folder, checkpoint, shards, tuple(layer.name for layer in catalog.layers), progress)
     manifest = Manifest.of(folder, checkpoint, how, shard_bytes)
-    try:
-        kept = job.finished(manifest)
-        job.check_space(kept)
-        job.write(manifest, kept)
-    except BaseException:
-        manifest.give_up()
-        raise
+    kept = job.run(manifest)
     _write_rest(checkpoint.folder, folder, shards, quantization)
     assert Checkpoint.open(folder).tensors == planned.tensors
     losses = manifest.losses(len(job.layers))
@@ -185,6 +179,17 @@ class _Job:
     @property
     def bytes_in(self) -> int:
         return sum(info.nbytes for info in self.checkpoint.tensors.values())
+
+    def run(self, manifest: Manifest) -> frozenset[str]:
+        """Write every shard that no earlier run finished; returns the files of those that one did."""
+        try:
+            kept = self.finished(manifest)
+            self.check_space(kept)
+            self.write(manifest, kept)
+        except BaseException:
+            manifest.give_up()
+            raise
+        return kept
 
     def finished(self, manifest: Manifest) -> frozenset[str]:
         """The shards that an earlier run finished and that have not changed since."""
