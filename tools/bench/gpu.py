@@ -40,7 +40,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy", "psut
 
 
 def machine(section: Section) -> None:
-    """What this is: device, driver, versions, limits."""
+    """Report the device, driver, versions and limits."""
     versions = {name: _version(name) for name in PACKAGES}
     section.note(python=platform.python_version(), system=platform.platform(), cores=os.cpu_count(), versions=versions)
     section.note(cuda_build=torch.version.cuda)
@@ -64,7 +64,7 @@ def machine(section: Section) -> None:
 
 
 def copies(section: Section) -> None:
-    """Host to device, from memory as it comes and from torch's own pinned memory."""
+    """Copies to the device, from pageable memory and from torch's own pinned memory."""
     rates: dict[str, dict[str, float]] = {}
     kinds = ("pageable", "pinned") if section.cuda else ("pageable",)
     if not section.cuda:
@@ -82,7 +82,7 @@ def copies(section: Section) -> None:
 
 
 def pinning(section: Section) -> None:
-    """Whether the staging buffers can be registered for the device, what that costs, and what it brings."""
+    """Check whether the staging buffers can be pinned, how long that takes, and how much faster copies are."""
     backend = select_backend(section.device)
     count, size = (2, 8 * MIB) if section.quick else (4, 256 * MIB)
     spent: list[float] = []
@@ -115,7 +115,7 @@ def pinning(section: Section) -> None:
 
 
 def disk(section: Section) -> None:
-    """Cold reads of whole experts against the disk's own limit: tools/bench/read.py, shortened."""
+    """Cold reads of whole experts against the disk's limit: a short tools/bench/read.py."""
     if not section.found.setdefault("direct_io", reads_directly(section.work)):
         section.note(hint="unbuffered reads are refused in the work folder: give --dir on a local disk")
     models = [read.SMALL, read.BIG]
@@ -136,7 +136,7 @@ def disk(section: Section) -> None:
 
 
 def resident(section: Section) -> None:
-    """Decode of the demo with a slot for every expert: what offmoe's own steps cost beside stock transformers."""
+    """Decoding of the demo with a slot for every expert: the cost of offmoe's steps against stock transformers."""
     import transformers
 
     from offmoe.hf.hub.locate import resolve_folder

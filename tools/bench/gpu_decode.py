@@ -23,12 +23,12 @@ from tools.bench.gpu_section import MIB, SPARE_BYTES, WRITE_BYTES_PER_S, Section
 from tools.bench.synthetic import write_mixtral
 
 SHAPES = ((4096, 14336), (2048, 7168), (1024, 3584), (256, 896))
-"""Hidden and intermediate size, Mixtral 8x7B's first; the largest that disk, device and time allow is taken."""
+"""Hidden and intermediate sizes; the first are Mixtral 8x7B's. The largest that disk, device and time allow is used."""
 LAYERS, EXPERTS, TOP_K, VOCABULARY = 2, 8, 2, 4096
 
 
 def decode(section: Section) -> None:
-    """Decode of a random model of Mixtral's shape, at several numbers of slots, against what disk and link allow."""
+    """Decoding of a random model of Mixtral's shape, at several numbers of slots, against disk and link."""
     import transformers
 
     transformers.logging.disable_progress_bar()
@@ -77,7 +77,7 @@ def decode(section: Section) -> None:
 
 
 def _decode_once(section: Section, folder: Path, slots: int, prefetch: int | str) -> dict[str, Any]:
-    """Sampled decode from one token on, after some tokens of warming up; bytes are per token."""
+    """Sampled decoding from one token on, after some tokens of warm-up. Bytes are per token."""
     model: Any = offmoe.from_pretrained(
         folder, device=section.device, slots_per_layer=slots, prefetch=prefetch, max_context=512
     )
@@ -141,7 +141,7 @@ def _largest(section: Section, backend: Backend) -> tuple[int, int]:
 
 
 def _disk_gb_s(folder: Path) -> tuple[float, str]:
-    """What the disk gives when the same files are read from end to end, cold; better of two passes."""
+    """Speed of the disk when the same files are read from end to end, cold; the better of two passes."""
     checkpoint = Checkpoint.open(folder)
     buffers = HostBuffers(read.THREADS, read.REQUEST_BYTES)
     rates = []

@@ -29,7 +29,7 @@ SMALL = (256, 384, 2)
 SLAB_BYTES = 4 * 10**9
 TOKENS = (1, 2, 4, 8, 16, 64, 512)
 ALLOWED = 5e-3
-"""Relative L2 against float32 with dequantized weights."""
+"""Largest relative L2 error against float32 with dequantized weights."""
 FP8 = ScaledFloat((128, 128))
 FORMATS: dict[str, WeightFormat | None] = {
     "bf16": None,
@@ -78,7 +78,7 @@ def kernels(section: Section) -> None:
 
 
 def form(name: str, hidden: int, inner: int) -> Form:
-    """How experts of a format and shape stand in slots."""
+    """How slots hold experts of a format and shape."""
     how = FORMATS[name]
     shapes = {"gate_up": (2 * inner, hidden), "down": (hidden, inner)}
     if how is not None:
@@ -104,7 +104,7 @@ def _halves(gate_up: Operand, down: Operand) -> GatedOperands:
 
 
 def fill(name: str, views: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-    """A random expert into a slot -> gate_up and down as float32."""
+    """Fill a slot with a random expert. Returns its gate_up and down in float32."""
     how, out = FORMATS[name], []
     for part in ("gate_up", "down"):
         if how is not None:
@@ -132,7 +132,7 @@ def fill(name: str, views: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
 
 
 def error(section: Section, name: str, small: Form, tokens: int) -> float:
-    """Relative L2 of two experts on bf16 inputs."""
+    """Relative L2 error of two experts on bf16 inputs."""
     arena = SlotArena(select_backend(section.device).allocate, [small.layout] * 2)
     experts = [fill(name, arena.views(slot, small.layout)) for slot in (0, 1)]
     made = DeviceKernels(small.operands, Glu(), arena.memory, arena.starts)
@@ -147,7 +147,7 @@ def error(section: Section, name: str, small: Form, tokens: int) -> float:
 
 
 def bandwidth_gb_s(section: Section) -> float:
-    """What a copy within the device reads and writes."""
+    """GB/s that a copy within the device reads and writes."""
     source = torch.ones(1024 * MIB, dtype=torch.uint8, device=section.device)
     destination = torch.empty_like(source)
     destination.copy_(source)
@@ -155,7 +155,7 @@ def bandwidth_gb_s(section: Section) -> float:
 
 
 def timed(section: Section, form: Form, top_k: int, bandwidth: float) -> dict[str, Any]:
-    """Of every number of tokens: microseconds; of one, the share of the memory's speed, and torch on bf16 beside it."""
+    """Microseconds for every number of tokens; for one token also the share of memory speed, and torch on bf16."""
     count = max(2 * top_k, min(64, SLAB_BYTES // form.layout.nbytes)) // top_k * top_k
     arena = SlotArena(select_backend(section.device).allocate, [form.layout] * count)
     arena.memory.random_(0, 120)  # no format has anything but finite numbers in such bytes
@@ -195,7 +195,7 @@ def start(recorded: list[tuple[Any, ...]]) -> None:
 
 
 def graph_s(section: Section, work: Callable[[], object]) -> float:
-    """Seconds of `work` without what starting its kernels takes; best of some rounds."""
+    """Seconds of `work` without the time to start its kernels; the best of some rounds."""
     work()  # compiles
     section.wait()
     graph = torch.cuda.CUDAGraph()

@@ -14,14 +14,14 @@ import torch
 
 MIB = 2**20
 SPARE_BYTES = 2 * 10**9
-"""Room on the disk that stays free."""
+"""Bytes on the disk that stay free."""
 WRITE_BYTES_PER_S = 0.4e9
-"""What any disk takes: used to judge beforehand whether writing a model is worth starting."""
+"""A speed that every disk reaches. It decides whether writing a model is worth starting."""
 
 
 @dataclass
 class Section:
-    """Where a section stands: what it may use, what it has found, what it left out."""
+    """The state of a section: its limits, its figures, and what it skipped."""
 
     name: str
     device: str
@@ -36,7 +36,7 @@ class Section:
         return self.deadline - time.monotonic()
 
     def note(self, **figures: object) -> None:
-        """Keep figures, also if the section is stopped after this."""
+        """Store figures, so that they are kept if the section is stopped later."""
         self.found.update(figures)
         self.save()
 
@@ -52,7 +52,7 @@ class Section:
         os.replace(file.with_suffix(".part"), file)
 
     def earlier(self, section: str) -> dict[str, Any]:
-        """What another section found, {} if it did not run."""
+        """The figures of another section; {} if it did not run."""
         file = self.work / f"{section}.json"
         found = json.loads(file.read_text())["found"] if file.exists() else {}
         assert isinstance(found, dict)
@@ -63,13 +63,13 @@ class Section:
         return torch.device(self.device).type == "cuda"
 
     def wait(self) -> None:
-        """Until the device has nothing more to do."""
+        """Wait until the device is idle."""
         if self.cuda:
             torch.cuda.synchronize()
 
 
 def seconds(section: Section, work: Callable[[], object]) -> float:
-    """Device time of what `work` puts on the current stream (CUDA events); wall time on a CPU."""
+    """Device time of the work that `work` queues on the current stream (CUDA events); wall time on a CPU."""
     if not section.cuda:
         began = time.perf_counter()
         work()
@@ -84,7 +84,7 @@ def seconds(section: Section, work: Callable[[], object]) -> float:
 
 
 def copy_gb_s(section: Section, source: torch.Tensor, destination: torch.Tensor) -> float:
-    """Best of some rounds of copying uint8 [n] to the device."""
+    """GB/s of copying uint8 [n] to the device; the best of some rounds."""
     repeats = max(1, min(20, 256 * MIB // source.numel()))
 
     def copies() -> None:
@@ -96,7 +96,7 @@ def copy_gb_s(section: Section, source: torch.Tensor, destination: torch.Tensor)
 
 
 def reads_directly(folder: Path) -> bool:
-    """Whether files here can be read past the page cache."""
+    """Whether files in the work folder can be read without the page cache."""
     file = folder / "direct"
     file.write_bytes(bytes(4096))
     try:

@@ -43,7 +43,7 @@ MIN_ROUNDS = 5
 
 @dataclass(frozen=True)
 class Shape:
-    """An expert's sizes, and how many of them are more than any cache holds."""
+    """The sizes of an expert, and a number of experts that no cache holds."""
 
     name: str
     hidden: int
@@ -56,7 +56,7 @@ QWEN3 = Shape("qwen3", 2048, 768, 64)
 
 
 def packed_experts(shape: Shape, how: WeightFormat) -> tuple[list[GatedExpert], int]:
-    """Random experts, and the bytes of one. fp8 is what a normal distribution becomes, with 448 at 4.5 deviations."""
+    """Random experts, and the bytes of one. fp8 weights are normally distributed, with 448 at 4.5 deviations."""
     sizes = {"gate": (shape.ff, shape.hidden), "up": (shape.ff, shape.hidden), "down": (shape.hidden, shape.ff)}
     params = [how.params(name, rows, cols, tiled=True) for name, (rows, cols) in sizes.items()]
     layout = ExpertLayout.of(params[0] | params[1] | params[2])
@@ -87,7 +87,7 @@ def bf16_experts(shape: Shape) -> tuple[list[GatedExpert], int]:
 
 
 def torch_int4_experts(shape: Shape) -> list[Rows]:
-    """The same work by torch's own int4 operator, with the weights in its layout."""
+    """The same work with torch's own int4 operator, on weights in its layout."""
 
     def weight(rows: int, cols: int) -> tuple[torch.Tensor, torch.Tensor]:
         q = torch.randint(0, 16, (rows, cols), dtype=torch.int32)
@@ -116,7 +116,7 @@ def _slots(layout: ExpertLayout, count: int) -> list[torch.Tensor]:
 
 
 class Probe:
-    """Reads memory that no cache holds, a window further at every call."""
+    """Reads memory that no cache holds; every call moves on by one window."""
 
     def __init__(self, kernels: NativeKernels) -> None:
         self._kernels, self._start = kernels, 0
@@ -134,7 +134,7 @@ def seconds(work: Callable[[], object], clock: Callable[[], float]) -> float:
 
 
 def against_probe(runs: list[Rows], nbytes: int, x: torch.Tensor, probe: Probe, budget_s: float) -> list[float]:
-    """Per round: bytes per CPU second of experts, relative to the probe before and after them."""
+    """For each round: bytes per CPU second of experts, relative to the probe before and after them."""
     ratios: list[float] = []
     end = time.perf_counter() + budget_s
     runs[0](x)
@@ -147,7 +147,7 @@ def against_probe(runs: list[Rows], nbytes: int, x: torch.Tensor, probe: Probe, 
 
 
 def against_torch(runs: list[Rows], theirs: list[Rows], x: torch.Tensor, budget_s: float) -> list[float]:
-    """Per round: CPU seconds of torch's experts relative to ours, on the same tokens."""
+    """For each round: CPU seconds of torch's experts relative to ours, on the same tokens."""
     ratios: list[float] = []
     end = time.perf_counter() + budget_s
     runs[0](x), theirs[0](x)
@@ -160,7 +160,7 @@ def against_torch(runs: list[Rows], theirs: list[Rows], x: torch.Tensor, budget_
 
 @contextmanager
 def busy_cores() -> Iterator[None]:
-    """A foreign process spins on every core."""
+    """Another process spins on every core."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     spin = "import sys\nprint(flush=True)\nwhile True: pass"
     processes = [subprocess.Popen([sys.executable, "-c", spin], stdout=subprocess.PIPE) for _ in range(cores)]
@@ -176,7 +176,7 @@ def busy_cores() -> Iterator[None]:
 
 
 def shared_cores(runs: list[Rows], x: torch.Tensor, budget_s: float) -> list[float]:
-    """Per round: wall time per expert beside spinning processes, relative to without them."""
+    """For each round: wall time per expert with spinning processes, relative to without them."""
     ratios: list[float] = []
     end = time.perf_counter() + budget_s
 

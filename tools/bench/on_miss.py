@@ -51,7 +51,7 @@ from tools.bench.synthetic import write_mixtral, write_qwen3
 GPT_OSS = Path(__file__).parents[2] / "tests" / "data" / "gptoss20b_6req.npz"
 PROMPT_TOKENS, WARM_TOKENS, TOKENS_AT_ONCE = 8, 48, 4
 DEMO_TIMES = 2
-"""A token of the demo takes so many times less."""
+"""The demo decodes this many times as many tokens as the others, because its tokens take less time."""
 FREE_BYTES = 4 * 10**9
 
 
@@ -66,7 +66,7 @@ class SetUp:
 
 
 class Way:
-    """The model of a set-up, loaded with one on_miss and recording."""
+    """The model of a set-up, loaded with one value of on_miss; its routing is recorded."""
 
     def __init__(self, setup: SetUp, on_miss: str, recording: Path):
         self.recording = recording
@@ -87,14 +87,14 @@ class Way:
             self._routing.attach(list(find_experts(self.model).values()))
 
     def begin(self, prompt: torch.Tensor, row: int) -> None:
-        """Prefill. prompt: int64 [1, n]; row: of the routing, for its first token."""
+        """Prefill. prompt: int64 [1, n]; row: row of the routing for its first token."""
         if self._routing is not None:
             self._routing.seek(row)
         self._out = self.model(input_ids=prompt, use_cache=True)
         self.tokens = [int(self._out.logits[0, -1].argmax())]
 
     def decode(self, tokens: int) -> float:
-        """Seconds of so many more."""
+        """Decode `tokens` more tokens. Returns the seconds."""
         began = time.perf_counter()
         for _ in range(tokens):
             self._out = self.model(
@@ -166,19 +166,19 @@ def measure(
 
 
 def estimated(trace: Trace, costs: CostModel, i: int) -> Totals:
-    """Round `i` of a recording, priced."""
+    """The totals of round `i` of a recording, priced."""
     assert trace.options is not None
     return evaluate(Recording(trace), trace.options, Settings(costs, test_requests=frozenset({i + 1}))).test
 
 
 def mean_costs(a: CostModel, b: CostModel) -> CostModel:
-    """Of the calibrations before and after: what the machine was like in between."""
+    """The mean of the calibrations before and after, for the time in between."""
     one, other = a.to_dict(), b.to_dict()
     return CostModel.from_dict({name: (float(one[name]) + float(other[name])) / 2 for name in one if name in other})  # type: ignore[arg-type]
 
 
 def set_ups(scratch: Path, quick: bool) -> Iterator[tuple[SetUp, Callable[[int], torch.Tensor]]]:
-    """Writes models when their turn comes, and removes them."""
+    """The set-ups with their prompts. Models are written when they are needed, and removed."""
     tokenizer = AutoTokenizer.from_pretrained(resolve_folder("demo"))
     texts = [tokenizer(text, return_tensors="pt").input_ids for text in TEXTS]
     demo_routing = scratch / "demo.npz"
@@ -207,7 +207,7 @@ def set_ups(scratch: Path, quick: bool) -> Iterator[tuple[SetUp, Callable[[int],
 
 
 def complete(trace: Trace) -> Trace:
-    """Its tokens with all of their experts."""
+    """The tokens of a trace that have all of their experts."""
     whole = (trace.experts >= 0).all(axis=(1, 2))
     return replace(
         trace,

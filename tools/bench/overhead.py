@@ -40,7 +40,7 @@ def seconds_per_token(model: PreTrainedModel, inputs: dict[str, torch.Tensor], t
 
 
 def skewed(steps: int, experts: int, top_k: int) -> list[Access]:
-    """Random routing of one layer in which some experts are popular, others for a while."""
+    """Random routing of one layer: some experts are popular throughout, others for a while."""
     chance = np.random.default_rng(0)
     popular, lately = chance.standard_normal(experts), np.zeros(experts)
     accesses = []
@@ -52,7 +52,7 @@ def skewed(steps: int, experts: int, top_k: int) -> list[Access]:
 
 
 def plan_seconds(accesses: list[Access], shape: CacheShape, options: CacheOptions, repeats: int) -> list[float]:
-    """CPU seconds of each plan of the second half of a run, the least of some repeats."""
+    """CPU seconds of each plan in the second half of a run; the least of some repeats."""
     best: list[float] = []
     for _ in range(repeats):
         planner = build_planner(options, shape)
@@ -118,7 +118,7 @@ def main() -> None:
 
 
 def _median_and_p99(seconds: list[float]) -> tuple[float, float]:
-    """In microseconds."""
+    """Median and 99th percentile in microseconds."""
     return statistics.median(seconds) * 1e6, sorted(seconds)[int(len(seconds) * 0.99)] * 1e6
 
 

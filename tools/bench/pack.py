@@ -37,7 +37,7 @@ HIDDEN, FF, LAYERS, EXPERTS = 2048, 4096, 5, 8
 REQUEST_BYTES = 16 << 20
 AT_LEAST = 0.5
 SHARD_BYTES = 1 << 26
-"""The copy has 0.6 GB; of shards of the usual size there would be two, too few to be made at the same time."""
+"""The copy has 0.6 GB. Shards of the usual size would be only two, too few to be written at the same time."""
 
 
 class Round(NamedTuple):
@@ -53,7 +53,7 @@ class Round(NamedTuple):
 
 
 def read_s(files: list[Path], direct: bool) -> float:
-    """From end to end, cold."""
+    """Seconds to read files from end to end, cold."""
     drop_page_cache(files)
     buffers = HostBuffers(1, REQUEST_BYTES)
     flags = os.O_RDONLY | (getattr(os, "O_DIRECT", 0) if direct else 0)
@@ -79,7 +79,7 @@ def write_s(path: Path, nbytes: int) -> float:
 
 
 def disk_s(source: list[Path], scratch: Path, copied: int) -> float:
-    """What the disk needs for a run that does nothing else."""
+    """Seconds that the disk needs for a run that only reads and writes."""
     reads = min(read_s(source, direct) for direct in (True, False))
     writes = write_s(scratch, copied)
     back = min(read_s([scratch], direct) for direct in (True, False))
@@ -88,7 +88,7 @@ def disk_s(source: list[Path], scratch: Path, copied: int) -> float:
 
 
 def quantizer_s(nbytes: int, cores: int) -> float:
-    """What the quantizer needs for experts of `nbytes` bytes, once they are in memory."""
+    """Seconds that the quantizer needs for experts of `nbytes` bytes in memory."""
     matrix = (torch.randn(FF, HIDDEN) * HIDDEN**-0.5).bfloat16()
     how, times = weight_format("int4"), []
     with quantizer(cores) as quantize:

@@ -41,7 +41,7 @@ COSTS = (100.0, 10.0, 3.0, 1.0, 0.3, 0.1)
 
 
 def record_demo(prompts: int = 8, tokens: int = 150) -> Trace:
-    """The demo model going on with lines of a text, sampled, with the predictions of its own routers."""
+    """The demo model continues lines of a text, sampled, with the predictions of its own routers."""
     folder = resolve_folder("demo")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     lines = [line[:120] for line in TEXT.read_text(encoding="utf-8").splitlines() if len(line) > 80]
@@ -57,7 +57,7 @@ def record_demo(prompts: int = 8, tokens: int = 150) -> Trace:
 
 
 def real_routing(requests: int = 2) -> Trace:
-    """Requests of the fixture, predicted by the transition counts of the first, which flatters the first."""
+    """Requests of the test data, predicted by the transition counts of the first request, which flatters that one."""
     trace = read_trace(FIXTURE)
     rows = trace.request < requests
     trace = replace(
@@ -67,7 +67,7 @@ def real_routing(requests: int = 2) -> Trace:
 
 
 def at_random(trace: Trace, seed: int = 0) -> Trace:
-    """Predictions that know nothing."""
+    """Random predictions."""
     chance = np.random.default_rng(seed)
     predicted = np.full((trace.tokens, trace.shape.layers, max(trace.shape.top_k)), NONE, np.int16)
     for layer, experts in enumerate(trace.shape.experts[1:], start=1):
@@ -77,7 +77,7 @@ def at_random(trace: Trace, seed: int = 0) -> Trace:
 
 
 def in_turn(trace: Trace, tokens: int = 100) -> Trace:
-    """Predictions that are right for some tokens, then at random for as many."""
+    """Predictions that are right for some tokens, then random for as many."""
     right = (np.arange(trace.tokens) // tokens % 2 == 0)[:, None, None]
     return replace(trace, predicted=np.where(right, trace.experts, at_random(trace).predicted))
 
@@ -93,7 +93,7 @@ def costs(shape: CacheShape, cost: float) -> CostModel:
 
 
 def run(recording: Recording, options: CacheOptions) -> tuple[CacheStats, list[float]]:
-    """Counts of one configuration, and its seconds at each cost."""
+    """The counts of one configuration, and its seconds at each cost."""
     shape = replace(recording.shape, expert_bytes=(EXPERT_BYTES,) * recording.shape.layers)
     planner, stats = build_planner(options, shape), CacheStats.for_layers(shape.layers)
     clocks = [Clock(costs(shape, cost), shape) for cost in COSTS]

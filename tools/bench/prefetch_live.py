@@ -52,10 +52,10 @@ from tools.bench.synthetic import write_mixtral
 from tools.bench.transfer import interval
 
 TRAINED_REQUESTS = 2
-"""Of the fixture, that transitions are counted on."""
+"""Requests of the test data that transitions are counted on."""
 PROBE_S = 0.3
 TURN = 4
-"""Tokens; the fewer, the better do both see the same machine."""
+"""Tokens per turn. With fewer, both models see the same machine more closely."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Case:
 
 
 def of_fixture() -> Trace:
-    """Requests of gpt-oss-20b, predicted by the transition counts of those before them."""
+    """Requests of gpt-oss-20b, predicted by the transition counts of earlier requests."""
     trace = read_trace(FIXTURE)
     tested = trace.request >= TRAINED_REQUESTS
     predicted = transition_predictions(trace, frozenset(np.unique(trace.request[tested]).tolist()))
@@ -97,7 +97,7 @@ class Side:
                 self.model.offload.predict_with(self._replayed)
 
     def begin(self, row: int) -> None:
-        """A new sequence. row: of the replayed routing."""
+        """Begin a sequence. row: row of the replayed routing."""
         self._cache: Any = None
         self._seconds, self._before = 0.0, self.model.offload.stats()
         if self._replayed is not None:
@@ -105,7 +105,7 @@ class Side:
 
     @torch.no_grad()
     def decode(self, tokens: list[int]) -> None:
-        """Go on with these tokens, one at a time."""
+        """Decode these tokens, one at a time."""
         began = time.perf_counter()
         for token in tokens:
             out = self.model(input_ids=torch.tensor([[token]]), past_key_values=self._cache, use_cache=True)
@@ -113,12 +113,12 @@ class Side:
         self._seconds += time.perf_counter() - began
 
     def end(self) -> tuple[float, CacheStats]:
-        """Seconds of the sequence, and what was counted."""
+        """The seconds of the sequence, and its counts."""
         return self._seconds, self.model.offload.stats() - self._before
 
 
 def token_source(case: Case) -> Iterator[int]:
-    """Of a text for the demo, at random for a model that was never trained."""
+    """Tokens of a text for the demo, random tokens for an untrained model."""
     if case.size is None:
         tokenizer = AutoTokenizer.from_pretrained(resolve_folder("demo"))
         while True:
@@ -130,7 +130,7 @@ def token_source(case: Case) -> Iterator[int]:
 
 @contextmanager
 def probe_of(inspected: Inspected) -> Iterator[Callable[[], float]]:
-    """What measures GB/s of reading the model's experts, cold."""
+    """A function that measures GB/s of reading the model's experts, cold."""
     checkpoint, catalog = inspected.checkpoint, inspected.catalog
     store = ExpertStore(checkpoint.shards, catalog.records)
     try:

@@ -37,7 +37,7 @@ TEXT = Path(__file__).with_suffix(".txt")
 INT8_AT_MOST, SEARCH_RECOVERS = 0.003, 0.25
 
 Quantizer = Callable[[torch.Tensor], torch.Tensor]
-"""weight [rows, cols] -> what it is once quantized, float32."""
+"""weight [rows, cols] -> the quantized weight, decoded to float32."""
 
 
 def quantizer(how: WeightFormat, search: bool = True) -> Quantizer:

@@ -82,7 +82,7 @@ SMALL = Model("5 MB", layers=3, experts=96, hidden=2048, ff=416)
 
 
 class Content:
-    """What stands in tensor i of a checkpoint: a window of one random array that no other tensor begins with."""
+    """The bytes of tensor i of a checkpoint: a window of one random array; no two tensors begin at the same offset."""
 
     def __init__(self, largest: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -96,7 +96,7 @@ class Content:
 
 
 def write(model: Model, folder: Path, content: Content) -> None:
-    """Write the checkpoint; shards fill up to SHARD_BYTES wherever that falls, as in published ones."""
+    """Write the checkpoint. Shards are cut at SHARD_BYTES, wherever that falls, as in published checkpoints."""
     weight_map: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}
     used = number = 0
@@ -152,7 +152,7 @@ def timed(work: Callable[[int], int]) -> Pass:
 
 
 def experts_at_random(store: ExpertStore, keys: list[ExpertKey], buffers: HostBuffers) -> Pass:
-    """Every expert once, in random order; only the experts' own bytes count."""
+    """Read every expert once, in random order. Only the experts' own bytes count."""
     turn = iter(random.sample(keys, len(keys)))
 
     def work(thread: int) -> int:
@@ -166,7 +166,7 @@ def experts_at_random(store: ExpertStore, keys: list[ExpertKey], buffers: HostBu
 
 
 def files_in_order(checkpoint: Checkpoint, buffers: HostBuffers) -> Pass:
-    """The control: the same files from end to end."""
+    """The control: read the same files from end to end."""
     descriptors = [os.open(path, os.O_RDONLY | os.O_DIRECT) for path in checkpoint.shards]
     sizes = [path.stat().st_size for path in checkpoint.shards]
     turn = iter(
@@ -196,7 +196,7 @@ def verify(model: Model, store: ExpertStore, buffers: HostBuffers, content: Cont
 
 
 def measure(model: Model, folder: Path, seconds: float) -> tuple[float, list[float]]:
-    """Median paired ratio, and the control's GB/s of every round."""
+    """The median paired ratio, and the control's GB/s in every round."""
     folder.mkdir()
     content = Content(max(shape[0] * shape[1] for _, shape in model.tensors()))
     write(model, folder, content)

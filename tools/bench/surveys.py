@@ -62,7 +62,7 @@ def _mlp(name: str, hidden: int, inner: int) -> Iterator[tuple[str, tuple[int, .
 
 
 def write_sparse(folder: Path, config: dict[str, object]) -> int:
-    """A checkpoint of this configuration that takes no room on the disk; returns its number of tensors."""
+    """Write a checkpoint of this configuration that takes no room on the disk. Returns its number of tensors."""
     (folder / "config.json").write_text(json.dumps(config))
     shards: list[tuple[Header, int]] = [({}, 0)]
     for name, shape in tensors({k: v for k, v in config.items() if isinstance(v, int)}):
@@ -90,7 +90,7 @@ def write_sparse(folder: Path, config: dict[str, object]) -> int:
 
 
 def measure(model: Path) -> dict[str, object]:
-    """One command in a process of its own -> seconds, of which CPU, peak resident MiB, and what it said."""
+    """Run one command in a process. Returns its seconds, its CPU seconds, its peak resident MiB and its output."""
     arguments = ["inspect", str(model), "--json", "--device", "cpu"]
     read, write = os.pipe()
     began = time.perf_counter()

@@ -23,7 +23,7 @@ SPREAD = 65536
 def write_mixtral(
     folder: Path, hidden: int, intermediate: int, *, layers: int, experts: int, top_k: int, vocabulary: int
 ) -> None:
-    """Write it in bf16 with Mixtral's own names, shard by shard, and through to the disk."""
+    """Write a checkpoint in bf16 with Mixtral's names, shard by shard, and sync it to disk."""
     from transformers import MixtralConfig
 
     heads = max(2, hidden // 128)
@@ -45,7 +45,7 @@ def write_mixtral(
 def write_qwen3(
     folder: Path, hidden: int, intermediate: int, *, layers: int, experts: int, top_k: int, vocabulary: int
 ) -> None:
-    """The same with Qwen3's names, and no layer without experts."""
+    """As `write_mixtral`, with Qwen3's names. Every layer has experts."""
     from transformers import Qwen3MoeConfig
 
     heads = max(2, hidden // 128)
@@ -77,7 +77,7 @@ def _write(
     names: str,
     parts: tuple[str, str, str],
 ) -> None:
-    """names: of an expert's weights within a layer, for its number and a part; parts: gate, down, up."""
+    """names: gives the name of an expert's weight in a layer, from its number and a part. parts: gate, down, up."""
     from transformers import AutoModelForCausalLM
 
     folder.mkdir()

@@ -36,7 +36,7 @@ RECORDED_TOKENS = 96
 
 
 def bench(model: Path, arguments: list[str]) -> dict[str, Any]:
-    """One run of `offmoe bench`; its table goes to stderr as it does."""
+    """Run `offmoe bench` once. Its table goes to stderr."""
     command = [sys.executable, "-m", "offmoe", "bench", str(model), "--device", "cpu", "--json", *arguments]
     root = Path(offmoe.__file__).parents[1]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as process:
@@ -52,7 +52,7 @@ def bench(model: Path, arguments: list[str]) -> dict[str, Any]:
 
 
 def record_demo(path: Path) -> None:
-    """The routing of the demo model on some texts, with what was predicted, which "auto" does not for small experts."""
+    """Record the demo model's routing on some texts, with predictions; "auto" makes none for small experts."""
     import torch
     from transformers import AutoTokenizer
 
@@ -68,7 +68,7 @@ def record_demo(path: Path) -> None:
 
 
 def figures(against: dict[str, Any], cap: int) -> dict[str, Any]:
-    """What is reported of one kind of work."""
+    """The figures that are reported for one kind of work."""
     ours, baseline = against["ours"], against["baseline"]
     return {
         "tokens_per_s": round(ours["tokens_per_s"], 3),
@@ -87,7 +87,7 @@ def figures(against: dict[str, Any], cap: int) -> dict[str, Any]:
 
 
 def gain(prefetch: dict[str, Any]) -> dict[str, Any]:
-    """What prefetching is worth."""
+    """The gain of prefetching."""
     ratio = prefetch["ratio"]
     return {
         "prefetch_gain": round(ratio["median"] - 1, 4),

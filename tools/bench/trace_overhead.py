@@ -34,14 +34,14 @@ PROMPT = "In the beginning God created the heaven and the earth. And the earth w
 
 
 def seconds_per_token(model: PreTrainedModel, inputs: dict[str, torch.Tensor], tokens: int) -> float:
-    """CPU time of the process, not wall time: what else runs on the machine is no cost of recording."""
+    """CPU time of the process, not wall time, so that other work on the machine does not count."""
     began = time.process_time()
     model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
     return (time.process_time() - began) / tokens
 
 
 def writer_seconds(shape: CacheShape, path: Path, tokens: int = 2000) -> float:
-    """The writer's share of one decoded token: a step and a record per layer, the fastest of some repeats."""
+    """Seconds of the writer per decoded token: a step, and a record per layer; the fastest of some repeats."""
     ids, one = np.zeros((1, max(shape.top_k)), np.int64), np.zeros(1, np.int32)
     best = float("inf")
     for _ in range(5):

@@ -59,7 +59,7 @@ def write(folder: Path) -> Checkpoint:
 
 
 class Layer(NamedTuple):
-    """How the experts of a layer stand in slots."""
+    """How slots hold the experts of a layer."""
 
     layout: ExpertLayout
     assembly: Assembly
@@ -116,7 +116,7 @@ def computing(rig: Rig, plan: Plan) -> None:
 
 
 def prompt_s(rig: Rig, execute: Callable[[Rig, Plan], None]) -> float:
-    """Seconds of a second prompt through all layers, the first having left its experts behind."""
+    """Seconds of a second prompt through all layers, after the first has filled the slots."""
     shape = CacheShape((EXPERTS,) * LAYERS, (2,) * LAYERS, (EXPERT_BYTES,) * LAYERS)
     planner = build_planner(CacheOptions(slots_per_layer=SLOTS), shape)
     everything = tuple(Demand(e, TOKENS, TOKENS) for e in range(EXPERTS))
@@ -162,7 +162,7 @@ def interval(values: Sequence[float], resamples: int = 2000) -> tuple[float, flo
 
 
 def demand_s(rig: Rig, queued: int) -> float:
-    """Seconds of one demand behind so many prefetches, all of other experts."""
+    """Seconds of one demand behind prefetches of other experts."""
     keys = random.sample(rig.keys, queued + 1)
     rig.engine.prefetch([Fetch(key, slot, None) for slot, key in enumerate(keys[1:])])
     if queued:
