@@ -1,12 +1,13 @@
 """Which missed experts get a slot, and which are computed without one.
 
-Nothing moves. An expert that takes a slot costs the one that is forgotten for it. Whether that pays is not in their
-scores alone: admitting only what counts for more than its victim does worse than admitting everything (gpt-oss-20b at 6
-of 32 slots: 58.5 % of demands hit against 59.3 %), since what was just used is likelier to come back than its count
-says. So it is learned: of every newcomer and the victim it would have replaced, whichever is demanded first was the one
-to have. That costs no read, whatever was decided, and replay decides the same.
+An expert that takes a slot costs the slot of a victim. Scores alone do not tell whether that pays: admitting only what
+scores higher than its victim hits less than admitting everything (gpt-oss-20b with 6 of 32 slots: 58.5 % of demands
+against 59.3 %), since an expert that was just demanded is likelier to return than its count says. So it is learned: of
+a newcomer and the victim that it would replace, the one that is demanded first was worth the slot. Learning costs no
+read, whatever was decided, and needs neither costs nor clocks, so a replay decides the same.
 
-Bound: a few dictionary operations per miss. Must never see costs, clocks or tensors (rule R1)."""
+Cost: a few dictionary operations per miss.
+"""
 
 from __future__ import annotations
 
@@ -16,23 +17,23 @@ from typing import Protocol
 
 
 class AdmissionPolicy(Protocol):
-    """Judges newcomers of one residency; keys are its own, scores those of its eviction policy."""
+    """Judges whether a missing expert (the newcomer) should take the slot of the eviction policy's victim."""
 
     evicts: bool
-    """Whether anything is ever forgotten for a newcomer."""
+    """Whether a newcomer may ever evict anything."""
 
     def on_access(self, keys: Sequence[int]) -> None:
-        """One access demands these keys, resident or not."""
+        """A layer demands these keys, resident or not."""
 
     def admits(self, newcomer: int, victim: int, newcomer_score: float, victim_score: float) -> bool:
-        """Whether the newcomer should have the victim's slot. ."""
+        """Whether the newcomer should get the victim's slot. Scores are those of the eviction policy."""
 
     def chance(self, newcomer: int, victim: int, newcomer_score: float, victim_score: float) -> float:
-        """The share of such newcomers that are demanded before their victim."""
+        """The share of comparable newcomers that are demanded before their victim, 0 to 1."""
 
 
 class WhileFree:
-    """Slots are given away while there are free ones; nothing is forgotten for a newcomer."""
+    """on_miss="cpu": newcomers get slots only while slots are free."""
 
     evicts = False
 
@@ -47,25 +48,32 @@ class WhileFree:
 
 
 class FirstDemanded:
-    """Admits newcomers that, by experience with such a gain in score, are demanded again before their victim is.
+    """on_miss="auto": admits newcomers if enough newcomers like them were demanded before their victims.
 
-    Gains are sorted into bins, finer near zero, each with its own experience, which fades: of `MEMORY` outcomes half
-    are forgotten. Doubt admits (`ENOUGH` is below one half, and a bin begins with `PRIOR` outcomes for it): a victim
-    that is passed over stays to be compared with the next newcomer, an expert that is forgotten is fetched at once when
-    it is demanded, so errors of admitting heal sooner."""
+    Newcomers are alike if their gain in score falls into the same bin; bins are finer near zero. Experience fades.
+    Doubt admits: a victim that stays is compared with the next newcomer, and an expert that was evicted wrongly is
+    fetched when it is demanded, so mistakes of admitting heal sooner.
+    """
 
     evicts = True
-    ENOUGH, PRIOR, MEMORY = 0.47, 8.0, 256.0
+    ENOUGH = 0.47
+    """Share of newcomers demanded first from which a bin admits. On gpt-oss-20b it hits 0.7 points more of the demands
+    than "fetch" at 6 of 32 slots, 0.2 at 8, and no less at 16 (tests/policy/test_planner.py)."""
+    PRIOR = 8.0
+    """Outcomes that a bin starts with, half of them for the newcomer."""
+    MEMORY = 256.0
+    """Outcomes of a bin at which all of them are halved."""
     BINS_EACH_WAY, PER_DOUBLING = 12, 2
+    """Bins for gains below zero and above it, and bins per doubling of 1 + the gain."""
 
     def __init__(self) -> None:
         bins = 2 * self.BINS_EACH_WAY + 1
         self._newcomers_first = [self.PRIOR / 2] * bins
         self._outcomes = [self.PRIOR] * bins
         self._awaited: dict[int, tuple[int, int]] = {}
-        """Newcomers of which neither they nor their victim has been demanded since: (victim, bin)."""
+        """By newcomer, (victim, bin), until the newcomer or its victim is demanded."""
         self._against: dict[int, list[int]] = {}
-        """Their victims, and the newcomers that are compared with each."""
+        """By victim, the newcomers that are compared with it."""
 
     def on_access(self, keys: Sequence[int]) -> None:
         awaited, against = self._awaited, self._against
@@ -86,10 +94,9 @@ class FirstDemanded:
         return self.chance(newcomer, victim, newcomer_score, victim_score) >= self.ENOUGH
 
     def chance(self, newcomer: int, victim: int, newcomer_score: float, victim_score: float) -> float:
-        at = self._bin(
-            0.0 if newcomer_score == victim_score else newcomer_score - victim_score
-        )  # both may be minus infinity
-        if newcomer in self._awaited:  # by another newcomer of the same access, or forgotten undemanded
+        # Equal scores may both be minus infinity, whose difference is no number.
+        at = self._bin(0.0 if newcomer_score == victim_score else newcomer_score - victim_score)
+        if newcomer in self._awaited:  # compared before, with an outcome that is still open
             self._against[self._awaited[newcomer][0]].remove(newcomer)
         self._awaited[newcomer] = victim, at
         self._against.setdefault(victim, []).append(newcomer)
@@ -109,5 +116,5 @@ class FirstDemanded:
 
 
 def build_admission(on_miss: str) -> AdmissionPolicy | None:
-    """Of the option `on_miss`; None admits everything."""
+    """The admission policy of the option `on_miss`; None if every miss gets a slot."""
     return None if on_miss == "fetch" else WhileFree() if on_miss == "cpu" else FirstDemanded()

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from offmoe.config import EVICTIONS, ON_MISS, CacheOptions
 from offmoe.errors import ConfigError
-from offmoe.policy.planner import build_planner
+from offmoe.policy.eviction.lru import LRU
+from offmoe.policy.planner import Planner, build_planner
 from offmoe.profile import MissCosts
 from offmoe.simulate.replay import Recording, replay
 from offmoe.trace.trace import read_trace
@@ -309,3 +310,28 @@ def test_what_the_host_computed_and_will_be_wanted_is_fetched_afterwards():
     assert filled
     assert all(not fetch.read for fetch in filled)
     assert planner.plan(access(0, [2, 3])).pending + planner.plan(access(0, [2, 3])).hits
+
+
+def test_where_every_expert_has_a_slot_the_host_computes_nothing():
+    options = CacheOptions(slots_per_layer=8, on_miss="auto", miss_costs=FAST_HOST)
+    planner = build_planner(options, CacheShape((8,), (2,), (10,)))
+    assert planner.num_scratch == 0
+    for pair in ([0, 1], [6, 7], [0, 7]):
+        assert planner.plan(access(0, pair)).on_host == ()
+    assert planner.plan(access(0, [0, 7])).hits == 2
+
+
+@pytest.mark.parametrize("scope", ["layer", "model"])
+def test_an_expert_has_one_key_in_every_scope(scope):
+    seen = []
+
+    class Watching(LRU):
+        def on_access(self, keys, demands, tail):
+            seen.append(list(keys))
+            super().on_access(keys, demands, tail)
+
+    planner = Planner(SHAPE, CacheOptions("lru", scope, slots_per_layer=3), lambda pool: Watching())
+    for layer in range(3):
+        planner.plan(access(layer, [1, 5]))
+    assert seen == [[1, 5], [7, 11], [13, 17]]
+    assert (SHAPE.first_key, SHAPE.num_keys) == ((0, 6, 12), 20)
