@@ -1,7 +1,8 @@
-"""Tiny configs of every MoE family of transformers, as published checkpoints have them but for the sizes.
+"""Tiny configs of every MoE family of transformers, as published checkpoints have them except for the sizes.
 
-Eight experts, two per token where a family can, one dense layer before the MoE layers where it can, every optional part
-(shared experts, groups, correction biases, sliding windows, indexers) switched on: what is not there is not tested.
+Eight experts; two per token and one dense layer before the MoE layers if the family can. Every optional part is
+switched on (shared experts, groups, correction biases, sliding windows, indexers), because a part that is absent is not
+tested.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 from tests import tiny
 
 VOCABULARY = tiny.VOCABULARY + 7
-"""Of multimodal models: the last ids are placeholders, which no prompt of `tiny.prompt` contains."""
+"""Vocabulary of multimodal models. The last ids are placeholders, which no prompt of `tiny.prompt` contains."""
 IMAGE, VIDEO, VISION_START, VISION_END, AUDIO, AUDIO_START, AUDIO_END = range(tiny.VOCABULARY, VOCABULARY)
 
 Config = dict[str, object]
@@ -623,15 +624,15 @@ CONFIGS: dict[str, Config] = {
     ),
 }
 FAMILIES = tuple(sorted(family for family in CONFIGS if family in CONFIG_MAPPING))
-"""Those that the installed transformers knows."""
+"""The families that the installed transformers knows."""
 
 REFUSED: dict[str, str] = {
-    "openai_privacy_filter": "labels tokens, and transformers has no class of it that generates text",
-    "qwen3_omni_moe": "speaks and listens by a generate() of its own around two models; its thinker, the model that "
-    "writes text, runs as `qwen3_omni_moe_thinker`",
+    "openai_privacy_filter": "it labels tokens, and transformers has no class of it that generates text",
+    "qwen3_omni_moe": "it speaks and listens with a generate() of its own around two models; its thinker, which writes "
+    "text, runs as `qwen3_omni_moe_thinker`",
 }
 REFUSED_CLASSES = ("OpenAIPrivacyFilterExperts", "Qwen3OmniMoeTalkerTextExperts")
-"""Experts that occur in refused families only."""
+"""Experts classes that only refused families use."""
 
 
 def config(family: str) -> PreTrainedConfig:
@@ -694,9 +695,9 @@ IMAGES: dict[str, tuple[int, dict[str, torch.Tensor]]] = {
     "step3p7": (1, _square(56)),
     "unlimited_ocr": (3, _square(64)),
 }
-"""One image per family: the tokens it takes the place of, and what the model gets."""
+"""Family -> number of tokens that an image replaces, and the image as the model takes it."""
 TYPED = frozenset({"ernie4_5_vl_moe", "glm4v_moe", "qwen3_5_moe", "qwen3_vl_moe", "qwen4_exp"})
-"""Models that must be told which tokens are the image's."""
+"""Families whose model needs an argument that says which tokens are the image's."""
 
 
 def image_inputs(family: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:

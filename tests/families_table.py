@@ -1,4 +1,4 @@
-"""docs/families.md: what tests/test_families.py found, as a table; `tools/families` writes it."""
+"""Writes docs/families.md, the table of what tests/test_families.py saw; `tools/families` runs it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PATH = Path(__file__).resolve().parents[1] / "docs" / "families.md"
 
 @dataclass(frozen=True)
 class Finding:
-    """What one run of the test found out about a family in one dtype; texts as the table shows them."""
+    """What one run of the test saw of a family in one dtype, as the table shows it."""
 
     family: str
     dtype: str
@@ -28,7 +28,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Found:
-    """Filled by the tests of one run."""
+    """Everything that the tests of one run saw. The tests fill it."""
 
     text: list[Finding] = field(default_factory=list)
     images: dict[str, str] = field(default_factory=dict)
@@ -36,29 +36,36 @@ class Found:
 
 HEAD = """# Families
 
-Written by `tools/families`, not by hand: each line is what `tests/test_families.py` found with a tiny random model of
-the family (transformers {version}, CPU, three expert slots per layer, or top_k where that is more).
+`tools/families` writes this page. Each line is what `tests/test_families.py` saw on a tiny random model of the
+family: transformers {version}, a CPU, three expert slots per layer (top_k if that is more).
 
-* **path**: registry: experts dispatch through transformers' experts registry, and no code of ours knows the family;
-  adapter: a class in `offmoe/hf/adapters/families/`.
-* **layouts**: names of the experts' tensors in the family's own checkpoint format, and how one expert is read: per
-  expert (tensors of its own) or slice (a row of a tensor of all experts); by block copies, or, where it says so, by a
-  conversion (transformers' own operations, one expert at a time). transposed: turned on the way. [in, out], biased,
-  interleaved, ungated, normed: how the module keeps and computes what it has. What one read brings was checked to be
-  that expert's parameters, to the byte.
-* **shared**: modules beside the routed experts that every token uses; they stay on the device.
-* **prediction**: layers whose experts offmoe predicts exactly from the residual stream, tested on another prompt.
-* **fp32, bf16**: equal: logits bit-equal to stock's grouped_mm (or its only implementation). x (stock y): stock's own
-  implementations differ by up to y from each other, offmoe by x from grouped_mm, which is not more. Greedy tokens are
-  equal in every case.
-* **images**: the same for a prompt with an image, in bf16; -: no vision, or not tested with images.
+* **path**: "registry" means that the experts go through transformers' experts registry and no code of offmoe knows
+  the family. "adapter" means that a class in `offmoe/hf/adapters/families/` knows it.
+* **layouts**: the names of the experts' tensors in the family's own checkpoint format, and how one expert is read.
+  "per expert": every expert has tensors of its own. "slice": an expert is one row of a tensor of all experts. Blocks
+  of bytes are copied; "+ conversion" means that transformers' own operations convert one expert at a time, and
+  "transposed" that a copy transposes. "[in, out]", "biased", "interleaved", "ungated" and "normed" say how the module
+  stores its weights and what it computes. The test checks that one read returns exactly the bytes of that expert's
+  parameters.
+* **shared**: modules that every token uses besides the routed experts. They stay on the device.
+* **prediction**: the layers whose experts offmoe predicts exactly from their residual stream, on a prompt that it has
+  not seen.
+* **fp32, bf16**: "equal" means that the logits are bit-equal to stock's grouped_mm, or to stock's only
+  implementation. "x (stock y)" means that stock's own implementations differ from each other by up to y, and offmoe
+  from grouped_mm by x, which is not more. Greedy tokens are equal in every case.
+* **images**: the same for a prompt with an image, in bf16. "-": the family has no vision, or is not tested with
+  images.
 
-All of them can be calibrated, benchmarked and driven by a recorded routing (`offmoe bench --replay-routing`); with one,
-offmoe and stock give the same tokens, and in fp32 logits within 1e-5 (`tests/test_families_measured.py`). A token that
-lacks an expert in the recording is refused, but where the family has such tokens: switch_transformers and nllb-moe
-drop them, longcat_flash sends them to identities. nllb-moe computes with weight 0 for what it drops; in fp32 that can
-change the last bits of other rows of the same product. diffusion_gemma writes blocks of tokens in several steps:
-`bench` divides their time among the tokens, takes no `--random-tokens`, and leaves computing out of the bound.
+Every family can be calibrated, benchmarked and driven by a recorded routing (`offmoe bench --replay-routing`). Driven
+by one recording, offmoe and stock give the same tokens, and fp32 logits that differ by at most 1e-5
+(`tests/test_families_measured.py`). Four families need a remark:
+
+* A recording in which a token lacks an expert is refused, except where the family itself has such tokens:
+  switch_transformers and nllb-moe drop tokens, longcat_flash sends them to identities.
+* nllb-moe computes the experts of dropped tokens with weight 0. In fp32 that can change the last bits of other rows
+  of the same product.
+* diffusion_gemma writes blocks of tokens in several steps. `bench` divides their time among the tokens, takes no
+  `--random-tokens`, and leaves computation out of the bound.
 
 {count} families.
 
@@ -67,7 +74,7 @@ COLUMNS = ("family", "class", "path", "layouts", "shared", "prediction", "fp32",
 
 
 def render(found: Found) -> str:
-    """The page. Needs both dtypes of every family."""
+    """Render the page; both dtypes of every family must have been tested."""
     by_family: dict[str, dict[str, Finding]] = {}
     for finding in found.text:
         by_family.setdefault(finding.family, {})[finding.dtype] = finding
@@ -93,12 +100,12 @@ def render(found: Found) -> str:
             )
         )
     text = HEAD.format(version=transformers.__version__, count=len(by_family)) + "\n".join(lines)
-    text += "\n\n## Refused\nKnown to transformers, with experts, and refused with a message by `offmoe inspect`:\n\n"
+    text += "\n\n## Refused\n`offmoe inspect` says why it refuses these families of transformers with experts:\n\n"
     return text + "\n".join(f"* `{name}`: {why}" for name, why in sorted(families.REFUSED.items())) + "\n"
 
 
 def listed(text: str) -> list[str]:
-    """Families of a page, in its order."""
+    """The families that a page lists, in its order."""
     table = [line for line in text.splitlines() if line.startswith("| ")]
     return [line.split(" | ")[0].removeprefix("| ") for line in table[2:]]
 

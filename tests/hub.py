@@ -1,7 +1,7 @@
-"""A Hub on this machine: enough of its protocol for huggingface_hub, and a record of what was asked and sent.
+"""A Hub on this machine: enough of its protocol for huggingface_hub, and a record of requests and bytes sent.
 
-`HubServer` answers on 127.0.0.1; `Client` is one process that has it for its HF_ENDPOINT (huggingface_hub reads that
-once, when it is imported) and runs command lines and snippets, so that a test does not pay for importing torch.
+`HubServer` answers on 127.0.0.1. `Client` is one process whose HF_ENDPOINT it is (huggingface_hub reads that variable
+once, when it is imported). The process runs command lines and snippets, so that tests import torch only once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ VALID_TOKEN = "hf_" + "valid"
 
 @dataclass(frozen=True)
 class Request:
-    """method, path (without the query), Range and token as they came; sent: bytes of the answer's body."""
+    """One request as it arrived. path has no query; sent counts the bytes of the answer's body."""
 
     method: str
     path: str
@@ -36,22 +36,22 @@ class Request:
 
 @dataclass
 class Repo:
-    """files: contents by name. Branches are `revisions`; a commit's name follows from its content."""
+    """A repository. files: contents by name. revisions: its branches. A commit's name follows from its content."""
 
     files: dict[str, bytes]
     private: bool = False
     gated: bool = False
     revisions: tuple[str, ...] = ("main",)
     ranges: bool = True
-    """Whether a request for a part of a file gets that part, as from the Hub, or the whole."""
+    """Whether a range request gets the range, as from the Hub, or the whole file."""
     stall: str = ""
-    """Name of a file of which only half is sent until `go_on` is set; then `half_sent` is."""
+    """A file of which half is sent, then `half_sent` is set, and the rest is sent when `go_on` is set."""
     half_sent: threading.Event = field(default_factory=threading.Event)
     go_on: threading.Event = field(default_factory=threading.Event)
     sizes: dict[str, int] = field(default_factory=dict)
-    """Files that are said to be larger than they are."""
+    """Sizes to claim instead of the real ones, by file name."""
     status: int = 200
-    """Of every answer; 503: the Hub is ill."""
+    """Status of every answer; not 200 for a Hub that is down."""
 
     @property
     def commit(self) -> str:
@@ -64,7 +64,7 @@ class Repo:
 
 
 class HubServer:
-    """Serves `repos`; `requests` grows with every answer. A context: closed at its end."""
+    """Serves `repos` and appends every request to `requests`. A context manager that closes the server."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
@@ -85,7 +85,7 @@ class HubServer:
         self._http.server_close()
 
     def fetched(self, since: int = 0) -> dict[str, int]:
-        """Bytes sent of each file."""
+        """Bytes sent of each file, from request number `since` on."""
         sent: dict[str, int] = {}
         for request in self.requests[since:]:
             file = re.search(r"/(?:resolve|cdn)/\w+/(.+)", request.path)
@@ -189,13 +189,13 @@ def _tree(repo: Repo) -> list[dict[str, object]]:
 
 
 def environment(endpoint: str, home: Path) -> dict[str, str]:
-    """Of a process that takes `endpoint` for the Hub and has an empty cache and no token."""
+    """Environment of a process whose Hub is `endpoint`, with an empty cache and no token."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     return {**kept, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
 
 
 class Client:
-    """A process that runs command lines and snippets. A context: the process ends with it."""
+    """A process that runs command lines and snippets. A context manager that ends the process."""
 
     def __init__(self, endpoint: str, home: Path):
         self.home = home
@@ -215,11 +215,11 @@ class Client:
         self._process.communicate("")
 
     def offmoe(self, *argv: object) -> dict[str, Any]:
-        """status, out, err of a command line."""
+        """Run a command line; returns its "status", "out" and "err"."""
         return self._ask({"argv": [str(arg) for arg in argv]})
 
     def python(self, code: str) -> dict[str, Any]:
-        """What `code` leaves in `result`, or the name and the message of the error of ours that it ends in."""
+        """Run `code`; returns its variable "result", or "error" and "message" of the OffmoeError that it raised."""
         return self._ask({"code": code})
 
     def _ask(self, request: dict[str, object]) -> dict[str, Any]:

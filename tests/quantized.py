@@ -1,7 +1,7 @@
-"""Tiny checkpoints in every quantized format, each beside a dense one of exactly the values that it stands for.
+"""Tiny checkpoints in every quantized format, each with a dense checkpoint of exactly the values that it decodes to.
 
-The encoders are plain and slow and share nothing with offmoe's decoders; that those read what the formats' own packages
-write is shown by the golden fixtures of tests/quant.
+The encoders are plain and slow and share nothing with offmoe's decoders. The golden fixtures of tests/quant show that
+the decoders read what the formats' own packages write.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tests import tiny
 
 Encoded = tuple[dict[str, torch.Tensor], torch.Tensor]
-"""Raw tensors by the ending of their names, after the module's; and the dense matrix in float32, not rounded again."""
+"""Raw tensors by the ending of their names, and the dense matrix in float32."""
 Encoder = Callable[[torch.Tensor], Encoded]
 
 BLOCK = 8
@@ -32,14 +32,14 @@ def fp8(weight: torch.Tensor) -> Encoded:
 
 
 def fp8_rows(weight: torch.Tensor) -> Encoded:
-    """A scale per row, as vLLM's quantizers write them."""
+    """FP8 with one scale per row, as vLLM's quantizers write it."""
     scale = weight.float().abs().amax(1, keepdim=True) / 448
     codes = (weight.float() / scale).to(torch.float8_e4m3fn)
     return {".weight": codes, ".weight_scale": scale}, codes.float() * scale
 
 
 def words(codes: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
-    """Codes along `dim` in int32 words, lowest bits first."""
+    """Pack codes along `dim` into int32 words, lowest bits first."""
     codes = codes.movedim(dim, -1).to(torch.int64).unflatten(-1, (-1, 32 // bits))
     out = sum(codes[..., i] << (bits * i) for i in range(32 // bits))
     return torch.where(out >= 2**31, out - 2**32, out).to(torch.int32).movedim(-1, dim).contiguous()
@@ -48,7 +48,7 @@ def words(codes: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
 def integers(
     weight: torch.Tensor, bits: int, group: int, symmetric: bool, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """codes [out, in] from 0, zeros and scales [out, groups], dense [out, in]."""
+    """Quantize to integers: codes [out, in] from 0, zeros and scales [out, groups], dense [out, in]."""
     grouped = weight.float().view(len(weight), -1, group)
     if symmetric:
         scale = (grouped.abs().amax(-1) / (2 ** (bits - 1) - 1)).to(dtype)
@@ -107,7 +107,7 @@ NF4 = (-1.0, -0.7, -0.525, -0.395, -0.284, -0.185, -0.091, 0.0, 0.08, 0.161, 0.2
 
 
 def nf4(nested: bool) -> Encoder:
-    """bitsandbytes' layout; the table is in the file, so that its digits need not be bitsandbytes'."""
+    """bitsandbytes' layout. The file holds the table of values, which therefore need not be bitsandbytes' own."""
 
     def encode(weight: torch.Tensor) -> Encoded:
         table = torch.tensor(NF4)
@@ -140,7 +140,7 @@ FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4
 
 
 def mxfp4(weight: torch.Tensor) -> Encoded:
-    """weight [E, in, out]; whatever bits: only the experts' codes matter."""
+    """MXFP4 of stacked experts [E, in, out]. The codes are random, not those of `weight`."""
     experts, cols, rows = weight.shape
     generator = torch.Generator().manual_seed(rows)
     blocks = torch.randint(0, 256, (experts, rows, cols // 32, 16), dtype=torch.uint8, generator=generator)
@@ -177,7 +177,7 @@ FORMATS: dict[str, tuple[Encoder, dict[str, object]]] = {
 
 
 def is_quantized(name: str, tensor: torch.Tensor) -> bool:
-    """What the encoders are given: matrices of attention, of experts and of what stands beside them."""
+    """Whether a tensor is quantized: matrices of attention and of experts, shared ones included."""
     return (tensor.ndim == 2 and name.endswith("_proj.weight")) or (".experts." in name and tensor.ndim == 2)
 
 
@@ -189,7 +189,7 @@ def save(
     which: Callable[[str, torch.Tensor], bool] = is_quantized,
     **overrides: object,
 ) -> tuple[Path, Path]:
-    """Write a tiny model twice: (quantized, dense)."""
+    """Write a tiny model twice; returns the folders (quantized, dense)."""
     encode, config = FORMATS[kind]
     model = tiny.build(family, torch.bfloat16, **overrides)
     dense = folder / "dense"
@@ -216,7 +216,7 @@ def save(
 
 
 def shard(folder: Path, tensors: dict[str, torch.Tensor], parts: int = 3) -> None:
-    """Write tensors to shards so that what belongs together is mostly apart."""
+    """Write tensors to shards so that the tensors of one weight are mostly in different shards."""
     names = list(tensors)
     index: dict[str, str] = {}
     for part in range(parts):

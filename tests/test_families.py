@@ -1,7 +1,7 @@
-"""Every MoE family of transformers, in fp32 and bf16: the same logits and tokens as stock, from single experts.
+"""Every MoE family of transformers, in fp32 and bf16, gives the same logits and tokens as stock.
 
-"Stock" is transformers' default implementation, grouped_mm. Where its own implementations differ from each other by
-rounding, as close as they are to each other is what can be asked for. What is found ends up in docs/families.md.
+"Stock" is transformers' default implementation, grouped_mm. If stock's own implementations differ by rounding, offmoe
+must be as close to grouped_mm as they are to each other. docs/families.md shows the results.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ NEW_TOKENS = 6
 
 
 def stock_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """As transformers loads it, made comparable."""
+    """The model as transformers loads it, made comparable."""
     return tiny.comparable(model_class(read_config(folder)).from_pretrained(folder, dtype=dtype))
 
 
 def set_implementation(model: PreTrainedModel, name: str) -> None:
-    """On every experts module's own config: some architectures give layers copies of the model's."""
+    """Set it on every experts module's own config, because some architectures give layers copies of the model's."""
     for module in find_experts(model).values():
         if in_registry(module):
             module.config._experts_implementation = name
@@ -64,7 +64,7 @@ def logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def all_logits(stock: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of every implementation of stock; the first one stays set."""
+    """Logits of every implementation of stock; the first one stays set."""
     if not any(map(in_registry, find_experts(stock).values())):
         return {"its own": logits(stock, inputs)}
     out = {}
@@ -86,7 +86,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 def judge(ours: Tensor, stock: dict[str, Tensor]) -> str:
-    """Assert that our logits are as near to stock's first implementation as stock's are to each other."""
+    """Assert that our logits are as close to stock's first implementation as stock's are to each other."""
     reference = next(iter(stock.values()))
     assert torch.isfinite(reference).all()
     if torch.equal(ours, reference):
@@ -123,7 +123,7 @@ def read(store: ExpertStore, key: ExpertKey) -> list[Tensor]:
 
 
 def predictions(model: PreTrainedModel, family: str) -> str:
-    """Wire on one prompt; every route that was found must give the experts of another prompt exactly."""
+    """Record routes on one prompt; every route must give the experts of another prompt exactly."""
     experts = list(find_experts(model).values())
     probe = tiny.watch(model, experts, lambda: logits(model, families.inputs(family, seed=1)))
     residuals: dict[int, Tensor] = {}
@@ -137,8 +137,8 @@ def predictions(model: PreTrainedModel, family: str) -> str:
             assert torch.equal(probe.predict(layer, residuals[layer]), actual[layer]), f"layer {layer}"
             exact.append(layer)
     meta = build_meta(model.config, type(model))
-    told = unpredictable_reasons(meta, list(find_experts(meta).values()))
-    assert told in (None, probe.reasons), "told wrongly without weights"
+    reasons_on_meta = unpredictable_reasons(meta, list(find_experts(meta).values()))
+    assert reasons_on_meta in (None, probe.reasons), "the meta device gives other reasons"
     called = [layer for layer in range(len(experts)) if probe.reasons[layer] != NOT_CALLED]
     if len(exact) == len(called):
         return "exact"
@@ -147,7 +147,7 @@ def predictions(model: PreTrainedModel, family: str) -> str:
 
 
 def routed(experts: list[nn.Module], run: Callable[[], object]) -> dict[int, Tensor]:
-    """The ids that each layer's experts get during `run`, as far as a router of theirs says them."""
+    """The ids that each layer's experts get during `run`, for layers whose ids can be read from a router."""
     seen: dict[int, Tensor] = {}
     hooks = []
     for layer, module in enumerate(experts):

@@ -1,4 +1,4 @@
-"""Every family can be calibrated and driven by a recorded routing, and routes by itself again afterwards."""
+"""Every family can be calibrated and driven by a recorded routing, and then routes by itself again."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from tests import families, tiny
 from tests.test_families import greedy, in_registry, logits, stock_model
 
 ROUNDING = 1e-5
-"""What stock's implementations of some families differ by from each other; tests/test_families.py has it exactly."""
+"""By how much stock's implementations of some families differ; docs/families.md has the exact figures."""
 ROW = 3
 OFTEN = (
     *("dbrx", "jetmoe", "llama4_text", "longcat_flash", "nllb-moe", "step3p7", "switch_transformers"),  # by an adapter
     *("deepseek_v4", "diffusion_gemma", "dots3_note", "ernie4_5_vl_moe", "gpt_oss", "mixtral", "zaya"),
 )
-"""One of each way in which ids come to experts; the other families share one of these."""
+"""One family for each way in which ids reach experts; every other family shares one of these ways."""
 
 
 def random_routing(shape: CacheShape, dropping: bool) -> Trace:
@@ -92,7 +92,7 @@ def test_family(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def check_recorded(found: np.ndarray, routing: Trace) -> None:
-    """Every layer that was called got the rows of the routing in turn, from the one that was sought.
+    """Check that every layer that was called got consecutive rows of the routing, from the row that `seek` set.
 
     found: ids int [T, L, k].
     """

@@ -1,4 +1,4 @@
-"""Tiny random models of the eight families that offmoe promises, every parameter made to matter."""
+"""Tiny random models of the eight families that offmoe promises. Every parameter influences the output."""
 
 from __future__ import annotations
 
@@ -78,12 +78,12 @@ FAMILIES = tuple(CONFIGS)
 
 
 def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: object) -> PreTrainedModel:
-    """A stock model in eval mode. All parameters random, also those that initialize to zeros and ones."""
+    """A stock model in eval mode. All parameters are random, also those that transformers sets to zeros and ones."""
     return random_model(AutoConfig.for_model(family, **{**COMMON, **CONFIGS[family], **overrides}), dtype, seed)
 
 
 def random_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    """A stock model of any config, as `build` makes them."""
+    """A stock model of any config, random as in `build`."""
     model = model_class(config)(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -98,11 +98,11 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32, s
 
 
 def comparable(model: PreTrainedModel) -> PreTrainedModel:
-    """A stock model, its weights where and as offmoe has them: what bits can be compared with. The same model.
+    """Make a stock model's float32 bits comparable: copy its weights to aligned memory, and let none have a gradient.
 
-    Stock is not equal to itself otherwise, in float32. transformers leaves weights where they are in the mapped file:
-    products of one row take another path where a weight's address is not a multiple of 16, and round otherwise. And
-    torch.matmul takes another where a weight could have a gradient, also under no_grad.
+    Without this, stock is not bit-equal to itself. transformers leaves weights in the mapped file, and a product of one
+    row rounds differently if a weight's address is not a multiple of 16. torch.matmul also rounds differently if a
+    weight could have a gradient, even under no_grad. Returns the same model.
     """
     for weight in [*model.parameters(), *model.buffers()]:
         weight.data = weight.data.clone()  # torch's own memory, aligned to 64 bytes
@@ -110,7 +110,7 @@ def comparable(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def save(model: PreTrainedModel, folder: Path, original_format: bool = True, max_shard_size: str = "60KB") -> Path:
-    """Write a sharded checkpoint: with the names of the family's published ones, or with the fused names of
+    """Write a sharded checkpoint, with the names of the family's published checkpoints or the fused names of
     transformers v5.
     """
     model.save_pretrained(folder, save_original_format=original_format, max_shard_size=max_shard_size)
@@ -118,7 +118,7 @@ def save(model: PreTrainedModel, folder: Path, original_format: bool = True, max
 
 
 def prompt(batch: int = 2, length: int = 11, seed: int = 3) -> torch.Tensor:
-    """int64 [batch, length], no special tokens."""
+    """Random token ids, int64 [batch, length], without special tokens."""
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 

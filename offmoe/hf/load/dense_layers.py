@@ -1,14 +1,15 @@
-"""Decoder layers whose dense weights are on the device only while they run: for a dense part larger than the device.
+"""Offload dense weights: the last decoder layers keep theirs outside the device and stream them in before they run.
 
-What moves: the matrices of one such layer, from host memory or from the shards into one piece of device memory that
-all of them share, before the layer runs, in every forward pass. Bound: the link or the disk; nothing overlaps it.
-transformers' loader leaves these weights where its device_map says: on the "cpu", or on "disk" in the original shards;
-only what it has to convert is written once more, into a folder that is removed at the end. Its hooks are taken off
-again: they would map files, load every small module by itself, and stand around modules that never move.
+Used if the dense part does not fit the device. In every forward pass, the weight matrices of one offloaded layer at a
+time are copied from host memory or from the shards into one buffer of device memory that all offloaded layers share.
+The link or the disk bounds it; nothing overlaps it. Norms, biases, buffers and routers stay on the device: they are
+small, and the router probe runs a router before its layer.
 
-Norms, biases, buffers and routers stay: they are small, and the next layer's router is asked before its layer runs.
+transformers' loader puts these weights where device_map says: on the "cpu", or on "disk", which means the original
+shards. It writes only what it has to convert, into a temporary folder. Its hooks are removed after loading, because
+they would map files and copy every small module by itself.
 
-What it must never do: leave weights in a layer whose forward failed, or lend the memory to two layers at once.
+A layer whose forward failed keeps no weights in the buffer, and no two layers use the buffer at once.
 """
 
 from __future__ import annotations
@@ -38,25 +39,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PLACES = {HOST: "cpu", DISK: "disk"}
-"""What transformers' device_map calls the places of a memory plan."""
+"""Place in a memory plan -> its name in transformers' device_map."""
 
 
 @dataclass(frozen=True)
 class DenseLayer:
-    """A decoder layer by module path. shapes: of the weights that may be elsewhere while it does not run, by name."""
+    """A decoder layer that can be offloaded."""
 
     name: str
+    """Module path of the layer."""
     shapes: dict[str, tuple[int, ...]]
+    """Full name -> shape of each weight that may leave the device."""
 
     def layout(self, dtype: torch.dtype) -> ExpertLayout:
-        """The weights in device memory."""
+        """Where the weights stand in the shared buffer, if they have this dtype."""
         return ExpertLayout.of({name: (dtype, shape) for name, shape in self.shapes.items()})
 
 
 def dense_layers(meta_model: PreTrainedModel) -> tuple[DenseLayer, ...]:
-    """Layers of every stack that has experts somewhere, in module order; those without experts among them.
+    """The decoder layers that can be offloaded, in module order: all layers of every stack that has experts somewhere.
 
-    meta_model: with its experts. Weights that two modules share stay.
+    Weights that two modules share stay on the device.
+
+    Args:
+        meta_model: the model on the meta device, experts included.
     """
     experts = find_experts(meta_model)
     uses = Counter(id(param) for _, param in meta_model.named_parameters(remove_duplicate=False))
@@ -71,14 +77,14 @@ def dense_layers(meta_model: PreTrainedModel) -> tuple[DenseLayer, ...]:
 
 
 def _stack_of(model: nn.Module, name: str) -> str | None:
-    """The outermost list of modules that a module is in."""
+    """Module path of the outermost ModuleList around a module; None if there is none."""
     parts = name.split(".")
     prefixes = (".".join(parts[:n]) for n in range(1, len(parts)))
     return next((prefix for prefix in prefixes if isinstance(model.get_submodule(prefix), nn.ModuleList)), None)
 
 
 def _routers(model: nn.Module, experts: Mapping[str, nn.Module]) -> set[str]:
-    """Matrices with a row or a column per expert, in the block that the experts stand in."""
+    """Full names of the matrices that have a row or a column per expert, in the block around each experts module."""
     out = set()
     for name, module in experts.items():
         adapter = require_adapter(module)
@@ -101,10 +107,10 @@ class _Weight(NamedTuple):
 
 
 class OffloadedLayers:
-    """The offloaded layers of one model, from before loading to the end.
+    """The offloaded layers of one model.
 
-    `device_map` and `folder` are for transformers' loader; `take_over` makes the loaded model run; `close` ends
-    it.
+    Before loading, `device_map` and `folder` go to transformers' loader. After loading, `take_over` makes the model
+    stream its layers. `close` releases memory and files.
     """
 
     def __init__(
@@ -116,19 +122,28 @@ class OffloadedLayers:
         sources: Mapping[str, str],
         backend: Backend,
     ) -> None:
-        """place: HOST or DISK. sources: the checkpoint's tensor of each parameter that is loaded as it is."""
+        """Prepare to load a model whose `layers` are offloaded.
+
+        Args:
+            layers: the layers to offload.
+            place: HOST or DISK.
+            meta_model: the model on the meta device, experts included.
+            checkpoint: the model's tensors at rest.
+            sources: full parameter name -> the checkpoint's tensor, if the tensor is loaded unchanged.
+            backend: the device.
+        """
         self._layers, self._place = tuple(layers), place
         self._checkpoint, self._sources, self._backend = checkpoint, sources, backend
         self.names = {name for layer in layers for name in layer.shapes}
-        """Of the weights that come and go."""
+        """Full names of the offloaded weights."""
         experts = expert_parameters(meta_model)
         tensors = [*meta_model.named_parameters(remove_duplicate=False)]
         names = [name for name, _ in [*tensors, *meta_model.named_buffers(remove_duplicate=False)]]
         self.device_map = {
             n: PLACES[place] if n in self.names else str(backend.device) for n in names if n not in experts
         }
-        """A place for every parameter and buffer, by full name: transformers matches prefixes, and `layers.1` is one of
-        `layers.10`."""
+        """Place of every parameter and buffer. Full names, because transformers matches prefixes, and `layers.1` is a
+        prefix of `layers.10`."""
         self._folder = tempfile.TemporaryDirectory(prefix="offmoe-dense-")
         self._source: LayerSource | None = None
         self._user = threading.Lock()
@@ -138,13 +153,15 @@ class OffloadedLayers:
 
     @property
     def folder(self) -> Path:
-        """Where converted weights are written."""
+        """The temporary folder for weights that transformers converts."""
         return Path(self._folder.name)
 
     def take_over(self, model: PreTrainedModel) -> None:
-        """Let the layers of a model just loaded come and go.
+        """Make a model that was just loaded stream its offloaded layers.
 
-        Raises CapacityError if there is no memory, MissingTensorError if a weight is nowhere.
+        Raises:
+            CapacityError: there is no memory for the buffer or the copies in host memory.
+            MissingTensorError: an offloaded weight is in no shard.
         """
         remove_hook_from_module(model)
         loaded = [{name: model.get_parameter(name) for name in layer.shapes} for layer in self._layers]
@@ -152,7 +169,7 @@ class OffloadedLayers:
         if self._place == HOST:
             self._source = HostImages(layouts, loaded, self._backend)
         else:
-            self._source = ShardTensors(*self._find(), self._backend)
+            self._source = ShardTensors(*self._locate(), self._backend)
         landing = self._backend.allocate(max(layout.nbytes for layout in layouts))
         for number, (layer, layout) in enumerate(zip(self._layers, layouts, strict=True)):
             memory = landing[: layout.nbytes]
@@ -162,7 +179,7 @@ class OffloadedLayers:
             self._attach(number, model.get_submodule(layer.name), memory, views)
 
     def close(self) -> None:
-        """Let go of memory and files. The model cannot run afterwards."""
+        """Release memory and files. The model cannot run afterwards."""
         if self._source is not None:
             self._source.close()
         self._folder.cleanup()
@@ -184,7 +201,7 @@ class OffloadedLayers:
         layer.register_forward_hook(leave, always_call=True)
 
     def _take(self, number: int) -> None:
-        """Have the memory for one layer; OffmoeError if another thread has it."""
+        """Take the buffer for one layer; OffmoeError if another thread is using it."""
         if not self._user.acquire(blocking=False):
             if self._thread != threading.get_ident() or self._present is None:
                 raise OffmoeError("the model is already running in another thread; wait for it, or load it once more")
@@ -195,8 +212,8 @@ class OffloadedLayers:
         for weight in self._weights[number]:
             weight.owner._parameters[weight.param] = weight.present if present else weight.absent
 
-    def _find(self) -> tuple[tuple[Path, ...], list[dict[str, Segment]]]:
-        """Shards, and per layer where each weight is in them: as converted by the loader, else as in the checkpoint."""
+    def _locate(self) -> tuple[tuple[Path, ...], list[dict[str, Segment]]]:
+        """The shards, and per layer where each weight is: in what the loader converted, else in the checkpoint."""
         checkpoint, shards = self._checkpoint, self._checkpoint.shards
         segments: dict[str, Segment] = {}
         for name in (name for layer in self._layers for name in layer.shapes):

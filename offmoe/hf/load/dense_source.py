@@ -1,10 +1,9 @@
-"""Dense layers at rest, outside the device: as images in host memory, or as tensors in shards.
+"""Where the weights of offloaded dense layers are kept: as images in host memory, or as tensors in shards.
 
-What moves: all weights of one layer into device memory of the caller, in one copy per layer (host) or one read and one
-copy per tensor (shards). Bound: the link; the disk. Host images are pinned if the backend can. Tensors that are stored
-in another dtype are cast while they are copied.
-
-What it must never do: map a file, or return before the bytes are safe to be used on the device's current stream.
+A fetch copies all weights of one layer into device memory of the caller. Host images need one copy per layer, bound by
+the link; they are pinned if the backend can pin. Shards need one read and one copy per tensor, bound by the disk; no
+file is mapped. A tensor that is stored in another dtype is cast by the copy. When a fetch returns, the bytes are safe
+to use on the device's current stream.
 """
 
 from __future__ import annotations
@@ -24,22 +23,32 @@ from offmoe.types import ExpertKey
 
 
 class LayerSource(Protocol):
-    """Where the weights of some layers are, counted from 0."""
+    """Holds the weights of some layers, counted from 0."""
 
     def fetch(self, layer: int, memory: torch.Tensor, views: Mapping[str, torch.Tensor]) -> None:
-        """Copy a layer to the device. memory: uint8 [nbytes of its layout]; views: the same memory, by weight."""
+        """Copy a layer to the device.
+
+        Args:
+            layer: which layer.
+            memory: device memory, uint8 [bytes of the layer's layout].
+            views: the same memory as the layer's weights, by name.
+        """
 
     def close(self) -> None:
-        """Let go of memory and files."""
+        """Release memory and files."""
 
 
 class HostImages:
-    """Layers in host memory, each laid out as it will be on the device."""
+    """Layers in host memory, each laid out as on the device."""
 
     def __init__(
         self, layouts: Sequence[ExpertLayout], weights: Sequence[Mapping[str, torch.Tensor]], backend: Backend
     ) -> None:
-        """Copy `weights` (per layer, by the names of its layout). CapacityError if there is no memory for it."""
+        """Copy `weights` (per layer, by the names of its layout) to host memory.
+
+        Raises:
+            CapacityError: there is not enough host memory.
+        """
         self._sizes = [layout.nbytes for layout in layouts]
         self._images = HostBuffers(len(layouts), max(self._sizes), pinning=backend)
         for i, (layout, tensors) in enumerate(zip(layouts, weights, strict=True)):
@@ -47,7 +56,7 @@ class HostImages:
                 view.copy_(tensors[name])
 
     def fetch(self, layer: int, memory: torch.Tensor, views: Mapping[str, torch.Tensor]) -> None:
-        # the image never changes, so nobody has to wait for the copy but the device itself
+        # the image never changes, so only the device has to wait for the copy
         memory.copy_(self._images.tensor(layer)[: self._sizes[layer]], non_blocking=self._images.pinned(layer))
 
     def close(self) -> None:
@@ -58,7 +67,13 @@ class ShardTensors:
     """Layers in safetensors shards, read tensor by tensor through one staging buffer."""
 
     def __init__(self, shards: Sequence[Path], segments: Sequence[Mapping[str, Segment]], backend: Backend) -> None:
-        """segments: per layer by weight; `Segment.shard` counts in `shards`, of which only those needed are opened."""
+        """Open the shards that hold a layer.
+
+        Args:
+            shards: paths; those that no segment needs are not opened.
+            segments: per layer, where each weight is. `Segment.shard` is an index into `shards`.
+            backend: pins the staging buffer if it can.
+        """
         used = sorted({segment.shard for layer in segments for segment in layer.values()})
         number = {shard: i for i, shard in enumerate(used)}
         self._segments = {

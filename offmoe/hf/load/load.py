@@ -21,7 +21,7 @@ from offmoe.errors import CapacityError, CheckpointError, ConfigError, MissingTe
 from offmoe.hf.adapters.find import find_experts, require_adapter
 from offmoe.hf.catalog.catalog import ExpertCatalog
 from offmoe.hf.load.dense_layers import OffloadedLayers
-from offmoe.hf.load.options import check_options, parse_dtype
+from offmoe.hf.load.options import check_options
 from offmoe.hf.load.save import attach_safe_save
 from offmoe.hf.load.skeleton import without_experts
 from offmoe.storage.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
@@ -41,15 +41,6 @@ def require_index(checkpoint: Checkpoint) -> None:
             f"{checkpoint.folder}: holds {checkpoint.shards[0].name}, but neither {SINGLE_FILE} nor {INDEX_FILE}, which"
             " says where each tensor is; complete the download (a single shard may simply be renamed)"
         )
-
-
-def compute_dtype(dtype: str | torch.dtype | None, hf_config: PreTrainedConfig, unsaid: torch.dtype) -> torch.dtype:
-    """The dtype to compute in: as asked, else the checkpoint's own, else `unsaid`."""
-    if dtype in (None, "auto"):
-        own = getattr(hf_config, "dtype", None) or getattr(hf_config.get_text_config(), "dtype", None)
-        dtype = own or unsaid
-    assert dtype is not None
-    return parse_dtype(dtype)
 
 
 def load_dense(
@@ -86,32 +77,53 @@ def load_dense(
         ConfigError: an option that offmoe sets itself or cannot honor.
         MissingTensorError: a dense weight is not in the checkpoint.
         CheckpointError: the weights do not fit the model.
-        CapacityError: the weights do not fit the device, or the system refuses to map a shard.
+        CapacityError: they do not fit the device, or the system refuses to map a shard.
     """
     check_options(hf_kwargs)
-    config, view = _as_dense(config), catalog.view
-    source: object = folder
-    if view.encoded:  # then transformers gets a state dict whose values are decoded when it takes them
-        names = [name for name in view.tensors if not catalog.keys.issuperset(view.raw_names(name))]
-        source, hf_kwargs["state_dict"] = None, view.lazy(names, torch.device(device))
+    source: str | os.PathLike[str] | None = folder
+    if catalog.view.encoded:  # then transformers gets a state dict whose values are decoded when it takes them
+        source, hf_kwargs["state_dict"] = None, _decoded(catalog, torch.device(device))
         dtype = dtype or config.dtype or torch.bfloat16
     skeleton = without_experts(cls, catalog.parameters)
-    hf_kwargs["device_map"] = {"": torch.device(device)}
-    if offloaded is not None:
-        hf_kwargs |= {"device_map": offloaded.device_map, "offload_folder": offloaded.folder}
-        # device_map names parameters; the loader checks it against module names unless this list is there
-        setattr(skeleton, "_no_placement_params", getattr(cls, "_no_placement_params", None) or [])  # noqa: B010
+    hf_kwargs |= _placement(skeleton, torch.device(device), offloaded)
     load = cast("Callable[..., tuple[PreTrainedModel, Mapping[str, Iterable[str]]]]", skeleton.from_pretrained)
     with _loader_errors(folder, cls.__name__, device):
         model, report = load(
             source,
-            config=config,
+            config=_as_dense(config),
             dtype="auto" if dtype is None else dtype,
             experts_implementation=experts_implementation,
             output_loading_info=True,
             **hf_kwargs,
         )
     _check_complete(folder, report["missing_keys"])
+    _settle(model, cls, offloaded)
+    if source is None:
+        _name_source(model, folder, name_or_path or folder, hf_kwargs)
+    attach_safe_save(model, folder, catalog)
+    return model
+
+
+def _decoded(catalog: ExpertCatalog, device: torch.device) -> Mapping[str, object]:
+    """The dense tensors of a quantized checkpoint, decoded on `device` when they are taken."""
+    view = catalog.view
+    names = [name for name in view.tensors if not catalog.keys.issuperset(view.raw_names(name))]
+    return view.lazy(names, device)
+
+
+def _placement(
+    skeleton: type[PreTrainedModel], device: torch.device, offloaded: OffloadedLayers | None
+) -> dict[str, object]:
+    """The options of from_pretrained that say where weights go."""
+    if offloaded is None:
+        return {"device_map": {"": device}}
+    # device_map names parameters; the loader checks it against module names unless this list is there
+    setattr(skeleton, "_no_placement_params", getattr(skeleton, "_no_placement_params", None) or [])  # noqa: B010
+    return {"device_map": offloaded.device_map, "offload_folder": offloaded.folder}
+
+
+def _settle(model: PreTrainedModel, cls: type[PreTrainedModel], offloaded: OffloadedLayers | None) -> None:
+    """Make a model that was just loaded an ordinary instance of `cls` in eval mode, with weights in its own memory."""
     model.__class__ = cls
     for module in find_experts(model).values():
         require_adapter(module).settle(module)
@@ -120,11 +132,7 @@ def load_dense(
     absent = {n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta}
     assert absent == (offloaded.names if offloaded else set()), "a weight was left on the meta device"
     _own_memory(model)
-    if source is None:
-        _name_source(model, folder, name_or_path or folder, hf_kwargs)
-    attach_safe_save(model, folder, catalog)
     model.eval()
-    return model
 
 
 @contextmanager

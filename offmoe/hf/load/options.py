@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 
 from offmoe.errors import ConfigError
 from offmoe.hf.catalog.build import COMPUTABLE
 from offmoe.text import did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 OURS = frozenset({"config", "device_map", "experts_implementation", "output_loading_info"})
 """Options that offmoe sets itself."""
@@ -87,8 +91,29 @@ def check_options(names: Iterable[str], known: Iterable[str] = ()) -> None:
             )
 
 
+def compute_dtype(dtype: str | torch.dtype | None, hf_config: PreTrainedConfig, default: torch.dtype) -> torch.dtype:
+    """The dtype to compute in.
+
+    Args:
+        dtype: the dtype that the user asked for; None or "auto" means the checkpoint's own.
+        hf_config: the model's configuration.
+        default: used if the configuration names no dtype.
+
+    Raises:
+        ConfigError: there is no such dtype, or models cannot compute in it.
+    """
+    if dtype is None or dtype == "auto":
+        own = getattr(hf_config, "dtype", None) or getattr(hf_config.get_text_config(), "dtype", None)
+        dtype = own or default
+    return parse_dtype(dtype)
+
+
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """The dtype of that name; ConfigError if there is none, or models cannot compute in it."""
+    """The torch dtype of a name.
+
+    Raises:
+        ConfigError: there is no such dtype, or models cannot compute in it.
+    """
     named = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype).removeprefix("torch."), None)
     if not isinstance(named, torch.dtype):
         raise ConfigError(f"dtype={dtype!r} is unknown. Use 'auto', 'bfloat16', 'float16' or 'float32'.")

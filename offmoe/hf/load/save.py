@@ -1,12 +1,9 @@
-"""Saving a model whose experts are elsewhere: copy the checkpoint that it came from, or refuse.
+"""Make `save_pretrained` safe for a model whose experts are not in it: copy the source checkpoint, or refuse.
 
-What moves: all files of the checkpoint, from one folder to another; bounded by the disk. Stock `save_pretrained` would
-write the parameters that the model has, which is everything but the experts. So the model gets a `save_pretrained` of
-its own, on the instance: as long as no dense weight and no config was changed since loading, the source is the model,
-byte for byte.
-
-What it must never do: write a checkpoint without experts, lose a change, or leave half a checkpoint that looks like a
-whole one.
+Stock `save_pretrained` writes the parameters that the model has, and these lack the experts. So the model's instance
+gets a `save_pretrained` of its own. As long as no dense weight and no configuration was changed since loading, the
+source checkpoint is the model, byte for byte, and is copied; the disk bounds that. Otherwise it refuses. It never
+writes a checkpoint without experts, never loses a change, and never leaves half a checkpoint that looks whole.
 """
 
 from __future__ import annotations
@@ -42,21 +39,23 @@ HONORED: dict[str, tuple[object, ...]] = {
     "safe_serialization": (True,),
     "distributed_checkpoint": (False,),
 }
-"""Options of save_pretrained and the values that copying fulfils."""
+"""Options of save_pretrained, with the values under which a copy is right."""
 
 
 @dataclass(frozen=True, eq=False)
 class SourceCopy:
-    """The `save_pretrained` of one loaded model, called with the model first (a bound function of it).
-
-    weights: every dense tensor at load time with its version counter, which counts changes in place.
-    """
+    """The `save_pretrained` of one loaded model, bound to it."""
 
     folder: Path
+    """The checkpoint that the model was loaded from."""
     keys: frozenset[str]
+    """Names of the experts' tensors in it."""
     weights: dict[str, tuple[weakref.ref[torch.Tensor], int]]
+    """Every dense tensor at load time, with its version counter, which counts changes in place."""
     config: dict[str, object]
+    """The configuration at load time."""
     generation_config: dict[str, object] | None
+    """The generation configuration at load time."""
 
     def __call__(
         self,
@@ -65,10 +64,17 @@ class SourceCopy:
         is_main_process: bool = True,
         **options: object,
     ) -> None:
-        """Copy the checkpoint that this model was loaded from to `save_directory`, experts included.
+        """Copy the checkpoint that the model was loaded from, experts included.
 
-        Raises ConfigError if weights or config were changed since loading (the copy would lose that), for options that
-        need the weights rewritten, and if the folder is the source or holds another checkpoint.
+        Args:
+            model: the model.
+            save_directory: the folder to write to.
+            is_main_process: write nothing if False, as in transformers.
+            options: further options of transformers' save_pretrained.
+
+        Raises:
+            ConfigError: weights or configuration were changed since loading, an option needs the weights rewritten, or
+                the folder is the source or holds another checkpoint.
         """
         for option, value in options.items():
             if not any(value is allowed for allowed in HONORED.get(option, ())):
@@ -105,9 +111,14 @@ class SourceCopy:
 
 
 def attach_safe_save(model: PreTrainedModel, source_folder: str | os.PathLike[str], catalog: ExpertCatalog) -> None:
-    """Give this instance a `save_pretrained` that copies its source or refuses; to be called right after loading.
+    """Give a model that was just loaded a `save_pretrained` that copies its source or refuses.
 
-    Changes are seen through identity and version counters, so one made behind autograd's back (`tensor.data`) is not.
+    Identity and version counters show changes, so a change through `tensor.data`, which bypasses them, is not seen.
+
+    Args:
+        model: the model; only this instance is changed.
+        source_folder: the checkpoint that it was loaded from.
+        catalog: the checkpoint's experts.
     """
     weights = {name: (weakref.ref(tensor), tensor._version) for name, tensor in _dense(model).items()}
     copier = SourceCopy(
@@ -150,7 +161,7 @@ def _copy(source: Path, out: Path, keys: frozenset[str]) -> None:
     )
     if foreign:
         raise ConfigError(f"save_pretrained: {out} holds another checkpoint ({foreign[0]}); give an empty folder")
-    for name in (*weights, *others):  # index and configs last: without them nobody takes the folder for a checkpoint
+    for name in (*weights, *others):  # index and configs last: without them the folder is no checkpoint
         target = out / name
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as temporary:

@@ -1,4 +1,4 @@
-"""What can be predicted, told without weights; tests/test_families.py compares it with what every family does."""
+"""Which layers can be predicted, worked out without weights; tests/test_families.py compares every family."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from offmoe.hf.predict.router_probe import NOT_CALLED, PER_CALL
 from tests import families
 
 
-def told(family: str) -> tuple[str | None, ...] | None:
+def reasons_of(family: str) -> tuple[str | None, ...] | None:
     config = families.config(family)
     model = build_meta(config, model_class(config))
     experts = list(find_experts(model).values())
@@ -32,11 +32,11 @@ def told(family: str) -> tuple[str | None, ...] | None:
         ("zaya", (None, PER_CALL, PER_CALL)),  # a router that remembers the router before it
     ],
 )
-def test_told_by_how_routers_are_fed(family: str, expected: tuple[str | None, ...]) -> None:
-    assert told(family) == expected
+def test_reasons_follow_from_how_routers_are_fed(family: str, expected: tuple[str | None, ...]) -> None:
+    assert reasons_of(family) == expected
 
 
 @pytest.mark.parametrize("family", ["glm5_next", "dbrx"])
-def test_what_only_a_run_can_tell(family: str) -> None:
+def test_some_families_only_a_run_can_tell(family: str) -> None:
     """One looks at values, the other's router is inside its experts module."""
-    assert told(family) is None
+    assert reasons_of(family) is None
