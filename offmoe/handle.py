@@ -1,19 +1,17 @@
-"""The handle at `model.offload`: what the runtime did and holds, and the end of it.
+"""The handle at `model.offload`: statistics, memory, recording and the end of the runtime.
 
-It also stands around the model's calls: one user at a time, no step past the reserved context, no move that would
-tear slots and weights apart, every step announced to the recording. All of that hangs on the one instance, by
-attributes of its own; classes of transformers are never changed. Nothing here may outlive `close`: no thread, no
-file, no pinned page."""
+It also surrounds the model's calls (`in_use`, `step`), which hf/load/attach.py connects to the model. After `close` no
+thread, open file or pinned page is left.
+"""
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +21,8 @@ from torch import nn
 
 from offmoe.budget.device import MemoryPlan
 from offmoe.config import OffloadConfig
-from offmoe.errors import CapacityError, ConfigError, OffmoeError
+from offmoe.errors import CapacityError, OffmoeError
+from offmoe.hf.load.attach import attach_handle, encoder_and_decoder
 from offmoe.hf.predict.route_recorder import RouteRecorder
 from offmoe.hf.predict.router_probe import RouterProbe
 from offmoe.runtime.executor import ExpertExecutor, Predictor
@@ -38,8 +37,9 @@ logger = logging.getLogger(__name__)
 
 
 class _Prediction:
-    """Experts of a layer from the residual of the layer before it; knows nothing until a forward pass has been
-    watched. parts: an encoder and a decoder are watched one after the other, and neither predicts for the other.
+    """Predicts the experts of a layer from the residual of the layer before it, once one forward pass was watched.
+
+    The encoder and the decoder of a model (`parts`) are watched one after the other. Neither predicts for the other.
     """
 
     def __init__(self, model: nn.Module, experts: Sequence[nn.Module], parts: Sequence[nn.Module]):
@@ -48,14 +48,14 @@ class _Prediction:
         self._starts = {i for i in range(1, len(part_of)) if part_of[i] != part_of[i - 1]}
         self._recorder: RouteRecorder | None = RouteRecorder(model, experts)
         self._probe: RouterProbe | None = None
-        self._residuals: dict[int, torch.Tensor] = {}  # the latest only: a long prompt's are large
+        self._residuals: dict[int, torch.Tensor] = {}  # only the latest: the residuals of a long prompt are large
 
     def begin(self) -> None:
         if self._recorder is not None:
             self._recorder.start()
 
     def end(self, complete: bool) -> None:
-        """complete: the last part of the model has run to its end."""
+        """complete: whether the last part of the model has run to its end."""
         self._residuals.clear()
         if self._recorder is not None:
             self._recorder.pause()
@@ -76,7 +76,16 @@ class _Prediction:
 
 
 class Offload:
-    """Runtime of one model; making it puts it at `model.offload`. Also a context manager that closes it."""
+    """The runtime of one model. Its constructor puts it at `model.offload`; as a context manager it closes itself.
+
+    Args:
+        model: The loaded model.
+        config: The options with every "auto" resolved.
+        plan: The division of memory that the model was loaded by.
+        executor: The runtime of the experts.
+        experts: The experts module of each MoE layer.
+        closing: Callbacks that end the runtime; the handle takes them over.
+    """
 
     def __init__(
         self,
@@ -88,50 +97,51 @@ class Offload:
         closing: ExitStack,
     ):
         self.config = config
-        """The options with every "auto" resolved, but for prefetch and on_miss, where "auto" is a policy that goes on
-        deciding."""
+        """The options as resolved. An "auto" left in prefetch or on_miss is a policy that decides while running."""
         self._plan = plan
         self._executor = executor
         self._baseline = CacheStats.for_layers(executor.shape.layers)
         self._prediction: _Prediction | None = None
         self._encoded = False
-        """Whether an encoder has run for requests that a decoder has not begun yet."""
-        parts = _parts(model)
+        """Whether the encoder has run for requests that the decoder has not begun yet."""
+        parts = encoder_and_decoder(model)
         if config.prefetch != 0 and any(
             q < e for q, e in zip(plan.slots_per_layer, executor.shape.experts, strict=True)
         ):
             self._prediction = _Prediction(model, experts, parts)
             executor.predictor = self._prediction
-        # What ends the runtime must not hold the model, or the model would never be collected.
-        kept = closing.pop_all()
-        kept.callback(executor.end_trace)
-        self._finalizer = weakref.finalize(model, _close_all, os.getpid(), kept)
-        self._install(model, parts)
+        # The finalizer must not hold the model, or the model would never be garbage-collected.
+        callbacks = closing.pop_all()
+        callbacks.callback(executor.end_trace)
+        self._finalizer = weakref.finalize(model, _close_all, os.getpid(), callbacks)
+        attach_handle(model, self)
 
     @property
     def trace(self) -> TraceWriter | None:
-        """The recording under way."""
+        """The recording in progress; None if the model was loaded without trace=."""
         return self._executor.trace
 
     def stats(self) -> CacheStats:
-        """Counts since loading or the last `reset_stats`; snapshots subtract."""
+        """Counts since loading or the last `reset_stats`. Two snapshots can be subtracted."""
         return self._executor.stats - self._baseline
 
     def reset_stats(self) -> None:
+        """Let `stats` count from zero again."""
         self._baseline = self._executor.stats.copy()
 
     def predict_with(self, predictor: Predictor) -> None:
-        """Let `predictor` say what the next layer will want, in place of that layer's own router."""
+        """Predict the experts of the next layer with `predictor` in place of that layer's own router."""
         self._prediction = None
         self._executor.predictor = predictor
 
     def memory(self) -> MemoryPlan:
-        """The ledger: bytes of each tier, as planned before loading and held to."""
+        """The division of memory: bytes of every part, as planned before loading."""
         return self._plan
 
     def close(self) -> None:
-        """End the reader threads, write the recording, release slots' files; idempotent. The model cannot run
-        afterwards.
+        """End the reader threads, write the recording, free the slots and close the files.
+
+        The model cannot run afterwards. A second call does nothing.
         """
         self._finalizer()
 
@@ -143,104 +153,35 @@ class Offload:
     ) -> None:
         self.close()
 
-    def _install(self, model: PreTrainedModel, parts: Sequence[nn.Module]) -> None:
-        cls: Any = type(model)
-        reference = weakref.ref(model)
-        parts_run = bool(parts)
-        for part in parts:
-            self._install_part(part, is_encoder=part is parts[0])
-
-        @functools.wraps(cls.generate)
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            kwargs.setdefault(
-                "disable_compile", True
-            )  # a static cache would compile, and a graph cannot call the planner
-            with self._in_use():
-                return cls.generate(reference(), *args, **kwargs)
-
-        @functools.wraps(cls.forward)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            with self._in_use(), nullcontext() if parts_run else self._step(args, kwargs):
-                return cls.forward(reference(), *args, **kwargs)
-
-        def apply(convert: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module | None:
-            model = reference()
-            assert model is not None
-            probe = next(model.parameters()).detach()[:0]
-            moved = convert(probe)
-            if (moved.device, moved.dtype) != (probe.device, probe.dtype):
-                raise ConfigError(
-                    f"the model stays on {probe.device} in {probe.dtype}: its experts are in slots there. "
-                    "Load it again with from_pretrained(device=..., dtype=...)."
-                )
-            return model
-
-        def refuse_copy(*_: object) -> Any:
-            raise ConfigError(
-                "the model cannot be copied or pickled: its experts are slots, files and threads of this process. "
-                "Load it once more with from_pretrained, or save_pretrained it."
-            )
-
-        def refuse_experts(*_: object, **__: object) -> None:
-            raise ConfigError(
-                "the experts of this model are not in it, so no other experts implementation can run. Load the model "
-                "with stock transformers for that."
-            )
-
-        # Instance attributes: the class, and every other model of it, stays as transformers made it.
-        for name, value in (
-            ("offload", self),
-            ("generate", generate),
-            ("forward", forward),
-            ("_apply", apply),
-            ("__reduce_ex__", refuse_copy),  # where copy and pickle both look
-            ("set_experts_implementation", refuse_experts),
-        ):
-            object.__setattr__(model, name, value)
-
     @contextmanager
-    def _in_use(self) -> Iterator[None]:
+    def in_use(self) -> Iterator[None]:
+        """Hold the model for one user; OffmoeError if it was closed, or another thread or call uses it."""
         if not self._finalizer.alive:
             raise OffmoeError("the model was closed; load it again with from_pretrained.")
         with self._executor.user:
             yield
 
-    def _install_part(self, part: nn.Module, is_encoder: bool) -> None:
-        """Make each forward of an encoder or of a decoder a step; generate() runs the encoder by itself."""
-        cls: Any = type(part)
-        reference = weakref.ref(part)
-
-        @functools.wraps(cls.forward)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            with self._in_use(), self._step(args, kwargs, is_encoder):
-                return cls.forward(reference(), *args, **kwargs)
-
-        object.__setattr__(part, "forward", forward)
-
     @contextmanager
-    def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any], is_encoder: bool = False) -> Iterator[None]:
-        """One forward pass, of the model or of its encoder or decoder: checked against the reserved context, announced
-        to the recording, watched for predictions.
+    def step(self, args: tuple[Any, ...], kwargs: dict[str, Any], is_encoder: bool = False) -> Iterator[None]:
+        """Surround one forward pass of the model, or of its encoder or decoder.
+
+        The pass is checked against the reserved context (CapacityError), recorded, and watched for predictions.
+
+        Args:
+            args: Positional arguments of the forward pass.
+            kwargs: Keyword arguments of it.
+            is_encoder: Whether the encoder of an encoder-decoder model runs.
         """
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        rows = ids if isinstance(ids, torch.Tensor) else kwargs.get("inputs_embeds")
+        ids = kwargs.get("input_ids", args[0] if args else None)  # [batch, length]
+        rows = ids if isinstance(ids, torch.Tensor) else kwargs.get("inputs_embeds")  # [batch, length(, hidden)]
         batch, length = (int(rows.shape[0]), int(rows.shape[1])) if isinstance(rows, torch.Tensor) else (1, 0)
-        cache: Any = kwargs.get("past_key_values")
-        past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
-        encoded = kwargs.get("encoder_hidden_states")
-        whole = past + length + (int(encoded.shape[1]) if isinstance(encoded, torch.Tensor) else 0)
-        if batch * whole > self._plan.max_context:
-            raise CapacityError(
-                f"{batch} x {whole} tokens of context do not fit the {self._plan.max_context} that memory is "
-                f"reserved for. Load the model with max_context={batch * whole} or more."
-            )
-        trace = self._executor.trace
-        if trace is not None:
+        past = self._check_context(batch, length, kwargs)
+        if self.trace is not None:
             if past == 0 and (is_encoder or not self._encoded):
-                trace.next_requests()
-            request = np.repeat(np.arange(batch, dtype=np.int32), length)
+                self.trace.next_requests()
+            request = np.repeat(np.arange(batch, dtype=np.int32), length)  # [batch * length]
             token = ids.reshape(-1).cpu().numpy() if isinstance(ids, torch.Tensor) else None
-            trace.begin_step(batch * length, request, token)
+            self.trace.begin_step(batch * length, request, token)
         self._encoded = is_encoder
         if self._prediction is None:
             yield
@@ -253,16 +194,22 @@ class Offload:
         finally:
             self._prediction.end(complete)
 
-
-def _parts(model: PreTrainedModel) -> tuple[nn.Module, ...]:
-    """The encoder and the decoder of a model that has both."""
-    if not model.config.is_encoder_decoder:
-        return ()
-    return model.get_encoder(), model.get_decoder()
+    def _check_context(self, batch: int, length: int, kwargs: dict[str, Any]) -> int:
+        """Tokens already in the KV cache; CapacityError if those and the new ones exceed the reserved context."""
+        cache: Any = kwargs.get("past_key_values")
+        past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+        encoded = kwargs.get("encoder_hidden_states")  # [batch, encoded length, hidden]
+        total = past + length + (int(encoded.shape[1]) if isinstance(encoded, torch.Tensor) else 0)
+        if batch * total > self._plan.max_context:
+            raise CapacityError(
+                f"{batch} x {total} tokens of context do not fit the {self._plan.max_context} that memory is "
+                f"reserved for. Load the model with max_context={batch * total} or more."
+            )
+        return past
 
 
 def _close_all(process: int, closing: ExitStack) -> None:
-    """Close what a process has opened; a fork of it must not write its recording over the whole one."""
+    """Run the callbacks, but not in a fork of the process, which would overwrite the recording with half of it."""
     if os.getpid() != process:
         return
     if isinstance(threading.current_thread(), Reader):

@@ -1,15 +1,25 @@
-"""offmoe's experts in transformers' place: the function behind `experts_implementation="offmoe"`.
+"""Everything that offmoe changes on a user's model. Only the instance changes, never a class of transformers.
 
-transformers calls it with what every registered implementation gets. The experts module holds no weights, only one
-object, `AttachedExperts`. Modules outside transformers' registry get a forward of their own from their adapter, which
-calls the same object. Must never know a family.
+* Experts modules have no parameters. `experts_implementation="offmoe"`, or a forward of their adapter, calls the
+  `AttachedExperts` of the module.
+* `model.offload` is the handle. `generate` and `forward` hold the model for one user and are steps of the runtime.
+* `.to()` and `.half()`, copying, pickling and other experts implementations are refused.
+* The encoder and the decoder of a model that has both get a `forward` that is one step each.
+* `save_pretrained` copies the checkpoint (save.py).
+* Decoder layers get hooks that keep a residual for predictions (hf/predict) or stream offloaded weights
+  (dense_layers.py).
+
+Must never know a family.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -24,9 +34,12 @@ from offmoe.hf.catalog.catalog import CatalogLayer
 from offmoe.hf.upstream import ALL_EXPERTS_FUNCTIONS
 from offmoe.runtime.executor import ExpertExecutor
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 IMPLEMENTATION = "offmoe"
 ATTRIBUTE = "_offmoe"
-"""Of an experts module that computes through an executor: its `AttachedExperts`."""
+"""Name of the attribute of an experts module that holds its `AttachedExperts`."""
 
 
 def expert_layers(stored: Sequence[CatalogLayer], modules: Sequence[nn.Module]) -> list[ExpertLayer]:
@@ -93,6 +106,95 @@ def offmoe_experts_forward(
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, offmoe_experts_forward)
+
+
+class Handle(Protocol):
+    """The part of `offmoe.handle.Offload` that surrounds calls of the model."""
+
+    def in_use(self) -> AbstractContextManager[None]: ...
+
+    def step(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], is_encoder: bool = False
+    ) -> AbstractContextManager[None]: ...
+
+
+def attach_handle(model: PreTrainedModel, handle: Handle) -> None:
+    """Put the handle at `model.offload`, let it surround the model's calls, and refuse calls that would break it."""
+    parts = encoder_and_decoder(model)
+    for part in parts:
+        _attach_step(part, handle, is_encoder=part is parts[0])
+    cls: Any = type(model)
+    reference = weakref.ref(model)
+
+    @functools.wraps(cls.generate)
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        kwargs.setdefault("disable_compile", True)  # a static cache would compile, and a graph cannot call the planner
+        with handle.in_use():
+            return cls.generate(reference(), *args, **kwargs)
+
+    @functools.wraps(cls.forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with handle.in_use(), nullcontext() if parts else handle.step(args, kwargs):
+            return cls.forward(reference(), *args, **kwargs)
+
+    def apply(convert: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        return _refuse_move(reference(), convert)
+
+    changes = {
+        "offload": handle,
+        "generate": generate,
+        "forward": forward,
+        "_apply": apply,  # what .to(), .half() and .cuda() call
+        "__reduce_ex__": _refuse_copy,  # what copy and pickle call
+        "set_experts_implementation": _refuse_experts,
+    }
+    for name, value in changes.items():
+        object.__setattr__(model, name, value)
+
+
+def encoder_and_decoder(model: PreTrainedModel) -> tuple[nn.Module, ...]:
+    """The encoder and the decoder of a model that has both, else ()."""
+    return (model.get_encoder(), model.get_decoder()) if model.config.is_encoder_decoder else ()
+
+
+def _attach_step(part: nn.Module, handle: Handle, is_encoder: bool) -> None:
+    """Make each forward of an encoder or a decoder one step: generate() runs the encoder by itself."""
+    cls: Any = type(part)
+    reference = weakref.ref(part)
+
+    @functools.wraps(cls.forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with handle.in_use(), handle.step(args, kwargs, is_encoder):
+            return cls.forward(reference(), *args, **kwargs)
+
+    object.__setattr__(part, "forward", forward)
+
+
+def _refuse_move(model: nn.Module | None, convert: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    """The model, if `convert` leaves device and dtype as they are; else ConfigError."""
+    assert model is not None
+    before = next(model.parameters()).detach()[:0]
+    after = convert(before)
+    if (after.device, after.dtype) != (before.device, before.dtype):
+        raise ConfigError(
+            f"the model stays on {before.device} in {before.dtype}: its experts are in slots there. "
+            "Load it again with from_pretrained(device=..., dtype=...)."
+        )
+    return model
+
+
+def _refuse_copy(*_: object) -> Any:
+    raise ConfigError(
+        "the model cannot be copied or pickled: its experts are slots, files and threads of this process. "
+        "Load it once more with from_pretrained, or save_pretrained it."
+    )
+
+
+def _refuse_experts(*_: object, **__: object) -> None:
+    raise ConfigError(
+        "the experts of this model are not in it, so no other experts implementation can run. Load the model "
+        "with stock transformers for that."
+    )
 
 
 class Removable(Protocol):
