@@ -171,8 +171,8 @@ class OffloadConfig:
             full-length sequences, in at most a quarter of the memory that dense weights and the smallest set of slots
             leave. Errors: a forward pass beyond it (CapacityError).
         on_miss: What to do on a miss: "fetch" = always load into a slot; "cpu" = only into free slots, compute the rest
-            without one; "auto" = decide per expert. Default: the profile's, else "auto". Errors: "cpu" on a GPU without
-            exactness="numeric".
+            without one; "auto" = decide per expert, but "fetch" on a CPU with scope="layer", where deciding gains
+            nothing. Default: the profile's, else "auto". Errors: "cpu" on a GPU without exactness="numeric".
         prefetch: Experts to fetch into slots before the next layer asks for them: at most this many per layer, 0 for
             none, or "auto" while it pays. Default: the profile's, else "auto".
         exactness: How equal results are to stock transformers: "bitwise" = equal bit for bit; "numeric" = same routing

@@ -25,7 +25,7 @@ SPARE_ENTRIES = 64
 
 
 class HostTier:
-    """The RAM slots of one layer. It is told every access of the layer, and what the device inserts and evicts.
+    """The RAM slots of one layer. It sees every access of the layer, and what the device inserts and evicts.
 
     Two heaps order the copies. `_ram_only` has those that the device does not hold, the lowest score first; an entry is
     corrected when it reaches the top, since scores only rise. `_on_both` has those that the device holds as well, the
