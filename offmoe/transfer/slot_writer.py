@@ -56,13 +56,13 @@ class SlotWriter:
         self._pieces = deque(backend.event() for _ in range(PIECES_IN_FLIGHT))
         self._pieces_lock = threading.Lock()
 
-    def views(self, fetch: Fetch) -> dict[str, torch.Tensor]:
+    def _views(self, fetch: Fetch) -> dict[str, torch.Tensor]:
         """The fetch's slot as the parameters of its expert."""
         return self.arena.views(fetch.slot, self._layers[fetch.key.layer].layout)
 
     def runs(self, fetch: Fetch) -> Sequence[torch.Tensor | None]:
         """Per segment of the expert, the bytes of the slot that it fills unchanged; None for other segments."""
-        return self._layers[fetch.key.layer].assembly.runs(self.store.record(fetch.key).segments, self.views(fetch))
+        return self._layers[fetch.key.layer].assembly.runs(self.store.record(fetch.key).segments, self._views(fetch))
 
     def arriving(self, ticket: Ticket) -> Arriving | None:
         """The expert of a ticket as something to compute with while it arrives.
@@ -74,7 +74,7 @@ class SlotWriter:
         num_parts = self.store.parts(key)
         if num_parts == 1 or not self.backend.unified_memory:
             return None
-        views, runs = self.views(ticket.fetch), self.runs(ticket.fetch)
+        views, runs = self._views(ticket.fetch), self.runs(ticket.fetch)
         params = [to.param for to in self._layers[key.layer].assembly.destinations]
         places: dict[str, list[tuple[int, int, int]]] = {name: [] for name in views}
         for part in range(num_parts):
@@ -111,7 +111,7 @@ class SlotWriter:
         """
         fetch, early = ticket.fetch, ticket.arrival.runs
         segments, data = self.store.record(fetch.key).segments, self.store.segments(fetch.key, buffer)
-        assembly, views = self._layers[fetch.key.layer].assembly, self.views(fetch)
+        assembly, views = self._layers[fetch.key.layer].assembly, self._views(fetch)
         if fetch.slot >= self.arena.num_on_device:  # a slot in RAM, which the host alone reads, after `issued`
             assembly.place(segments, data, views, copy_in_ram)
             return
