@@ -1,4 +1,4 @@
-"""Expert feed-forward networks on a device; torch operators today, faster kernels beside them later."""
+"""Expert feed-forward networks: torch's operators, C kernels for CPUs, Triton kernels for GPUs."""
 
 from offmoe.compute.kernels.torch_ffn import ExpertMath, GatedFFN, accumulate, combine, expert_ffn
 

@@ -1,4 +1,4 @@
-"""torch.autocast as experts see it: whether it is enabled where a tensor is, and operations that it must not reach."""
+"""torch.autocast for experts: whether it is enabled on a tensor's device, and operations that it must not change."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def without_autocast(x: torch.Tensor) -> AbstractContextManager[object]:
 def concatenate(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """The rows [n, H] of all parts, in their order.
 
-    torch.autocast is disabled meanwhile: under it, torch.cat refuses any half precision but autocast's own.
+    torch.autocast is disabled for it: under autocast, torch.cat refuses every half precision but autocast's own.
     """
     with without_autocast(parts[0]):
         return torch.cat(list(parts))

@@ -1,11 +1,12 @@
-"""Experts computed on the CPU: the C kernels where they were built, torch's operators elsewhere.
+"""Experts computed on the CPU: by the C kernels where these were built, by torch's operators elsewhere.
 
-What moves: the bytes of one expert through the core's caches, once per call of up to 64 tokens; memory bandwidth bounds
-one token, arithmetic bounds many. Weights are read where they stand (RAM, pinned or mapped), so the bytes must not
-change during a call, and what is prepared here must be prepared again for another slot.
+Sums run in another order than torch's, so this is for `exactness="numeric"` only. With int8 activations, every group
+of inputs is rounded to 8 bits first, which changes the output by about 1 % of its norm in int4.
 
-Numbers are those of `exactness="numeric"` only: sums run in another order than torch's, and with int8 activations every
-group of inputs is rounded to 8 bits first (about 1 % of the output's norm in int4).
+Moves: the bytes of one expert through the cores' caches, once per call of up to 64 tokens.
+Bound: memory bandwidth for one token, arithmetic for many.
+Must never: read weights that change. They are read where they stand, in RAM, pinned or mapped; a function that was
+prepared for one slot serves no other.
 """
 
 from __future__ import annotations
@@ -26,27 +27,28 @@ from offmoe.errors import CapacityError, UnsupportedModelError
 from offmoe.quant.packed_weight import TILE_ROWS, PackedWeight
 
 Weight = PackedWeight | torch.Tensor
-"""In tiles, or bf16 [rows, cols]."""
+"""A weight in tiles, or bf16 [rows, cols]."""
 
 Rows = Callable[[torch.Tensor], torch.Tensor]
-"""rows(x [n, in]) -> [n, out], of x's dtype."""
+"""rows(x [n, in]) -> [n, out] of x's dtype: a prepared weight or expert."""
 
 NativeCall = Callable[[int, int, int], int]
-"""call(address of x, tokens, address of the output) -> 0, or an error number of expert.c."""
+"""call(address of x, number of tokens, address of the output) -> 0, or an error number of expert.c."""
 
 ACTIVATION_GROUPS = (128, 64, 32, 16)
-"""Inputs that int8 weights' activations share a scale over: the largest that divides a row."""
+"""Inputs that share a scale, for the activations of int8 weights: the largest number that divides a row."""
 
 BF16_GROUP = 32
+"""A row of bf16 weights is a multiple of so many columns."""
 
 
 @dataclass(frozen=True)
 class Glu:
-    """How gate and up become one: "silu" or "gelu_tanh" of the gate times up; "clamped" is gpt-oss', with its limit and
-    alpha: min(gate, limit) * sigmoid(alpha * gate) * (clamp(up) + 1).
-    """
+    """The function that combines gate and up."""
 
     kind: str = "silu"
+    """"silu" or "gelu_tanh" of the gate, times up; or "clamped", the function of gpt-oss: gate clamped to at most
+    `limit`, times sigmoid(alpha * gate), times (up clamped to +-limit, + 1)."""
     limit: float = 7.0
     alpha: float = 1.702
 
@@ -75,19 +77,19 @@ class GatedExpert:
 
 
 class CpuKernels(ABC):
-    """Computes experts; a context manager. Prepared functions must not be used after `close`."""
+    """Computes experts; a context manager. Functions that it has prepared must not be called after `close`."""
 
     @abstractmethod
     def expert(self, weights: GatedExpert, glu: Glu) -> Rows:
-        """Prepare one expert: down(glu(gate(x), up(x))). The function keeps the weights' memory alive."""
+        """A function that computes down(glu(gate(x), up(x))). It keeps the weights' memory alive."""
 
     @abstractmethod
     def linear(self, weight: Weight, bias: torch.Tensor | None = None) -> Rows:
-        """Prepare one weight: x w^T + bias; for experts whose activation is none of `Glu`."""
+        """A function that computes x w^T + bias. It keeps the weight's memory alive."""
 
     @abstractmethod
     def close(self) -> None:
-        """End its threads; idempotent."""
+        """End the threads; idempotent."""
 
     def __enter__(self) -> CpuKernels:
         return self
@@ -97,11 +99,18 @@ class CpuKernels(ABC):
 
 
 class NativeKernels(CpuKernels):
-    """The C kernels with a pool of threads of their own. int8_activations=False keeps activations in float32."""
+    """The C kernels, with a pool of threads of their own."""
 
     def __init__(
         self, library: Library, threads: int | None = None, variant: str | None = None, int8_activations: bool = True
     ) -> None:
+        """Start the threads.
+
+        Args:
+            threads: their number; None: as many as there are physical cores.
+            variant: one of `library.variants`; None: the fastest.
+            int8_activations: whether activations are rounded to 8 bits; otherwise they stay float32.
+        """
         self._calls, self._variant = library.calls, library.variant(variant)
         self.int8_activations = int8_activations
         self._precision = 0 if int8_activations else 1
@@ -133,7 +142,7 @@ class NativeKernels(CpuKernels):
         return _rows(call, struct.cols, struct.rows, (weight, bias))
 
     def read(self, memory: torch.Tensor) -> None:
-        """Read contiguous memory with all threads, as fast as loads go: the bound of the kernels, to compare with."""
+        """Read contiguous memory with all threads as fast as they can: the bound that kernels are compared with."""
         self._calls.offmoe_read(self._threads.handle, self._variant, memory.data_ptr(), memory.nbytes)
 
     def close(self) -> None:
@@ -141,7 +150,7 @@ class NativeKernels(CpuKernels):
 
 
 class TorchKernels(CpuKernels):
-    """torch's operators on weights that are unpacked for every call: right, and slow."""
+    """torch's operators, on weights that are unpacked at every call: correct and slow."""
 
     def expert(self, weights: GatedExpert, glu: Glu) -> Rows:
         gate = self.linear(weights.gate, weights.gate_bias)
@@ -152,7 +161,7 @@ class TorchKernels(CpuKernels):
     def linear(self, weight: Weight, bias: torch.Tensor | None = None) -> Rows:
         def rows(x: torch.Tensor) -> torch.Tensor:
             values = weight.values() if isinstance(weight, PackedWeight) else weight
-            with torch.autocast("cpu", enabled=False):  # which the C kernels do not follow either
+            with torch.autocast("cpu", enabled=False):  # the C kernels do not follow autocast either
                 return F.linear(x, values.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
         return rows
@@ -162,13 +171,13 @@ class TorchKernels(CpuKernels):
 
 
 def cpu_kernels(threads: int | None = None, int8_activations: bool = True) -> CpuKernels:
-    """The fastest that this installation and processor have; `library.status` says which and why."""
+    """The fastest kernels of this installation and processor; `library.status` says which these are, and why."""
     library = status().library
     return TorchKernels() if library is None else NativeKernels(library, threads, None, int8_activations)
 
 
 def physical_cores() -> int:
-    """Cores that this process may use, hyper-threads counted once: more threads do not read memory faster."""
+    """Cores that this process may use, without hyper-threads: more threads do not read memory faster."""
     cores = psutil.cpu_count(logical=False) or 1
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
     return max(1, min(cores, allowed))
@@ -204,9 +213,9 @@ def _struct(weight: Weight, bias: torch.Tensor | None) -> WeightStruct:
 
 
 def _rows(call: NativeCall, cols: int, rows: int, alive: object) -> Rows:
-    """A function of any number of tokens from one of up to MAX_TOKENS; `alive` is what the C structures point to.
+    """A function of any number of tokens, from a call of up to MAX_TOKENS. alive: what the C structures point to.
 
-    A small expert takes 0.1 ms, and every torch call some microseconds: nothing is done that need not be.
+    A small expert takes 0.1 ms and every torch call some microseconds, so conversions are skipped where possible.
     """
 
     def run(x: torch.Tensor, alive: object = alive) -> torch.Tensor:

@@ -1,12 +1,13 @@
-"""Experts of one layer computed on a GPU from their slots: which kernel, on which blocks; Triton is imported here only.
+"""Experts of one layer computed on a GPU from their slots: chooses the kernel and its blocks, and imports Triton.
 
-What moves: a few hundred bytes to the device (where each expert's slot starts, and for many tokens which of them are
-whose); the rest moves in the kernels. Few tokens go to `decode`, which memory bounds, many to `grouped`, which tensor
-cores do; the number in between, and the sizes of blocks, were reasoned from published figures of GPUs. **None of this
-has run on a GPU**: it was checked in Triton's interpreter and compiled for sm_80 and sm_90 (docs/measurements.md).
+Few tokens go to the `decode` kernels, many to the `grouped` ones. The number of tokens that divides them, and the sizes
+of blocks, were derived from published figures of GPUs. **None of this has run on a GPU**: it was checked in Triton's
+interpreter and compiled for sm_80 and sm_90 (docs/measurements.md).
+Sums run in another order than torch's, so this is for `exactness="numeric"` only.
 
-Numbers are those of `exactness="numeric"`: sums run in another order than torch's. What it must never do: read a slot
-that it was not given.
+Moves: a few hundred bytes to the device: where each expert's slot starts and, for many tokens, which tokens it gets.
+Bound: memory bandwidth in `decode`, tensor cores in `grouped`.
+Must never: read a slot that is not in `Pairs.slots`.
 """
 
 from __future__ import annotations
@@ -24,36 +25,40 @@ from offmoe.errors import UnsupportedModelError
 from offmoe.storage.layout import PARAM_ALIGNMENT
 
 DECODE_PAIRS = 16
-"""(token, expert) pairs up to which every pair reads its expert for itself: few share an expert, and the L2 cache
-catches those that do. Reasoned, not measured; tools/gpu_check times both kernels on either side of it."""
+"""Up to so many (token, expert) pairs, every pair reads its expert by itself. Few of them share an expert then, and the
+L2 cache serves those that do. Derived, not measured; tools/gpu_check times both kernels on either side of it."""
 
 STEP = {"int32": 32, "uint8": 128, "bf16": 256, "fp16": 256, "fp32": 128}
-"""Elements of a row that a program of `decode` takes at a time: whole cache lines; of FP8, one block of scales."""
+"""Elements of a row that a `decode` program takes at a time: whole cache lines, or one FP8 block of scales."""
 
 FULL_GRID = 512
-"""Programs that keep 132 multiprocessors busy and the memory's queue full: four of 128 threads each. Not measured."""
+"""Programs that keep 132 multiprocessors and the memory busy: about four per multiprocessor, of 128 threads each.
+Derived, not measured."""
 
 COMPILER = {"num_warps": 4, "enable_fp_fusion": True}
-"""Multiply and add in one instruction is half of what decoding computes; Triton 3.10 will not do it unasked."""
+"""enable_fp_fusion: multiply and add in one instruction halve the instructions of decoding; Triton 3.10 does not use it
+by default."""
 
 Launch = Callable[[Any, tuple[int, int], tuple[object, ...], Mapping[str, int]], object]
-"""launch(kernel, grid, arguments, options): how a kernel is started; tests compile or count instead."""
+"""launch(kernel, grid, arguments, options) starts a kernel. Tests compile or count instead."""
 
 
 class Pairs(NamedTuple):
-    """(token, expert) pairs of some experts, one expert's after the other's. slots, counts: of each expert, where it is
-    and how many pairs it has. order: int64 [n] on the device, pair i has row order[i] // sharing of the inputs; None:
-    every expert has one pair, and there is one input.
-    """
+    """The (token, expert) pairs of some experts, one expert's after the other's; n in all."""
 
     slots: Sequence[int]
+    """Per expert, its slot."""
     counts: Sequence[int]
+    """Per expert, the number of its pairs."""
     order: torch.Tensor | None = None
+    """int64 [n] on the device: the input of pair i is row order[i] // sharing. None: every expert has one pair, and
+    there is one row."""
     sharing: int = 1
+    """Consecutive positions in `order` that share a row of the inputs."""
 
 
 class DeviceKernels:
-    """Computes experts of layers that have the same operands, in slots of one allocation."""
+    """Computes experts of layers with equal operands, in slots of one allocation."""
 
     def __init__(
         self,
@@ -66,8 +71,12 @@ class DeviceKernels:
     ) -> None:
         """Prepare; nothing is compiled before the first call.
 
-        memory: uint8, aligned to PARAM_ALIGNMENT, on the device. starts: where each slot begins in it, in bytes.
-        full_grid: programs that a launch should have at least. UnsupportedModelError without Triton.
+        Args:
+            memory: uint8 on the device, aligned to PARAM_ALIGNMENT.
+            starts: per slot, its first byte in `memory`.
+            full_grid: the least number of programs that a launch should have.
+        Raises:
+            UnsupportedModelError: Triton is not installed.
         """
         if not available():
             raise UnsupportedModelError(
@@ -81,7 +90,7 @@ class DeviceKernels:
         self._decode, self._grouped = _modules()
 
     def compute(self, pairs: Pairs, hidden: torch.Tensor) -> torch.Tensor:
-        """Experts on their inputs: hidden [m, H] -> rows [n, H] in the order of `pairs`, unweighted, of its dtype."""
+        """Experts on their inputs: hidden [m, H] -> rows [n, H] of its dtype, in the order of `pairs`, unweighted."""
         assert hidden.dtype in (torch.bfloat16, torch.float16, torch.float32), hidden.dtype
         assert hidden.shape[1] == self._operands.hidden, hidden.shape
         hidden = hidden.contiguous()
@@ -138,30 +147,28 @@ def available() -> bool:
 
 
 def lane_by_lane(x: torch.Tensor, weight: Operand) -> torch.Tensor:
-    """[n, cols] in the order that `grouped` reads: [n, weights per element, elements], flattened."""
+    """x [n, cols] in the order that `grouped` reads: [n, weights per element, elements], flattened."""
     if weight.values == 1:
         return x
     return x.view(len(x), weight.width, weight.values).transpose(1, 2).contiguous()
 
 
 def decode_blocks(weight: Operand, pairs: int, full_grid: int = FULL_GRID) -> dict[str, int]:
-    """Rows and elements that a program of `decode` takes at a time: as many rows as still fill the GPU."""
+    """Rows and elements that a `decode` program takes at a time: as many rows as still give `full_grid` programs."""
     rows = next((n for n in (64, 32) if weight.rows % n == 0 and pairs * weight.rows >= n * full_grid), 16)
     return {"BN": rows, "BW": STEP[weight.element], **COMPILER}
 
 
 def grouped_blocks(weight: Operand, tokens: int) -> dict[str, int]:
-    """Tokens, rows and elements that a program of `grouped` takes at a time.
+    """Tokens, rows and elements that a `grouped` program takes at a time.
 
-    Two stages of int4 fit into the 99 KB of shared memory that GPUs for desktops have, three do not.
+    Desktop GPUs have 99 KB of shared memory: two stages of int4 fit, three do not.
     """
     return {"BM": tokens, "BN": 64, "BW": 64 if weight.values == 1 else 32, "num_stages": 2, **COMPILER}
 
 
 def group_tokens(mean: float) -> int:
-    """Tokens that a program of `grouped` takes at a time, for that many per expert in the mean; 16 is the least that
-    tensor cores take.
-    """
+    """Tokens that a `grouped` program takes at a time, by the mean number per expert. Tensor cores take 16 or more."""
     return next((n for n in (16, 32) if mean <= n), 64)
 
 

@@ -1,7 +1,8 @@
-"""The shared library of C kernels: found, checked and called through ctypes, which releases the GIL around every call.
+"""The shared library of C kernels, loaded, checked and called through ctypes, which releases the GIL around every call.
 
-What it must never do: use a library that was built from other sources than those it stands beside, or keep a thread or
-a pointer alive after its pool was closed.
+Moves: nothing. Bound: none.
+Must never: use a library that was built from other sources than those in its folder, or keep a thread or a pointer
+alive after its pool was closed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from offmoe.compute.kernels.native.build import LIBRARY, sources_digest
 from offmoe.errors import CapacityError, ConfigError
 
 MAX_TOKENS = 64
-"""Of one call; offmoe.h."""
+"""Most tokens of one call (offmoe.h)."""
 
 KINDS = {"int4": 0, "mxfp4": 1, "int8": 2, "fp8": 3, "bf16": 4}
 SCALE_TYPES = {"bfloat16": 0, "float16": 1, "float32": 2, "uint8": 3}
@@ -77,9 +78,10 @@ class EncodedStruct(ctypes.Structure):
 
 
 class Library:
-    """A loaded library. OSError if `path` is none, or was built from other sources."""
+    """A loaded library of kernels, in several variants for processors with different instruction sets."""
 
     def __init__(self, path: Path) -> None:
+        """Raises OSError if `path` is no library, or was built from other sources."""
         c = ctypes.CDLL(str(path))
         c.offmoe_sources.restype = c.offmoe_variant_name.restype = ctypes.c_char_p
         if (built := c.offmoe_sources().decode()) != sources_digest():
@@ -106,11 +108,11 @@ class Library:
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """Those that this processor runs, fastest last."""
+        """The variants that this processor runs, the fastest last."""
         return tuple(self._variants)
 
     def variant(self, name: str | None = None) -> int:
-        """Handle of a variant, None for the fastest. ConfigError for one that is not there."""
+        """Handle of a variant; None: of the fastest. Raises ConfigError if this processor does not run it."""
         name = name or self.variants[-1]
         if name not in self._variants:
             raise ConfigError(f"kernel variant {name!r} does not run here; there are {', '.join(self.variants)}")
@@ -118,9 +120,10 @@ class Library:
 
 
 class Threads:
-    """A pool of threads of the library, the caller among them. CapacityError if there is no memory for it."""
+    """A pool of threads of the library; the calling thread is one of them."""
 
     def __init__(self, library: Library, count: int) -> None:
+        """Raises CapacityError if there is no memory for the threads."""
         self._calls, self._process = library.calls, os.getpid()
         self._pool = library.calls.offmoe_pool_new(count)
         if not self._pool:
@@ -128,13 +131,13 @@ class Threads:
 
     @property
     def handle(self) -> int:
-        """What C functions take."""
+        """The pool, as C functions take it."""
         assert self._pool, "used after close"
         assert self._process == os.getpid(), "threads do not follow into a forked process"
         return self._pool  # type: ignore[no-any-return]
 
     def close(self) -> None:
-        """End them; idempotent."""
+        """End the threads; idempotent."""
         if self._pool and self._process == os.getpid():
             self._calls.offmoe_pool_free(self._pool)
         self._pool = None
@@ -142,19 +145,21 @@ class Threads:
 
 @dataclass(frozen=True)
 class KernelStatus:
-    """Whether experts can be computed on the CPU by the C kernels. `message` says what is used, or what to do."""
+    """Whether the C kernels can compute experts here."""
 
     library: Library | None
+    """None: they cannot."""
     message: str
+    """The variant in use, or the reason and the remedy."""
 
     @property
     def variant(self) -> str | None:
-        """The one in use."""
+        """The variant in use."""
         return self.library.variants[-1] if self.library else None
 
 
 def status(path: Path = LIBRARY) -> KernelStatus:
-    """What `offmoe doctor` reports; the library is loaded once and kept."""
+    """The state of the C kernels, as `offmoe doctor` reports it. The library is loaded once and kept."""
     return _status(path)
 
 

@@ -1,11 +1,11 @@
-"""Where one weight of an expert stands in a slot, as the device kernels need to know it.
+"""Where one weight of an expert stands in a slot, as the GPU kernels need to know it.
 
-Nothing moves here. All experts of a layer have the same operands: what differs is where their slot starts. A kernel is
-compiled once per operand, with everything below as constants, so an operand is a frozen value of plain numbers and
-strings, equal and printed alike wherever it is made.
+All experts of a layer have the same operands; they differ in where their slot starts. A kernel is compiled once per
+operand, with its fields as constants, so an operand is a frozen value of plain numbers and strings.
 
-What it must never do: stand for a format that the kernels do not read. Those are refused with UnsupportedModelError,
-and the caller computes with torch's operators.
+Moves: nothing. Bound: none.
+Must never: describe a format that the kernels do not read. Such a format raises UnsupportedModelError, and torch's
+operators compute the layer.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ ELEMENTS = {
     torch.uint8: "uint8",
     torch.float8_e8m0fnu: "uint8",
 }
-"""Triton's names of what scales, biases and unquantized weights are; bytes of scales are exponents of two."""
+"""Triton's names for the dtypes of scales, biases and unquantized weights. Scales that are bytes are exponents of 2."""
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+"""Dtypes of unquantized weights that the kernels read."""
 
 VALUES = {"float": 1, "fp8": 1, "int8": 4, "uint8": 4, "int4": 8, "mxfp4": 8}
 """Weights in one element: a number, a byte, or an int32 word. uint8 is int8 with 128 added."""
@@ -39,31 +40,39 @@ VALUES = {"float": 1, "fp8": 1, "int8": 4, "uint8": 4, "int4": 8, "mxfp4": 8}
 
 @dataclass(frozen=True)
 class Operand:
-    """A weight [rows, cols] that computes x w^T, and its bias if it has one. Offsets are bytes from the slot's start.
+    """A weight [rows, cols] that computes x w^T, and its bias if it has one.
 
-    kind: of VALUES. element, scale, bias: Triton's names of dtypes, "" for none. at: the parameter's first element.
-    Row r of the weight is row first + r * step of its parameter (gate and up may stand in halves of one, or take
-    turns). row_stride, col_stride: elements from one row or column to the next, unless `tiled`: then words stand in
-    tiles of 16 rows (offmoe.quant.packed_weight). group: columns that share a scale, scale_rows: rows that do.
-    zero_at: -1 without a plane of zero points.
+    Every `_at` is an offset in bytes from the slot's start. Dtypes are Triton's names.
     """
 
     kind: str
+    """A key of VALUES."""
     element: str
+    """Dtype of the elements."""
     rows: int
     cols: int
     at: int
+    """Offset of the parameter's first element, in bytes."""
     first: int = 0
+    """Row r of the weight is row first + r * step of its parameter: gate and up may be its halves, or take turns."""
     step: int = 1
     row_stride: int = 1
+    """Elements from one row to the next, unless `tiled`."""
     col_stride: int = 1
+    """Elements from one column to the next, unless `tiled`."""
     tiled: bool = False
+    """Words stand in tiles of 16 rows (offmoe.quant.packed_weight)."""
     scale: str = ""
+    """Dtype of the scales; "": there are none."""
     scale_at: int = 0
     scale_rows: int = 1
+    """Rows that share a scale."""
     group: int = 1
+    """Columns that share a scale."""
     zero_at: int = -1
+    """Offset of the zero points; -1: there are none."""
     bias: str = ""
+    """Dtype of the bias; "": there is none."""
     bias_at: int = 0
 
     @property
@@ -73,7 +82,7 @@ class Operand:
 
     @property
     def has_offset(self) -> bool:
-        """Whether its numbers are integers, some zero point away from what they stand for."""
+        """Whether its numbers are integers with a zero point."""
         return self.kind in ("int8", "uint8", "int4")
 
     @property
@@ -88,25 +97,25 @@ class Operand:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of weights, without scales: what computing with one expert reads at least."""
+        """Bytes of weights, without scales."""
         sizes = {"bf16": 2, "fp16": 2, "fp32": 4, "uint8": 1, "int32": 4}
         return self.rows * self.width * sizes[self.element]
 
     def part(self, rows: int, first: int, step: int = 1) -> Operand:
-        """`rows` of its rows, from `first` on, every `step`th."""
+        """A weight of `rows` of these rows: every `step`-th from `first` on."""
         assert first + (rows - 1) * step < self.rows, (rows, first, step)
         if self.tiled and step != 1:
             raise UnsupportedModelError("gate and up take turns in tiles of rows, which the device kernels do not read")
         return replace(self, rows=rows, first=self.first + first * self.step, step=self.step * step)
 
     def with_bias(self, bias: Param) -> Operand:
-        """The same with a bias that stands in the slot as `bias`, one value for every row of the parameter."""
+        """The same with a bias, which has one value for every row of the parameter. bias: its place in the slot."""
         return replace(self, bias=_element(bias), bias_at=bias.offset)
 
 
 @dataclass(frozen=True)
 class GatedOperands:
-    """One expert: gate and up [I, H], down [H, I]."""
+    """The weights of one expert: gate and up [I, H], down [H, I]."""
 
     gate: Operand
     up: Operand
@@ -159,7 +168,7 @@ def packed_operand(layout: ExpertLayout, name: str, how: WeightFormat) -> Operan
 
 
 def float_operand(weight: Param, transposed: bool = False) -> Operand:
-    """A weight that is not quantized: [rows, cols], or transposed [cols, rows]."""
+    """A weight that is not quantized. transposed: the parameter is [cols, rows]."""
     if weight.dtype not in FLOATS or len(weight.shape) != 2:
         raise _unread(f"{weight.dtype} {list(weight.shape)}")
     a, b = weight.shape
@@ -170,63 +179,76 @@ def float_operand(weight: Param, transposed: bool = False) -> Operand:
 
 
 def coded_operand(codec: Codec, parts: Mapping[str, Param]) -> Operand:
-    """A weight as a quantized checkpoint stores it: `parts` are its components in the slot, by the codec's names.
+    """A weight as a quantized checkpoint stores it, [out, in]; MXFP4 too, although its codec decodes the transpose.
 
-    For MXFP4 that is [out, in], not the transpose that the codec's `decode` makes.
+    Args:
+        parts: the components' places in the slot, by the codec's names.
+    Raises:
+        UnsupportedModelError: the kernels do not read the format.
     """
     if isinstance(codec, Mxfp4):
-        blocks, scales = parts["blocks"], parts["scales"]
-        rows, groups, _ = blocks.shape
-        return Operand(
-            kind="mxfp4",
-            element="int32",
-            rows=rows,
-            cols=groups * 32,
-            at=blocks.offset,
-            row_stride=groups * 4,
-            scale="uint8",
-            scale_at=scales.offset,
-            group=32,
-        )
+        return _mxfp4_operand(parts["blocks"], parts["scales"])
     if isinstance(codec, ScaledFloat) and parts["weight"].dtype == torch.float8_e4m3fn:
-        weight, scale = parts["weight"], parts["scale"]
-        rows, cols = weight.shape
-        scale_rows, group = 1 if scale.shape[:1] == (rows,) else rows, cols
-        if codec.block is not None and scale.shape == tuple(
-            -(-size // step) for size, step in zip(weight.shape, codec.block, strict=True)
-        ):
-            scale_rows, group = codec.block
-        return Operand(
-            kind="fp8",
-            element="uint8",
-            rows=rows,
-            cols=cols,
-            at=weight.offset,
-            row_stride=cols,
-            scale=_element(scale),
-            scale_at=scale.offset,
-            scale_rows=scale_rows,
-            group=group,
-        )
+        return _fp8_operand(codec, parts["weight"], parts["scale"])
     if isinstance(codec, PackedInt) and codec.symmetric and not codec.ordered:
         words, scale = parts["packed"], parts["scale"]
-        rows, width = words.shape
-        cols = width * (32 // codec.bits)
+        cols = words.shape[1] * (32 // codec.bits)
         group = codec.group or cols
         if group % 8 == 0 and cols % group == 0:
-            return Operand(
-                kind="int4" if codec.bits == 4 else "uint8",
-                element="int32",
-                rows=rows,
-                cols=cols,
-                at=words.offset,
-                row_stride=width,
-                scale=_element(scale),
-                scale_at=scale.offset,
-                scale_rows=rows if codec.group is None and scale.shape[:1] != (rows,) else 1,
-                group=group,
-            )
+            return _int_operand(codec, words, scale, cols, group)
     raise _unread(codec.name)
+
+
+def _mxfp4_operand(blocks: Param, scales: Param) -> Operand:
+    rows, groups, _ = blocks.shape
+    return Operand(
+        kind="mxfp4",
+        element="int32",
+        rows=rows,
+        cols=groups * 32,
+        at=blocks.offset,
+        row_stride=groups * 4,
+        scale="uint8",
+        scale_at=scales.offset,
+        group=32,
+    )
+
+
+def _fp8_operand(codec: ScaledFloat, weight: Param, scale: Param) -> Operand:
+    rows, cols = weight.shape
+    scale_rows, group = 1 if scale.shape[:1] == (rows,) else rows, cols
+    if codec.block is not None:
+        blocks = tuple(-(-size // step) for size, step in zip(weight.shape, codec.block, strict=True))
+        if scale.shape == blocks:
+            scale_rows, group = codec.block
+    return Operand(
+        kind="fp8",
+        element="uint8",
+        rows=rows,
+        cols=cols,
+        at=weight.offset,
+        row_stride=cols,
+        scale=_element(scale),
+        scale_at=scale.offset,
+        scale_rows=scale_rows,
+        group=group,
+    )
+
+
+def _int_operand(codec: PackedInt, words: Param, scale: Param, cols: int, group: int) -> Operand:
+    rows, width = words.shape
+    return Operand(
+        kind="int4" if codec.bits == 4 else "uint8",
+        element="int32",
+        rows=rows,
+        cols=cols,
+        at=words.offset,
+        row_stride=width,
+        scale=_element(scale),
+        scale_at=scale.offset,
+        scale_rows=rows if codec.group is None and scale.shape[:1] != (rows,) else 1,
+        group=group,
+    )
 
 
 def _by_name(layout: ExpertLayout) -> dict[str, Param]:

@@ -1,9 +1,13 @@
-"""The bitwise kernel: one expert on its tokens with the operators, and in the order, that stock transformers uses.
+"""The bitwise kernel: one expert on its tokens, by the operators of stock transformers and in their order.
 
-What moves: the weights of one expert, once per call, through the device's memory; that bounds decoding. It computes
-what transformers' `eager` and `grouped_mm` implementations compute (integrations/moe.py, 5.23): linear, gate, linear,
-then weight and one sum per token in router order. Must never depend on what was cached or on how experts were grouped
-into waves: partial sums per wave are not bit-equal in bf16 (6e-2 apart, measured)."""
+It computes what transformers' `eager` and `grouped_mm` implementations compute (integrations/moe.py, 5.23): linear,
+gate, linear; then the rows are weighted, and summed once per token in router order.
+
+Moves: the weights of one expert, once per call, through the device's memory.
+Bound: that memory's bandwidth, in decoding.
+Must never: depend on what was cached, or on the waves. Partial sums per wave are not bit-equal in bf16: measured, they
+differ by 6e-2.
+"""
 
 from __future__ import annotations
 
@@ -16,36 +20,38 @@ import torch.nn.functional as F
 from offmoe.compute.kernels.autocast import autocast_enabled, without_autocast
 
 ExpertMath = Callable[[Mapping[str, torch.Tensor], torch.Tensor], torch.Tensor]
-"""math(weights of one expert by name, x [n, H]) -> [n, H]: what an architecture's experts compute.
+"""math(weights of one expert by name, x [n, H]) -> rows [n, H]: the function that an architecture's experts compute.
 
-All of one dtype, unless torch.autocast is enabled: then x may have another dtype than the weights, and so may the rows.
+Weights, x and rows have one dtype. Under torch.autocast, x and the rows may have another one than the weights.
 """
 
-
 WaitFor = Callable[[str, int, int], object]
-"""wait(name, start, end): until bytes [start, end) of a parameter are in the slot."""
+"""wait(name, start, end): return once bytes [start, end) of a parameter are in the slot."""
 BLOCK_BYTES = 4 << 20
-"""Of the weights that are computed with at once while an expert arrives: some 0.5 ms of computing."""
+"""Bytes of weights that are computed with at once while an expert arrives: about 0.5 ms of computing."""
 BLOCK_ROWS = 64
-"""Blocks are of so many rows, or of a multiple: in fp32, four rows more or less do change the bits."""
+"""Rows of a block, or a divisor of them. In fp32, blocks that differ by four rows differ in their bits."""
 
 
 @dataclass(frozen=True)
 class GatedFFN:
-    """The math of transformers' registry, as its implementations read it off an experts module.
-
-    up, down: names of the weights. activate: [n, 2I] (gated, as its module splits it) or [n, I] -> [n, I]. transposed:
-    weights are [in, out]. autocasts: its products follow torch.autocast, as F.linear and torch.mm do; those of the
-    registry do not, since grouped_mm casts its input to the dtype of the weights instead.
-    """
+    """The math of the experts in transformers' registry."""
 
     up: str
+    """Name of the first weight, [I, H], or [2I, H] for gate and up in one."""
     activate: Callable[[torch.Tensor], torch.Tensor]
+    """The module's own function between the products: [n, 2I] or [n, I] -> [n, I]."""
     biased: bool = False
+    """Each weight has a bias, called as the weight with "_bias" behind it."""
     transposed: bool = False
+    """Weights are [in, out]."""
     normalize: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """Applied to the rows at the end."""
     down: str = "down_proj"
+    """Name of the second weight, [H, I]."""
     autocasts: bool = False
+    """Products follow torch.autocast, as F.linear and torch.mm do. Those of the registry do not: grouped_mm casts its
+    input to the dtype of the weights instead."""
 
     def __call__(self, weights: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         def product(name: str, x: torch.Tensor) -> torch.Tensor:
@@ -59,10 +65,11 @@ class GatedFFN:
         return self._through(uncast if autocast else product, weights, x)
 
     def as_it_arrives(self, weights: Mapping[str, torch.Tensor], x: torch.Tensor, wait: WaitFor) -> torch.Tensor:
-        """The same of one token, x [1, H], every block of rows as soon as it is there; weights must not be transposed.
+        """The same for one token, x [1, H], each block of a weight's rows as soon as it has arrived.
 
-        With torch 2.13 on a CPU, one row by some rows of a matrix has the bits that it has by all of them (bf16, fp16,
-        fp32, seven shapes, one and two threads). That is torch's doing: whoever relies on it checks it.
+        With torch 2.13 on a CPU, the product with some rows of a matrix has the bits of the product with all of them
+        (bf16, fp16, fp32; seven shapes; one and two threads). torch does not promise that, so the caller compares.
+        Weights must not be transposed.
         """
         assert not self.transposed
         assert len(x) == 1
@@ -91,7 +98,7 @@ class GatedFFN:
         h = product(self.up, x)
         if self.biased:
             h = h + weights[self.up + "_bias"]
-        h = product(self.down, self.activate(h))  # of [n, I]
+        h = product(self.down, self.activate(h))  # [n, I] -> [n, H]
         if self.biased:
             h = h + weights[self.down + "_bias"]
         return h if self.normalize is None else self.normalize(h)
@@ -100,24 +107,24 @@ class GatedFFN:
 def expert_ffn(
     math: ExpertMath, weights: Mapping[str, torch.Tensor], x: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """One expert on its tokens: x [n, H] -> [n, H]. Weights are cast to `dtype`, as loading would have done."""
+    """One expert on its tokens: x [n, H] -> [n, H]. Weights are cast to `dtype`, as loading them would have done."""
     if any(w.dtype != dtype for w in weights.values()):
         weights = {name: w.to(dtype) for name, w in weights.items()}
     return math(weights, x)
 
 
 def combine(rows: torch.Tensor, top_k_weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Weight and reduce once: rows [T * k, H] in router order, top_k_weights [T, k] -> [T, H]."""
+    """Weight the rows and sum them once per token: rows [T * k, H] in router order, top_k_weights [T, k] -> [T, H]."""
     tokens, k = top_k_weights.shape
     weighted = rows * top_k_weights.reshape(-1, 1)  # [T * k, H]
     return weighted.view(tokens, k, -1).sum(dim=1).to(dtype)
 
 
 def accumulate(weighted: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Reduce as a loop over experts with `index_add_` does: weighted rows [T * k, H], ids [T, k] -> [T, H] in `dtype`.
+    """Sum weighted rows as a loop over experts with `index_add_` does: [T * k, H], ids [T, k] -> [T, H] in `dtype`.
 
-    Per token, the rows are added one after the other in ascending order of ids, each sum rounded to `dtype`: not the
-    one sum of `combine`. A row with a negative id is nobody's and adds nothing, whatever stands in it.
+    Per token, the rows are added one by one in ascending order of ids, and each sum is rounded to `dtype`; `combine`
+    rounds once. A row with a negative id adds nothing, whatever it holds.
     """
     tokens, k = ids.shape
     order = ids.argsort(dim=1, stable=True)  # [T, k]

@@ -1,1 +1,1 @@
-"""C sources of the CPU kernels, what compiles them (build.py), and the library that an installation compiled."""
+"""C sources of the CPU kernels, build.py that compiles them, and the library that an installation compiled."""

@@ -1,8 +1,8 @@
 """Compile the CPU kernels: every variant with the flags of its instruction set, linked into one shared library.
 
-Used by setup.py when the package is built and by tests; needs nothing but a C compiler and the standard library, and
-imports nothing of offmoe. A variant that the compiler does not know is left out, the library says which it has. The
-library carries a digest of its sources, so that one that does not belong to them is never used.
+setup.py uses it when the package is built, and so do tests. It needs a C compiler and the standard library, and imports
+nothing of offmoe. Variants that the compiler does not know are omitted; the library lists those that it has. It carries
+a digest of its sources, so that a library built from other sources is never used.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent
 LIBRARY = SOURCES / "kernels.so"
-"""Where an installation has its library; ctypes takes this name on macOS too."""
+"""Path of an installation's library. ctypes accepts this name on macOS too."""
 
 COMMON_FLAGS = (
     "-std=gnu11",
@@ -29,17 +29,16 @@ COMMON_FLAGS = (
     "-Wextra",
 )
 GCC_FLAGS = ("-fno-tree-coalesce-vars",)
-"""Where the compiler has them. With it GCC 12 keeps sums in their registers; without, a third of the instructions of a
-kernel's inner loop are moves between registers.
-"""
+"""Used if the compiler knows them. Without this one, GCC 12 spends a third of the instructions of a kernel's inner loop
+on moves between registers."""
 
 X86_FLAGS = ("-march=x86-64",)
-"""Whatever the compiler was set up to make by default: only the variants, chosen by what a processor has, take more."""
+"""The baseline, whatever the compiler's default is. Only the variants, chosen by the processor, need more."""
 
 AVX2_FLAGS = ("-O3", "-mavx2", "-mfma", "-mf16c")
 AVX512_FLAGS = (*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
 EXACT_FLAGS = ("-ffp-contract=off",)
-"""Of the encoder, whose every operation rounds as torch's does."""
+"""For the encoder: each of its operations rounds as torch's does."""
 
 REQUIRED = {
     "portable.c": ("-O2", "-Wno-psabi"),
@@ -55,13 +54,13 @@ VARIANTS = {
     "encode_avx2.c": (*AVX2_FLAGS, *EXACT_FLAGS),
     "encode_avx512.c": (*AVX512_FLAGS, *EXACT_FLAGS),
 }
-"""Of x86-64. vnni256 is avxvnni's code in the encoding that AVX-512 processors have."""
+"""Variants for x86-64. vnni256 is the code of avxvnni in the encoding of AVX-512 processors."""
 
 COMPILERS = ("cc", "gcc", "clang")
 
 
 class BuildError(Exception):
-    """There is no compiler, or it failed; the message says which and how."""
+    """There is no compiler, or it failed; the message says which one, and why."""
 
 
 def find_compiler() -> str | None:
@@ -70,7 +69,7 @@ def find_compiler() -> str | None:
 
 
 def sources_digest() -> str:
-    """What a library built from these sources for this kind of machine answers when asked for its sources."""
+    """The digest that a library of these sources for this kind of machine carries."""
     digest = hashlib.sha256(f"{platform.system()} {platform.machine()}".encode())
     for path in sorted([*SOURCES.glob("*.c"), *SOURCES.glob("*.h"), Path(__file__)]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -78,9 +77,10 @@ def sources_digest() -> str:
 
 
 def build(library: Path = LIBRARY, compiler: str | None = None) -> None:
-    """Write `library`, complete or not at all, unless it is there and of these sources.
+    """Write `library`, completely or not at all, unless it exists and was built from these sources.
 
-    BuildError if there is no compiler, or it refuses the portable part.
+    Raises:
+        BuildError: there is no compiler, or it refuses the portable part.
     """
     if library.exists() and sources_digest().encode() in library.read_bytes():
         return
@@ -98,10 +98,10 @@ def build(library: Path = LIBRARY, compiler: str | None = None) -> None:
         known_flags += X86_FLAGS if x86 else ()
 
         def compile_one(source: str, *flags: str) -> Path | str:
-            """The object, or what the compiler said."""
+            """The object file, or the compiler's error message."""
             out = Path(folder, source).with_suffix(".o")
-            said = _run(compiler, *COMMON_FLAGS, *known_flags, *flags, "-c", str(SOURCES / source), "-o", str(out))
-            return out if said is None else said
+            error = _run(compiler, *COMMON_FLAGS, *known_flags, *flags, "-c", str(SOURCES / source), "-o", str(out))
+            return out if error is None else error
 
         with ThreadPoolExecutor(2) as pool:
             required = {name: pool.submit(compile_one, name, *flags) for name, flags in REQUIRED.items()}
@@ -116,14 +116,14 @@ def build(library: Path = LIBRARY, compiler: str | None = None) -> None:
                 raise BuildError(f"{compiler} does not compile {name}: {done}")
             objects.append(done)
         whole = Path(folder, library.name)
-        said = _run(compiler, "-shared", "-o", str(whole), *map(str, objects), "-lpthread")
-        if said is not None:
-            raise BuildError(f"{compiler} does not link the kernels: {said}")
+        error = _run(compiler, "-shared", "-o", str(whole), *map(str, objects), "-lpthread")
+        if error is not None:
+            raise BuildError(f"{compiler} does not link the kernels: {error}")
         whole.replace(library)
 
 
 def _run(*command: str) -> str | None:
-    """What a failed command said, or None."""
+    """The error message of a failed command; None if it succeeded."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     except OSError as error:

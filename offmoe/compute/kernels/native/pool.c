@@ -1,9 +1,9 @@
 /* A few threads that share the tasks of one call at a time.
  *
- * Cores may be busy with somebody else's work, and then a thread can lose its core for milliseconds. So nothing is split
- * beforehand: who has a core takes the next task, the caller works too, and no thread is waited for that holds no task.
- * A thread that waits spins for some microseconds, which is about what the tail of a task takes, and then sleeps.
- * OpenMP's static split with spinning barriers is 5 times slower than one thread there (kernels.md A.2).
+ * Other processes may use the cores, and a thread can lose its core for milliseconds. So tasks are not assigned in
+ * advance: a thread that has a core takes the next task, the caller works too, and the call waits only for threads that
+ * hold a task. A thread without work spins for some microseconds, about the length of a task's tail, and then sleeps.
+ * On busy cores, OpenMP's static split with spinning barriers is 5 times slower than one thread (docs/design/kernels.md).
  */
 #include <pthread.h>
 #include <stdatomic.h>

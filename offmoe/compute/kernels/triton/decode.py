@@ -1,10 +1,11 @@
-"""Few tokens: every (token, expert) pair reads its expert's weights once, as fast as memory gives them.
+"""Few tokens: every (token, expert) pair reads its expert's weights once.
 
-What moves: the bytes of the chosen experts, from their slots to registers, dequantized there; one launch for gate, up
-and activation, one for down, over all pairs of a layer. Device memory bounds both. Pairs are the fastest axis of the
-grid, so programs that want the same rows of one expert run at the same time and share them in the L2 cache.
+One launch computes gate, up and activation, another one down, over all pairs of a layer. Pairs are the fastest axis of
+the grid, so programs that read the same rows of one expert run at the same time and share them in the L2 cache.
 
-What it must never do: write a row of another pair.
+Moves: the bytes of the chosen experts from their slots to registers, where they are dequantized.
+Bound: the device's memory bandwidth.
+Must never: write a row of another pair.
 """
 
 import triton
@@ -25,17 +26,17 @@ from offmoe.compute.kernels.triton.elements import (
 
 @triton.jit
 def inputs(x, at, i: tl.constexpr, W: tl.constexpr, BW: tl.constexpr):
-    """What weight i of elements `at` [BW] is multiplied with: float32 [BW], 0 beyond the end."""
+    """The inputs that weight i of elements `at` [BW] is multiplied with: float32 [BW], 0 beyond the end."""
     if W.width % BW == 0:
-        found = tl.load(x + at * W.values + i)
+        value = tl.load(x + at * W.values + i)
     else:
-        found = tl.load(x + at * W.values + i, mask=at < W.width, other=0.0)
-    return in_half_units(found.to(tl.float32), W)
+        value = tl.load(x + at * W.values + i, mask=at < W.width, other=0.0)
+    return in_half_units(value.to(tl.float32), W)
 
 
 @triton.jit
 def settled(part, total, slot, W: tl.constexpr, rows, groups):
-    """part [BN, BW]: sums of lane * input; total [BW]: of inputs. -> what the weights themselves would have given."""
+    """The sums [BN, BW] of weight * input, from `part` [BN, BW], sums of lane * input, and `total` [BW], of inputs."""
     if W.has_offset:
         part -= offsets(slot, W, rows, groups) * total[None, :]
     if W.kind != "float":
@@ -85,10 +86,10 @@ def gate_up_rows(
         groups = group_of(first, at, GATE, BW)
         gate_sum += settled(gate_part, total, slot, GATE, gate_rows, groups)
         up_sum += settled(up_part, total, slot, UP, up_rows, groups)
-    made_gate = tl.sum(gate_sum, axis=1) + bias(slot, GATE, gate_rows)
-    made_up = tl.sum(up_sum, axis=1) + bias(slot, UP, up_rows)
+    whole_gate = tl.sum(gate_sum, axis=1) + bias(slot, GATE, gate_rows)
+    whole_up = tl.sum(up_sum, axis=1) + bias(slot, UP, up_rows)
     row = block * BN + tl.arange(0, BN)
-    tl.store(h + pair.to(tl.int64) * GATE.rows + row, activate(made_gate, made_up, GLU), mask=row < GATE.rows)
+    tl.store(h + pair.to(tl.int64) * GATE.rows + row, activate(whole_gate, whole_up, GLU), mask=row < GATE.rows)
 
 
 @triton.jit
@@ -99,7 +100,7 @@ def down_rows(slab, places, h, out, DOWN: tl.constexpr, BN: tl.constexpr, BW: tl
     slot = slab + tl.load(places + pair).to(tl.int64) * 256
     h += pair.to(tl.int64) * DOWN.cols
     rows = row_numbers(block * BN, DOWN, BN)
-    made = tl.zeros([BN, BW], dtype=tl.float32)
+    sums = tl.zeros([BN, BW], dtype=tl.float32)
     for first in range(0, DOWN.width, BW):
         at = first + tl.arange(0, BW)
         down = elements(slot, DOWN, rows, at, BW)
@@ -109,7 +110,7 @@ def down_rows(slab, places, h, out, DOWN: tl.constexpr, BN: tl.constexpr, BW: tl
             value = inputs(h, at, i, DOWN, BW)
             part += lane(down, i, DOWN) * value[None, :]
             total += value
-        made += settled(part, total, slot, DOWN, rows, group_of(first, at, DOWN, BW))
+        sums += settled(part, total, slot, DOWN, rows, group_of(first, at, DOWN, BW))
     row = block * BN + tl.arange(0, BN)
-    value = tl.sum(made, axis=1) + bias(slot, DOWN, rows)
+    value = tl.sum(sums, axis=1) + bias(slot, DOWN, rows)
     tl.store(out + pair.to(tl.int64) * DOWN.rows + row, value.to(out.dtype.element_ty), mask=row < DOWN.rows)

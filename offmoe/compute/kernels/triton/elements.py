@@ -1,10 +1,8 @@
 """Blocks of a weight as they stand in a slot, and the numbers in them; shared by all kernels.
 
-What moves: elements (bf16 and other floats, FP8 bytes, or int32 words of 4 or 8 weights) from the slot to registers.
-Memory bounds decoding, but not by much: a GPU of 3.3 TB/s and 132 multiprocessors brings 30 int4 weights per clock to
-each, which has 128 lanes. So a weight costs three instructions: its bits are shifted and masked into the mantissa or
-exponent of a float32 (no conversion, which has a fraction of that rate), and the offset and power of two that this
-leaves are taken out once per group, not once per weight.
+A weight costs three instructions: its bits are shifted and masked into the mantissa or exponent of a float32. A
+conversion instruction would have a fraction of that rate. The offset and the power of two that remain are taken out
+once per group:
 
     int4    16 + nibble           in the four high bits of the mantissa of 16.0
     int8    384 + value           the byte, its sign flipped, in the eight high bits of the mantissa of 256.0
@@ -12,7 +10,10 @@ leaves are taken out once per group, not once per weight.
     mxfp4   value * 2**-126       E2M1 as float32: same fields, subnormals included, another bias
     fp8     value * 2**-120       E4M3 alike; its NaN, 0x7F, reads as 480
 
-What it must never do: read outside a weight, except masked.
+Moves: elements (floats, FP8 bytes, or int32 words of 4 or 8 weights) from the slot to registers.
+Bound: the device's memory, but not by much: a GPU of 3.3 TB/s with 132 multiprocessors of 128 lanes brings 30 int4
+weights per clock to each multiprocessor.
+Must never: read outside a weight, except masked.
 """
 
 import triton
@@ -58,8 +59,8 @@ def lane(block, i: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def in_half_units(value, W: tl.constexpr):
-    """float32 times the square root of the power of two that `lane` leaves out. Scales are multiplied by one half of
-    it, inputs or weights by the other, since all of it at once can overflow.
+    """float32 times the square root of the power of two that `lane` omits. Scales get one factor, inputs or weights the
+    other: both at once can overflow.
     """
     if W.kind == "mxfp4":
         value *= 9223372036854775808.0  # 2**63
@@ -82,7 +83,7 @@ def group_of(first, at, W: tl.constexpr, BW: tl.constexpr):
 
 @triton.jit
 def grouped(slot, W: tl.constexpr, AT: tl.constexpr, ELEMENT: tl.constexpr, rows, groups):
-    """What a parameter with one value per row and group holds: [BN, n] for `groups` [n]."""
+    """The values [BN, n] of a parameter with one value per row and group, for `groups` [n]."""
     base = (slot + AT).to(tl.pointer_type(tl.dtype(ELEMENT)), bitcast=True)
     if W.tiled:
         where = (rows // TILE_ROWS * (W.groups * TILE_ROWS) + rows % TILE_ROWS)[:, None] + groups[None, :] * TILE_ROWS
@@ -94,15 +95,15 @@ def grouped(slot, W: tl.constexpr, AT: tl.constexpr, ELEMENT: tl.constexpr, rows
 @triton.jit
 def scales(slot, W: tl.constexpr, rows, groups):
     """Scales, in half units: float32 [BN, n]."""
-    found = grouped(slot, W, W.scale_at, W.scale, rows, groups)
+    scale = grouped(slot, W, W.scale_at, W.scale, rows, groups)
     if W.scale == "uint8":  # exponents of two; 0 is 2**-127, which is subnormal
-        found = tl.maximum(found.to(tl.int32) << 23, 1 << 22).to(tl.float32, bitcast=True)
-    return in_half_units(found.to(tl.float32), W)
+        scale = tl.maximum(scale.to(tl.int32) << 23, 1 << 22).to(tl.float32, bitcast=True)
+    return in_half_units(scale.to(tl.float32), W)
 
 
 @triton.jit
 def offsets(slot, W: tl.constexpr, rows, groups):
-    """What `lane` of a weight that is zero gives: float32 [1, 1], or [BN, n] where there are zero points."""
+    """The value of `lane` for a weight of zero: float32 [1, 1], or [BN, n] where there are zero points."""
     if W.values == 4:
         zero = tl.full([1, 1], 384.0, tl.float32)
     elif W.zero_at < 0:
@@ -133,13 +134,13 @@ def bias(slot, W: tl.constexpr, rows):
 
 @triton.jit
 def activate(gate, up, GLU: tl.constexpr):
-    """`offmoe.compute.kernels.cpu.Glu` on float32; comparisons keep what is not a number."""
+    """`offmoe.compute.kernels.cpu.Glu` on float32; comparisons keep NaN."""
     if GLU.kind == "silu":
-        made = gate * tl.sigmoid(gate) * up
+        inner = gate * tl.sigmoid(gate) * up
     elif GLU.kind == "gelu_tanh":  # (1 + tanh(y)) / 2 is sigmoid(2 y)
-        made = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)) * up
+        inner = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)) * up
     else:
         gate = tl.where(gate > GLU.limit, GLU.limit, gate)
         up = tl.where(up > GLU.limit, GLU.limit, tl.where(up < -GLU.limit, -GLU.limit, up))
-        made = gate * tl.sigmoid(GLU.alpha * gate) * (up + 1)
-    return made
+        inner = gate * tl.sigmoid(GLU.alpha * gate) * (up + 1)
+    return inner

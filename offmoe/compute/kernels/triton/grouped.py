@@ -1,11 +1,12 @@
-"""Many tokens: a matrix product per expert over the tokens that chose it, on tensor cores.
+"""Many tokens: one matrix product per expert over the tokens that chose it, on tensor cores.
 
-What moves: per block of up to BM tokens of one expert, that expert's weights once, dequantized in registers to the
-dtype of the inputs and rounded as loading them dequantized would have; arithmetic bounds it from some tens of tokens
-per expert on. Inputs stand lane by lane, [rows, weights per element, elements]: then the numbers that the i-th weights
-of consecutive words meet are consecutive too, and words are taken apart without moving anything between threads.
+Weights are dequantized in registers to the dtype of the inputs, and rounded as a dequantized checkpoint would be.
+Inputs stand lane by lane, [rows, weights per element, elements]: the inputs of the i-th weights of consecutive words
+are then consecutive too, and words are taken apart without exchanges between threads.
 
-What it must never do: let one expert's tokens meet another's weights, which blocks that cross an end would.
+Moves: an expert's weights from its slot to registers, once per block of up to BM of its tokens.
+Bound: arithmetic, from some tens of tokens per expert on.
+Must never: multiply one expert's tokens with another's weights. No block crosses the end of an expert's tokens.
 """
 
 import triton
@@ -37,7 +38,8 @@ def weights(block, i: tl.constexpr, slot, W: tl.constexpr, rows, groups, like):
 
 @triton.jit
 def inputs(x, row, inside, at, i: tl.constexpr, W: tl.constexpr, BW: tl.constexpr):
-    """What weight i of elements `at` is multiplied with: [BM, BW] of x's dtype, 0 past the last token or element."""
+    """The inputs that weight i of elements `at` is multiplied with: [BM, BW] of x's dtype, 0 past the last token or
+    element."""
     where = (row * W.cols + i * W.width)[:, None] + at[None, :]
     mask = inside[:, None]
     if W.width % BW != 0:
@@ -88,10 +90,10 @@ def gate_up_blocks(
             up_weights = weights(up, i, slot, UP, up_rows, groups, x)
             gate_sum = tl.dot(value, tl.trans(gate_weights), gate_sum, input_precision="ieee")
             up_sum = tl.dot(value, tl.trans(up_weights), up_sum, input_precision="ieee")
-    made = activate(gate_sum + bias(slot, GATE, gate_rows)[None, :], up_sum + bias(slot, UP, up_rows)[None, :], GLU)
+    inner = activate(gate_sum + bias(slot, GATE, gate_rows)[None, :], up_sum + bias(slot, UP, up_rows)[None, :], GLU)
     row = first_row + tl.arange(0, BN)
     where = (place.to(tl.int64) * DOWN.cols)[:, None] + (row % DOWN.values * DOWN.width + row // DOWN.values)[None, :]
-    tl.store(h + where, made.to(h.dtype.element_ty), mask=inside[:, None] & (row < GATE.rows)[None, :])
+    tl.store(h + where, inner.to(h.dtype.element_ty), mask=inside[:, None] & (row < GATE.rows)[None, :])
 
 
 @triton.jit
@@ -105,7 +107,7 @@ def down_blocks(
     BN: tl.constexpr,
     BW: tl.constexpr,
 ):
-    """out [pairs in order, H] = h times down; h as `gate_up_blocks` makes it. grid: (blocks, blocks of BN rows)."""
+    """out [pairs in order, H] = h times down; h as `gate_up_blocks` gives it. grid: (blocks, blocks of BN rows)."""
     VALUES: tl.constexpr = DOWN.values
     block = blocks + tl.program_id(0) * 3
     slot = slab + tl.load(block).to(tl.int64) * 256
@@ -113,7 +115,7 @@ def down_blocks(
     inside = place < tl.load(block + 2)
     first_row = tl.program_id(1) * BN
     rows = row_numbers(first_row, DOWN, BN)
-    made = tl.zeros([BM, BN], dtype=tl.float32)
+    sums = tl.zeros([BM, BN], dtype=tl.float32)
     for first in range(0, DOWN.width, BW):
         at = first + tl.arange(0, BW)
         down = elements(slot, DOWN, rows, at, BW)
@@ -121,8 +123,8 @@ def down_blocks(
         for i in tl.static_range(VALUES):
             value = inputs(h, place.to(tl.int64), inside, at, i, DOWN, BW)
             down_weights = weights(down, i, slot, DOWN, rows, groups, h)
-            made = tl.dot(value, tl.trans(down_weights), made, input_precision="ieee")
-    made += bias(slot, DOWN, rows)[None, :]
+            sums = tl.dot(value, tl.trans(down_weights), sums, input_precision="ieee")
+    sums += bias(slot, DOWN, rows)[None, :]
     row = first_row + tl.arange(0, BN)
     where = (place.to(tl.int64) * DOWN.rows)[:, None] + row[None, :]
-    tl.store(out + where, made.to(out.dtype.element_ty), mask=inside[:, None] & (row < DOWN.rows)[None, :])
+    tl.store(out + where, sums.to(out.dtype.element_ty), mask=inside[:, None] & (row < DOWN.rows)[None, :])
