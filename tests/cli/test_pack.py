@@ -63,7 +63,7 @@ def test_refusals(offmoe: Run, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     refused(2, "not text in UTF-8", "demo", tmp_path / "out", "--perplexity", tmp_path / "bytes")
     (tmp_path / "empty").write_text("")
-    refused(2, "perplexity needs two at least", "demo", tmp_path / "out", "--perplexity", tmp_path / "empty")
+    refused(2, "perplexity needs at least two", "demo", tmp_path / "out", "--perplexity", tmp_path / "empty")
     assert not (tmp_path / "out").exists()
 
 

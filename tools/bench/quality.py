@@ -4,7 +4,7 @@ The demo model runs in float32, so that only the weights differ. The text is qua
 training held out (tools/train_demo.py, every fiftieth): the King James Bible, statements of Metamath's set.mm, the
 Jargon File and the Devil's Dictionary, all in the public domain (set.mm: CC0). Scoring is that of
 offmoe/measure/perplexity.py, with windows of 512 tokens. int4 is in groups of 64. "rtn" rounds to nearest with
-symmetric absmax scales, without the search of offmoe/pack/quantizer.py.
+symmetric absmax scales, without the search of offmoe/pack/fit.py.
 
 The perplexity of a small text moves by chance too, in either direction. The divergence from the native model does not,
 and is more reliable.
