@@ -35,7 +35,8 @@ def test_help_of_verbs(offmoe: Run, verb: str) -> None:
 def test_version_is_that_of_the_package(offmoe: Run) -> None:
     assert offmoe("--version").out == f"offmoe {package.__version__}\n"
     project = Path(__file__).parents[2] / "pyproject.toml"
-    assert f'version = "{package.__version__}"' in project.read_text()
+    assert 'version = { attr = "offmoe.__version__" }' in project.read_text(), "there is one version"
+    assert f'__version__ = "{package.__version__}"' in Path(package.__file__).read_text()
 
 
 @pytest.mark.parametrize("verb", NOT_BUILT)
