@@ -1,21 +1,21 @@
-"""The exceptions a user can meet; every message says what happened and what to do about it.
+"""The exceptions that a user can meet. Every message says what happened and what to do about it.
 
-OffmoeError                  anything offmoe raises on purpose                 exit status 1
+OffmoeError                  base of all errors below                          exit status 1
 ├── ConfigError              an option or its value cannot be used             exit status 2
-├── CheckpointError          the files of the model are not what they claim
+├── CheckpointError          the model's files are damaged or contradictory
 │   ├── MissingTensorError   a tensor or shard that the model needs is absent
 │   ├── UnsupportedModelError the architecture or format is not one offmoe runs
 │   └── ShardChangedError    a shard was replaced or truncated while in use
-├── CapacityError            it does not fit: memory, slots or context
+├── CapacityError            the model does not fit: memory, slots or context
 ├── TransferError            moving an expert failed (disk, pinning, copy)
 └── TraceError               a routing trace cannot be read, or does not fit
 
-Asserts are for offmoe's own bugs, these for the user's world.
+Bugs of offmoe itself show as assertions instead.
 """
 
 
 class OffmoeError(Exception):
-    """Base of all errors raised on purpose. `exit_status` is what the command line ends with."""
+    """Base of all errors that offmoe raises on purpose. `exit_status` is the exit status of the command line."""
 
     exit_status = 1
 
@@ -31,7 +31,7 @@ class CheckpointError(OffmoeError):
 
 
 class MissingTensorError(CheckpointError):
-    """A tensor or a shard that the model needs is not there."""
+    """A tensor or a shard that the model needs is absent."""
 
 
 class UnsupportedModelError(CheckpointError):
@@ -43,23 +43,25 @@ class ShardChangedError(CheckpointError):
 
 
 class CapacityError(OffmoeError):
-    """It does not fit; the message carries the numbers and the smallest that would work."""
+    """The model does not fit. The message has the sizes and the smallest that would work."""
 
 
 class TransferError(OffmoeError):
-    """Moving an expert failed; raised where the expert is needed."""
+    """Moving an expert failed. Raised when the expert is needed."""
 
 
 class TraceError(OffmoeError):
-    """A routing trace is unreadable or does not match what it is used with."""
+    """A routing trace is unreadable, or of another model than it is used with."""
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: Python's own, torch's on a device (by name: torch may not be loaded),
-    or a RuntimeError, which is what torch raises on a CPU and Python for a thread.
+    """Whether an error means that memory ran out.
+
+    That is Python's MemoryError, torch's OutOfMemoryError (told by its name, since torch may not be imported), or a
+    RuntimeError with the text of torch's CPU allocator or of Python's thread start.
     """
     names = {cls.__name__ for cls in type(error).__mro__}
-    said = ("can't allocate memory", "can't start new thread")
+    texts = ("can't allocate memory", "can't start new thread")
     return bool(names & {"MemoryError", "OutOfMemoryError"}) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in said)
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
     )

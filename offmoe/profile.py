@@ -1,8 +1,9 @@
-"""Profiles: what was tuned and what was measured, in one JSON file, so that a run needs no options.
+"""Profiles: tuned options and measured costs in one JSON file, so that a run needs no options.
 
-{"cache": {cache options}, "costs": {measured costs}, "expected": {what the tuned cache did on its trace}}, every part
-optional. `offmoe tune` writes "cache", `offmoe calibrate` "costs". Nothing moves and nothing decides here: an explicit
-option wins over a profile, a profile over a default, and config.py applies that."""
+{"cache": {cache options}, "costs": {measured costs}, "expected": {what the tuned cache did on its trace}}; every part
+is optional. `offmoe tune` writes "cache" and `offmoe calibrate` writes "costs". An option that is given wins over a
+profile, and a profile over a default; config.py applies that.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +29,21 @@ DEFAULT_HANDOFF_US = 50.0
 
 @dataclass(frozen=True)
 class MissCosts:
-    """What decides between fetching a missed expert and computing it on the host, microseconds; of a device with memory
-    of its own. ConfigError naming a value that cannot be.
+    """Times to weigh fetching a missed expert against computing it on the host, for a device with memory of its own.
 
-    link_us: one expert (the model's largest) to the device. read_us: from disk into RAM. host_us: computed on the CPU
-    for one token; host_shared_us: the same while the link takes its share of RAM's bandwidth; host_token_us: every
-    further token. device_us: computed on the device. handoff_us: activations to the host and results back, once per
-    layer.
+    All values are microseconds for one expert, the model's largest.
+
+    Args:
+        link_us: Copying it from RAM to the device.
+        read_us: Reading it from disk into RAM.
+        host_us: Computing it on the CPU for one token.
+        host_shared_us: The same while the link uses its share of RAM's bandwidth.
+        host_token_us: Computing it on the CPU for every further token.
+        device_us: Computing it on the device.
+        handoff_us: Copying activations to the host and results back, once per layer.
+
+    Raises:
+        ConfigError: A value is no number of microseconds.
     """
 
     link_us: float
@@ -53,8 +62,10 @@ class MissCosts:
 
     @classmethod
     def assumed(cls, expert_bytes: int) -> MissCosts:
-        """Where nothing was measured: a link of 24 GB/s (PCIe 4 x16), a disk of 3, a CPU that takes in 30 GB/s alone
-        and 20 beside the link and computes 200 GFLOP/s on two-byte weights, a device of 500 GB/s.
+        """Times to assume where nothing was measured.
+
+        They stand for a link of 24 GB/s (PCIe 4 x16), a disk of 3 GB/s, a CPU that reads weights at 30 GB/s (20 GB/s
+        while the link is busy) and computes 200 GFLOP/s on two-byte weights, and a device that reads 500 GB/s.
         """
 
         def us(gb_s: float) -> float:
@@ -63,24 +74,33 @@ class MissCosts:
         return cls(us(24), us(3), us(30), us(20), us(200), us(500))
 
     def host_s(self, tokens: Iterable[int], link_busy_us: float, scale: float) -> float:
-        """Seconds until the host has computed experts with so many tokens each, the link being busy at first."""
+        """Seconds until the host has computed one expert per entry of `tokens`; the link is busy for link_busy_us."""
         alone = sum([self.host_us + (n - 1) * self.host_token_us for n in tokens]) * scale
         slowed = self.host_us / self.host_shared_us if self.host_shared_us else 1.0
-        beside = min(alone, link_busy_us * slowed)
-        return (self.handoff_us + (beside / slowed if slowed else 0.0) + alone - beside) * 1e-6
+        overlapped = min(alone, link_busy_us * slowed)
+        return (self.handoff_us + (overlapped / slowed if slowed else 0.0) + alone - overlapped) * 1e-6
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """What moving and computing costs on one machine with one model; ConfigError naming a value that cannot be.
+    """What moving and computing costs on one machine with one model. GB are 10^9 bytes; None means not measured.
 
-    disk_gb_s: reading experts, GB/s (10^9). h2d_gb_s: host to device; None: slots are in RAM, nothing is copied.
-    read_latency_us: of one fetch, beside its bytes. expert_us_device: one expert on one token. dense_us_per_token:
-    everything but the experts, all layers together. expert_us_host: one expert on one token on the CPU.
-    expert_us_host_4: on four tokens. expert_us_host_overlapped: on one token while experts are copied or read.
-    ram_gb_s: copies within RAM, which slots in RAM are filled by. expert_us_landed: the part of expert_us_device that
-    is left when all of a large expert has landed, estimated from its size, where computing begins before; None: all of
-    it. fetch_us: the time that one fetch takes from the computing thread beyond waiting; 0 unless a profile names it.
+    Args:
+        disk_gb_s: Reading experts from disk, GB/s.
+        expert_us_device: Computing one expert for one token on the device, microseconds.
+        dense_us_per_token: Computing everything but the experts, all layers together, microseconds per token.
+        h2d_gb_s: Copying from the host to the device, GB/s. None: slots are in RAM and nothing is copied.
+        read_latency_us: Time of one fetch that does not depend on its bytes.
+        ram_gb_s: Copies within RAM, GB/s; slots in RAM are filled by them.
+        expert_us_host: Computing one expert for one token on the CPU.
+        expert_us_host_4: The same for four tokens.
+        expert_us_host_overlapped: The same for one token while experts are read or copied.
+        expert_us_landed: Part of expert_us_device that remains when all of a large expert has landed, if computing
+            begins before; estimated from its size. None: all of it.
+        fetch_us: Time that one fetch takes from the computing thread, besides waiting. 0 unless a profile names it.
+
+    Raises:
+        ConfigError: A value is no number of its unit.
     """
 
     disk_gb_s: float
@@ -106,19 +126,18 @@ class CostModel:
                 raise ConfigError(f"costs: {f.name}={value!r} must be {least}.")
 
     def fetch_s(self, nbytes: int, *, read: bool = True) -> float:
-        """Seconds that one expert of `nbytes` occupies the slower of disk and link, which overlap; not `read`: the
-        link alone."""
+        """Seconds that one expert occupies the slower of disk and link, which overlap. read=False: the link alone."""
         if not read:
             return 0.0 if self.h2d_gb_s is None else nbytes / (self.h2d_gb_s * 1e9)
         slowest = self.disk_gb_s if self.h2d_gb_s is None else min(self.disk_gb_s, self.h2d_gb_s)
         return nbytes / (slowest * 1e9) + self.read_latency_us * 1e-6
 
     def landing_s(self, nbytes: int) -> float:
-        """Seconds that an expert needs from its buffer into a slot in RAM, while the next is read; 0 if unknown."""
+        """Seconds to copy an expert from its buffer into a slot in RAM while the next one is read; 0 if unknown."""
         return 0.0 if self.h2d_gb_s is not None or self.ram_gb_s is None else nbytes / (self.ram_gb_s * 1e9)
 
     def miss_costs(self, nbytes: int) -> MissCosts:
-        """Of experts of `nbytes`; what was not measured follows from what was, or is assumed."""
+        """The times for experts of `nbytes`. Times that were not measured follow from others or are assumed."""
         assumed = MissCosts.assumed(nbytes)
         link = assumed.link_us if self.h2d_gb_s is None else nbytes / self.h2d_gb_s / 1e3
         host = assumed.host_us if self.expert_us_host is None else self.expert_us_host
@@ -143,20 +162,20 @@ class CostModel:
         return cls(**values)  # type: ignore[arg-type]  # checked in __post_init__
 
     def to_dict(self) -> dict[str, object]:
-        """For JSON; what was not measured is left out."""
+        """Values for JSON, without those that were not measured."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A profile in memory. `cache` holds cache options by name, unchecked beyond their names."""
+    """A profile in memory. `cache` holds cache options by name; their values are checked when they are used."""
 
     cache: Mapping[str, object] = field(default_factory=dict)
     costs: CostModel | None = None
     expected: Mapping[str, object] = field(default_factory=dict)
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """As JSON, atomically; ConfigError when the path cannot be written."""
+        """Write the profile as JSON, whole or not at all; ConfigError if the path cannot be written."""
         parts = {
             "cache": dict(self.cache),
             "costs": None if self.costs is None else self.costs.to_dict(),
@@ -172,12 +191,12 @@ class Profile:
 
 
 def _lines(part: Mapping[str, object]) -> str:
-    """An object with a line for every value, lists included."""
+    """A JSON object with one line per value, lists included."""
     return "{\n" + ",\n".join(f'  "{name}": {json.dumps(value)}' for name, value in part.items()) + "\n }"
 
 
 def read_profile(path: str | os.PathLike[str]) -> Profile:
-    """A profile file, checked; ConfigError with the reason for anything that is not one."""
+    """Read and check a profile file; ConfigError with the reason if it is none."""
     name = f"profile={os.fspath(path)!r}"
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))

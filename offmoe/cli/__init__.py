@@ -1,8 +1,10 @@
 """The command line: `offmoe VERB ...`, the same as `python -m offmoe VERB ...`.
 
-Nothing heavy is imported before the verb is known: `offmoe --help` must start in under 0.3 s, and `simulate` never
-needs torch. This module turns every outcome into an exit status and at most one line on stderr: 0, 2 for a wrong
-option, 1 for any other error that a user can meet, 130 after Ctrl-C. Only offmoe's own bugs show a traceback.
+Each verb is the module of its name, with `parser()` and `run(args, out)`; a new verb is a new module and a line in
+VERBS. No library is imported before the verb is known: `offmoe --help` starts in under 0.3 s, and the verbs that only
+read traces never import torch. `main` turns every outcome into an exit status and at most one line on stderr: 0; 2 for
+an option that cannot be used; 1 for any other error that a user can meet; 130 after Ctrl-C. Only bugs of offmoe show a
+traceback.
 """
 
 from __future__ import annotations
@@ -17,16 +19,16 @@ from offmoe.cli.interrupt import CtrlC
 from offmoe.errors import CapacityError, ConfigError, OffmoeError, out_of_memory
 
 VERBS = {
-    "inspect": "what a model needs and what fits on this machine; reads headers, loads nothing",
+    "inspect": "show what a model needs and what fits on this machine; loads no weights",
     "generate": "continue a prompt, then show what the expert cache did",
-    "trace": "run prompts and record which experts every token asks for",
-    "report": "what a recorded routing says about the model: balance, specialization, memory; needs no torch",
+    "trace": "run prompts and record which experts every token uses",
+    "report": "describe a recorded routing: balance, specialization, memory; needs no torch",
     "tune": "find the best expert cache for a recorded routing and write it as a profile; needs no torch",
     "simulate": "replay a recorded routing trace under one cache configuration; needs no torch",
-    "bench": "time per token against the hardware's limits, and against accelerate's offload",
-    "pack": "quantize a model's experts once; writes a folder that loads like any model",
-    "calibrate": "measure what moving and computing a model costs on this machine; writes a profile",
-    "doctor": "what this machine can do: device, link, pinning, disk, versions; says what to change",
+    "bench": "measure time per token, against the hardware's limits and against accelerate",
+    "pack": "quantize a model's experts once, into a folder that loads like any model",
+    "calibrate": "measure what moving and computing a model costs on this machine; write a profile",
+    "doctor": "check this machine: device, link, pinning, disk, versions; say what to change",
 }
 NOT_BUILT = ("chat", "serve")
 
@@ -51,10 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ctrl_c.pressed or isinstance(error, KeyboardInterrupt):
             status = INTERRUPTED
         elif isinstance(error, BrokenPipeError):
-            status = 1  # the reader has gone: there is nobody to tell
+            status = 1  # the reader of stdout has closed it
         else:
             status = _complain(error)
-    if ctrl_c.pressed:  # also where a library swallowed the KeyboardInterrupt
+    if ctrl_c.pressed:  # also if a library swallowed the KeyboardInterrupt
         status = INTERRUPTED
         _say("interrupted")
     _discard_unwritten()
@@ -101,7 +103,7 @@ def _run(argv: list[str]) -> int:
 
 
 def _complain(error: BaseException) -> int:
-    """One line for an error of the user's world; a bug is raised again."""
+    """Print one line for an error that a user can meet -> the exit status. A bug of offmoe is raised again."""
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         error = OffmoeError(f"cannot write: {error.strerror}; free space or send the output elsewhere.")
     if not isinstance(error, OffmoeError):
@@ -116,7 +118,7 @@ def _complain(error: BaseException) -> int:
 
 
 def _say(line: str) -> None:
-    with suppress(OSError):  # nobody listens; the exit status says it
+    with suppress(OSError):  # stderr is closed; the exit status still tells
         print(f"offmoe: {line}", file=sys.stderr, flush=True)
 
 
@@ -127,12 +129,12 @@ def _flush() -> None:
 
 
 def _discard_unwritten() -> None:
-    """What cannot be written must not be tried again at shutdown, which would print an error and change the status."""
+    """Redirect broken streams, because Python would write again at shutdown, print an error and change the status."""
     try:
         _flush()
     except (OSError, ValueError):
         import os
 
         for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError, AttributeError):  # closed, or no file at all: nothing will be flushed
+            with suppress(OSError, ValueError, AttributeError):  # closed, or no file at all: Python flushes nothing
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,7 +1,9 @@
-"""`offmoe inspect MODEL`: what a model needs and what fits here, from headers and configuration. No weight is read.
+"""`offmoe inspect MODEL`: shows what a model needs and what fits on this machine.
 
-MODEL may also be a config.json, or a folder with nothing else of a model: then bytes are what the shapes come to, and
-the output says so."""
+It reads headers and configuration, no weights.
+
+MODEL may also be a config.json, or a folder without weights. Sizes then follow from the shapes, and the output says so.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,9 @@ if TYPE_CHECKING:
     from offmoe.simulate.expect import Expectation
 
 Unpredictable = tuple[str | None, ...] | None
-"""For each MoE layer why its experts cannot be predicted, None where they can; None if only a run can tell."""
+"""Per MoE layer, the reason why its experts cannot be predicted, or None if they can. None if only a run can tell."""
 KNEE = 2
-"""Slots per top_k where hit rates stop rising steeply: below it a layer evicts what its next token needs."""
+"""Slots per top_k at which hit rates stop rising steeply. With fewer, a layer evicts what its next token needs."""
 
 
 MISS_IN_WORDS = {
@@ -40,7 +42,7 @@ MISS_IN_WORDS = {
 
 def parser() -> options.Parser:
     parser = options.Parser(
-        "inspect", "What a model needs and what fits here; reads headers (or config.json alone), loads nothing."
+        "inspect", "Show what a model needs and what fits on this machine, from its headers or its config.json alone."
     )
     options.add_loading(parser)
     options.add_cache(parser)
@@ -48,7 +50,7 @@ def parser() -> options.Parser:
 
 
 def run(args: argparse.Namespace, out: Output) -> None:
-    gc.disable()  # starting torch and transformers makes no garbage, and looking for it takes a sixth of this command
+    gc.disable()  # imports make no garbage, and collecting took a sixth of this command's time
     try:
         _run(args, out)
     finally:
@@ -128,25 +130,25 @@ def _computed(found: Survey) -> str:
 
 
 def _speed(found: Survey) -> Expectation | None:
-    """What the profile's costs let expect, if it has any."""
+    """The expected speed at the profile's costs; None without costs."""
     profile = found.config.profile
     if not isinstance(profile, Profile) or profile.costs is None:
         return None
     from offmoe.simulate.expect import expect
 
-    # The routing is made up, so there are no predictions that a prefetch could act on.
+    # The routing is synthetic, so there are no predictions that a prefetch could act on.
     return expect(found.shape, replace(found.config.cache(), prefetch=0), profile)
 
 
 def _by_way(found: Survey) -> dict[str, Expectation]:
-    """What each on_miss that can be had here lets expect, at the same slots."""
+    """The expected speed of each on_miss that this device allows, with the same slots."""
     from offmoe.simulate.expect import expect
 
     profile, cache = found.config.profile, replace(found.config.cache(), prefetch=0)
     assert isinstance(profile, Profile)
     assert profile.costs is not None
     if found.plan.slots_per_layer == found.shape.experts:
-        return {}  # nothing is missed twice
+        return {}  # no expert is missed twice
     beside = not found.backend.unified_memory
     if beside and found.config.exactness == "bitwise":
         return {"fetch": expect(found.shape, replace(cache, on_miss="fetch", miss_costs=None), profile)}
@@ -208,7 +210,7 @@ def _needs(name: str, found: Survey, unpredictable: Unpredictable) -> Table:
 
 
 def _formats(found: Survey) -> list[str]:
-    """What the experts themselves are stored in, if quantized; a configuration alone does not say it."""
+    """The formats that quantized experts are stored in; a configuration alone does not tell."""
     from offmoe.budget.inspect import Inspected
 
     return list(found.catalog.formats) if isinstance(found, Inspected) else []
@@ -275,7 +277,7 @@ def _two_columns(title: str) -> Table:
 
 
 def _advice(config: OffloadConfig, found: Survey) -> list[str]:
-    """What to change."""
+    """What to change for a better hit rate."""
     plan, shape = found.plan, found.shape
     knee = tuple(min(KNEE * k, e) for k, e in zip(shape.top_k, shape.experts, strict=True))
     where = f"the knee of {KNEE} x top_k = {span(knee)} slots per layer"
@@ -293,13 +295,13 @@ def _advice(config: OffloadConfig, found: Survey) -> list[str]:
 
 
 def _budget_for(slots: tuple[int, ...], found: Survey) -> int:
-    """Device memory in which the plan's context and these slots fit."""
+    """Device memory that holds the plan's context and these slots."""
     sizes = [expert.slot for expert in found.experts]
     return found.plan.used - found.plan.slots + sum(n * size for n, size in zip(slots, sizes, strict=True))
 
 
 def _rounded_up(size: int) -> str:
-    """A size that --device-memory takes and that is not below `size`."""
+    """A size in the spelling of --device-memory, at least `size`."""
     for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20)):
         if size >= scale:
             tenths = -(-size * 10 // scale)

@@ -1,9 +1,9 @@
-"""Ctrl-C: one KeyboardInterrupt, and the end of the process in under two seconds whatever it is doing.
+"""Ctrl-C: one KeyboardInterrupt, and the process ends within two seconds whatever it is doing.
 
-Python runs signal handlers between its own instructions only. A long matrix product, a read from a slow disk or a
-library that swallows the exception would make the user wait; so a thread hears of the signal too (by the wakeup file
-that the C handler writes) and ends the process when the orderly way takes too long. Weights are read-only and traces
-are renamed into place: nothing is left half-written under its final name.
+Python runs signal handlers only between its own instructions. During a long matrix product, during a read from a slow
+disk, or in a library that swallows the exception, the user would have to wait. So a thread reads the signal from the
+wakeup file that the C handler writes, and ends the process if the regular exit takes longer than GRACE_S. This is safe:
+weights are read-only, and files get their names only when they are whole.
 """
 
 from __future__ import annotations
@@ -15,16 +15,20 @@ import threading
 from types import FrameType, TracebackType
 
 STATUS = 130
-"""Exit status after Ctrl-C, as shells have it."""
+"""Exit status after Ctrl-C, as in shells."""
 GRACE_S = 1.2
-"""Time for the orderly way: readers closed, recording written. The rest of the promised two is for a busy machine."""
+"""Seconds for the regular exit: readers closed, recording written. The rest of the two seconds is slack for a busy
+machine.
+"""
 
 
 class CtrlC:
-    """Context that guards the main thread of a command. `pressed` becomes true with the first SIGINT.
+    """Context that guards the main thread of a command. `pressed` becomes True with the first SIGINT.
 
-    ends_process: only the end of the process follows the context. Does nothing in another thread, or where SIGINT is
-    ignored or handled by the caller.
+    It does nothing in another thread, or if SIGINT is ignored or handled by the caller.
+
+    Args:
+        ends_process: Whether the process ends after the context.
     """
 
     def __init__(self, ends_process: bool):
@@ -36,9 +40,11 @@ class CtrlC:
     def __enter__(self) -> CtrlC:
         main = threading.current_thread() is threading.main_thread()
         if main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            heard, self._wakeup = os.pipe()
+            reading_end, self._wakeup = os.pipe()
             os.set_blocking(self._wakeup, False)
-            self._watch = threading.Thread(target=self._end_in_time, args=(heard,), name="offmoe-ctrl-c", daemon=True)
+            self._watch = threading.Thread(
+                target=self._end_in_time, args=(reading_end,), name="offmoe-ctrl-c", daemon=True
+            )
             self._watch.start()
             self._unraisable = sys.unraisablehook
             self._wakeup_before = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
@@ -46,22 +52,22 @@ class CtrlC:
         return self
 
     def end(self) -> None:
-        """End the process after Ctrl-C: the shutdown of Python with torch loaded takes a second and closes nothing."""
+        """End the process after Ctrl-C at once: Python's own shutdown takes a second with torch loaded, to no use."""
         if self.pressed and self._ends_process:
             os._exit(STATUS)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self.pressed = True
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressing again would only disturb the way out
-        sys.unraisablehook = lambda _: None  # destructors and callbacks that this hits print no traceback
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would only disturb the exit
+        sys.unraisablehook = lambda _: None  # no tracebacks from destructors that the interrupt hits
         raise KeyboardInterrupt
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        if self._wakeup is None or (self.pressed and self._ends_process):  # what is left must be in time too
+        if self._wakeup is None or (self.pressed and self._ends_process):  # keep guarding until the process ends
             return
-        # In a process that ends now, a late Ctrl-C has nothing to interrupt but the shutdown, with a traceback.
+        # In a process that ends now, a late Ctrl-C would interrupt the shutdown with a traceback, so it kills instead.
         signal.signal(signal.SIGINT, signal.SIG_DFL if self._ends_process else signal.default_int_handler)
         signal.set_wakeup_fd(self._wakeup_before)
         sys.unraisablehook = self._unraisable
@@ -69,9 +75,9 @@ class CtrlC:
         os.close(self._wakeup)
         self._watch.join()
 
-    def _end_in_time(self, heard: int) -> None:
-        """Thread: end the process GRACE_S after a SIGINT, unless the context is left before."""
-        while signals := os.read(heard, 1):
+    def _end_in_time(self, reading_end: int) -> None:
+        """Body of the thread: end the process GRACE_S after a SIGINT, unless the context ends first."""
+        while signals := os.read(reading_end, 1):
             if signals[0] == signal.SIGINT and not self._over.wait(GRACE_S):
                 os._exit(STATUS)
-        os.close(heard)
+        os.close(reading_end)

@@ -1,7 +1,7 @@
-"""Where output goes: the one place of the package that prints.
+"""Where output goes; the only module of the package that prints.
 
-stdout carries what was asked for: the model's text or the table, or with `--json` one JSON object and nothing else.
-All the rest goes to stderr. A terminal that cannot show a character gets a replacement, never a crash.
+stdout carries the result: the model's text or a table, or with `--json` one JSON object and nothing else. Everything
+else goes to stderr. A character that the terminal cannot show is replaced.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Output:
-    """Output of one command. `json`: stdout is for the JSON object alone."""
+    """Output of one command. json: whether stdout is for the JSON object alone."""
 
     def __init__(self, json: bool):
         self._json = json
@@ -30,29 +30,29 @@ class Output:
                 stream.reconfigure(errors="replace")
 
     def text(self, piece: str) -> None:
-        """Generated text as it comes; shown at once."""
+        """Show generated text at once."""
         _write(piece, sys.stderr if self._json else sys.stdout)
 
     def note(self, line: str) -> None:
-        """A line about the run."""
+        """Write a line about the run to stderr."""
         _write(line + "\n", sys.stderr)
 
     def result(self, *parts: Table | str) -> None:
-        """Tables and lines that were asked for."""
+        """Show the tables and lines that the command is for."""
         self._show(parts, sys.stderr if self._json else sys.stdout)
 
     def details(self, *parts: Table | str) -> None:
-        """Tables and lines beside the result."""
+        """Show tables and lines that accompany the result, on stderr."""
         self._show(parts, sys.stderr)
 
     @contextmanager
     def progress(self, what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-        """A bar on stderr while the block runs, if that is a terminal; yields what moves it on by some units."""
+        """Show a bar on stderr while the block runs, if that is a terminal; yields a function that advances it."""
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
-        # Without a stderr there is no terminal either; four times a second, because the bar must cost nothing.
+        # Without a stderr there is no terminal either. Four updates a second cost nothing measurable.
         console = Console(file=sys.stderr, highlight=False)
         hidden = sys.stderr is None or not console.is_terminal
         with Progress(*columns, console=console, transient=True, disable=hidden, refresh_per_second=4) as bar:
@@ -61,7 +61,7 @@ class Output:
 
     @contextmanager
     def transfer(self, what: str) -> Iterator[Callable[[int, int], None]]:
-        """A bar in bytes on stderr, silent with `json`; yields what takes (bytes done, bytes in all)."""
+        """Show a bar in bytes on stderr, but not with `json`; yields a function of (bytes done, total bytes)."""
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -80,7 +80,7 @@ class Output:
             yield lambda done, total: bar.update(task, completed=done, total=total)
 
     def json(self, values: Mapping[str, object]) -> None:
-        """The last line of stdout, if it was asked for."""
+        """Write the last line of stdout, with `--json`."""
         if self._json:
             _write(json.dumps(values, allow_nan=False) + "\n", sys.stdout)
 
@@ -116,7 +116,7 @@ def _written(stream: TextIO) -> Iterator[None]:
 
 @contextmanager
 def logging_to_stderr(verbose: bool) -> Iterator[None]:
-    """offmoe's own log on stderr while a command runs: warnings, with `verbose` everything."""
+    """Write offmoe's own log to stderr while a command runs: warnings, with `verbose` everything."""
     logger = logging.getLogger("offmoe")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("offmoe: %(levelname)s: %(message)s"))

@@ -1,7 +1,7 @@
-"""`offmoe pack MODEL OUT`: the model with int4 or int8 experts as a folder that loads like any other, made once.
+"""`offmoe pack MODEL OUT`: writes the model with int4 or int8 experts to a folder that loads like any other.
 
-Bound by the quantizer, else by the disk; with --perplexity then by computing. Can be interrupted and goes on with the
-same command.
+The time goes into quantizing, else into the disk, and with --perplexity into computing. After an interruption the same
+command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -37,9 +37,11 @@ def parser() -> options.Parser:
     parser.add_argument(
         "--group", type=options.positive, metavar="N", help="int4: weights per scale, 32, 64 (default) or 128"
     )
-    parser.add_argument("--zero-points", action="store_true", help="int4: a zero point beside every scale")
+    parser.add_argument("--zero-points", action="store_true", help="int4: store a zero point with every scale")
     parser.add_argument(
-        "--perplexity", metavar="FILE", help="of the model before and after, on this text (UTF-8); loads both in turn"
+        "--perplexity",
+        metavar="FILE",
+        help="measure the perplexity of the model before and after on this text (UTF-8); loads both in turn",
     )
     options.add_hub(parser)
     return parser
@@ -88,7 +90,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
 
 
 def _windows(args: argparse.Namespace) -> Tensor:
-    """The text in windows, before anything is packed. ConfigError for a file that is none, or holds too little."""
+    """The text as windows of token ids. ConfigError for a file that is not text or too short, before packing begins."""
     from offmoe.cli import prompts
     from offmoe.hf.hub.locate import locate
     from offmoe.measure.perplexity import windows

@@ -1,7 +1,7 @@
-"""Curves of `offmoe tune --plot`: one self-contained HTML page with an inline SVG, or a PNG where matplotlib is there.
+"""The curves of `offmoe tune --plot`: a self-contained HTML page with inline SVG, or a PNG if matplotlib is installed.
 
-No script, no fonts, no network: what the page shows is in it. Bound: nothing. Texts of a trace are foreign input and
-are escaped. PNG is a convenience: matplotlib is no dependency of offmoe.
+The page needs no script, font or network. Texts of a trace are foreign input and are escaped. matplotlib is no
+dependency of offmoe.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Figure(NamedTuple):
 
 
 def check_plot(path: str) -> None:
-    """ConfigError now rather than after the sweep."""
+    """ConfigError for a path that cannot be plotted to, before the sweep begins."""
     target = Path(path)
     if target.suffix not in (".html", ".png"):
         raise ConfigError(f"--plot {path}: the name must end in .html or .png.")
@@ -108,7 +108,7 @@ def _svg(figure: Figure) -> str:
         parts.append(f'<text class="faint" x="{LEFT - 8}" y="{level + 4:.1f}" text-anchor="end">{tenth * 10} %</text>')
     shown = -1e9
     for n in slots:
-        if x(n) - shown >= 22:  # labels that would touch are left out
+        if x(n) - shown >= 22:  # omit labels that would touch
             shown = x(n)
             parts.append(
                 f'<text class="faint" x="{x(n):.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{n}</text>'
@@ -135,7 +135,7 @@ def _svg(figure: Figure) -> str:
 
 
 def _legend(labels: list[tuple[float, str, str]], marked: int) -> list[str]:
-    """Names in the order of the curves at the chosen capacity, best first, with their hit rates there."""
+    """Names of the curves with their hit rates at the chosen capacity, best first."""
     left = WIDTH - RIGHT + 16
     parts = [f'<text class="faint" x="{left}" y="{TOP + 8}">at {marked} slots</text>']
     for row, (rate, name, color) in enumerate(sorted(labels, reverse=True)):
@@ -148,7 +148,7 @@ def _legend(labels: list[tuple[float, str, str]], marked: int) -> list[str]:
 
 
 def _rate_at(curve: Curve, slots: int) -> float:
-    """Of the nearest point that is not above `slots`, else the first."""
+    """The hit rate at the nearest point that is not above `slots`, else at the first."""
     return max((point for point in curve.points if point[0] <= slots), default=curve.points[0])[1]
 
 
@@ -157,7 +157,7 @@ def _png(path: Path, figure: Figure) -> None:
     drawing: Any = import_module("matplotlib.figure").Figure(figsize=(9, 5.5), layout="constrained")
     canvas.FigureCanvasAgg(drawing)
     axes = drawing.add_subplot()
-    dashes = cycle(("--", "-.", ":"))  # without labels at the lines, the bounds must differ by themselves
+    dashes = cycle(("--", "-.", ":"))  # lines carry no labels, so the bounds differ by their dashes
     for curve in figure.curves:
         style = {"linestyle": next(dashes), "color": "0.4"} if curve.is_bound else {"marker": "o"}
         axes.plot([n for n, _ in curve.points], [100 * r for _, r in curve.points], label=curve.name, **style)

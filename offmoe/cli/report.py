@@ -1,7 +1,6 @@
-"""`offmoe report TRACE`: what a recorded routing says about the model, on the terminal and as a page. Never imports
-torch.
+"""`offmoe report TRACE`: describes what a recorded routing says about the model, on the terminal and as a page.
 
-Bound: a few passes over the trace; 50,000 tokens of 24 layers take some seconds.
+It takes a few passes over the trace: some seconds for 50,000 tokens of 24 layers. Never imports torch.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""`offmoe simulate TRACE`: what one cache configuration would have done with a recorded routing. Never imports torch.
+"""`offmoe simulate TRACE`: shows what one cache configuration would have done with a recorded routing.
 
-Bound: the planner, tens of microseconds per (step, layer), twice (the configuration and the Belady bound).
+The planner takes tens of microseconds per step and layer, and runs twice: for the configuration and for the Belady
+bound. Never imports torch.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ def _table(stats: CacheStats, bound: CacheStats, uniforms: list[float], uniform:
 
 
 def _gap(hit_rate: float, best: float, uniform: float, prefetching: bool) -> str:
-    """What is left to gain, as a share of what routing's skew and memory offer at all."""
+    """The rest of the gap to Belady, as a share of the gap from uniform routing to Belady."""
     belady = "Belady (which knows the future" + (", but fetches nothing ahead)" if prefetching else ")")
     if hit_rate >= best:
         return f"No gap to {belady} remains."

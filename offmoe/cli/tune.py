@@ -1,7 +1,7 @@
-"""`offmoe tune TRACE`: the best cache for this routing and this memory, with the bounds that nobody can beat beside it.
+"""`offmoe tune TRACE`: finds the best cache for a recorded routing and a memory size, and the bounds of any cache.
 
-Bound: the planner, over all configurations and processes. Never imports torch. This module asks, shows and writes;
-search.py decides what is replayed.
+This module parses, shows and writes; `offmoe.simulate.search` decides which configurations are replayed, on all cores.
+Never imports torch.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Results = tuple[list[Outcome], list[Bounds]]
 
 UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3), ("bytes", 1))
 SHOWN = 12
-"""Rows of the ranked table; --json has all."""
+"""Rows shown of the ranked table; --json has all."""
 
 
 def parser() -> options.Parser:
@@ -143,7 +143,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
 
 
 def _memory(args: argparse.Namespace, trace: Trace) -> int | None:
-    """Slots per layer that were asked for, in slots or in bytes."""
+    """The slots per layer of --slots-per-layer or --budget; None without either."""
     if args.budget is None:
         if args.slots_per_layer is not None:
             CacheOptions(slots_per_layer=args.slots_per_layer).quotas(trace.shape)
@@ -242,7 +242,7 @@ def _ranked_table(found: SearchResult) -> Table:
     table = Table(
         title=f"at {found.slots} slots per layer, best first by {judged}",
         title_justify="left",
-        box=None,  # eleven columns have to fit 80 characters
+        box=None,  # eleven columns must fit into 80 characters
         pad_edge=False,
     )
     for name in ("policy", "scope", "slots", *(("RAM",) if in_ram else ()), "ahead"):
@@ -329,7 +329,7 @@ def _figure(found: SearchResult) -> Figure:
 
 
 def _cores() -> int:
-    """Those that this process may use, where the system says."""
+    """Cores that this process may use, if the system tells, else all."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
