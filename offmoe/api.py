@@ -1,8 +1,7 @@
-"""`from_pretrained`: compose catalog, store, arena, planner and transfer around a model of transformers.
+"""`from_pretrained`: catalog, store, slots, planner and transfer put together around a model of transformers.
 
-What moves: the dense weights, once, from the shards to the device; the experts stay where they are. Bound: reading
-the dense part. Must never materialize an expert as a parameter, not even while loading; what fits was decided before
-(inspection.py).
+Only the dense weights are read while loading; experts stay where they are, and never become parameters. `inspect` has
+decided before what fits.
 """
 
 from __future__ import annotations
@@ -134,21 +133,21 @@ def from_pretrained(
 
 
 def fetch(inspected: Inspected) -> Inspected:
-    """The same with all shards here: downloads those that are not, and quantizes experts that are to be.
+    """The same model with every shard on this machine and its experts quantized, if `experts=` asks for that.
 
-    What that writes is removed with the model that `load` makes, or by `release`.
+    Quantized experts go into a temporary folder. It is removed when the loaded model is closed, or by `release`.
     """
-    found = replace(inspected, checkpoint=inspected.source.fetch(inspected.checkpoint))
-    if found.quantize is None:
-        return found
-    made = write(found.catalog, found.folder, found.quantize, str(found.folder))
+    local = replace(inspected, checkpoint=inspected.source.fetch(inspected.checkpoint))
+    if local.quantize is None:
+        return local
+    written = write(local.catalog, local.folder, local.quantize, str(local.folder))
     return replace(
-        found,
-        folder=made.checkpoint.folder,
-        checkpoint=made.checkpoint,
-        catalog=made.catalog,
+        local,
+        folder=written.checkpoint.folder,
+        checkpoint=written.checkpoint,
+        catalog=written.catalog,
         quantize=None,
-        temporary=made.folder,
+        temporary=written.folder,
     )
 
 

@@ -1,4 +1,4 @@
-"""Experts in slots for tests of the device kernels: every format, with what its numbers are and where they stand."""
+"""Experts in slots for tests of the GPU kernels: every format, the values of its numbers, and where they stand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Views = dict[str, torch.Tensor]
 
 
 class Expert(NamedTuple):
-    """What an expert's slot says, as float32: gate and up [I, H], down [H, I], biases or zeros."""
+    """The values in an expert's slot as float32: gate and up [I, H], down [H, I], biases or zeros."""
 
     gate: torch.Tensor
     up: torch.Tensor
@@ -39,7 +39,7 @@ class Expert(NamedTuple):
 
 @dataclass(frozen=True)
 class Format:
-    """fill(views of a slot): random weights into it -> what they are."""
+    """fill(views of a slot): writes random weights into it and gives their values."""
 
     layout: ExpertLayout
     operands: GatedOperands
@@ -194,7 +194,7 @@ class Slots(NamedTuple):
 
 
 def fill_slots(form: Format, count: int, seed: int = 0) -> Slots:
-    """Slots with gaps of rubbish between them: NaN to whoever reads past an end."""
+    """Slots with gaps between them; reading past the end of a slot gives NaN."""
     torch.manual_seed(seed)
     step = aligned(form.layout.nbytes, PARAM_ALIGNMENT) + PARAM_ALIGNMENT
     whole = torch.full(((count + 1) * step,), 0xFF, dtype=torch.uint8)
@@ -205,7 +205,7 @@ def fill_slots(form: Format, count: int, seed: int = 0) -> Slots:
 
 
 def reference(slots: Slots, pairs: Pairs, glu: Glu, hidden: torch.Tensor) -> torch.Tensor:
-    """What `DeviceKernels.compute` has to give, in float32."""
+    """The rows that `DeviceKernels.compute` has to give, in float32."""
     order = torch.zeros(sum(pairs.counts), dtype=torch.int64) if pairs.order is None else pairs.order
     inputs = hidden[order // pairs.sharing].split(list(pairs.counts))
     return torch.cat([slots.experts[slot](x, glu) for slot, x in zip(pairs.slots, inputs, strict=True)])

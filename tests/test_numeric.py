@@ -79,7 +79,7 @@ def error(got: torch.Tensor, right: torch.Tensor) -> float:
 
 
 def without_kernels(folder: Path, **options: object) -> list[str | None]:
-    """Of each MoE layer, why kernels do not compute it."""
+    """Per MoE layer, the reason why kernels do not compute it."""
     config = OffloadConfig(device="cpu", slots_per_layer=3, exactness="numeric", **options)
     return [layer.without_kernel for layer in inspect(folder, config, dtype=torch.float32).catalog.layers]
 
@@ -231,14 +231,14 @@ def test_an_index_that_the_config_denies_is_found_out(tmp_path: Path) -> None:
 
 
 def test_a_pool_of_slots_for_all_layers(tmp_path: Path) -> None:
-    """Where experts of several layers stand in one slot by turns; prefetching fills slots ahead."""
+    """Experts of several layers take turns in one slot, and prefetches fill slots in advance."""
     folder = dense(tmp_path, "mixtral", num_hidden_layers=3)
     right, _ = run(folder, slots=8)
     assert error(run(folder, slots=2, scope="model", exactness="numeric", prefetch=2)[0], right) < SAME
 
 
 def test_every_wait_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the strict double, on which a wait missing anywhere is NaN."""
+    """On the strict double, where a missing wait gives NaN."""
     folder = tmp_path / "packed"
     pack(dense(tmp_path, "mixtral"), folder, weight_format("int4"))
     right, _ = run(folder, experts="int4")

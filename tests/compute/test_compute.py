@@ -1,4 +1,4 @@
-"""What computes from slots waits for each slot before it reads it, and gives every expert its own tokens."""
+"""Every compute waits for a slot before it reads it, and gives every expert its own tokens."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SCALED = ExpertLayer(0, LAYOUT, Assembly(), scaled)
 
 
 class Filling:
-    """Slots that `fill` puts something into when it is waited for, and what is on its way."""
+    """Slots that `fill` fills when they are waited for. arriving: by slot, the expert on its way."""
 
     def __init__(self, fill, arriving=None):
         self.ready, self._arriving = fill, arriving or {}
@@ -57,7 +57,7 @@ WIDE, INNER = 96, 160
 
 
 class Trickling:
-    """An expert that comes block by block, each only when it is waited for, into slots that were NaN."""
+    """An expert that arrives block by block, each when it is waited for, in a slot of NaN."""
 
     def __init__(self, views, weights):
         self.views, self.weights, self.waited = views, weights, []
@@ -102,7 +102,7 @@ def test_an_expert_is_computed_with_as_it_arrives(monkeypatch, dtype, biased, th
 
 
 class Off(GatedFFN):
-    """Whose blocks are not what the whole gives."""
+    """A math whose blocks do not give the bits of the whole."""
 
     def as_it_arrives(self, weights, x, wait):
         return super().as_it_arrives(weights, x, wait) + 1
@@ -127,7 +127,7 @@ def test_what_does_not_have_the_same_bits_by_blocks_is_computed_whole() -> None:
 
 
 def test_a_wave_without_experts_gives_no_rows() -> None:
-    """A layer without a hit begins with one, where the host computes what missed: also of a GPU's kernels."""
+    """The first wave of a layer without a hit is empty if the host computes its misses; GPU kernels must accept it."""
     arena = SlotArena(CpuBackend().allocate, [LAYOUT])
     by_torch = TorchCompute(arena, torch.float32)
     kernels = DeviceKernels.__new__(DeviceKernels)  # which launch nothing here

@@ -32,7 +32,7 @@ def _a_cpu_that_passes_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Which of the two ways every call of the kernels took."""
+    """The method that each call of the kernels took."""
     calls: list[str] = []
     for name in ("by_pair", "by_group"):
         method = getattr(DeviceKernels, name)
@@ -43,7 +43,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def logits(folder: Path, exactness: str, prompt: torch.Tensor, slots: int = 8) -> torch.Tensor:
-    """Of a prompt, and of one token alone."""
+    """Logits of a prompt, and of one token alone."""
     model = offmoe.from_pretrained(
         folder, device="cpu", on_miss="fetch", slots_per_layer=slots, exactness=exactness, dtype=torch.float32
     )

@@ -1,4 +1,4 @@
-"""The two ways to add up what experts put out."""
+"""The two ways to add up the rows of a token's experts."""
 
 from __future__ import annotations
 
