@@ -1,4 +1,4 @@
-"""Replayed routing: the recorded ids reach the experts of offmoe and of stock transformers alike, and nothing stays."""
+"""Replayed routing: recorded ids reach the experts of offmoe and of stock transformers alike, and no hook stays."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHAPE = CacheShape((8, 8, 8), (2, 2, 2), (1000, 1000, 1000))
 
 
 def routing(tokens: int = 6, layers: int = 2, seed: int = 0) -> Trace:
-    """Of a model with fewer layers, so that its layers have to be taken in turn."""
+    """The trace of a model with fewer layers, so that the layers repeat."""
     chance = np.random.default_rng(seed)
     experts = chance.random((tokens, layers, 8)).argsort(axis=2)[..., :2].astype(np.int16)
     shape = CacheShape((8,) * layers, (2,) * layers, (1000,) * layers)

@@ -76,7 +76,7 @@ def greedy(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def recorded(model: PreTrainedModel, path: Path) -> Trace:
-    """Close a model that records; its replay must count what it counted."""
+    """Close a model that records, and check that the replay counts the same."""
     model.offload.close()
     trace = read_trace(path)
     assert trace.options is not None
@@ -110,7 +110,7 @@ def test_logits_and_tokens_are_those_of_stock(tmp_path: Path, family: str, dtype
 
 @pytest.mark.parametrize("family", ["longcat_flash", "step3p7"])
 def test_fused_names_of_transformers_load_too(tmp_path: Path, family: str) -> None:
-    """Those that save_pretrained writes in two ways."""
+    """Families that save_pretrained writes in two formats."""
     original = save(tmp_path / "original", family, torch.float32)
     fused = save(tmp_path / "fused", family, torch.float32, original_format=False)
     names = [(folder / "model.safetensors.index.json").read_text().count("gate_proj") for folder in (original, fused)]
@@ -260,7 +260,7 @@ def test_llama4_with_two_experts_per_token(tmp_path: Path, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_few_rows_of_llama4_round_as_all_rows_of_stock(dtype: torch.dtype) -> None:
-    """However many of a step's tokens an expert gets; stock gives every expert all of them, and zeros."""
+    """Rows do not depend on how many of a step's tokens an expert gets; stock gives every expert all of them."""
     generator = torch.Generator().manual_seed(0)
     hidden, inner, experts = 32, 48, 4
     up = torch.randn(experts, hidden, 2 * inner, generator=generator).to(dtype)

@@ -22,7 +22,7 @@ UP, DOWN = "layer.experts.gate_up_proj", "layer.experts.down_proj"
 
 
 class Reversed(ConversionOps):
-    """An operation that mixes experts: their order is turned round."""
+    """An operation that mixes experts: it reverses their order."""
 
     def convert(
         self, input_dict: Mapping[str, list[torch.Tensor]], target_patterns: list[str], **_: object
@@ -131,7 +131,7 @@ def test_conversion_to_another_shape_is_an_error() -> None:
 
 
 class Divided(ConversionOps):
-    """An operation that gives each target every so many-th, or (as ernie4_5_vl_moe's) its own run of the experts."""
+    """An operation that deals experts out to its targets, in turn or (as ernie4_5_vl_moe's) in consecutive runs."""
 
     supports_many_to_many = True
 
@@ -152,7 +152,7 @@ class Divided(ConversionOps):
 
 
 def shared_group(operation: ConversionOps, number: int) -> tuple[Group, PreTrainedModel]:
-    """The up projections of two modules' experts, made of one list."""
+    """The up projections of two modules' experts, from one list."""
     targets = tuple(f"model.layers.{i}.mlp.experts.gate_up_proj" for i in range(2))
     made = WeightConverter(["*.w1", "*.w3"], [t.removeprefix("model.") for t in targets], [operation])
     config = AutoConfig.for_model("mixtral", **{**tiny.COMMON, **tiny.CONFIGS["mixtral"]})

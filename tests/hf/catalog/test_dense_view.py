@@ -1,4 +1,4 @@
-"""A quantized checkpoint by dense names: what is found, what moves, and every way in which parts may not fit."""
+"""A quantized checkpoint by dense names: what it shows and reads, and every way in which components may not fit."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def parts_of(kind: str, folder: Path, stem: str) -> list[str]:
 @pytest.mark.parametrize("stem", [EXPERT, DENSE], ids=["expert", "dense"])
 @pytest.mark.parametrize("kind", [k for k in quantized.FORMATS if k != "mxfp4"])
 def test_every_missing_part_is_named(copy, kind: str, stem: str) -> None:
-    """Stock transformers initializes what it does not find at random."""
+    """Stock transformers gives a weight that it does not find random values."""
     folder = copy(kind)
     needless = ("weight_shape", "g_idx") if kind == "gptq" and stem == DENSE else ("weight_shape",)
     names = [n for n in parts_of(kind, folder, stem) if not n.endswith(needless)]

@@ -1,4 +1,4 @@
-"""Finding models: folders, the Hub's cache, and a Hub on this machine that records what it is asked for."""
+"""Finding models: folders, the Hub's cache, and a Hub on this machine that records its requests."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def repo(hub: HubServer, folder: Path) -> str:
-    """The name of a repository of its own for this test: the model among what else repositories hold."""
+    """Name of a repository for this test alone: the model, and the other files that repositories hold."""
     name = f"owner/model-{len(hub.repos)}"
     hub.repos[name] = Repo.of(folder)
     hub.repos[name].files |= JUNK

@@ -1,4 +1,4 @@
-"""Layers at rest come to the device as they were, from host memory and from shards."""
+"""A fetch brings a layer to the device unchanged, from host memory and from shards."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ LAYOUTS = [ExpertLayout.of({n: (t.dtype, tuple(t.shape)) for n, t in layer.items
 
 
 def landing(layer: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Full of NaN."""
+    """Device memory full of NaN."""
     memory = CpuBackend().allocate(LAYOUTS[layer].nbytes).fill_(255)
     return memory, LAYOUTS[layer].views(memory)
 
 
 @pytest.fixture
 def sources(tmp_path: Path):
-    """Of the same layers: in host memory, and in two shards, one of them not needed."""
+    """Two sources of the same layers: host memory, and two shards of which one is not needed."""
     save_file({f"{i}.{n}": t for i, layer in enumerate(LAYERS) for n, t in layer.items()}, tmp_path / "b.safetensors")
     save_file({"other": torch.zeros(9)}, tmp_path / "a.safetensors")
     checkpoint = Checkpoint.open(tmp_path)

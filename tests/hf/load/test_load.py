@@ -1,4 +1,4 @@
-"""Models load without their experts: nothing else is missing, and nothing of the experts is ever there."""
+"""Models load without their experts: nothing else is missing, and no expert is ever in memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BORROWED = "offmoe-test-borrowed"
 def borrowed_forward(
     module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """Compute with the stock module that `lend` left beside this one."""
+    """Compute with the stock module that `lend` attached to this one."""
     return module.__dict__["lender"](hidden_states, top_k_index, top_k_weights)
 
 

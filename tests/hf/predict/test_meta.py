@@ -38,5 +38,5 @@ def test_reasons_follow_from_how_routers_are_fed(family: str, expected: tuple[st
 
 @pytest.mark.parametrize("family", ["glm5_next", "dbrx"])
 def test_some_families_only_a_run_can_tell(family: str) -> None:
-    """One looks at values, the other's router is inside its experts module."""
+    """glm5_next looks at values; the router of dbrx is inside its experts module."""
     assert reasons_of(family) is None
