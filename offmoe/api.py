@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -91,24 +91,8 @@ def from_pretrained(
         CheckpointError: The checkpoint is damaged, incomplete, or of a kind that offmoe does not run.
         CapacityError: The model does not fit; the message says how much would be enough.
     """
-    options = {
-        "device": device,
-        "device_memory": device_memory,
-        "host_memory": host_memory,
-        "slots_per_layer": slots_per_layer,
-        "experts": experts,
-        "eviction": eviction,
-        "scope": scope,
-        "max_context": max_context,
-        "on_miss": on_miss,
-        "prefetch": prefetch,
-        "exactness": exactness,
-        "activations": activations,
-        "profile": profile,
-        "half_life": half_life,
-        "popularity": popularity,
-        "host_slots": host_slots,
-    }
+    arguments = locals()  # first, while there is nothing else in it
+    options = {f.name: arguments[f.name] for f in fields(OffloadConfig) if f.name in arguments}
     if not isinstance(offload_config, OffloadConfig | None):
         raise ConfigError(
             f"offload_config={offload_config!r} must be an OffloadConfig; give single options by keyword: device='cpu'."
@@ -119,6 +103,11 @@ def from_pretrained(
     if trace is not None:
         check_writable(trace)
     inspected = inspect(model, config, dtype=dtype, **hub)
+    _log_plan(inspected)
+    return load(inspected, name=str(model), trace=trace, **hf_kwargs)
+
+
+def _log_plan(inspected: Inspected) -> None:
     plan = inspected.plan
     logger.info("%s on %s", plan.describe(), inspected.config.device)
     if plan.offloaded_layers:
@@ -129,7 +118,6 @@ def from_pretrained(
             plan.offloaded_in,
             plan.smallest_dense,
         )
-    return load(inspected, name=str(model), trace=trace, **hf_kwargs)
 
 
 def fetch(inspected: Inspected) -> Inspected:

@@ -58,103 +58,103 @@ def run(args: argparse.Namespace, out: Output) -> None:
 
 
 def _run(args: argparse.Namespace, out: Output) -> None:
-    config, found = survey_model(args)
-    speed, unpredictable = _speed(found), found.unpredictable()
-    ways = {} if speed is None else _by_way(found)
-    facts = _facts(found, unpredictable)
-    if found.refusal is not None:
-        out.result(_needs(args.model, found, unpredictable))
+    config, survey = survey_model(args)
+    speed, unpredictable = _speed(survey), survey.unpredictable()
+    ways = {} if speed is None else _by_way(survey)
+    facts = _facts(survey, unpredictable)
+    if survey.refusal is not None:
+        out.result(_needs(args.model, survey, unpredictable))
         out.json({**facts, "plan": None})
-        raise found.refusal
-    tables = _needs(args.model, found, unpredictable), _fit(config, found)
-    out.result(*tables, *_advice(config, found), _in_words(speed), *_ways_in_words(ways))
-    out.json({**facts, **_in_figures(speed), "on_miss": _ways_in_figures(ways), "plan": found.plan.to_dict()})
+        raise survey.refusal
+    tables = _needs(args.model, survey, unpredictable), _fit(config, survey)
+    out.result(*tables, *_advice(config, survey), _in_words(speed), *_ways_in_words(ways))
+    out.json({**facts, **_in_figures(speed), "on_miss": _ways_in_figures(ways), "plan": survey.plan.to_dict()})
 
 
-def _facts(found: Survey, unpredictable: Unpredictable) -> dict[str, object]:
-    shape = found.shape
+def _facts(survey: Survey, unpredictable: Unpredictable) -> dict[str, object]:
+    shape = survey.shape
     return {
-        "family": found.hf_config.model_type,
-        "architecture": found.model_class.__name__,
-        "layers": _layers(found),
+        "family": survey.hf_config.model_type,
+        "architecture": survey.model_class.__name__,
+        "layers": _layers(survey),
         "moe_layers": shape.layers,
         "experts": plain(shape.experts),
         "top_k": plain(shape.top_k),
-        "parameters": found.parameters.total,
-        "dense_parameters": found.parameters.dense,
-        "quantisation": found.quantization,
-        "expert_formats": _formats(found),
+        "parameters": survey.parameters.total,
+        "dense_parameters": survey.parameters.dense,
+        "quantisation": survey.quantization,
+        "expert_formats": _formats(survey),
         "expert_bytes": plain(shape.expert_bytes),
-        "expert_bytes_total": found.expert_bytes,
-        "dense_bytes": found.plan.dense + found.plan.offloaded,
-        "smallest_device_memory": found.plan.smallest,
-        "smallest_with_dense": found.plan.smallest_dense,
-        "device": found.config.device,
-        "dtype": str(found.dtype).removeprefix("torch."),
+        "expert_bytes_total": survey.expert_bytes,
+        "dense_bytes": survey.plan.dense + survey.plan.offloaded,
+        "smallest_device_memory": survey.plan.smallest,
+        "smallest_with_dense": survey.plan.smallest_dense,
+        "device": survey.config.device,
+        "dtype": str(survey.dtype).removeprefix("torch."),
         "predictable": None if unpredictable is None else [reason is None for reason in unpredictable],
-        "exactness": found.config.exactness,
-        **_kernels_in_figures(found),
-        "source": "config" if _from_config(found) else "headers",
+        "exactness": survey.config.exactness,
+        **_kernels_in_figures(survey),
+        "source": "config" if _from_config(survey) else "headers",
         **_in_figures(None),
         "on_miss": {},
     }
 
 
-def _kernels_in_figures(found: Survey) -> dict[str, object]:
+def _kernels_in_figures(survey: Survey) -> dict[str, object]:
     """In how many MoE layers the CPU's kernels compute, and why not in the others; not asked, or not known without
     headers.
     """
     from offmoe.budget.inspect import Inspected
 
-    if found.config.exactness == "bitwise" or not isinstance(found, Inspected):
+    if survey.config.exactness == "bitwise" or not isinstance(survey, Inspected):
         return {"kernel_layers": None, "without_kernels": []}
-    layers = found.catalog.layers
+    layers = survey.catalog.layers
     reasons = dict.fromkeys(layer.without_kernel for layer in layers if layer.without_kernel)
     return {"kernel_layers": sum(layer.cpu_slot is not None for layer in layers), "without_kernels": list(reasons)}
 
 
-def _computed(found: Survey) -> str:
+def _computed(survey: Survey) -> str:
     from offmoe.budget.inspect import Inspected
 
-    if found.config.exactness == "bitwise":
+    if survey.config.exactness == "bitwise":
         return "as transformers does, bit for bit"
-    if not isinstance(found, Inspected):
+    if not isinstance(survey, Inspected):
         return "by kernels where there are any, sums in another order"
-    layers = found.catalog.layers
+    layers = survey.catalog.layers
     number = sum(layer.cpu_slot is not None for layer in layers)
     reasons = ", ".join(dict.fromkeys(layer.without_kernel for layer in layers if layer.without_kernel))
     if number == len(layers):
-        return f"by the CPU's kernels, {found.config.activations} activations, sums in another order"
+        return f"by the CPU's kernels, {survey.config.activations} activations, sums in another order"
     by_torch = f"by torch on decoded weights{f' ({reasons})' if reasons else ''}"
     return by_torch if number == 0 else f"by the CPU's kernels in {number} of {len(layers)} layers; else {by_torch}"
 
 
-def _speed(found: Survey) -> Expectation | None:
+def _speed(survey: Survey) -> Expectation | None:
     """The expected speed at the profile's costs; None without costs."""
-    profile = found.config.profile
+    profile = survey.config.profile
     if not isinstance(profile, Profile) or profile.costs is None:
         return None
     from offmoe.simulate.expect import expect
 
     # The routing is synthetic, so there are no predictions that a prefetch could act on.
-    return expect(found.shape, replace(found.config.cache(), prefetch=0), profile)
+    return expect(survey.shape, replace(survey.config.cache(), prefetch=0), profile)
 
 
-def _by_way(found: Survey) -> dict[str, Expectation]:
+def _by_way(survey: Survey) -> dict[str, Expectation]:
     """The expected speed of each on_miss that this device allows, with the same slots."""
     from offmoe.simulate.expect import expect
 
-    profile, cache = found.config.profile, replace(found.config.cache(), prefetch=0)
+    profile, cache = survey.config.profile, replace(survey.config.cache(), prefetch=0)
     assert isinstance(profile, Profile)
     assert profile.costs is not None
-    if found.plan.slots_per_layer == found.shape.experts:
+    if survey.plan.slots_per_layer == survey.shape.experts:
         return {}  # no expert is missed twice
-    beside = not found.backend.unified_memory
-    if beside and found.config.exactness == "bitwise":
-        return {"fetch": expect(found.shape, replace(cache, on_miss="fetch", miss_costs=None), profile)}
-    costs = profile.costs.miss_costs(max(found.shape.expert_bytes)) if beside else None
-    ways = {how: expect(found.shape, replace(cache, on_miss=how, miss_costs=costs), profile) for how in ON_MISS}
-    return ways if beside or cache.scope == "model" else {**ways, "auto": ways["fetch"]}
+    own_memory = not survey.backend.unified_memory
+    if own_memory and survey.config.exactness == "bitwise":
+        return {"fetch": expect(survey.shape, replace(cache, on_miss="fetch", miss_costs=None), profile)}
+    costs = profile.costs.miss_costs(max(survey.shape.expert_bytes)) if own_memory else None
+    ways = {how: expect(survey.shape, replace(cache, on_miss=how, miss_costs=costs), profile) for how in ON_MISS}
+    return ways if own_memory or cache.scope == "model" else {**ways, "auto": ways["fetch"]}
 
 
 def _ways_in_figures(ways: Mapping[str, Expectation]) -> dict[str, object]:
@@ -188,32 +188,32 @@ def _in_words(speed: Expectation | None) -> str:
     )
 
 
-def _needs(name: str, found: Survey, unpredictable: Unpredictable) -> Table:
-    shape, dtype = found.shape, str(found.dtype).removeprefix("torch.")
-    dense = found.plan.dense + found.plan.offloaded
-    share = percent(found.expert_bytes / (found.expert_bytes + dense))
+def _needs(name: str, survey: Survey, unpredictable: Unpredictable) -> Table:
+    shape, dtype = survey.shape, str(survey.dtype).removeprefix("torch.")
+    dense = survey.plan.dense + survey.plan.offloaded
+    share = percent(survey.expert_bytes / (survey.expert_bytes + dense))
     table = _two_columns(f"{name}: what it is")
-    table.add_row("architecture", f"{found.model_class.__name__} ({found.hf_config.model_type})")
-    table.add_row("layers", f"{_layers(found)}, of which {shape.layers} have experts")
-    counts = found.parameters
+    table.add_row("architecture", f"{survey.model_class.__name__} ({survey.hf_config.model_type})")
+    table.add_row("layers", f"{_layers(survey)}, of which {shape.layers} have experts")
+    counts = survey.parameters
     table.add_row("parameters", f"{_billions(counts.total)}, of which {_billions(counts.dense)} not of routed experts")
     table.add_row("experts per layer", f"{span(shape.experts)}, top_k {span(shape.top_k)}")
-    formats = _formats(found) or ([found.quantization] if found.quantization else [])
+    formats = _formats(survey) or ([survey.quantization] if survey.quantization else [])
     stored = f", {' and '.join(formats)}" if formats else ""
     table.add_row("one expert", f"{format_size(max(shape.expert_bytes))} ({max(shape.expert_bytes)} bytes){stored}")
-    table.add_row("all experts", f"{format_size(found.expert_bytes)} in {sum(shape.experts)}, {share} of the model")
+    table.add_row("all experts", f"{format_size(survey.expert_bytes)} in {sum(shape.experts)}, {share} of the model")
     table.add_row("dense part", f"{format_size(dense)} in {dtype}, needed for every token")
     table.add_row("experts ahead", _predictable(unpredictable))
-    if _from_config(found):
-        table.add_row("known from", f"{found.folder.name} alone: no weights here, sizes follow from shapes and dtype")
+    if _from_config(survey):
+        table.add_row("known from", f"{survey.folder.name} alone: no weights here, sizes follow from shapes and dtype")
     return table
 
 
-def _formats(found: Survey) -> list[str]:
+def _formats(survey: Survey) -> list[str]:
     """The formats that quantized experts are stored in; a configuration alone does not tell."""
     from offmoe.budget.inspect import Inspected
 
-    return list(found.catalog.formats) if isinstance(found, Inspected) else []
+    return list(survey.catalog.formats) if isinstance(survey, Inspected) else []
 
 
 def _predictable(unpredictable: Unpredictable) -> str:
@@ -226,25 +226,25 @@ def _predictable(unpredictable: Unpredictable) -> str:
     return f"can be predicted in {number} of {len(unpredictable)} layers; else {', '.join(reasons)}"
 
 
-def _from_config(found: Survey) -> bool:
+def _from_config(survey: Survey) -> bool:
     from offmoe.budget.inspect import Inspected
 
-    return not isinstance(found, Inspected)
+    return not isinstance(survey, Inspected)
 
 
 def _billions(count: int) -> str:
     return f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
 
 
-def _fit(config: OffloadConfig, found: Survey) -> Table:
-    plan, shape = found.plan, found.shape
+def _fit(config: OffloadConfig, survey: Survey) -> Table:
+    plan, shape = survey.plan, survey.shape
     resident = percent(sum(plan.slots_per_layer) / sum(shape.experts))
-    asked = "free here, less a reserve" if config.device_memory == "auto" else "--device-memory"
-    table = _two_columns(f"what fits on {found.config.device}")
-    table.add_row("budget", format_size(plan.budget), asked)
+    source = "free here, less a reserve" if config.device_memory == "auto" else "--device-memory"
+    table = _two_columns(f"what fits on {survey.config.device}")
+    table.add_row("budget", format_size(plan.budget), source)
     table.add_row("dense part", format_size(plan.dense), "" if not plan.offloaded_layers else "what stays")
     if plan.offloaded_layers:
-        layers = f"{plan.offloaded_layers} of {_layers(found)} layers"
+        layers = f"{plan.offloaded_layers} of {_layers(survey)} layers"
         table.add_row(
             "dense, elsewhere", format_size(plan.offloaded), f"{layers}, from {plan.offloaded_in} in every pass"
         )
@@ -258,10 +258,10 @@ def _fit(config: OffloadConfig, found: Survey) -> Table:
     if plan.staging:
         table.add_row("staging", format_size(plan.staging), "reads on their way")
     table.add_row("workspace", format_size(plan.workspace), "activations, logits")
-    table.add_row("experts", found.config.exactness, f"computed {_computed(found)}")
+    table.add_row("experts", survey.config.exactness, f"computed {_computed(survey)}")
     if plan.slots_per_layer != shape.experts:
-        resolved = "" if found.config.on_miss == config.on_miss else f" (what {config.on_miss!r} means here)"
-        table.add_row("on a miss", found.config.on_miss, MISS_IN_WORDS[found.config.on_miss] + resolved)
+        resolved = "" if survey.config.on_miss == config.on_miss else f" (what {config.on_miss!r} means here)"
+        table.add_row("on a miss", survey.config.on_miss, MISS_IN_WORDS[survey.config.on_miss] + resolved)
     slots = f"{span(shape.top_k)} slots per layer"
     if plan.smallest < plan.smallest_dense:
         table.add_row("smallest, all dense", format_size(plan.smallest_dense), f"{slots} ({plan.smallest_dense} bytes)")
@@ -276,13 +276,13 @@ def _two_columns(title: str) -> Table:
     return Table(title=title, title_justify="left", show_header=False)
 
 
-def _advice(config: OffloadConfig, found: Survey) -> list[str]:
+def _advice(config: OffloadConfig, survey: Survey) -> list[str]:
     """What to change for a better hit rate."""
-    plan, shape = found.plan, found.shape
+    plan, shape = survey.plan, survey.shape
     knee = tuple(min(KNEE * k, e) for k, e in zip(shape.top_k, shape.experts, strict=True))
     where = f"the knee of {KNEE} x top_k = {span(knee)} slots per layer"
     if config.slots_per_layer is None:
-        to_it = f"--device-memory {_rounded_up(_budget_for(knee, found))} --max-context {plan.max_context}"
+        to_it = f"--device-memory {_rounded_up(_budget_for(knee, survey))} --max-context {plan.max_context}"
     else:
         to_it = f"--slots-per-layer {','.join(map(str, sorted(set(knee)) if len(set(knee)) == 1 else knee))}"
     if plan.slots_per_layer == shape.experts:
@@ -294,10 +294,10 @@ def _advice(config: OffloadConfig, found: Survey) -> list[str]:
     return [advice]
 
 
-def _budget_for(slots: tuple[int, ...], found: Survey) -> int:
+def _budget_for(slots: tuple[int, ...], survey: Survey) -> int:
     """Device memory that holds the plan's context and these slots."""
-    sizes = [expert.slot for expert in found.experts]
-    return found.plan.used - found.plan.slots + sum(n * size for n, size in zip(slots, sizes, strict=True))
+    sizes = [expert.slot for expert in survey.experts]
+    return survey.plan.used - survey.plan.slots + sum(n * size for n, size in zip(slots, sizes, strict=True))
 
 
 def _rounded_up(size: int) -> str:
@@ -309,7 +309,7 @@ def _rounded_up(size: int) -> str:
     return str(size)
 
 
-def _layers(found: Survey) -> int:
+def _layers(survey: Survey) -> int:
     from offmoe.budget.needs import num_layers
 
-    return num_layers(found.hf_config)
+    return num_layers(survey.hf_config)

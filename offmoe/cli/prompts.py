@@ -80,17 +80,17 @@ def read_prompts(path: str, paragraphs: bool) -> list[Prompt]:
     if path.endswith(JSON_LINES):
         if paragraphs:
             raise ConfigError("--paragraphs is for prompts in plain text; a line of JSON is one prompt already.")
-        found = [_from_json(line, where) for where, line in lines if line.strip()]
+        prompts = [_from_json(line, where) for where, line in lines if line.strip()]
     elif paragraphs:
-        found = _paragraphs(lines)
+        prompts = _paragraphs(lines)
     else:
-        found = [Prompt(line.rstrip("\r"), where) for where, line in lines if line.strip()]
-    if not found:
+        prompts = [Prompt(line.rstrip("\r"), where) for where, line in lines if line.strip()]
+    if not prompts:
         raise ConfigError(f"--prompts {path}: holds no prompt; write one per line.")
-    for prompt in found:
+    for prompt in prompts:
         if any("\ud800" <= char <= "\udfff" for char in str(prompt.content)):
             raise ConfigError(f"--prompts {prompt.where}: not valid UTF-8.")
-    return found
+    return prompts
 
 
 def _from_json(line: str, where: str) -> Prompt:
@@ -112,7 +112,7 @@ def _from_json(line: str, where: str) -> Prompt:
 
 
 def _paragraphs(lines: Sequence[tuple[str, str]]) -> list[Prompt]:
-    found: list[Prompt] = []
+    prompts: list[Prompt] = []
     block: list[str] = []
     start = ""
     for where, line in [*lines, ("", "")]:
@@ -120,9 +120,9 @@ def _paragraphs(lines: Sequence[tuple[str, str]]) -> list[Prompt]:
             start = start if block else where
             block.append(line.rstrip("\r"))
         elif block:
-            found.append(Prompt("\n".join(block), start))
+            prompts.append(Prompt("\n".join(block), start))
             block = []
-    return found
+    return prompts
 
 
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
@@ -151,14 +151,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "tokenizer_config.json")
-    there = [name for name in names if (folder / name).is_file()]
-    if not there:
+    present = [name for name in names if (folder / name).is_file()]
+    if not present:
         raise CheckpointError(f"{folder}: has no tokenizer; add the model's tokenizer.json and tokenizer_config.json.")
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # tokenizers raises bare Exception for a file that it cannot parse
         raise CheckpointError(
-            f"{folder}: the tokenizer ({', '.join(there)}) cannot be loaded: {str(error).strip().split(chr(10))[0]}. "
+            f"{folder}: the tokenizer ({', '.join(present)}) cannot be loaded: {str(error).strip().split(chr(10))[0]}. "
             "Download tokenizer.json and tokenizer_config.json of the model again."
         ) from error
 
@@ -186,25 +186,25 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]
     return ids.long()
 
 
-def new_tokens(asked: int | None, ids: Tensor, inspected: Inspected, out: Output) -> int:
+def new_tokens(limit: int | None, ids: Tensor, inspected: Inspected, out: Output) -> int:
     """How many tokens to generate after the prompt ids [1, n]. CapacityError if the reserved context is too short."""
     # A decoder behind an encoder begins with a token of its own.
     prompt_tokens = ids.shape[1] + int(inspected.hf_config.is_encoder_decoder)
-    return fitting_tokens(asked, prompt_tokens, inspected.plan.max_context, out)
+    return fitting_tokens(limit, prompt_tokens, inspected.plan.max_context, out)
 
 
-def fitting_tokens(asked: int | None, prompt_tokens: int, context: int, out: Output) -> int:
+def fitting_tokens(limit: int | None, prompt_tokens: int, context: int, out: Output) -> int:
     """New tokens that the reserved context allows. The last one is not fed back, so it needs no room."""
     room = context - prompt_tokens + 1
-    if room < 1 or (asked is not None and asked > room):
-        needed = prompt_tokens + (asked or 1) - 1
+    if room < 1 or (limit is not None and limit > room):
+        needed = prompt_tokens + (limit or 1) - 1
         raise CapacityError(
-            f"{prompt_tokens} prompt tokens and {asked or 1} new ones do not fit the {context} tokens of context that "
+            f"{prompt_tokens} prompt tokens and {limit or 1} new ones do not fit the {context} tokens of context that "
             f"memory is reserved for; use --max-context {needed}, a shorter prompt or fewer --max-new-tokens."
         )
-    if asked is None and room < DEFAULT_NEW_TOKENS:
+    if limit is None and room < DEFAULT_NEW_TOKENS:
         out.note(f"at most {room} new tokens: memory is reserved for {context} tokens of context (--max-context).")
-    return asked or min(room, DEFAULT_NEW_TOKENS)
+    return limit or min(room, DEFAULT_NEW_TOKENS)
 
 
 def seed(value: int | None) -> None:
@@ -234,11 +234,11 @@ def check_vocabulary(model: PreTrainedModel, ids: Tensor) -> None:
 
 def pieces(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> dict[int, str]:
     """The text of each token by itself, with the space that starts a word where the vocabulary has one."""
-    found = {}
+    texts = {}
     for token in tokens:
         text = str(tokenizer.decode([token]))
         raw = tokenizer.convert_ids_to_tokens(token)
         # A decoder that joins words drops the space before the first one, which is the only one here.
         starts = isinstance(raw, str) and raw.startswith("\u2581") and not text.startswith(" ")
-        found[token] = " " + text if starts else text
-    return found
+        texts[token] = " " + text if starts else text
+    return texts

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from offmoe.types import CacheStats
 
-GIVEN = ("slots_per_layer", "eviction", "scope", "prefetch", "on_miss")
+OVERRIDES = ("slots_per_layer", "eviction", "scope", "prefetch", "on_miss")
 """Options that override the trace's header."""
 
 
@@ -96,8 +96,8 @@ def _options(args: argparse.Namespace, trace: Trace, profile: Profile) -> CacheO
     default = CacheOptions()
     assert isinstance(default.slots_per_layer, int)
     base = trace.options or replace(default, slots_per_layer=max(default.slots_per_layer, *trace.shape.top_k))
-    given = {name: getattr(args, name) for name in GIVEN if getattr(args, name) is not None}
-    values = {**base.to_dict(), **profile.cache, **given}
+    overrides = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
+    values = {**base.to_dict(), **profile.cache, **overrides}
     if values["eviction"] != "static":
         values.pop("popularity", None)
     chosen = CacheOptions.from_dict(values)

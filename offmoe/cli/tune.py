@@ -100,7 +100,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
         with out.progress("replaying", len(candidates) + len(bounds), "configurations") as advance:
             return sweep(trace, candidates, bounds, settings, jobs=jobs, progress=lambda done, everything: advance(1))
 
-    found = search(
+    result = search(
         trace,
         settings,
         replayed,
@@ -112,26 +112,26 @@ def run(args: argparse.Namespace, out: Output) -> None:
         on_misses=args.on_miss,
         host_sizes=args.host_slots,
     )
-    predictions = found.predictions()
+    predictions = result.predictions()
     out.result(
         f"{args.trace}: {trace.model or 'unnamed model'}, {trace.tokens} tokens, {trace.shape.layers} MoE layers, "
         f"{span(trace.shape.experts)} experts, top_k {span(trace.shape.top_k)}",
-        _sweep_table(found),
-        _ranked_table(found),
-        *_remarks(found, predictions),
+        _sweep_table(result),
+        _ranked_table(result),
+        *_remarks(result, predictions),
     )
     if args.output is not None:
-        _profile(found, args.trace).write(args.output)
+        _profile(result, args.trace).write(args.output)
         out.note(f"profile written to {args.output}; use it with: offmoe generate MODEL PROMPT --profile {args.output}")
     if args.plot is not None:
-        write_plot(args.plot, _figure(found))
+        write_plot(args.plot, _figure(result))
         out.note(f"plot written to {args.plot}")
     out.json(
         {
-            "candidates": [_facts(found, outcome) for outcome in [*found.ranked, *found.others()]],
-            "best": _facts(found, found.best),
-            "bounds": [vars(bound) for bound in found.bounds],
-            "knee": _knee_facts(found),
+            "candidates": [_facts(result, outcome) for outcome in [*result.ranked, *result.others()]],
+            "best": _facts(result, result.best),
+            "bounds": [vars(bound) for bound in result.bounds],
+            "knee": _knee_facts(result),
             "predictions": {
                 name: {**total(quality).to_dict(), "by_layer": [layer.to_dict() for layer in quality]}
                 for name, quality in predictions.items()
@@ -154,46 +154,46 @@ def _memory(args: argparse.Namespace, trace: Trace) -> int | None:
     return affordable(trace.shape, parse_size(args.budget, "--budget"))
 
 
-def _facts(found: SearchResult, outcome: Outcome) -> dict[str, object]:
+def _facts(result: SearchResult, outcome: Outcome) -> dict[str, object]:
     whole, chosen = outcome.whole, outcome.options
     return {
         "eviction": chosen.eviction,
         "scope": chosen.scope,
-        "slots_per_layer": plain(chosen.quotas(found.trace.shape)),
+        "slots_per_layer": plain(chosen.quotas(result.trace.shape)),
         "prefetch": chosen.prefetch,
         "on_miss": chosen.on_miss,
-        "host_slots": plain(chosen.host_quotas(found.trace.shape)),
+        "host_slots": plain(chosen.host_quotas(result.trace.shape)),
         "hit_rate": whole.stats.hit_rate,
         "train_hit_rate": outcome.train.stats.hit_rate,
         "test_hit_rate": outcome.judged.stats.hit_rate,
-        "gap_closed": found.gap(outcome),
+        "gap_closed": result.gap(outcome),
         "misses_per_token": whole.misses_per_token,
         "bytes_per_token": whole.bytes_per_token,
         "disk_bytes_per_token": whole.disk_bytes_per_token,
-        "stall_s": whole.stats.stall_s if found.settings.costs else None,
+        "stall_s": whole.stats.stall_s if result.settings.costs else None,
         "tokens_per_s": whole.tokens_per_s,
         "test_tokens_per_s": outcome.judged.tokens_per_s,
     }
 
 
-def _knee_facts(found: SearchResult) -> dict[str, object]:
-    curve = found.curve(found.best.options.eviction) or {found.slots: found.best.whole.stats.hit_rate}
+def _knee_facts(result: SearchResult) -> dict[str, object]:
+    curve = result.curve(result.best.options.eviction) or {result.slots: result.best.whole.stats.hit_rate}
     return {
         "slots_per_layer": knee(curve),
-        "chosen": found.slots,
+        "chosen": result.slots,
         "doubling": {str(n): gain_of_doubling(curve, n) for n in curve if 2 * n <= max(curve)},
     }
 
 
-def _profile(found: SearchResult, name: str) -> Profile:
-    best = found.best
+def _profile(result: SearchResult, name: str) -> Profile:
+    best = result.best
     return Profile(
         best.options.to_dict(),
-        found.settings.costs,
+        result.settings.costs,
         {
             "trace": Path(name).name,
-            "model": found.trace.model,
-            "tokens": found.trace.tokens,
+            "model": result.trace.model,
+            "tokens": result.trace.tokens,
             "hit_rate": best.whole.stats.hit_rate,
             "test_hit_rate": best.judged.stats.hit_rate,
         },
@@ -203,15 +203,15 @@ def _profile(found: SearchResult, name: str) -> Profile:
 # --- for people
 
 
-def _sweep_table(found: SearchResult) -> Table:
+def _sweep_table(result: SearchResult) -> Table:
     from rich.table import Table
 
-    sizes = [bound.slots_per_layer for bound in found.bounds]
+    sizes = [bound.slots_per_layer for bound in result.bounds]
     table = Table(title="hit rate, % (whole trace), by slots per layer", title_justify="left")
     table.add_column("policy")
     for n in sizes:
-        table.add_column(f"{n}*" if n == found.slots else str(n), justify="right")
-    curves = {name: found.curve(name) for name in found.policies if found.curve(name)}
+        table.add_column(f"{n}*" if n == result.slots else str(n), justify="right")
+    curves = {name: result.curve(name) for name in result.policies if result.curve(name)}
     for name, curve in curves.items():
         table.add_row(name, *(f"{100 * curve[n]:.1f}" if n in curve else "" for n in sizes if isinstance(n, int)))
     table.add_section()
@@ -221,8 +221,8 @@ def _sweep_table(found: SearchResult) -> Table:
         ("shuffled tokens", "shuffled"),
         ("uniform routing", "uniform"),
     ):
-        table.add_row(label, *(f"{100 * getattr(bound, key):.1f}" for bound in found.bounds))
-    if curve := found.curve(found.best.options.eviction):
+        table.add_row(label, *(f"{100 * getattr(bound, key):.1f}" for bound in result.bounds))
+    if curve := result.curve(result.best.options.eviction):
         table.add_section()
         top = max(curve)
         table.add_row(
@@ -232,15 +232,15 @@ def _sweep_table(found: SearchResult) -> Table:
     return table
 
 
-def _ranked_table(found: SearchResult) -> Table:
+def _ranked_table(result: SearchResult) -> Table:
     from rich.table import Table
 
-    priced = found.settings.costs is not None
-    in_ram = any(any(outcome.options.host_quotas(found.trace.shape)) for outcome in found.ranked)
+    priced = result.settings.costs is not None
+    in_ram = any(any(outcome.options.host_quotas(result.trace.shape)) for outcome in result.ranked)
     judged = "tokens per second" if priced else "bytes read" if in_ram else "bytes moved"
-    unit, size = next(u for u in UNITS if found.best.whole.bytes_per_token >= u[1] or u[1] == 1)
+    unit, size = next(u for u in UNITS if result.best.whole.bytes_per_token >= u[1] or u[1] == 1)
     table = Table(
-        title=f"at {found.slots} slots per layer, best first by {judged}",
+        title=f"at {result.slots} slots per layer, best first by {judged}",
         title_justify="left",
         box=None,  # eleven columns must fit into 80 characters
         pad_edge=False,
@@ -257,14 +257,14 @@ def _ranked_table(found: SearchResult) -> Table:
         *(("tok/s", "stall %") if priced else ()),
     ):
         table.add_column(name, justify="right", no_wrap=True)
-    for outcome in found.ranked[:SHOWN]:
-        whole, gap = outcome.whole, found.gap(outcome)
+    for outcome in result.ranked[:SHOWN]:
+        whole, gap = outcome.whole, result.gap(outcome)
         on_miss = outcome.options.on_miss
         row = [
             outcome.options.eviction + ("" if on_miss == "fetch" else f"+{on_miss}"),
             outcome.options.scope,
-            span(outcome.options.quotas(found.trace.shape)),
-            *((span(outcome.options.host_quotas(found.trace.shape)),) if in_ram else ()),
+            span(outcome.options.quotas(result.trace.shape)),
+            *((span(outcome.options.host_quotas(result.trace.shape)),) if in_ram else ()),
             str(outcome.options.prefetch),
             f"{100 * whole.stats.hit_rate:.1f}",
             f"{100 * outcome.judged.stats.hit_rate:.1f}",
@@ -279,14 +279,14 @@ def _ranked_table(found: SearchResult) -> Table:
     return table
 
 
-def _remarks(found: SearchResult, predictions: dict[str, list[PredictionQuality]]) -> list[str]:
+def _remarks(result: SearchResult, predictions: dict[str, list[PredictionQuality]]) -> list[str]:
     lines = []
-    curve = found.curve(found.best.options.eviction)
+    curve = result.curve(result.best.options.eviction)
     if len(curve) > 1:
         at = knee(curve)
         doubled = f"; doubling from there buys {100 * gain_of_doubling(curve, at):.1f} points"
         lines.append(f"Knee: {at} slots per layer, {percent(curve[at])}{doubled if 2 * at <= max(curve) else ''}.")
-    if found.settings.test_requests:
+    if result.settings.test_requests:
         lines.append(
             "unseen: hit rate on the requests that nothing was fitted to. gap: share of the way from LRU to Belady, "
             "which knows the future.\nahead: prefetch. +cpu, +auto: on_miss. misses and bytes: per token. "
@@ -294,7 +294,7 @@ def _remarks(found: SearchResult, predictions: dict[str, list[PredictionQuality]
         )
     else:
         lines.append("One request only: the choice is fitted to what it is measured on. Record more prompts.")
-    if found.settings.costs is None:
+    if result.settings.costs is None:
         lines.append(
             "Without costs the fewest bytes win, so never a prefetch; pass --profile with costs to weigh time."
         )
@@ -315,17 +315,17 @@ def _remarks(found: SearchResult, predictions: dict[str, list[PredictionQuality]
     return lines
 
 
-def _figure(found: SearchResult) -> Figure:
-    curves = [Curve(name, sorted(points.items())) for name in found.policies if (points := found.curve(name))]
+def _figure(result: SearchResult) -> Figure:
+    curves = [Curve(name, sorted(points.items())) for name in result.policies if (points := result.curve(name))]
     for label, key in (("Belady", "belady"), ("shuffled", "shuffled"), ("uniform", "uniform")):
-        points = {b.slots_per_layer: getattr(b, key) for b in found.bounds if isinstance(b.slots_per_layer, int)}
+        points = {b.slots_per_layer: getattr(b, key) for b in result.bounds if isinstance(b.slots_per_layer, int)}
         curves.append(Curve(label, sorted(points.items()), is_bound=True))
-    model = found.trace.model or "unnamed model"
+    trace, model = result.trace, result.trace.model or "unnamed model"
     note = (
-        f"{model}: {found.trace.tokens} tokens, {found.trace.shape.layers} MoE layers, caches per layer, no prefetch. "
+        f"{model}: {trace.tokens} tokens, {trace.shape.layers} MoE layers, caches per layer, no prefetch. "
         "Belady knows the future; uniform routing has neither skew nor memory, shuffled tokens have skew only."
     )
-    return Figure("Expert cache: hit rate over slots per layer", note, curves, found.slots)
+    return Figure("Expert cache: hit rate over slots per layer", note, curves, result.slots)
 
 
 def _cores() -> int:
