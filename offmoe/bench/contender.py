@@ -1,7 +1,7 @@
 """A contender: a process that loads one model, with offmoe or with accelerate's offload, and generates on request.
 
-It reads requests as JSON lines from stdin and answers on the stdout that it was started with. Whatever libraries print
-goes to stderr. Nothing heavy is imported before the task has arrived. Both runtimes use the same generate() of
+It reads requests from stdin (bench/messages.py) and answers on the stdout that it was started with. Whatever libraries
+print goes to stderr. Nothing heavy is imported before the task has arrived. Both runtimes use the same generate() of
 transformers, watched and forced by one logits processor, so that only the movement of weights differs.
 """
 
@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import IO, TYPE_CHECKING, Any
 
-from offmoe.bench.messages import OFFMOE, Costs, Outcome, Pass, Peak, Task, from_line, restore, to_line
+from offmoe.bench.messages import OFFMOE, Costs, Outcome, Pass, Peak, Task, send
 from offmoe.errors import ConfigError, OffmoeError
 
 if TYPE_CHECKING:
@@ -31,37 +33,28 @@ LINK_BYTES = 64 << 20
 
 def main() -> None:
     """Answer the process that started this one until it closes the pipe."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     try:
-        _serve(sys.stdin, answers)
-    except OffmoeError as error:
-        _answer(answers, f'{{"error": {_quoted(error)}}}\n')
+        for answer in _answers(sys.stdin.buffer):
+            send(answers, answer)
     except Exception as error:
-        import traceback
-
-        traceback.print_exc()
-        _answer(answers, f'{{"error": {_quoted(error)}}}\n')
+        text = " ".join(str(error).split())
+        if not isinstance(error, OffmoeError):
+            traceback.print_exc()
+            text = f"{type(error).__name__}: {text}"
+        send(answers, ConfigError(text) if isinstance(error, ConfigError) else OffmoeError(text))
     except KeyboardInterrupt:
         pass  # the process that started this one was interrupted too, and reports it
 
 
-def _serve(requests: TextIO, answers: TextIO) -> None:
-    _, values = from_line(requests.readline())
-    contender = Contender(restore(Task, values))
-    try:
-        _answer(answers, to_line("ready", None))
-        for line in requests:
-            kind, values = from_line(line)
-            if kind == "pass":
-                _answer(answers, to_line("outcome", contender.run(restore(Pass, values))))
-            elif kind == "costs":
-                _answer(answers, to_line("costs", contender.costs()))
-            else:
-                assert kind == "peak"
-                _answer(answers, to_line("peak", contender.peak()))
-    finally:
-        contender.close()
+def _answers(requests: IO[bytes]) -> Iterator[object]:
+    with closing(Contender(pickle.load(requests))) as contender:
+        yield None
+        with suppress(EOFError):
+            while True:
+                method, *arguments = pickle.load(requests)
+                yield getattr(contender, method)(*arguments)
 
 
 class Contender:
@@ -266,22 +259,6 @@ def _rss_peak() -> int:
     import psutil
 
     return int(psutil.Process().memory_info().rss)
-
-
-def _quoted(error: Exception) -> str:
-    import json
-
-    text = " ".join(str(error).split())
-    return json.dumps([text if isinstance(error, OffmoeError) else f"{type(error).__name__}: {text}", _status(error)])
-
-
-def _status(error: Exception) -> int:
-    return 2 if isinstance(error, ConfigError) else 1
-
-
-def _answer(answers: TextIO, line: str) -> None:
-    answers.write(line)
-    answers.flush()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import re
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 
 from offmoe.device.cgroup import OF_PROCESS, ROOT, V2, Version, cgroups_around, read_number
 from offmoe.errors import CapacityError
@@ -95,14 +94,6 @@ class MemoryCap:
                 if error.errno != errno.EBUSY or time.monotonic() > deadline:
                     raise
             time.sleep(0.01)
-
-    def __enter__(self) -> MemoryCap:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _remove_abandoned(around: Path) -> None:

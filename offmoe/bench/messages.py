@@ -1,4 +1,8 @@
-"""The messages between a benchmark and its contenders: plain values that travel as JSON lines.
+"""The messages between a benchmark and its contenders: plain values that travel as pickles.
+
+The benchmark sends a Task, which is answered with None when the model is loaded, and then calls of the contender's
+methods: the name of the method and its arguments, answered with what the method returns. An error is an answer too, and
+the last one.
 
 This module must never import anything heavy. A contender reads its task before it loads a library, so that its memory
 cgroup counts everything that it allocates.
@@ -6,13 +10,12 @@ cgroup counts everything that it allocates.
 
 from __future__ import annotations
 
-import json
+import pickle
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import IO, Any
 
 OFFMOE, ACCELERATE = "offmoe", "accelerate"
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -99,19 +102,7 @@ class Peak:
     device: int | None
 
 
-def to_line(kind: str, value: Any) -> str:
-    """A message as a JSON line. kind: what the message is; value: its dataclass, or None."""
-    return json.dumps({kind: asdict(value) if value is not None else None}) + "\n"
-
-
-def from_line(line: str) -> tuple[str, Any]:
-    """The (kind, fields) of a message."""
-    ((kind, value),) = json.loads(line).items()
-    return kind, value
-
-
-def restore(cls: type[T], values: Mapping[str, Any]) -> T:
-    """A dataclass of this module from the fields of a message. Lists become tuples."""
-    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-    assert set(values) <= known
-    return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+def send(file: IO[bytes], message: object) -> None:
+    """Write a message. The other process, which runs this very offmoe, reads it with `pickle.load`."""
+    pickle.dump(message, file)
+    file.flush()

@@ -7,24 +7,22 @@ over rounds of ratios within a round. No process and no cgroup is left behind.
 
 from __future__ import annotations
 
-import json
+import pickle
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, cast
 
 import offmoe
 from offmoe.bench.memory_cap import MemoryCap
-from offmoe.bench.messages import Costs, Outcome, Pass, Peak, Task, restore, to_line
-from offmoe.errors import CapacityError, ConfigError, OffmoeError
+from offmoe.bench.messages import Costs, Outcome, Pass, Peak, Task, send
+from offmoe.errors import CapacityError, OffmoeError
 from offmoe.text import format_size
-
-T = TypeVar("T")
 
 START = "import sys; sys.path.insert(0, sys.argv[1]); from offmoe.bench.contender import main; main()"
 """Runs the contender with this very offmoe, installed or not."""
@@ -35,34 +33,28 @@ class ContenderProcess:
 
     def __init__(self, name: str, task: Task, cap: int | None = None):
         self.name, self.task, self.cap = name, task, cap
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the process
-        self._cgroup = None if cap is None else MemoryCap.create(cap, name)
         command = [sys.executable, "-c", START, str(Path(offmoe.__file__).parents[1])]
-        try:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, text=True
+        with ExitStack() as stack:
+            self._stderr = stack.enter_context(tempfile.TemporaryFile())
+            self._cgroup = None if cap is None else stack.enter_context(closing(MemoryCap.create(cap, name)))
+            self._process = stack.enter_context(
+                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr)
             )
-        except BaseException:
-            self._close_cgroup()
-            raise
-        try:
+            stack.push(self._end)
             if self._cgroup is not None:
                 self._cgroup.add(self._process.pid)
-            self._ask(to_line("task", task), "ready")
-        except BaseException:
-            self._process.kill()  # it may be loading for minutes before it looks at its input again
-            self.close()
-            raise
+            self._ask(task)
+            self._resources = stack.pop_all()
 
     def run(self, work: Pass) -> Outcome:
-        return restore(Outcome, self._ask(to_line("pass", work), "outcome"))
+        return cast("Outcome", self._ask(("run", work)))
 
     def costs(self) -> Costs:
-        return restore(Costs, self._ask(to_line("costs", None), "costs"))
+        return cast("Costs", self._ask(("costs",)))
 
     def peak(self) -> dict[str, int | None]:
         """Peak memory in bytes: of the process (rss), of its cgroup including page cache, and of the device."""
-        own = restore(Peak, self._ask(to_line("peak", None), "peak"))
+        own = cast("Peak", self._ask(("peak",)))
         return {
             "rss": own.rss,
             "cgroup": None if self._cgroup is None else self._cgroup.peak_bytes,
@@ -71,50 +63,36 @@ class ContenderProcess:
 
     def close(self) -> None:
         """End the process. Idempotent."""
-        process = self._process
-        if process.stdin is not None and not process.stdin.closed:
-            try:
-                process.stdin.close()
-                process.wait(timeout=20)
-            except (OSError, subprocess.TimeoutExpired):
-                process.kill()
-                process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
-        self._close_cgroup()
-        self._stderr.close()
+        self._resources.close()
 
     def __enter__(self) -> ContenderProcess:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
+        self._resources.__exit__(*error)
+
+    def _end(self, kind: type[BaseException] | None, *_: object) -> None:
+        """End the process; after an error kill it, because it may be in the middle of anything."""
+        assert self._process.stdin is not None
         if kind is not None:
-            self._process.kill()  # it may be in the middle of anything
-        self.close()
+            self._process.kill()
+        try:
+            self._process.stdin.close()
+            self._process.wait(timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            self._process.kill()
 
-    def _close_cgroup(self) -> None:
-        if self._cgroup is not None:
-            self._cgroup.close()
-
-    def _ask(self, line: str, expected: str) -> Any:
+    def _ask(self, message: object) -> object:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
-            self._process.stdin.write(line)
-            self._process.stdin.flush()
-            answer = self._process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        if not answer:
-            raise self._ended()
-        ((kind, value),) = json.loads(answer).items()
-        if kind == "error":
-            text, status = value
-            raise (ConfigError if status == ConfigError.exit_status else OffmoeError)(f"{self.name}: {text}")
-        assert kind == expected
-        return value
+            send(self._process.stdin, message)
+            answer = pickle.load(self._process.stdout)
+        except (BrokenPipeError, EOFError, pickle.UnpicklingError):
+            raise self._ended() from None
+        if isinstance(answer, OffmoeError):
+            raise type(answer)(f"{self.name}: {answer}")
+        return answer
 
     def _ended(self) -> OffmoeError:
         status = self._process.wait()
@@ -148,7 +126,7 @@ class Record:
         share of demands that hit because of a prefetch.
         """
         token_s = self.token_s()
-        out: dict[str, Any] = {
+        return {
             "ttft_s": statistics.median(outcome.ttft_s for outcome in self.outcomes),
             "ms_per_token": token_s * 1e3,
             "tokens_per_s": 1 / token_s,
@@ -161,7 +139,6 @@ class Record:
             "read_bytes_per_round": self._median([outcome.read_bytes for outcome in self.outcomes]),
             "peak": dict(self.peak),
         }
-        return out
 
     def _counted(self, figure: Callable[[Mapping[str, Any], int], float]) -> float | None:
         return self._median(
@@ -176,8 +153,7 @@ class Record:
 
 def _prefetched_rate(stats: Mapping[str, Any], tokens: int) -> float:
     """Share of the demands that hit because of a prefetch."""
-    demands = stats["hits"] + stats["pending"] + stats["misses"]
-    return float(stats["pending"] / demands) if demands else 0.0
+    return float(stats["pending"] / max(1, stats["hits"] + stats["pending"] + stats["misses"]))
 
 
 def mean_s(outcome: Outcome) -> float:
@@ -250,9 +226,7 @@ def roofline(record: Record, costs: Costs, disk_gb_s: float) -> dict[str, float 
     measured = record.to_dict()
     arrived = measured["h2d_bytes_per_token"] or 0.0
     disk_s = min(measured["disk_bytes_per_token"] or 0.0, arrived) / (disk_gb_s * 1e9)
-    link_s = None
-    if costs.link_gb_s is not None:
-        link_s = arrived / (costs.link_gb_s * 1e9)
+    link_s = None if costs.link_gb_s is None else arrived / (costs.link_gb_s * 1e9)
     bound = max(disk_s, link_s or 0.0, costs.compute_s or 0.0)
     return {
         "disk_gb_s": disk_gb_s,

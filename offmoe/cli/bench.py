@@ -12,12 +12,14 @@ import random
 import shutil
 import statistics
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from offmoe.bench import rounds
+from offmoe.bench.messages import ACCELERATE, OFFMOE, Pass, Task
 from offmoe.bench.scratch import ended_by_sigterm, scratch_folder
 from offmoe.cli import options, prompts
 from offmoe.cli.model import open_model
@@ -30,11 +32,9 @@ from offmoe.text import format_size, parse_size, percent
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from offmoe.bench.messages import Pass
-    from offmoe.bench.rounds import ContenderProcess, Record
     from offmoe.budget.inspect import Inspected
 
-ACCELERATE, NO_PREFETCH = "accelerate", "no-prefetch"
+NO_PREFETCH = "no-prefetch"
 AGAINST = (ACCELERATE, NO_PREFETCH)
 OTHER_OPTIONS = ("max_context", "experts", "exactness", "activations")
 DEFAULT_ROUNDS, DEFAULT_TOKENS, RANDOM_PROMPT_TOKENS = 5, 32, 16
@@ -130,8 +130,6 @@ def run(args: argparse.Namespace, out: Output) -> None:
 
 def _passes(args: argparse.Namespace, inspected: Inspected, out: Output) -> list[Pass]:
     """One pass to warm up, and one per round."""
-    from offmoe.bench.messages import Pass
-
     vocabulary = int(inspected.hf_config.get_text_config().vocab_size)
     rng = random.Random(0)
     encoded: list[tuple[int, ...]]
@@ -159,16 +157,14 @@ def _measure(
     args: argparse.Namespace, inspected: Inspected, cap: int | None, passes: list[Pass], out: Output, stack: ExitStack
 ) -> dict[str, Any]:
     """Run the rounds. stack: closes the contenders."""
-    from offmoe.bench import rounds
     from offmoe.measure.probes import DiskProbe, drop_page_cache
     from offmoe.storage.store import ExpertStore
 
     shards = inspected.checkpoint.shards
     stock_model = _stock_model(args, inspected)
     contenders = _start_contenders(args, inspected, stock_model, cap, out, stack)
-    store = ExpertStore(shards, inspected.catalog.records)
-    stack.callback(store.close)
-    disk = stack.enter_context(DiskProbe(store, inspected.catalog.records, shards))
+    store = stack.enter_context(closing(ExpertStore(shards, inspected.catalog.records)))
+    disk = stack.enter_context(closing(DiskProbe(store, inspected.catalog.records, shards)))
     rates: list[float] = []
 
     def probe() -> None:
@@ -200,16 +196,15 @@ def _start_contenders(
     cap: int | None,
     out: Output,
     stack: ExitStack,
-) -> list[ContenderProcess]:
+) -> list[rounds.ContenderProcess]:
     """Start the contenders, offmoe first. stock_model: what accelerate runs, if it does."""
-    from offmoe.bench import messages, rounds
     from offmoe.measure.probes import drop_page_cache
 
     scratch_parent = None if stock_model is None else _scratch_parent(args, stock_model)
     drop_page_cache(inspected.checkpoint.shards)  # or a contender reads pages that another cgroup is charged for
     config = inspected.config
-    task = messages.Task(
-        messages.OFFMOE,
+    task = Task(
+        OFFMOE,
         str(inspected.folder),
         device=str(config.device),
         dtype=str(inspected.dtype).removeprefix("torch."),
@@ -218,23 +213,19 @@ def _start_contenders(
         routing=args.replay_routing or "",
         threads=args.threads,
     )
-    contenders = [stack.enter_context(rounds.ContenderProcess(messages.OFFMOE, task, cap))]
+    tasks = {OFFMOE: task}
     if args.against == NO_PREFETCH:
-        other = replace(task, options={**task.options, "prefetch": 0})
-        contenders.append(stack.enter_context(rounds.ContenderProcess(NO_PREFETCH, other, cap)))
+        tasks[NO_PREFETCH] = replace(task, options={**task.options, "prefetch": 0})
     elif stock_model is not None:
         scratch = str(stack.enter_context(scratch_folder("offmoe-bench-", scratch_parent)))
         out.note("loading the model with accelerate's offload, which may write a second copy of the experts")
         folder = str(stock_model.source.folder)
-        stock = replace(task, runtime=messages.ACCELERATE, model=folder, options={}, scratch=scratch)
-        contenders.append(stack.enter_context(rounds.ContenderProcess(ACCELERATE, stock, cap)))
-    return contenders
+        tasks[ACCELERATE] = replace(task, runtime=ACCELERATE, model=folder, options={}, scratch=scratch)
+    return [stack.enter_context(rounds.ContenderProcess(name, each, cap)) for name, each in tasks.items()]
 
 
-def _comparison(records: Sequence[Record], *, comparable: bool) -> dict[str, Any]:
+def _comparison(records: Sequence[rounds.Record], *, comparable: bool) -> dict[str, Any]:
     """The other contender's figures. comparable: whether both computed with the same weights."""
-    from offmoe.bench import rounds
-
     if len(records) < 2:
         return dict.fromkeys(("baseline", "ratio", "ttft_ratio", "same"))
     ours, other = records
@@ -283,13 +274,16 @@ def _scratch_parent(args: argparse.Namespace, stock_model: Inspected) -> str:
     return folder
 
 
-ROWS = {
-    "first token, s": ("ttft_s", "{:.3f}"),
-    "ms per token": ("ms_per_token", "{:.2f}"),
-    "tokens/s": ("tokens_per_s", "{:.2f}"),
-    "waiting for experts, ms per token": ("stall_ms_per_token", "{:.2f}"),
+ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "first token, s": ("ttft_s", "{:.3f}".format),
+    "ms per token": ("ms_per_token", "{:.2f}".format),
+    "tokens/s": ("tokens_per_s", "{:.2f}".format),
+    "waiting for experts, ms per token": ("stall_ms_per_token", "{:.2f}".format),
+    "hit rate": ("hit_rate", percent),
+    "of which prefetched": ("foretold_rate", percent),
+    "experts from disk per token": ("disk_bytes_per_token", format_size),
+    "read from disk per round": ("read_bytes_per_round", format_size),
 }
-SIZES = {"experts from disk per token": "disk_bytes_per_token", "read from disk per round": "read_bytes_per_round"}
 
 
 def _table(results: dict[str, Any]) -> Table:
@@ -300,18 +294,16 @@ def _table(results: dict[str, Any]) -> Table:
     table.add_column("")
     for name in ("offmoe", results["against"])[: len(contenders)]:
         table.add_column(name, justify="right")
+
+    def add_row(title: str, values: list[float | None], form: Callable[[float], str]) -> None:
+        table.add_row(title, *("-" if value is None else form(value) for value in values))
+
     for title, (key, form) in ROWS.items():
-        table.add_row(title, *("-" if c[key] is None else form.format(c[key]) for c in contenders))
-    table.add_row("hit rate", *("-" if c["hit_rate"] is None else percent(c["hit_rate"]) for c in contenders))
-    table.add_row(
-        "of which prefetched", *("-" if c["hit_rate"] is None else percent(c["foretold_rate"]) for c in contenders)
-    )
-    for title, key in SIZES.items():
-        table.add_row(title, *("-" if c[key] is None else format_size(c[key]) for c in contenders))
+        add_row(title, [contender[key] for contender in contenders], form)
     for place in ("rss", "cgroup", "device"):
-        if any(c["peak"][place] is not None for c in contenders):
-            values = (c["peak"][place] for c in contenders)
-            table.add_row(f"peak memory, {place}", *("-" if v is None else format_size(v) for v in values))
+        peaks = [contender["peak"][place] for contender in contenders]
+        if any(peak is not None for peak in peaks):
+            add_row(f"peak memory, {place}", peaks, format_size)
     return table
 
 

@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,7 +27,7 @@ from offmoe.device.backend import CpuBackend
 from offmoe.hf.adapters.find import find_experts
 from offmoe.hf.load.attach import reroute
 from offmoe.io_limits import last_share
-from offmoe.measure.probes import DiskProbe, copy_gb_s, host_expert, host_expert_us
+from offmoe.measure.probes import DiskProbe, copy_gb_s, host_expert, host_expert_us, timed
 from offmoe.profile import CostModel
 from offmoe.storage.store import ExpertStore
 from offmoe.trace.trace import NONE
@@ -65,22 +65,22 @@ def calibrate(inspected: Inspected, seconds: float, progress: Progress = lambda 
     progress("computing on the host")
     layout = max((layer.layout for layer in catalog.layers), key=lambda layout: layout.nbytes)
     host, host_few = host_expert_us(layout, tokens=1), host_expert_us(layout, tokens=FEW)
-    store = ExpertStore(inspected.checkpoint.shards, catalog.records)
-    try:
-        with DiskProbe(store, catalog.records, inspected.checkpoint.shards) as disk:
-            progress("reading experts")
-            disk_gb_s, latency_s = _reading(disk, max(catalog.shape.expert_bytes), seconds * DISK_SHARE)
-            progress("loading the dense part")
-            model = load(inspected)
-            with cast("Offload", model.offload):
-                progress("computing")
-                fixed = FixedRouting(model, inspected)
-                dense_s, experts_s = fixed.measure(seconds * COMPUTE_SHARE)
-            progress("computing on the host beside " + ("copies" if linked else "reads"))
-            rest = seconds * (1 - DISK_SHARE - COMPUTE_SHARE)
-            host_overlapped = _host_overlapped(inspected, disk, host_expert(layout, 1), rest, link)
-    finally:
-        store.close()
+    shards = inspected.checkpoint.shards
+    with (
+        closing(ExpertStore(shards, catalog.records)) as store,
+        closing(DiskProbe(store, catalog.records, shards)) as disk,
+    ):
+        progress("reading experts")
+        disk_gb_s, latency_s = _reading(disk, max(catalog.shape.expert_bytes), seconds * DISK_SHARE)
+        progress("loading the dense part")
+        model = load(inspected)
+        with cast("Offload", model.offload):
+            progress("computing")
+            fixed = FixedRouting(model, inspected)
+            dense_s, experts_s = fixed.measure(seconds * COMPUTE_SHARE)
+        progress("computing on the host beside " + ("copies" if linked else "reads"))
+        rest = seconds * (1 - DISK_SHARE - COMPUTE_SHARE)
+        host_overlapped = _host_overlapped(inspected, disk, host_expert(layout, 1), rest, link)
     expert_us = max(0.0, experts_s) / fixed.experts * 1e6
     return CostModel(
         disk_gb_s=_four_digits(disk_gb_s),
@@ -204,9 +204,7 @@ def _host_overlapped(
     times: list[float] = []
 
     def step() -> None:
-        began = time.perf_counter()
-        compute()
-        times.append(time.perf_counter() - began)
+        times.append(timed(compute))
 
     if link is None:
         disk.gb_s(seconds, meanwhile=step)

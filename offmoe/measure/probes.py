@@ -12,9 +12,9 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ COLD_BYTES = 64 << 20
 
 
 class DiskProbe:
-    """Reads experts in random order, with as many threads and experts at once as the runtime. A context manager."""
+    """Reads experts in random order, with as many threads and experts at once as the runtime."""
 
     def __init__(self, store: ExpertStore, keys: Iterable[ExpertKey], shards: Sequence[Path]):
         """shards: the files that the store reads. They are dropped from the page cache now."""
@@ -43,23 +43,15 @@ class DiskProbe:
         self._buffers = HostBuffers(self.at_once, store.buffer_bytes)
         drop_page_cache(shards)
 
-    def __enter__(self) -> DiskProbe:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         self._buffers.close()
 
     def lone_s(self) -> float:
         """Seconds of one read while no other read is under way."""
         key = self._random.choice(self._keys)
-        began = time.perf_counter()
         if self._store.parts(key) == 1:  # starting threads would take longer than the read
-            self._read_share(key, 0, 0, 1)
-            return time.perf_counter() - began
-        self._together(lambda i: self._read_share(key, 0, i, READERS))
-        return time.perf_counter() - began
+            return timed(lambda: self._read_share(key, 0, 0, 1))
+        return timed(lambda: self._together(lambda i: self._read_share(key, 0, i, READERS)))
 
     def gb_s(self, seconds: float, meanwhile: Callable[[], object] | None = None) -> float:
         """GB/s of all readers together over `seconds`; every reader reads at least once.
@@ -99,31 +91,19 @@ class DiskProbe:
     @staticmethod
     def _together(
         work: Callable[[int], object],
-        meanwhile: Callable[[], object] | None = None,
+        meanwhile: Callable[[], object] = lambda: None,
         stop: threading.Event | None = None,
     ) -> None:
         """Run work(i) in a thread for each reader. `stop` is set when `meanwhile` has returned."""
-        errors: list[BaseException] = []
-
-        def run(i: int) -> None:
+        with ThreadPoolExecutor(READERS, "offmoe-probe") as pool:
+            reads = [pool.submit(work, i) for i in range(READERS)]
             try:
-                work(i)
-            except BaseException as error:  # raised below, in the calling thread
-                errors.append(error)
-
-        threads = [threading.Thread(target=run, args=(i,), name=f"offmoe-probe-{i}") for i in range(READERS)]
-        for thread in threads:
-            thread.start()
-        try:
-            if meanwhile is not None:
                 meanwhile()
-        finally:
-            if stop is not None:
-                stop.set()
-            for thread in threads:
-                thread.join()
-        if errors:
-            raise errors[0]
+            finally:
+                if stop is not None:
+                    stop.set()
+        for read in reads:
+            read.result()
 
 
 def drop_page_cache(files: Iterable[Path]) -> None:
@@ -183,14 +163,18 @@ def host_expert(layout: ExpertLayout, tokens: int) -> Callable[[], None] | None:
     return compute
 
 
-def median_s(work: Callable[[], object], rounds: int, before: Callable[[], object] | None = None) -> float:
+def median_s(work: Callable[[], object], rounds: int, before: Callable[[], object] = lambda: None) -> float:
     """Median seconds of `work`, after one call that does not count. before: called before each round, not timed."""
     work()
     times = []
     for _ in range(rounds):
-        if before is not None:
-            before()
-        began = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began)
+        before()
+        times.append(timed(work))
     return statistics.median(times)
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds that one call takes."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began

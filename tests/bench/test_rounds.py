@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import io
+import pickle
+
 import pytest
 
 from offmoe.bench import rounds
 from offmoe.bench.memory_cap import MemoryCap
-from offmoe.bench.messages import Costs, Outcome, Pass, Task, from_line, restore, to_line
-from offmoe.errors import CapacityError, OffmoeError
+from offmoe.bench.messages import Costs, Outcome, Pass, Task, send
+from offmoe.errors import CapacityError, ConfigError, OffmoeError
 
 
 def test_messages_survive_the_way() -> None:
-    work = Pass((1, 2), 3, forced=(4,), row=5)
-    kind, values = from_line(to_line("pass", work))
-    assert (kind, restore(Pass, values)) == ("pass", work)
+    pipe, work = io.BytesIO(), Pass((1, 2), 3, forced=(4,), row=5)
+    send(pipe, ("run", work))
+    send(pipe, ConfigError("no"))
+    pipe.seek(0)
+    assert pickle.load(pipe) == ("run", work)
+    error = pickle.load(pipe)
+    assert (type(error), str(error)) == (ConfigError, "no")
 
 
 def test_a_process_works_fails_and_ends(task: Task) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -105,7 +106,7 @@ def test_the_kernel_may_take_a_moment_to_let_go(tmp_path: Path, monkeypatch) -> 
         rmdir(path)
 
     monkeypatch.setattr(Path, "rmdir", busy)
-    with MemoryCap(folder, cgroup.V2):
+    with closing(MemoryCap(folder, cgroup.V2)):
         pass
     assert not folder.exists()
 
@@ -115,7 +116,7 @@ def test_here_if_this_machine_lets_us() -> None:
         cap = MemoryCap.create(64 << 20, "test")
     except CapacityError as error:
         pytest.skip(str(error))
-    with cap:
+    with closing(cap):
         assert cap.kills == 0
         assert cap.peak_bytes in (0, None)
     cap.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def store(tmp_path: Path):
 def test_reads(store) -> None:
     reader, records, shards = store
     calls: list[int] = []
-    with DiskProbe(reader, records, shards) as probe:
+    with closing(DiskProbe(reader, records, shards)) as probe:
         assert probe.at_once == 4
         assert probe.lone_s() > 0
         assert probe.gb_s(0.0) > 0  # a read each, however short the time
@@ -43,7 +44,7 @@ def test_reads(store) -> None:
 
 def test_an_error_of_a_reader_is_raised(store) -> None:
     reader, records, shards = store
-    with DiskProbe(reader, records, shards) as probe:
+    with closing(DiskProbe(reader, records, shards)) as probe:
         for shard in shards:
             shard.write_bytes(b"")
         with pytest.raises(ShardChangedError):

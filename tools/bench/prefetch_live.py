@@ -24,7 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,7 @@ def probe_of(inspected: Inspected) -> Iterator[Callable[[], float]]:
     checkpoint, catalog = inspected.checkpoint, inspected.catalog
     store = ExpertStore(checkpoint.shards, catalog.records)
     try:
-        with DiskProbe(store, catalog.records, checkpoint.shards) as disk:
+        with closing(DiskProbe(store, catalog.records, checkpoint.shards)) as disk:
 
             def rate() -> float:
                 found = disk.gb_s(PROBE_S)
