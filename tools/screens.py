@@ -4,8 +4,9 @@
     .venv/bin/python tools/screens.py [screen] [fits] [plot]     (the plot needs matplotlib: pip install matplotlib)
 
 Writes docs/images/generate.svg (a run of `offmoe generate demo` as a terminal shows it), docs/images/hit-rate.svg (the
-sweep of `offmoe tune` on the gpt-oss-20b recording of the tests), docs/data/fits.csv (what `offmoe inspect` plans for
-four models and four sizes of memory) and, from the last, the table between the markers in README.md.
+sweep of `offmoe tune` on the gpt-oss-20b recording of the tests) with its figures in docs/data/policies.csv, and
+docs/data/fits.csv (what `offmoe inspect` plans for four models and five sizes of memory) with the table between the
+markers in README.md.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
 FITS = ROOT / "docs" / "data" / "fits.csv"
+RATES = ROOT / "docs" / "data" / "policies.csv"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- fits: written by tools/screens.py -->", "<!-- fits: end -->"
 
@@ -102,7 +104,9 @@ def hit_rates(target: Path) -> None:
             point = (candidate["slots_per_layer"], 100 * candidate["hit_rate"])
             curves.setdefault(candidate["eviction"], []).append(point)
     optimum = [(bound["slots_per_layer"], 100 * bound["belady"]) for bound in facts["bounds"]]
+    bypass = [(bound["slots_per_layer"], 100 * bound["belady_bypass"]) for bound in facts["bounds"]]
     uniform = [(bound["slots_per_layer"], 100 * bound["uniform"]) for bound in facts["bounds"]]
+    write_rates({**curves, "belady": optimum, "belady-bypass": bypass})
 
     matplotlib.rcParams.update({"svg.hashsalt": "offmoe", "font.size": 10, "axes.spines.top": False})
     figure, axes = pyplot.subplots(figsize=(7.2, 3.8), layout="constrained")
@@ -124,6 +128,14 @@ def hit_rates(target: Path) -> None:
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9, loc="lower right")
     figure.savefig(target, metadata={"Date": None})
+
+
+def write_rates(curves: dict[str, list[tuple[int, float]]]) -> None:
+    with RATES.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("routing", "policy", "slots", "experts", "hit_rate"))
+        for name, points in curves.items():
+            writer.writerows(("gpt-oss-20b", name, slots, 32, f"{rate:.1f}") for slots, rate in sorted(points))
 
 
 def fits() -> list[dict[str, str]]:
