@@ -12,6 +12,7 @@ machine where the demo model samples the same text.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import tempfile
 from dataclasses import replace
@@ -109,6 +110,7 @@ def run(recording: Recording, options: CacheOptions) -> tuple[CacheStats, list[f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table there too, gains in percent")
     args = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
@@ -126,7 +128,7 @@ def main() -> None:
     }
     print(f"gain over prefetch=0, by the time of a read / of computing a layer\n{'':44}" + "read for    needed")
     print(f"{'routing':22}{'slots':>6} {'prefetch':8}" + f"{'issued':>8}" + " nothing     reads" + _row(COSTS, "7g"))
-    found = []
+    found, counts = [], []
     for name, (trace, capacities) in routings.items():
         recording = Recording(trace)
         for slots in capacities:
@@ -140,8 +142,17 @@ def main() -> None:
                     + _row([100 * gain for gain in gains], "+6.1f", "%")
                 )
                 found.append({"routing": name, "slots": slots, "prefetch": prefetch, "gains": gains})
+                counts.append((stats.prefetched, wasted, needed))
     worst = min(min(row["gains"]) for row in found if row["prefetch"] == "auto")
     print(f"auto at worst {100 * worst:+.1f} %")
+    if args.csv is not None:
+        with args.csv.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            gains_at = [f"gain_{cost:g}" for cost in COSTS]
+            writer.writerow(("routing", "slots", "prefetch", "issued", "wasted", "needed", *gains_at))
+            for row, issued in zip(found, counts, strict=True):
+                gains = [f"{100 * gain:.1f}" for gain in row["gains"]]
+                writer.writerow((row["routing"], row["slots"], row["prefetch"], *issued, *gains))
     if args.json:
         print(json.dumps({"worst": worst, "costs": COSTS, "rows": found}))
 
