@@ -142,3 +142,8 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
+
+
+def list_of(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """A type for argparse: values separated by commas, each converted, without duplicates."""
+    return lambda text: list(dict.fromkeys(convert(part) for part in text.split(",")))

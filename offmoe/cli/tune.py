@@ -54,25 +54,34 @@ def parser() -> options.Parser:
     group = parser.add_argument_group("memory")
     group.add_argument("--slots-per-layer", type=options.positive, metavar="N", help="choose among caches of this size")
     group.add_argument("--budget", metavar="SIZE", help="the same in bytes of experts on the device: 8GiB")
-    group.add_argument("--capacities", type=_numbers, metavar="N,N", help="slots per layer to sweep")
+    group.add_argument(
+        "--capacities", type=options.list_of(options.positive), metavar="N,N", help="slots per layer to sweep"
+    )
     group.add_argument(
         "--host-slots",
-        type=_numbers_or_0,
+        type=options.list_of(lambda part: 0 if part == "0" else options.positive(part)),
         metavar="N,N",
         help="slots per layer in RAM between disk and device (default: as recorded, and half)",
     )
     group = parser.add_argument_group("what to try")
     group.add_argument(
         "--eviction",
-        type=lambda text: [options.eviction(word) for word in _words(text)],
+        type=options.list_of(options.eviction),
         metavar="A,B",
         help=f"of: {', '.join(EVICTIONS)} (default: all of these), MODULE:CLASS",
     )
-    group.add_argument("--scope", type=_words, metavar="A,B", help=f"of: {', '.join(SCOPES)} (default: both)")
     group.add_argument(
-        "--prefetch", type=_prefetches, metavar="N,N", help="0, N, auto (default: what the trace has predictions for)"
+        "--scope", type=options.list_of(str), metavar="A,B", help=f"of: {', '.join(SCOPES)} (default: both)"
     )
-    group.add_argument("--on-miss", type=_words, metavar="A,B", help=f"of: {', '.join(ON_MISS)} (default: all)")
+    group.add_argument(
+        "--prefetch",
+        type=options.list_of(options.prefetch),
+        metavar="N,N",
+        help="0, N, auto (default: what the trace has predictions for)",
+    )
+    group.add_argument(
+        "--on-miss", type=options.list_of(str), metavar="A,B", help=f"of: {', '.join(ON_MISS)} (default: all)"
+    )
     group.add_argument("--clear-between-requests", action="store_true", help="every request finds an empty cache")
     group.add_argument("--profile", metavar="FILE", help="JSON with measured costs: rank by tokens per second")
     group.add_argument("--jobs", type=options.positive, metavar="N", help="processes (default: one per core)")
@@ -331,22 +340,3 @@ def _figure(result: SearchResult) -> Figure:
 def _cores() -> int:
     """Cores that this process may use, if the system tells, else all."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-# --- types for argparse
-
-
-def _numbers(text: str) -> list[int]:
-    return [options.positive(part) for part in text.split(",")]
-
-
-def _numbers_or_0(text: str) -> list[int]:
-    return [0 if part == "0" else options.positive(part) for part in text.split(",")]
-
-
-def _words(text: str) -> list[str]:
-    return list(dict.fromkeys(text.split(",")))
-
-
-def _prefetches(text: str) -> list[int | str]:
-    return list(dict.fromkeys(options.prefetch(part) for part in text.split(",")))
