@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 
 from offmoe.errors import ConfigError
@@ -55,6 +55,11 @@ def format_size(size: float) -> str:
 def percent(share: float) -> str:
     """A share in percent: 0.616 is '61.6 %'."""
     return f"{100 * share:.1f} %"
+
+
+def or_dash(value: float | None, form: Callable[[float], str] = percent, dash: str = "-") -> str:
+    """A value in the given form, in percent if none is given; a dash if the value is unknown."""
+    return dash if value is None else form(value)
 
 
 def span(values: tuple[int, ...]) -> str:

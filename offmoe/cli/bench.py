@@ -27,7 +27,7 @@ from offmoe.cli.output import Output
 from offmoe.config import OffloadConfig
 from offmoe.errors import ConfigError
 from offmoe.profile import CACHE_OPTIONS
-from offmoe.text import format_size, parse_size, percent
+from offmoe.text import format_size, or_dash, parse_size, percent
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -295,15 +295,12 @@ def _table(results: dict[str, Any]) -> Table:
     for name in ("offmoe", results["against"])[: len(contenders)]:
         table.add_column(name, justify="right")
 
-    def add_row(title: str, values: list[float | None], form: Callable[[float], str]) -> None:
-        table.add_row(title, *("-" if value is None else form(value) for value in values))
-
     for title, (key, form) in ROWS.items():
-        add_row(title, [contender[key] for contender in contenders], form)
+        table.add_row(title, *(or_dash(contender[key], form) for contender in contenders))
     for place in ("rss", "cgroup", "device"):
         peaks = [contender["peak"][place] for contender in contenders]
         if any(peak is not None for peak in peaks):
-            add_row(f"peak memory, {place}", peaks, format_size)
+            table.add_row(f"peak memory, {place}", *(or_dash(peak, format_size) for peak in peaks))
     return table
 
 

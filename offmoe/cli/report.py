@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from offmoe.cli import options
 from offmoe.cli.output import Output
 from offmoe.report.findings import findings, missing
+from offmoe.report.page import write_page
 from offmoe.report.report import ALERT, Report, describe
-from offmoe.text import percent
+from offmoe.text import or_dash
 from offmoe.trace.trace import read_trace
 
 if TYPE_CHECKING:
@@ -34,19 +35,16 @@ def parser() -> options.Parser:
 
 def run(args: argparse.Namespace, out: Output) -> None:
     report = describe(read_trace(args.trace))
-    page = None
+    written = []
     if args.output is not None:
-        from offmoe.report.page import write_page
-
         write_page(args.output, report)
-        page = args.output
+        written.append(f"page written to {args.output}")
     heading = f"{args.trace}: {report.model or 'unnamed model'}, {report.tokens} tokens of {report.requests} requests"
     out.result(heading, _layers(report))
-    strongest = _strongest(report)
-    if strongest is not None:
+    if strongest := _strongest(report):
         out.result(strongest)
     out.result(*(f"\u2022 {text}" for text in findings(report)))
-    out.details(*missing(report), *([f"page written to {page}"] if page is not None else []))
+    out.details(*missing(report), *written)
     out.json(report.to_dict())
 
 
@@ -66,23 +64,20 @@ def _layers(report: Report) -> Table:
         busiest = "-" if load.busiest is None else f"{int(load.routes.argmax())} ({load.busiest:.2f}x)"
         table.add_row(
             str(i),
-            _number(load.gini, ".3f"),
-            _number(load.entropy, ".3f"),
+            or_dash(load.gini, "{:.3f}".format),
+            or_dash(load.entropy, "{:.3f}".format),
             f"[red]{busiest}[/]" if (load.busiest or 0) > ALERT else busiest,
             str(load.unused),
-            _percent(consistency.consecutive),
-            _percent(consistency.same_token),
-            _percent(consistency.independent),
+            or_dash(consistency.consecutive),
+            or_dash(consistency.same_token),
+            or_dash(consistency.independent),
         )
     return table
 
 
 def _strongest(report: Report) -> Table | None:
     """Experts with the clearest jobs; None if none has one."""
-    if report.specialization is None:
-        return None
-    strongest = report.specialization.strongest(STRONGEST_SHOWN)
-    if not strongest:
+    if report.specialization is None or not (strongest := report.specialization.strongest(STRONGEST_SHOWN)):
         return None
     from rich.table import Table
     from rich.text import Text
@@ -102,11 +97,3 @@ def _strongest(report: Report) -> Table | None:
             Text(favorites),  # markup in a token is a text like any other
         )
     return table
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else f"{value:{form}}"
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else percent(share)

@@ -5,6 +5,8 @@ No sentence is written without counts behind it.
 
 from __future__ import annotations
 
+from bisect import bisect_right
+
 from offmoe.report.report import ALERT, Report, mean
 from offmoe.report.specialization import TypeLift
 from offmoe.text import format_size, percent, span
@@ -13,6 +15,9 @@ FEW_TOKENS = 100
 SPECIALISTS = 500
 """Strongest specialists that are searched for jobs of different types."""
 JOBS = 3
+UNEVEN_GINI = (0.15, 0.3, 0.5)
+SPREADS = ("evenly", "somewhat unevenly", "unevenly", "very unevenly")
+"""Words for the spread of the work below each Gini coefficient of UNEVEN_GINI, and above the last."""
 
 
 def findings(report: Report) -> list[str]:
@@ -62,18 +67,11 @@ def _work(report: Report) -> str:
 
 
 def _balance(report: Report) -> str:
-    gini, busiest = mean([load.gini for load in report.loads]), mean([load.busiest for load in report.loads])
+    means = report.overall()
+    gini, busiest = means["gini"], means["busiest"]
     if gini is None or busiest is None:
         return "No token was routed to any expert."
-    how = (
-        "evenly"
-        if gini < 0.15
-        else "somewhat unevenly"
-        if gini < 0.3
-        else "unevenly"
-        if gini < 0.5
-        else "very unevenly"
-    )
+    how = SPREADS[bisect_right(UNEVEN_GINI, gini)]
     text = (
         f"The work is spread {how}: Gini {gini:.2f}, and the busiest expert of a layer carries {busiest:.1f}x the mean."
     )

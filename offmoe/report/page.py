@@ -8,6 +8,7 @@ untrusted input: the file must never contain them in a form that a browser could
 from __future__ import annotations
 
 import json
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ from offmoe.errors import ConfigError, OffmoeError
 from offmoe.files import replacing
 from offmoe.report.coactivation import MIN_EXPECTED
 from offmoe.report.findings import findings, missing
-from offmoe.report.report import ALERT, Report, mean
+from offmoe.report.report import ALERT, Report
 from offmoe.report.specialization import CLEAR, MIN_TOKENS
 from offmoe.report.token_types import TYPES
-from offmoe.text import percent
+from offmoe.text import or_dash, percent
 
 DATA = "/*DATA*/"
 PAIRED_EXPERTS = 64
@@ -64,22 +65,14 @@ def _data(report: Report) -> dict[str, Any]:
         "clear": CLEAR,
         "layers": [
             {
-                **{name: _rounded(value) for name, value in {**load.to_dict(), **consistency.to_dict()}.items()},
+                **{name: _rounded(value) for name, value in {**load.to_dict(), **vars(report.consistency[i])}.items()},
                 "loads": load.routes.tolist(),
-                "prefill": prefill.routes.tolist(),
-                "decode": decode.routes.tolist(),
-                "consecutive_prefill": _rounded(first),
-                "consecutive_decode": _rounded(second),
+                "prefill": report.prefill.loads[i].routes.tolist(),
+                "decode": report.decode.loads[i].routes.tolist(),
+                "consecutive_prefill": _rounded(report.prefill.consecutive[i]),
+                "consecutive_decode": _rounded(report.decode.consecutive[i]),
             }
-            for load, consistency, prefill, decode, first, second in zip(
-                report.loads,
-                report.consistency,
-                report.prefill.loads,
-                report.decode.loads,
-                report.prefill.consecutive,
-                report.decode.consecutive,
-                strict=True,
-            )
+            for i, load in enumerate(report.loads)
         ],
         "phases": {
             name: {key: _rounded(value) for key, value in phase.to_dict().items()}
@@ -91,34 +84,20 @@ def _data(report: Report) -> dict[str, Any]:
 
 
 def _cards(report: Report) -> list[dict[str, str]]:
-    overall = report.overall()
-    gini, busiest = mean([load.gini for load in report.loads]), mean([load.busiest for load in report.loads])
+    means = report.overall()
     active = report.active
-    chance = _percent(overall["independent"])
+    chance = _shown(means["independent"])
+    cards = [
+        ("Gini of loads", _shown(means["gini"], "{:.2f}".format), "0 even, 1 one expert does all"),
+        ("Busiest expert", _shown(means["busiest"], "{:.1f}x".format), "the mean, average of layers"),
+        ("Alerts", str(len(report.alerts)), f"experts above {ALERT:g}x the mean"),
+        ("Experts kept", _shown(means["consecutive"]), f"from token to token; chance {chance}"),
+        ("Same token", _shown(means["same_token"]), f"meets the same experts; chance {chance}"),
+        ("Active per token", percent(active.expert_bytes / active.expert_bytes_total), "of the expert weights"),
+    ]
+    levels = {"Alerts": "bad" if report.alerts else "good"}
     return [
-        {"label": "Gini of loads", "value": _number(gini, ".2f"), "note": "0 even, 1 one expert does all"},
-        {"label": "Busiest expert", "value": _number(busiest, ".1f", "x"), "note": "the mean, average of layers"},
-        {
-            "label": "Alerts",
-            "value": str(len(report.alerts)),
-            "note": f"experts above {ALERT:g}x the mean",
-            "level": "bad" if report.alerts else "good",
-        },
-        {
-            "label": "Experts kept",
-            "value": _percent(overall["consecutive"]),
-            "note": f"from token to token; chance {chance}",
-        },
-        {
-            "label": "Same token",
-            "value": _percent(overall["same_token"]),
-            "note": f"meets the same experts; chance {chance}",
-        },
-        {
-            "label": "Active per token",
-            "value": percent(active.expert_bytes / active.expert_bytes_total),
-            "note": "of the expert weights",
-        },
+        {"label": label, "value": value, "note": note, "level": levels.get(label, "")} for label, value, note in cards
     ]
 
 
@@ -160,9 +139,4 @@ def _rounded(value: object) -> object:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def _percent(share: float | None) -> str:
-    return "\u2013" if share is None else percent(share)
-
-
-def _number(value: float | None, form: str, unit: str = "") -> str:
-    return "\u2013" if value is None else f"{value:{form}}{unit}"
+_shown = partial(or_dash, dash="\u2013")

@@ -23,6 +23,8 @@ from offmoe.types import CacheShape
 
 ALERT = 3.0
 """An expert above this multiple of its layer's mean load causes an alert."""
+LOAD_FIGURES = ("gini", "entropy", "busiest")
+OVERLAPS = ("consecutive", "same_token", "independent", "uniform")
 
 
 @dataclass(frozen=True)
@@ -102,9 +104,6 @@ class Consistency:
     independent: float | None
     uniform: float
 
-    def to_dict(self) -> dict[str, float | None]:
-        return dict(vars(self))
-
 
 @dataclass(frozen=True)
 class Phase:
@@ -143,9 +142,6 @@ class Active:
         """Two FLOPs per active parameter. Attention over the context is not counted."""
         return None if self.parameters is None else 2 * self.parameters
 
-    def to_dict(self) -> dict[str, int | None]:
-        return {**vars(self), "flops_per_token": self.flops_per_token}
-
 
 @dataclass(frozen=True)
 class Report:
@@ -182,37 +178,36 @@ class Report:
         return mean([float(np.abs(a.shares - b.shares).sum()) / 2 if a.total and b.total else None for a, b in pairs])
 
     def overall(self) -> dict[str, float | None]:
-        """Mean of the layers, by name of the overlap."""
-        names = ("consecutive", "same_token", "independent", "uniform")
-        return {name: mean([getattr(layer, name) for layer in self.consistency]) for name in names}
+        """Mean of the layers, by name of the figure: those of LOAD_FIGURES and of OVERLAPS."""
+        loads = {name: mean([getattr(load, name) for load in self.loads]) for name in LOAD_FIGURES}
+        overlaps = {name: mean([getattr(layer, name) for layer in self.consistency]) for name in OVERLAPS}
+        return {**loads, **overlaps}
 
     def to_dict(self) -> dict[str, Any]:
         """The object that `offmoe report --json` prints."""
-        layers = zip(self.loads, self.consistency, strict=True)
+        means = self.overall()
         return {
             "model": self.model,
             "tokens": self.tokens,
             "requests": self.requests,
-            "gini": mean([load.gini for load in self.loads]),
-            "entropy": mean([load.entropy for load in self.loads]),
-            "busiest": mean([load.busiest for load in self.loads]),
+            **{name: means[name] for name in LOAD_FIGURES},
             "alerts": [vars(alert) for alert in self.alerts],
-            "consistency": self.overall(),
+            "consistency": {name: means[name] for name in OVERLAPS},
             "by_layer": [
                 {
                     "layer": i,
                     "experts": len(load.routes),
                     "top_k": self.shape.top_k[i],
                     **load.to_dict(),
-                    **consistency.to_dict(),
+                    **vars(self.consistency[i]),
                     "shares": load.shares.tolist(),
                 }
-                for i, (load, consistency) in enumerate(layers)
+                for i, load in enumerate(self.loads)
             ],
             "phases": {"prefill": self.prefill.to_dict(), "decode": self.decode.to_dict(), "shift": self.shift},
             "coactivation": [pair.to_dict() for pair in self.coactivation],
             "specialisation": None if self.specialization is None else self.specialization.to_dict(),
-            "active": self.active.to_dict(),
+            "active": {**vars(self.active), "flops_per_token": self.active.flops_per_token},
         }
 
 
@@ -313,13 +308,8 @@ def _overlaps(chosen: np.ndarray, later: np.ndarray, earlier: np.ndarray) -> np.
 
 
 def _active(shape: CacheShape, parameters: Parameters | None) -> Active:
-    per_token = sum(k * size for k, size in zip(shape.top_k, shape.expert_bytes, strict=True))
-    total = sum(n * size for n, size in zip(shape.experts, shape.expert_bytes, strict=True))
+    used, total = (int(np.dot(num_experts, shape.expert_bytes)) for num_experts in (shape.top_k, shape.experts))
     if parameters is None:
-        return Active(per_token, total)
-    return Active(
-        per_token,
-        total,
-        parameters.dense + sum(k * size for k, size in zip(shape.top_k, parameters.expert, strict=True)),
-        parameters.dense + sum(n * size for n, size in zip(shape.experts, parameters.expert, strict=True)),
-    )
+        return Active(used, total)
+    of_experts = (int(np.dot(num_experts, parameters.expert)) for num_experts in (shape.top_k, shape.experts))
+    return Active(used, total, *(parameters.dense + count for count in of_experts))

@@ -38,19 +38,10 @@ TYPES = {
 'Cyrillic', 'Greek', 'Chinese, Japanese, Korean', ... ."""
 
 SCRIPTS = {
-    "CJK": "Chinese, Japanese, Korean",
-    "HIRAGANA": "Chinese, Japanese, Korean",
-    "KATAKANA": "Chinese, Japanese, Korean",
-    "HANGUL": "Chinese, Japanese, Korean",
-    "FULLWIDTH": "Chinese, Japanese, Korean",
-    "HALFWIDTH": "Chinese, Japanese, Korean",
-    "CYRILLIC": "Cyrillic",
-    "GREEK": "Greek",
-    "ARABIC": "Arabic",
-    "HEBREW": "Hebrew",
-    "DEVANAGARI": "Devanagari",
-    "THAI": "Thai",
+    **dict.fromkeys(("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "FULLWIDTH", "HALFWIDTH"), "Chinese, Japanese, Korean"),
+    **{name.upper(): name for name in ("Cyrillic", "Greek", "Arabic", "Hebrew", "Devanagari", "Thai")},
 }
+"""Type of the letters whose Unicode names begin with a word."""
 
 _SPECIAL = re.compile(
     r"<\|.*\|>|<\uff5c.*\uff5c>|</?(s|pad|unk|bos|eos|cls|sep|mask|think|unused\d*|\w+_of_\w+)>|"
