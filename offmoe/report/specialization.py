@@ -6,6 +6,7 @@ counts. Time is linear in routes; a table [frequent tokens, experts] is held per
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -86,15 +87,14 @@ class Specialization:
         """The clearest specialists: one type per expert, the clearest first."""
         specialists = []
         names = list(self.types)
-        for layer in range(len(self.routes)):
+        for layer, (routes, expected) in enumerate(zip(self.routes, self.expected, strict=True)):
             lift = self.lift(layer)
-            score = _evidence(self.routes[layer], self.expected[layer], lift)
-            for expert in range(lift.shape[1]):
-                best = int(np.argmax(score[:, expert])) if len(names) else 0
-                if len(names) and score[best, expert] > 0:
-                    routes, expected = int(self.routes[layer][best, expert]), float(self.expected[layer][best, expert])
-                    entry = TypeLift(layer, expert, names[best], routes, expected, float(lift[best, expert]))
-                    specialists.append((float(score[best, expert]), entry))
+            score = _evidence(routes, expected, lift)
+            for expert, best in enumerate(score.argmax(axis=0).tolist() if names else ()):
+                if score[best, expert] > 0:
+                    at = best, expert
+                    entry = TypeLift(layer, expert, names[best], int(routes[at]), float(expected[at]), float(lift[at]))
+                    specialists.append((float(score[at]), entry))
         return [entry for _, entry in sorted(specialists, key=lambda item: -item[0])[:most]]
 
     def to_dict(self) -> dict[str, object]:
@@ -110,66 +110,58 @@ def specialization(trace: Trace, chosen: Iterable[np.ndarray], min_expected: flo
     if trace.token is None or trace.pieces is None or not trace.tokens:
         return None
     ids, index, counts = np.unique(trace.token, return_inverse=True, return_counts=True)
-    index = index.reshape(-1)
     pieces = [trace.pieces.get(token) for token in ids.tolist()]
     kinds = [None if piece is None else token_type(piece) for piece in pieces]
-    tally: dict[str, int] = {}
+    tally: Counter[str] = Counter()
     for kind, count in zip(kinds, counts.tolist(), strict=True):
         if kind is not None:
-            tally[kind] = tally.get(kind, 0) + count
-    order = list(TYPES)
-    types = dict(sorted(tally.items(), key=lambda item: (-item[1], order.index(item[0]) if item[0] in TYPES else 99)))
+            tally[kind] += count
+    rank = {name: i for i, name in enumerate(TYPES)}
+    types = dict(sorted(tally.items(), key=lambda item: (-item[1], rank.get(item[0], len(rank)))))
     number = {kind: i for i, kind in enumerate(types)}
-    of_token = np.array([-1 if kind is None else number[kind] for kind in kinds])[index]
+    type_of = np.array([-1 if kind is None else number[kind] for kind in kinds])  # [ids]
+    frequent = [i for i, piece in enumerate(pieces) if piece is not None and counts[i] >= min_expected]
+    row_of = np.full(len(ids), -1)  # [ids]
+    row_of[frequent] = range(len(frequent))
+    tokens = [(str(pieces[i]), int(ids[i]), int(counts[i])) for i in frequent]
     routes, expected, favorites = [], [], []
     for table in chosen:
-        shares = table.sum(axis=0) / max(int(table.sum()), 1)
-        tokens, experts = table.nonzero()
-        cells = of_token[tokens] * table.shape[1] + experts
-        counted = np.bincount(cells[of_token[tokens] >= 0], minlength=len(types) * table.shape[1])
-        by_type = counted.reshape(len(types), table.shape[1])
+        by_type, expected_by_type = _routes(table, type_of[index.ravel()], len(types))
         routes.append(by_type)
-        expected.append(np.outer(by_type.sum(axis=1), shares))
-        favorites.append(_favorites(table, index, ids, counts, pieces, shares, min_expected))
+        expected.append(expected_by_type)
+        favorites.append(_favorites(*_routes(table, row_of[index.ravel()], len(frequent)), tokens, min_expected))
     return Specialization(types, tuple(routes), tuple(expected), tuple(favorites), min_expected)
 
 
-def _favorites(
-    chosen: np.ndarray,
-    index: np.ndarray,
-    ids: np.ndarray,
-    counts: np.ndarray,
-    pieces: list[str | None],
-    shares: np.ndarray,
-    min_expected: float,
-) -> tuple[tuple[TokenLift, ...], ...]:
-    """For each expert, the tokens that it clearly takes more often than its load explains."""
-    frequent = np.flatnonzero((counts >= min_expected) & np.array([piece is not None for piece in pieces]))
-    row = np.full(len(ids), -1)
-    row[frequent] = np.arange(len(frequent))
+def _routes(chosen: np.ndarray, group: np.ndarray, num_groups: int) -> tuple[np.ndarray, np.ndarray]:
+    """int and float [groups, experts]: routes by group of tokens, and the routes that loads alone would give.
+
+    chosen: bool [T, experts]. group: int [T], -1 for tokens that are left out.
+    """
+    num_experts = chosen.shape[1]
     tokens, experts = chosen.nonzero()
-    of_row = row[index[tokens]]
-    cells = of_row[of_row >= 0] * chosen.shape[1] + experts[of_row >= 0]
-    routes = np.bincount(cells, minlength=len(frequent) * chosen.shape[1]).reshape(len(frequent), chosen.shape[1])
-    expected = np.outer(routes.sum(axis=1), shares)
+    cells = group[tokens] * num_experts + experts
+    counted = np.bincount(cells[group[tokens] >= 0], minlength=num_groups * num_experts)
+    routes = counted.reshape(num_groups, num_experts)
+    return routes, np.outer(routes.sum(axis=1), chosen.sum(axis=0) / max(len(tokens), 1))
+
+
+def _favorites(
+    routes: np.ndarray, expected: np.ndarray, tokens: list[tuple[str, int, int]], min_expected: float
+) -> tuple[tuple[TokenLift, ...], ...]:
+    """For each expert, the tokens that it clearly takes more often than its load explains.
+
+    routes, expected: [tokens, experts]. tokens: text, id and occurrences of each token.
+    """
     lift = np.where(routes >= min_expected, routes / np.maximum(expected, 1e-12), np.nan)
     score = _evidence(routes, expected, lift)
-    out = []
-    for expert in range(chosen.shape[1]):
-        best = [i for i in np.argsort(-score[:, expert], kind="stable")[:TOKENS_PER_EXPERT] if score[i, expert] > 0]
-        out.append(
-            tuple(
-                TokenLift(
-                    str(pieces[frequent[i]]),
-                    int(ids[frequent[i]]),
-                    int(routes[i, expert]),
-                    int(counts[frequent[i]]),
-                    float(lift[i, expert]),
-                )
-                for i in best
-            )
-        )
-    return tuple(out)
+    best = np.argsort(-score, axis=0, kind="stable")[:TOKENS_PER_EXPERT]
+    favorites = []
+    for expert in range(routes.shape[1]):
+        clear = [i for i in best[:, expert] if score[i, expert] > 0]
+        lifts = [(*tokens[i][:2], int(routes[i, expert]), tokens[i][2], float(lift[i, expert])) for i in clear]
+        favorites.append(tuple(TokenLift(*values) for values in lifts))
+    return tuple(favorites)
 
 
 def _evidence(routes: np.ndarray, expected: np.ndarray, lift: np.ndarray) -> np.ndarray:
