@@ -17,7 +17,7 @@ import numpy as np
 
 from offmoe.errors import ConfigError, OffmoeError
 from offmoe.files import replacing
-from offmoe.report.coactivation import MIN_EXPECTED
+from offmoe.report.coactivation import MIN_EXPECTED, Coactivation
 from offmoe.report.findings import findings, missing
 from offmoe.report.report import ALERT, Report
 from offmoe.report.specialization import CLEAR, MIN_TOKENS
@@ -78,7 +78,7 @@ def _data(report: Report) -> dict[str, Any]:
             name: {key: _rounded(value) for key, value in phase.to_dict().items()}
             for name, phase in (("prefill", report.prefill), ("decode", report.decode))
         },
-        "pairs": [_pairs(report, i) for i in range(len(report.coactivation))],
+        "pairs": [_pairs(pair) for pair in report.coactivation],
         "types": _types(report),
     }
 
@@ -101,8 +101,7 @@ def _cards(report: Report) -> list[dict[str, str]]:
     ]
 
 
-def _pairs(report: Report, index: int) -> dict[str, Any]:
-    pair = report.coactivation[index]
+def _pairs(pair: Coactivation) -> dict[str, Any]:
     rows = np.sort(np.argsort(-pair.before, kind="stable")[:PAIRED_EXPERTS])
     cols = np.sort(np.argsort(-pair.after, kind="stable")[:PAIRED_EXPERTS])
     return {

@@ -18,7 +18,7 @@ import numpy as np
 
 from offmoe.report.coactivation import MIN_EXPECTED, Coactivation, coactivated
 from offmoe.report.specialization import Specialization, specialization
-from offmoe.trace.trace import Parameters, Trace
+from offmoe.trace.trace import Parameters, Trace, one_hot
 from offmoe.types import CacheShape
 
 ALERT = 3.0
@@ -257,12 +257,8 @@ def describe(trace: Trace) -> Report:
 
 def chosen_by_layer(trace: Trace) -> Iterator[np.ndarray]:
     """For each layer in turn: bool [T, experts], the experts that each token was routed to."""
-    rows = np.arange(trace.tokens)[:, None]
-    for layer, experts in enumerate(trace.shape.experts):
-        ids = trace.experts[:, layer]
-        chosen = np.zeros((trace.tokens, experts + 1), bool)
-        chosen[rows, np.where(ids < 0, experts, ids)] = True
-        yield chosen[:, :experts]
+    for layer, num_experts in enumerate(trace.shape.experts):
+        yield one_hot(trace.experts[:, layer], num_experts)
 
 
 def pair_overlap(chosen: np.ndarray, group: np.ndarray) -> float | None:

@@ -9,15 +9,18 @@ it is judged on.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 
 from offmoe.config import CacheOptions
 from offmoe.policy.planner import build_planner
 from offmoe.simulate.replay import Recording
-from offmoe.trace.trace import NONE, Trace
+from offmoe.trace.trace import NONE, Trace, one_hot
 from offmoe.types import CacheShape
+
+SHARES = ("recall", "precision", "coverage", "precision_missing", "extra_per_saved")
+"""Properties of PredictionQuality that are no counts."""
 
 
 @dataclass
@@ -68,16 +71,8 @@ class PredictionQuality:
     def to_dict(self) -> dict[str, float | int | None]:
         return {
             **{name: value for name, value in asdict(self).items() if not name.endswith("bytes")},
-            "recall": self.recall,
-            "precision": self.precision,
-            "coverage": self.coverage,
-            "precision_missing": self.precision_missing,
-            "extra_per_saved": self.extra_per_saved,
+            **{name: getattr(self, name) for name in SHARES},
         }
-
-    def _add(self, other: PredictionQuality) -> None:
-        for name, value in asdict(other).items():
-            setattr(self, name, getattr(self, name) + value)
 
 
 def analyze(trace: Trace, options: CacheOptions, only: frozenset[int] | None = None) -> list[PredictionQuality]:
@@ -121,10 +116,8 @@ def analyze(trace: Trace, options: CacheOptions, only: frozenset[int] | None = N
 
 def total(quality: Sequence[PredictionQuality]) -> PredictionQuality:
     """The counts of all layers together."""
-    everything = PredictionQuality()
-    for counts in quality:
-        everything._add(counts)
-    return everything
+    names = [each.name for each in fields(PredictionQuality)]
+    return PredictionQuality(*(sum(getattr(counts, name) for counts in quality) for name in names))
 
 
 def transition_predictions(trace: Trace, without: frozenset[int] = frozenset(), width: int | None = None) -> np.ndarray:
@@ -143,9 +136,9 @@ def transition_predictions(trace: Trace, without: frozenset[int] = frozenset(), 
     width = width or max(trace.shape.top_k)
     out = np.full((trace.tokens, trace.shape.layers, width), NONE, np.int16)
     train = ~np.isin(trace.request, list(without))
-    before = _one_hot(trace.experts[:, 0], trace.shape.experts[0])  # [T, E]
+    before = one_hot(trace.experts[:, 0], trace.shape.experts[0]).astype(np.float32)  # [T, E]
     for layer in range(1, trace.shape.layers):
-        after = _one_hot(trace.experts[:, layer], trace.shape.experts[layer])
+        after = one_hot(trace.experts[:, layer], trace.shape.experts[layer]).astype(np.float32)
         popular = after[train].mean(axis=0) + 1e-4 if train.any() else np.ones(after.shape[1])
         together = before[train].T @ after[train]  # [E of the previous layer, E]
         conditional = np.log((together + 0.5 * popular) / (before[train].sum(axis=0)[:, None] + 0.5))
@@ -156,22 +149,15 @@ def transition_predictions(trace: Trace, without: frozenset[int] = frozenset(), 
     return out
 
 
-def _one_hot(ids: np.ndarray, num_experts: int) -> np.ndarray:
-    hot = np.zeros((len(ids), num_experts), np.float32)
-    rows, places = np.nonzero(ids >= 0)
-    hot[rows, ids[rows, places]] = 1.0
-    return hot
-
-
 def _count_tokens(
     counts: PredictionQuality, experts: np.ndarray, predicted: np.ndarray, shape: CacheShape, layer: int
 ) -> None:
     known = (predicted >= 0).any(axis=1)
-    wanted = _one_hot(experts[known], shape.experts[layer])
-    guess = _one_hot(predicted[known], shape.experts[layer])
+    wanted = one_hot(experts[known], shape.experts[layer])
+    guess = one_hot(predicted[known], shape.experts[layer])
     counts.predicted += int(guess.sum())
     counts.wanted += int(wanted.sum())
-    counts.right += int((wanted * guess).sum())
+    counts.right += int((wanted & guess).sum())
 
 
 def _share(part: int, whole: int) -> float | None:

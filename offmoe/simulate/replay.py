@@ -30,14 +30,12 @@ class Recording:
     def __init__(self, trace: Trace, steps: Sequence[Step] | None = None):
         self.trace = trace
         self.shape = trace.shape
-        self.steps = (
-            steps
-            if steps is not None
-            else [
+        if steps is None:
+            steps = [
                 Step(int(trace.request[rows.start]), rows.stop - rows.start, tuple(trace.step_accesses(rows)))
                 for rows in trace.steps()
             ]
-        )
+        self.steps = steps
 
     def accesses(self) -> Iterator[Access]:
         for step in self.steps:

@@ -128,11 +128,9 @@ def search(
     )
     outcomes, bounds = sweep(candidates, [CacheOptions(slots_per_layer=n) for n in sizes])
     if slots is None:
-        best: dict[int, float] = {}
-        for options, outcome in zip(candidates, outcomes, strict=True):
-            assert isinstance(options.slots_per_layer, int)
-            best[options.slots_per_layer] = max(best.get(options.slots_per_layer, 0.0), outcome.train.stats.hit_rate)
-        slots = knee(best)
+        slots = knee(
+            {n: max(o.train.stats.hit_rate for o in outcomes if o.options.slots_per_layer == n) for n in sizes}
+        )
     first = rank(outcome for outcome in outcomes if outcome.options.slots_per_layer == slots)
     refined = _refinements(trace, outcomes, first, slots, scopes is None, prefetches is None, on_misses is None, fewer)
     second, _ = sweep(refined, [])

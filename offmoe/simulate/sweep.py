@@ -8,7 +8,10 @@ configuration, at 30,000 accesses per second and core or more, spread over proce
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from itertools import product
+from typing import Any
 
 import numpy as np
 
@@ -63,13 +66,7 @@ class Totals:
         return self.tokens / self.seconds if self.seconds else None
 
     def __add__(self, other: Totals) -> Totals:
-        return Totals(
-            self.stats + other.stats,
-            self.tokens + other.tokens,
-            self.seconds + other.seconds,
-            self.single_tokens + other.single_tokens,
-            self.single_seconds + other.single_seconds,
-        )
+        return Totals(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -191,15 +188,14 @@ def sweep(
     settings = settings or Settings()
     for options in [*candidates, *bounds]:
         build_planner(options, trace.shape)
-    tasks = [_Task(options, settings, False) for options in candidates]
-    tasks += [_Task(options, settings, True) for options in bounds]
-    names = {task.options.eviction for task in tasks}
+    tasks: list[Callable[[Recording], Any]] = [
+        *(partial(evaluate, options=options, settings=settings) for options in candidates),
+        *(partial(bound, options=options, settings=settings) for options in bounds),
+    ]
+    names = {options.eviction for options in candidates}
     evictions = {name: factory for name, factory in registered_evictions().items() if name in names}
     results = run_tasks(_prepare, (trace, evictions), tasks, jobs, progress)
-    return (
-        [result for result in results if isinstance(result, Outcome)],
-        [result for result in results if isinstance(result, Bounds)],
-    )
+    return results[: len(candidates)], results[len(candidates) :]
 
 
 def _prepare(raw: tuple[Trace, Mapping[str, Factory]]) -> Recording:
@@ -208,16 +204,6 @@ def _prepare(raw: tuple[Trace, Mapping[str, Factory]]) -> Recording:
     for name, factory in evictions.items():
         register_eviction(name, factory)
     return Recording(trace)
-
-
-@dataclass(frozen=True)
-class _Task:
-    options: CacheOptions
-    settings: Settings
-    is_bound: bool
-
-    def __call__(self, recording: Recording) -> Outcome | Bounds:
-        return (bound if self.is_bound else evaluate)(recording, self.options, self.settings)
 
 
 def grid(
@@ -234,22 +220,12 @@ def grid(
 
     The popularity that the policy "static" needs is counted on the requests outside `test_requests`.
     """
-    popular = popularity(trace, test_requests) if "static" in evictions else None
+    popular = {"static": popularity(trace, test_requests)} if "static" in evictions else {}
     return [
         CacheOptions(
-            eviction,
-            scope,
-            n,
-            prefetch,
-            popularity=popular if eviction == "static" else None,
-            host_slots=host_slots,
-            on_miss=on_miss,
+            eviction, scope, n, prefetch, popularity=popular.get(eviction), host_slots=host_slots, on_miss=on_miss
         )
-        for n in slots
-        for eviction in evictions
-        for scope in scopes
-        for prefetch in prefetches
-        for on_miss in on_misses
+        for n, eviction, scope, prefetch, on_miss in product(slots, evictions, scopes, prefetches, on_misses)
     ]
 
 

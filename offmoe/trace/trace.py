@@ -119,6 +119,13 @@ class Trace:
             yield Access(layer, demands, tail, predicted)
 
 
+def one_hot(ids: np.ndarray, num_experts: int) -> np.ndarray:
+    """bool [T, num_experts]: whether a token chose an expert. ids: int [T, k]; NONE chooses no expert."""
+    chosen = np.zeros((len(ids), num_experts + 1), bool)
+    chosen[np.arange(len(ids))[:, None], np.where(ids < 0, num_experts, ids)] = True
+    return chosen[:, :num_experts]
+
+
 def write_trace(path: Path, trace: Trace) -> None:
     """Write a trace as a file of format v1, atomically. TraceError if it cannot be written."""
     shape = trace.shape
