@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -123,19 +123,19 @@ class FixedRouting:
         """
         without: list[float] = []
         more: list[float] = []
-        routings = (self._none, self._first)
-        for choose in reversed(routings):  # fill the slots, warm allocator and caches
-            self._timed_pass(choose)
+        for with_experts in (True, False):  # fill the slots, warm allocator and caches
+            self._timed_pass(with_experts)
         deadline = time.perf_counter() + seconds
         while len(more) < LEAST_ROUNDS or time.perf_counter() < deadline:
-            dense_s, whole_s = (self._timed_pass(choose) for choose in routings)
-            without.append(dense_s)
-            more.append(whole_s - dense_s)
+            without.append(self._timed_pass(with_experts=False))
+            more.append(self._timed_pass(with_experts=True) - without[-1])
         return statistics.median(without), statistics.median(more)
 
-    def _timed_pass(self, choose: Callable[[int], torch.Tensor]) -> float:
-        """Seconds of one pass. choose: gives the expert ids [top_k] of a layer."""
-        with self._routed(choose):
+    def _timed_pass(self, with_experts: bool) -> float:
+        """Seconds of one pass, with the first top_k experts of every layer or with none."""
+        with ExitStack() as stack:
+            for layer, module in enumerate(self._modules):
+                stack.callback(reroute(module, partial(self._route, with_experts, layer)).remove)
             inputs = self._inputs()
             done = self._backend.event()
             began = time.perf_counter()
@@ -145,22 +145,10 @@ class FixedRouting:
             done.synchronize()
             return time.perf_counter() - began
 
-    @contextmanager
-    def _routed(self, choose: Callable[[int], torch.Tensor]) -> Iterator[None]:
-        with ExitStack() as stack:
-            for layer, module in enumerate(self._modules):
-                stack.callback(reroute(module, partial(self._route, choose, layer)).remove)
-            yield
-
-    def _route(self, choose: Callable[[int], torch.Tensor], layer: int, ids: torch.Tensor) -> torch.Tensor:
+    def _route(self, with_experts: bool, layer: int, ids: torch.Tensor) -> torch.Tensor:
         self._layers_seen.add(layer)
-        return choose(layer).to(ids.dtype).expand(len(ids), self._top_k[layer])
-
-    def _first(self, layer: int) -> torch.Tensor:
-        return torch.arange(self._top_k[layer], device=self._backend.device)
-
-    def _none(self, layer: int) -> torch.Tensor:
-        return torch.full_like(self._first(layer), NONE)
+        first = torch.arange(self._top_k[layer], dtype=ids.dtype, device=ids.device)  # [top_k]
+        return (first if with_experts else torch.full_like(first, NONE)).expand(len(ids), -1)
 
     def _inputs(self) -> Mapping[str, Any]:
         ids = torch.zeros(1, 1, dtype=torch.int64, device=self._backend.device)

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -27,7 +27,6 @@ from offmoe.device.cgroup import cgroup_free_bytes, memory_limit
 from offmoe.text import format_size
 
 Verdict = Literal["ok", "warn", "fail"]
-Probe = Callable[[], "Check"]
 
 PYTHON = (3, 10)
 LIBRARIES = {
@@ -75,24 +74,13 @@ class Check:
 
 def examine(folder: Path) -> Iterator[Check]:
     """Run all checks, one at a time. folder: an existing folder on the disk that holds models."""
-    named: dict[str, Probe] = {
-        "system": system,
-        "libraries": libraries,
-        "processor": processor,
-        "memory": memory,
-        "huge pages": huge_pages,
-        "open files": open_files,
-        "disk": lambda: disk(folder),
-        "compiler": compiler,
-        "device": device,
-        "kernels": kernels,
-        "pinning": pinning,
-        "link": link,
-    }
-    for name, probe in named.items():
+    probes: list[Callable[..., Check]] = [system, libraries, processor, memory, huge_pages, open_files, disk]
+    probes += [compiler, device, kernels, pinning, link]
+    for probe in probes:
         try:
-            yield probe()
+            yield probe(folder) if probe is disk else probe()
         except Exception as error:  # a machine can refuse anything; the other checks are still useful
+            name = probe.__name__.replace("_", " ")
             yield _check(name, "warn", f"could not be checked ({type(error).__name__}: {error})", "")
 
 
@@ -310,11 +298,8 @@ def pinning() -> Check:
     cuda = select_backend("cuda")
     wanted = min(PIN_PROBE_BYTES, cgroup_free_bytes() // 4) // PIN_CHUNK_BYTES
     began = time.perf_counter()
-    buffers = HostBuffers(max(1, wanted), PIN_CHUNK_BYTES, pinning=cuda)
-    try:
+    with closing(HostBuffers(max(1, wanted), PIN_CHUNK_BYTES, pinning=cuda)) as buffers:
         pinned = sum(buffers.pinned(i) for i in range(len(buffers))) * PIN_CHUNK_BYTES
-    finally:
-        buffers.close()
     took = time.perf_counter() - began
     refused = pinned < len(buffers) * PIN_CHUNK_BYTES
     text = f"{format_size(pinned)} could be pinned ({took:.1f} s{', then the driver refused' if refused else ''})"

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import torch
@@ -111,18 +111,13 @@ def drop_page_cache(files: Iterable[Path]) -> None:
     if not hasattr(os, "posix_fadvise"):
         return
     for path in files:
-        with suppress(OSError):
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(descriptor)
+        with suppress(OSError), open(path, "rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def copy_gb_s(backend: Backend, nbytes: int, rounds: int = ROUNDS) -> float:
     """Median GB/s of copies of `nbytes` from a staging buffer to the device. The buffer is pinned if possible."""
-    buffers = HostBuffers(1, nbytes, pinning=backend)
-    try:
+    with closing(HostBuffers(1, nbytes, pinning=backend)) as buffers:
         destination = torch.empty(buffers.nbytes, dtype=torch.uint8, device=backend.device)
         event = backend.event()
 
@@ -132,8 +127,6 @@ def copy_gb_s(backend: Backend, nbytes: int, rounds: int = ROUNDS) -> float:
             event.synchronize()
 
         return buffers.nbytes / 1e9 / median_s(copy, rounds)
-    finally:
-        buffers.close()
 
 
 def host_expert_us(layout: ExpertLayout, tokens: int, rounds: int = ROUNDS) -> float | None:

@@ -68,13 +68,7 @@ class Load:
         return int((self.routes == 0).sum())
 
     def to_dict(self) -> dict[str, object]:
-        return {
-            "routes": self.total,
-            "gini": self.gini,
-            "entropy": self.entropy,
-            "busiest": self.busiest,
-            "unused": self.unused,
-        }
+        return {"routes": self.total, **{name: getattr(self, name) for name in LOAD_FIGURES}, "unused": self.unused}
 
 
 @dataclass(frozen=True)
