@@ -240,9 +240,10 @@ def _bytes(quotas: Sequence[int], slot_bytes: Sequence[int]) -> int:
 
 def _too_small(needed: int, budget: int, config: OffloadConfig, shape: CacheShape, smallest: int) -> CapacityError:
     name = "device_memory" if budget == config.device_memory else "what is free"
-    explicit = config.slots_per_layer is not None
-    slots = f"slots_per_layer={config.slots_per_layer}" if explicit else f"top_k={max(shape.top_k)} slots per layer"
+    asked = ""
+    if config.slots_per_layer is not None:
+        asked = f" for slots_per_layer={config.slots_per_layer}, which needs {needed} bytes ({format_size(needed)})"
     return CapacityError(
-        f"{name}, {format_size(budget)}, is too small: {slots} needs {needed} bytes ({format_size(needed)}). "
-        f"The smallest device_memory that works for this model is {smallest} bytes ({format_size(smallest)})."
+        f"{name}, {format_size(budget)}, is too small{asked}. The smallest device_memory that works for this model is "
+        f"{smallest} bytes ({format_size(smallest)}), with top_k={max(shape.top_k)} slots per layer."
     )

@@ -1,10 +1,10 @@
 """The command line: `offmoe VERB ...`, the same as `python -m offmoe VERB ...`.
 
-Each verb is the module of its name, with `parser()` and `run(args, out)`; a new verb is a new module and a line in
-VERBS. No library is imported before the verb is known: `offmoe --help` starts in under 0.3 s, and the verbs that only
-read traces never import torch. `main` turns every outcome into an exit status and at most one line on stderr: 0; 2 for
-an option that cannot be used; 1 for any other error that a user can meet; 130 after Ctrl-C. Only bugs of offmoe show a
-traceback.
+Each verb is the module of its name, with `parser()` and `run(args, out)`; the first line of its docstring is what
+`offmoe --help` says. A new verb is a new module. No library is imported before the verb is known: `offmoe --help`
+starts in under 0.3 s, and the verbs that only read traces never import torch. `main` turns every outcome into an exit
+status and at most one line on stderr: 0; 2 for an option that cannot be used; 1 for any other error that a user can
+meet; 130 after Ctrl-C. Only bugs of offmoe show a traceback.
 """
 
 from __future__ import annotations
@@ -13,23 +13,24 @@ import errno
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from offmoe.cli.interrupt import STATUS as INTERRUPTED
 from offmoe.cli.interrupt import CtrlC
 from offmoe.errors import CapacityError, ConfigError, OffmoeError, out_of_memory
 
-VERBS = {
-    "inspect": "show what a model needs and what fits on this machine; loads no weights",
-    "generate": "continue a prompt, then show what the expert cache did",
-    "trace": "run prompts and record which experts every token uses",
-    "report": "describe a recorded routing: balance, specialization, memory; needs no torch",
-    "tune": "find the best expert cache for a recorded routing and write it as a profile; needs no torch",
-    "simulate": "replay a recorded routing trace under one cache configuration; needs no torch",
-    "bench": "measure time per token, against the hardware's limits and against accelerate",
-    "pack": "quantize a model's experts once, into a folder that loads like any model",
-    "calibrate": "measure what moving and computing a model costs on this machine; write a profile",
-    "doctor": "check this machine: device, link, pinning, disk, versions; say what to change",
-}
+
+def _verbs() -> dict[str, str]:
+    """What each verb does, by its name. The first lines of the modules say so; they are read here, not imported."""
+    verbs = {}
+    for module in sorted(Path(__file__).parent.glob("*.py")):
+        first = module.read_text(encoding="utf-8").partition("\n")[0]
+        if first.startswith(f'"""`offmoe {module.stem}'):
+            verbs[module.stem] = first.partition("`: ")[2].rstrip(".")
+    return verbs
+
+
+VERBS = _verbs()
 NOT_BUILT = ("chat", "serve")
 
 HELP = f"""usage: offmoe VERB [options]

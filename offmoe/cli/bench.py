@@ -1,4 +1,4 @@
-"""`offmoe bench MODEL`: time per token, compared with the limits of the hardware and with another runtime.
+"""`offmoe bench MODEL`: measure time per token, against the hardware's limits and against accelerate.
 
 Each contender runs in a process of its own; between rounds the disk is probed. A run takes rounds x tokens x the slower
 contender. Experts stay cached from round to round, as in use. Every round has another prompt, so that no round profits

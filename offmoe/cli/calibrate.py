@@ -1,4 +1,4 @@
-"""`offmoe calibrate MODEL -o PROFILE`: measure what moving and computing this model costs on this machine.
+"""`offmoe calibrate MODEL`: measure what moving and computing a model costs on this machine; write a profile.
 
 It takes `--seconds`, and the time to load the dense part. The rest of an existing profile is kept.
 """

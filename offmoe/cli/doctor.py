@@ -1,4 +1,7 @@
-"""`offmoe doctor [FOLDER]`: what this machine can do, and what to change. Takes a few seconds and loads no model."""
+"""`offmoe doctor [FOLDER]`: check this machine: device, link, pinning, disk, versions; say what to change.
+
+It takes a few seconds and loads no model.
+"""
 
 from __future__ import annotations
 

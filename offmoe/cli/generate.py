@@ -1,7 +1,8 @@
-"""`offmoe generate MODEL PROMPT`: writes the text to stdout as it is generated, then the cache's statistics to stderr.
+"""`offmoe generate MODEL PROMPT`: continue a prompt, then show what the expert cache did.
 
-stdout carries nothing but the text (with `--json` the JSON object), so that it can be piped. The time to the first
-token counts from the call of generate(); the rate is that of the tokens after the first.
+The text goes to stdout as it is generated, then the cache's statistics to stderr. stdout carries nothing but the text
+(with `--json` the JSON object), so that it can be piped. The time to the first token counts from the call of
+generate(); the rate is that of the tokens after the first.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""`offmoe inspect MODEL`: shows what a model needs and what fits on this machine.
-
-It reads headers and configuration, no weights.
+"""`offmoe inspect MODEL`: show what a model needs and what fits on this machine; loads no weights.
 
 MODEL may also be a config.json, or a folder without weights. Sizes then follow from the shapes, and the output says so.
 """

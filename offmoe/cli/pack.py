@@ -1,4 +1,4 @@
-"""`offmoe pack MODEL OUT`: writes the model with int4 or int8 experts to a folder that loads like any other.
+"""`offmoe pack MODEL OUT`: quantize a model's experts once, into a folder that loads like any model.
 
 The time goes into quantizing, else into the disk, and with --perplexity into computing. After an interruption the same
 command goes on where it stopped.

@@ -1,6 +1,6 @@
-"""`offmoe report TRACE`: describes what a recorded routing says about the model, on the terminal and as a page.
+"""`offmoe report TRACE`: describe a recorded routing: balance, specialization, memory; needs no torch.
 
-It takes a few passes over the trace: some seconds for 50,000 tokens of 24 layers. Never imports torch.
+It takes a few passes over the trace: some seconds for 50,000 tokens of 24 layers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""`offmoe simulate TRACE`: shows what one cache configuration would have done with a recorded routing.
+"""`offmoe simulate TRACE`: replay a recorded routing trace under one cache configuration; needs no torch.
 
 The planner takes tens of microseconds per step and layer, and runs twice: for the configuration and for the Belady
-bound. Never imports torch.
+bound.
 """
 
 from __future__ import annotations

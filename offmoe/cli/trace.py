@@ -1,4 +1,4 @@
-"""`offmoe trace MODEL --prompts FILE -o TRACE`: runs prompts and records which experts every token uses.
+"""`offmoe trace MODEL --prompts FILE -o TRACE`: run prompts and record which experts every token uses.
 
 The file is written when all prompts have run; after an error it holds what had run until then. A prompt that does not
 fit the context is refused, never shortened. `--merge` joins recordings instead and loads no model.

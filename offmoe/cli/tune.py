@@ -1,7 +1,6 @@
-"""`offmoe tune TRACE`: finds the best cache for a recorded routing and a memory size, and the bounds of any cache.
+"""`offmoe tune TRACE`: find the best expert cache for a recorded routing and write it as a profile; needs no torch.
 
 This module parses, shows and writes; `offmoe.simulate.search` decides which configurations are replayed, on all cores.
-Never imports torch.
 """
 
 from __future__ import annotations

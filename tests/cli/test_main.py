@@ -49,7 +49,7 @@ def test_verbs_that_are_not_built(offmoe: Run, verb: str) -> None:
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        ([], "available: inspect, generate"),
+        ([], "available: bench, calibrate"),
         (["generat", "x"], "did you mean 'generate'?"),
         (["--json", "generate"], "'--json' before the verb"),
         (["generate", "m", "p", "--slots", "3"], "did you mean '--slots-per-layer'?"),
