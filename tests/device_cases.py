@@ -10,11 +10,9 @@ import torch
 
 from offmoe.compute.kernels.cpu import Glu
 from offmoe.compute.kernels.device import Pairs
-from offmoe.compute.kernels.operands import GatedOperands, Operand, coded_operand, float_operand, packed_operand
-from offmoe.pack.quantizer import quantize
+from offmoe.compute.kernels.operands import GatedOperands, Operand, coded_operand, float_operand
 from offmoe.quant.float_formats import Mxfp4, ScaledFloat
 from offmoe.quant.int_formats import PackedInt
-from offmoe.quant.packed_weight import INT8, MXFP4, PackedWeight, WeightFormat, int4
 from offmoe.storage.layout import PARAM_ALIGNMENT, ExpertLayout, aligned
 
 Views = dict[str, torch.Tensor]
@@ -52,28 +50,6 @@ def stacked(gate_up: Operand, down: Operand, interleaved: bool = False) -> Gated
     if interleaved:
         return GatedOperands(gate_up.part(half, 0, 2), gate_up.part(half, 1, 2), down)
     return GatedOperands(gate_up.part(half, 0), gate_up.part(half, half), down)
-
-
-def packed(how: WeightFormat, hidden: int, inner: int, tiled: bool = True) -> Format:
-    params = how.params("gate_up", 2 * inner, hidden, tiled) | how.params("down", hidden, inner, tiled)
-    layout = ExpertLayout.of(params)
-
-    def fill(views: Views) -> Expert:
-        found = []
-        for name, shape in (("gate_up", (2 * inner, hidden)), ("down", (hidden, inner))):
-            weight = random_mxfp4(*shape) if how.kind == "mxfp4" else quantize(torch.randn(shape) * 0.05, how)
-            for part, values in (weight.tiled() if tiled else weight.by_row()).params(name).items():
-                views[part].copy_(values)
-            found.append(weight.values())
-        return Expert(*found[0].chunk(2), found[1])
-
-    gate_up, down = packed_operand(layout, "gate_up", how), packed_operand(layout, "down", how)
-    return Format(layout, stacked(gate_up, down), fill)
-
-
-def random_mxfp4(rows: int, cols: int) -> PackedWeight:
-    words = torch.randint(-(2**31), 2**31 - 1, (rows, cols // 8), dtype=torch.int32)
-    return PackedWeight(MXFP4, words, torch.randint(119, 122, (rows, cols // 32), dtype=torch.uint8))
 
 
 def floats(dtype: torch.dtype, hidden: int, inner: int, transposed: bool = False) -> Format:
@@ -170,16 +146,11 @@ def compressed_tensors(bits: int, group: int | None, hidden: int, inner: int) ->
 FORMATS: dict[str, Callable[[int, int], Format]] = {
     "bf16": lambda h, i: floats(torch.bfloat16, h, i),
     "fp16-transposed": lambda h, i: floats(torch.float16, h, i, transposed=True),
-    "int8": lambda h, i: packed(INT8, h, i),
-    "int4-g32": lambda h, i: packed(int4(32), h, i),
-    "int4-g64": lambda h, i: packed(int4(64), h, i),
-    "int4-g128": lambda h, i: packed(int4(128), h, i),
-    "int4-g64-zeros": lambda h, i: packed(int4(64, zero_points=True), h, i),
-    "int4-g64-rows": lambda h, i: packed(int4(64), h, i, tiled=False),
-    "int4-ct-g32": lambda h, i: compressed_tensors(4, 32, h, i),
-    "int8-ct-row": lambda h, i: compressed_tensors(8, None, h, i),
-    "mxfp4": lambda h, i: packed(MXFP4, h, i),
-    "mxfp4-gpt-oss": gpt_oss,
+    "int4-g32": lambda h, i: compressed_tensors(4, 32, h, i),
+    "int4-g64": lambda h, i: compressed_tensors(4, 64, h, i),
+    "int4-g128": lambda h, i: compressed_tensors(4, 128, h, i),
+    "int8": lambda h, i: compressed_tensors(8, None, h, i),
+    "mxfp4": gpt_oss,
     "fp8-blocks": lambda h, i: fp8((128, 128), h, i),
     "fp8-rows": lambda h, i: fp8(None, h, i),
 }

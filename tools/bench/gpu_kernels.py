@@ -14,12 +14,11 @@ import torch
 
 from offmoe.compute.kernels.cpu import Glu
 from offmoe.compute.kernels.device import DECODE_PAIRS, DeviceKernels, Pairs, available
-from offmoe.compute.kernels.operands import GatedOperands, Operand, coded_operand, float_operand, packed_operand
+from offmoe.compute.kernels.operands import GatedOperands, Operand, coded_operand, float_operand
 from offmoe.device.arena import SlotArena
 from offmoe.device.backend import select_backend
-from offmoe.pack.quantizer import quantize
-from offmoe.quant.float_formats import ScaledFloat
-from offmoe.quant.packed_weight import INT8, MXFP4, PackedWeight, WeightFormat, int4
+from offmoe.quant.float_formats import Mxfp4, ScaledFloat
+from offmoe.quant.int_formats import PackedInt
 from offmoe.storage.layout import ExpertLayout
 from tools.bench.gpu_section import MIB, Section, seconds
 
@@ -30,14 +29,12 @@ SLAB_BYTES = 4 * 10**9
 TOKENS = (1, 2, 4, 8, 16, 64, 512)
 ALLOWED = 5e-3
 """Largest relative L2 error against float32 with dequantized weights."""
-FP8 = ScaledFloat((128, 128))
-FORMATS: dict[str, WeightFormat | None] = {
+FORMATS: dict[str, PackedInt | Mxfp4 | ScaledFloat | None] = {
     "bf16": None,
-    "int8": INT8,
-    "int4_g64": int4(64),
-    "int4_g64_zeros": int4(64, zero_points=True),
-    "mxfp4": MXFP4,
-    "fp8": None,
+    "int8": PackedInt(8, None),
+    "int4_g64": PackedInt(4, 64),
+    "mxfp4": Mxfp4(),
+    "fp8": ScaledFloat((128, 128)),
 }
 
 
@@ -79,23 +76,33 @@ def kernels(section: Section) -> None:
 
 def form(name: str, hidden: int, inner: int) -> Form:
     """How slots hold experts of a format and shape."""
-    how = FORMATS[name]
+    codec = FORMATS[name]
     shapes = {"gate_up": (2 * inner, hidden), "down": (hidden, inner)}
-    if how is not None:
-        params = [how.params(part, rows, cols, tiled=True) for part, (rows, cols) in shapes.items()]
-        layout = ExpertLayout.of(params[0] | params[1])
-        return Form(layout, _halves(*(packed_operand(layout, part, how) for part in shapes)))
-    if name == "bf16":
+    if codec is None:
         layout = ExpertLayout.of({part: (torch.bfloat16, shape) for part, shape in shapes.items()})
         return Form(layout, _halves(*map(float_operand, layout.params)))
     wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for part, (rows, cols) in shapes.items():
-        wanted[part + ".weight"] = torch.float8_e4m3fn, (rows, cols)
-        wanted[part + ".scale"] = torch.float32, (-(-rows // 128), -(-cols // 128))
+        wanted |= {f"{part}.{component}": spec for component, spec in components(codec, rows, cols).items()}
     layout = ExpertLayout.of(wanted)
     params = {param.name: param for param in layout.params}
-    made = (coded_operand(FP8, {c: params[f"{part}.{c}"] for c in ("weight", "scale")}) for part in shapes)
-    return Form(layout, _halves(*made))
+    operands = (coded_operand(codec, {c: params[f"{part}.{c}"] for c in codec.required}) for part in shapes)
+    return Form(layout, _halves(*operands))
+
+
+def components(
+    codec: PackedInt | Mxfp4 | ScaledFloat, rows: int, cols: int
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of the tensors that a checkpoint stores of a weight."""
+    if isinstance(codec, PackedInt):
+        groups = cols // codec.group if codec.group else 1
+        return {"packed": (torch.int32, (rows, cols * codec.bits // 32)), "scale": (torch.bfloat16, (rows, groups))}
+    if isinstance(codec, Mxfp4):
+        return {"blocks": (torch.uint8, (rows, cols // 32, 16)), "scales": (torch.uint8, (rows, cols // 32))}
+    return {
+        "weight": (torch.float8_e4m3fn, (rows, cols)),
+        "scale": (torch.float32, (-(-rows // 128), -(-cols // 128))),
+    }
 
 
 def _halves(gate_up: Operand, down: Operand) -> GatedOperands:
@@ -105,30 +112,33 @@ def _halves(gate_up: Operand, down: Operand) -> GatedOperands:
 
 def fill(name: str, views: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
     """Fill a slot with a random expert. Returns its gate_up and down in float32."""
-    how, out = FORMATS[name], []
+    codec, out = FORMATS[name], []
     for part in ("gate_up", "down"):
-        if how is not None:
-            rows, cols = views[part].shape[0] * 16, views[part].shape[1] * how.word_values
-            if how.kind == "mxfp4":
-                words = torch.randint(-(2**31), 2**31 - 1, (rows, cols // 8), dtype=torch.int32)
-                weight = PackedWeight(how, words, torch.full((rows, cols // 32), 120, dtype=torch.uint8))
-            else:
-                weight = quantize(torch.randn(rows, cols) * 0.05, how)
-            for param, values in weight.tiled().params(part).items():
-                views[param].copy_(values)
-            out.append(weight.values())
-        elif name == "bf16":
+        if codec is None:
             out.append((torch.randn(views[part].shape) * 0.05).bfloat16().float())
             views[part].copy_(out[-1])
-        else:
-            raw = {
-                "weight": (torch.randn(views[part + ".weight"].shape) * 60).to(torch.float8_e4m3fn),
-                "scale": torch.rand(views[part + ".scale"].shape) * 1e-3 + 2e-4,
-            }
-            for component, values in raw.items():
-                views[f"{part}.{component}"].copy_(values)
-            out.append(FP8.decode(raw, torch.float32))
+            continue
+        raw = {c: _random(codec, c, views[f"{part}.{c}"]) for c in codec.required}
+        for component, values in raw.items():
+            views[f"{part}.{component}"].copy_(values)
+        weight = codec.decode(raw, torch.float32)
+        out.append(weight.T if isinstance(codec, Mxfp4) else weight)
     return out
+
+
+def _random(codec: PackedInt | Mxfp4 | ScaledFloat, component: str, like: torch.Tensor) -> torch.Tensor:
+    """Random values of a component, such that weights are of about 0.05."""
+    if component == "packed":
+        return torch.randint(-(2**31), 2**31 - 1, like.shape, dtype=torch.int32)
+    if component == "blocks":
+        return torch.randint(0, 256, like.shape, dtype=torch.uint8)
+    if component == "scales":
+        return torch.full(like.shape, 120, dtype=torch.uint8)
+    if component == "weight":
+        return (torch.randn(like.shape) * 60).to(torch.float8_e4m3fn)
+    if isinstance(codec, PackedInt):
+        return ((torch.rand(like.shape) + 0.1) * 2.0 ** (-3 - codec.bits)).to(like.dtype)
+    return torch.rand(like.shape) * 1e-3 + 2e-4
 
 
 def error(section: Section, name: str, small: Form, tokens: int) -> float:

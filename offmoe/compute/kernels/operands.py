@@ -19,8 +19,7 @@ from offmoe.errors import UnsupportedModelError
 from offmoe.quant.codec import Codec
 from offmoe.quant.float_formats import Mxfp4, ScaledFloat
 from offmoe.quant.int_formats import PackedInt
-from offmoe.quant.packed_weight import SCALES, TILE_ROWS, ZEROS, WeightFormat
-from offmoe.storage.layout import ExpertLayout, Param
+from offmoe.storage.layout import Param
 
 ELEMENTS = {
     torch.bfloat16: "bf16",
@@ -34,7 +33,7 @@ ELEMENTS = {
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 """Dtypes of unquantized weights that the kernels read."""
 
-VALUES = {"float": 1, "fp8": 1, "int8": 4, "uint8": 4, "int4": 8, "mxfp4": 8}
+VALUES = {"float": 1, "fp8": 1, "uint8": 4, "int4": 8, "mxfp4": 8}
 """Weights in one element: a number, a byte, or an int32 word. uint8 is int8 with 128 added."""
 
 
@@ -57,11 +56,9 @@ class Operand:
     """Row r of the weight is row first + r * step of its parameter: gate and up may be its halves, or take turns."""
     step: int = 1
     row_stride: int = 1
-    """Elements from one row to the next, unless `tiled`."""
+    """Elements from one row to the next."""
     col_stride: int = 1
-    """Elements from one column to the next, unless `tiled`."""
-    tiled: bool = False
-    """Words stand in tiles of 16 rows (offmoe.quant.packed_weight)."""
+    """Elements from one column to the next."""
     scale: str = ""
     """Dtype of the scales; "": there are none."""
     scale_at: int = 0
@@ -69,8 +66,6 @@ class Operand:
     """Rows that share a scale."""
     group: int = 1
     """Columns that share a scale."""
-    zero_at: int = -1
-    """Offset of the zero points; -1: there are none."""
     bias: str = ""
     """Dtype of the bias; "": there is none."""
     bias_at: int = 0
@@ -81,9 +76,9 @@ class Operand:
         return VALUES[self.kind]
 
     @property
-    def has_offset(self) -> bool:
-        """Whether its numbers are integers with a zero point."""
-        return self.kind in ("int8", "uint8", "int4")
+    def offset(self) -> float:
+        """What the kernels' numbers of integers exceed the integers by (`lane` of triton/elements.py); 0 for others."""
+        return {"uint8": 384.0, "int4": 24.0}.get(self.kind, 0.0)
 
     @property
     def width(self) -> int:
@@ -104,8 +99,6 @@ class Operand:
     def part(self, rows: int, first: int, step: int = 1) -> Operand:
         """A weight of `rows` of these rows: every `step`-th from `first` on."""
         assert first + (rows - 1) * step < self.rows, (rows, first, step)
-        if self.tiled and step != 1:
-            raise UnsupportedModelError("gate and up take turns in tiles of rows, which the device kernels do not read")
         return replace(self, rows=rows, first=self.first + first * self.step, step=self.step * step)
 
     def with_bias(self, bias: Param) -> Operand:
@@ -140,33 +133,6 @@ class GatedOperands:
         return self.gate.nbytes + self.up.nbytes + self.down.nbytes
 
 
-def packed_operand(layout: ExpertLayout, name: str, how: WeightFormat) -> Operand:
-    """The weight `name` of a layout made of `WeightFormat.params`, in tiles or row by row."""
-    params = _by_name(layout)
-    words, scales = params[name], params[name + SCALES]
-    tiled = len(words.shape) == 3
-    width = words.shape[1]
-    cols = width * how.word_values
-    group = how.group or cols
-    if how.kind == "fp8":
-        raise _unread("words of fp8")
-    if group % 8:
-        raise UnsupportedModelError(f"the device kernels read groups of 8 and more, not {how}; use exactness='bitwise'")
-    return Operand(
-        kind=how.kind,
-        element="int32",
-        rows=words.shape[0] * (TILE_ROWS if tiled else 1),
-        cols=cols,
-        at=words.offset,
-        row_stride=width,
-        tiled=tiled,
-        scale=_element(scales),
-        scale_at=scales.offset,
-        group=group,
-        zero_at=params[name + ZEROS].offset if how.zero_points else -1,
-    )
-
-
 def float_operand(weight: Param, transposed: bool = False) -> Operand:
     """A weight that is not quantized. transposed: the parameter is [cols, rows]."""
     if weight.dtype not in FLOATS or len(weight.shape) != 2:
@@ -187,31 +153,19 @@ def coded_operand(codec: Codec, parts: Mapping[str, Param]) -> Operand:
         UnsupportedModelError: the kernels do not read the format.
     """
     if isinstance(codec, Mxfp4):
-        return _mxfp4_operand(parts["blocks"], parts["scales"])
+        blocks = parts["blocks"]
+        return _scaled_operand("mxfp4", blocks, parts["scales"], blocks.shape[1] * 32, 32)
     if isinstance(codec, ScaledFloat) and parts["weight"].dtype == torch.float8_e4m3fn:
         return _fp8_operand(codec, parts["weight"], parts["scale"])
     if isinstance(codec, PackedInt) and codec.symmetric and not codec.ordered:
         words, scale = parts["packed"], parts["scale"]
-        cols = words.shape[1] * (32 // codec.bits)
+        rows, width = words.shape
+        cols = width * (32 // codec.bits)
         group = codec.group or cols
         if group % 8 == 0 and cols % group == 0:
-            return _int_operand(codec, words, scale, cols, group)
+            scale_rows = rows if codec.group is None and scale.shape[:1] != (rows,) else 1
+            return _scaled_operand("int4" if codec.bits == 4 else "uint8", words, scale, cols, group, scale_rows)
     raise _unread(codec.name)
-
-
-def _mxfp4_operand(blocks: Param, scales: Param) -> Operand:
-    rows, groups, _ = blocks.shape
-    return Operand(
-        kind="mxfp4",
-        element="int32",
-        rows=rows,
-        cols=groups * 32,
-        at=blocks.offset,
-        row_stride=groups * 4,
-        scale="uint8",
-        scale_at=scales.offset,
-        group=32,
-    )
 
 
 def _fp8_operand(codec: ScaledFloat, weight: Param, scale: Param) -> Operand:
@@ -221,38 +175,23 @@ def _fp8_operand(codec: ScaledFloat, weight: Param, scale: Param) -> Operand:
         blocks = tuple(-(-size // step) for size, step in zip(weight.shape, codec.block, strict=True))
         if scale.shape == blocks:
             scale_rows, group = codec.block
+    return _scaled_operand("fp8", weight, scale, cols, group, scale_rows)
+
+
+def _scaled_operand(kind: str, weight: Param, scale: Param, cols: int, group: int, scale_rows: int = 1) -> Operand:
+    """A weight of `cols` columns, row by row, with a scale per `scale_rows` rows and `group` columns."""
     return Operand(
-        kind="fp8",
-        element="uint8",
-        rows=rows,
+        kind=kind,
+        element="uint8" if kind == "fp8" else "int32",
+        rows=weight.shape[0],
         cols=cols,
         at=weight.offset,
-        row_stride=cols,
+        row_stride=cols // VALUES[kind],
         scale=_element(scale),
         scale_at=scale.offset,
         scale_rows=scale_rows,
         group=group,
     )
-
-
-def _int_operand(codec: PackedInt, words: Param, scale: Param, cols: int, group: int) -> Operand:
-    rows, width = words.shape
-    return Operand(
-        kind="int4" if codec.bits == 4 else "uint8",
-        element="int32",
-        rows=rows,
-        cols=cols,
-        at=words.offset,
-        row_stride=width,
-        scale=_element(scale),
-        scale_at=scale.offset,
-        scale_rows=rows if codec.group is None and scale.shape[:1] != (rows,) else 1,
-        group=group,
-    )
-
-
-def _by_name(layout: ExpertLayout) -> dict[str, Param]:
-    return {param.name: param for param in layout.params}
 
 
 def _element(param: Param) -> str:

@@ -56,19 +56,19 @@ class TestEveryFormat:
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["pairs", "groups"])
 class TestEveryKernel:
-    @pytest.mark.parametrize("name", ["fp8-blocks", "int4-g32", "mxfp4-gpt-oss", "bf16"])
+    @pytest.mark.parametrize("name", ["fp8-blocks", "int4-g32", "mxfp4", "bf16"])
     def test_sizes_that_are_no_whole_blocks(self, grouped: bool, name: str) -> None:
         pairs = Pairs([0, 2], [1, 1], torch.tensor([1, 0]))
         check(name, torch.randn(2, 160), pairs, 96, grouped=grouped)
 
     @pytest.mark.parametrize("glu", [Glu("gelu_tanh"), Glu("clamped", limit=1.0)], ids=["gelu_tanh", "clamped"])
     def test_activations(self, grouped: bool, glu: Glu) -> None:
-        for name in ("mxfp4-gpt-oss", "bf16"):  # with biases, and without
+        for name in ("mxfp4", "bf16"):  # with biases, and without
             pairs = Pairs([0, 1], [1, 1], torch.tensor([1, 0]))
             check(name, 3 * torch.randn(2, 64), pairs, 64, glu, grouped=grouped)
 
     def test_what_is_not_a_number_is_not_hidden(self, grouped: bool) -> None:
-        for name, glu in (("int4-g64", Glu()), ("mxfp4-gpt-oss", Glu("clamped", limit=1.0))):
+        for name, glu in (("int4-g64", Glu()), ("mxfp4", Glu("clamped", limit=1.0))):
             made, _ = kernels(name, glu, 64, 64)
             x, pairs = torch.randn(3, 64), Pairs([0, 2], [2, 1], torch.tensor([0, 1, 2]))
             x[1, 33] = float("nan")

@@ -88,7 +88,7 @@ def compiled(name: str, hidden: int, inner: int, tokens: int, top_k: int = 8) ->
         (80, "int4-g64", 4096, 14336),
         (90, "int4-g64", 2048, 768),
         (80, "int8", 2048, 768),
-        (80, "mxfp4-gpt-oss", 2880, 2880),
+        (80, "mxfp4", 2880, 2880),
         (80, "fp8-blocks", 2048, 768),
     ],
     indirect=["gpu"],

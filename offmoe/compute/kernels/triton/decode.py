@@ -18,7 +18,6 @@ from offmoe.compute.kernels.triton.elements import (
     group_of,
     in_half_units,
     lane,
-    offsets,
     row_numbers,
     scales,
 )
@@ -37,8 +36,8 @@ def inputs(x, at, i: tl.constexpr, W: tl.constexpr, BW: tl.constexpr):
 @triton.jit
 def settled(part, total, slot, W: tl.constexpr, rows, groups):
     """The sums [BN, BW] of weight * input, from `part` [BN, BW], sums of lane * input, and `total` [BW], of inputs."""
-    if W.has_offset:
-        part -= offsets(slot, W, rows, groups) * total[None, :]
+    if W.offset != 0:
+        part -= W.offset * total[None, :]
     if W.kind != "float":
         part *= scales(slot, W, rows, groups)
     return part

@@ -5,8 +5,7 @@ conversion instruction would have a fraction of that rate. The offset and the po
 once per group:
 
     int4    16 + nibble           in the four high bits of the mantissa of 16.0
-    int8    384 + value           the byte, its sign flipped, in the eight high bits of the mantissa of 256.0
-    uint8   256 + byte            the byte
+    uint8   256 + byte            the byte, in the eight high bits of the mantissa of 256.0
     mxfp4   value * 2**-126       E2M1 as float32: same fields, subnormals included, another bias
     fp8     value * 2**-120       E4M3 alike; its NaN, 0x7F, reads as 480
 
@@ -19,24 +18,19 @@ Must never: read outside a weight, except masked.
 import triton
 import triton.language as tl
 
-TILE_ROWS = tl.constexpr(16)
-
 
 @triton.jit
 def elements(slot, W: tl.constexpr, rows, at, BW: tl.constexpr):
     """Elements `at` [BW] of `rows` [BN] of the parameter: [BN, BW]. Beyond the end of a row they are 0."""
     base = (slot + W.at).to(tl.pointer_type(tl.dtype(W.element)), bitcast=True)
-    if W.tiled:
-        where = (rows // TILE_ROWS * (W.width * TILE_ROWS) + rows % TILE_ROWS)[:, None] + at[None, :] * TILE_ROWS
-    else:
-        where = rows[:, None] * W.row_stride + at[None, :] * W.col_stride
+    where = rows[:, None] * W.row_stride + at[None, :] * W.col_stride
     whole = W.width % BW == 0
     return tl.load(base + where) if whole else tl.load(base + where, mask=(at < W.width)[None, :], other=0)
 
 
 @triton.jit
 def lane(block, i: tl.constexpr, W: tl.constexpr):
-    """Weight i of every element as float32, times a power of two (`in_half_units`) or, if integer, plus an offset."""
+    """Weight i of every element as float32, times a power of two (`in_half_units`), or plus `W.offset`."""
     if W.kind == "float":
         weight = block.to(tl.float32)
     elif W.kind == "fp8":
@@ -45,9 +39,6 @@ def lane(block, i: tl.constexpr, W: tl.constexpr):
     elif W.kind == "mxfp4":
         nibble = block >> (4 * i)
         weight = (((nibble & 8) << 28) | ((nibble & 7) << 22)).to(tl.float32, bitcast=True)
-    elif W.kind == "int8":
-        byte = ((block >> (8 * i)) & 0xFF) ^ 0x80
-        weight = ((byte << 15) | 0x43800000).to(tl.float32, bitcast=True)
     elif W.kind == "uint8":
         byte = (block >> (8 * i)) & 0xFF
         weight = ((byte << 15) | 0x43800000).to(tl.float32, bitcast=True)
@@ -82,35 +73,13 @@ def group_of(first, at, W: tl.constexpr, BW: tl.constexpr):
 
 
 @triton.jit
-def grouped(slot, W: tl.constexpr, AT: tl.constexpr, ELEMENT: tl.constexpr, rows, groups):
-    """The values [BN, n] of a parameter with one value per row and group, for `groups` [n]."""
-    base = (slot + AT).to(tl.pointer_type(tl.dtype(ELEMENT)), bitcast=True)
-    if W.tiled:
-        where = (rows // TILE_ROWS * (W.groups * TILE_ROWS) + rows % TILE_ROWS)[:, None] + groups[None, :] * TILE_ROWS
-    else:
-        where = (rows // W.scale_rows * W.groups)[:, None] + groups[None, :]
-    return tl.load(base + where)
-
-
-@triton.jit
 def scales(slot, W: tl.constexpr, rows, groups):
-    """Scales, in half units: float32 [BN, n]."""
-    scale = grouped(slot, W, W.scale_at, W.scale, rows, groups)
+    """Scales of `groups` [n], in half units: float32 [BN, n]."""
+    base = (slot + W.scale_at).to(tl.pointer_type(tl.dtype(W.scale)), bitcast=True)
+    scale = tl.load(base + (rows // W.scale_rows * W.groups)[:, None] + groups[None, :])
     if W.scale == "uint8":  # exponents of two; 0 is 2**-127, which is subnormal
         scale = tl.maximum(scale.to(tl.int32) << 23, 1 << 22).to(tl.float32, bitcast=True)
     return in_half_units(scale.to(tl.float32), W)
-
-
-@triton.jit
-def offsets(slot, W: tl.constexpr, rows, groups):
-    """The value of `lane` for a weight of zero: float32 [1, 1], or [BN, n] where there are zero points."""
-    if W.values == 4:
-        zero = tl.full([1, 1], 384.0, tl.float32)
-    elif W.zero_at < 0:
-        zero = tl.full([1, 1], 24.0, tl.float32)
-    else:
-        zero = grouped(slot, W, W.zero_at, "uint8", rows, groups).to(tl.float32) + 16.0
-    return zero
 
 
 @triton.jit

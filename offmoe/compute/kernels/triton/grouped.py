@@ -19,7 +19,6 @@ from offmoe.compute.kernels.triton.elements import (
     group_of,
     in_half_units,
     lane,
-    offsets,
     row_numbers,
     scales,
 )
@@ -29,8 +28,8 @@ from offmoe.compute.kernels.triton.elements import (
 def weights(block, i: tl.constexpr, slot, W: tl.constexpr, rows, groups, like):
     """Weight i of every element, dequantized: [BN, BW] of the dtype of the pointer `like`."""
     value = lane(block, i, W)
-    if W.has_offset:
-        value -= offsets(slot, W, rows, groups)
+    if W.offset != 0:
+        value -= W.offset
     if W.kind != "float":
         value = in_half_units(value, W) * scales(slot, W, rows, groups)
     return value.to(like.dtype.element_ty)
