@@ -23,58 +23,32 @@ KINDS = {"int4": 0, "mxfp4": 1, "int8": 2, "fp8": 3, "bf16": 4}
 SCALE_TYPES = {"bfloat16": 0, "float16": 1, "float32": 2, "uint8": 3}
 
 
+def _fields(pointers: str, integers: str) -> tuple[tuple[str, type], ...]:
+    """The fields of a structure of offmoe.h: its pointers, then its int32s."""
+    return (
+        *((name, ctypes.c_void_p) for name in pointers.split()),
+        *((name, ctypes.c_int32) for name in integers.split()),
+    )
+
+
 class WeightStruct(ctypes.Structure):
     """`struct weight` of offmoe.h."""
 
-    _fields_ = (
-        ("words", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("zeros", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("rows", ctypes.c_int32),
-        ("cols", ctypes.c_int32),
-        ("group", ctypes.c_int32),
-        ("kind", ctypes.c_int32),
-        ("scale_type", ctypes.c_int32),
-    )
+    _fields_ = _fields("words scales zeros bias", "rows cols group kind scale_type")
 
 
 class EncodingStruct(ctypes.Structure):
     """`struct encoding` of offmoe.h."""
 
-    _fields_ = (
-        ("weight", ctypes.c_void_p),
-        ("words", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("zeros", ctypes.c_void_p),
-        ("factors", ctypes.c_void_p),
-        ("rows", ctypes.c_int32),
-        ("cols", ctypes.c_int32),
-        ("group", ctypes.c_int32),
-        ("bits", ctypes.c_int32),
-        ("weight_type", ctypes.c_int32),
-        ("scale_type", ctypes.c_int32),
-        ("candidates", ctypes.c_int32),
-        ("refits", ctypes.c_int32),
+    _fields_ = _fields(
+        "weight words scales zeros factors", "rows cols group bits weight_type scale_type candidates refits"
     )
 
 
 class EncodedStruct(ctypes.Structure):
     """`struct encoded` of offmoe.h."""
 
-    _fields_ = (
-        ("weight", ctypes.c_void_p),
-        ("words", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("zeros", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("rows", ctypes.c_int32),
-        ("cols", ctypes.c_int32),
-        ("group", ctypes.c_int32),
-        ("bits", ctypes.c_int32),
-        ("weight_type", ctypes.c_int32),
-        ("scale_type", ctypes.c_int32),
-    )
+    _fields_ = _fields("weight words scales zeros out", "rows cols group bits weight_type scale_type")
 
 
 class Library:
@@ -158,13 +132,9 @@ class KernelStatus:
         return self.library.variants[-1] if self.library else None
 
 
+@cache
 def status(path: Path = LIBRARY) -> KernelStatus:
     """The state of the C kernels, as `offmoe doctor` reports it. The library is loaded once and kept."""
-    return _status(path)
-
-
-@cache
-def _status(path: Path) -> KernelStatus:
     remedy = (
         "experts are computed on the CPU by torch's operators, several times slower. "
         "Install a C compiler (Debian, Ubuntu: apt install gcc libc6-dev) and install offmoe again"
