@@ -17,7 +17,7 @@ from offmoe.budget.inspect import inspect
 from offmoe.compute.cpu_compute import CpuCompute
 from offmoe.compute.cpu_slot import CpuSlot
 from offmoe.compute.expert_layer import ExpertLayer
-from offmoe.compute.kernels.cpu import GatedExpert, Glu, NativeKernels, Rows, TorchKernels
+from offmoe.compute.kernels.cpu import CpuKernels, GatedExpert, Glu, Rows
 from offmoe.compute.kernels.library import KernelStatus, status
 from offmoe.config import OffloadConfig
 from offmoe.device.arena import SlotArena
@@ -132,12 +132,12 @@ def test_published_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind
     right, tokens = run(folder)
     computed: set[str] = set()
 
-    def expert(self: NativeKernels, weights: GatedExpert, glu: Glu) -> Rows:
+    def expert(self: CpuKernels, weights: GatedExpert, glu: Glu) -> Rows:
         computed.update(weight.format.kind for weight in (weights.gate, weights.up, weights.down))
         return prepare(self, weights, glu)
 
-    prepare = NativeKernels.expert
-    monkeypatch.setattr(NativeKernels, "expert", expert)
+    prepare = CpuKernels.expert
+    monkeypatch.setattr(CpuKernels, "expert", expert)
     got, same_tokens = run(folder, exactness="numeric")
     assert computed == {kind[:3] if kind.startswith("fp8") else kind if kind == "mxfp4" else "int4"}
     allowed = SAME if kind.startswith("fp8") else 5e-3
@@ -281,8 +281,11 @@ def test_closing_waits_for_the_call_under_way() -> None:
     arena = SlotArena(CpuBackend().allocate, [layout])
     inside, go_on = threading.Event(), threading.Event()
 
-    class Kernels(TorchKernels):
+    class Kernels(CpuKernels):
         closed = False
+
+        def __init__(self) -> None:
+            """No threads."""
 
         def expert(self, weights: GatedExpert, glu: Glu) -> Rows:
             def rows(x: torch.Tensor) -> torch.Tensor:

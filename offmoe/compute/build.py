@@ -13,8 +13,9 @@ from offmoe.compute.cpu_compute import CpuCompute
 from offmoe.compute.expert_layer import ExpertLayer
 from offmoe.compute.gpu_compute import GpuCompute
 from offmoe.compute.gpu_slot import gpu_slot
-from offmoe.compute.kernels.cpu import cpu_kernels, physical_cores
+from offmoe.compute.kernels.cpu import CpuKernels, physical_cores
 from offmoe.compute.kernels.device import DeviceKernels, available
+from offmoe.compute.kernels.library import status
 from offmoe.compute.torch_compute import TorchCompute
 from offmoe.device.arena import SlotArena
 from offmoe.errors import UnsupportedModelError
@@ -38,7 +39,9 @@ def host_compute(
     if all(layer.cpu_slot is None for layer in layers):
         return by_torch
     threads = min(torch.get_num_threads(), physical_cores())
-    by_kernels = CpuCompute(cpu_kernels(threads, int8_activations), arena)
+    library = status().library
+    assert library is not None, "without the library, no layer has a cpu_slot"
+    by_kernels = CpuCompute(CpuKernels(library, threads, int8_activations=int8_activations), arena)
     return ComputeByLayer([by_torch if layer.cpu_slot is None else by_kernels for layer in layers])
 
 

@@ -29,7 +29,7 @@ import checkout  # noqa: F401
 import torch
 import torch.nn.functional as F
 
-from offmoe.compute.kernels.cpu import GatedExpert, Glu, NativeKernels, Rows, physical_cores
+from offmoe.compute.kernels.cpu import CpuKernels, GatedExpert, Glu, Rows, physical_cores
 from offmoe.compute.kernels.library import status
 from offmoe.device.arena import SlotArena, map_pages
 from offmoe.quant.packed_weight import PackedWeight, WeightFormat, fp8, int4
@@ -118,7 +118,7 @@ def _slots(layout: ExpertLayout, count: int) -> list[torch.Tensor]:
 class Probe:
     """Reads memory that no cache holds; every call moves on by one window."""
 
-    def __init__(self, kernels: NativeKernels) -> None:
+    def __init__(self, kernels: CpuKernels) -> None:
         self._kernels, self._start = kernels, 0
         self._memory = torch.frombuffer(map_pages(PROBE_BUFFER_BYTES), dtype=torch.uint8).fill_(1)
 
@@ -215,7 +215,7 @@ def main() -> None:
         print(f"{name:20} {middle:6.2f}  {low:.2f} to {high:.2f}   {len(ratios):6d}", flush=True)
 
     generator = torch.Generator().manual_seed(0)
-    with NativeKernels(found.library, 1, arguments.variant) as kernels:
+    with CpuKernels(found.library, 1, arguments.variant) as kernels:
         probe = Probe(kernels)
         for shape in (MIXTRAL, QWEN3):
             experts, nbytes = packed_experts(shape, int4(GROUP))
@@ -235,7 +235,7 @@ def main() -> None:
         experts, _ = packed_experts(MIXTRAL, int4(GROUP))
         runs = [kernels.expert(expert, Glu()) for expert in experts]
         report("vs_torch_int4", against_torch(runs, torch_int4_experts(MIXTRAL), x, arguments.seconds))
-    with NativeKernels(found.library, physical_cores(), arguments.variant) as kernels:
+    with CpuKernels(found.library, physical_cores(), arguments.variant) as kernels:
         runs = [kernels.expert(expert, Glu()) for expert in experts]
         report("shared_core_slowdown", shared_cores(runs, x, 2 * arguments.seconds))
     print(

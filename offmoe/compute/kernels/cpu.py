@@ -1,4 +1,4 @@
-"""Experts computed on the CPU: by the C kernels where these were built, by torch's operators elsewhere.
+"""Experts computed on the CPU by the C kernels.
 
 Sums run in another order than torch's, so this is for `exactness="numeric"` only. With int8 activations, every group
 of inputs is rounded to 8 bits first, which changes the output by about 1 % of its norm in int4.
@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import ctypes
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 
 import psutil
 import torch
 import torch.nn.functional as F
 
-from offmoe.compute.kernels.library import KINDS, MAX_TOKENS, SCALE_TYPES, Library, Threads, WeightStruct, status
+from offmoe.compute.kernels.library import KINDS, MAX_TOKENS, SCALE_TYPES, Library, Threads, WeightStruct
 from offmoe.errors import CapacityError, UnsupportedModelError
 from offmoe.quant.packed_weight import TILE_ROWS, PackedWeight
 
@@ -76,30 +74,11 @@ class GatedExpert:
     down_bias: torch.Tensor | None = None
 
 
-class CpuKernels(ABC):
-    """Computes experts; a context manager. Functions that it has prepared must not be called after `close`."""
+class CpuKernels:
+    """The C kernels, with a pool of threads of their own; a context manager.
 
-    @abstractmethod
-    def expert(self, weights: GatedExpert, glu: Glu) -> Rows:
-        """A function that computes down(glu(gate(x), up(x))). It keeps the weights' memory alive."""
-
-    @abstractmethod
-    def linear(self, weight: Weight, bias: torch.Tensor | None = None) -> Rows:
-        """A function that computes x w^T + bias. It keeps the weight's memory alive."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """End the threads; idempotent."""
-
-    def __enter__(self) -> CpuKernels:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
-
-
-class NativeKernels(CpuKernels):
-    """The C kernels, with a pool of threads of their own."""
+    Functions that it has prepared must not be called after `close`.
+    """
 
     def __init__(
         self, library: Library, threads: int | None = None, variant: str | None = None, int8_activations: bool = True
@@ -117,6 +96,7 @@ class NativeKernels(CpuKernels):
         self._threads = Threads(library, physical_cores() if threads is None else threads)
 
     def expert(self, weights: GatedExpert, glu: Glu) -> Rows:
+        """A function that computes down(glu(gate(x), up(x))). It keeps the weights' memory alive."""
         gate = _struct(weights.gate, weights.gate_bias)
         up = _struct(weights.up, weights.up_bias)
         down = _struct(weights.down, weights.down_bias)
@@ -132,6 +112,7 @@ class NativeKernels(CpuKernels):
         return _rows(call, up.cols, down.rows, weights)
 
     def linear(self, weight: Weight, bias: torch.Tensor | None = None) -> Rows:
+        """A function that computes x w^T + bias. It keeps the weight's memory alive."""
         struct = _struct(weight, bias)
         pointer = ctypes.byref(struct)
         native, variant = self._calls.offmoe_linear, self._variant
@@ -146,34 +127,14 @@ class NativeKernels(CpuKernels):
         self._calls.offmoe_read(self._threads.handle, self._variant, memory.data_ptr(), memory.nbytes)
 
     def close(self) -> None:
+        """End the threads; idempotent."""
         self._threads.close()
 
+    def __enter__(self) -> CpuKernels:
+        return self
 
-class TorchKernels(CpuKernels):
-    """torch's operators, on weights that are unpacked at every call: correct and slow."""
-
-    def expert(self, weights: GatedExpert, glu: Glu) -> Rows:
-        gate = self.linear(weights.gate, weights.gate_bias)
-        up = self.linear(weights.up, weights.up_bias)
-        down = self.linear(weights.down, weights.down_bias)
-        return lambda x: down(glu(gate(x), up(x)))
-
-    def linear(self, weight: Weight, bias: torch.Tensor | None = None) -> Rows:
-        def rows(x: torch.Tensor) -> torch.Tensor:
-            values = weight.values() if isinstance(weight, PackedWeight) else weight
-            with torch.autocast("cpu", enabled=False):  # the C kernels do not follow autocast either
-                return F.linear(x, values.to(x.dtype), None if bias is None else bias.to(x.dtype))
-
-        return rows
-
-    def close(self) -> None:
-        pass
-
-
-def cpu_kernels(threads: int | None = None, int8_activations: bool = True) -> CpuKernels:
-    """The fastest kernels of this installation and processor; `library.status` says which these are, and why."""
-    library = status().library
-    return TorchKernels() if library is None else NativeKernels(library, threads, None, int8_activations)
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 def physical_cores() -> int:

@@ -13,10 +13,7 @@ from offmoe.compute.kernels.cpu import (
     CpuKernels,
     GatedExpert,
     Glu,
-    NativeKernels,
-    TorchKernels,
     Weight,
-    cpu_kernels,
     physical_cores,
 )
 from offmoe.compute.kernels.library import MAX_TOKENS
@@ -94,18 +91,15 @@ def error(got: torch.Tensor, right: torch.Tensor) -> float:
     return ((got - right).norm() / right.norm()).item()
 
 
-@pytest.fixture(params=["torch", *(f"{v}-{a}" for v in VARIANTS for a in ("int8", "float"))])
+@pytest.fixture(params=[f"{v}-{a}" for v in VARIANTS for a in ("int8", "float")])
 def kernels(request: pytest.FixtureRequest) -> Iterator[CpuKernels]:
-    if request.param == "torch":
-        yield TorchKernels()
-        return
     variant, activations = request.param.split("-")
-    with NativeKernels(library_with(variant), 2, variant, activations == "int8") as native:
+    with CpuKernels(library_with(variant), 2, variant, activations == "int8") as native:
         yield native
 
 
 def allowed(kernels: CpuKernels, how: Format) -> float:
-    rounds = how is not None and how.kind != "fp8" and isinstance(kernels, NativeKernels) and kernels.int8_activations
+    rounds = how is not None and how.kind != "fp8" and kernels.int8_activations
     return INT8_ACTIVATIONS_ERROR if rounds else FLOAT_ERROR
 
 
@@ -207,13 +201,10 @@ def test_zeros_stay_zeros(kernels: CpuKernels) -> None:
     assert not kernels.expert(random_expert(int4(), 128, 128), Glu())(torch.zeros(3, 128)).any()
 
 
-# --- what holds for the C kernels only
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_token_does_not_depend_on_its_neighbors(variant: str) -> None:
     """Sums of int8 products are exact and groups are added in order: how tokens are cut into blocks cannot show."""
-    with NativeKernels(library_with(variant), 1, variant) as native:
+    with CpuKernels(library_with(variant), 1, variant) as native:
         run = native.expert(random_expert(int4(), 128, 192), Glu())
         x = inputs(7, 128)
         together = run(x)
@@ -225,7 +216,7 @@ def test_threads_do_not_change_a_bit() -> None:
     expert, x = random_expert(int4(), 512, 1024), inputs(4, 512)
     results = []
     for threads in (1, 2, 5):
-        with NativeKernels(library(), threads) as native:
+        with CpuKernels(library(), threads) as native:
             run = native.expert(expert, Glu())
             results += [run(x) for _ in range(20)]
     assert all(torch.equal(r, results[0]) for r in results)
@@ -235,7 +226,7 @@ def test_callers_take_turns() -> None:
     """Many short calls of several threads: every one gets its own result."""
     experts = [random_expert(how, 128, 128) for how in (int4(), INT8, None)]
     xs = [inputs(n, 128) for n in (1, 2, 3)]
-    with NativeKernels(library(), 3) as native, ThreadPoolExecutor(3) as pool:
+    with CpuKernels(library(), 3) as native, ThreadPoolExecutor(3) as pool:
         runs = [native.expert(expert, Glu()) for expert in experts]
         expected = [run(x) for run, x in zip(runs, xs, strict=True)]
 
@@ -246,7 +237,7 @@ def test_callers_take_turns() -> None:
 
 
 def test_close_twice_and_use_after() -> None:
-    native = NativeKernels(library(), 2)
+    native = CpuKernels(library(), 2)
     run = native.linear(random_weight(int4(), 16, 64))
     native.close()
     native.close()
@@ -257,7 +248,7 @@ def test_close_twice_and_use_after() -> None:
 def test_the_weights_live_as_long_as_the_function() -> None:
     weight = torch.ones(16, 64, dtype=torch.bfloat16)
     expected = inputs(1, 64).sum(1, keepdim=True).expand(1, 16)
-    with NativeKernels(library(), 1) as native:
+    with CpuKernels(library(), 1) as native:
         run = native.linear(weight)
         del weight
         junk = [torch.zeros(16, 64, dtype=torch.bfloat16) for _ in range(100)]
@@ -267,7 +258,7 @@ def test_the_weights_live_as_long_as_the_function() -> None:
 
 def test_variant_that_is_not_there() -> None:
     with pytest.raises(ConfigError, match="kernel variant 'sse9' does not run here; there are portable"):
-        NativeKernels(library(), 1, "sse9")
+        CpuKernels(library(), 1, "sse9")
 
 
 @pytest.mark.parametrize(
@@ -282,20 +273,14 @@ def test_variant_that_is_not_there() -> None:
     ids=["float32", "rows", "columns", "int4 per row", "large group"],
 )
 def test_weights_that_no_kernel_has(weight: Weight) -> None:
-    with NativeKernels(library(), 1) as native, pytest.raises(UnsupportedModelError, match="CPU kernels"):
+    with CpuKernels(library(), 1) as native, pytest.raises(UnsupportedModelError, match="CPU kernels"):
         native.linear(weight)
 
 
 def test_reading_memory() -> None:
-    with NativeKernels(library(), 2) as native:
+    with CpuKernels(library(), 2) as native:
         native.read(torch.zeros(10_000_001, dtype=torch.uint8))
         native.read(torch.zeros(3, dtype=torch.uint8))
-
-
-def test_there_are_kernels_everywhere() -> None:
-    with cpu_kernels(threads=1) as kernels:
-        weight = random_weight(int4(), 16, 64)
-        assert error(kernels.linear(weight)(inputs(2, 64)), inputs(2, 64) @ values(weight).T) < 0.02
 
 
 def test_threads() -> None:

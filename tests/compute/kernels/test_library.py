@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from offmoe.compute.kernels import library as module
-from offmoe.compute.kernels.cpu import NativeKernels
+from offmoe.compute.kernels.cpu import CpuKernels
 from offmoe.compute.kernels.library import Library, status
 from offmoe.compute.kernels.native import build as builder
 from offmoe.compute.kernels.native.build import BuildError, build, find_compiler
@@ -116,7 +116,7 @@ def test_a_processor_that_lacks_what_was_compiled(tmp_path: Path) -> None:
     assert torch.equal(packed.words, right.words)
     assert torch.equal(packed.scales, right.scales)
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(2))
-    with NativeKernels(found, 1, int8_activations=False) as native:
+    with CpuKernels(found, 1, int8_activations=False) as native:
         assert torch.allclose(native.linear(packed.tiled())(x), x @ packed.values().T, atol=0.01, rtol=0.01)
 
 
