@@ -15,25 +15,15 @@ import mmap
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Protocol
 
 import torch
 
+from offmoe.device.backend import Backend
 from offmoe.errors import CapacityError, OffmoeError
 from offmoe.storage.layout import PARAM_ALIGNMENT, ExpertLayout, aligned
 
 PAGE_BYTES = 4096
 HUGE_PAGE_BYTES = 2 * 1024 * 1024
-
-
-class Pinning(Protocol):
-    """A device that host memory can be pinned for; every backend is one."""
-
-    def pin(self, address: int, nbytes: int) -> bool:
-        """Pin host memory for asynchronous copies; False if it stays pageable."""
-
-    def unpin(self, address: int) -> None:
-        """Undo `pin` for the memory that begins at `address`."""
 
 
 class SlotArena:
@@ -142,7 +132,7 @@ def slot_layouts(layouts: Sequence[ExpertLayout], slots_per_layer: Sequence[int]
 class HostBuffers:
     """Host buffers of equal size: page-aligned, touched, not inherited by forks, and pinned if possible."""
 
-    def __init__(self, count: int, nbytes: int, *, pinning: Pinning | None = None) -> None:
+    def __init__(self, count: int, nbytes: int, *, pinning: Backend | None = None) -> None:
         """Map and pin the buffers.
 
         Args:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from offmoe.transfer.arrival import Arrival
 from offmoe.types import Fetch
@@ -22,52 +23,35 @@ NO_SLOT = -1
 """`Fetch.slot` of a read-ahead, which has no slot yet."""
 
 
+@dataclass(eq=False, slots=True)
 class Ticket:
     """One fetch on its way."""
 
-    __slots__ = (
-        "after_in_ram",
-        "arrival",
-        "buffer",
-        "dropped",
-        "error",
-        "fetch",
-        "issued",
-        "landing",
-        "lands_after",
-        "next",
-        "order",
-        "priority",
-        "superseded",
-        "turn",
-    )
-
-    def __init__(self, fetch: Fetch, priority: int) -> None:
-        self.fetch = fetch
-        """The expert, its slot and its RAM slot. A read-ahead gets them when a fetch adopts it."""
-        self.priority = priority
-        self.order = 0
-        """Counts the tickets of a queue; earlier ones go first within a priority."""
-        self.lands_after = 0
-        """Number of times that the slot must have been computed with before this expert may land there."""
-        self.turn: threading.Event | None = None
-        """Set when `lands_after` is reached; None if it was reached from the start."""
-        self.superseded: Ticket | None = None
-        """An unwanted ticket that was already copying into the slot when this one took the slot over (W4)."""
-        self.after_in_ram: Ticket | None = None
-        """The ticket that uses the same RAM slot before this one (W6)."""
-        self.next: Ticket | None = None
-        """The ticket that lands in the same slot after this expert has been computed with."""
-        self.landing = False
-        """Whether the expert is being copied into its slot. The ticket can then no longer be sent elsewhere."""
-        self.dropped = False
-        """Whether the slot has been given to another expert, or everything has been forgotten."""
-        self.buffer: int | None = None
-        """The staging buffer that the expert passes through; None before a reader takes the ticket, or without one."""
-        self.arrival = Arrival()
-        self.issued = threading.Event()
-        """Set when the copy into the slot has been queued on the copy stream, has failed, or will never be made."""
-        self.error: BaseException | None = None
+    fetch: Fetch
+    """The expert, its slot and its RAM slot. A read-ahead gets them when a fetch adopts it."""
+    priority: int
+    order: int = 0
+    """Counts the tickets of a queue; earlier ones go first within a priority."""
+    lands_after: int = 0
+    """Number of times that the slot must have been computed with before this expert may land there."""
+    turn: threading.Event | None = None
+    """Set when `lands_after` is reached; None if it was reached from the start."""
+    superseded: Ticket | None = None
+    """An unwanted ticket that was already copying into the slot when this one took the slot over (W4)."""
+    after_in_ram: Ticket | None = None
+    """The ticket that uses the same RAM slot before this one (W6)."""
+    next: Ticket | None = None
+    """The ticket that lands in the same slot after this expert has been computed with."""
+    landing: bool = False
+    """Whether the expert is being copied into its slot. The ticket can then no longer be sent elsewhere."""
+    dropped: bool = False
+    """Whether the slot has been given to another expert, or everything has been forgotten."""
+    buffer: int | None = None
+    """The staging buffer that the expert passes through; None before a reader takes the ticket, or without one."""
+    arrival: Arrival = field(default_factory=Arrival)
+    issued: threading.Event = field(default_factory=threading.Event)
+    """Set when the copy into the slot has been queued on the copy stream, has failed, or will never be made."""
+    error: BaseException | None = None
 
     def __lt__(self, other: Ticket) -> bool:
         return (self.priority, self.order) < (other.priority, other.order)
