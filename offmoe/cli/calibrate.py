@@ -8,16 +8,14 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from rich.table import Table
 
 from offmoe.cli import options
 from offmoe.cli.model import open_model
-from offmoe.cli.output import Output
+from offmoe.cli.output import Output, new_table
 from offmoe.errors import ConfigError
 from offmoe.profile import CostModel, Profile, read_profile
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 DEFAULT_SECONDS = 30
 FIGURES = {
@@ -80,11 +78,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
 
 
 def _table(model: str, device: str, costs: CostModel) -> Table:
-    from rich.table import Table
-
-    table = Table(title=f"costs of {model} on {device}, medians", title_justify="left", show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
+    table = new_table(f"costs of {model} on {device}, medians", left=("",), right=("",))
     for name, (what, unit) in FIGURES.items():
         value = getattr(costs, name)
         if value is not None:

@@ -9,13 +9,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
+from rich.table import Table
+
 from offmoe.cli import options
-from offmoe.cli.output import Output
+from offmoe.cli.output import Output, new_table
 from offmoe.errors import ConfigError, OffmoeError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from offmoe.measure.doctor import Check
 
 COLORS = {"ok": "green", "warn": "yellow", "fail": "red"}
@@ -49,10 +50,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
 
 
 def _table(checks: list[Check]) -> Table:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title="this machine", title_justify="left", show_header=False)
+    table = new_table("this machine")
     for check in checks:
         table.add_row(f"[{COLORS[check.verdict]}]{check.verdict}[/]", check.name, escape(check.finding))
     return table

@@ -8,19 +8,18 @@ generate(); the rate is that of the tokens after the first.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from rich.table import Table
 
 from offmoe.cli import options, prompts
 from offmoe.cli.model import open_model
-from offmoe.cli.output import Output
+from offmoe.cli.output import Output, new_table
 from offmoe.errors import CheckpointError, ConfigError
 from offmoe.text import format_size, percent
 
 if TYPE_CHECKING:
-    from rich.table import Table
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -167,39 +166,25 @@ class TextStream:
 
 
 def _prompt(args: argparse.Namespace) -> str:
-    if args.prompt_file is not None:
-        if args.prompt is not None:
-            raise ConfigError("PROMPT and --prompt-file are both given; use one of them.")
-        try:
-            text = Path(args.prompt_file).read_text(encoding="utf-8").removesuffix("\n")
-        except OSError as error:
-            raise ConfigError(f"--prompt-file {args.prompt_file}: cannot be read ({error.strerror}).") from error
-        except ValueError as error:
-            raise ConfigError(f"--prompt-file {args.prompt_file}: not text in UTF-8 ({error}).") from error
-    elif args.prompt is None:
+    if args.prompt is None and args.prompt_file is None:
         raise ConfigError("PROMPT is missing; give a text, '-' for stdin, or --prompt-file FILE.")
+    if args.prompt is not None and args.prompt_file is not None:
+        raise ConfigError("PROMPT and --prompt-file are both given; use one of them.")
+    text: str = args.prompt
+    if args.prompt_file is not None:
+        text = prompts.read_text(args.prompt_file, "--prompt-file").removesuffix("\n")
     elif args.prompt == "-":
-        try:
-            text = "" if sys.stdin is None else sys.stdin.read().removesuffix("\n")
-        except OSError as error:
-            raise ConfigError(f"PROMPT on stdin cannot be read ({error.strerror}).") from error
-        except ValueError as error:
-            raise ConfigError(f"PROMPT on stdin is not text ({error}).") from error
-    else:
-        text = args.prompt
+        text = prompts.read_text("-", "PROMPT").removesuffix("\n")
     if not text.strip():
         raise ConfigError("PROMPT is empty; there is nothing to continue.")
     if any("\ud800" <= char <= "\udfff" for char in text):
         raise ConfigError("PROMPT is not valid UTF-8; check the terminal's encoding or use --prompt-file.")
-    return str(text)
+    return text
 
 
 def _table(stats: CacheStats) -> Table:
-    from rich.table import Table
-
-    table = Table(title="expert cache", title_justify="left")
-    for name in ("MoE layer", "demands", "hit rate", "pending (prefetched)", "misses", "MB moved"):
-        table.add_column(name, justify="right")
+    columns = ("MoE layer", "demands", "hit rate", "pending (prefetched)", "misses", "MB moved")
+    table = new_table("expert cache", right=columns)
     rows = [(str(i), layer) for i, layer in enumerate(stats.by_layer)] + [("all", stats)]
     for name, counts in rows:
         table.add_row(

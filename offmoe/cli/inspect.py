@@ -11,16 +11,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from rich.table import Table
+
 from offmoe.cli import options
 from offmoe.cli.model import survey_model
-from offmoe.cli.output import Output
+from offmoe.cli.output import Output, new_table
 from offmoe.config import ON_MISS, OffloadConfig
 from offmoe.profile import Profile
 from offmoe.text import format_size, percent, plain, span
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from offmoe.budget.inspect import Survey
     from offmoe.simulate.expect import Expectation
 
@@ -190,7 +190,7 @@ def _needs(name: str, survey: Survey, unpredictable: Unpredictable) -> Table:
     shape, dtype = survey.shape, str(survey.dtype).removeprefix("torch.")
     dense = survey.plan.dense + survey.plan.offloaded
     share = percent(survey.expert_bytes / (survey.expert_bytes + dense))
-    table = _two_columns(f"{name}: what it is")
+    table = new_table(f"{name}: what it is")
     table.add_row("architecture", f"{survey.model_class.__name__} ({survey.hf_config.model_type})")
     table.add_row("layers", f"{_layers(survey)}, of which {shape.layers} have experts")
     counts = survey.parameters
@@ -238,7 +238,7 @@ def _fit(config: OffloadConfig, survey: Survey) -> Table:
     plan, shape = survey.plan, survey.shape
     resident = percent(sum(plan.slots_per_layer) / sum(shape.experts))
     source = "free here, less a reserve" if config.device_memory == "auto" else "--device-memory"
-    table = _two_columns(f"what fits on {survey.config.device}")
+    table = new_table(f"what fits on {survey.config.device}")
     table.add_row("budget", format_size(plan.budget), source)
     table.add_row("dense part", format_size(plan.dense), "" if not plan.offloaded_layers else "what stays")
     if plan.offloaded_layers:
@@ -266,12 +266,6 @@ def _fit(config: OffloadConfig, survey: Survey) -> Table:
         slots += ", dense layers elsewhere"
     table.add_row("smallest budget", format_size(plan.smallest), f"{slots} ({plan.smallest} bytes)")
     return table
-
-
-def _two_columns(title: str) -> Table:
-    from rich.table import Table
-
-    return Table(title=title, title_justify="left", show_header=False)
 
 
 def _advice(config: OffloadConfig, survey: Survey) -> list[str]:

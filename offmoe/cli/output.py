@@ -10,14 +10,25 @@ import io
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
 
 from offmoe.errors import OffmoeError
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 class Output:
@@ -48,35 +59,13 @@ class Output:
     @contextmanager
     def progress(self, what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
         """Show a bar on stderr while the block runs, if that is a terminal; yields a function that advances it."""
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
-        # Without a stderr there is no terminal either. Four updates a second cost nothing measurable.
-        console = Console(file=sys.stderr, highlight=False)
-        hidden = sys.stderr is None or not console.is_terminal
-        with Progress(*columns, console=console, transient=True, disable=hidden, refresh_per_second=4) as bar:
-            task = bar.add_task(what, total=total)
+        with _bar(what, total, MofNCompleteColumn(), TextColumn(unit)) as (bar, task):
             yield lambda units: bar.advance(task, units)
 
     @contextmanager
     def transfer(self, what: str) -> Iterator[Callable[[int, int], None]]:
         """Show a bar in bytes on stderr, but not with `json`; yields a function of (bytes done, total bytes)."""
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
-
-        console = Console(file=sys.stderr, highlight=False)
-        hidden = self._json or sys.stderr is None or not console.is_terminal
-        columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True, disable=hidden, refresh_per_second=4) as bar:
-            task = bar.add_task(what, total=None)
+        with _bar(what, None, DownloadColumn(), TransferSpeedColumn(), hidden=self._json) as (bar, task):
             yield lambda done, total: bar.update(task, completed=done, total=total)
 
     def json(self, values: Mapping[str, object]) -> None:
@@ -85,8 +74,6 @@ class Output:
             _write(json.dumps(values, allow_nan=False) + "\n", sys.stdout)
 
     def _show(self, parts: tuple[Table | str, ...], stream: TextIO) -> None:
-        from rich.console import Console
-
         if stream is None:
             return
         console = Console(file=stream, highlight=False)
@@ -96,6 +83,38 @@ class Output:
             else:
                 with _written(stream):
                     console.print(part)
+
+
+def new_table(
+    title: str, left: Sequence[str] = (), right: Sequence[str] = (), *, no_wrap: bool = False, **options: Any
+) -> Table:
+    """An empty table of rich.
+
+    Args:
+        title: The line above it.
+        left: Headers of the first columns, which are aligned to the left.
+        right: Headers of the others. If no column has a header, no row of headers is shown.
+        no_wrap: Whether cells keep to one line.
+        options: Options of rich's `Table`.
+    """
+    table = Table(title=title, title_justify="left", show_header=any((*left, *right)), **options)
+    for name in left:
+        table.add_column(name, no_wrap=no_wrap)
+    for name in right:
+        table.add_column(name, justify="right", no_wrap=no_wrap)
+    return table
+
+
+@contextmanager
+def _bar(
+    what: str, total: int | None, *units: ProgressColumn, hidden: bool = False
+) -> Iterator[tuple[Progress, TaskID]]:
+    console = Console(file=sys.stderr, highlight=False)
+    hidden = hidden or sys.stderr is None or not console.is_terminal  # without a stderr there is no terminal either
+    columns = (TextColumn(what), BarColumn(), *units, TimeRemainingColumn())
+    # Four updates a second cost nothing measurable.
+    with Progress(*columns, console=console, transient=True, disable=hidden, refresh_per_second=4) as bar:
+        yield bar, bar.add_task(what, total=total)
 
 
 def _write(text: str, stream: TextIO) -> None:

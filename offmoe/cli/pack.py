@@ -7,16 +7,15 @@ command goes on where it stopped.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from offmoe.cli import options
-from offmoe.cli.output import Output
-from offmoe.errors import ConfigError
+from rich.table import Table
+
+from offmoe.cli import options, prompts
+from offmoe.cli.output import Output, new_table
 from offmoe.text import format_size
 
 if TYPE_CHECKING:
-    from rich.table import Table
     from torch import Tensor
 
     from offmoe.handle import Offload
@@ -91,16 +90,10 @@ def run(args: argparse.Namespace, out: Output) -> None:
 
 def _windows(args: argparse.Namespace) -> Tensor:
     """The text as windows of token ids. ConfigError for a file that is not text or too short, before packing begins."""
-    from offmoe.cli import prompts
     from offmoe.hf.hub.locate import locate
     from offmoe.measure.perplexity import windows
 
-    try:
-        text = Path(args.perplexity).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--perplexity {args.perplexity}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise ConfigError(f"--perplexity {args.perplexity}: not text in UTF-8 ({error})") from error
+    text = prompts.read_text(args.perplexity, "--perplexity")
     tokenizer = prompts.load_tokenizer(locate(args.model, **options.hub_options(args)).folder)
     return windows(tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0])
 
@@ -116,16 +109,9 @@ def _score(model: str, ids: Tensor, args: argparse.Namespace, out: Output) -> Sc
 
 
 def _table(done: Packed, how: str) -> Table:
-    from rich.table import Table
-
-    table = Table(
-        title=f"experts as {how}: {format_size(done.bytes_in)} became {format_size(done.bytes_out)} in "
-        f"{done.seconds:,.0f} s",
-        title_justify="left",
-    )
-    table.add_column("experts of")
-    for name in ("max error", "mean error", "relative, %"):
-        table.add_column(name, justify="right")
+    sizes = f"{format_size(done.bytes_in)} became {format_size(done.bytes_out)}"
+    title = f"experts as {how}: {sizes} in {done.seconds:,.0f} s"
+    table = new_table(title, left=("experts of",), right=("max error", "mean error", "relative, %"))
     for name, loss in done.layers.items():
         table.add_row(name, f"{loss.max_error:.3g}", f"{loss.mean_error:.3g}", f"{100 * loss.relative_error:.2f}")
     return table

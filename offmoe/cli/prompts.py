@@ -65,17 +65,24 @@ def add_generating(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return group
 
 
+def read_text(path: str, option: str) -> str:
+    """The text of a file, or of stdin for '-'. ConfigError, which names the option, if it is not text in UTF-8."""
+    try:
+        if path == "-":
+            return "" if sys.stdin is None else sys.stdin.read()
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{option} {path}: cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise ConfigError(f"{option} {path}: not text in UTF-8 ({error}).") from error
+
+
 def read_prompts(path: str, paragraphs: bool) -> list[Prompt]:
     """The prompts of a file ('-': text on stdin): JSON lines if its name ends in .jsonl or .ndjson, else text.
 
     Text holds one prompt per line, or with `paragraphs` one per run of lines between blank ones. JSON lines hold
     {"prompt": text} or {"messages": [{"role", "content"}, ...]}. ConfigError naming the line for anything else."""
-    try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--prompts {path}: cannot be read ({error.strerror}).") from error
-    except ValueError as error:
-        raise ConfigError(f"--prompts {path}: not text in UTF-8 ({error}).") from error
+    text = read_text(path, "--prompts")
     lines = [(f"{path}, line {i}", line) for i, line in enumerate(text.split("\n"), start=1)]
     if path.endswith(JSON_LINES):
         if paragraphs:

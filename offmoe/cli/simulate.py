@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from typing import TYPE_CHECKING
+
+from rich.table import Table
 
 from offmoe.cli import options
-from offmoe.cli.output import Output
+from offmoe.cli.output import Output, new_table
 from offmoe.config import CacheOptions
 from offmoe.errors import ConfigError
 from offmoe.profile import Profile, read_profile
@@ -19,11 +20,7 @@ from offmoe.simulate.replay import Recording, belady, uniform_hit_rate
 from offmoe.simulate.sweep import Settings, Totals, evaluate
 from offmoe.text import format_size, percent, plain, span
 from offmoe.trace.trace import Trace, read_trace
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from offmoe.types import CacheStats
+from offmoe.types import CacheStats
 
 OVERRIDES = ("slots_per_layer", "eviction", "scope", "prefetch", "on_miss")
 """Options that override the trace's header."""
@@ -110,11 +107,8 @@ def _options(args: argparse.Namespace, trace: Trace, profile: Profile) -> CacheO
 
 
 def _table(stats: CacheStats, bound: CacheStats, uniforms: list[float], uniform: float) -> Table:
-    from rich.table import Table
-
-    table = Table(title="simulated expert cache", title_justify="left")
-    for name in ("MoE layer", "demands", "hit rate", "Belady", "uniform", "misses"):
-        table.add_column(name, justify="right")
+    columns = ("MoE layer", "demands", "hit rate", "Belady", "uniform", "misses")
+    table = new_table("simulated expert cache", right=columns)
     rows = zip(map(str, range(len(uniforms))), stats.by_layer, bound.by_layer, uniforms, strict=True)
     for name, ours, best, even in [*rows, ("all", stats, bound, uniform)]:
         table.add_row(

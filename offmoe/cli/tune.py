@@ -9,10 +9,11 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from rich.table import Table
 
 from offmoe.cli import options
-from offmoe.cli.output import Output
+from offmoe.cli.output import Output, new_table
 from offmoe.cli.plot import Curve, Figure, check_plot, write_plot
 from offmoe.config import EVICTIONS, ON_MISS, SCOPES, CacheOptions
 from offmoe.errors import ConfigError
@@ -30,17 +31,16 @@ from offmoe.simulate.sweep import (
     split_requests,
     sweep,
 )
-from offmoe.text import parse_size, percent, plain, span
+from offmoe.text import or_dash, parse_size, percent, plain, span
 from offmoe.trace.trace import Trace, read_trace
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 Results = tuple[list[Outcome], list[Bounds]]
 
 UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3), ("bytes", 1))
 SHOWN = 12
 """Rows shown of the ranked table; --json has all."""
+LEFT = ("policy", "scope", "slots", "RAM", "ahead")
+"""Columns of the ranked table that are aligned to the left."""
 
 
 def parser() -> options.Parser:
@@ -212,13 +212,9 @@ def _profile(result: SearchResult, name: str) -> Profile:
 
 
 def _sweep_table(result: SearchResult) -> Table:
-    from rich.table import Table
-
     sizes = [bound.slots_per_layer for bound in result.bounds]
-    table = Table(title="hit rate, % (whole trace), by slots per layer", title_justify="left")
-    table.add_column("policy")
-    for n in sizes:
-        table.add_column(f"{n}*" if n == result.slots else str(n), justify="right")
+    columns = [f"{n}*" if n == result.slots else str(n) for n in sizes]
+    table = new_table("hit rate, % (whole trace), by slots per layer", left=("policy",), right=columns)
     curves = {name: result.curve(name) for name in result.policies if result.curve(name)}
     for name, curve in curves.items():
         table.add_row(name, *(f"{100 * curve[n]:.1f}" if n in curve else "" for n in sizes if isinstance(n, int)))
@@ -241,50 +237,48 @@ def _sweep_table(result: SearchResult) -> Table:
 
 
 def _ranked_table(result: SearchResult) -> Table:
-    from rich.table import Table
-
-    priced = result.settings.costs is not None
     in_ram = any(any(outcome.options.host_quotas(result.trace.shape)) for outcome in result.ranked)
-    judged = "tokens per second" if priced else "bytes read" if in_ram else "bytes moved"
-    unit, size = next(u for u in UNITS if result.best.whole.bytes_per_token >= u[1] or u[1] == 1)
-    table = Table(
-        title=f"at {result.slots} slots per layer, best first by {judged}",
-        title_justify="left",
+    judged = "tokens per second" if result.settings.costs is not None else "bytes read" if in_ram else "bytes moved"
+    rows = [_ranked_row(result, outcome, in_ram) for outcome in result.ranked[:SHOWN]]
+    left = [name for name in rows[0] if name in LEFT]
+    table = new_table(
+        f"at {result.slots} slots per layer, best first by {judged}",
+        left,
+        [name for name in rows[0] if name not in LEFT],
+        no_wrap=True,
         box=None,  # eleven columns must fit into 80 characters
         pad_edge=False,
     )
-    for name in ("policy", "scope", "slots", *(("RAM",) if in_ram else ()), "ahead"):
-        table.add_column(name, no_wrap=True)
-    for name in (
-        "hit %",
-        "unseen",
-        "gap %",
-        "misses",
-        unit,
-        *((f"{unit} read",) if in_ram else ()),
-        *(("tok/s", "stall %") if priced else ()),
-    ):
-        table.add_column(name, justify="right", no_wrap=True)
-    for outcome in result.ranked[:SHOWN]:
-        whole, gap = outcome.whole, result.gap(outcome)
-        on_miss = outcome.options.on_miss
-        row = [
-            outcome.options.eviction + ("" if on_miss == "fetch" else f"+{on_miss}"),
-            outcome.options.scope,
-            span(outcome.options.quotas(result.trace.shape)),
-            *((span(outcome.options.host_quotas(result.trace.shape)),) if in_ram else ()),
-            str(outcome.options.prefetch),
-            f"{100 * whole.stats.hit_rate:.1f}",
-            f"{100 * outcome.judged.stats.hit_rate:.1f}",
-            "-" if gap is None else f"{100 * gap:.0f}",
-            f"{whole.misses_per_token:.2f}",
-            f"{whole.bytes_per_token / size:.1f}",
-            *((f"{whole.disk_bytes_per_token / size:.1f}",) if in_ram else ()),
-        ]
-        if priced:
-            row += [f"{whole.tokens_per_s or 0.0:.2f}", f"{100 * whole.stats.stall_s / (whole.seconds or 1.0):.0f}"]
-        table.add_row(*row)
+    for row in rows:
+        table.add_row(*row.values())
     return table
+
+
+def _ranked_row(result: SearchResult, outcome: Outcome, in_ram: bool) -> dict[str, str]:
+    """The cells of one configuration, by column."""
+    chosen, whole, gap = outcome.options, outcome.whole, result.gap(outcome)
+    unit, size = next(u for u in UNITS if result.best.whole.bytes_per_token >= u[1] or u[1] == 1)
+    row = {
+        "policy": chosen.eviction + ("" if chosen.on_miss == "fetch" else f"+{chosen.on_miss}"),
+        "scope": chosen.scope,
+        "slots": span(chosen.quotas(result.trace.shape)),
+    }
+    if in_ram:
+        row["RAM"] = span(chosen.host_quotas(result.trace.shape))
+    row |= {
+        "ahead": str(chosen.prefetch),
+        "hit %": f"{100 * whole.stats.hit_rate:.1f}",
+        "unseen": f"{100 * outcome.judged.stats.hit_rate:.1f}",
+        "gap %": or_dash(gap, lambda share: f"{100 * share:.0f}"),
+        "misses": f"{whole.misses_per_token:.2f}",
+        unit: f"{whole.bytes_per_token / size:.1f}",
+    }
+    if in_ram:
+        row[f"{unit} read"] = f"{whole.disk_bytes_per_token / size:.1f}"
+    if result.settings.costs is not None:
+        row["tok/s"] = f"{whole.tokens_per_s or 0.0:.2f}"
+        row["stall %"] = f"{100 * whole.stats.stall_s / (whole.seconds or 1.0):.0f}"
+    return row
 
 
 def _remarks(result: SearchResult, predictions: dict[str, list[PredictionQuality]]) -> list[str]:
