@@ -19,6 +19,8 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import IO, TYPE_CHECKING, Any
 
+import psutil
+
 from offmoe.bench.messages import OFFMOE, Costs, Outcome, Pass, Peak, Task, send
 from offmoe.errors import ConfigError, OffmoeError
 
@@ -63,6 +65,7 @@ class Contender:
     def __init__(self, task: Task):
         import torch
 
+        from offmoe.api import load
         from offmoe.hf.quiet import quiet
 
         if task.threads:
@@ -70,8 +73,8 @@ class Contender:
         quiet(verbose=False, json=True)
         self._task = task
         self._inspected = self._inspect()
-        self._offload: Any = None
-        self.model: Any = self._ours() if task.runtime == OFFMOE else self._stock()
+        self.model: Any = load(self._inspected) if task.runtime == OFFMOE else self._stock()
+        self._offload: Any = self.model.offload if task.runtime == OFFMOE else None
         self._replayed = None if not task.routing else self._replay()
         self._watch = _Watch()
 
@@ -158,17 +161,8 @@ class Contender:
             config = replace(config, device_memory=task.device_memory, **task.options)
         return inspect(task.model, config, dtype=task.dtype)
 
-    def _ours(self) -> Any:
-        from offmoe.api import load
-
-        model: Any = load(self._inspected)
-        self._offload = model.offload
-        return model
-
     def _stock(self) -> Any:
         """The model in transformers with accelerate's offload: first on the device, then in RAM, then on disk."""
-        import psutil
-
         inspected, task = self._inspected, self._task
         budget: dict[int | str, int] = {"cpu": task.device_memory}
         if not inspected.backend.unified_memory:
@@ -242,8 +236,6 @@ class _Watch:
 
 def _read_bytes() -> int | None:
     """Bytes that this process read from disk; None if the system does not tell."""
-    import psutil
-
     try:
         return int(psutil.Process().io_counters().read_bytes)
     except (AttributeError, psutil.Error):
@@ -256,10 +248,4 @@ def _rss_peak() -> int:
 
         scale = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-    import psutil
-
     return int(psutil.Process().memory_info().rss)
-
-
-if __name__ == "__main__":
-    main()

@@ -18,6 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.table import Table
+
 from offmoe.bench import rounds
 from offmoe.bench.messages import ACCELERATE, OFFMOE, Pass, Task
 from offmoe.bench.scratch import ended_by_sigterm, scratch_folder
@@ -30,8 +32,6 @@ from offmoe.profile import CACHE_OPTIONS
 from offmoe.text import format_size, or_dash, parse_size, percent
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from offmoe.budget.inspect import Inspected
 
 NO_PREFETCH = "no-prefetch"
@@ -287,8 +287,6 @@ ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
 
 
 def _table(results: dict[str, Any]) -> Table:
-    from rich.table import Table
-
     table = Table(title=f"medians of {results['rounds']} rounds", title_justify="left")
     contenders = [results["ours"], *([results["baseline"]] if results["baseline"] else [])]
     table.add_column("")

@@ -6,7 +6,9 @@ It takes a few passes over the trace: some seconds for 50,000 tokens of 24 layer
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
 
 from offmoe.cli import options
 from offmoe.cli.output import Output
@@ -15,9 +17,6 @@ from offmoe.report.page import write_page
 from offmoe.report.report import ALERT, Report, describe
 from offmoe.text import or_dash
 from offmoe.trace.trace import read_trace
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 STRONGEST_SHOWN, TOKENS_SHOWN = 10, 4
 
@@ -49,8 +48,6 @@ def run(args: argparse.Namespace, out: Output) -> None:
 
 
 def _layers(report: Report) -> Table:
-    from rich.table import Table
-
     table = Table(
         title="experts by layer",
         title_justify="left",
@@ -79,9 +76,6 @@ def _strongest(report: Report) -> Table | None:
     """Experts with the clearest jobs; None if none has one."""
     if report.specialization is None or not (strongest := report.specialization.strongest(STRONGEST_SHOWN)):
         return None
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(title="clearest specialists", title_justify="left")
     for name in ("layer", "expert", "takes", "lift"):
         table.add_column(name, justify="left" if name == "takes" else "right", no_wrap=True)

@@ -17,13 +17,15 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
+from transformers import PreTrainedModel
 
 from offmoe.api import load
 from offmoe.budget.inspect import Inspected
 from offmoe.device.backend import CpuBackend
+from offmoe.handle import Offload
 from offmoe.hf.adapters.find import find_experts
 from offmoe.hf.load.attach import reroute
 from offmoe.io_limits import last_share
@@ -31,11 +33,6 @@ from offmoe.measure.probes import DiskProbe, copy_gb_s, host_expert, host_expert
 from offmoe.profile import CostModel
 from offmoe.storage.store import ExpertStore
 from offmoe.trace.trace import NONE
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from offmoe.handle import Offload
 
 FEW = 4
 """Tokens behind `expert_us_host_4`, which is named after this number."""
@@ -74,7 +71,7 @@ def calibrate(inspected: Inspected, seconds: float, progress: Progress = lambda 
         disk_gb_s, latency_s = _reading(disk, max(catalog.shape.expert_bytes), seconds * DISK_SHARE)
         progress("loading the dense part")
         model = load(inspected)
-        with cast("Offload", model.offload):
+        with cast(Offload, model.offload):
             progress("computing")
             fixed = FixedRouting(model, inspected)
             dense_s, experts_s = fixed.measure(seconds * COMPUTE_SHARE)

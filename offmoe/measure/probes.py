@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -70,12 +71,10 @@ class DiskProbe:
                 turn += 1
 
         def wait() -> None:
-            if meanwhile is None:
-                stop.wait(seconds)
-                return
-            meanwhile()
+            pass_time = meanwhile or partial(time.sleep, seconds)
+            pass_time()
             while time.perf_counter() - began < seconds:
-                meanwhile()
+                pass_time()
 
         began = time.perf_counter()
         self._together(read, wait, stop)

@@ -54,7 +54,6 @@ class Coactivation:
         """The pairs with the most tokens above chance, the strongest first."""
         excess = np.where(np.isnan(self.lift), 0, self.tokens - self.expected)
         order = np.argsort(-excess, axis=None, kind="stable")[:most]
-        strongest = [(int(a), int(b)) for a, b in zip(*np.unravel_index(order, excess.shape), strict=True)]
         return [
             {
                 "experts": [a, b],
@@ -62,7 +61,7 @@ class Coactivation:
                 "expected": float(self.expected[a, b]),
                 "lift": float(self.lift[a, b]),
             }
-            for a, b in strongest
+            for a, b in np.transpose(np.unravel_index(order, excess.shape)).tolist()
             if excess[a, b] > 0
         ]
 

@@ -7,7 +7,7 @@ take hundreds of replays.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from offmoe.config import EVICTIONS, CacheOptions
@@ -132,8 +132,9 @@ def search(
             {n: max(o.train.stats.hit_rate for o in outcomes if o.options.slots_per_layer == n) for n in sizes}
         )
     first = rank(outcome for outcome in outcomes if outcome.options.slots_per_layer == slots)
-    refined = _refinements(trace, outcomes, first, slots, scopes is None, prefetches is None, on_misses is None, fewer)
-    second, _ = sweep(refined, [])
+    requested = {"scope": scopes, "prefetch": prefetches, "on_miss": on_misses}
+    varied = [name for name, values in requested.items() if values is None]
+    second, _ = sweep(_refinements(trace, outcomes, first, slots, varied, fewer), [])
     return SearchResult(trace, settings, outcomes, bounds, slots, rank([*first, *second]))
 
 
@@ -142,25 +143,23 @@ def _refinements(
     outcomes: list[Outcome],
     first: list[Outcome],
     slots: int,
-    scopes: bool,
-    prefetches: bool,
-    on_misses: bool,
+    varied: Collection[str],
     host_sizes: Sequence[int],
 ) -> list[CacheOptions]:
     """Second-round candidates at capacity `slots`. first: the outcomes of that capacity, best first.
 
-    scopes, prefetches, on_misses: whether the second round varies these options.
+    varied: the options that the second round varies, of "scope", "prefetch" and "on_miss".
     """
     refined = []
     for policy in list(dict.fromkeys(outcome.options.eviction for outcome in first))[:REFINED]:
         base = next(outcome.options for outcome in first if outcome.options.eviction == policy)
         curve = _equal_quotas(outcomes, policy)
-        if scopes:
+        if "scope" in varied:
             refined.append(replace(base, scope="model"))
-        if prefetches and trace.predicted is not None:
+        if "prefetch" in varied and trace.predicted is not None:
             counts: list[int | str] = list(dict.fromkeys([1, max(trace.shape.top_k), "auto"]))
             refined += [replace(base, prefetch=n) for n in counts]
-        if on_misses:
+        if "on_miss" in varied:
             refined += [replace(base, on_miss="cpu"), replace(base, on_miss="auto")]
         refined += [replace(base, host_slots=n) for n in host_sizes]
         if len(curve) > 1:
