@@ -21,7 +21,7 @@ from offmoe.budget.needs import DenseLayerBytes, ExpertBytes, ModelNeeds, Parame
 from offmoe.errors import CheckpointError, UnsupportedModelError
 from offmoe.hf.adapters.find import expert_parameters, find_experts, find_top_k, require_adapter
 from offmoe.hf.catalog.quant_config import quantization_config, quantization_method
-from offmoe.hf.load.meta_model import build_meta
+from offmoe.hf.load.config import build_meta
 from offmoe.storage.layout import PARAM_ALIGNMENT, ExpertLayout, aligned
 from offmoe.storage.read_plan import ALIGNMENT
 from offmoe.types import CacheShape

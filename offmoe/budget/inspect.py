@@ -27,9 +27,8 @@ from offmoe.hf.catalog.build import build_catalog
 from offmoe.hf.catalog.catalog import ExpertCatalog
 from offmoe.hf.catalog.quant_config import quantization_method, shapes_are_in_shards
 from offmoe.hf.hub.locate import Source, locate
-from offmoe.hf.load.config import lone_config, model_class, read_config
+from offmoe.hf.load.config import build_meta, lone_config, model_class, read_config
 from offmoe.hf.load.load import require_index
-from offmoe.hf.load.meta_model import build_meta
 from offmoe.hf.load.options import compute_dtype, parse_dtype
 from offmoe.hf.predict.meta import unpredictable_reasons
 from offmoe.pack.on_load import planned, to_quantize, with_experts

@@ -8,6 +8,7 @@ real model, and wherever they are shown that must be said. `detach` removes the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import nn
 
 from offmoe.errors import ConfigError
 from offmoe.hf.adapters.find import require_adapter
-from offmoe.hf.load.attach import Removable, reroute
+from offmoe.hf.load.attach import reroute
 from offmoe.trace.trace import NONE, Trace
 from offmoe.types import CacheShape
 
@@ -69,12 +70,7 @@ class ReplayedRouting:
         self._predicted = None if trace.predicted is None else torch.from_numpy(trace.predicted.astype("int64"))
         rows = _rows(trace)
         self._steps = [_Layer(rows[layer % self._layers]) for layer in range(shape.layers)]
-        self._attached: list[Removable] = []
-
-    @property
-    def predicts(self) -> bool:
-        """Whether the trace holds predictions."""
-        return self._predicted is not None
+        self._attached = ExitStack()
 
     def attach(self, experts: Sequence[nn.Module]) -> None:
         """Route these experts modules by the trace from now on.
@@ -95,13 +91,11 @@ class ReplayedRouting:
                     f"{type(experts[layer]).__name__} needs all of them; record another."
                 )
         for layer, (module, nulls) in enumerate(zip(experts, null_ids, strict=True)):
-            self._attached.append(reroute(module, partial(self._choose, layer, nulls)))
+            self._attached.callback(reroute(module, partial(self._choose, layer, nulls)))
 
     def detach(self) -> None:
         """Let the routers route again."""
-        for routing in self._attached:
-            routing.remove()
-        self._attached.clear()
+        self._attached.close()
 
     def seek(self, row: int) -> None:
         """Give the next token row `row` of the rows that the trace has for each layer."""

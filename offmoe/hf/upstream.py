@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 from offmoe.errors import ConfigError
 
@@ -24,6 +25,7 @@ try:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         Concatenate,
+        ConversionOps,
         MergeModulelist,
         Transpose,
         WeightConverter,
@@ -31,41 +33,14 @@ try:
         dot_natural_key,
         rename_source_key,
     )
-    from transformers.integrations.moe import (
-        ALL_EXPERTS_FUNCTIONS,
-        batched_mm_experts_forward,
-        grouped_mm_experts_forward,
-    )
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 except ImportError as error:
     raise ConfigError(
         f"transformers {transformers.__version__} lacks something that offmoe builds on ({error}); "
         f"install a tested version: pip install 'transformers>=5.17,<5.24' (tested: {TESTED_VERSIONS})"
     ) from error
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-__all__ = [
-    "ALL_EXPERTS_FUNCTIONS",
-    "TESTED_VERSIONS",
-    "Concat",
-    "MappedName",
-    "Merge",
-    "Swap",
-    "WeightConverter",
-    "batched_mm_experts_forward",
-    "expert_names",
-    "forget_tie",
-    "grouped_mm_experts_forward",
-    "map_names",
-    "run_converter",
-    "steps",
-]
-
-
-def forget_tie(model: PreTrainedModel, param: str) -> None:
-    """Tell the loader not to tie a parameter that the model no longer has."""
-    model.all_tied_weights_keys.pop(param, None)
+__all__ = ["ALL_EXPERTS_FUNCTIONS", "Concatenate", "MergeModulelist", "Transpose", "WeightConverter"]
 
 
 class MappedName(NamedTuple):
@@ -103,39 +78,10 @@ def map_names(model: PreTrainedModel, names: Iterable[str]) -> Iterator[MappedNa
         yield MappedName(name, target, pattern, converter_of[pattern] if pattern is not None else None)
 
 
-class Merge(NamedTuple):
-    """Stack the tensors of one pattern, one per expert, along a new dimension."""
-
-    dim: int
-
-
-class Concat(NamedTuple):
-    """Join the tensors of all patterns, in the order of the converter's patterns."""
-
-    dim: int
-
-
-class Swap(NamedTuple):
-    """Exchange two dimensions; with `check`, only if the shape is not yet the parameter's own."""
-
-    dim0: int
-    dim1: int
-    check: bool
-
-
-def steps(converter: WeightConverter) -> tuple[Merge | Concat | Swap, ...] | None:
-    """The operations of a converter as plain data; None if one of them does more than move blocks."""
-    out: list[Merge | Concat | Swap] = []
-    for op in converter.operations:
-        if type(op) is MergeModulelist:
-            out.append(Merge(op.dim))
-        elif type(op) is Concatenate:
-            out.append(Concat(op.dim))
-        elif type(op) is Transpose:
-            out.append(Swap(op.dim0, op.dim1, op.check_dims))
-        else:
-            return None
-    return tuple(out)
+def steps(converter: WeightConverter) -> tuple[ConversionOps, ...] | None:
+    """The operations of a converter; None if one of them does more than stack, join and transpose blocks."""
+    known = all(type(op) in (MergeModulelist, Concatenate, Transpose) for op in converter.operations)
+    return tuple(converter.operations) if known else None
 
 
 def expert_names(model: PreTrainedModel, parameter: str) -> tuple[str, ...] | None:
@@ -153,9 +99,9 @@ def expert_names(model: PreTrainedModel, parameter: str) -> tuple[str, ...] | No
         if not isinstance(converter, WeightConverter) or len(converter.target_patterns) > 1:
             continue
         pattern, sources = converter.target_patterns[0], converter.source_patterns
-        known = steps(converter)
-        joined = (Merge(0),) if len(sources) == 1 else (Merge(0), Concat(1))
-        if pattern in parameter and known == joined and all(PLAIN_NAME.fullmatch(source) for source in sources):
+        operations = [(type(op), getattr(op, "dim", None)) for op in converter.operations]
+        stacking = [(MergeModulelist, 0)] if len(sources) == 1 else [(MergeModulelist, 0), (Concatenate, 1)]
+        if pattern in parameter and operations == stacking and all(PLAIN_NAME.fullmatch(source) for source in sources):
             return tuple(parameter.replace(pattern, source) for source in sources)
     return None
 

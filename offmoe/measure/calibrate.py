@@ -132,7 +132,7 @@ class FixedRouting:
         """Seconds of one pass, with the first top_k experts of every layer or with none."""
         with ExitStack() as stack:
             for layer, module in enumerate(self._modules):
-                stack.callback(reroute(module, partial(self._route, with_experts, layer)).remove)
+                stack.callback(reroute(module, partial(self._route, with_experts, layer)))
             inputs = self._inputs()
             done = self._backend.event()
             began = time.perf_counter()

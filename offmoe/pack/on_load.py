@@ -18,8 +18,7 @@ from offmoe.errors import CapacityError, ConfigError, ShardChangedError, Transfe
 from offmoe.hf.catalog.build import build_catalog
 from offmoe.hf.catalog.catalog import ExpertCatalog
 from offmoe.hf.catalog.quant_config import quantization_method
-from offmoe.hf.load.config import model_class
-from offmoe.hf.load.meta_model import build_meta
+from offmoe.hf.load.config import build_meta, model_class
 from offmoe.pack.pack import SHARD_BYTES, pack, weight_format
 from offmoe.pack.plan import check_loads, plan_shards, quantization_config
 from offmoe.quant.packed_weight import WeightFormat

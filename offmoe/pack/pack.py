@@ -29,9 +29,8 @@ from offmoe.errors import CapacityError, ConfigError, UnsupportedModelError, out
 from offmoe.hf.catalog.build import build_catalog
 from offmoe.hf.catalog.quant_config import quantization_method
 from offmoe.hf.hub.locate import MODEL_FILES, locate
-from offmoe.hf.load.config import CONFIG_FILE, PACK_MANIFEST, model_class, read_config
+from offmoe.hf.load.config import CONFIG_FILE, PACK_MANIFEST, build_meta, model_class, read_config
 from offmoe.hf.load.load import require_index
-from offmoe.hf.load.meta_model import build_meta
 from offmoe.pack.manifest import Finished, Manifest
 from offmoe.pack.plan import Item, NewShard, check_loads, components_of, encode, plan_shards, quantization_config
 from offmoe.pack.quantizer import Loss, Quantizer, quantizer

@@ -22,8 +22,7 @@ from offmoe.errors import CheckpointError, UnsupportedModelError
 from offmoe.hf.adapters.find import find_experts
 from offmoe.hf.catalog.build import build_catalog
 from offmoe.hf.catalog.catalog import CatalogLayer, ExpertCatalog
-from offmoe.hf.load.config import model_class
-from offmoe.hf.load.meta_model import build_meta
+from offmoe.hf.load.config import build_meta, model_class
 from offmoe.hf.upstream import expert_names
 from offmoe.quant.packed_weight import PackedWeight, WeightFormat
 from offmoe.storage.checkpoint import Checkpoint

@@ -15,8 +15,7 @@ from offmoe.budget.inspect import Inspected, inspect, survey
 from offmoe.budget.needs import model_needs
 from offmoe.config import OffloadConfig
 from offmoe.errors import CheckpointError, MissingTensorError, UnsupportedModelError
-from offmoe.hf.load.config import model_class
-from offmoe.hf.load.meta_model import build_meta
+from offmoe.hf.load.config import build_meta, model_class
 from tests import tiny
 
 CONFIGS = Path(__file__).parent.parent / "data" / "configs"

@@ -11,8 +11,7 @@ import torch
 from offmoe.device.backend import CpuBackend
 from offmoe.errors import ShardChangedError
 from offmoe.hf.catalog.build import build_catalog
-from offmoe.hf.load.config import model_class, read_config
-from offmoe.hf.load.meta_model import build_meta
+from offmoe.hf.load.config import build_meta, model_class, read_config
 from offmoe.measure.probes import DiskProbe, copy_gb_s, host_expert_us, median_s
 from offmoe.storage.checkpoint import Checkpoint
 from offmoe.storage.layout import ExpertLayout

@@ -28,8 +28,7 @@ from offmoe.config import OffloadConfig
 from offmoe.errors import OffmoeError
 from offmoe.hf.catalog.build import build_catalog
 from offmoe.hf.catalog.catalog import ExpertCatalog
-from offmoe.hf.load.config import model_class, read_config
-from offmoe.hf.load.meta_model import build_meta
+from offmoe.hf.load.config import build_meta, model_class, read_config
 from offmoe.storage.checkpoint import INDEX_FILE, Checkpoint
 from offmoe.storage.store import ExpertStore
 from tests import tiny

@@ -77,7 +77,10 @@ def ids_as_they_are(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 class ExpertsAdapter(ABC):
-    """One kind of experts module. Every method except `claims` must be called with a module that the adapter claims."""
+    """One kind of experts module. Every method except `claims` must be called with a module that the adapter claims.
+
+    Unless a subclass says otherwise, each parameter under the module holds all experts, along its first dimension.
+    """
 
     order = TokenOrder.SORTED_IDS
     """The order in which the experts see their tokens."""
@@ -87,16 +90,20 @@ class ExpertsAdapter(ABC):
         """Whether `module` is of this kind. Also works after `strip`."""
 
     @abstractmethod
+    def names(self, module: nn.Module) -> Sequence[str]:
+        """Names of one expert's parameters, those that `math` reads."""
+
     def num_experts(self, module: nn.Module) -> int:
         """The number of experts whose weights the module has. Works only before `strip`."""
+        return int(module.get_parameter(self.names(module)[-1]).shape[0])
 
-    @abstractmethod
     def shapes(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
         """Shapes of one expert's parameters, by the names that `math` reads. Works only before `strip`."""
+        return {name: tuple(module.get_parameter(name).shape[1:]) for name in self.names(module)}
 
-    @abstractmethod
     def places(self, module: nn.Module) -> dict[str, Place]:
         """The module's parameters that belong to experts, by their names under `module`. Works only before `strip`."""
+        return {name: Place(name) for name in self.names(module)}
 
     def strip(self, module: nn.Module) -> None:
         """Delete the experts' parameters. The loader then has no place for their tensors and leaves them on disk."""
@@ -157,18 +164,13 @@ class RegistryExperts(ExpertsAdapter):
     def claims(self, module: nn.Module) -> bool:
         return all(hasattr(module, name) for name in self.ATTRIBUTES)
 
-    def num_experts(self, module: nn.Module) -> int:
-        return int(module.get_parameter("down_proj").shape[0])
-
-    def shapes(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(module.get_parameter(name).shape[1:]) for name in self._names(module)}
-
-    def places(self, module: nn.Module) -> dict[str, Place]:
-        return {name: Place(name) for name in self._names(module)}
+    def names(self, module: nn.Module) -> Sequence[str]:
+        names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+        return (*names, *(f"{name}_bias" for name in names)) if module.has_bias else names
 
     def math(self, module: nn.Module) -> ExpertMath:
         return GatedFFN(
-            up=self._up(module),
+            up=self.names(module)[0],
             activate=module._apply_gate if module.has_gate else module.act_fn,  # type: ignore[arg-type]
             biased=bool(module.has_bias),
             transposed=bool(module.is_transposed),
@@ -177,13 +179,6 @@ class RegistryExperts(ExpertsAdapter):
 
     def connect(self, module: nn.Module, experts: Experts) -> None:
         """Nothing to do: transformers calls the function that hf/load/attach.py registers."""
-
-    def _up(self, module: nn.Module) -> str:
-        return "gate_up_proj" if module.has_gate else "up_proj"
-
-    def _names(self, module: nn.Module) -> tuple[str, ...]:
-        names = (self._up(module), "down_proj")
-        return (*names, *(f"{name}_bias" for name in names)) if module.has_bias else names
 
 
 class FamilyExperts(ExpertsAdapter):
@@ -201,17 +196,14 @@ class FamilyExperts(ExpertsAdapter):
     name: str
     """Name of the module's class."""
     params: tuple[str, ...]
-    """Names of the parameters under the module, each of which holds all experts."""
+    """What `names` gives."""
 
     def claims(self, module: nn.Module) -> bool:
         cls = type(module)
         return cls.__name__ == self.name and cls.__module__.startswith(f"transformers.models.{self.family}.")
 
-    def shapes(self, module: nn.Module) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(module.get_parameter(name).shape[1:]) for name in self.params}
-
-    def places(self, module: nn.Module) -> dict[str, Place]:
-        return {name: Place(name) for name in self.params}
+    def names(self, module: nn.Module) -> Sequence[str]:
+        return self.params
 
     def connect(self, module: nn.Module, experts: Experts) -> None:
         module.forward = self.forward(module, experts)

@@ -1,4 +1,4 @@
-"""Find the experts modules of a model and the adapter of each. Architectures are named in families/ only."""
+"""Find the experts modules of a model and the adapter of each. Only this module and families/ name architectures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from torch import nn
 
 from offmoe.errors import UnsupportedModelError
 from offmoe.hf.adapters.base import ExpertsAdapter, Place, RegistryExperts
-from offmoe.hf.adapters.families import FAMILIES
+from offmoe.hf.adapters.families.separate import NllbMoe, SwitchTransformers
+from offmoe.hf.adapters.families.stacked import Dbrx, JetMoe, Llama4, LongcatFlash, Step3p7
 
 TOP_K_NAMES = (
     "top_k",
@@ -19,6 +20,8 @@ TOP_K_NAMES = (
 )
 """Names that architectures give the number of experts per token, as attributes of modules and of configs."""
 
+FAMILIES = (Llama4(), Dbrx(), JetMoe(), LongcatFlash(), Step3p7(), SwitchTransformers(), NllbMoe())
+"""Architectures whose experts are outside transformers' registry."""
 ADAPTERS: tuple[ExpertsAdapter, ...] = (RegistryExperts(), *FAMILIES)
 
 

@@ -12,10 +12,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from offmoe.errors import CheckpointError, MissingTensorError, UnsupportedModelError
 from offmoe.hf.adapters.find import expert_parameters, find_experts, find_top_k, require_adapter
@@ -27,9 +27,6 @@ from offmoe.hf.upstream import map_names
 from offmoe.quant.raw_slot import RawSlot, raw_slot
 from offmoe.storage.checkpoint import Checkpoint
 from offmoe.storage.layout import Assembly, Destination, ExpertLayout, ExpertRecord
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 COMPUTABLE = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 """The dtypes in which models can compute."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedModel
 
 from offmoe.compute.cpu_slot import CpuSlot, cpu_slot
 from offmoe.compute.kernels.library import status
@@ -15,9 +16,6 @@ from offmoe.quant.decode import ExpertDecoding
 from offmoe.storage.checkpoint import Checkpoint
 from offmoe.storage.layout import Assembly, ExpertLayout, ExpertRecord
 from offmoe.types import CacheShape, ExpertKey
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
+from transformers import PreTrainedModel
 
 from offmoe.errors import CheckpointError, UnsupportedModelError
 from offmoe.hf.catalog.groups import Group
-from offmoe.hf.upstream import Concat, Merge, Swap, run_converter, steps
+from offmoe.hf.upstream import Concatenate, MergeModulelist, Transpose, run_converter, steps
 from offmoe.quant.codec import Encoding
 from offmoe.storage.layout import Destination
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class Kind(NamedTuple):
@@ -84,18 +82,18 @@ def blocks_of(group: Group, shapes: Sequence[tuple[int, ...]], expected: tuple[i
     known = steps(group.converter)
     if known is None or len(group.converter.target_patterns) > 1:
         return None
-    for number, step in enumerate(known):
-        match step:
-            case Merge(dim):
+    for number, operation in enumerate(known):
+        match operation:
+            case MergeModulelist(dim=dim):
                 if number or dim != 0:
                     return None
                 values = {pattern: _stacked(value) for pattern, value in values.items()}
-            case Concat(dim):
+            case Concatenate(dim=dim):
                 inputs = [values[p] for p in group.converter.source_patterns if p in values]
                 if not inputs or not dim % len(inputs[0].shape) > 0 or len({len(v.shape) for v in inputs}) > 1:
                     return None
                 values = {order[0]: _joined(inputs, dim % len(inputs[0].shape))}
-            case Swap(dim0, dim1, check):
+            case Transpose(dim0=dim0, dim1=dim1, check_dims=check):
                 if len(values) > 1:
                     return None
                 pattern, value = next(iter(values.items()))

@@ -10,17 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from offmoe.errors import CheckpointError, MissingTensorError, UnsupportedModelError
 from offmoe.hf.adapters.base import Place
 from offmoe.hf.adapters.find import require_adapter
-from offmoe.hf.upstream import MappedName, Merge, WeightConverter, steps
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from offmoe.hf.upstream import MappedName, MergeModulelist, WeightConverter, steps
 
 
 class Share(NamedTuple):
@@ -66,7 +64,8 @@ class Group:
         if self.converter is None:
             return False
         known = steps(self.converter)
-        return (known is not None and isinstance(known[0], Merge)) or any(len(n) > 1 for n in self.names.values())
+        stacks = known is not None and isinstance(known[0], MergeModulelist)
+        return stacks or any(len(names) > 1 for names in self.names.values())
 
     @property
     def targets(self) -> tuple[str, ...]:

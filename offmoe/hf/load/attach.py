@@ -19,10 +19,11 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from offmoe.compute.cpu_slot import CpuSlot
 from offmoe.compute.expert_layer import ExpertLayer
@@ -33,9 +34,6 @@ from offmoe.hf.adapters.reroute import Choose
 from offmoe.hf.catalog.catalog import CatalogLayer
 from offmoe.hf.upstream import ALL_EXPERTS_FUNCTIONS
 from offmoe.runtime.executor import ExpertExecutor
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 IMPLEMENTATION = "offmoe"
 ATTRIBUTE = "_offmoe"
@@ -108,6 +106,10 @@ def offmoe_experts_forward(
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, offmoe_experts_forward)
 
 
+Step = Callable[[tuple[Any, ...], dict[str, Any]], AbstractContextManager[None]]
+"""Takes the arguments of a call of the model; the call happens within the result."""
+
+
 class Handle(Protocol):
     """The part of `offmoe.handle.Offload` that surrounds calls of the model."""
 
@@ -121,29 +123,18 @@ class Handle(Protocol):
 def attach_handle(model: PreTrainedModel, handle: Handle) -> None:
     """Put the handle at `model.offload`, let it surround the model's calls, and refuse calls that would break it."""
     parts = encoder_and_decoder(model)
-    for part in parts:
-        _attach_step(part, handle, is_encoder=part is parts[0])
-    cls: Any = type(model)
+    for part in parts:  # one step each: generate() runs the encoder by itself
+        is_encoder = part is parts[0]
+        _surround(part, "forward", handle, functools.partial(handle.step, is_encoder=is_encoder))
+    _surround(model, "forward", handle, _no_step if parts else handle.step)
+    _surround(model, "generate", handle, _no_step, disable_compile=True)  # a graph cannot call the planner
     reference = weakref.ref(model)
-
-    @functools.wraps(cls.generate)
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        kwargs.setdefault("disable_compile", True)  # a static cache would compile, and a graph cannot call the planner
-        with handle.in_use():
-            return cls.generate(reference(), *args, **kwargs)
-
-    @functools.wraps(cls.forward)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        with handle.in_use(), nullcontext() if parts else handle.step(args, kwargs):
-            return cls.forward(reference(), *args, **kwargs)
 
     def apply(convert: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         return _refuse_move(reference(), convert)
 
     changes = {
         "offload": handle,
-        "generate": generate,
-        "forward": forward,
         "_apply": apply,  # what .to(), .half() and .cuda() call
         "__reduce_ex__": _refuse_copy,  # what copy and pickle call
         "set_experts_implementation": _refuse_experts,
@@ -157,17 +148,21 @@ def encoder_and_decoder(model: PreTrainedModel) -> tuple[nn.Module, ...]:
     return (model.get_encoder(), model.get_decoder()) if model.config.is_encoder_decoder else ()
 
 
-def _attach_step(part: nn.Module, handle: Handle, is_encoder: bool) -> None:
-    """Make each forward of an encoder or a decoder one step: generate() runs the encoder by itself."""
-    cls: Any = type(part)
-    reference = weakref.ref(part)
+def _no_step(*_: object) -> AbstractContextManager[None]:
+    return nullcontext()
 
-    @functools.wraps(cls.forward)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        with handle.in_use(), handle.step(args, kwargs, is_encoder):
-            return cls.forward(reference(), *args, **kwargs)
 
-    object.__setattr__(part, "forward", forward)
+def _surround(module: nn.Module, method: str, handle: Handle, step: Step, **defaults: object) -> None:
+    """Let calls of a module's method hold the handle and be a `step`. defaults: arguments that a call may leave out."""
+    original = getattr(type(module), method)
+    reference = weakref.ref(module)
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with handle.in_use(), step(args, kwargs):
+            return original(reference(), *args, **{**defaults, **kwargs})
+
+    object.__setattr__(module, method, call)
 
 
 def _refuse_move(model: nn.Module | None, convert: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
@@ -197,29 +192,17 @@ def _refuse_experts(*_: object, **__: object) -> None:
     )
 
 
-class Removable(Protocol):
-    """A change that lasts until it is removed."""
-
-    def remove(self) -> None: ...
-
-
-class _Choosing:
-    """Lets `choose` choose a layer's ids until it is removed."""
-
-    def __init__(self, experts: AttachedExperts, choose: Choose) -> None:
-        assert experts.choose is None, "already rerouted"
-        self._experts = experts
-        experts.choose = choose
-
-    def remove(self) -> None:
-        self._experts.choose = None
-
-
-def reroute(module: nn.Module, choose: Choose) -> Removable:
+def reroute(module: nn.Module, choose: Choose) -> Callable[[], None]:
     """Let an experts module, of ours or of stock transformers, compute with the ids that `choose` gives.
 
-    A module of stock transformers takes ids of experts only, or `null_ids` of its adapter. Removing the result leaves
-    no trace.
+    A module of stock transformers takes ids of experts only, or `null_ids` of its adapter.
+
+    Returns:
+        The function that undoes this, without a trace.
     """
     experts: AttachedExperts | None = getattr(module, ATTRIBUTE, None)
-    return require_adapter(module).reroute(module, choose) if experts is None else _Choosing(experts, choose)
+    if experts is None:
+        return require_adapter(module).reroute(module, choose).remove
+    assert experts.choose is None, "already rerouted"
+    experts.choose = choose
+    return functools.partial(setattr, experts, "choose", None)

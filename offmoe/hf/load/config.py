@@ -1,19 +1,27 @@
-"""Read a model's config.json, and find the transformers class that it describes. A checkpoint's own code never runs."""
+"""Read and check a model's config.json, find the transformers class that it describes, and build it without weights.
+
+A checkpoint's own code never runs. config.json and generation_config.json are checked before transformers builds
+anything from them. transformers accepts any number: it builds a billion layers one after the other until the memory is
+full, and a token id that is a word fails in `generate`, long after the weights were loaded. The limits are far above
+those of any real model. Fields that are not known here are left to transformers.
+"""
 
 from __future__ import annotations
 
+import copy
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+import torch
 import transformers
+from torch.overrides import TorchFunctionMode
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from offmoe.errors import CheckpointError, UnsupportedModelError
-from offmoe.hf.hub.config_checks import check_config, check_generation, read_object
+from offmoe.errors import CheckpointError, UnsupportedModelError, out_of_memory
 from offmoe.storage.checkpoint import INDEX_FILE, PICKLES
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
 
 CONFIG_FILE = "config.json"
 PACK_MANIFEST = "offmoe-pack.json"
@@ -21,6 +29,14 @@ PACK_MANIFEST = "offmoe-pack.json"
 interrupted."""
 WEIGHTS = (".safetensors", INDEX_FILE, *PICKLES)
 """Endings of the files that make a folder more than a configuration."""
+LIMITS = {"layers": 10_000, "experts": 100_000}
+"""Largest number allowed in a field whose name holds the word. The largest models have 126 layers and 2,048 experts."""
+LARGEST = 2**63 - 1
+"""The largest number that a tensor of token ids can hold."""
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+TOKEN_LISTS = ("suppress_tokens", "begin_suppress_tokens")
+COUNTS = ("num_beams", "num_return_sequences", "max_new_tokens", "max_length", "top_k")
+NUMBERS = ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty")
 
 
 def lone_config(model: str | os.PathLike[str]) -> Path | None:
@@ -46,8 +62,6 @@ def read_config(model: str | os.PathLike[str]) -> PreTrainedConfig:
         CheckpointError: config.json is absent, or it or generation_config.json is damaged.
         UnsupportedModelError: transformers does not know the model type.
     """
-    from transformers import CONFIG_MAPPING, AutoConfig
-
     path = Path(model) if os.path.isfile(model) else Path(model) / CONFIG_FILE
     try:
         values = read_object(path)
@@ -97,3 +111,119 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
         f"transformers has no text-generating class for {type(config).__name__} (model type {config.model_type!r}); "
         "offmoe runs causal, sequence-to-sequence and image-text models"
     )
+
+
+class _NoInitialization(TorchFunctionMode):
+    """Skips torch.nn.init: tensors on the meta device have no values, and initializing 60,000 experts takes longer than
+    constructing them."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else named["tensor"]
+        return func(*args, **named)
+
+
+def build_meta(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrainedModel:
+    """Build a `cls` on the meta device, experts included, in eval mode. `config` is not changed.
+
+    Raises:
+        CheckpointError: the configuration describes no such model.
+    """
+    name = Path(str(config.name_or_path))
+    try:
+        with torch.device("meta"), _NoInitialization():
+            model = cls(copy.deepcopy(config))
+    except Exception as error:  # contradicting sizes fail anywhere in an architecture
+        if out_of_memory(error):
+            raise
+        raise CheckpointError(
+            f"{name if name.suffix == '.json' else name / CONFIG_FILE}: does not describe a {cls.__name__} "
+            f"({type(error).__name__}: {error}); download it again"
+        ) from error
+    model.eval()
+    return model
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        CheckpointError: the file cannot be read or is not a JSON object.
+        FileNotFoundError: the file does not exist.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check file and disk") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON ({error}); download it again") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: not a JSON object; download it again")
+    return values
+
+
+def check_config(values: Mapping[str, Any], path: Path) -> None:
+    """Check a model's configuration, and the configurations inside it (text_config).
+
+    Args:
+        values: the parsed config.json.
+        path: the file, for messages.
+
+    Raises:
+        CheckpointError: a number of layers or experts that no model has, or a token id that is not one.
+    """
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            check_config(value, path)
+        for word, limit in LIMITS.items():
+            if word in name and isinstance(value, (int, float)) and not value <= limit:
+                raise _error(path, name, value, f"a number up to {limit}")
+    _check_tokens(values, path)
+
+
+def check_generation(folder: Path) -> None:
+    """Check generation_config.json, if the folder has one.
+
+    Raises:
+        CheckpointError: `generate` could not use it.
+    """
+    path = folder / "generation_config.json"
+    try:
+        values = read_object(path)
+    except FileNotFoundError:
+        return
+    _check_tokens(values, path)
+    for name in TOKEN_LISTS:
+        value = values.get(name)
+        if value is not None and not (isinstance(value, list) and all(map(_is_id, value))):
+            raise _error(path, name, value, "a list of token ids")
+    for name in COUNTS:
+        value = values.get(name)
+        if value is not None and not (_is_id(value) and value >= 0):
+            raise _error(path, name, value, "a whole number, 0 or more")
+    for name in NUMBERS:
+        value = values.get(name)
+        if value is not None and not (isinstance(value, (int, float)) and abs(value) < float("inf")):
+            raise _error(path, name, value, "a number")
+
+
+def _check_tokens(values: Mapping[str, Any], path: Path) -> None:
+    for name in TOKENS:
+        value = values.get(name)
+        several = name == "eos_token_id" and isinstance(value, list)
+        if value is not None and not all(map(_is_id, value if several else [value])):
+            raise _error(path, name, value, "a token id" + (" or a list of them" if name == "eos_token_id" else ""))
+
+
+def _is_id(value: object) -> bool:
+    """Whether the value is a whole number that a tensor can hold. Some models write -1 for "none"."""
+    return type(value) is int and abs(value) <= LARGEST
+
+
+def _error(path: Path, name: str, value: object, wanted: str) -> CheckpointError:
+    return CheckpointError(f"{path}: {name!r} is {repr(value)[:40]}, not {wanted}; download the file again")

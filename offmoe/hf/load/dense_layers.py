@@ -21,11 +21,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate.hooks import remove_hook_from_module
 from torch import nn
+from transformers import PreTrainedModel
 
 from offmoe.device.backend import Backend
 from offmoe.errors import MissingTensorError, OffmoeError
@@ -34,9 +35,6 @@ from offmoe.hf.load.dense_source import HostImages, LayerSource, ShardTensors
 from offmoe.storage.checkpoint import Checkpoint
 from offmoe.storage.layout import ExpertLayout, Segment
 from offmoe.types import DISK, HOST
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 PLACES = {HOST: "cpu", DISK: "disk"}
 """Place in a memory plan -> its name in transformers' device_map."""

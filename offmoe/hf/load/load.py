@@ -10,24 +10,22 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from offmoe.errors import CapacityError, CheckpointError, ConfigError, MissingTensorError
+from offmoe.errors import CapacityError, CheckpointError, ConfigError, MissingTensorError, UnsupportedModelError
 from offmoe.hf.adapters.find import find_experts, require_adapter
 from offmoe.hf.catalog.catalog import ExpertCatalog
 from offmoe.hf.load.dense_layers import OffloadedLayers
 from offmoe.hf.load.options import check_options
 from offmoe.hf.load.save import attach_safe_save
-from offmoe.hf.load.skeleton import without_experts
 from offmoe.storage.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def require_index(checkpoint: Checkpoint) -> None:
@@ -197,3 +195,42 @@ def _own_memory(model: PreTrainedModel) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if not tensor.is_meta and not tensor.untyped_storage().resizable():  # memory that is not torch's own
             tensor.data = tensor.data.clone()
+
+
+def without_experts(cls: type[PreTrainedModel], expert_names: frozenset[str]) -> type[PreTrainedModel]:
+    """A subclass of `cls`, under the same name, that constructs models without experts' parameters.
+
+    Args:
+        cls: the architecture's class.
+        expert_names: full names of all experts' parameters; the loader then does not report them as unexpected.
+    """
+
+    def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: object, **kwargs: object) -> None:
+        cls.__init__(self, config, *args, **kwargs)
+        _strip(self)
+        ignored = {_exactly(name, self.base_model_prefix) for name in expert_names}
+        self._keys_to_ignore_on_load_unexpected = set(self._keys_to_ignore_on_load_unexpected or ()) | ignored
+
+    names = {
+        "__init__": __init__,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+    }
+    return type(cls.__name__, (cls,), names)
+
+
+def _strip(model: PreTrainedModel) -> None:
+    """Delete the experts' parameters. The loader then has no place for their tensors and leaves them in the shards."""
+    for name, module in find_experts(model).items():
+        if any(part._non_persistent_buffers_set for part in module.modules()):
+            raise UnsupportedModelError(f"experts {name!r} compute their own buffers, which offmoe does not run yet")
+        adapter = require_adapter(module)
+        for param in adapter.places(module):
+            model.all_tied_weights_keys.pop(f"{name}.{param}", None)
+        adapter.strip(module)
+
+
+def _exactly(name: str, prefix: str) -> str:
+    """Regular expression for one parameter's name as the loader reports it: with or without the base prefix."""
+    return rf"^(?:{re.escape(prefix)}\.)?{re.escape(name.removeprefix(f'{prefix}.'))}$"

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedConfig
 
 from offmoe.errors import ConfigError
 from offmoe.hf.catalog.build import COMPUTABLE
 from offmoe.text import did_you_mean
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 OURS = frozenset({"config", "device_map", "experts_implementation", "output_loading_info"})
 """Options that offmoe sets itself."""

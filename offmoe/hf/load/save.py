@@ -15,19 +15,15 @@ import types
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedModel
 
 from offmoe.errors import ConfigError, ShardChangedError
 from offmoe.files import replacing
+from offmoe.hf.catalog.catalog import ExpertCatalog
 from offmoe.hf.hub.locate import MODEL_FILES
 from offmoe.storage.checkpoint import INDEX_FILE, Checkpoint
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from offmoe.hf.catalog.catalog import ExpertCatalog
 
 HONORED: dict[str, tuple[object, ...]] = {
     "state_dict": (None,),

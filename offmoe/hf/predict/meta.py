@@ -8,16 +8,13 @@ whose forward looks at values cannot run on the meta device; the answer is then 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from offmoe.hf.adapters.find import adapter_of
 from offmoe.hf.predict.route_recorder import RouteRecorder
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 NUM_TOKENS = 4
 """Length of the prompt without values. More than one, so that a batch of tokens cannot be taken for a single token."""

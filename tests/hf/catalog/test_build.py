@@ -13,8 +13,7 @@ from offmoe.errors import CheckpointError, MissingTensorError, UnsupportedModelE
 from offmoe.hf.adapters.find import expert_parameters, find_experts, find_top_k
 from offmoe.hf.catalog.build import build_catalog
 from offmoe.hf.catalog.catalog import CatalogLayer, ExpertCatalog
-from offmoe.hf.load.config import model_class
-from offmoe.hf.load.meta_model import build_meta
+from offmoe.hf.load.config import build_meta, model_class
 from offmoe.storage.checkpoint import Checkpoint
 from offmoe.types import ExpertKey
 from tests import tiny

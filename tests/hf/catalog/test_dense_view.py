@@ -13,8 +13,7 @@ from offmoe.errors import CheckpointError, MissingTensorError, OffmoeError, Unsu
 from offmoe.hf.catalog.build import build_catalog
 from offmoe.hf.catalog.catalog import ExpertCatalog
 from offmoe.hf.catalog.dense_view import DenseView
-from offmoe.hf.load.config import model_class, read_config
-from offmoe.hf.load.meta_model import build_meta
+from offmoe.hf.load.config import build_meta, model_class, read_config
 from offmoe.storage.checkpoint import Checkpoint
 from tests import quantized, tiny
 from tests.hf.catalog.test_build import read_expert

@@ -14,9 +14,8 @@ from transformers.utils import logging
 from offmoe.errors import CheckpointError, ConfigError, MissingTensorError, UnsupportedModelError
 from offmoe.hf.adapters.find import expert_parameters, find_experts
 from offmoe.hf.catalog.build import build_catalog
-from offmoe.hf.load.config import model_class, read_config
+from offmoe.hf.load.config import build_meta, model_class, read_config
 from offmoe.hf.load.load import load_dense, require_index
-from offmoe.hf.load.meta_model import build_meta
 from offmoe.hf.upstream import ALL_EXPERTS_FUNCTIONS
 from offmoe.storage.checkpoint import Checkpoint
 from tests import tiny

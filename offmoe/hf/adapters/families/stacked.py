@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from offmoe.compute.expert_layer import TokenOrder
@@ -15,6 +15,16 @@ from offmoe.compute.kernels import ExpertMath, GatedFFN, accumulate
 from offmoe.hf.adapters import reroute
 from offmoe.hf.adapters.base import Activation, Experts, FamilyExperts, Place, Routing
 from offmoe.hf.adapters.reroute import Choose
+
+
+def _gated(activate: Activation) -> Activation:
+    """The activation of a gate and an up projection that one product gives, [n, 2 * I] -> [n, I]."""
+
+    def gated(h: Tensor) -> Tensor:
+        gate, up = h.chunk(2, dim=-1)  # [n, I] each
+        return activate(gate) * up
+
+    return gated
 
 
 class Llama4(FamilyExperts):
@@ -27,12 +37,6 @@ class Llama4(FamilyExperts):
 
     family, name = "llama4", "Llama4TextMoe"
     params = ("experts.gate_up_proj", "experts.down_proj")
-
-    def num_experts(self, module: nn.Module) -> int:
-        return int(module.get_parameter("experts.down_proj").shape[0])
-
-    def top_k(self, module: Any) -> int:
-        return int(module.top_k)
 
     def routing(self, module: Any) -> Routing:
         def ids(outputs: Sequence[Tensor]) -> Tensor:
@@ -103,9 +107,6 @@ class Dbrx(FamilyExperts):
         experts = module.experts
         return dict.fromkeys(self.params, (experts.ffn_hidden_size, experts.hidden_size))
 
-    def top_k(self, module: Any) -> int:
-        return int(module.top_k)
-
     def routing(self, module: Any) -> Routing:
         return Routing(module.router, lambda outputs: module.route_tokens_to_experts(outputs[0])[1])
 
@@ -144,9 +145,6 @@ class JetMoe(FamilyExperts):
     family, name = "jetmoe", "JetMoeMoE"
     params = ("input_linear.weight", "output_linear.weight")
 
-    def num_experts(self, module: nn.Module) -> int:
-        return int(module.get_parameter("output_linear.weight").shape[0])
-
     def top_k(self, module: Any) -> int:
         return int(module.router.top_k)
 
@@ -157,13 +155,8 @@ class JetMoe(FamilyExperts):
         return Routing(module.router, ids)
 
     def math(self, module: Any) -> ExpertMath:
-        def activate(h: Tensor) -> Tensor:
-            gate, up = h.chunk(2, dim=-1)  # [n, I] each
-            out: Tensor = module.activation(gate) * up
-            return out
-
         up, down = self.params
-        return GatedFFN(up=up, activate=activate, down=down, autocasts=True)
+        return GatedFFN(up=up, activate=_gated(module.activation), down=down, autocasts=True)
 
     def forward(self, module: Any, experts: Experts) -> Callable[..., Any]:
         def forward(layer_input: Tensor) -> Tensor:
@@ -192,19 +185,11 @@ class LongcatFlash(FamilyExperts):
     family, name = "longcat_flash", "LongcatFlashExperts"
     params = ("gate_up_proj", "down_proj")
 
-    def num_experts(self, module: nn.Module) -> int:
-        return int(module.get_parameter("down_proj").shape[0])
-
     def places(self, module: Any) -> dict[str, Place]:
         return {**super().places(module), "gate_up_proj": Place("gate_up_proj", entries=int(module.total_experts))}
 
     def math(self, module: Any) -> ExpertMath:
-        def activate(h: Tensor) -> Tensor:
-            gate, up = h.chunk(2, dim=-1)  # [n, I] each
-            out: Tensor = module.act_fn(gate) * up
-            return out
-
-        return GatedFFN(up="gate_up_proj", activate=activate, autocasts=True)
+        return GatedFFN(up="gate_up_proj", activate=_gated(module.act_fn), autocasts=True)
 
     def forward(self, module: Any, experts: Experts) -> Callable[..., Any]:
         def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -228,9 +213,6 @@ class Step3p7(FamilyExperts):
 
     family, name = "step3p7", "Step3p7Experts"
     params = ("gate_up_proj", "down_proj")
-
-    def num_experts(self, module: nn.Module) -> int:
-        return int(module.get_parameter("down_proj").shape[0])
 
     def math(self, module: Any) -> ExpertMath:
         return GatedFFN(up="gate_up_proj", activate=module._apply_gate, autocasts=True)
