@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from enum import IntEnum
 from functools import cached_property
 from itertools import accumulate, chain
 from typing import NamedTuple
@@ -26,14 +25,6 @@ class ExpertKey(NamedTuple):
 
     layer: int
     expert: int
-
-
-class Lookup(IntEnum):
-    """Whether an expert has a slot. PENDING: it does, by a prefetch, and has not been demanded since."""
-
-    MISS = 0
-    PENDING = 1
-    HIT = 2
 
 
 class Demand(NamedTuple):

@@ -13,7 +13,7 @@ Cost: O(log n) per read and per access, amortized, and one `choose_victim` of th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from heapq import heapify, heappop, heappush, heapreplace
 
 from offmoe.policy.eviction.base import NEVER, EvictionPolicy
@@ -25,20 +25,20 @@ SPARE_ENTRIES = 64
 
 
 class HostTier:
-    """The RAM slots of one layer. It sees every access of the layer, and what the device inserts and evicts.
+    """The RAM slots of one layer. It sees every access of the layer, and what the device evicts.
 
     Two heaps order the copies. `_ram_only` has those that the device does not hold, the lowest score first; an entry is
     corrected when it reaches the top, since scores only rise. `_on_both` has those that the device holds as well, the
     highest score first; every access adds an entry.
     """
 
-    def __init__(self, keys: range, slots: Sequence[int], policy: EvictionPolicy):
-        """keys: of the layer. policy: of the pool in which these keys have slots on the device."""
-        self._keys, self._policy = keys, policy
+    def __init__(self, keys: range, slots: Sequence[int], policy: EvictionPolicy, on_device: Mapping[int, int]):
+        """keys: of the layer. policy: of the pool in which these keys have slots on the device. on_device:
+        `Residency.slot_of` of that pool."""
+        self._keys, self._policy, self._on_device = keys, policy, on_device
         self.slots = tuple(slots)
         self._slot_of: dict[int, int] = {}
         self._free = list(reversed(slots))  # the lowest slot is given first
-        self._on_device: set[int] = set()
         self._ram_only: list[tuple[float, int]] = []  # (score, key)
         self._on_both: list[tuple[float, int]] = []  # (-score, key)
         self._changed: set[int] = set()  # keys whose entry in _on_both may be out of date
@@ -50,27 +50,20 @@ class HostTier:
 
     def on_evict(self, key: int) -> None:
         """The device has evicted a key."""
-        self._on_device.discard(key)
         if key in self._slot_of:
             heappush(self._ram_only, (self._policy.score(key), key))
             if len(self._ram_only) > self._most_entries:
                 self._rebuild(self._ram_only, on_device=False)
 
-    def place(self, key: int, *, on_device: bool = True) -> tuple[int | None, bool]:
-        """Give a key that is fetched now a slot in RAM, if its copy is worth one.
-
-        Args:
-            on_device: the key has just been given a slot on the device; otherwise the host computes it.
+    def place(self, key: int) -> tuple[int | None, bool]:
+        """Give a key that is fetched now a slot in RAM, if its copy is worth one. The host computes a key that has not
+        just been given a slot on the device.
 
         Returns:
             (slot, whether the expert must be read from disk first). (None, True): it is read past RAM, because every
             copy in RAM is worth more than its own.
         """
         slot_of = self._slot_of
-        if on_device:
-            self._on_device.add(key)
-        else:
-            self._on_device.discard(key)
         if key in slot_of:
             self._changed.add(key)
             return slot_of[key], False
@@ -83,7 +76,7 @@ class HostTier:
             slot = slot_of.pop(dropped)
         slot_of[key] = slot
         self._changed.add(key)
-        if not on_device:
+        if key not in self._on_device:
             self.on_evict(key)
         return slot, True
 
@@ -93,31 +86,25 @@ class HostTier:
 
     def _least_worth(self, newcomer: int) -> int | None:
         """The copy that is worth least, ties the lowest key; None if that is no less than the newcomer's worth."""
-        newcomer_score = self._policy.score(newcomer)
-        threshold = self._policy.score(self._policy.choose_victim(())) if self._on_device else newcomer_score
-        limit = self._worth(newcomer_score, threshold) if newcomer in self._on_device else newcomer_score
-        if limit == NEVER:
+        policy, on_device = self._policy, self._on_device
+        least, least_key = policy.score(newcomer), None
+        threshold = policy.score(policy.choose_victim(())) if on_device else least  # score of the device's next victim
+        if newcomer in on_device:
+            least = _worth(least, threshold)
+        if least == NEVER:
             return None
-        least, least_key = limit, None
         single = self._lowest_in_ram_only()
         if single is not None and single[0] < least:
             least, least_key = single
         doubled = self._highest_on_both()
         if doubled is not None:
-            score, key = doubled
-            worth = self._worth(score, threshold)
+            score, key = -doubled[0], doubled[1]
+            worth = _worth(score, threshold)
             if threshold == NEVER or score <= threshold:  # all such copies are worth the same: the lowest key goes
-                key = next(k for k in self._keys if k in self._slot_of and k in self._on_device)
+                key = next(k for k in self._keys if k in self._slot_of and k in on_device)
             if worth < least or (worth == least and least_key is not None and key < least_key):
                 least_key = key
         return least_key
-
-    @staticmethod
-    def _worth(score: float, threshold: float) -> float:
-        """Worth of a copy that the device holds as well. threshold: score of the device's next victim."""
-        if threshold == NEVER or score <= threshold:
-            return threshold
-        return threshold - DISTANCE * (score - threshold)
 
     def _lowest_in_ram_only(self) -> tuple[float, int] | None:
         """(score, key) of the copy with the lowest score that the device does not hold."""
@@ -129,12 +116,12 @@ class HostTier:
                 continue
             score = self._policy.score(key)
             if score == entry:
-                return score, key
+                return heap[0]
             heapreplace(heap, (score, key))
         return None
 
     def _highest_on_both(self) -> tuple[float, int] | None:
-        """(score, key) of the copy with the highest score that the device holds as well."""
+        """(-score, key) of the copy with the highest score that the device holds as well."""
         heap, slot_of, on_device, score = self._on_both, self._slot_of, self._on_device, self._policy.score
         if self._changed:
             for key in self._changed:
@@ -146,7 +133,7 @@ class HostTier:
         while heap:
             entry, key = heap[0]
             if key in on_device and key in slot_of and score(key) == -entry:
-                return -entry, key
+                return heap[0]
             heappop(heap)
         return None
 
@@ -158,13 +145,9 @@ class HostTier:
         ]
         heapify(heap)
 
-    def check(self, on_device: Collection[int]) -> None:
-        """Assert that every slot is free or holds one copy, and that every copy has an entry that leads to its score.
-
-        on_device: the layer's keys that the device holds.
-        """
+    def check(self) -> None:
+        """Assert that each slot is free or holds one copy, and that each copy has an entry that leads to its score."""
         assert sorted([*self._slot_of.values(), *self._free]) == sorted(self.slots)
-        assert self._on_device == set(on_device)
         assert len(self._ram_only) <= self._most_entries
         assert len(self._on_both) <= self._most_entries
         for key in self._slot_of:
@@ -173,3 +156,10 @@ class HostTier:
                 assert key in self._changed or (-score, key) in self._on_both
             else:
                 assert any(other == key and entry <= score for entry, other in self._ram_only)
+
+
+def _worth(score: float, threshold: float) -> float:
+    """Worth of a copy that the device holds as well. threshold: score of the device's next victim."""
+    if threshold == NEVER or score <= threshold:
+        return threshold
+    return threshold - DISTANCE * (score - threshold)

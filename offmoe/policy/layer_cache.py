@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -11,7 +11,7 @@ from offmoe.policy.admission import AdmissionPolicy, build_admission
 from offmoe.policy.eviction.base import EvictionPolicy, Pool
 from offmoe.policy.host_tier import HostTier
 from offmoe.policy.residency import Residency
-from offmoe.types import CacheShape, Fetch, Lookup, Wave
+from offmoe.types import CacheShape, Fetch, Wave
 
 MakePolicy = Callable[[Pool], EvictionPolicy]
 
@@ -37,7 +37,7 @@ class LayerCache:
         return sorted(keys, key=lambda key: (-score(key), key))
 
     def is_resident(self, key: int) -> bool:
-        return self.residency.lookup(key) != Lookup.MISS
+        return key in self.residency.slot_of
 
     def worth_keeping(self, missing: Sequence[int], count: int, *, evicts: bool = True) -> list[int]:
         """The `count` keys that should hold slots after a step that needs more experts than there are slots.
@@ -45,23 +45,24 @@ class LayerCache:
         They are those with the highest scores among the missing and the resident; ties go to the higher key, which such
         a step computes later. If `evicts` is False, residents stay whatever their scores.
         """
-        residents, score = self.residency.resident_keys(), self.policy.score
-        staying = [] if evicts else residents
+        residents, score = self.residency.slot_of, self.policy.score
+        staying = [] if evicts else sorted(residents)
         candidates = {*missing, *residents}.difference(staying)
         return staying + sorted(candidates, key=lambda key: (-score(key), -key))[: count - len(staying)]
 
     def wave(self, resident: Sequence[int], fetches: tuple[Fetch, ...]) -> Wave:
         """A wave of resident keys, then of what is fetched."""
-        first = self.keys.start
-        slots = self.residency.slots_of(resident)
-        experts = [(key - first, slot) for key, slot in zip(resident, slots, strict=True)]
-        return Wave((*experts, *[(fetch.key.expert, fetch.slot) for fetch in fetches]), fetches)
+        first, slot_of = self.keys.start, self.residency.slot_of
+        experts = [(key - first, slot_of[key]) for key in resident]
+        if fetches:
+            experts += [(fetch.key.expert, fetch.slot) for fetch in fetches]
+        return Wave(tuple(experts), fetches)
 
     def check(self) -> None:
         """Assert the invariants of the layer's slots on the device and in RAM."""
         self.residency.check()
         if self.host_tier is not None:
-            self.host_tier.check([key for key in self.keys if self.is_resident(key)])
+            self.host_tier.check()
 
 
 def build_layers(shape: CacheShape, options: CacheOptions, make_policy: MakePolicy) -> list[LayerCache]:
@@ -83,12 +84,7 @@ def build_layers(shape: CacheShape, options: CacheOptions, make_policy: MakePoli
     layers, largest = [], max(shape.expert_bytes)
     for layer, ((residency, policy, admission), end) in enumerate(zip(shared, accumulate(host_quotas), strict=True)):
         host_slots = range(end - host_quotas[layer], end)
-        host_tier = HostTier(keys[layer], host_slots, policy) if host_slots else None
+        host_tier = HostTier(keys[layer], host_slots, policy, residency.slot_of) if host_slots else None
         scale = shape.expert_bytes[layer] / largest
         layers.append(LayerCache(keys[layer], residency, policy, admission, host_tier, scale))
     return layers
-
-
-def as_protected(keys: Collection[int]) -> Collection[int]:
-    """Keys as a collection that is fast to search: a list of up to 16 is as fast as a set."""
-    return frozenset(keys) if len(keys) > 16 else keys

@@ -21,9 +21,8 @@ from offmoe.config import CacheOptions
 from offmoe.policy.admission import AdmissionPolicy
 from offmoe.policy.eviction.registry import build_eviction
 from offmoe.policy.host_split import best_refill, split_misses
-from offmoe.policy.layer_cache import LayerCache, MakePolicy, as_protected, build_layers
+from offmoe.policy.layer_cache import LayerCache, MakePolicy, build_layers
 from offmoe.policy.prefetch import Candidate, PrefetchPolicy, build_prefetch
-from offmoe.policy.residency import Admission
 from offmoe.profile import MissCosts
 from offmoe.types import Access, CacheShape, ExpertKey, Fetch, Plan, Wave
 
@@ -41,10 +40,13 @@ class _Need(NamedTuple):
 
 
 class _Placement(NamedTuple):
-    """Where the experts of one access are computed. refill: a key that the host computes and that is worth a slot."""
+    """Where the experts of one access are computed: on the device, and by the host.
+
+    num_slotless: missing experts that get no slot. refill: a key that the host computes and that is worth a slot.
+    """
 
     waves: tuple[Wave, ...]
-    num_scratch: int = 0
+    num_slotless: int = 0
     on_host: tuple[Wave, ...] = ()
     refill: int | None = None
 
@@ -83,42 +85,35 @@ class Planner:
         layer, demands = access.layer, access.demands
         cache = self.layers[layer]
         first, residency = cache.keys.start, cache.residency
-        experts = [d.expert for d in demands]
-        keys = [first + e for e in experts]
+        keys = [first + demand.expert for demand in demands]
         resident, missing, num_pending = residency.split(keys)
         if self.may_prefetch:
             self._arriving = [key for key in missing if key in self._read_ahead]
             self._read_ahead = ()
+            experts = [demand.expert for demand in demands]
             self._prefetch.on_access(layer, experts, len(missing) - len(self._arriving))
         cache.policy.on_access(keys, demands, access.tail)
         if cache.host_tier is not None:
             cache.host_tier.on_access(keys)
         if num_pending:
-            for key in resident[-num_pending:]:
-                residency.on_access(key)
+            residency.on_access(keys)
         if cache.admission is not None:
             cache.admission.on_access(keys)
+        waves: tuple[Wave, ...]
+        on_host: tuple[Wave, ...]
         if cache.admission is None and len(keys) <= residency.capacity:
-            placement = _Placement((cache.wave(resident, self._admit(cache, missing, keys)),))
+            waves = (cache.wave(resident, self._admit(cache, missing, keys) if missing else ()),)
+            num_slotless, on_host, refill = 0, (), None
         else:
-            placement = self._place(cache, _Need(access, keys, resident, missing))
+            waves, num_slotless, on_host, refill = self._place(cache, _Need(access, keys, resident, missing))
         num_arriving, self._arriving = len(self._arriving), ()
         prefetches, read_ahead = self._prefetches(layer + 1, access) if access.predicted else ((), ())
-        if placement.refill is not None:
-            admission = residency.admit(placement.refill, frozenset(keys), pending=True)
+        if refill is not None:
+            admission = residency.admit(refill, frozenset(keys), pending=True)
             if admission is not None:
-                prefetches += (self._fetch(placement.refill, admission),)
-        return Plan(
-            layer,
-            placement.waves,
-            prefetches,
-            len(resident) - num_pending,
-            num_pending + num_arriving,
-            len(missing) - num_arriving,
-            placement.num_scratch,
-            placement.on_host,
-            read_ahead,
-        )
+                prefetches += (self._fetch(refill, *admission),)
+        hits, pending, misses = len(resident) - num_pending, num_pending + num_arriving, len(missing) - num_arriving
+        return Plan(layer, waves, prefetches, hits, pending, misses, num_slotless, on_host, read_ahead)
 
     def _place(self, cache: LayerCache, need: _Need) -> _Placement:
         """Placement of an access that needs waves, or some of whose missing experts may get no slot."""
@@ -148,8 +143,7 @@ class Planner:
         kept, slotless = [key for key in need.missing if key in keep], [key for key in need.missing if key not in keep]
         waves = [cache.wave(need.resident, ())] if need.resident else []
         if kept:
-            protected = {*kept, *filter(cache.is_resident, keep)}
-            waves.append(cache.wave((), self._admit(cache, kept, protected)))
+            waves.append(cache.wave((), self._admit(cache, kept, {*kept, *filter(cache.is_resident, keep)})))
             waves = list(_victims_first(waves)) if need.resident else waves
         return waves, slotless
 
@@ -163,14 +157,15 @@ class Planner:
         residency, score = cache.residency, cache.policy.score
         if not admission.evicts and not residency.num_free:
             return (), need.missing
-        protected = as_protected(need.keys)
-        fetches, slotless = [], []
+        protected = frozenset(need.keys)
+        fetches: list[Fetch] = []
+        slotless = []
         for key in cache.best_first(need.missing):
             victim = None if residency.num_free else residency.victim(protected)
             if victim is not None and not admission.admits(key, victim, score(key), score(victim)):
                 slotless.append(key)
                 continue
-            fetches.append(self._admitted(cache, key, protected))
+            fetches += self._admit(cache, (key,), protected)
         fetches.sort(key=lambda fetch: (fetch.read, fetch.key))
         return tuple(fetches), sorted(slotless)
 
@@ -212,39 +207,33 @@ class Planner:
         waves = []
         for i in range(0, len(keys), self.num_scratch):
             pairs = zip(keys[i : i + self.num_scratch], self._scratch, strict=False)
-            waves.append(cache.wave((), tuple([self._fetch(key, Admission(slot, None)) for key, slot in pairs])))
+            waves.append(cache.wave((), tuple([self._fetch(key, slot, None) for key, slot in pairs])))
         return waves
 
     def _admit(self, cache: LayerCache, missing: Sequence[int], protected: Collection[int]) -> tuple[Fetch, ...]:
-        if not missing:
-            return ()
-        protected = as_protected(protected)
-        fetches = [self._admitted(cache, key, protected) for key in missing]
+        """Fetches that give missing keys slots of the pool."""
+        if len(protected) > 16:  # a list of up to 16 is as fast to search as a set
+            protected = frozenset(protected)
+        fetches = []
+        for key in missing:
+            admission = cache.residency.admit(key, protected)
+            assert admission is not None, "a wave is never larger than its pool"
+            fetches.append(self._fetch(key, *admission))
         if cache.host_tier is not None:
             fetches.sort(key=lambda fetch: fetch.read)  # experts in RAM arrive first
         return tuple(fetches)
 
-    def _admitted(self, cache: LayerCache, key: int, protected: Collection[int]) -> Fetch:
-        admission = cache.residency.admit(key, protected)
-        assert admission is not None, "a wave is never larger than its pool"
-        return self._fetch(key, admission)
-
-    def _fetch(self, key: int, admission: Admission) -> Fetch:
-        slot, evicted_key = admission
-        expert, evicted = self._key_of[key], None if evicted_key is None else self._key_of[evicted_key]
-        read_ahead = key in self._arriving
-        if not self.num_host_slots:
-            return Fetch(expert, slot, evicted, read_ahead=read_ahead) if read_ahead else Fetch(expert, slot, evicted)
-        if (
-            evicted is not None
-            and evicted_key is not None
-            and (tier := self.layers[evicted.layer].host_tier) is not None
-        ):
-            tier.on_evict(evicted_key)
-        tier = self.layers[expert.layer].host_tier
-        if tier is None:
-            return Fetch(expert, slot, evicted, read_ahead=read_ahead)
-        return Fetch(expert, slot, evicted, *tier.place(key, on_device=slot < self.num_slots), read_ahead)
+    def _fetch(self, key: int, slot: int, evicted_key: int | None) -> Fetch:
+        expert, evicted = self._key_of[key], None
+        host: tuple[int | None, bool] = None, True
+        if evicted_key is not None:
+            evicted = self._key_of[evicted_key]
+        if self.num_host_slots:
+            if evicted_key is not None and (tier := self.layers[self._key_of[evicted_key].layer].host_tier) is not None:
+                tier.on_evict(evicted_key)
+            if (tier := self.layers[expert.layer].host_tier) is not None:
+                host = tier.place(key)
+        return Fetch(expert, slot, evicted, *host, key in self._arriving)
 
     def _prefetches(self, layer: int, access: Access) -> tuple[tuple[Fetch, ...], tuple[ExpertKey, ...]]:
         """(copies from RAM into slots of `layer`, reads ahead from disk) that the access before it predicts."""
@@ -268,7 +257,7 @@ class Planner:
             admission = residency.admit(key, predicted, pending=True)
             if admission is None:
                 break
-            fetches.append(self._fetch(key, admission))
+            fetches.append(self._fetch(key, *admission))
         self._prefetch.issued(layer, len(fetches) + len(read_ahead))
         self._read_ahead = read_ahead
         return tuple(fetches), tuple([self._key_of[key] for key in read_ahead])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from offmoe.policy.eviction.aged_lfu import AgedLFU
 from offmoe.policy.eviction.lru import LRU
 from offmoe.policy.residency import Residency
-from offmoe.types import Demand, Lookup
+from offmoe.types import Demand
 
 KEYS = 9
 
@@ -53,16 +53,17 @@ def test_agrees_with_the_oracle(slots, steps):
             policy.on_access(keys, [Demand(k, 1, 1) for k in keys], 1)
             oracle.used(keys, now)
         for key in keys:
-            if residency.lookup(key) == Lookup.MISS:
+            if key not in residency.slot_of:
                 assert key not in oracle.held
                 got = residency.admit(key, keys, pending=pending)
                 want = oracle.admit(key, keys, pending)
-                assert (got and (got.slot, got.evicted)) == want
+                assert got == want
             elif not pending:
-                residency.on_access(key)
+                residency.on_access([key])
                 oracle.pending.discard(key)
-        assert {k: residency.slots_of([k])[0] for k in residency.resident_keys()} == oracle.held
-        assert {k for k in range(KEYS) if residency.lookup(k) == Lookup.PENDING} == oracle.pending
+        assert residency.slot_of == oracle.held
+        resident, _, num_pending = residency.split(range(KEYS))
+        assert set(resident[len(resident) - num_pending :]) == oracle.pending
         residency.check()
 
 
@@ -71,8 +72,8 @@ def test_admit_changes_nothing_when_all_residents_are_protected():
     assert residency.admit(0, ())
     assert residency.admit(1, ())
     assert residency.admit(2, [0, 1]) is None
-    assert residency.resident_keys() == [0, 1]
-    assert residency.admit(2, [0]).evicted == 1
+    assert residency.slot_of == {0: 0, 1: 1}
+    assert residency.admit(2, [0]) == (1, 1)
 
 
 def test_complete_means_nothing_can_miss():
@@ -86,6 +87,6 @@ def test_complete_means_nothing_can_miss():
 def test_check_finds_a_broken_state():
     residency = Residency(3, range(2), LRU())
     residency.admit(0, ())
-    residency._slot_of[1] = residency.slots_of([0])[0]
+    residency.slot_of[1] = residency.slot_of[0]
     with pytest.raises(AssertionError):
         residency.check()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import log2
 
-from offmoe.policy.eviction.base import NEVER, Pool, ScoredPolicy
+from offmoe.policy.eviction.base import Pool, ScoredPolicy
 from offmoe.types import Demand
 
 HALF_LIFE = 16.0
@@ -42,7 +42,7 @@ class AgedLFU(ScoredPolicy):
         scores = self.scores
         if tail <= 1:
             for key in keys:
-                old = scores.get(key, NEVER)  # below `now` unless the key has been used far above average
+                old = scores[key]  # below `now` unless the key has been used far above average
                 scores[key] = (
                     now + log2(1.0 + 2.0 ** (old - now)) if old <= now else old + log2(1.0 + 2.0 ** (now - old))
                 )
@@ -50,6 +50,6 @@ class AgedLFU(ScoredPolicy):
         mean_age = (1.0 - self._decay**tail) / (tail * (1.0 - self._decay))
         for key, demand in zip(keys, demands, strict=True):
             use = now + log2(mean_age * (demand.tail_tokens + (demand.tokens - demand.tail_tokens) * EARLIER_TOKENS))
-            old = scores.get(key, NEVER)
+            old = scores[key]
             high, low = (use, old) if use >= old else (old, use)
             scores[key] = high + log2(1.0 + 2.0 ** (low - high))

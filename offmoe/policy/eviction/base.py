@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import math
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
@@ -94,18 +95,17 @@ class ScoredPolicy(EvictionPolicy):
     """
 
     def __init__(self, scores: Mapping[int, float] | None = None):
-        """scores: by key, of keys that are worth something before their first access."""
-        self.scores: dict[int, float] = dict(scores or {})
+        """scores: by key, of keys that are worth something before their first access; others score NEVER."""
+        self.scores: defaultdict[int, float] = defaultdict(lambda: NEVER, scores or {})
         self._residents: set[int] = set()
         self._heap: list[tuple[float, int]] = []
 
     def score(self, key: int) -> float:
-        return self.scores.get(key, NEVER)
+        return self.scores[key]
 
     def on_insert(self, key: int) -> None:
         assert key not in self._residents
         self._residents.add(key)
-        self.scores.setdefault(key, NEVER)
         self.push(key)
 
     def on_evict(self, key: int) -> None:
