@@ -25,7 +25,7 @@ from offmoe.hf.adapters.base import RegistryExperts
 from offmoe.hf.adapters.find import adapter_of, find_experts
 from offmoe.hf.catalog.catalog import CatalogLayer, ExpertCatalog
 from offmoe.hf.load.config import build_meta, model_class, read_config
-from offmoe.hf.predict.meta import unpredictable_reasons
+from offmoe.hf.predict.route_recorder import unpredictable_reasons
 from offmoe.hf.predict.router_probe import NOT_CALLED, tensors_in
 from offmoe.simulate.replay import replay
 from offmoe.storage.store import ExpertStore

@@ -77,21 +77,6 @@ class MemoryPlan:
         """Bytes of all parts together."""
         return self.dense + self.in_flight + self.slots + self.scratch + self.kv + self.staging + self.workspace
 
-    @property
-    def parked(self) -> int:
-        """`offloaded`, under the name that it had first."""
-        return self.offloaded
-
-    @property
-    def parked_layers(self) -> int:
-        """`offloaded_layers`, under the name that it had first."""
-        return self.offloaded_layers
-
-    @property
-    def parked_in(self) -> str | None:
-        """`offloaded_in`, under the name that it had first."""
-        return self.offloaded_in
-
     def to_dict(self) -> dict[str, Any]:
         """The plan for JSON, whose keys say "parked" for offloaded."""
         values = {name.replace("offloaded", "parked"): value for name, value in asdict(self).items()}

@@ -30,7 +30,7 @@ from offmoe.hf.hub.locate import Source, locate
 from offmoe.hf.load.config import build_meta, lone_config, model_class, read_config
 from offmoe.hf.load.load import require_index
 from offmoe.hf.load.options import compute_dtype, parse_dtype
-from offmoe.hf.predict.meta import unpredictable_reasons
+from offmoe.hf.predict.route_recorder import unpredictable_reasons
 from offmoe.pack.on_load import planned, to_quantize, with_experts
 from offmoe.quant.packed_weight import WeightFormat
 from offmoe.storage.checkpoint import Checkpoint

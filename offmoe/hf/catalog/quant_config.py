@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import logging
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from offmoe.errors import CheckpointError, UnsupportedModelError
 from offmoe.quant.bitsandbytes import read_state
@@ -28,26 +27,22 @@ logger = logging.getLogger(__name__)
 REMEDY = "use another quantization of the model (FP8, MXFP4, compressed-tensors, GPTQ, AWQ or bitsandbytes), or bf16"
 
 
-class Method(ABC):
+Read = Callable[[str], bytes]
+"""Returns the bytes of a small component of a weight."""
+Endings = Mapping[str, tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Method:
     """One quantization method, as one checkpoint configures it."""
 
-    main = True
-    """Whether the tensor of the dense name itself is a component, called "weight"."""
-    endings: ClassVar[Mapping[str, tuple[str, str]]]
+    endings: Endings
     """Ending of a tensor's name -> (ending of the dense name, component). The component "" is not needed."""
-
-    @abstractmethod
-    def codec(self, name: str, specs: Mapping[str, Spec], read: Callable[[str], bytes]) -> Codec:
-        """The codec of one weight.
-
-        Args:
-            name: the weight's dense name.
-            specs: shape and dtype of its components.
-            read: returns the bytes of a small component.
-
-        Raises:
-            ValueError: the weight cannot be decoded; the message says why.
-        """
+    codec: Callable[[str, Mapping[str, Spec], Read], Codec]
+    """Takes a weight's dense name, the shape and dtype of its components, and a function that reads one. Returns the
+    weight's codec. Raises ValueError if the weight cannot be decoded; the message says why."""
+    main: bool = True
+    """Whether the tensor of the dense name itself is a component, called "weight"."""
 
     def split(self, name: str) -> tuple[str, str] | None:
         """Split a tensor's name into (dense name, component); None if the tensor is none of this method's."""
@@ -60,151 +55,38 @@ class Method(ABC):
 ACTIVATIONS = (".input_scale", ".activation_scale", ".input_zero_point", ".input_global_scale")
 """Endings of the names of activation scales. offmoe does not quantize activations: stock does not either where it
 dequantizes weights, and activations in full precision are closer to the unquantized model."""
+NOT_NEEDED: Endings = dict.fromkeys(ACTIVATIONS, (".weight", ""))
 
-
-def _without(endings: tuple[str, ...]) -> dict[str, tuple[str, str]]:
-    return dict.fromkeys(endings, (".weight", ""))
-
-
-@dataclass(frozen=True)
-class Fp8(Method):
-    """FP8 of transformers, DeepSeek and vLLM: `x.weight` with `x.weight_scale_inv` or `x.weight_scale`."""
-
-    block: tuple[int, int] | None
-
-    endings: ClassVar = {
-        ".weight_scale_inv": (".weight", "scale"),
-        ".weight_scale": (".weight", "scale"),
-        "_proj_scale_inv": ("_proj", "scale"),  # fused experts, as transformers saves them
-        "_proj_activation_scale": ("_proj", ""),
-        **_without(ACTIVATIONS),
-    }
-
-    def codec(self, name: str, specs: Mapping[str, Spec], read: Callable[[str], bytes]) -> Codec:
-        return ScaledFloat(self.block)
-
-
-class Mxfp4Method(Method):
-    """gpt-oss: `x_blocks` and `x_scales`."""
-
-    main = False
-    endings: ClassVar = {"_blocks": ("", "blocks"), "_scales": ("", "scales")}
-
-    def codec(self, name: str, specs: Mapping[str, Spec], read: Callable[[str], bytes]) -> Codec:
-        return Mxfp4()
-
-
-@dataclass(frozen=True)
-class GptqMethod(Method):
-    """GPTQ: `x.qweight`, `x.qzeros`, `x.scales`, `x.g_idx`. If there is a g_idx, the bits follow from its length."""
-
-    bits: int
-    group: int | None
-    """Columns per group; None means that all columns are one group."""
-    minus_one: bool
-    """Whether the stored zero points are one less than the real ones."""
-    uniform: bool
-    """Whether bits and group apply to all modules."""
-    needs_index: bool
-    """Whether g_idx is required, because columns are reordered."""
-
-    main = False
-    endings: ClassVar = {f".{c}": (".weight", c) for c in ("qweight", "qzeros", "scales", "g_idx")}
-
-    def codec(self, name: str, specs: Mapping[str, Spec], read: Callable[[str], bytes]) -> Codec:
-        bits, index = self.bits, specs.get("g_idx")
-        if index is None and (self.needs_index or not self.uniform):
-            raise ValueError("it has no g_idx, which says the order of its columns; complete the download")
-        if index is not None and "qweight" in specs and index.shape and index.shape[0]:
-            bits = specs["qweight"].shape[0] * 32 // index.shape[0]
-        if bits not in (4, 8):
-            raise UnsupportedModelError(f"tensor {name!r} is GPTQ in {bits} bits, which offmoe cannot decode; {REMEDY}")
-        reordered = index is not None and (self.needs_index or not self.uniform)
-        return Gptq(bits, self.group, index is not None, self.minus_one, reordered)
-
-
-@dataclass(frozen=True)
-class AwqMethod(Method):
-    """AWQ in the layout "gemm": `x.qweight`, `x.qzeros`, `x.scales`."""
-
-    group: int | None
-
-    main = False
-    endings: ClassVar = {f".{c}": (".weight", c) for c in ("qweight", "qzeros", "scales")}
-
-    def codec(self, name: str, specs: Mapping[str, Spec], read: Callable[[str], bytes]) -> Codec:
-        return Awq(self.group)
-
-
-class BitsAndBytes(Method):
-    """bitsandbytes in 4 bits: `x.weight` with `x.weight.absmax`, `.quant_map`, `.quant_state.*`.
-
-    A doubly quantized weight also has `.nested_absmax` and `.nested_quant_map`.
-    """
-
-    endings: ClassVar = {
-        **{f".weight.{c}": (".weight", c) for c in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")},
-        ".weight.quant_state.bitsandbytes__nf4": (".weight", STATE),
-        ".weight.quant_state.bitsandbytes__fp4": (".weight", STATE),
-    }
-
-    def codec(self, name: str, specs: Mapping[str, Spec], read: Callable[[str], bytes]) -> Codec:
-        if STATE not in specs:
-            raise ValueError("it has no quant_state; complete the download")
-        return read_state(read(STATE))[0]
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """One group of a compressed-tensors config."""
-
-    targets: tuple[str, ...]
-    """Class names, module names or "re:" patterns of the modules in the group."""
-    packed: bool
-    bits: int
-    group: int | None
-    symmetric: bool
-    ordered: bool
-    block: tuple[int, int] | None
-
-
-@dataclass(frozen=True)
-class CompressedTensors(Method):
-    """compressed-tensors: `x.weight_packed` or an FP8 `x.weight`, with `x.weight_scale`, `_zero_point`, `_g_idx`."""
-
-    schemes: tuple[Scheme, ...]
-
-    endings: ClassVar = {
-        ".weight_packed": (".weight", "packed"),
-        ".weight_scale": (".weight", "scale"),
-        ".weight_zero_point": (".weight", "zero"),
-        ".weight_g_idx": (".weight", "g_idx"),
-        ".weight_shape": (".weight", ""),  # follows from the others
-        **_without(ACTIVATIONS),
-    }
-
-    def codec(self, name: str, specs: Mapping[str, Spec], read: Callable[[str], bytes]) -> Codec:
-        scheme = self._scheme(name.removesuffix(".weight"))
-        if not scheme.packed:
-            return ScaledFloat(scheme.block)
-        if scheme.ordered and "g_idx" not in specs:
-            raise ValueError("it has no weight_g_idx, which says the order of its columns; complete the download")
-        return PackedInt(scheme.bits, scheme.group, scheme.symmetric, "g_idx" in specs)
-
-    def _scheme(self, module: str) -> Scheme:
-        def named(target: str) -> bool:
-            if target.startswith("re:"):
-                return re.match(target.removeprefix("re:"), module) is not None
-            return module == target or module.endswith(f".{target}")
-
-        by_name = [scheme for scheme in self.schemes if any(map(named, scheme.targets))]
-        by_class = [s for s in self.schemes if any("." not in t and not t.startswith("re:") for t in s.targets)]
-        for candidates in (by_name, by_class, self.schemes):
-            if len(set(candidates)) == 1:
-                return candidates[0]
-            if candidates:
-                raise ValueError(f"{len(candidates)} of the config's groups claim it")
-        raise ValueError("none of the config's groups claims it")
+FP8: Endings = {
+    ".weight_scale_inv": (".weight", "scale"),
+    ".weight_scale": (".weight", "scale"),
+    "_proj_scale_inv": ("_proj", "scale"),  # fused experts, as transformers saves them
+    "_proj_activation_scale": ("_proj", ""),
+    **NOT_NEEDED,
+}
+"""FP8 of transformers, DeepSeek and vLLM: `x.weight` with `x.weight_scale_inv` or `x.weight_scale`."""
+MXFP4: Endings = {"_blocks": ("", "blocks"), "_scales": ("", "scales")}
+"""gpt-oss: `x_blocks` and `x_scales`."""
+AWQ: Endings = {f".{c}": (".weight", c) for c in ("qweight", "qzeros", "scales")}
+"""AWQ in the layout "gemm": `x.qweight`, `x.qzeros`, `x.scales`."""
+GPTQ: Endings = {**AWQ, ".g_idx": (".weight", "g_idx")}
+"""GPTQ: `x.qweight`, `x.qzeros`, `x.scales`, `x.g_idx`."""
+BITSANDBYTES: Endings = {
+    **{f".weight.{c}": (".weight", c) for c in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")},
+    ".weight.quant_state.bitsandbytes__nf4": (".weight", STATE),
+    ".weight.quant_state.bitsandbytes__fp4": (".weight", STATE),
+}
+"""bitsandbytes in 4 bits: `x.weight` with `x.weight.absmax`, `.quant_map`, `.quant_state.*`. A doubly quantized weight
+also has `.nested_absmax` and `.nested_quant_map`."""
+COMPRESSED_TENSORS: Endings = {
+    ".weight_packed": (".weight", "packed"),
+    ".weight_scale": (".weight", "scale"),
+    ".weight_zero_point": (".weight", "zero"),
+    ".weight_g_idx": (".weight", "g_idx"),
+    ".weight_shape": (".weight", ""),  # follows from the others
+    **NOT_NEEDED,
+}
+"""compressed-tensors: `x.weight_packed` or an FP8 `x.weight`, with `x.weight_scale`, `_zero_point`, `_g_idx`."""
 
 
 def read_method(source: object, config: object) -> Method | None:
@@ -278,13 +160,21 @@ def _gptq(values: Mapping[str, Any]) -> Method:
     layout = str(values.get("checkpoint_format") or "gptq")
     if layout not in ("gptq", "gptq_v2") or values.get("is_marlin_format"):
         raise UnsupportedModelError(f"GPTQ in the layout {layout!r}, which is repacked for one kernel")
-    return GptqMethod(
-        bits=int(values["bits"]),
-        group=_group(values.get("group_size")),
-        minus_one=layout == "gptq",
-        uniform=not values.get("dynamic"),
-        needs_index=bool(values.get("desc_act")),
-    )
+    usual_bits, group = int(values["bits"]), _group(values.get("group_size"))
+    needs_index = bool(values.get("desc_act") or values.get("dynamic"))  # columns reordered, or bits differ by module
+
+    def codec(name: str, specs: Mapping[str, Spec], read: Read) -> Codec:
+        bits, index = usual_bits, specs.get("g_idx")
+        if index is None and needs_index:
+            raise ValueError("it has no g_idx, which says the order of its columns; complete the download")
+        if index is not None and "qweight" in specs and index.shape and index.shape[0]:
+            bits = specs["qweight"].shape[0] * 32 // index.shape[0]
+        if bits not in (4, 8):
+            raise UnsupportedModelError(f"tensor {name!r} is GPTQ in {bits} bits, which offmoe cannot decode; {REMEDY}")
+        minus_one = layout == "gptq"  # then the stored zero points are one less than the real ones
+        return Gptq(bits, group, index is not None, minus_one, reordered=needs_index)
+
+    return Method(GPTQ, codec, main=False)
 
 
 def _awq(values: Mapping[str, Any]) -> Method:
@@ -294,13 +184,20 @@ def _awq(values: Mapping[str, Any]) -> Method:
     if bits != 4 or layout != "gemm" or not values.get("zero_point", True):
         points = "" if values.get("zero_point", True) else ", without zero points"
         raise UnsupportedModelError(f"AWQ in {bits} bits and the layout {layout!r}{points}")
-    return AwqMethod(_group(values.get("group_size", values.get("q_group_size", 128))))
+    awq = Awq(_group(values.get("group_size", values.get("q_group_size", 128))))
+    return Method(AWQ, lambda *_: awq, main=False)
 
 
 def _bitsandbytes(values: Mapping[str, Any]) -> Method:
     if values.get("load_in_8bit") or values.get("_load_in_8bit"):
         raise UnsupportedModelError("bitsandbytes in 8 bits, whose outliers are split off when it multiplies")
-    return BitsAndBytes()
+
+    def codec(name: str, specs: Mapping[str, Spec], read: Read) -> Codec:
+        if STATE not in specs:
+            raise ValueError("it has no quant_state; complete the download")
+        return read_state(read(STATE))[0]
+
+    return Method(BITSANDBYTES, codec)
 
 
 def _compressed_tensors(values: Mapping[str, Any]) -> Method:
@@ -309,7 +206,46 @@ def _compressed_tensors(values: Mapping[str, Any]) -> Method:
         raise UnsupportedModelError(f"compressed-tensors with sparsity in the format {sparsity!r}")
     if (values.get("transform_config") or {}).get("config_groups"):
         raise UnsupportedModelError("compressed-tensors with rotations of activations (transform_config)")
-    return CompressedTensors(tuple(_scheme(group, values) for group in values["config_groups"].values()))
+    schemes = [_scheme(group, values) for group in values["config_groups"].values()]
+
+    def codec(name: str, specs: Mapping[str, Spec], read: Read) -> Codec:
+        scheme = _scheme_of(schemes, name.removesuffix(".weight"))
+        if scheme.ordered and "g_idx" not in specs:
+            raise ValueError("it has no weight_g_idx, which says the order of its columns; complete the download")
+        if "g_idx" in specs and isinstance(scheme.codec, PackedInt):
+            return replace(scheme.codec, ordered=True)
+        return scheme.codec
+
+    return Method(COMPRESSED_TENSORS, codec)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One group of a compressed-tensors config."""
+
+    targets: tuple[str, ...]
+    """Class names, module names or "re:" patterns of the modules in the group."""
+    codec: ScaledFloat | PackedInt
+    ordered: bool
+    """Whether the columns are reordered."""
+
+
+def _scheme_of(schemes: Sequence[Scheme], module: str) -> Scheme:
+    """The scheme that claims a module."""
+
+    def named(target: str) -> bool:
+        if target.startswith("re:"):
+            return re.match(target.removeprefix("re:"), module) is not None
+        return module == target or module.endswith(f".{target}")
+
+    by_name = [scheme for scheme in schemes if any(map(named, scheme.targets))]
+    by_class = [s for s in schemes if any("." not in t and not t.startswith("re:") for t in s.targets)]
+    for candidates in (by_name, by_class, schemes):
+        if len(set(candidates)) == 1:
+            return candidates[0]
+        if candidates:
+            raise ValueError(f"{len(candidates)} of the config's groups claim it")
+    raise ValueError("none of the config's groups claims it")
 
 
 def _scheme(group: Mapping[str, Any], values: Mapping[str, Any]) -> Scheme:
@@ -324,20 +260,23 @@ def _scheme(group: Mapping[str, Any], values: Mapping[str, Any]) -> Scheme:
         raise UnsupportedModelError(
             f"compressed-tensors in the format {layout!r} with {bits}-bit {kind} weights by {strategy}"
         )
-    return Scheme(
-        targets=tuple(map(str, group["targets"])),
-        packed=packed,
-        bits=bits,
-        group=group_size if strategy == "group" else None,
-        symmetric=bool(weights.get("symmetric", True)),
-        ordered=weights.get("actorder") in ("group", "dynamic", True),
-        block=_pair(weights.get("block_structure")) if strategy == "block" else None,
-    )
+    targets = tuple(map(str, group["targets"]))
+    if scaled:
+        block = _pair(weights.get("block_structure")) if strategy == "block" else None
+        return Scheme(targets, ScaledFloat(block), ordered=False)
+    symmetric = bool(weights.get("symmetric", True))
+    codec = PackedInt(bits, group_size if strategy == "group" else None, symmetric)
+    return Scheme(targets, codec, ordered=weights.get("actorder") in ("group", "dynamic", True))
+
+
+def _fp8(values: Mapping[str, Any]) -> Method:
+    codec = ScaledFloat(_pair(values.get("weight_block_size")))
+    return Method(FP8, lambda *_: codec)
 
 
 READERS: Mapping[str, Callable[[Mapping[str, Any]], Method]] = {
-    "fp8": lambda values: Fp8(_pair(values.get("weight_block_size"))),
-    "mxfp4": lambda values: Mxfp4Method(),
+    "fp8": _fp8,
+    "mxfp4": lambda values: Method(MXFP4, lambda *_: Mxfp4(), main=False),
     "gptq": _gptq,
     "awq": _awq,
     "bitsandbytes": _bitsandbytes,

@@ -28,13 +28,14 @@ from accelerate.hooks import remove_hook_from_module
 from torch import nn
 from transformers import PreTrainedModel
 
+from offmoe.device.arena import HostBuffers
 from offmoe.device.backend import Backend
 from offmoe.errors import MissingTensorError, OffmoeError
 from offmoe.hf.adapters.find import expert_parameters, find_experts, require_adapter
-from offmoe.hf.load.dense_source import HostImages, LayerSource, ShardTensors
 from offmoe.storage.checkpoint import Checkpoint
-from offmoe.storage.layout import ExpertLayout, Segment
-from offmoe.types import DISK, HOST
+from offmoe.storage.layout import ExpertLayout, ExpertRecord, Segment, typed
+from offmoe.storage.store import ExpertStore
+from offmoe.types import DISK, HOST, ExpertKey
 
 PLACES = {HOST: "cpu", DISK: "disk"}
 """Place in a memory plan -> its name in transformers' device_map."""
@@ -143,7 +144,7 @@ class OffloadedLayers:
         """Place of every parameter and buffer. Full names, because transformers matches prefixes, and `layers.1` is a
         prefix of `layers.10`."""
         self._folder = tempfile.TemporaryDirectory(prefix="offmoe-dense-")
-        self._source: LayerSource | None = None
+        self._source: HostImages | ShardTensors | None = None
         self._user = threading.Lock()
         self._thread = 0
         self._present: int | None = None
@@ -235,3 +236,75 @@ def _weight(model: nn.Module, name: str, view: torch.Tensor) -> _Weight:
     owner, _, param = name.rpartition(".")
     absent = nn.Parameter(torch.empty_like(view, device="meta"), requires_grad=False)
     return _Weight(model.get_submodule(owner), param, absent, nn.Parameter(view, requires_grad=False))
+
+
+class HostImages:
+    """Layers, counted from 0, in host memory, each laid out as on the device: one copy per fetch, bound by the link.
+
+    The memory is pinned if the backend can pin. When a fetch returns, the bytes are safe to use on the device's current
+    stream.
+    """
+
+    def __init__(
+        self, layouts: Sequence[ExpertLayout], weights: Sequence[Mapping[str, torch.Tensor]], backend: Backend
+    ) -> None:
+        """Copy `weights` (per layer, by the names of its layout) to host memory.
+
+        Raises:
+            CapacityError: there is not enough host memory.
+        """
+        self._sizes = [layout.nbytes for layout in layouts]
+        self._images = HostBuffers(len(layouts), max(self._sizes), pinning=backend)
+        for i, (layout, tensors) in enumerate(zip(layouts, weights, strict=True)):
+            for name, view in layout.views(self._images.tensor(i)[: layout.nbytes]).items():
+                view.copy_(tensors[name])
+
+    def fetch(self, layer: int, memory: torch.Tensor, views: Mapping[str, torch.Tensor]) -> None:
+        """Copy a layer to device memory, uint8 [bytes of its layout]. views: its weights in that memory, by name."""
+        # the image never changes, so only the device has to wait for the copy
+        memory.copy_(self._images.tensor(layer)[: self._sizes[layer]], non_blocking=self._images.pinned(layer))
+
+    def close(self) -> None:
+        self._images.close()
+
+
+class ShardTensors:
+    """Layers, counted from 0, in safetensors shards, read tensor by tensor through one staging buffer.
+
+    A fetch is one read and one copy per tensor, bound by the disk; no file is mapped. The copy casts a tensor that is
+    stored in another dtype.
+    """
+
+    def __init__(self, shards: Sequence[Path], segments: Sequence[Mapping[str, Segment]], backend: Backend) -> None:
+        """Open the shards that hold a layer.
+
+        Args:
+            shards: paths; those that no segment needs are not opened.
+            segments: per layer, where each weight is. `Segment.shard` is an index into `shards`.
+            backend: pins the staging buffer if it can.
+        """
+        used = sorted({segment.shard for layer in segments for segment in layer.values()})
+        number = {shard: i for i, shard in enumerate(used)}
+        self._segments = {
+            ExpertKey(i, j): (name, replace(segment, shard=number[segment.shard]))
+            for i, layer in enumerate(segments)
+            for j, (name, segment) in enumerate(layer.items())
+        }
+        self._count = [len(layer) for layer in segments]
+        records = {key: ExpertRecord((segment,)) for key, (_, segment) in self._segments.items()}
+        self._store = ExpertStore([shards[shard] for shard in used], records)
+        self._staging = HostBuffers(1, self._store.buffer_bytes, pinning=backend)
+        self._memory, self._tensor = self._staging.memory(0), self._staging.tensor(0)
+
+    def fetch(self, layer: int, memory: torch.Tensor, views: Mapping[str, torch.Tensor]) -> None:
+        """Copy a layer to the device, as `HostImages.fetch`."""
+        for j in range(self._count[layer]):
+            key = ExpertKey(layer, j)
+            name, segment = self._segments[key]
+            self._store.read_into(key, self._memory)
+            # blocking, because the next tensor is read into the same buffer
+            views[name].copy_(typed(self._store.segments(key, self._tensor)[0], segment))
+
+    def close(self) -> None:
+        self._store.close()
+        self._staging.close()

@@ -10,6 +10,9 @@ again is not mistaken for the same tensor. It reads each layer backward:
 
 Before a route is trusted, router(norm(residual)) is run on the spot and must give the very ids that the experts got.
 The recorder keeps no activation after `finish()` and does not change what the model computes.
+
+`unpredictable_reasons` watches a pass on the meta device instead, before any weight is loaded. The pass computes shapes
+only and takes tenths of a second; the experts do nothing in it. It shows how each router is fed, and proves no route.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from offmoe.hf.adapters.base import Routing, ids_as_they_are
 from offmoe.hf.adapters.find import adapter_of
@@ -37,6 +41,9 @@ from offmoe.hf.predict.router_probe import (
     RouterProbe,
     tensors_in,
 )
+
+NUM_TOKENS = 4
+"""Length of the prompt without values. More than one, so that a batch of tokens cannot be taken for a single token."""
 
 
 class Memory(NamedTuple):
@@ -264,3 +271,41 @@ def _route(norm: _Call | None, router: _Call, read: Callable[[Sequence[Tensor]],
     if len(extra) < len(router.extra) or len(by_name) < len(router.extra_by_name):
         return None
     return Route(None if norm is None else norm.module, router.module, read, router.dims == 2, tuple(extra), by_name)
+
+
+def unpredictable_reasons(meta_model: PreTrainedModel, experts: Sequence[nn.Module]) -> tuple[str | None, ...] | None:
+    """Say for each MoE layer why its experts cannot be predicted.
+
+    Args:
+        meta_model: the model on the meta device, experts included.
+        experts: its experts modules by MoE layer.
+
+    Returns:
+        Per MoE layer a reason, or None if the layer can be predicted. None instead of the tuple if only a run of the
+        model with weights can tell: an architecture whose forward looks at values cannot run on the meta device.
+    """
+    routings = map(_routing_of, experts)
+    if any(routing is not None and routing.router is not None for routing in routings):
+        return None  # a router is inside an experts module, which does nothing here
+    ids = torch.zeros((1, NUM_TOKENS), dtype=torch.int64, device="meta")  # [batch, length]
+    inputs = {"input_ids": ids}
+    if meta_model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    recorder = RouteRecorder(meta_model, experts, prove=False)
+    recorder.start()
+    for module in experts:
+        object.__setattr__(module, "forward", _nothing)  # on this instance, which holds no weights
+    try:
+        with torch.no_grad():
+            meta_model(**inputs)
+    except Exception:  # an architecture may do anything with values that are absent
+        return None
+    finally:
+        for module in experts:
+            object.__delattr__(module, "forward")
+        reasons = recorder.finish().reasons
+    return reasons
+
+
+def _nothing(hidden_states: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+    return torch.empty_like(hidden_states)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from offmoe.device.backend import CpuBackend
 from offmoe.errors import ShardChangedError, TransferError
-from offmoe.hf.load.dense_source import HostImages, ShardTensors
+from offmoe.hf.load.dense_layers import HostImages, ShardTensors
 from offmoe.storage.checkpoint import Checkpoint
 from offmoe.storage.layout import ExpertLayout
 

@@ -6,7 +6,7 @@ import pytest
 
 from offmoe.hf.adapters.find import find_experts
 from offmoe.hf.load.config import build_meta, model_class
-from offmoe.hf.predict.meta import unpredictable_reasons
+from offmoe.hf.predict.route_recorder import unpredictable_reasons
 from offmoe.hf.predict.router_probe import NOT_CALLED, PER_CALL
 from tests import families
 
