@@ -53,7 +53,8 @@ class CacheOptions:
         check_eviction(self.eviction)
         _one_of("scope", self.scope, SCOPES)
         _one_of("on_miss", self.on_miss, ON_MISS)
-        _check_prefetch(self.prefetch)
+        if self.prefetch != "auto" and (type(self.prefetch) is not int or self.prefetch < 0):
+            raise ConfigError(f"prefetch={self.prefetch!r} must be 'auto' or a number of experts per layer (0 = off).")
         _check_slots(self.slots_per_layer)
         _check_slots(self.host_slots, "host_slots", least=0)
         if isinstance(self.half_life, bool) or not isinstance(self.half_life, (int, float)) or not self.half_life > 0:
@@ -77,19 +78,18 @@ class CacheOptions:
 
     def quotas(self, shape: CacheShape) -> tuple[int, ...]:
         """Slots of each MoE layer, at most as many as it has experts; ConfigError if a layer has fewer than top_k."""
-        wanted = _per_layer("slots_per_layer", self.slots_per_layer, shape)
-        for layer, (n, k) in enumerate(zip(wanted, shape.top_k, strict=True)):
+        quotas = _per_layer("slots_per_layer", self.slots_per_layer, shape)
+        for layer, (n, k) in enumerate(zip(quotas, shape.top_k, strict=True)):
             if n < k:
                 raise ConfigError(
                     f"slots_per_layer={n} is below top_k={k} of MoE layer {layer}: one token needs {k} experts. "
                     f"Use at least {k}; {k + 1} or more are needed for a cache that can choose."
                 )
-        return tuple(min(n, e) for n, e in zip(wanted, shape.experts, strict=True))
+        return quotas
 
     def host_quotas(self, shape: CacheShape) -> tuple[int, ...]:
         """Slots in RAM of each MoE layer, at most as many as it has experts."""
-        wanted = _per_layer("host_slots", self.host_slots, shape)
-        return tuple(min(n, e) for n, e in zip(wanted, shape.experts, strict=True))
+        return _per_layer("host_slots", self.host_slots, shape)
 
     def check(self, shape: CacheShape) -> None:
         """ConfigError if these options do not fit a model of this shape."""
@@ -100,14 +100,8 @@ class CacheOptions:
 
     def to_dict(self) -> dict[str, Any]:
         """Values for JSON, without the options that only some policies or machines set."""
-        values = asdict(self)
-        if self.popularity is None:
-            del values["popularity"]
-        if self.host_slots == 0:
-            del values["host_slots"]
-        if self.miss_costs is None:
-            del values["miss_costs"]
-        return values
+        unset = {"popularity": None, "host_slots": 0, "miss_costs": None}
+        return {name: value for name, value in asdict(self).items() if name not in unset or value != unset[name]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CacheOptions:
@@ -117,22 +111,17 @@ class CacheOptions:
             raise ConfigError(
                 f"unknown cache option {sorted(unknown)[0]!r}; known: {', '.join(cls.__dataclass_fields__)}."
             )
-        slots, popularity = values.get("slots_per_layer"), values.get("popularity")
-        if isinstance(slots, list):
-            values = {**values, "slots_per_layer": tuple(slots)}
-        if isinstance(values.get("host_slots"), list):
-            values = {**values, "host_slots": tuple(values["host_slots"])}
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         if isinstance(values.get("miss_costs"), dict):
             try:
-                values = {**values, "miss_costs": MissCosts(**values["miss_costs"])}
+                values["miss_costs"] = MissCosts(**values["miss_costs"])
             except TypeError as error:
                 raise ConfigError(f"miss_costs: {error}.") from None
-        if popularity is not None:
+        if values.get("popularity") is not None:
             try:
-                popularity = tuple(tuple(map(float, layer)) for layer in popularity)
+                values["popularity"] = tuple(tuple(map(float, layer)) for layer in values["popularity"])
             except (TypeError, ValueError):
                 raise ConfigError("popularity must be one list of numbers per MoE layer.") from None
-            values = {**values, "popularity": popularity}
         return cls(**values)
 
 
@@ -259,20 +248,11 @@ class OffloadConfig:
         return self._cache(self.slots_per_layer)
 
     def _cache(self, slots: int | tuple[int, ...]) -> CacheOptions:
-        values: dict[str, Any] = {
-            "eviction": self.eviction,
-            "scope": self.scope,
-            "slots_per_layer": slots,
-            "prefetch": self.prefetch,
-            "host_slots": 0 if self.host_slots is None else self.host_slots,
-            "on_miss": self.on_miss,
-            "miss_costs": self.miss_costs,
-        }
-        if self.half_life is not None:
-            values["half_life"] = self.half_life
-        if self.eviction == "static":
-            values["popularity"] = self.popularity
-        return CacheOptions.from_dict(values)
+        values = {name: getattr(self, name) for name in CacheOptions.__dataclass_fields__}
+        values["slots_per_layer"] = slots
+        if self.eviction != "static":
+            values["popularity"] = None
+        return CacheOptions.from_dict({name: value for name, value in values.items() if value is not None})
 
     def _fill_in(self) -> None:
         """Record which options were given; take the others from the profile, else from the defaults."""
@@ -311,15 +291,11 @@ def _one_of(option: str, value: object, allowed: Sequence[str]) -> None:
 
 
 def _per_layer(option: str, slots: int | tuple[int, ...], shape: CacheShape) -> tuple[int, ...]:
+    """Slots of each MoE layer, at most as many as it has experts."""
     wanted = (slots,) * shape.layers if isinstance(slots, int) else tuple(slots)
     if len(wanted) != shape.layers:
         raise ConfigError(f"{option} has {len(wanted)} values, but the model has {shape.layers} MoE layers.")
-    return wanted
-
-
-def _check_prefetch(value: int | str) -> None:
-    if value != "auto" and (isinstance(value, (bool, str)) or not isinstance(value, int) or value < 0):
-        raise ConfigError(f"prefetch={value!r} must be 'auto' or a number of experts per layer (0 = off).")
+    return tuple(map(min, wanted, shape.experts))
 
 
 def _check_slots(slots: object, option: str = "slots_per_layer", least: int = 1) -> None:

@@ -10,18 +10,12 @@ from offmoe.errors import ConfigError
 
 LARGEST = 2**63 - 1
 """Most bytes or tokens that an option takes. A larger number is a typing error, and sums of it would overflow."""
-_UNITS = {
-    "": 1,
-    "B": 1,
-    "K": 10**3,
-    "M": 10**6,
-    "G": 10**9,
-    "T": 10**12,
-    "KI": 2**10,
-    "MI": 2**20,
-    "GI": 2**30,
-    "TI": 2**40,
+_UNITS = {"": 1} | {
+    prefix + binary: base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for binary, base in (("", 1000), ("I", 1024))
 }
+"""Bytes of each unit, without its B, in capital letters."""
 
 
 def parse_size(value: int | str, option: str) -> int:

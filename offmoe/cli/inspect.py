@@ -22,6 +22,7 @@ from offmoe.text import format_size, percent, plain, span
 
 if TYPE_CHECKING:
     from offmoe.budget.inspect import Survey
+    from offmoe.hf.catalog.catalog import ExpertCatalog
     from offmoe.simulate.expect import Expectation
 
 Unpredictable = tuple[str | None, ...] | None
@@ -57,21 +58,24 @@ def run(args: argparse.Namespace, out: Output) -> None:
 
 def _run(args: argparse.Namespace, out: Output) -> None:
     config, survey = survey_model(args)
-    speed, unpredictable = _speed(survey), survey.unpredictable()
-    ways = {} if speed is None else _by_way(survey)
-    facts = _facts(survey, unpredictable)
+    unpredictable = survey.unpredictable()
+    needs = _needs(args.model, survey, unpredictable)
     if survey.refusal is not None:
-        out.result(_needs(args.model, survey, unpredictable))
-        out.json({**facts, "plan": None})
+        out.result(needs)
+        out.json({**_facts(survey, unpredictable, None, {}), "plan": None})
         raise survey.refusal
-    tables = _needs(args.model, survey, unpredictable), _fit(config, survey)
-    out.result(*tables, *_advice(config, survey), _in_words(speed), *_ways_in_words(ways))
-    out.json({**facts, **_in_figures(speed), "on_miss": _ways_in_figures(ways), "plan": survey.plan.to_dict()})
+    speed = _speed(survey)
+    ways = {} if speed is None else _by_way(survey)
+    out.result(needs, _fit(config, survey), _advice(config, survey), _in_words(speed), *_ways_in_words(ways))
+    out.json({**_facts(survey, unpredictable, speed, ways), "plan": survey.plan.to_dict()})
 
 
-def _facts(survey: Survey, unpredictable: Unpredictable) -> dict[str, object]:
+def _facts(
+    survey: Survey, unpredictable: Unpredictable, speed: Expectation | None, ways: Mapping[str, Expectation]
+) -> dict[str, object]:
     shape = survey.shape
-    return {
+    kernel_layers, without_kernels = _kernels(survey) or (None, [])
+    facts = {
         "family": survey.hf_config.model_type,
         "architecture": survey.model_class.__name__,
         "layers": _layers(survey),
@@ -91,40 +95,49 @@ def _facts(survey: Survey, unpredictable: Unpredictable) -> dict[str, object]:
         "dtype": str(survey.dtype).removeprefix("torch."),
         "predictable": None if unpredictable is None else [reason is None for reason in unpredictable],
         "exactness": survey.config.exactness,
-        **_kernels_in_figures(survey),
-        "source": "config" if _from_config(survey) else "headers",
-        **_in_figures(None),
-        "on_miss": {},
+        "kernel_layers": kernel_layers,
+        "without_kernels": without_kernels,
+        "source": "config" if _catalog(survey) is None else "headers",
+        "tokens_per_s": None if speed is None else speed.likely,
+        "on_miss": {how: {"tokens_per_s": e.uniform, "roofline": e.roofline} for how, e in ways.items()},
     }
+    if speed is not None:
+        facts |= {"tokens_per_s_bound": speed.bound, "tokens_per_s_uniform": speed.uniform}
+    return facts
 
 
-def _kernels_in_figures(survey: Survey) -> dict[str, object]:
-    """In how many MoE layers the CPU's kernels compute, and why not in the others; not asked, or not known without
-    headers.
-    """
-    from offmoe.budget.inspect import Inspected
+def _catalog(survey: Survey) -> ExpertCatalog | None:
+    """The experts as the headers describe them; None if there is only a configuration."""
+    return getattr(survey, "catalog", None)
 
-    if survey.config.exactness == "bitwise" or not isinstance(survey, Inspected):
-        return {"kernel_layers": None, "without_kernels": []}
-    layers = survey.catalog.layers
-    reasons = dict.fromkeys(layer.without_kernel for layer in layers if layer.without_kernel)
-    return {"kernel_layers": sum(layer.cpu_slot is not None for layer in layers), "without_kernels": list(reasons)}
+
+def _formats(survey: Survey) -> list[str]:
+    """The formats that quantized experts are stored in; a configuration alone does not tell."""
+    catalog = _catalog(survey)
+    return [] if catalog is None else list(catalog.formats)
+
+
+def _kernels(survey: Survey) -> tuple[int, list[str]] | None:
+    """In how many MoE layers the CPU's kernels compute, and why not in the others; None if not asked or not known."""
+    catalog = _catalog(survey)
+    if survey.config.exactness == "bitwise" or catalog is None:
+        return None
+    reasons = dict.fromkeys(layer.without_kernel for layer in catalog.layers if layer.without_kernel)
+    return sum(layer.cpu_slot is not None for layer in catalog.layers), list(reasons)
 
 
 def _computed(survey: Survey) -> str:
-    from offmoe.budget.inspect import Inspected
-
     if survey.config.exactness == "bitwise":
         return "as transformers does, bit for bit"
-    if not isinstance(survey, Inspected):
+    kernels = _kernels(survey)
+    if kernels is None:
         return "by kernels where there are any, sums in another order"
-    layers = survey.catalog.layers
-    number = sum(layer.cpu_slot is not None for layer in layers)
-    reasons = ", ".join(dict.fromkeys(layer.without_kernel for layer in layers if layer.without_kernel))
-    if number == len(layers):
+    (number, reasons), layers = kernels, survey.shape.layers
+    if number == layers:
         return f"by the CPU's kernels, {survey.config.activations} activations, sums in another order"
-    by_torch = f"by torch on decoded weights{f' ({reasons})' if reasons else ''}"
-    return by_torch if number == 0 else f"by the CPU's kernels in {number} of {len(layers)} layers; else {by_torch}"
+    because = f" ({', '.join(reasons)})" if reasons else ""
+    by_torch = f"by torch on decoded weights{because}"
+    return by_torch if number == 0 else f"by the CPU's kernels in {number} of {layers} layers; else {by_torch}"
 
 
 def _speed(survey: Survey) -> Expectation | None:
@@ -155,10 +168,6 @@ def _by_way(survey: Survey) -> dict[str, Expectation]:
     return ways if own_memory or cache.scope == "model" else {**ways, "auto": ways["fetch"]}
 
 
-def _ways_in_figures(ways: Mapping[str, Expectation]) -> dict[str, object]:
-    return {how: {"tokens_per_s": e.uniform, "roofline": e.roofline} for how, e in ways.items()}
-
-
 def _ways_in_words(ways: Mapping[str, Expectation]) -> list[str]:
     if not ways:
         return []
@@ -166,12 +175,6 @@ def _ways_in_words(ways: Mapping[str, Expectation]) -> list[str]:
     return [
         f"By what a miss gets (--on-miss), of what the busiest of disk, link and computing allows: {', '.join(each)}."
     ]
-
-
-def _in_figures(speed: Expectation | None) -> dict[str, object]:
-    if speed is None:
-        return {"tokens_per_s": None}
-    return {"tokens_per_s": speed.likely, "tokens_per_s_bound": speed.bound, "tokens_per_s_uniform": speed.uniform}
 
 
 def _in_words(speed: Expectation | None) -> str:
@@ -202,16 +205,9 @@ def _needs(name: str, survey: Survey, unpredictable: Unpredictable) -> Table:
     table.add_row("all experts", f"{format_size(survey.expert_bytes)} in {sum(shape.experts)}, {share} of the model")
     table.add_row("dense part", f"{format_size(dense)} in {dtype}, needed for every token")
     table.add_row("experts ahead", _predictable(unpredictable))
-    if _from_config(survey):
+    if _catalog(survey) is None:
         table.add_row("known from", f"{survey.folder.name} alone: no weights here, sizes follow from shapes and dtype")
     return table
-
-
-def _formats(survey: Survey) -> list[str]:
-    """The formats that quantized experts are stored in; a configuration alone does not tell."""
-    from offmoe.budget.inspect import Inspected
-
-    return list(survey.catalog.formats) if isinstance(survey, Inspected) else []
 
 
 def _predictable(unpredictable: Unpredictable) -> str:
@@ -222,12 +218,6 @@ def _predictable(unpredictable: Unpredictable) -> str:
     if not reasons:
         return "can be predicted in all layers"
     return f"can be predicted in {number} of {len(unpredictable)} layers; else {', '.join(reasons)}"
-
-
-def _from_config(survey: Survey) -> bool:
-    from offmoe.budget.inspect import Inspected
-
-    return not isinstance(survey, Inspected)
 
 
 def _billions(count: int) -> str:
@@ -268,7 +258,7 @@ def _fit(config: OffloadConfig, survey: Survey) -> Table:
     return table
 
 
-def _advice(config: OffloadConfig, survey: Survey) -> list[str]:
+def _advice(config: OffloadConfig, survey: Survey) -> str:
     """What to change for a better hit rate."""
     plan, shape = survey.plan, survey.shape
     knee = tuple(min(KNEE * k, e) for k, e in zip(shape.top_k, shape.experts, strict=True))
@@ -278,12 +268,10 @@ def _advice(config: OffloadConfig, survey: Survey) -> list[str]:
     else:
         to_it = f"--slots-per-layer {','.join(map(str, sorted(set(knee)) if len(set(knee)) == 1 else knee))}"
     if plan.slots_per_layer == shape.experts:
-        advice = f"Every expert has a slot: none is read twice. {to_it} would still be at {where}."
-    elif all(n >= m for n, m in zip(plan.slots_per_layer, knee, strict=True)):
-        advice = f"At or above {where}: more slots help gradually; {to_it} would just reach it."
-    else:
-        advice = f"Below {where}, where hit rates fall steeply; use {to_it} if the device can."
-    return [advice]
+        return f"Every expert has a slot: none is read twice. {to_it} would still be at {where}."
+    if all(n >= m for n, m in zip(plan.slots_per_layer, knee, strict=True)):
+        return f"At or above {where}: more slots help gradually; {to_it} would just reach it."
+    return f"Below {where}, where hit rates fall steeply; use {to_it} if the device can."
 
 
 def _budget_for(slots: tuple[int, ...], survey: Survey) -> int:

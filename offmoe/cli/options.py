@@ -54,7 +54,7 @@ def add_cache(parser: argparse.ArgumentParser, default: str | None = None) -> No
     _add(group, "slots_per_layer", "N[,N...]", _slots, default)
     _add(group, "eviction", "POLICY", eviction, default)
     _add(group, "scope", "SCOPE", default=default)
-    _add(group, "prefetch", "N", prefetch, default)
+    _add(group, "prefetch", "N", number_or_text, default)
     _add(group, "on_miss", "HOW", default=default)
     _add(group, "profile", "FILE")
 
@@ -64,8 +64,8 @@ def add_loading(parser: argparse.ArgumentParser, *, required: bool = True) -> No
     parser.add_argument("model", metavar="MODEL", nargs=None if required else "?", help=MODEL_HELP)
     group = parser.add_argument_group("memory")
     _add(group, "device", "DEVICE")
-    _add(group, "device_memory", "SIZE", _size)
-    _add(group, "host_memory", "SIZE", _size)
+    _add(group, "device_memory", "SIZE", number_or_text)
+    _add(group, "host_memory", "SIZE", number_or_text)
     _add(group, "max_context", "TOKENS", positive)
     group = parser.add_argument_group("computing")
     _add(group, "experts", "FORM")
@@ -124,16 +124,8 @@ def eviction(text: str) -> str:
     return text
 
 
-def prefetch(text: str) -> int | str:
-    """0 (off), a number or 'auto'; a type for argparse."""
-    if text == "auto":
-        return text
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} must be 'auto' or a number of experts per layer (0 = off)")
-    return int(text)
-
-
-def _size(text: str) -> int | str:
+def number_or_text(text: str) -> int | str:
+    """A whole number, or a text such as 'auto' or '8GiB' that the option checks itself; a type for argparse."""
     return int(text) if text.isdecimal() else text
 
 

@@ -74,7 +74,7 @@ def parser() -> options.Parser:
     )
     group.add_argument(
         "--prefetch",
-        type=options.list_of(options.prefetch),
+        type=options.list_of(options.number_or_text),
         metavar="N,N",
         help="0, N, auto (default: what the trace has predictions for)",
     )

@@ -57,7 +57,7 @@ def test_verbs_that_are_not_built(offmoe: Run, verb: str) -> None:
         (["inspect"], "MODEL"),
         (["generate", "m", "p", "--slots-per-layer", "two"], "--slots-per-layer: 'two' is not a number"),
         (["generate", "m", "p", "--slots-per-layer", "0"], "slots_per_layer=0 must be a positive"),
-        (["generate", "m", "p", "--prefetch", "-1"], "--prefetch"),
+        (["generate", "m", "p", "--prefetch", "-1"], "prefetch='-1' must be"),
         (["generate", "m", "p", "--prefetch", "many"], "must be 'auto' or a number"),
         (["generate", "m", "p", "--eviction", "fifo"], "aged-lfu, lru"),
         (["generate", "m", "p", "--eviction", "static"], "use a profile"),
