@@ -46,7 +46,7 @@ class Form(NamedTuple):
 def kernels(section: Section) -> None:
     """Triton's kernels against float32, against the memory's bandwidth, and against torch."""
     forms = {name: form(name, *SMALL[:2]) for name in FORMATS}
-    section.note(formats=list(forms), expert_bytes={name: f.operands.nbytes for name, f in forms.items()})
+    section.note(formats=list(forms), expert_bytes={name: weight_bytes(f.operands) for name, f in forms.items()})
     if not available():
         section.skip("everything: Triton is not installed")
         return
@@ -88,6 +88,13 @@ def form(name: str, hidden: int, inner: int) -> Form:
     params = {param.name: param for param in layout.params}
     operands = (coded_operand(codec, {c: params[f"{part}.{c}"] for c in codec.required}) for part in shapes)
     return Form(layout, _halves(*operands))
+
+
+def weight_bytes(operands: GatedOperands) -> int:
+    """Bytes of an expert's weights, without scales."""
+    sizes = {"bf16": 2, "uint8": 1, "int32": 4}
+    parts = (operands.gate, operands.up, operands.down)
+    return sum(part.rows * part.width * sizes[part.element] for part in parts)
 
 
 def components(
@@ -184,7 +191,7 @@ def timed(section: Section, form: Form, top_k: int, bandwidth: float) -> dict[st
             us = graph_s(section, lambda: start(recorded)) / calls * 1e6
             out[f"{compute.__name__}_{tokens}_us"] = round(us, 1)
             if tokens == 1:
-                out["share_of_memory"] = round(top_k * form.operands.nbytes / us / 1e3 / bandwidth, 3)
+                out["share_of_memory"] = round(top_k * weight_bytes(form.operands) / us / 1e3 / bandwidth, 3)
     inner = form.operands.inner
     weights = torch.randn(2, 3 * inner * hidden, dtype=torch.bfloat16, device=section.device).unbind()
     x = torch.randn(1, hidden, dtype=torch.bfloat16, device=section.device)

@@ -90,12 +90,6 @@ class Operand:
         """Scales per row."""
         return -(-self.cols // self.group)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of weights, without scales."""
-        sizes = {"bf16": 2, "fp16": 2, "fp32": 4, "uint8": 1, "int32": 4}
-        return self.rows * self.width * sizes[self.element]
-
     def part(self, rows: int, first: int, step: int = 1) -> Operand:
         """A weight of `rows` of these rows: every `step`-th from `first` on."""
         assert first + (rows - 1) * step < self.rows, (rows, first, step)
@@ -126,11 +120,6 @@ class GatedOperands:
     @property
     def inner(self) -> int:
         return self.down.cols
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of weights."""
-        return self.gate.nbytes + self.up.nbytes + self.down.nbytes
 
 
 def float_operand(weight: Param, transposed: bool = False) -> Operand:
