@@ -11,6 +11,8 @@ from an empty cache and is right again.
 from __future__ import annotations
 
 import logging
+import os
+import threading
 from typing import Protocol
 
 import numpy as np
@@ -19,10 +21,9 @@ import torch
 from offmoe.compute.compute import ExpertCompute, LayerInput
 from offmoe.compute.expert_layer import ExpertLayer
 from offmoe.device.backend import Backend
-from offmoe.errors import TraceError
+from offmoe.errors import OffmoeError, TraceError
 from offmoe.policy.planner import Planner, build_planner
 from offmoe.runtime.host_experts import HostExperts
-from offmoe.runtime.one_user import OneUser
 from offmoe.runtime.rows import ExpertOutputs, layer_input
 from offmoe.trace.recorder import TraceWriter
 from offmoe.transfer.engine import TransferEngine
@@ -36,6 +37,32 @@ class Predictor(Protocol):
 
     def predict(self, layer: int) -> torch.Tensor | None:
         """Expert ids int64 [T, p] that `layer` will probably want in this step; None if unknown."""
+
+
+class OneUser:
+    """A context manager that one thread may enter, and enter again; it raises OffmoeError for every other one.
+
+    A model serves one thread of one process at a time, because its cache has one state.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._process = os.getpid()
+
+    def __enter__(self) -> None:
+        if os.getpid() != self._process:  # a fork has no reader threads: its first fetch would wait forever
+            raise OffmoeError(
+                f"the model was loaded by process {self._process} and cannot run in a fork of it. Load it in the "
+                "process that uses it, or start that one with 'spawn'."
+            )
+        if not self._lock.acquire(blocking=False):
+            raise OffmoeError(
+                "the model is already generating in another thread. Wait for it, or load a second model: "
+                "one cache serves one user."
+            )
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
 
 
 class ExpertExecutor:
