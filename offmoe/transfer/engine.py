@@ -207,7 +207,11 @@ class TransferEngine:
         if self._closed:
             raise TransferError("the model was closed; load it again with from_pretrained.")
         slot = fetch.slot
-        ticket = (self._adopt(fetch, priority) if fetch.read_ahead else None) or self._push(fetch, priority)
+        ticket = self._adopt(fetch, priority) if fetch.read_ahead else None
+        if ticket is None:
+            ticket = Ticket(fetch, priority)
+            self._follow_in_ram(ticket)
+            self._queue.push(ticket)
         ticket.lands_after = self._num_uses[slot] + num_uses
         if num_uses:
             ticket.turn = threading.Event()
@@ -237,11 +241,6 @@ class TransferEngine:
         self._follow_in_ram(ticket)
         self._queue.resume(ticket, priority)
         return ticket
-
-    def _push(self, fetch: Fetch, priority: int) -> Ticket:
-        ticket = Ticket(fetch, priority)
-        self._follow_in_ram(ticket)
-        return self._queue.push(ticket)
 
     def _follow_in_ram(self, ticket: Ticket) -> None:
         """Order a ticket behind the last one that uses its RAM slot, if it has one."""
