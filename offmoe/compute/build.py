@@ -54,11 +54,11 @@ def device_compute(layers: Sequence[ExpertLayer], arena: SlotArena, otherwise: E
     reasons: Counter[str] = Counter()
     for layer in layers:
         try:
-            slot = gpu_slot(layer.layout, layer.decode, layer.math)
+            operands, glu = gpu_slot(layer.layout, layer.decode, layer.math)
         except UnsupportedModelError as error:
             reasons[str(error)] += 1
         else:
-            kernels[layer.index] = DeviceKernels(slot.operands, slot.glu, arena.memory, arena.starts)
+            kernels[layer.index] = DeviceKernels(operands, glu, arena.memory, arena.starts)
     for reason, count in reasons.items():
         logger.warning("%d MoE layers are computed by torch's operators: %s", count, reason)
     by_kernels = GpuCompute(kernels)

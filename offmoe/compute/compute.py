@@ -2,20 +2,20 @@
 
 Moves: nothing between memories. The weights of each expert are read in its slot.
 Bound: the device's memory bandwidth for few tokens, arithmetic for many.
-Must never: read a slot before `Slots.ready` returned for it. A bitwise compute must never let an output depend on what
-else is computed in the same wave.
+Must never: read a slot before `TransferEngine.ready` returned for it. A bitwise compute must never let an output depend
+on what else is computed in the same wave.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
 from offmoe.compute.expert_layer import ExpertLayer
-from offmoe.transfer.arrival import Arriving
+from offmoe.transfer.engine import TransferEngine
 
 
 class LayerInput(NamedTuple):
@@ -37,16 +37,6 @@ class LayerInput(NamedTuple):
         return 1 if self.pairs is None else len(self.pairs[expert])
 
 
-class Slots(Protocol):
-    """The slots that experts are computed from; `TransferEngine` is one."""
-
-    def ready(self, slot: int) -> None:
-        """Wait until the expert that is fetched into `slot` has arrived; raise if its fetch failed."""
-
-    def arriving(self, slot: int) -> Arriving | None:
-        """The expert on its way into `slot`, if its parts may be computed with before `ready`; else None."""
-
-
 class ExpertCompute(ABC):
     """Computes experts of a model's MoE layers; one thread at a time."""
 
@@ -63,21 +53,22 @@ class ExpertCompute(ABC):
         """
 
     def wave(
-        self, layer: ExpertLayer, experts: Sequence[tuple[int, int]], inputs: LayerInput, slots: Slots
+        self, layer: ExpertLayer, experts: Sequence[tuple[int, int]], inputs: LayerInput, transfer: TransferEngine
     ) -> Iterator[torch.Tensor]:
         """Several experts of one layer, each as soon as its slot is ready.
 
         Args:
             experts: (expert id, slot) pairs.
+            transfer: fills the slots.
         Yields:
             Per expert, in order, its rows [n, H]. A slot may be reused as soon as the next rows are asked for. Rows
             have the dtype of `inputs.hidden`, or a wider one if there is a single token: the caller casts these.
         """
         for expert, slot in experts:
-            yield self._when_ready(layer, slot, inputs.rows(expert), slots)
+            yield self._when_ready(layer, slot, inputs.rows(expert), transfer)
 
-    def _when_ready(self, layer: ExpertLayer, slot: int, x: torch.Tensor, slots: Slots) -> torch.Tensor:
-        slots.ready(slot)
+    def _when_ready(self, layer: ExpertLayer, slot: int, x: torch.Tensor, transfer: TransferEngine) -> torch.Tensor:
+        transfer.ready(slot)
         return self.expert(layer, slot, x)
 
     @abstractmethod
@@ -95,9 +86,9 @@ class ComputeByLayer(ExpertCompute):
         return self._by_layer[layer.index].expert(layer, slot, x)
 
     def wave(
-        self, layer: ExpertLayer, experts: Sequence[tuple[int, int]], inputs: LayerInput, slots: Slots
+        self, layer: ExpertLayer, experts: Sequence[tuple[int, int]], inputs: LayerInput, transfer: TransferEngine
     ) -> Iterator[torch.Tensor]:
-        return self._by_layer[layer.index].wave(layer, experts, inputs, slots)
+        return self._by_layer[layer.index].wave(layer, experts, inputs, transfer)
 
     def close(self) -> None:
         for compute in dict.fromkeys(self._by_layer):

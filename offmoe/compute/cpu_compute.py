@@ -12,11 +12,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from offmoe.compute.compute import ExpertCompute, LayerInput, Slots
+from offmoe.compute.compute import ExpertCompute, LayerInput
 from offmoe.compute.expert_layer import ExpertLayer
 from offmoe.compute.kernels.cpu import CpuKernels, Rows
 from offmoe.device.arena import SlotArena
 from offmoe.errors import OffmoeError
+from offmoe.transfer.engine import TransferEngine
 
 
 class CpuCompute(ExpertCompute):
@@ -47,11 +48,11 @@ class CpuCompute(ExpertCompute):
             return run(x)
 
     def wave(
-        self, layer: ExpertLayer, experts: Sequence[tuple[int, int]], inputs: LayerInput, slots: Slots
+        self, layer: ExpertLayer, experts: Sequence[tuple[int, int]], inputs: LayerInput, transfer: TransferEngine
     ) -> Iterator[torch.Tensor]:
         # Converted once, not by every expert: converting one row takes a tenth of the time of a small expert.
         dtype, inputs = inputs.hidden.dtype, inputs._replace(hidden=inputs.hidden.float())
-        for rows in super().wave(layer, experts, inputs, slots):
+        for rows in super().wave(layer, experts, inputs, transfer):
             yield rows if inputs.pairs is None else rows.to(dtype)
 
     def close(self) -> None:

@@ -26,9 +26,9 @@ from offmoe.compute.gated import (
     parameter_shapes,
     stored_tensors,
 )
-from offmoe.compute.kernels import ExpertMath
 from offmoe.compute.kernels.cpu import BF16_GROUP, GatedExpert, Glu, Weight
 from offmoe.compute.kernels.library import MAX_TOKENS
+from offmoe.compute.kernels.torch_ffn import ExpertMath
 from offmoe.errors import UnsupportedModelError
 from offmoe.quant.decode import ExpertDecoding
 from offmoe.quant.kernel_words import format_of, is_rows_first, rows_of

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from offmoe.compute.cpu_slot import CpuSlot
-from offmoe.compute.kernels import ExpertMath
+from offmoe.compute.kernels.torch_ffn import ExpertMath
 from offmoe.quant.decode import ExpertDecoding
 from offmoe.storage.layout import Assembly, ExpertLayout
 

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import torch
 
-from offmoe.compute.kernels import ExpertMath, GatedFFN
 from offmoe.compute.kernels.cpu import Glu
 from offmoe.compute.kernels.gating import gating_of
+from offmoe.compute.kernels.torch_ffn import ExpertMath, GatedFFN
 from offmoe.errors import UnsupportedModelError
 from offmoe.quant.codec import Codec
 from offmoe.quant.decode import ExpertDecoding

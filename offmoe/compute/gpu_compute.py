@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from offmoe.compute.compute import ExpertCompute, LayerInput, Slots
+from offmoe.compute.compute import ExpertCompute, LayerInput
 from offmoe.compute.expert_layer import ExpertLayer
 from offmoe.compute.kernels.device import DeviceKernels, Pairs
+from offmoe.transfer.engine import TransferEngine
 
 EXPERTS_PER_LAUNCH = 8
 """If a step has several tokens. More would let experts that have arrived wait for those that have not."""
@@ -34,13 +35,13 @@ class GpuCompute(ExpertCompute):
         return self._kernels[layer.index].compute(pairs, x)
 
     def wave(
-        self, layer: ExpertLayer, experts: Sequence[tuple[int, int]], inputs: LayerInput, slots: Slots
+        self, layer: ExpertLayer, experts: Sequence[tuple[int, int]], inputs: LayerInput, transfer: TransferEngine
     ) -> Iterator[torch.Tensor]:
         per_launch = len(experts) if inputs.pairs is None else EXPERTS_PER_LAUNCH
         for start in range(0, len(experts), max(1, per_launch)):  # none, where the host computes all that missed
             launched = experts[start : start + per_launch]
             for _, slot in launched:
-                slots.ready(slot)
+                transfer.ready(slot)
             pairs = _pairs(launched, inputs)
             yield from self._kernels[layer.index].compute(pairs, inputs.hidden).split(list(pairs.counts))
 

@@ -8,27 +8,18 @@ Must never: guess. What is not plainly the three matrices of a gated expert is l
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from offmoe.compute.gated import BIAS, MATRICES, GatedForm, gated_form, parameter_shapes, stored_tensors
-from offmoe.compute.kernels import ExpertMath
 from offmoe.compute.kernels.cpu import Glu
 from offmoe.compute.kernels.operands import GatedOperands, Operand, coded_operand, float_operand
+from offmoe.compute.kernels.torch_ffn import ExpertMath
 from offmoe.errors import UnsupportedModelError
 from offmoe.quant.decode import ExpertDecoding
 from offmoe.quant.kernel_words import is_rows_first
 from offmoe.storage.layout import ExpertLayout, Param
 
 
-class GpuSlot(NamedTuple):
-    """How the GPU kernels see the experts of a layer."""
-
-    operands: GatedOperands
-    glu: Glu
-
-
-def gpu_slot(layout: ExpertLayout, decode: ExpertDecoding | None, math: ExpertMath) -> GpuSlot:
-    """The operands in slots of `layout`.
+def gpu_slot(layout: ExpertLayout, decode: ExpertDecoding | None, math: ExpertMath) -> tuple[GatedOperands, Glu]:
+    """The operands in slots of `layout`, and the function that combines gate and up.
 
     Args:
         layout: of the layer's slots, which hold experts as the checkpoint stores them.
@@ -41,7 +32,7 @@ def gpu_slot(layout: ExpertLayout, decode: ExpertDecoding | None, math: ExpertMa
     gate, up, down = (_operand(layout, form, name) for name in MATRICES)
     if gate.kind != up.kind:
         raise UnsupportedModelError("gate and up are quantized differently")
-    return GpuSlot(GatedOperands(gate, up, down), form.glu)
+    return GatedOperands(gate, up, down), form.glu
 
 
 def _operand(layout: ExpertLayout, form: GatedForm, name: str) -> Operand:

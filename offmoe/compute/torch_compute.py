@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import torch
 
-from offmoe.compute.compute import ExpertCompute, Slots
+from offmoe.compute.compute import ExpertCompute
 from offmoe.compute.expert_layer import ExpertLayer
-from offmoe.compute.kernels import GatedFFN, expert_ffn
-from offmoe.compute.kernels.autocast import autocast_enabled
+from offmoe.compute.kernels.torch_ffn import GatedFFN, autocast_enabled, expert_ffn
 from offmoe.device.arena import SlotArena
+from offmoe.transfer.engine import TransferEngine
 
 
 class TorchCompute(ExpertCompute):
@@ -30,21 +30,21 @@ class TorchCompute(ExpertCompute):
         dtype = self._dtype if autocast_enabled(x) else x.dtype
         return expert_ffn(layer.math, weights if layer.decode is None else layer.decode(weights, dtype), x, dtype)
 
-    def _when_ready(self, layer: ExpertLayer, slot: int, x: torch.Tensor, slots: Slots) -> torch.Tensor:
+    def _when_ready(self, layer: ExpertLayer, slot: int, x: torch.Tensor, transfer: TransferEngine) -> torch.Tensor:
         """As `expert`. For a single token, block by block while the expert arrives, if that gives the same bits.
 
         The first expert of a kind is computed both ways, and its bits decide for all later ones.
         """
-        math, arriving = layer.math, slots.arriving(slot) if _divides(layer, x) else None
+        math, arriving = layer.math, transfer.arriving(slot) if _divides(layer, x) else None
         if arriving is None:
-            return super()._when_ready(layer, slot, x, slots)
+            return super()._when_ready(layer, slot, x, transfer)
         assert isinstance(math, GatedFFN)
         weights = self._arena.views(slot, layer.layout)
         kind = (weights[math.up].shape, weights[math.down].shape, x.dtype, torch.get_num_threads())
         if not self._same_by_blocks.get(kind, True) or any(w.dtype != x.dtype for w in weights.values()):
-            return super()._when_ready(layer, slot, x, slots)
+            return super()._when_ready(layer, slot, x, transfer)
         rows = math.as_it_arrives(weights, x, arriving.wait)
-        slots.ready(slot)  # raises if the fetch failed: the rows are wrong then
+        transfer.ready(slot)  # raises if the fetch failed: the rows are wrong then
         if kind in self._same_by_blocks:
             return rows
         whole = math(weights, x)

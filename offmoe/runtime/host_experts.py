@@ -8,7 +8,7 @@ import torch
 
 from offmoe.compute.compute import ExpertCompute, LayerInput
 from offmoe.compute.expert_layer import ExpertLayer
-from offmoe.compute.kernels.autocast import concatenate
+from offmoe.compute.kernels.torch_ffn import concatenate
 from offmoe.transfer.engine import TransferEngine
 from offmoe.transfer.host_exchange import HostExchange
 from offmoe.types import Wave

@@ -9,7 +9,7 @@ import torch
 
 from offmoe.compute.compute import LayerInput
 from offmoe.compute.expert_layer import TokenOrder
-from offmoe.compute.kernels.autocast import autocast_enabled, concatenate
+from offmoe.compute.kernels.torch_ffn import autocast_enabled, concatenate
 from offmoe.types import Demand
 
 

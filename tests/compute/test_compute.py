@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from offmoe.compute.compute import LayerInput
 from offmoe.compute.expert_layer import ExpertLayer
 from offmoe.compute.gpu_compute import GpuCompute
-from offmoe.compute.kernels import GatedFFN, torch_ffn
-from offmoe.compute.kernels.autocast import concatenate
+from offmoe.compute.kernels import torch_ffn
 from offmoe.compute.kernels.device import DeviceKernels
+from offmoe.compute.kernels.torch_ffn import GatedFFN, concatenate
 from offmoe.compute.torch_compute import TorchCompute
 from offmoe.device.arena import SlotArena
 from offmoe.device.backend import CpuBackend

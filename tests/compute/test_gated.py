@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from offmoe.compute.gated import RowRange, StoredTensor, gated_form, stored_tensors
-from offmoe.compute.kernels import GatedFFN
+from offmoe.compute.kernels.torch_ffn import GatedFFN
 from offmoe.errors import UnsupportedModelError
 from offmoe.quant.decode import ExpertDecoding, Leaf
 from offmoe.storage.layout import Assembly, Destination, ExpertLayout

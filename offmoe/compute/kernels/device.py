@@ -14,14 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
 from offmoe.compute.kernels.cpu import Glu
 from offmoe.compute.kernels.operands import GatedOperands, Operand
-from offmoe.errors import UnsupportedModelError
 from offmoe.storage.layout import PARAM_ALIGNMENT
 
 DECODE_PAIRS = 16
@@ -57,6 +55,10 @@ class Pairs(NamedTuple):
     """Consecutive positions in `order` that share a row of the inputs."""
 
 
+def _launch(kernel: Any, grid: tuple[int, int], arguments: tuple[object, ...], options: Mapping[str, int]) -> None:
+    kernel[grid](*arguments, **options)
+
+
 class DeviceKernels:
     """Computes experts of layers with equal operands, in slots of one allocation."""
 
@@ -67,7 +69,7 @@ class DeviceKernels:
         memory: torch.Tensor,
         starts: Sequence[int],
         full_grid: int = FULL_GRID,
-        launch: Launch | None = None,
+        launch: Launch = _launch,
     ) -> None:
         """Prepare; nothing is compiled before the first call.
 
@@ -75,19 +77,15 @@ class DeviceKernels:
             memory: uint8 on the device, aligned to PARAM_ALIGNMENT.
             starts: per slot, its first byte in `memory`.
             full_grid: the least number of programs that a launch should have.
-        Raises:
-            UnsupportedModelError: Triton is not installed.
         """
-        if not available():
-            raise UnsupportedModelError(
-                "the GPU kernels need Triton, which is not installed; install it, or use exactness='bitwise'"
-            )
+        from offmoe.compute.kernels.triton import decode, grouped  # imports Triton: where `available`, only
+
         assert memory.dtype == torch.uint8
         assert all(start % PARAM_ALIGNMENT == 0 for start in starts)
         self._operands, self._glu, self._memory = operands, glu, memory
         self._starts = [start // PARAM_ALIGNMENT for start in starts]
-        self._full_grid, self._launch = full_grid, launch or _launch
-        self._decode, self._grouped = _modules()
+        self._full_grid, self._launch = full_grid, launch
+        self._decode, self._grouped = decode, grouped
 
     def compute(self, pairs: Pairs, hidden: torch.Tensor) -> torch.Tensor:
         """Experts on their inputs: hidden [m, H] -> rows [n, H] of its dtype, in the order of `pairs`, unweighted."""
@@ -170,13 +168,3 @@ def grouped_blocks(weight: Operand, tokens: int) -> dict[str, int]:
 def group_tokens(mean: float) -> int:
     """Tokens that a `grouped` program takes at a time, by the mean number per expert. Tensor cores take 16 or more."""
     return next((n for n in (16, 32) if mean <= n), 64)
-
-
-def _modules() -> tuple[ModuleType, ModuleType]:
-    from offmoe.compute.kernels.triton import decode, grouped
-
-    return decode, grouped
-
-
-def _launch(kernel: Any, grid: tuple[int, int], arguments: tuple[object, ...], options: Mapping[str, int]) -> None:
-    kernel[grid](*arguments, **options)

@@ -11,13 +11,12 @@ differ by 6e-2.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-
-from offmoe.compute.kernels.autocast import autocast_enabled, without_autocast
 
 ExpertMath = Callable[[Mapping[str, torch.Tensor], torch.Tensor], torch.Tensor]
 """math(weights of one expert by name, x [n, H]) -> rows [n, H]: the function that an architecture's experts compute.
@@ -31,6 +30,25 @@ BLOCK_BYTES = 4 << 20
 """Bytes of weights that are computed with at once while an expert arrives: about 0.5 ms of computing."""
 BLOCK_ROWS = 64
 """Rows of a block, or a divisor of them. In fp32, blocks that differ by four rows differ in their bits."""
+
+
+def autocast_enabled(x: torch.Tensor) -> bool:
+    """Whether torch.autocast is enabled for the kind of device that holds `x`."""
+    return torch.is_autocast_enabled(x.device.type)
+
+
+def without_autocast(x: torch.Tensor) -> AbstractContextManager[object]:
+    """A context in which torch.autocast is disabled for the kind of device that holds `x`."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def concatenate(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The rows [n, H] of all parts, in their order.
+
+    torch.autocast is disabled for it: under autocast, torch.cat refuses every half precision but autocast's own.
+    """
+    with without_autocast(parts[0]):
+        return torch.cat(list(parts))
 
 
 @dataclass(frozen=True)

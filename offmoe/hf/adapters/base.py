@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from offmoe.compute.expert_layer import TokenOrder
-from offmoe.compute.kernels import ExpertMath, GatedFFN
+from offmoe.compute.kernels.torch_ffn import ExpertMath, GatedFFN
 from offmoe.hf.adapters import reroute
 from offmoe.hf.adapters.reroute import Choose
 

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from offmoe.compute.cpu_slot import CpuSlot
 from offmoe.compute.expert_layer import ExpertLayer
-from offmoe.compute.kernels import ExpertMath, combine
+from offmoe.compute.kernels.torch_ffn import ExpertMath, combine
 from offmoe.errors import ConfigError
 from offmoe.hf.adapters.find import require_adapter
 from offmoe.hf.adapters.reroute import Choose

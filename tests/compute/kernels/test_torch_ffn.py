@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from offmoe.compute.kernels import accumulate, combine
+from offmoe.compute.kernels.torch_ffn import accumulate, combine
 
 
 def loop(weighted: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -16,10 +16,13 @@ import torch
 triton = pytest.importorskip("triton", reason="the GPU kernels need Triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
+from offmoe.compute.build import device_compute  # noqa: E402
 from offmoe.compute.kernels import device  # noqa: E402
 from offmoe.compute.kernels.cpu import Glu  # noqa: E402
 from offmoe.compute.kernels.device import DeviceKernels, Pairs  # noqa: E402
-from offmoe.errors import UnsupportedModelError  # noqa: E402
+from offmoe.compute.torch_compute import TorchCompute  # noqa: E402
+from offmoe.device.arena import SlotArena  # noqa: E402
+from offmoe.device.backend import CpuBackend  # noqa: E402
 from tests.device_cases import FORMATS  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -115,8 +118,9 @@ def test_products_run_on_tensor_cores(name: str, tokens: int) -> None:
     assert all(re.search(r"mma\.sync|wgmma\.mma_async", ptx) for ptx in found.values())
 
 
-def test_without_triton_nothing_is_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_triton_torch_computes(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(device, "find_spec", lambda name: None)
-    form = FORMATS["bf16"](64, 64)
-    with pytest.raises(UnsupportedModelError, match="need Triton, which is not installed"):
-        DeviceKernels(form.operands, Glu(), torch.zeros(256, dtype=torch.uint8), [0])
+    arena = SlotArena(CpuBackend().allocate, [])
+    otherwise = TorchCompute(arena, torch.float32)
+    assert device_compute([], arena, otherwise) is otherwise
+    assert "Triton is not installed" in caplog.text

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from offmoe.compute.kernels import ExpertMath, accumulate
+from offmoe.compute.kernels.torch_ffn import ExpertMath, accumulate
 from offmoe.hf.adapters import reroute
 from offmoe.hf.adapters.base import Activation, Experts, FamilyExperts, Place, Routing
 from offmoe.hf.adapters.reroute import Choose

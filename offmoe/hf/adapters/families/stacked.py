@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from offmoe.compute.expert_layer import TokenOrder
-from offmoe.compute.kernels import ExpertMath, GatedFFN, accumulate
+from offmoe.compute.kernels.torch_ffn import ExpertMath, GatedFFN, accumulate
 from offmoe.hf.adapters import reroute
 from offmoe.hf.adapters.base import Activation, Experts, FamilyExperts, Place, Routing
 from offmoe.hf.adapters.reroute import Choose
