@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import psutil
 
-from offmoe.bench.messages import OFFMOE, Costs, Outcome, Pass, Peak, Task, send
+from offmoe.bench.messages import OFFMOE, Costs, Outcome, Pass, Task, send
 from offmoe.errors import ConfigError, OffmoeError
 
 if TYPE_CHECKING:
@@ -141,9 +141,9 @@ class Contender:
         link = None if backend.unified_memory else copy_gb_s(backend, LINK_BYTES)
         return Costs(compute_s, link)
 
-    def peak(self) -> Peak:
-        """Peak memory so far."""
-        return Peak(_rss_peak(), self._inspected.backend.peak_bytes())
+    def peak(self) -> dict[str, int | None]:
+        """Peak memory in bytes so far: of the process (rss), and of a device with memory of its own."""
+        return {"rss": _rss_peak(), "cgroup": None, "device": self._inspected.backend.peak_bytes()}
 
     def close(self) -> None:
         if self._offload is not None:

@@ -94,14 +94,6 @@ class Costs:
     link_gb_s: float | None
 
 
-@dataclass(frozen=True)
-class Peak:
-    """Peak memory in bytes. device: None if the device's memory is the process's own."""
-
-    rss: int
-    device: int | None
-
-
 def send(file: IO[bytes], message: object) -> None:
     """Write a message. The other process, which runs this very offmoe, reads it with `pickle.load`."""
     pickle.dump(message, file)

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import offmoe
 from offmoe.bench.memory_cap import MemoryCap
-from offmoe.bench.messages import Costs, Outcome, Pass, Peak, Task, send
+from offmoe.bench.messages import Costs, Outcome, Pass, Task, send
 from offmoe.errors import CapacityError, OffmoeError
 from offmoe.text import format_size
 
@@ -54,12 +54,8 @@ class ContenderProcess:
 
     def peak(self) -> dict[str, int | None]:
         """Peak memory in bytes: of the process (rss), of its cgroup including page cache, and of the device."""
-        own = cast("Peak", self._ask(("peak",)))
-        return {
-            "rss": own.rss,
-            "cgroup": None if self._cgroup is None else self._cgroup.peak_bytes,
-            "device": own.device,
-        }
+        own = cast("dict[str, int | None]", self._ask(("peak",)))
+        return own if self._cgroup is None else {**own, "cgroup": self._cgroup.peak_bytes}
 
     def close(self) -> None:
         """End the process. Idempotent."""

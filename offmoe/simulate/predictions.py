@@ -17,7 +17,6 @@ from offmoe.config import CacheOptions
 from offmoe.policy.planner import build_planner
 from offmoe.simulate.replay import Recording
 from offmoe.trace.trace import NONE, Trace, one_hot
-from offmoe.types import CacheShape
 
 SHARES = ("recall", "precision", "coverage", "precision_missing", "extra_per_saved")
 """Properties of PredictionQuality that are no counts."""
@@ -91,7 +90,10 @@ def analyze(trace: Trace, options: CacheOptions, only: frozenset[int] | None = N
         return quality
     rows = np.ones(trace.tokens, bool) if only is None else np.isin(trace.request, list(only))
     for layer in range(1, trace.shape.layers):
-        _count_tokens(quality[layer], trace.experts[rows, layer], trace.predicted[rows, layer], trace.shape, layer)
+        known = rows & (trace.predicted[:, layer] >= 0).any(axis=1)
+        num_experts = trace.shape.experts[layer]
+        wanted, guess = (one_hot(ids[known, layer], num_experts) for ids in (trace.experts, trace.predicted))
+        quality[layer] = PredictionQuality(int(guess.sum()), int(wanted.sum()), int((wanted & guess).sum()))
     planner = build_planner(replace(options, prefetch=0), trace.shape)
     for step in Recording(trace).steps:
         predicted: Sequence[int] = ()
@@ -99,11 +101,11 @@ def analyze(trace: Trace, options: CacheOptions, only: frozenset[int] | None = N
         judged = only is None or step.request in only
         for access in step.accesses:
             if judged and predicted and access.layer == predicted_for:
-                wanted = {demand.expert for demand in access.demands}
-                missing = planner.missing(access.layer, sorted(wanted))
+                demanded = {demand.expert for demand in access.demands}
+                missing = planner.missing(access.layer, sorted(demanded))
                 fetched = planner.missing(access.layer, predicted)
                 counts, nbytes = quality[access.layer], trace.shape.expert_bytes[access.layer]
-                covered = len(wanted.intersection(fetched))
+                covered = len(demanded.intersection(fetched))
                 counts.misses += len(missing)
                 counts.covered += covered
                 counts.fetched += len(fetched)
@@ -120,7 +122,7 @@ def total(quality: Sequence[PredictionQuality]) -> PredictionQuality:
     return PredictionQuality(*(sum(getattr(counts, name) for counts in quality) for name in names))
 
 
-def transition_predictions(trace: Trace, without: frozenset[int] = frozenset(), width: int | None = None) -> np.ndarray:
+def transition_predictions(trace: Trace, without: frozenset[int] = frozenset()) -> np.ndarray:
     """Predict experts without hidden states: what usually follows the experts of the previous layer.
 
     The method is naive Bayes over counts of transitions between layers. It is the baseline for router predictions.
@@ -128,12 +130,11 @@ def transition_predictions(trace: Trace, without: frozenset[int] = frozenset(), 
     Args:
         trace: the routing, T tokens of L layers.
         without: requests to leave out of the counts.
-        width: experts to predict per token; None is top_k.
 
     Returns:
-        int16 [T, L, width], best first. Layer 0 has no predictions.
+        int16 [T, L, top_k], best first. Layer 0 has no predictions.
     """
-    width = width or max(trace.shape.top_k)
+    width = max(trace.shape.top_k)
     out = np.full((trace.tokens, trace.shape.layers, width), NONE, np.int16)
     train = ~np.isin(trace.request, list(without))
     before = one_hot(trace.experts[:, 0], trace.shape.experts[0]).astype(np.float32)  # [T, E]
@@ -147,17 +148,6 @@ def transition_predictions(trace: Trace, without: frozenset[int] = frozenset(), 
         out[:, layer, : best.shape[1]] = best
         before = after
     return out
-
-
-def _count_tokens(
-    counts: PredictionQuality, experts: np.ndarray, predicted: np.ndarray, shape: CacheShape, layer: int
-) -> None:
-    known = (predicted >= 0).any(axis=1)
-    wanted = one_hot(experts[known], shape.experts[layer])
-    guess = one_hot(predicted[known], shape.experts[layer])
-    counts.predicted += int(guess.sum())
-    counts.wanted += int(wanted.sum())
-    counts.right += int((wanted & guess).sum())
 
 
 def _share(part: int, whole: int) -> float | None:

@@ -63,7 +63,7 @@ def test_transitions_do_not_see_what_they_are_judged_on():
     assert (transition_predictions(trace, frozenset({1}))[:, 1] == 1).all()
 
 
-def test_as_many_as_asked_for():
-    trace = make([[[0], [1]]] * 4)
-    assert transition_predictions(trace, width=3).shape == (4, 2, 3)
+def test_as_many_as_a_token_chooses():
+    trace = make([[[0, 1, 2], [1, 2, 3]]] * 4)
+    assert transition_predictions(trace).shape == (4, 2, 3)
     assert analyze(make([[[0], [1]]]), CacheOptions(slots_per_layer=1))[0].wanted == 0
