@@ -10,9 +10,11 @@ meet; 130 after Ctrl-C. Only bugs of offmoe show a traceback.
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 from offmoe.cli.interrupt import STATUS as INTERRUPTED
@@ -88,8 +90,6 @@ def _run(argv: list[str]) -> int:
         from offmoe.text import did_you_mean
 
         raise ConfigError(f"unknown verb {verb!r}{did_you_mean(verb, VERBS)}; available: {available}.")
-    from importlib import import_module
-
     from offmoe.cli.output import Output, logging_to_stderr
 
     module = import_module(f"offmoe.cli.{verb}")
@@ -134,8 +134,6 @@ def _discard_unwritten() -> None:
     try:
         _flush()
     except (OSError, ValueError):
-        import os
-
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError, AttributeError):  # closed, or no file at all: Python flushes nothing
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 from importlib import import_module
+from importlib.resources import files
 from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
+from string import Template
 from typing import Any, NamedTuple
 
 from offmoe.errors import ConfigError, OffmoeError
 from offmoe.files import replacing
+from offmoe.text import percent
 
 WIDTH, HEIGHT = 860, 520
 LEFT, RIGHT, TOP, BOTTOM = 64, 190, 24, 56
@@ -64,87 +67,67 @@ def write_plot(path: str, figure: Figure) -> None:
 
 def page(figure: Figure) -> str:
     """The figure as an HTML page."""
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{escape(figure.title)}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-:root {{ color-scheme: light dark; --ink: #1c1e21; --faint: #8a9099; --line: #d9dce1; --paper: #ffffff; }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --ink: #e6e8eb; --faint: #8d949e; --line: #33373d; --paper: #15171a; }} }}
-body {{ background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto;
-  max-width: {WIDTH}px; padding: 0 1rem; }}
-h1 {{ font-size: 1.25rem; margin: 0; }}
-p {{ color: var(--faint); margin: .3rem 0 1rem; }}
-svg {{ width: 100%; height: auto; display: block; }}
-svg text {{ font: 12px system-ui, sans-serif; fill: var(--ink); }}
-svg text.faint {{ fill: var(--faint); }}
-svg .grid {{ stroke: var(--line); }}
-svg .bound {{ stroke: var(--faint); stroke-dasharray: 5 4; }}
-svg .mark {{ stroke: var(--faint); stroke-dasharray: 2 3; }}
-svg circle.bound {{ fill: var(--faint); stroke: none; }}
-svg text.label {{ font-weight: 600; }}
-</style></head><body>
-<h1>{escape(figure.title)}</h1>
-<p>{escape(figure.note)}</p>
-{_svg(figure)}
-</body></html>
-"""
+    template = Template(files("offmoe.cli").joinpath("plot.html").read_text(encoding="utf-8"))
+    title, note, drawing = escape(figure.title), escape(figure.note), "\n".join(_drawing(figure))
+    return template.substitute(title=title, note=note, drawing=drawing, width=WIDTH, height=HEIGHT)
 
 
-def _svg(figure: Figure) -> str:
+def _drawing(figure: Figure) -> list[str]:
+    """The elements of the SVG: grid and axes, the chosen capacity, the curves, the legend."""
     slots = sorted({n for curve in figure.curves for n, _ in curve.points})
     low, high = slots[0], max(slots[-1], slots[0] + 1)
+    bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
 
     def x(n: float) -> float:
-        return LEFT + (n - low) / (high - low) * (WIDTH - LEFT - RIGHT)
+        return LEFT + (n - low) / (high - low) * (right - LEFT)
 
     def y(rate: float) -> float:
-        return TOP + (1.0 - rate) * (HEIGHT - TOP - BOTTOM)
+        return TOP + (1.0 - rate) * (bottom - TOP)
 
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(figure.title)}">']
-    for tenth in range(0, 11, 2):
-        level = y(tenth / 10)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{level:.1f}" y2="{level:.1f}"/>')
-        parts.append(f'<text class="faint" x="{LEFT - 8}" y="{level + 4:.1f}" text-anchor="end">{tenth * 10} %</text>')
+    parts = []
+    for rate in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
+        parts.append(_line(LEFT, y(rate), right, y(rate), 'class="grid"'))
+        parts.append(_text(LEFT - 8, y(rate) + 4, f"{100 * rate:.0f} %", anchor="end"))
     shown = -1e9
     for n in slots:
         if x(n) - shown >= 22:  # omit labels that would touch
             shown = x(n)
-            parts.append(
-                f'<text class="faint" x="{x(n):.1f}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{n}</text>'
-            )
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text class="faint" x="{middle}" y="{HEIGHT - 12}" text-anchor="middle">slots per layer</text>')
-    at = x(figure.marked)
-    parts.append(f'<line class="mark" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-    parts.append(f'<text class="faint" x="{at + 5:.1f}" y="{HEIGHT - BOTTOM - 8}">{figure.marked} slots</text>')
-    colors = iter(COLORS * (1 + len(figure.curves) // len(COLORS)))
+            parts.append(_text(x(n), bottom + 20, str(n), anchor="middle"))
+    parts.append(_text((LEFT + right) / 2, HEIGHT - 12, "slots per layer", anchor="middle"))
+    chosen = x(figure.marked)
+    parts.append(_line(chosen, TOP, chosen, bottom, 'class="mark"'))
+    parts.append(_text(chosen + 5, bottom - 8, f"{figure.marked} slots"))
+    colors = cycle(COLORS)
     labels = []
     for curve in figure.curves:
-        color = "" if curve.is_bound else f' style="stroke:{(own := next(colors))}"'
-        dots = "" if curve.is_bound else f' style="fill:{own}"'
-        kind = ' class="bound"' if curve.is_bound else ""
+        look = 'class="bound"' if curve.is_bound else f'class="curve" style="color:{next(colors)}"'
         line = " ".join(f"{x(n):.1f},{y(rate):.1f}" for n, rate in curve.points)
-        parts.append(f'<polyline{kind} points="{line}" fill="none" stroke-width="2"{color}/>')
+        parts.append(f'<polyline {look} points="{line}"/>')
         for n, rate in curve.points:
-            hint = f"{escape(curve.name)}, {n} slots: {100 * rate:.1f} %"
-            parts.append(f'<circle{kind} cx="{x(n):.1f}" cy="{y(rate):.1f}" r="3"{dots}><title>{hint}</title></circle>')
-        labels.append((_rate_at(curve, figure.marked), curve.name, "" if curve.is_bound else own))
-    parts += _legend(labels, figure.marked)
-    return "\n".join([*parts, "</svg>"])
+            hint = f"<title>{escape(curve.name)}, {n} slots: {percent(rate)}</title>"
+            parts.append(f'<circle {look} cx="{x(n):.1f}" cy="{y(rate):.1f}" r="3">{hint}</circle>')
+        labels.append((_rate_at(curve, figure.marked), curve.name, look))
+    return parts + _legend(sorted(labels, reverse=True), figure.marked)
 
 
 def _legend(labels: list[tuple[float, str, str]], marked: int) -> list[str]:
     """Names of the curves with their hit rates at the chosen capacity, best first."""
     left = WIDTH - RIGHT + 16
-    parts = [f'<text class="faint" x="{left}" y="{TOP + 8}">at {marked} slots</text>']
-    for row, (rate, name, color) in enumerate(sorted(labels, reverse=True)):
+    parts = [_text(left, TOP + 8, f"at {marked} slots")]
+    for row, (rate, name, look) in enumerate(labels):
         level = TOP + 32 + 22 * row
-        style = f' style="stroke:{color}"' if color else ' class="bound"'
-        parts.append(f'<line x1="{left}" x2="{left + 18}" y1="{level - 4}" y2="{level - 4}" stroke-width="2"{style}/>')
-        parts.append(f'<text class="label" x="{left + 25}" y="{level}">{escape(name)}</text>')
-        parts.append(f'<text x="{WIDTH - 8}" y="{level}" text-anchor="end">{100 * rate:.1f}</text>')
+        parts.append(_line(left, level - 4, left + 18, level - 4, look))
+        parts.append(_text(left + 25, level, name, kind="label"))
+        parts.append(_text(WIDTH - 8, level, f"{100 * rate:.1f}", kind="rate", anchor="end"))
     return parts
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, look: str) -> str:
+    return f'<line {look} x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+
+def _text(x: float, y: float, text: str, kind: str = "faint", anchor: str = "start") -> str:
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def _rate_at(curve: Curve, slots: int) -> float:

@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -119,16 +120,11 @@ def _from_json(line: str, where: str) -> Prompt:
 
 
 def _paragraphs(lines: Sequence[tuple[str, str]]) -> list[Prompt]:
-    prompts: list[Prompt] = []
-    block: list[str] = []
-    start = ""
-    for where, line in [*lines, ("", "")]:
-        if line.strip():
-            start = start if block else where
-            block.append(line.rstrip("\r"))
-        elif block:
-            prompts.append(Prompt("\n".join(block), start))
-            block = []
+    prompts = []
+    for is_text, block in groupby(lines, key=lambda line: bool(line[1].strip())):
+        if is_text:
+            places, texts = zip(*block, strict=True)
+            prompts.append(Prompt("\n".join(text.rstrip("\r") for text in texts), places[0]))
     return prompts
 
 

@@ -302,18 +302,16 @@ def _remarks(result: SearchResult, predictions: dict[str, list[PredictionQuality
         )
     for name, quality in predictions.items():
         counts = total(quality)
-        if counts.recall is not None and counts.precision is not None:
-            text = f"Predictions ({name}): recall {percent(counts.recall)}, precision {percent(counts.precision)}"
-            if counts.coverage is not None and counts.precision_missing is not None:
-                text += (
-                    f"; cover {percent(counts.coverage)} of the misses, {percent(counts.precision_missing)} of them "
-                )
-                text += (
-                    "useful"
-                    if counts.extra_per_saved is None
-                    else (f"useful, {counts.extra_per_saved:.2f} bytes wasted per byte saved")
-                )
-            lines.append(text + ".")
+        if counts.recall is None or counts.precision is None:
+            continue
+        text = f"Predictions ({name}): recall {percent(counts.recall)}, precision {percent(counts.precision)}"
+        if counts.coverage is not None and counts.precision_missing is not None:
+            text += (
+                f"; cover {percent(counts.coverage)} of the misses, {percent(counts.precision_missing)} of them useful"
+            )
+            if counts.extra_per_saved is not None:
+                text += f", {counts.extra_per_saved:.2f} bytes wasted per byte saved"
+        lines.append(text + ".")
     return lines
 
 
