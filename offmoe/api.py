@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -43,6 +43,8 @@ from offmoe.types import CacheStats
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from offmoe.handle import OffloadedModel
+
 logger = logging.getLogger(__name__)
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
@@ -71,7 +73,7 @@ def from_pretrained(
     trace: str | os.PathLike[str] | None = None,
     dtype: str | torch.dtype | None = None,
     **hf_kwargs: Any,
-) -> PreTrainedModel:
+) -> OffloadedModel:
     """Load a Mixture-of-Experts model of transformers whose experts stay outside the device.
 
     The result is an instance of the architecture's own class, in eval mode, with the runtime at `model.offload`. The
@@ -141,7 +143,7 @@ def fetch(inspected: Inspected) -> Inspected:
 
 def load(
     inspected: Inspected, *, name: str = "", trace: str | os.PathLike[str] | None = None, **hf_kwargs: Any
-) -> PreTrainedModel:
+) -> OffloadedModel:
     """Load an inspected model.
 
     Args:
@@ -168,7 +170,7 @@ def load(
         for layer, module in zip(layers, modules, strict=True):
             attach(module, executor, layer)
         Offload(model, config, inspected.plan, executor, modules, closing)
-    return model
+    return cast("OffloadedModel", model)
 
 
 def _load_dense(inspected: Inspected, closing: ExitStack, hf_kwargs: dict[str, Any]) -> PreTrainedModel:

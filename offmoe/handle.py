@@ -32,6 +32,12 @@ from offmoe.types import CacheStats
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    class OffloadedModel(PreTrainedModel):
+        """The type of a loaded model for editors and type checkers: its architecture's own class, and the handle."""
+
+        offload: Offload
+
+
 logger = logging.getLogger(__name__)
 
 
