@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
         offload: Offload
 
+        def __getattr__(self, name: str) -> Any:
+            """Everything else that the architecture's class has, such as `generate` and `model`."""
+
 
 logger = logging.getLogger(__name__)
 

@@ -60,7 +60,8 @@ def floats(dtype: torch.dtype, hidden: int, inner: int, transposed: bool = False
         for view in views.values():
             view.copy_(torch.randn(view.shape) * 0.05)
         gate_up, down = (v.float().T if transposed else v.float() for v in views.values())
-        return Expert(*gate_up.chunk(2), down)
+        gate, up = gate_up.chunk(2)
+        return Expert(gate, up, down)
 
     gate_up, down = (float_operand(param, transposed) for param in layout.params)
     return Format(layout, stacked(gate_up, down), fill)
@@ -69,7 +70,7 @@ def floats(dtype: torch.dtype, hidden: int, inner: int, transposed: bool = False
 def fp8(block: tuple[int, int] | None, hidden: int, inner: int) -> Format:
     """As DeepSeek-V3 stores it (scales per block, ragged at the ends), or with a scale per row."""
     codec = ScaledFloat(block)
-    wanted = {}
+    wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name, (rows, cols) in {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}.items():
         wanted[name + ".weight"] = torch.float8_e4m3fn, (rows, cols)
         high, wide = block or (1, cols)
@@ -93,7 +94,7 @@ def fp8(block: tuple[int, int] | None, hidden: int, inner: int) -> Format:
 def gpt_oss(hidden: int, inner: int) -> Format:
     """Blocks and scales as gpt-oss stores them, gate and up in turns, with biases."""
     codec = Mxfp4()
-    wanted = {}
+    wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name, (rows, cols) in {"gate_up": (2 * inner, hidden), "down": (hidden, inner)}.items():
         wanted[name + ".blocks"] = torch.uint8, (rows, cols // 32, 16)
         wanted[name + ".scales"] = torch.uint8, (rows, cols // 32)
@@ -122,7 +123,7 @@ def gpt_oss(hidden: int, inner: int) -> Format:
 def compressed_tensors(bits: int, group: int | None, hidden: int, inner: int) -> Format:
     """Integers in rows, as compressed-tensors stores them: words and scales of gate, up and down apart."""
     codec = PackedInt(bits, group)
-    wanted = {}
+    wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name, (rows, cols) in {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}.items():
         wanted[name + ".packed"] = torch.int32, (rows, cols * bits // 32)
         wanted[name + ".scale"] = torch.float16, (rows, cols // group if group else 1)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from offmoe.device.backend import CpuBackend
+from offmoe.device.backend import CpuBackend, Event, Stream
 from offmoe.storage.layout import Assembly, ExpertLayout
 from offmoe.transfer.slot_writer import SlotWriter
 from offmoe.transfer.waits import Waits
@@ -23,7 +23,8 @@ class DeferredEvent:
         self.marked: DeferredStream | None = None
         self.seen_by: set[DeferredStream] = set()
 
-    def record(self, stream: DeferredStream) -> None:
+    def record(self, stream: Stream) -> None:
+        assert isinstance(stream, DeferredStream)
         with self._backend.lock:
             self._work, self.marked = list(stream.pending), stream
             self.seen_by = {stream}
@@ -46,7 +47,8 @@ class DeferredStream:
         self._backend, self.name = backend, name
         self.pending: list[Callable[[], None]] = []
 
-    def wait(self, event: DeferredEvent) -> None:
+    def wait(self, event: Event) -> None:
+        assert isinstance(event, DeferredEvent)
         event.synchronize()
         event.seen_by.add(self)
 
@@ -98,6 +100,7 @@ class DeferredBackend(CpuBackend):
         """A copy into a slot of this writer, and of no other, is a race unless it waits for the slot's last read."""
         self.regions = []
         for slot, event in enumerate(writer.last_read):
+            assert isinstance(event, DeferredEvent)
             start = writer.arena.bytes(slot).data_ptr()
             self.regions.append((start, start + writer.arena.bytes(slot).numel(), event))
 

@@ -7,8 +7,10 @@ tested.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from tests import tiny
 
@@ -16,10 +18,10 @@ VOCABULARY = tiny.VOCABULARY + 7
 """Vocabulary of multimodal models. The last ids are placeholders, which no prompt of `tiny.prompt` contains."""
 IMAGE, VIDEO, VISION_START, VISION_END, AUDIO, AUDIO_START, AUDIO_END = range(tiny.VOCABULARY, VOCABULARY)
 
-Config = dict[str, object]
+Config = dict[str, Any]
 
 
-def _text(*parts: Config, without: tuple[str, ...] = (), **values: object) -> Config:
+def _text(*parts: Config, without: tuple[str, ...] = (), **values: Any) -> Config:
     """tiny.COMMON and what a family adds to it."""
     out: Config = {}
     for part in (tiny.COMMON, *parts, values):
@@ -640,7 +642,7 @@ def config(family: str) -> PreTrainedConfig:
     return AutoConfig.for_model(family, **CONFIGS[family])
 
 
-def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> tiny.Model:
     """A stock model of a family in eval mode, every parameter random."""
     return tiny.random_model(config(family), dtype, seed)
 

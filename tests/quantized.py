@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -41,7 +42,7 @@ def fp8_rows(weight: torch.Tensor) -> Encoded:
 def words(codes: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
     """Pack codes along `dim` into int32 words, lowest bits first."""
     codes = codes.movedim(dim, -1).to(torch.int64).unflatten(-1, (-1, 32 // bits))
-    out = sum(codes[..., i] << (bits * i) for i in range(32 // bits))
+    out = torch.stack([codes[..., i] << (bits * i) for i in range(32 // bits)]).sum(0)
     return torch.where(out >= 2**31, out - 2**32, out).to(torch.int32).movedim(-1, dim).contiguous()
 
 
@@ -150,7 +151,7 @@ def mxfp4(weight: torch.Tensor) -> Encoded:
     return {"_blocks": blocks, "_scales": scales}, dense
 
 
-def ct_config(bits: int, symmetric: bool, **weights: object) -> dict[str, object]:
+def ct_config(bits: int, symmetric: bool, **weights: Any) -> dict[str, Any]:
     scheme = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "group", "group_size": BLOCK}
     return {
         "quant_method": "compressed-tensors",
@@ -161,7 +162,7 @@ def ct_config(bits: int, symmetric: bool, **weights: object) -> dict[str, object
     }
 
 
-FORMATS: dict[str, tuple[Encoder, dict[str, object]]] = {
+FORMATS: dict[str, tuple[Encoder, dict[str, Any]]] = {
     "fp8": (fp8, {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}),
     "fp8-rows": (fp8_rows, {"quant_method": "fp8", "activation_scheme": "dynamic"}),
     "ct-int4": (compressed_tensors(4, True), ct_config(4, True)),
@@ -187,7 +188,7 @@ def save(
     kind: str,
     *,
     which: Callable[[str, torch.Tensor], bool] = is_quantized,
-    **overrides: object,
+    **overrides: Any,
 ) -> tuple[Path, Path]:
     """Write a tiny model twice; returns the folders (quantized, dense)."""
     encode, config = FORMATS[kind]
@@ -195,7 +196,8 @@ def save(
     dense = folder / "dense"
     tiny.save(model, dense, max_shard_size="100GB")
     plain = load_file(dense / "model.safetensors")
-    quantized, decoded = {}, {}
+    quantized: dict[str, torch.Tensor] = {}
+    decoded: dict[str, torch.Tensor] = {}
     for name, tensor in plain.items():
         stem = name.removesuffix(".weight")
         fused = kind == "mxfp4" and name.endswith(("experts.gate_up_proj", "experts.down_proj"))

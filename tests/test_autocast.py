@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import offmoe
 from offmoe.device.backend import CpuBackend
@@ -23,14 +24,14 @@ WITH_LAYER_NORM = ("dbrx", "nllb-moe")
 """torch's layer_norm raises on a CPU for inputs of one half precision and weights of the other, in stock too."""
 
 
-def stock(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def stock(folder: Path, dtype: torch.dtype) -> tiny.Model:
     model = model_class(read_config(folder)).from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
     for weight in [*model.parameters(), *model.buffers()]:  # out of the mapped file, where addresses are not aligned
         weight.data = weight.data.clone()
     return model
 
 
-def logits(model: PreTrainedModel, inputs: dict[str, torch.Tensor], autocast: torch.dtype | None) -> torch.Tensor:
+def logits(model: tiny.Model, inputs: dict[str, torch.Tensor], autocast: torch.dtype | None) -> torch.Tensor:
     with torch.no_grad(), torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
         return model(**inputs).logits
 
@@ -122,10 +123,10 @@ def test_the_host_computes_its_part(
 def test_trainer_evaluates_and_predicts(tmp_path: Path) -> None:
     folder = tiny.save(tiny.build("mixtral"), tmp_path / "model")
     ids = tiny.prompt(3)
-    data = [{"input_ids": row, "labels": row} for row in ids]
-    options = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "eval_strategy": "no"}
+    data: Any = [{"input_ids": row, "labels": row} for row in ids]
+    options: dict[str, Any] = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "eval_strategy": "no"}
 
-    def run(model: PreTrainedModel) -> tuple[float, torch.Tensor]:
+    def run(model: tiny.Model) -> tuple[float, torch.Tensor]:
         trainer = Trainer(model, TrainingArguments(str(tmp_path / "out"), bf16=True, **options), eval_dataset=data)
         return trainer.evaluate()["eval_loss"], torch.as_tensor(trainer.predict(data).predictions)
 

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig
 
 import offmoe
+from offmoe.budget.inspect import inspect
 from offmoe.errors import UnsupportedModelError
 from offmoe.hf.adapters.base import RegistryExperts
-from offmoe.hf.adapters.find import adapter_of, find_experts
+from offmoe.hf.adapters.find import adapter_of, find_experts, require_adapter
 from offmoe.hf.catalog.catalog import CatalogLayer, ExpertCatalog
 from offmoe.hf.load.config import build_meta, model_class, read_config
 from offmoe.hf.predict.route_recorder import unpredictable_reasons
@@ -40,16 +42,17 @@ SLOTS = 3
 NEW_TOKENS = 6
 
 
-def stock_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def stock_model(folder: Path, dtype: torch.dtype) -> tiny.Model:
     """The model as transformers loads it, made comparable."""
     return tiny.comparable(model_class(read_config(folder)).from_pretrained(folder, dtype=dtype))
 
 
-def set_implementation(model: PreTrainedModel, name: str) -> None:
+def set_implementation(model: tiny.Model, name: str) -> None:
     """Set it on every experts module's own config, because some architectures give layers copies of the model's."""
     for module in find_experts(model).values():
         if in_registry(module):
-            module.config._experts_implementation = name
+            config: Any = module.config
+            config._experts_implementation = name
 
 
 def in_registry(module: nn.Module) -> bool:
@@ -57,12 +60,12 @@ def in_registry(module: nn.Module) -> bool:
     return isinstance(adapter_of(module), RegistryExperts)
 
 
-def logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+def logits(model: tiny.Model, inputs: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
         return model(**inputs).logits
 
 
-def all_logits(stock: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def all_logits(stock: tiny.Model, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Logits of every implementation of stock; the first one stays set."""
     if not any(map(in_registry, find_experts(stock).values())):
         return {"its own": logits(stock, inputs)}
@@ -73,7 +76,7 @@ def all_logits(stock: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, T
     return {name: out[name] for name in IMPLEMENTATIONS}
 
 
-def greedy(model: PreTrainedModel) -> Tensor:
+def greedy(model: tiny.Model) -> Tensor:
     torch.manual_seed(0)  # one family starts from random tokens
     ids = tiny.prompt()
     out = model.generate(ids, do_sample=False, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
@@ -97,7 +100,7 @@ def judge(ours: Tensor, stock: dict[str, Tensor]) -> str:
     return f"{found:.1e} (stock {among_stock:.1e})"
 
 
-def check_expert_bytes(shards: list[Path], catalog: ExpertCatalog, stock: PreTrainedModel) -> None:
+def check_expert_bytes(shards: Sequence[Path], catalog: ExpertCatalog, stock: tiny.Model) -> None:
     """Reading one expert reads its own bytes: as many as its parameters have, and with their values."""
     modules = find_experts(stock)
     with closing(ExpertStore(shards, catalog.records)) as store:
@@ -117,11 +120,11 @@ def read(store: ExpertStore, key: ExpertKey) -> list[Tensor]:
     """The bytes of one expert, per segment."""
     memory = torch.zeros(store.buffer_bytes + 4096, dtype=torch.uint8)
     aligned = memory[-memory.data_ptr() % 4096 :][: store.buffer_bytes]
-    store.read_into(key, memoryview(aligned.numpy()))
+    store.read_into(key, aligned.numpy().data)
     return store.segments(key, aligned)
 
 
-def predictions(model: PreTrainedModel, family: str) -> str:
+def predictions(model: tiny.Model, family: str) -> str:
     """Record routes on one prompt; every route must give the experts of another prompt exactly."""
     experts = list(find_experts(model).values())
     probe = tiny.watch(model, experts, lambda: logits(model, families.inputs(family, seed=1)))
@@ -150,7 +153,7 @@ def routed(experts: list[nn.Module], run: Callable[[], object]) -> dict[int, Ten
     seen: dict[int, Tensor] = {}
     hooks = []
     for layer, module in enumerate(experts):
-        routing = adapter_of(module).routing(module)
+        routing = require_adapter(module).routing(module)
         if routing is None:
             continue
         if routing.router is None:
@@ -174,7 +177,7 @@ def keep_output(
     seen[layer] = ids(list(tensors_in(output))).clone()
 
 
-def describe_layouts(catalog: ExpertCatalog, model: PreTrainedModel) -> str:
+def describe_layouts(catalog: ExpertCatalog, model: tiny.Model) -> str:
     modules = find_experts(model)
     return "<br>".join(dict.fromkeys(describe_layout(layer, modules[layer.name]) for layer in catalog.layers))
 
@@ -198,12 +201,13 @@ def describe_layout(layer: CatalogLayer, module: nn.Module) -> str:
         }
         kinds += [name for name, is_so in flags.items() if is_so]
     names = [re.sub(r"\.\d+(?=\.|$)", ".#", segment.name) for segment in first]
-    block = re.match(r".*?layers\.#\.|", names[0])[0]
-    short = sorted(dict.fromkeys(f"`{name.removeprefix(block)}`" for name in names))
+    block = re.match(r".*?layers\.#\.|", names[0])
+    assert block is not None
+    short = sorted(dict.fromkeys(f"`{name.removeprefix(block[0])}`" for name in names))
     return f"{', '.join(short)}: {', '.join([how, *kinds])}"
 
 
-def shared_modules(model: PreTrainedModel) -> str:
+def shared_modules(model: tiny.Model) -> str:
     """Modules named as shared in the blocks around the experts, outermost only."""
     found: list[str] = []
     for name in find_experts(model):
@@ -231,6 +235,7 @@ def test_family_equals_stock(tmp_path: Path, family: str, dtype: str, families_f
         tokens = greedy(ours)
         stats = ours.offload.stats()
     trace = read_trace(with_trace)
+    assert trace.options is not None
     assert replay(trace, trace.options).stats == stats
     assert stats.evictions > 0 or family == "nllb-moe"  # whose tiny routers prefer three experts
 
@@ -238,7 +243,7 @@ def test_family_equals_stock(tmp_path: Path, family: str, dtype: str, families_f
     assert type(ours) is type(stock)
     by_implementation = all_logits(stock, inputs)
     assert torch.equal(tokens, greedy(stock))
-    inspected = offmoe.budget.inspect.inspect(folder, ours.offload.config)
+    inspected = inspect(folder, ours.offload.config)
     check_expert_bytes(inspected.checkpoint.shards, inspected.catalog, stock)
     result = judge(found, by_implementation)
     families_found.text.append(

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 import offmoe
 from offmoe.budget.inspect import inspect
@@ -43,7 +42,7 @@ def random_routing(shape: CacheShape, dropping: bool) -> Trace:
     return Trace("", shape, experts, request=np.zeros(9, np.int32), step=np.arange(9, dtype=np.int32))
 
 
-def plain(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+def plain(model: tiny.Model, inputs: dict[str, Tensor]) -> Tensor:
     torch.manual_seed(0)  # one family begins with random tokens
     return logits(model, inputs)
 
@@ -60,8 +59,10 @@ def test_family(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) ->
     folder = tiny.save(families.build(family), tmp_path / "model")
     inspected = inspect(folder, OffloadConfig(device="cpu", slots_per_layer=3, prefetch=0))
     costs = calibrate.calibrate(inspected, 0.0).to_dict()
-    assert costs["dense_us_per_token"] > 0
-    assert all(math.isfinite(value) for value in costs.values())
+    for name, value in costs.items():
+        assert isinstance(value, int | float), name
+        assert math.isfinite(value), name
+        assert value > 0 or name != "dense_us_per_token"
 
     recording = tmp_path / "run.npz"
     ours = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3, prefetch=0, trace=recording)
@@ -78,6 +79,7 @@ def test_family(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) ->
         replayed.seek(ROW)
         found.append((plain(model, inputs), greedy(model)))
         replayed.detach()
+    assert ours.offload.trace is not None
     replayed_tokens = ours.offload.trace.tokens
     with ours.offload:
         torch.testing.assert_close(plain(ours, inputs), own, rtol=0, atol=ROUNDING)

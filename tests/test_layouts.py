@@ -9,6 +9,9 @@ import torch
 from transformers import AutoConfig
 
 import offmoe
+from offmoe.budget.inspect import inspect
+from offmoe.config import OffloadConfig
+from offmoe.hf.catalog.catalog import CatalogLayer
 from offmoe.simulate.replay import replay
 from offmoe.storage.checkpoint import Checkpoint
 from offmoe.trace.trace import read_trace
@@ -29,6 +32,7 @@ def assert_runs_like_stock(folder: Path, trace: Path) -> None:
         assert torch.equal(ours.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False), tokens)
         stats = ours.offload.stats()
     recorded = read_trace(trace)
+    assert recorded.options is not None
     assert replay(recorded, recorded.options).stats == stats
     assert stats.evictions > 0
 
@@ -82,5 +86,5 @@ def test_layers_of_different_counts_and_shapes(tmp_path: Path, family: str, scop
     assert all(torch.equal(logits, found[0]) for logits in found)
 
 
-def catalog_of(folder: Path) -> tuple[offmoe.hf.catalog.catalog.CatalogLayer, ...]:
-    return offmoe.budget.inspect.inspect(folder, offmoe.config.OffloadConfig(device="cpu")).catalog.layers
+def catalog_of(folder: Path) -> tuple[CatalogLayer, ...]:
+    return inspect(folder, OffloadConfig(device="cpu")).catalog.layers

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -26,13 +26,14 @@ from offmoe.errors import CheckpointError, OffmoeError
 from offmoe.hf.catalog import catalog
 from offmoe.hf.catalog.build import build_catalog
 from offmoe.pack.pack import pack, weight_format
+from offmoe.quant.packed_weight import PackedWeight
 from offmoe.simulate.replay import replay
 from offmoe.storage.layout import Assembly, ExpertLayout
 from offmoe.trace.trace import read_trace
 from tests import quantized, tiny
 from tests.doubles import DeferredBackend
 
-SIZES: dict[str, object] = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
 PROMPT = {"input_ids": tiny.prompt()}
 GREEDY = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
 SAME = 2e-5
@@ -48,7 +49,7 @@ def kernels() -> None:
 
 
 @pytest.fixture
-def groups_of_32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def groups_of_32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantized, "BLOCK", BLOCK)
     for kind in ("awq", "gptq", "gptq-int8-desc-act"):
         monkeypatch.setitem(quantized.FORMATS[kind][1], "group_size", BLOCK)
@@ -56,11 +57,10 @@ def groups_of_32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for kind in ("ct-int4", "ct-int4-asym", "ct-int8"):
         weights = quantized.FORMATS[kind][1]["config_groups"]["group_0"]["weights"]
         monkeypatch.setitem(weights, "group_size", BLOCK)
-    return
 
 
 def run(
-    folder: Path, slots: int = 3, dtype: torch.dtype = torch.float32, **options: object
+    folder: Path, slots: int = 3, dtype: torch.dtype = torch.float32, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of a prompt and tokens after it; every recording replays to the statistics of the run."""
     trace = folder.parent / "run.npz"
@@ -70,6 +70,7 @@ def run(
         tokens = model.generate(**PROMPT, **GREEDY)
         stats = model.offload.stats()
     recorded = read_trace(trace)
+    assert recorded.options is not None
     assert replay(recorded, recorded.options).stats == stats
     return logits, tokens
 
@@ -78,14 +79,14 @@ def error(got: torch.Tensor, right: torch.Tensor) -> float:
     return ((got - right).norm() / right.norm()).item()
 
 
-def without_kernels(folder: Path, **options: object) -> list[str | None]:
+def without_kernels(folder: Path, **options: Any) -> list[str | None]:
     """Per MoE layer, the reason why kernels do not compute it."""
     config = OffloadConfig(device="cpu", slots_per_layer=3, exactness="numeric", **options)
     return [layer.without_kernel for layer in inspect(folder, config, dtype=torch.float32).catalog.layers]
 
 
-def dense(folder: Path, family: str, dtype: torch.dtype = torch.bfloat16, **overrides: object) -> Path:
-    own = {"moe_intermediate_size": 64} if "moe_intermediate_size" in tiny.CONFIGS[family] else {}
+def dense(folder: Path, family: str, dtype: torch.dtype = torch.bfloat16, **overrides: Any) -> Path:
+    own: dict[str, Any] = {"moe_intermediate_size": 64} if "moe_intermediate_size" in tiny.CONFIGS[family] else {}
     return tiny.save(tiny.build(family, dtype, **{**SIZES, **own, **overrides}), folder / "dense")
 
 
@@ -126,14 +127,16 @@ def test_fused_experts_of_transformers_own_format(tmp_path: Path, fused: bool) -
 )
 @pytest.mark.usefixtures("groups_of_32")
 def test_published_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, family: str) -> None:
-    own = {"moe_intermediate_size": 64} if "moe_intermediate_size" in tiny.CONFIGS[family] else {}
+    own: dict[str, Any] = {"moe_intermediate_size": 64} if "moe_intermediate_size" in tiny.CONFIGS[family] else {}
     folder, _ = quantized.save(tmp_path, family, kind, **SIZES, **own)
     assert set(without_kernels(folder)) == {None}
     right, tokens = run(folder)
     computed: set[str] = set()
 
     def expert(self: CpuKernels, weights: GatedExpert, glu: Glu) -> Rows:
-        computed.update(weight.format.kind for weight in (weights.gate, weights.up, weights.down))
+        for weight in (weights.gate, weights.up, weights.down):
+            assert isinstance(weight, PackedWeight)
+            computed.add(weight.format.kind)
         return prepare(self, weights, glu)
 
     prepare = CpuKernels.expert
@@ -166,7 +169,8 @@ def test_one_slot_holds_as_much_as_the_packed_record(tmp_path: Path) -> None:
     folder = tmp_path / "packed"
     pack(dense(tmp_path, "mixtral", hidden_size=128, intermediate_size=256), folder, weight_format("int4", 64))
     weights = 3 * 128 * 256
-    for options in ({}, {"exactness": "numeric"}):
+    either: tuple[dict[str, Any], ...] = ({}, {"exactness": "numeric"})
+    for options in either:
         found = inspect(folder, OffloadConfig(device="cpu", slots_per_layer=3, **options))
         assert found.plan.slots == 2 * 3 * weights * (4 + 16 / 64) / 8
     decoded = inspect(folder, OffloadConfig(device="cpu", slots_per_layer=3)).plan.workspace
@@ -182,7 +186,7 @@ def test_one_slot_holds_as_much_as_the_packed_record(tmp_path: Path) -> None:
     ],
 )
 def test_what_no_kernel_has_is_computed_as_ever(
-    tmp_path: Path, overrides: dict[str, object], dtype: torch.dtype, why: str
+    tmp_path: Path, overrides: dict[str, Any], dtype: torch.dtype, why: str
 ) -> None:
     folder = dense(tmp_path, "mixtral", dtype, **overrides)
     assert all(why in str(reason) for reason in without_kernels(folder))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig, Mxfp4Config
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+from transformers.utils.quantization_config import Mxfp4Config
 
 import offmoe
 from offmoe.api import load
@@ -38,12 +40,12 @@ CASES = [
     ("nf4-nested", "qwen3_moe"),
     ("mxfp4", "gpt_oss"),
 ]
-OVERRIDES: dict[str, dict[str, object]] = {"mxfp4": {"intermediate_size": 32}}
+OVERRIDES: dict[str, dict[str, Any]] = {"mxfp4": {"intermediate_size": 32}}
 PROMPT = {"input_ids": tiny.prompt()}
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
 
 
-def run(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+def run(model: tiny.Model) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.no_grad():
         return model(**PROMPT).logits, model.generate(**PROMPT, **GREEDY)
 
@@ -62,6 +64,7 @@ def test_logits_and_tokens_are_those_of_the_dequantized_model(
     assert torch.equal(logits, wanted[0])
     assert torch.equal(tokens, wanted[1])
     trace = read_trace(tmp_path / "run.npz")
+    assert trace.options is not None
     assert replay(trace, trace.options).stats == stats
 
 
@@ -150,9 +153,10 @@ def test_workspace_holds_the_expert_that_is_decoded(tmp_path: Path) -> None:
 def test_a_model_is_what_the_class_says_and_saves_its_source(tmp_path: Path) -> None:
     folder, dense = quantized.save(tmp_path, "qwen3_moe", "fp8")
     (folder / "generation_config.json").write_text(json.dumps({"max_new_tokens": 3, "eos_token_id": [2, 7]}))
-    model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=2)
+    stock: tiny.Model = AutoModelForCausalLM.from_pretrained(dense)
+    model: tiny.Model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=2)
     with model.offload:
-        assert type(model) is type(AutoModelForCausalLM.from_pretrained(dense))
+        assert type(model) is type(stock)
         assert not getattr(model, "is_quantized", False)
         assert not hasattr(model.config, "quantization_config")
         assert model.generation_config.eos_token_id == [2, 7]
@@ -171,7 +175,9 @@ def test_dense_layers_that_do_not_fit_come_decoded(tmp_path: Path) -> None:
     wanted = run(AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16).eval())
     with pytest.raises(CapacityError) as raised:
         offmoe.from_pretrained(folder, device="cpu", device_memory=1, max_context=64)
-    smallest = int(re.search(r"model is (\d+) bytes", str(raised.value)).group(1))
+    needed = re.search(r"model is (\d+) bytes", str(raised.value))
+    assert needed is not None
+    smallest = int(needed[1])
     model = offmoe.from_pretrained(folder, device="cpu", device_memory=smallest, max_context=64)
     with model.offload:
         assert model.offload.memory().offloaded_layers > 0

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from offmoe.hf.load.config import model_class
@@ -18,11 +19,14 @@ from offmoe.hf.predict.router_probe import RouterProbe
 
 logging.disable_progress_bar()
 
+Model: TypeAlias = Any
+"""A model of transformers, stock or offloaded. No common type knows `generate`, `model` and `offload`."""
+
 VOCABULARY = 97
 NUM_EXPERTS = 8
 TOP_K = 2
 
-COMMON: dict[str, object] = {
+COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "num_hidden_layers": 3,
@@ -34,7 +38,7 @@ COMMON: dict[str, object] = {
     "eos_token_id": 2,
     "num_experts_per_tok": TOP_K,
 }
-_MLA: dict[str, object] = {
+_MLA: dict[str, Any] = {
     "q_lora_rank": 16,
     "kv_lora_rank": 16,
     "qk_rope_head_dim": 8,
@@ -42,7 +46,7 @@ _MLA: dict[str, object] = {
     "v_head_dim": 8,
     "num_key_value_heads": 4,
 }
-_DEEPSEEK: dict[str, object] = dict(
+_DEEPSEEK: dict[str, Any] = dict(
     _MLA,
     intermediate_size=48,
     moe_intermediate_size=24,
@@ -53,7 +57,7 @@ _DEEPSEEK: dict[str, object] = dict(
     topk_group=1,
 )
 
-CONFIGS: dict[str, dict[str, object]] = {
+CONFIGS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": NUM_EXPERTS, "intermediate_size": 48},
     "qwen2_moe": {
         "num_experts": NUM_EXPERTS,
@@ -77,12 +81,12 @@ CONFIGS: dict[str, dict[str, object]] = {
 FAMILIES = tuple(CONFIGS)
 
 
-def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: object) -> PreTrainedModel:
+def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any) -> Model:
     """A stock model in eval mode. All parameters are random, also those that transformers sets to zeros and ones."""
     return random_model(AutoConfig.for_model(family, **{**COMMON, **CONFIGS[family], **overrides}), dtype, seed)
 
 
-def random_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+def random_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> Model:
     """A stock model of any config, random as in `build`."""
     model = model_class(config)(config)
     generator = torch.Generator().manual_seed(seed)
@@ -97,7 +101,7 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32, s
     return model.eval()
 
 
-def comparable(model: PreTrainedModel) -> PreTrainedModel:
+def comparable(model: Model) -> Model:
     """Make a stock model's float32 bits comparable: copy its weights to aligned memory, and let none have a gradient.
 
     Without this, stock is not bit-equal to itself. transformers leaves weights in the mapped file, and a product of one
@@ -109,7 +113,7 @@ def comparable(model: PreTrainedModel) -> PreTrainedModel:
     return model.requires_grad_(False).eval()
 
 
-def save(model: PreTrainedModel, folder: Path, original_format: bool = True, max_shard_size: str = "60KB") -> Path:
+def save(model: Model, folder: Path, original_format: bool = True, max_shard_size: str = "60KB") -> Path:
     """Write a sharded checkpoint, with the names of the family's published checkpoints or the fused names of
     transformers v5.
     """

@@ -7,7 +7,7 @@ command goes on where it stopped.
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -18,7 +18,6 @@ from offmoe.text import format_size
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from offmoe.handle import Offload
     from offmoe.measure.perplexity import Score
     from offmoe.pack.pack import Packed
 
@@ -104,7 +103,7 @@ def _score(model: str, ids: Tensor, args: argparse.Namespace, out: Output) -> Sc
 
     hub = options.hub_options(args) if model == args.model else {}
     loaded = from_pretrained(model, **hub)
-    with cast("Offload", loaded.offload), out.transfer(f"scoring {model}") as progress:
+    with loaded.offload, out.transfer(f"scoring {model}") as progress:
         return scores({model: loaded}, ids, progress=progress)[model]
 
 

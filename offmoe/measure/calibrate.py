@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -25,7 +25,6 @@ from transformers import PreTrainedModel
 from offmoe.api import load
 from offmoe.budget.inspect import Inspected
 from offmoe.device.backend import CpuBackend
-from offmoe.handle import Offload
 from offmoe.hf.adapters.find import find_experts
 from offmoe.hf.load.attach import reroute
 from offmoe.io_limits import last_share
@@ -71,7 +70,7 @@ def calibrate(inspected: Inspected, seconds: float, progress: Progress = lambda 
         disk_gb_s, latency_s = _reading(disk, max(catalog.shape.expert_bytes), seconds * DISK_SHARE)
         progress("loading the dense part")
         model = load(inspected)
-        with cast(Offload, model.offload):
+        with model.offload:
             progress("computing")
             fixed = FixedRouting(model, inspected)
             dense_s, experts_s = fixed.measure(seconds * COMPUTE_SHARE)

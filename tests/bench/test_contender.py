@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def quick(monkeypatch) -> None:
     monkeypatch.setattr(calibrate, "LEAST_ROUNDS", 1)
 
 
-def stock(task: Task, scratch: Path, **changes: object) -> Task:
+def stock(task: Task, scratch: Path, **changes: Any) -> Task:
     return replace(task, runtime=ACCELERATE, options={}, scratch=str(scratch), **changes)
 
 

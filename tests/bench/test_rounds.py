@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from typing import Any
 
 import pytest
 
@@ -83,7 +84,8 @@ class Scripted:
 
 def test_who_begins_changes_and_the_first_pass_warms_up() -> None:
     log: list[str] = []
-    a, b = rounds.paired([Scripted("a", log), Scripted("b", log)], [Pass((1,), 2, row=i) for i in range(3)])
+    contenders: list[Any] = [Scripted("a", log), Scripted("b", log)]
+    a, b = rounds.paired(contenders, [Pass((1,), 2, row=i) for i in range(3)])
     assert log == ["a0", "b0", "b1", "a1", "a2", "b2"]
     assert (len(a.outcomes), len(b.outcomes)) == (2, 2)
 

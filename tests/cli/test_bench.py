@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,8 +76,8 @@ def test_int4_experts_against_the_checkpoint_that_they_were_made_of(
 ) -> None:
     packed = tmp_path / "packed"
     assert offmoe("pack", checkpoint, packed, "--experts", "int8").status == 0
-    options = ("--device", "cpu", "--device-memory", "4MiB", "--slots-per-layer", "4", "--experts", "int8", "--json")
-    options += ("--rounds", "1", "--new-tokens", "2", "--prompt", "ab", "--against", "accelerate")
+    options = ["--device", "cpu", "--device-memory", "4MiB", "--slots-per-layer", "4", "--experts", "int8", "--json"]
+    options += ["--rounds", "1", "--new-tokens", "2", "--prompt", "ab", "--against", "accelerate"]
     outcome = offmoe("bench", packed, "--against-model", checkpoint, *options)
     assert outcome.json["same"] is None
     assert outcome.json["ratio"]["median"] > 0
@@ -95,9 +96,9 @@ def test_against_itself_without_prefetch(offmoe: Run, checkpoint: Path) -> None:
 
 
 def test_what_is_measured_prefetches(offmoe: Run, checkpoint: Path) -> None:
-    argv = ("bench", checkpoint, "--device", "cpu", "--device-memory", "4MiB", "--slots-per-layer", "4")
-    argv += ("--rounds", "1", "--new-tokens", "8", "--prompt", "ab", "--prefetch", "2", "--against", "no-prefetch")
-    found = offmoe(*argv, "--json").json
+    argv = ["--device", "cpu", "--device-memory", "4MiB", "--slots-per-layer", "4", "--json"]
+    argv += ["--rounds", "1", "--new-tokens", "8", "--prompt", "ab", "--prefetch", "2", "--against", "no-prefetch"]
+    found = offmoe("bench", checkpoint, *argv).json
     assert found["ours"]["prefetched_per_token"] > 0
     assert found["baseline"]["prefetched_per_token"] == 0
 
@@ -123,7 +124,7 @@ def test_wrong_options(offmoe: Run, checkpoint: Path, more: list[str], says: str
 def test_no_room_for_what_accelerate_writes(
     offmoe: Run, checkpoint: Path, monkeypatch, scratch: str, says: str
 ) -> None:
-    monkeypatch.setattr(bench.shutil, "disk_usage", lambda folder: type("usage", (), {"free": 1000})())
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("usage", (), {"free": 1000})())
     argv = ("bench", checkpoint, "--device", "cpu", "--device-memory", "4MiB", "--against", "accelerate")
     outcome = offmoe(*argv, "--scratch", scratch)
     assert outcome.status == 2

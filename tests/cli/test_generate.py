@@ -37,10 +37,10 @@ def with_template(checkpoint: Path, tmp_path: Path) -> Path:
 
 def stock_text(folder: Path, prompt: str, new_tokens: int) -> str:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model: tiny.Model = AutoModelForCausalLM.from_pretrained(folder)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     ids = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    return tokenizer.decode(ids, skip_special_tokens=True)
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def test_text_is_that_of_the_stock_model(offmoe: Run, checkpoint: Path) -> None:
@@ -132,8 +132,11 @@ def test_the_recording_replays_to_the_same_statistics(
     trace = read_trace(path)
     assert trace.options is not None
     assert trace.pieces is not None
+    assert trace.token is not None
     assert trace.pieces.keys() == set(trace.token.tolist())
-    assert trace.pieces[byte_tokenizer().convert_tokens_to_ids("O")] == "O"
+    letter = byte_tokenizer().convert_tokens_to_ids("O")
+    assert isinstance(letter, int)
+    assert trace.pieces[letter] == "O"
     simulated = offmoe("simulate", path, "--json").json["stats"]
     of_the_run = ran.json["stats"]
     for stats in (of_the_run, simulated):

@@ -25,7 +25,11 @@ def write(path: Path, top_k: int = TOP_K, predicted: bool = False, **header: Any
     popularity = np.linspace(1, 4, EXPERTS)
     scores = rng.random((TOKENS, LAYERS, EXPERTS)) ** (1 / popularity)
     experts = np.argsort(-scores, axis=2)[:, :, :top_k].astype(np.int16)
-    arrays = {"experts": experts, "request": np.zeros(TOKENS, np.int32), "step": np.arange(TOKENS, dtype=np.int32)}
+    arrays: dict[str, np.ndarray] = {
+        "experts": experts,
+        "request": np.zeros(TOKENS, np.int32),
+        "step": np.arange(TOKENS, dtype=np.int32),
+    }
     if predicted:
         arrays["predicted"] = np.roll(experts, 1, axis=0)
     base = {"model": "random", "layers": LAYERS, "experts": EXPERTS, "top_k": top_k, "expert_bytes": 1000}

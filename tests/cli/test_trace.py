@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,6 +78,8 @@ def test_a_recording_is_that_of_generate(
     assert offmoe("generate", checkpoint, "Once upon", "--trace", tmp_path / "b.npz", *tail).status == 0
     a, b = read_trace(tmp_path / "a.npz"), read_trace(tmp_path / "b.npz")
     assert (a.experts == b.experts).all()
+    assert a.token is not None
+    assert b.token is not None
     assert (a.token == b.token).all()
     assert (a.pieces, a.options) == (b.pieces, b.options)
 
@@ -211,4 +214,5 @@ class Joining:
 
 
 def test_pieces_keep_the_space_that_starts_a_word() -> None:
-    assert prompts.pieces(Joining(), [1, 2]) == {1: " the", 2: "ing"}
+    tokenizer: Any = Joining()
+    assert prompts.pieces(tokenizer, [1, 2]) == {1: " the", 2: "ing"}

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,21 +24,16 @@ from offmoe.storage.layout import Assembly, ExpertLayout
 LAYOUT = ExpertLayout.of({"w": (torch.float32, (1,))})
 
 
-def scaled(weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+def scaled(weights: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     return x * weights["w"]
 
 
 SCALED = ExpertLayer(0, LAYOUT, Assembly(), scaled)
 
 
-class Filling:
-    """Slots that `fill` fills when they are waited for. arriving: by slot, the expert on its way."""
-
-    def __init__(self, fill, arriving=None):
-        self.ready, self._arriving = fill, arriving or {}
-
-    def arriving(self, slot):
-        return self._arriving.get(slot)
+def filling(fill: Callable[[int], object], arriving: Mapping[int, Any] | None = None) -> Any:
+    """A transfer engine whose slots `fill` fills when they are waited for. arriving: by slot, the expert on its way."""
+    return SimpleNamespace(ready=fill, arriving=(arriving or {}).get)
 
 
 def test_an_expert_is_read_once_its_slot_is_ready() -> None:
@@ -46,10 +45,10 @@ def test_an_expert_is_read_once_its_slot_is_ready() -> None:
 
     hidden = torch.tensor([[1.0], [10.0], [100.0]])
     pairs = {4: torch.tensor([0, 5]), 2: torch.tensor([3])}  # of [3 * 2]
-    made = list(compute.wave(SCALED, [(4, 2), (2, 0)], LayerInput(hidden, pairs, 2), Filling(ready)))
+    made = list(compute.wave(SCALED, [(4, 2), (2, 0)], LayerInput(hidden, pairs, 2), filling(ready)))
     assert made[0].tolist() == [[3.0], [300.0]]
     assert made[1].tolist() == [[10.0]]
-    alone = list(compute.wave(SCALED, [(4, 1)], LayerInput(hidden[:1], None, 2), Filling(ready)))
+    alone = list(compute.wave(SCALED, [(4, 1)], LayerInput(hidden[:1], None, 2), filling(ready)))
     assert alone[0].tolist() == [[2.0]]
 
 
@@ -92,7 +91,7 @@ def test_an_expert_is_computed_with_as_it_arrives(monkeypatch, dtype, biased, th
             x = torch.randn(1, WIDE).to(dtype)
             coming = Trickling(views, weights)
             done: list[int] = []
-            (rows,) = compute.wave(layer, [(5, 0)], LayerInput(x, None, 2), Filling(done.append, {0: coming}))
+            (rows,) = compute.wave(layer, [(5, 0)], LayerInput(x, None, 2), filling(done.append, {0: coming}))
             assert torch.equal(rows, math(weights, x))
             assert done, "it is asked at the end whether something went wrong"
             blocks = [-(-size // 64) for size in (2 * INNER, WIDE)]
@@ -121,7 +120,7 @@ def test_what_does_not_have_the_same_bits_by_blocks_is_computed_whole() -> None:
 
     for turn in range(2):
         coming = Trickling(views, weights)
-        (rows,) = compute.wave(layer, [(5, 0)], LayerInput(x, None, 2), Filling(fill, {0: coming}))
+        (rows,) = compute.wave(layer, [(5, 0)], LayerInput(x, None, 2), filling(fill, {0: coming}))
         assert torch.equal(rows, F.relu(x @ weights["up"].T) @ weights["down"].T)
         assert bool(coming.waited) is (turn == 0)
 
@@ -132,8 +131,9 @@ def test_a_wave_without_experts_gives_no_rows() -> None:
     by_torch = TorchCompute(arena, torch.float32)
     kernels = DeviceKernels.__new__(DeviceKernels)  # which launch nothing here
     for compute in (by_torch, GpuCompute({0: kernels})):
-        for pairs in (None, {}):
-            assert not list(compute.wave(SCALED, [], LayerInput(torch.ones(1, 1), pairs, 1), Filling(print)))
+        either: tuple[Any, ...] = (None, {})
+        for pairs in either:
+            assert not list(compute.wave(SCALED, [], LayerInput(torch.ones(1, 1), pairs, 1), filling(print)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

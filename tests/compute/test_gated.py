@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,7 +31,7 @@ def stored(shape: tuple[int, ...], to: Destination) -> StoredTensor:
     return StoredTensor({"weight": 0}, None, shape, torch.bfloat16, to)
 
 
-def whole(shapes: dict[str, tuple[int, ...]]) -> list[StoredTensor]:
+def whole(shapes: Mapping[str, tuple[int, ...]]) -> list[StoredTensor]:
     return [stored(shape, Destination(name, 0, 0)) for name, shape in shapes.items()]
 
 
@@ -95,6 +97,6 @@ def test_stored_tensors_name_their_components_by_place() -> None:
     found = stored_tensors(layout, ExpertDecoding(leaves, Assembly(parts), {"up": (2, 4), "down": (4, 2)}))
     assert [tensor.components for tensor in found] == [{"weight": 0}, {"weight": 1}]
     assert (found[1].shape, found[1].dtype) == ((4, 2), torch.float16)
-    rearranged = ExpertDecoding(leaves, Assembly(convert=dict), {"up": (2, 4), "down": (4, 2)})
+    rearranged = ExpertDecoding(leaves, Assembly(convert=lambda tensors: {}), {"up": (2, 4), "down": (4, 2)})
     with pytest.raises(UnsupportedModelError, match="rearranged"):
         stored_tensors(layout, rearranged)

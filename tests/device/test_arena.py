@@ -2,6 +2,7 @@ import gc
 import mmap
 import os
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -105,7 +106,7 @@ class TestHostBuffers:
             log.append(("pin", address))
             return True
 
-        pinning = SimpleNamespace(pin=pin, unpin=lambda address: log.append(("unpin", address)))
+        pinning: Any = SimpleNamespace(pin=pin, unpin=lambda address: log.append(("unpin", address)))
         buffers = HostBuffers(2, 4096, pinning=pinning)
         addresses = [buffers.tensor(i).data_ptr() for i in range(2)]
         assert [buffers.pinned(i) for i in range(2)] == [True, True]
@@ -114,13 +115,15 @@ class TestHostBuffers:
         assert log == [("pin", a) for a in addresses] + [("unpin", a) for a in addresses]
 
     def test_refusal_leaves_the_rest_pageable(self) -> None:
-        asked, gone = [], []
+        asked: list[int] = []
+        gone: list[int] = []
 
         def pin(address: int, nbytes: int) -> bool:
             asked.append(address)
             return len(asked) < 2
 
-        buffers = HostBuffers(4, 4096, pinning=SimpleNamespace(pin=pin, unpin=gone.append))
+        pinning: Any = SimpleNamespace(pin=pin, unpin=gone.append)
+        buffers = HostBuffers(4, 4096, pinning=pinning)
         assert [buffers.pinned(i) for i in range(4)] == [True, False, False, False]
         assert len(asked) == 2
         buffers.close()
@@ -133,8 +136,9 @@ class TestHostBuffers:
         def pin(address: int, nbytes: int) -> bool:
             return next(calls)  # StopIteration the second time
 
+        pinning: Any = SimpleNamespace(pin=pin, unpin=gone.append)
         with pytest.raises(StopIteration):
-            HostBuffers(2, 4096, pinning=SimpleNamespace(pin=pin, unpin=gone.append))
+            HostBuffers(2, 4096, pinning=pinning)
         assert len(gone) == 1
 
     def test_without_a_device_nothing_is_pinned(self) -> None:

@@ -28,6 +28,7 @@ def test_figures(inspected) -> None:
     found = costs.to_dict()
     assert {"h2d_gb_s", "expert_us_landed"} == set(type(costs).__dataclass_fields__) - set(found)
     for name, value in found.items():
+        assert isinstance(value, int | float)
         assert value > 0 or name not in ("disk_gb_s", "dense_us_per_token", "ram_gb_s"), name
     assert stages[0] == "copying"
     assert stages[-1] == "computing on the host beside reads"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import builtins
 import os
 import re
-from collections import namedtuple
+import shutil
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -47,7 +49,7 @@ def test_libraries(monkeypatch, name, version, verdict, says) -> None:
             raise metadata.PackageNotFoundError(library)
         return installed[library]
 
-    monkeypatch.setattr(doctor.metadata, "version", find)
+    monkeypatch.setattr(metadata, "version", find)
     check = doctor.libraries()
     assert check.verdict == verdict
     assert says in check.advice
@@ -78,7 +80,9 @@ def small_probe(monkeypatch) -> None:
 @pytest.mark.usefixtures("small_probe")
 def test_the_disk_is_read_and_left_as_it_was(tmp_path: Path) -> None:
     check = doctor.disk(tmp_path)
-    assert check.values["read_gb_s"] > 0
+    read = check.values["read_gb_s"]
+    assert isinstance(read, float)
+    assert read > 0
     assert list(tmp_path.iterdir()) == []
 
 
@@ -87,14 +91,16 @@ def test_the_disk_is_read_and_left_as_it_was(tmp_path: Path) -> None:
 def test_the_disk_where_the_system_has_less(tmp_path: Path, monkeypatch, absent: str) -> None:
     monkeypatch.delattr(os, absent, raising=False)
     check = doctor.disk(tmp_path)
-    assert check.values["read_gb_s"] > 0
+    read = check.values["read_gb_s"]
+    assert isinstance(read, float)
+    assert read > 0
     if absent != "posix_fadvise":
         assert (check.verdict, check.values["direct"]) == ("warn", False)
 
 
 def test_a_full_disk_is_not_written(tmp_path: Path, monkeypatch) -> None:
-    usage = namedtuple("usage", "total used free")(10, 9, 1)
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: usage)
+    usage = SimpleNamespace(total=10, used=9, free=1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     check = doctor.disk(tmp_path)
     assert (check.verdict, check.values["free"]) == ("warn", 1)
     assert "it is full" in check.advice
@@ -102,9 +108,9 @@ def test_a_full_disk_is_not_written(tmp_path: Path, monkeypatch) -> None:
 
 def test_an_unused_gpu(monkeypatch) -> None:
     monkeypatch.setattr(backend, "cuda_devices", lambda: [])
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi")
     assert doctor.device().verdict == "warn"
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     assert doctor.device().verdict == "ok"
 
 
@@ -113,7 +119,8 @@ def test_a_gpu_is_described(monkeypatch) -> None:
     monkeypatch.setattr(backend, "cuda_devices", lambda: [found])
     check = doctor.device()
     assert "cuda:0 Some GPU, 70.0 GiB of 80.0 GiB free" in check.finding
-    assert check.values["cuda"][0]["total"] == 80 << 30
+    devices: Any = check.values["cuda"]
+    assert devices[0]["total"] == 80 << 30
 
 
 def test_kernels_that_are_not_built(monkeypatch) -> None:
@@ -127,7 +134,7 @@ def test_kernels_that_are_not_built(monkeypatch) -> None:
 def test_what_cannot_be_checked_stops_nothing(tmp_path: Path, monkeypatch) -> None:
     real = builtins.__import__
 
-    def broken(name: str, *rest: object) -> object:
+    def broken(name: str, *rest: Any) -> object:
         if name == "offmoe.device.backend":
             raise ImportError("torch does not start")
         return real(name, *rest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,8 @@ def test_windows_overlap_by_half() -> None:
 
 @pytest.mark.parametrize(("tokens", "length"), [(20, 8), (21, 7), (5, 8), (2, 8)])
 def test_scores_are_those_of_every_token_once(tokens: int, length: int) -> None:
-    ids, models = text(tokens), {"a": Bigram(1), "b": Bigram(2)}
+    ids = text(tokens)
+    models: dict[str, Any] = {"a": Bigram(1), "b": Bigram(2)}
     cut, seen = windows(ids, length), []
     found = scores(models, cut, batch=3, progress=lambda *at: seen.append(at))
     first = cut.shape[1] - cut.shape[1] // 2

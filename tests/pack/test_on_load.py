@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import shutil
 import tempfile
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +17,10 @@ from offmoe.budget.inspect import inspect, survey
 from offmoe.config import OffloadConfig
 from offmoe.errors import CapacityError, CheckpointError, ConfigError, TransferError, UnsupportedModelError
 from offmoe.pack import on_load
-from offmoe.pack import pack as packing
 from offmoe.pack.pack import pack, weight_format
 from tests import quantized, tiny
 
-SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
 PROMPT = {"input_ids": tiny.prompt()}
 
 
@@ -37,7 +38,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return tiny.save(tiny.build("mixtral", torch.bfloat16, **SIZES), tmp_path / "dense")
 
 
-def logits(folder: Path, **options: object) -> torch.Tensor:
+def logits(folder: Path, **options: Any) -> torch.Tensor:
     model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3, **options)
     with model.offload, torch.no_grad():
         return model(**PROMPT).logits
@@ -94,7 +95,7 @@ def test_what_cannot_be_quantized(tmp_path: Path) -> None:
 
 def test_a_disk_without_room(checkpoint: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "free")
-    monkeypatch.setattr(packing.shutil, "disk_usage", lambda folder: usage(1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(1000))
     with pytest.raises(CapacityError, match=r"takes .* and 1000 B.* are free in .*set TMPDIR"):
         logits(checkpoint, experts="int4")
     assert list(temporary.iterdir()) == []
@@ -115,7 +116,7 @@ def test_weights_that_are_not_finite(checkpoint: Path, temporary: Path, experts:
 
 
 def test_an_interruption_leaves_nothing(checkpoint: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object, **__: object) -> None:
+    def interrupted(*_: object, **__: Any) -> None:
         assert len(list(temporary.iterdir())) == 1
         raise KeyboardInterrupt
 

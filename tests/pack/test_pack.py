@@ -14,6 +14,7 @@ import time
 from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ from offmoe.pack import pack as packing
 from offmoe.pack.pack import pack, weight_format
 from offmoe.pack.quantizer import quantize
 from offmoe.quant.packed_weight import WeightFormat
+from offmoe.storage.shard_writer import write_file
 from tests import quantized, tiny
 
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -45,7 +47,7 @@ FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepse
 SHARD_BYTES = 40_000
 
 
-def save(folder: Path, family: str = "mixtral", dtype: torch.dtype = torch.bfloat16, **overrides: object) -> Path:
+def save(folder: Path, family: str = "mixtral", dtype: torch.dtype = torch.bfloat16, **overrides: Any) -> Path:
     own = {"moe_intermediate_size": 64} if "moe_intermediate_size" in tiny.CONFIGS[family] else {}
     return tiny.save(tiny.build(family, dtype, **{**SIZES, **own, **overrides}), folder, max_shard_size="100KB")
 
@@ -66,7 +68,7 @@ def expected(source: Path, how: WeightFormat) -> dict[str, torch.Tensor]:
     }
 
 
-def run(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+def run(model: tiny.Model) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.no_grad():
         return model(**PROMPT).logits, model.generate(**PROMPT, **GREEDY)
 
@@ -340,9 +342,9 @@ def test_a_disk_that_is_too_small_is_refused_with_numbers(tmp_path: Path, monkey
     kept = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     assert kept
     usage = namedtuple("usage", "free")
-    monkeypatch.setattr(packing.shutil, "disk_usage", lambda path: usage(needed - kept - 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(needed - kept - 1))
     refused(CapacityError, r"KiB are to be written, and .* KiB are free", source, out)
-    monkeypatch.setattr(packing.shutil, "disk_usage", lambda path: usage(needed - kept))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(needed - kept))
     assert pack(source, out, INT4, shard_bytes=SHARD_BYTES).kept
 
 
@@ -354,7 +356,7 @@ def test_a_disk_that_fills_up_meanwhile(tmp_path: Path, monkeypatch: pytest.Monk
         def write(self, data: object) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    def opened(path: Path, *args: object, **options: object):
+    def opened(path: Path, *args: Any, **options: Any):
         if Path(path).name == full:
             return Full(path, "wb")
         return open_file(path, *args, **options)
@@ -381,7 +383,7 @@ def test_a_killed_run_goes_on_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (out / "model-00001-of-00005.safetensors.partial").write_bytes(b"half")
     usage = namedtuple("usage", "free")
     with monkeypatch.context() as patch:
-        patch.setattr(packing.shutil, "disk_usage", lambda path: usage(1000))
+        patch.setattr(shutil, "disk_usage", lambda path: usage(1000))
         with pytest.raises(CapacityError):
             pack(source, out, INT4, shard_bytes=SHARD_BYTES)
     assert pack(source, out, INT4, shard_bytes=SHARD_BYTES).bytes_out == whole.bytes_out
@@ -393,7 +395,7 @@ def test_memory_that_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     source, out = save(tmp_path / "source"), tmp_path / "out"
     empty = torch.empty
 
-    def scarce(*shape: object, **options: object) -> torch.Tensor:
+    def scarce(*shape: Any, **options: Any) -> torch.Tensor:
         if threading.current_thread().name.startswith("offmoe-pack") and next(room, None) is None:
             raise error
         return empty(*shape, **options)
@@ -417,7 +419,7 @@ def test_shards_are_made_at_the_same_time_and_all_are_given_up_together(
 ) -> None:
     """The first two wait for each other inside `write_file`; then one fails, and the other leaves no file."""
     source, out = save(tmp_path / "source"), tmp_path / "out"
-    both, write = threading.Barrier(2, timeout=60), packing.write_file
+    both, write = threading.Barrier(2, timeout=60), write_file
 
     def meet(path: Path, pieces: Iterator[bytes]) -> str:
         if path.suffix != ".safetensors":

@@ -1,6 +1,7 @@
 """The quantizer loses little, and the C encoder gives the bits that torch's operators define."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ def gaussian(rows: int = 64, cols: int = 512, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed)) * 0.02
 
 
-def error(weight: torch.Tensor, how: WeightFormat, **options: bool) -> float:
+def error(weight: torch.Tensor, how: WeightFormat, **options: Any) -> float:
     """The squared error divided by the squared weight."""
     return ((quantize(weight, how, **options).values() - weight).square().sum() / weight.square().sum()).item()
 

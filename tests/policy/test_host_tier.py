@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,7 +62,8 @@ def scanning(options: CacheOptions, shape: CacheShape) -> Planner:
     planner = build_planner(options, shape)
     for cache in planner.layers:
         if cache.host_tier is not None:
-            cache.host_tier = Scan(cache)
+            scan: Any = Scan(cache)
+            cache.host_tier = scan
     return planner
 
 

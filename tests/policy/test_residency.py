@@ -18,7 +18,10 @@ class Oracle:
     """What a residency holds, in 20 lines: scores are recomputed, victims searched for."""
 
     def __init__(self, slots: int):
-        self.slots, self.held, self.pending, self.last = slots, {}, set(), {}
+        self.slots = slots
+        self.held: dict[int, int] = {}
+        self.pending: set[int] = set()
+        self.last: dict[int, int] = {}
 
     def used(self, keys, now):
         self.last.update(dict.fromkeys(keys, now))

@@ -44,7 +44,7 @@ def one_by_one(weight: PackedWeight) -> torch.Tensor:
     e2m1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
     for n in range(weight.rows):
         for k in range(weight.cols):
-            bits = weight.words[n, k // how.word_values].item() >> how.bits * (k % how.word_values)
+            bits = int(weight.words[n, k // how.word_values].item()) >> how.bits * (k % how.word_values)
             g = 0 if how.group is None else k // how.group
             if how.kind == "int8":
                 out[n, k] = ((bits + 128) % 256 - 128) * weight.scales[n, g].float()
@@ -84,7 +84,7 @@ def test_words_are_those_of_compressed_tensors() -> None:
     q = torch.arange(16, dtype=torch.uint8).view(1, 16)
     assert [hex(w & 0xFFFFFFFF) for w in pack_words(q, int4()).flatten().tolist()] == ["0x76543210", "0xfedcba98"]
     bytes_ = torch.tensor([[1, -2, 3, -128]], dtype=torch.int8)
-    assert pack_words(bytes_, INT8).item() & 0xFFFFFFFF == 0x8003FE01
+    assert int(pack_words(bytes_, INT8).item()) & 0xFFFFFFFF == 0x8003FE01
 
 
 @given(st.integers(1, 4), st.integers(1, 9), st.sampled_from([INT8, int4()]))

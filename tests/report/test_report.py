@@ -71,9 +71,9 @@ def test_gini_is_the_mean_difference() -> None:
 def test_alerts_name_the_overloaded() -> None:
     """Expert 2 takes 8 of 10 routes of 5 experts: 4 times the mean. Just three times is no alert."""
     report = describe(make([[[e], [i % 5]] for i, e in enumerate([2] * 8 + [0, 1])], (5, 5)))
-    assert [(a.layer, a.expert, a.share, a.times_mean, a.routes) for a in report.alerts] == [
-        (0, 2, 0.8, pytest.approx(4.0), 8)
-    ]
+    found = [(a.layer, a.expert, a.share, a.routes) for a in report.alerts]
+    assert found == [(0, 2, 0.8, 8)]
+    assert report.alerts[0].times_mean == pytest.approx(4.0)
     assert describe(make([[[e]] for e in [0, 0, 0, 1]], (4,))).alerts == []
 
 

@@ -112,11 +112,13 @@ def edit_length(files: Files, chance: random.Random) -> None:
     files[name] = length.to_bytes(8, "little") + files[name][8:]
 
 
-DTYPES = ["F32", "BF16", "F16", "F64", "I8", "U8", "BOOL", "F4", "F8_E4M3", "X", None, 1, []]
+DTYPES: list[Any] = ["F32", "BF16", "F16", "F64", "I8", "U8", "BOOL", "F4", "F8_E4M3", "X", None, 1, []]
 SHAPES = [[], [0], [1], [2**62], [2**32, 2**32], [-1, -1], [1.0], ["1"], None, "16"]
 OFFSETS = [-1, 0, 1, 10**30, 2**63, None, 0.0, True]
-METADATA = [None, {}, {"format": 1}, {"format": "tf"}, [], "x", {"a": None}]
-NO_ENTRIES = [None, [], {}, 1, "x", {"dtype": "F32"}, {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], "x": 1}]
+METADATA: list[Any] = [None, {}, {"format": 1}, {"format": "tf"}, [], "x", {"a": None}]
+NO_ENTRIES: list[Any] = [
+    None, [], {}, 1, "x", {"dtype": "F32"}, {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], "x": 1},
+]  # fmt: skip
 
 
 def edit_header(files: Files, chance: random.Random) -> None:
@@ -163,7 +165,7 @@ def edit_header(files: Files, chance: random.Random) -> None:
     files[name] = with_header(text.encode("utf-8", "surrogatepass"), data)
 
 
-PLACES = [
+PLACES: list[Any] = [
     "../x.safetensors", "/etc/passwd", "sub/../../x.safetensors", "model.bin", "", "absent.safetensors", None, 3, [],
     "a\0.safetensors", "C:\\x.safetensors", "a" * 5000 + ".safetensors",
 ]  # fmt: skip
@@ -275,7 +277,7 @@ def check_bytes(checkpoint: Checkpoint, catalog: ExpertCatalog) -> None:
     buffer = torch.frombuffer(mmap.mmap(-1, store.buffer_bytes), dtype=torch.uint8)
     try:
         for key, record in catalog.records.items():
-            store.read_into(key, memoryview(buffer.numpy()))
+            store.read_into(key, buffer.numpy().data)
             for segment, read in zip(record.segments, store.segments(key, buffer), strict=True):
                 whole = theirs[segment.name]
                 row = 0 if segment.nbytes == len(whole) else key.expert

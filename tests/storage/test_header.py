@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ def write_shard(path: Path, header: object, data: bytes = b"", padding: bytes = 
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
-def entry(start: int, end: int, dtype: str = "U8", shape: object = None) -> dict[str, object]:
+def entry(start: int, end: int, dtype: object = "U8", shape: object = None) -> dict[str, Any]:
     return {"dtype": dtype, "shape": [end - start] if shape is None else shape, "data_offsets": [start, end]}
 
 

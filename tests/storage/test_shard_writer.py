@@ -53,7 +53,7 @@ def test_a_disk_that_fails_leaves_the_old_file(
     def fail(descriptor: int) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(shard_writer.os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(error, match=says):
         write_file(path, [b"new"])
     assert path.read_bytes() == b"old"
@@ -64,7 +64,7 @@ def test_a_file_that_reads_back_otherwise_is_refused(tmp_path: Path, monkeypatch
     def flip(descriptor: int) -> None:
         os.pwrite(descriptor, b"x", 1)
 
-    monkeypatch.setattr(shard_writer.os, "fsync", flip)
+    monkeypatch.setattr(os, "fsync", flip)
     with pytest.raises(TransferError, match="not what was written"):
         write_file(tmp_path / "file", [b"new"])
     assert not os.listdir(tmp_path)

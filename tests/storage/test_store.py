@@ -360,9 +360,15 @@ class TestChange:
     def test_identity_is_looked_at_once_a_second(
         self, shards: list[Path], buffers: HostBuffers, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        clock, looks, real = Clock(), [], os.stat
+        clock, real = Clock(), os.stat
+        looks: list[Path] = []
+
+        def stat(path: Path) -> os.stat_result:
+            looks.append(path)
+            return real(path)
+
         store = ExpertStore(shards, RECORDS, clock=clock)
-        monkeypatch.setattr(os, "stat", lambda path: looks.append(path) or real(path))
+        monkeypatch.setattr(os, "stat", stat)
         for now in (0.0, 0.9, 1.0, 1.5, 1.9, 2.0):
             clock.now = now
             store.read_into(KEY, buffers.memory(0))

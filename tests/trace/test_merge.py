@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ SHAPE = CacheShape((8, 6), (2, 2), (100, 200))
 OPTIONS = CacheOptions("lru", "layer", 3, 0)
 
 
-def trace(tokens: int = 5, seed: int = 0, **changes: object) -> Trace:
+def trace(tokens: int = 5, seed: int = 0, **changes: Any) -> Trace:
     rng = np.random.default_rng(seed)
     experts = np.stack([rng.permuted(np.tile(np.arange(n), (tokens, 1)), axis=1)[:, :2] for n in SHAPE.experts], axis=1)
     made = Trace(
@@ -42,6 +43,7 @@ def test_parts_follow_each_other(tmp_path: Path) -> None:
     assert whole.step.tolist() == list(range(10))
     assert (whole.experts[5:8] == b.experts).all()
     assert whole.token is not None
+    assert a.token is not None
     assert whole.token[:5].tolist() == a.token.tolist()
     assert (whole.model, whole.options, whole.parameters) == ("m", OPTIONS, Parameters(10, (5, 6)))
     assert whole.pieces == {0: "a", 1: "b", 2: "c"}

@@ -47,7 +47,7 @@ def test_a_wait_ends_when_no_more_parts_will_land():
 def test_bytes_are_waited_for_by_the_parts_that_bring_them():
     arrival = Arrival()
     waits: list[set[int]] = []
-    arrival.wait = lambda parts: waits.append(set(parts))  # type: ignore[method-assign]
+    arrival.wait = lambda parts: waits.append(set(parts))
     arriving = Arriving(arrival, {"up": [(0, 10, 0), (10, 30, 1)], "down": [(0, 5, 1), (5, 40, 2)]})
     for name, start, end in (("up", 0, 10), ("up", 9, 11), ("up", 10, 12), ("down", 0, 40), ("bias", 0, 4)):
         arriving.wait(name, start, end)

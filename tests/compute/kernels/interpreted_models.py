@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from offmoe.device.backend import CpuBackend
 from tests import quantized, tiny
 from tests.device_cases import interpret_quickly
 
-SIZES: dict[str, object] = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
 SAME = 2e-5
 """Relative L2 of logits computed in float32."""
 ROUNDED = 5e-3
@@ -36,9 +37,12 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
     for name in ("by_pair", "by_group"):
         method = getattr(DeviceKernels, name)
-        monkeypatch.setattr(
-            DeviceKernels, name, lambda *given, name=name, method=method: calls.append(name) or method(*given)
-        )
+
+        def call(*given: Any, name: str = name, method: Any = method) -> torch.Tensor:
+            calls.append(name)
+            return method(*given)
+
+        monkeypatch.setattr(DeviceKernels, name, call)
     return calls
 
 

@@ -20,7 +20,8 @@ from tests.native import VARIANTS, library
 
 def test_status_without_a_library(tmp_path: Path) -> None:
     found = status(tmp_path / "kernels.so")
-    assert found.library is found.variant is None
+    assert found.library is None
+    assert found.variant is None
     assert "not built" in found.message
     assert "torch's operators" in found.message
     assert "Install a C compiler" in found.message

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoConfig
 
 import offmoe
 from offmoe.budget.needs import kv_bytes_per_token, num_layers
@@ -25,7 +26,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SLOTS = 3
 NEW_TOKENS = 8
 
-CONFIGS: dict[str, dict[str, object]] = {
+CONFIGS: dict[str, dict[str, Any]] = {
     family: dict(families.CONFIGS[family])
     for family in ("dbrx", "jetmoe", "llama4", "llama4_text", "longcat_flash", "nllb-moe", "step3p7")
 }
@@ -39,12 +40,12 @@ PREDICTED = sorted(CONFIGS.keys() - {"nllb-moe"})
 ENCODERS = ("switch_transformers", "nllb-moe")
 
 
-def save(folder: Path, family: str, dtype: torch.dtype, original_format: bool = True, **overrides: object) -> Path:
+def save(folder: Path, family: str, dtype: torch.dtype, original_format: bool = True, **overrides: Any) -> Path:
     config = AutoConfig.for_model(family, **{**CONFIGS[family], **overrides})
     return tiny.save(tiny.random_model(config, dtype), folder, original_format)
 
 
-def prompts(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
+def prompts(model: tiny.Model) -> Iterator[dict[str, Tensor]]:
     """One token, a batch, a long prompt, and a batch with padding on the left."""
     for ids in (tiny.prompt(1, 1), tiny.prompt(2, 11), tiny.prompt(1, 60)):
         yield _inputs(model, ids, torch.ones_like(ids))
@@ -53,7 +54,7 @@ def prompts(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
     yield _inputs(model, ids * mask + model.config.get_text_config().pad_token_id * (1 - mask), mask)
 
 
-def _inputs(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+def _inputs(model: tiny.Model, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
     inputs = {"input_ids": ids, "attention_mask": mask}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = tiny.prompt(len(ids), min(5, ids.shape[1]), seed=8)
@@ -61,11 +62,11 @@ def _inputs(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> dict[str, Tens
 
 
 @torch.no_grad()
-def logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+def logits(model: tiny.Model, inputs: dict[str, Tensor]) -> Tensor:
     return model(**inputs).logits
 
 
-def greedy(model: PreTrainedModel, ids: Tensor) -> Tensor:
+def greedy(model: tiny.Model, ids: Tensor) -> Tensor:
     return model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -75,7 +76,7 @@ def greedy(model: PreTrainedModel, ids: Tensor) -> Tensor:
     )
 
 
-def recorded(model: PreTrainedModel, path: Path) -> Trace:
+def recorded(model: tiny.Model, path: Path) -> Trace:
     """Close a model that records, and check that the replay counts the same."""
     model.offload.close()
     trace = read_trace(path)
@@ -125,7 +126,9 @@ def test_fused_names_of_transformers_load_too(tmp_path: Path, family: str) -> No
 
 
 @pytest.mark.parametrize("family", PREDICTED)
-def test_own_residual_gives_the_ids_that_experts_get(tmp_path: Path, family: str) -> None:
+def test_own_residual_gives_the_ids_that_experts_get(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = save(tmp_path, family, torch.bfloat16)
     model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=SLOTS, prefetch=0)
     experts = list(find_experts(model).values())
@@ -141,7 +144,7 @@ def test_own_residual_gives_the_ids_that_experts_get(tmp_path: Path, family: str
         got[layer.index] = ids
         return run(layer, hidden, ids)
 
-    executor.run = watched
+    monkeypatch.setattr(executor, "run", watched)
     residuals: dict[int, Tensor] = {}
     probe.install(lambda layer, residual: residuals.__setitem__(layer, residual))
     logits(model, other)
@@ -186,7 +189,9 @@ def test_encoder_and_decoder_are_steps_of_one_request(tmp_path: Path, family: st
     assert (trace.experts[7 : 7 + decoded, 2] >= 0).any()
     assert (trace.experts[:7, 2] == -1).all()
     if family in PREDICTED:  # found although generate() runs the encoder without the model around it
+        assert model.offload._prediction is not None
         probe = model.offload._prediction._probe
+        assert probe is not None
         assert [probe.can_predict(layer) for layer in range(3)] == [True] * 3
         assert trace.predicted is not None
         assert (trace.predicted[:, 2] == -1).all()  # an encoder says nothing about a decoder
@@ -207,7 +212,9 @@ def test_nllb_runs_the_experts_that_stock_runs(tmp_path: Path) -> None:
     stock = stock_model(folder, torch.float32)
     ran = set()
     for module in find_experts(stock).values():
-        for name, expert in module.experts.items():
+        experts = module.experts
+        assert isinstance(experts, nn.ModuleDict)
+        for name, expert in experts.items():
             expert.register_forward_hook(lambda *_, name=name: ran.add(name))
     inputs = _inputs(model, tiny.prompt(2, 11), torch.ones(2, 11, dtype=torch.long))
     assert torch.equal(logits(model, inputs), logits(stock, inputs))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig
 
 from offmoe.errors import CheckpointError, MissingTensorError, UnsupportedModelError
 from offmoe.hf.adapters.find import expert_parameters, find_experts, find_top_k
@@ -38,7 +39,7 @@ def read_expert(checkpoint: Checkpoint, layer: CatalogLayer, expert: int) -> tup
     return views, sum(len(d) for d in data)
 
 
-def assert_same_experts(folder: Path, stock: PreTrainedModel) -> ExpertCatalog:
+def assert_same_experts(folder: Path, stock: tiny.Model) -> ExpertCatalog:
     checkpoint, catalog = open_catalog(folder)
     modules = find_experts(stock)
     assert [layer.name for layer in catalog.layers] == list(modules)
@@ -83,7 +84,13 @@ def test_gate_and_up_are_blocks_of_one_parameter(tmp_path: Path) -> None:
 def test_transposed_checkpoints_are_strided_copies(tmp_path: Path) -> None:
     """qwen3_vl_moe publishes [E, in, out] where the model computes with [E, out, in]."""
     text = {**tiny.COMMON, "num_experts": 8, "moe_intermediate_size": 24, "head_dim": 8, "intermediate_size": 48}
-    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 32}
+    vision: dict[str, Any] = {
+        "depth": 1,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 4,
+        "out_hidden_size": 32,
+    }
     vision |= {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
     config = AutoConfig.for_model("qwen3_vl_moe", text_config=text, vision_config=vision)
     model = model_class(config)(config)
@@ -106,7 +113,7 @@ def test_top_k_is_found_on_modules_before_configs() -> None:
     class Config:
         moe_topk = 5
 
-    block = torch.nn.Module()
+    block: Any = torch.nn.Module()
     block.experts, block.gate = torch.nn.Module(), torch.nn.Module()
     assert find_top_k(block.experts, block, Config()) == 5
     block.gate.top_k = 3

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig
 from transformers.core_model_loading import Concatenate, ConversionOps, Interleave, MergeModulelist, Transpose
 
 from offmoe.errors import CheckpointError, UnsupportedModelError
@@ -24,8 +24,8 @@ class Reversed(ConversionOps):
     """An operation that mixes experts: it reverses their order."""
 
     def convert(
-        self, input_dict: Mapping[str, list[torch.Tensor]], target_patterns: list[str], **_: object
-    ) -> dict[str, torch.Tensor]:
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **_: Any
+    ) -> dict[str, Any]:
         ((tensor,),) = input_dict.values()
         return {target_patterns[0]: tensor.flip(0)}
 
@@ -138,8 +138,8 @@ class Divided(ConversionOps):
         self.runs, self.dim = runs, dim
 
     def convert(
-        self, input_dict: Mapping[str, list[torch.Tensor]], target_patterns: list[str], **_: object
-    ) -> dict[str, torch.Tensor]:
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **_: Any
+    ) -> dict[str, Any]:
         number = len(target_patterns)
         out = {}
         for i, target in enumerate(target_patterns):
@@ -150,7 +150,7 @@ class Divided(ConversionOps):
         return out
 
 
-def shared_group(operation: ConversionOps, number: int) -> tuple[Group, PreTrainedModel]:
+def shared_group(operation: ConversionOps, number: int) -> tuple[Group, tiny.Model]:
     """The up projections of two modules' experts, from one list."""
     targets = tuple(f"model.layers.{i}.mlp.experts.gate_up_proj" for i in range(2))
     made = WeightConverter(["*.w1", "*.w3"], [t.removeprefix("model.") for t in targets], [operation])

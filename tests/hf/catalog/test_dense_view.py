@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ DENSE = "model.layers.1.self_attn.q_proj"
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny model of each format, not to be written to."""
     kinds = dict.fromkeys(quantized.FORMATS, "qwen3_moe") | {"mxfp4": "gpt_oss"}
-    overrides = {"mxfp4": {"intermediate_size": 32}}
+    overrides: dict[str, dict[str, Any]] = {"mxfp4": {"intermediate_size": 32}}
     return {
         kind: quantized.save(tmp_path_factory.mktemp(kind), family, kind, **overrides.get(kind, {}))[0]
         for kind, family in kinds.items()
@@ -50,7 +51,7 @@ def open_catalog(folder: Path) -> tuple[Checkpoint, ExpertCatalog]:
     return checkpoint, build_catalog(checkpoint, build_meta(config, model_class(config)))
 
 
-def configure(folder: Path, **values: object) -> None:
+def configure(folder: Path, **values: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] |= values
     (folder / "config.json").write_text(json.dumps(config))
@@ -175,7 +176,7 @@ def test_dense_and_quantized_at_once_is_refused(copy) -> None:
     ],
 )
 def test_a_config_of_another_quantization_is_told_from_the_headers(
-    copy, kind: str, values: dict[str, object], match: str | None
+    copy, kind: str, values: dict[str, Any], match: str | None
 ) -> None:
     """GPTQ's bits follow from its index, so that a wrong number in the config does no harm."""
     folder = copy(kind)

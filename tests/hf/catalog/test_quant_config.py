@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from offmoe.errors import CheckpointError, OffmoeError, UnsupportedModelError
 from offmoe.hf.catalog.quant_config import read_method
-from offmoe.quant.codec import Spec
+from offmoe.quant.codec import Codec, Spec
 from offmoe.quant.float_formats import Mxfp4, ScaledFloat
 from offmoe.quant.int_formats import Awq, Gptq, PackedInt
 from tests import quantized
 
 
-def method(**values: object):
+def method(**values: Any):
     return read_method("model", SimpleNamespace(quantization_config=values))
 
 
-def codec(values: dict[str, object], name: str = "model.layers.3.mlp.experts.5.up_proj.weight", **specs: Spec):
+def codec(values: dict[str, Any], name: str = "model.layers.3.mlp.experts.5.up_proj.weight", /, **specs: Spec) -> Codec:
     return method(**values).codec(name, specs, lambda component: b"")
 
 
@@ -73,7 +74,7 @@ def test_groups_of_compressed_tensors_are_told_by_their_targets() -> None:
 
 
 CT = quantized.ct_config(4, True)
-UNSUPPORTED = {
+UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown method": ({"quant_method": "hqq"}, "'hqq'"),
     "no method": ({"bits": 4}, "'None'"),
     "GPTQ for marlin": ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "layout 'marlin'"),
@@ -117,7 +118,7 @@ def test_gptq_in_3_bits_is_refused_where_its_tensors_say_so() -> None:
         quantized.ct_config(4, True, actorder="group"),
     ],
 )
-def test_an_order_of_columns_without_its_index_is_refused(values: dict[str, object]) -> None:
+def test_an_order_of_columns_without_its_index_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="g_idx, which says the order of its columns"):
         codec(values)
 
@@ -134,6 +135,6 @@ def test_an_order_of_columns_without_its_index_is_refused(values: dict[str, obje
         {"quant_method": "compressed-tensors", "config_groups": {"g": 3}},
     ],
 )
-def test_a_config_that_makes_no_sense_is_the_checkpoints_fault(values: dict[str, object]) -> None:
+def test_a_config_that_makes_no_sense_is_the_checkpoints_fault(values: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match=r"quantization_config of config\.json is not one of"):
         method(**values)

@@ -35,7 +35,10 @@ def sources(tmp_path: Path):
     checkpoint = Checkpoint.open(tmp_path)
     segments = [{n: checkpoint.segment(f"{i}.{n}") for n in layer} for i, layer in enumerate(LAYERS)]
     (tmp_path / "a.safetensors").unlink()
-    found = [HostImages(LAYOUTS, LAYERS, CpuBackend()), ShardTensors(checkpoint.shards, segments, CpuBackend())]
+    found: list[HostImages | ShardTensors] = [
+        HostImages(LAYOUTS, LAYERS, CpuBackend()),
+        ShardTensors(checkpoint.shards, segments, CpuBackend()),
+    ]
     yield found
     for source in found:
         source.close()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Qwen3VLMoeConfig, ViTConfig, core_model_loading
+from transformers import Qwen3VLMoeConfig, ViTConfig, core_model_loading
 from transformers.utils import logging
 
 from offmoe.errors import CheckpointError, ConfigError, MissingTensorError, UnsupportedModelError
@@ -33,14 +34,14 @@ def borrowed_forward(
 ALL_EXPERTS_FUNCTIONS.register(BORROWED, borrowed_forward)
 
 
-def lend(model: PreTrainedModel, stock: PreTrainedModel) -> PreTrainedModel:
+def lend(model: tiny.Model, stock: tiny.Model) -> tiny.Model:
     """Let the experts of `stock` compute for `model`."""
     for module, lender in zip(find_experts(model).values(), find_experts(stock).values(), strict=True):
         module.__dict__["lender"] = lender
     return model
 
 
-def load(folder: Path, **options: object) -> PreTrainedModel:
+def load(folder: Path, **options: Any) -> tiny.Model:
     config = read_config(folder)
     cls = model_class(config)
     catalog = build_catalog(Checkpoint.open(folder), build_meta(config, cls))
@@ -78,7 +79,7 @@ def test_no_expert_is_ever_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     read: list[tuple[int, ...]] = []
     materialize = core_model_loading._materialize_copy
 
-    def watched(tensor: object, *args: object, **kwargs: object) -> torch.Tensor:
+    def watched(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         out = materialize(tensor, *args, **kwargs)
         read.append(tuple(out.shape))
         return out
@@ -235,7 +236,7 @@ def test_vision_config_prefers_the_class_with_images() -> None:
     [{"num_attention_heads": 0}, {"hidden_size": -4}, {"hidden_act": "nonsense"}, {"pad_token_id": 9999}],
     ids=lambda change: next(iter(change)),
 )
-def test_config_that_describes_no_model_is_named(tmp_path: Path, change: dict[str, object]) -> None:
+def test_config_that_describes_no_model_is_named(tmp_path: Path, change: dict[str, Any]) -> None:
     tiny.save(tiny.build("mixtral"), tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**values, **change}))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from offmoe.hf.adapters.find import find_experts
 from offmoe.hf.predict.route_recorder import RouteRecorder
@@ -18,11 +18,11 @@ from offmoe.hf.predict.router_probe import OTHER_WIDTH
 from tests import tiny
 
 
-def experts_of(model: PreTrainedModel) -> list[nn.Module]:
+def experts_of(model: tiny.Model) -> list[nn.Module]:
     return list(find_experts(model).values())
 
 
-def forward(model: PreTrainedModel, ids: Tensor) -> Tensor:
+def forward(model: tiny.Model, ids: Tensor) -> Tensor:
     with torch.no_grad():
         return model(input_ids=ids).logits
 
@@ -224,7 +224,7 @@ def test_memory_that_was_given_back_is_not_taken_for_a_norm() -> None:
             return hidden + self.experts(hidden, self.router(hidden)[1])
 
     torch.manual_seed(0)
-    block = Reused("")
+    block: Any = Reused("")
     block.norm = Leaf()
     with torch.no_grad():
         probe = tiny.watch(block, [block.experts], lambda: block(torch.randn(6, 8)))
