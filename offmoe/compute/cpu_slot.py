@@ -175,7 +175,7 @@ class TilePlacement:
 
     form: GatedForm
     formats: Mapping[str, WeightFormat | None]
-    """Of gate, up and down."""
+    """The formats of gate, up and down; None: bf16."""
     shapes: tuple[tuple[int, ...], ...]
     """Shapes to view the tensors in."""
     before: Assembly | None = None

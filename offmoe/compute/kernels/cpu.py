@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from offmoe.compute.kernels.library import KINDS, MAX_TOKENS, SCALE_TYPES, Library, Threads, WeightStruct
-from offmoe.errors import CapacityError, UnsupportedModelError
+from offmoe.errors import CapacityError
 from offmoe.quant.packed_weight import TILE_ROWS, PackedWeight
 
 Weight = PackedWeight | torch.Tensor
@@ -145,15 +145,13 @@ def physical_cores() -> int:
 
 
 def _struct(weight: Weight, bias: torch.Tensor | None) -> WeightStruct:
+    """The C structure of a weight of a format and shape that the kernels have; `cpu_slot` makes no other slots."""
     assert bias is None or (bias.dtype == torch.float32 and bias.is_contiguous())
     out = WeightStruct(bias=None if bias is None else bias.data_ptr())
     if isinstance(weight, PackedWeight):
         how = weight.format
-        if (how.group is None) != (how.kind == "int8") or (how.group or 0) > ACTIVATION_GROUPS[0]:
-            raise UnsupportedModelError(
-                f"the CPU kernels have no {how}, only int8 per row, fp8 and 4 bits in groups of at most "
-                f"{ACTIVATION_GROUPS[0]}; use on_miss='fetch'"
-            )
+        assert (how.group is None) == (how.kind == "int8"), f"kernels have no {how}"
+        assert (how.group or 0) <= ACTIVATION_GROUPS[0], f"kernels have no {how}"
         assert weight.is_tiled, "kernels read tiles"
         assert all(part.is_contiguous() for part in weight.params("").values())
         out.words, out.scales = weight.words.data_ptr(), weight.scales.data_ptr()
@@ -163,11 +161,8 @@ def _struct(weight: Weight, bias: torch.Tensor | None) -> WeightStruct:
         out.scale_type = SCALE_TYPES[str(how.scale_dtype).removeprefix("torch.")]
         return out
     rows, cols = weight.shape
-    if weight.dtype != torch.bfloat16 or rows % TILE_ROWS or cols % BF16_GROUP:
-        raise UnsupportedModelError(
-            f"the CPU kernels compute bf16 weights with multiples of [{TILE_ROWS}, {BF16_GROUP}], not {weight.dtype} "
-            f"[{rows}, {cols}]; use on_miss='fetch'"
-        )
+    assert weight.dtype == torch.bfloat16, f"kernels have no {weight.dtype}"
+    assert rows % TILE_ROWS == cols % BF16_GROUP == 0, f"kernels have no bf16 of [{rows}, {cols}]"
     assert weight.is_contiguous()
     out.words, out.rows, out.cols, out.kind, out.group = weight.data_ptr(), rows, cols, KINDS["bf16"], BF16_GROUP
     return out
