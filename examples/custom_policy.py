@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from transformers import AutoTokenizer
 
 import offmoe
-from offmoe.hf.hub.locate import resolve_folder
+from offmoe.hf.hub.locate import locate
 from offmoe.policy.eviction import ScoredPolicy
 from offmoe.types import Demand
 
@@ -34,7 +34,7 @@ def hit_rate(eviction: str) -> float:
     """Hit rate of 32 generated tokens with 3 slots for the 8 experts of each layer."""
     model = offmoe.from_pretrained("demo", device="cpu", slots_per_layer=3, eviction=eviction, on_miss="fetch")
     with model.offload:
-        inputs = AutoTokenizer.from_pretrained(resolve_folder("demo"))(PROMPT, return_tensors="pt")
+        inputs = AutoTokenizer.from_pretrained(locate("demo").folder)(PROMPT, return_tensors="pt")
         model.generate(**inputs, max_new_tokens=32, do_sample=False)
         return model.offload.stats().hit_rate
 

@@ -20,7 +20,7 @@ import offmoe
 from offmoe.device.backend import CudaBackend, _CudaStream, select_backend
 from offmoe.errors import CapacityError
 from offmoe.hf.adapters.find import find_experts
-from offmoe.hf.hub.locate import resolve_folder
+from offmoe.hf.hub.locate import locate
 from offmoe.simulate.replay import replay
 from offmoe.trace.trace import read_trace
 from offmoe.transfer.waits import Waits
@@ -41,7 +41,7 @@ WIDE = {"hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 2}
 @pytest.fixture(scope="module")
 def demo_prompts():
     """int64 [1, n] on the device for each of LENGTHS."""
-    ids = AutoTokenizer.from_pretrained(resolve_folder("demo"))(TEXT * 8, return_tensors="pt").input_ids
+    ids = AutoTokenizer.from_pretrained(locate("demo").folder)(TEXT * 8, return_tensors="pt").input_ids
     return [ids[:, :n].to(DEVICE) for n in LENGTHS]
 
 
@@ -134,11 +134,11 @@ def test_demo_computes_what_stock_computes(demo_prompts, record_property, dtype)
     model = offmoe.from_pretrained("demo", device=DEVICE, slots_per_layer=3, dtype=DTYPES[dtype])
     with model.offload:
         ours = logits_of(model, demo_prompts)
-    compare_with_stock(resolve_folder("demo"), DTYPES[dtype], ours, demo_prompts, record_property)
+    compare_with_stock(locate("demo").folder, DTYPES[dtype], ours, demo_prompts, record_property)
 
 
 def test_demo_writes_the_tokens_of_stock_eager(demo_prompts):
-    theirs = stock(resolve_folder("demo"), torch.float32, "eager")
+    theirs = stock(locate("demo").folder, torch.float32, "eager")
     want = [greedy(theirs, ids) for ids in demo_prompts]
     model = offmoe.from_pretrained("demo", device=DEVICE, slots_per_layer=3, dtype=torch.float32)
     with model.offload:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import offmoe
 from offmoe.compute.kernels import torch_ffn
-from offmoe.hf.hub.locate import resolve_folder
+from offmoe.hf.hub.locate import locate
 from offmoe.simulate.replay import replay
 from offmoe.storage import read_plan
 from offmoe.trace.trace import read_trace
@@ -29,7 +29,7 @@ TEXT = (
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(resolve_folder("demo"))
+    return AutoTokenizer.from_pretrained(locate("demo").folder)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def run(model, prompts):
 def stock(prompts):
     found = {}
     for name, dtype in DTYPES.items():
-        model = tiny.comparable(AutoModelForCausalLM.from_pretrained(resolve_folder("demo"), dtype=dtype))
+        model = tiny.comparable(AutoModelForCausalLM.from_pretrained(locate("demo").folder, dtype=dtype))
         found[name] = run(model, prompts)
     return found
 

@@ -139,11 +139,11 @@ def resident(section: Section) -> None:
     """Decoding of the demo with a slot for every expert: the cost of offmoe's steps against stock transformers."""
     import transformers
 
-    from offmoe.hf.hub.locate import resolve_folder
+    from offmoe.hf.hub.locate import locate
     from tools.bench.overhead import PROMPT, seconds_per_token
 
     transformers.logging.disable_progress_bar()
-    folder = resolve_folder("demo")
+    folder = locate("demo").folder
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     inputs = {k: v.to(section.device) for k, v in tokenizer(PROMPT, return_tensors="pt").items()}
     models: dict[str, Any] = {}  # offmoe's has more attributes than its class

@@ -38,7 +38,7 @@ from offmoe.cli.bench import TEXTS
 from offmoe.config import ON_MISS, OffloadConfig
 from offmoe.handle import Offload
 from offmoe.hf.adapters.find import find_experts
-from offmoe.hf.hub.locate import resolve_folder
+from offmoe.hf.hub.locate import locate
 from offmoe.hf.replay import ReplayedRouting
 from offmoe.measure.calibrate import calibrate
 from offmoe.profile import CostModel
@@ -179,7 +179,7 @@ def mean_costs(a: CostModel, b: CostModel) -> CostModel:
 
 def set_ups(scratch: Path, quick: bool) -> Iterator[tuple[SetUp, Callable[[int], torch.Tensor]]]:
     """The set-ups with their prompts. Models are written when they are needed, and removed."""
-    tokenizer = AutoTokenizer.from_pretrained(resolve_folder("demo"))
+    tokenizer = AutoTokenizer.from_pretrained(locate("demo").folder)
     texts = [tokenizer(text, return_tensors="pt").input_ids for text in TEXTS]
     demo_routing = scratch / "demo.npz"
     recorded: Any = offmoe.from_pretrained("demo", device="cpu", slots_per_layer=8, prefetch=0, trace=demo_routing)

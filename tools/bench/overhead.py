@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 import offmoe
 from offmoe.config import CacheOptions
-from offmoe.hf.hub.locate import resolve_folder
+from offmoe.hf.hub.locate import locate
 from offmoe.policy.planner import build_planner
 from offmoe.trace.trace import read_trace
 from offmoe.types import Access, CacheShape, single_demands
@@ -76,7 +76,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
-    folder = resolve_folder("demo")
+    folder = locate("demo").folder
     inputs = dict(AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt"))
     with tempfile.TemporaryDirectory() as scratch:
         recording = Path(scratch) / "run.npz"

@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 
 import offmoe
 from offmoe.config import CacheOptions
-from offmoe.hf.hub.locate import resolve_folder
+from offmoe.hf.hub.locate import locate
 from offmoe.policy.planner import build_planner
 from offmoe.profile import CostModel
 from offmoe.simulate.clock import Clock
@@ -43,7 +43,7 @@ COSTS = (100.0, 10.0, 3.0, 1.0, 0.3, 0.1)
 
 def record_demo(prompts: int = 8, tokens: int = 150) -> Trace:
     """The demo model continues lines of a text, sampled, with the predictions of its own routers."""
-    folder = resolve_folder("demo")
+    folder = locate("demo").folder
     tokenizer = AutoTokenizer.from_pretrained(folder)
     lines = [line[:120] for line in TEXT.read_text(encoding="utf-8").splitlines() if len(line) > 80]
     with tempfile.TemporaryDirectory() as scratch:

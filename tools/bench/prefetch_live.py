@@ -40,7 +40,7 @@ from offmoe.bench.scratch import ended_by_sigterm, scratch_folder
 from offmoe.budget.inspect import Inspected, inspect
 from offmoe.config import OffloadConfig
 from offmoe.hf.adapters.find import find_experts
-from offmoe.hf.hub.locate import resolve_folder
+from offmoe.hf.hub.locate import locate
 from offmoe.hf.replay import ReplayedRouting
 from offmoe.measure.probes import DiskProbe, drop_page_cache
 from offmoe.simulate.predictions import transition_predictions
@@ -120,7 +120,7 @@ class Side:
 def token_source(case: Case) -> Iterator[int]:
     """Tokens of a text for the demo, random tokens for an untrained model."""
     if case.size is None:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_folder("demo"))
+        tokenizer = AutoTokenizer.from_pretrained(locate("demo").folder)
         while True:
             yield from tokenizer(TEXT.read_text(encoding="utf-8"))["input_ids"]
     chance = np.random.default_rng(0)
@@ -243,7 +243,7 @@ def main() -> None:
     rows = []
     with ended_by_sigterm(), scratch_folder("offmoe-prefetch-", args.work) as scratch:
         for case in cases:
-            folder = resolve_folder("demo")
+            folder = locate("demo").folder
             if case.size is not None:
                 hidden, intermediate, layers, experts, top_k = case.size
                 folder = scratch / "-".join(map(str, case.size))

@@ -56,9 +56,9 @@ def record_demo(path: Path) -> None:
     import torch
     from transformers import AutoTokenizer
 
-    from offmoe.hf.hub.locate import resolve_folder
+    from offmoe.hf.hub.locate import locate
 
-    tokenizer = AutoTokenizer.from_pretrained(resolve_folder("demo"))
+    tokenizer = AutoTokenizer.from_pretrained(locate("demo").folder)
     model: Any = offmoe.from_pretrained("demo", device="cpu", slots_per_layer=4, prefetch=2, trace=path)
     torch.manual_seed(0)
     with model.offload:

@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 import offmoe
 from offmoe.budget.inspect import inspect
 from offmoe.config import CacheOptions
-from offmoe.hf.hub.locate import resolve_folder
+from offmoe.hf.hub.locate import locate
 from offmoe.trace.recorder import TraceWriter
 from offmoe.types import CacheShape
 
@@ -68,7 +68,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
-    inputs = dict(AutoTokenizer.from_pretrained(resolve_folder("demo"))(PROMPT, return_tensors="pt"))
+    inputs = dict(AutoTokenizer.from_pretrained(locate("demo").folder)(PROMPT, return_tensors="pt"))
     with tempfile.TemporaryDirectory() as scratch:
         recording = None if args.null else Path(scratch) / "run.npz"
         options = {"device": "cpu", "slots_per_layer": args.slots, "prefetch": 0}

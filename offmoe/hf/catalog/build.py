@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 from offmoe.errors import CheckpointError, MissingTensorError, UnsupportedModelError
 from offmoe.hf.adapters.find import expert_parameters, find_experts, find_top_k, require_adapter
 from offmoe.hf.catalog.catalog import CatalogLayer, ExpertCatalog
-from offmoe.hf.catalog.convert import ExpertConversion, Kind, Value, blocks_of, blocks_of_share, destinations_of
+from offmoe.hf.catalog.convert import ExpertConversion, Value, blocks_of, blocks_of_share, destinations_of
 from offmoe.hf.catalog.dense_view import DenseView
-from offmoe.hf.catalog.groups import Group, Groups, check_count, collect, divide_shared_lists, repeat_tied_experts
+from offmoe.hf.catalog.groups import Group, Groups, Kind, check_count, collect, divide_shared_lists, repeat_tied_experts
 from offmoe.hf.upstream import map_names
 from offmoe.quant.raw_slot import RawSlot, raw_slot
 from offmoe.storage.checkpoint import Checkpoint
@@ -114,19 +114,20 @@ class _Builder:
         num_experts, shapes = adapter.num_experts(module), adapter.shapes(module)
         groups = tuple(group.settled(num_experts) for group in self.groups[name].values())
         self._check_present(name, tuple(shapes), groups)
-        kinds = [[self._kind(group, names, num_experts) for names in group.names.values()] for group in groups]
-        flat = [kind for group_kinds in kinds for kind in group_kinds]
-        assembly, dtypes = self._assembly(name, shapes, groups, kinds, num_experts)
+        for group in groups:
+            group.kinds = tuple(self._kind(group, names) for names in group.names.values())
+        kinds = [kind for group in groups for kind in group.kinds]
+        assembly, dtypes = self._assembly(name, shapes, groups)
         slot = RawSlot(ExpertLayout.of({param: (dtypes[param], shapes[param]) for param in shapes}), assembly, None)
-        if any(kind.encoding for kind in flat):
-            slot = raw_slot(flat, assembly, shapes)
+        if any(kind.encoding for kind in kinds):
+            slot = raw_slot(kinds, assembly, shapes)
         return CatalogLayer(
             name=name,
             num_experts=num_experts,
             top_k=self._top_k(name, module, num_experts),
             layout=self.layouts.setdefault(slot.layout, slot.layout),
             assembly=slot.assembly,
-            records=self._records(groups, num_experts),
+            records=self._records(groups),
             decode=slot.decode,
         )
 
@@ -140,67 +141,53 @@ class _Builder:
         return top_k
 
     def _assembly(
-        self,
-        name: str,
-        shapes: dict[str, tuple[int, ...]],
-        groups: tuple[Group, ...],
-        kinds: list[list[Kind]],
-        num_experts: int,
+        self, name: str, shapes: dict[str, tuple[int, ...]], groups: tuple[Group, ...]
     ) -> tuple[Assembly, dict[str, torch.dtype]]:
         """How an expert of the layer `name` is assembled, and the dtype of each parameter."""
         destinations: list[Destination] = []
         dtypes: dict[str, torch.dtype] = {}
-        for group, group_kinds in zip(groups, kinds, strict=True):
+        for group in groups:
             param = group.target.removeprefix(f"{name}.")
-            dtypes[param] = self._one_dtype(group, group_kinds)
-            value = self._blocks(group, group_kinds, shapes[param])
+            dtypes[param] = self._one_dtype(group)
+            value = self._blocks(group, shapes[param])
             if value is not None:
-                self._check_tiling(group, group_kinds, value, shapes[param], num_experts)
+                self._check_tiling(group, value, shapes[param])
             copies = None if value is None else destinations_of(param, value)
             if copies is None or len(copies) < len(group.names):  # transformers' own operations are needed
-                return self._conversion(name, shapes, groups, kinds)
+                conversion = ExpertConversion(self.model, name, shapes, groups)
+                structure = (tuple((id(g.converter), g.per_expert, g.kinds) for g in groups), tuple(shapes.items()))
+                if structure not in self.converted:
+                    self.converted[structure] = conversion.check()
+                return Assembly(convert=conversion), self.converted[structure]
             destinations += copies
         return Assembly(destinations=tuple(destinations)), dtypes
 
-    def _conversion(
-        self,
-        name: str,
-        shapes: dict[str, tuple[int, ...]],
-        groups: tuple[Group, ...],
-        kinds: list[list[Kind]],
-    ) -> tuple[Assembly, dict[str, torch.dtype]]:
-        flat = [kind for group_kinds in kinds for kind in group_kinds]
-        conversion = ExpertConversion(self.model, name, shapes, groups)
-        structure = (tuple((id(g.converter), g.per_expert) for g in groups), tuple(flat), tuple(shapes.items()))
-        if structure not in self.converted:
-            self.converted[structure] = conversion.check(flat)
-        return Assembly(convert=conversion), self.converted[structure]
-
-    def _blocks(self, group: Group, kinds: list[Kind], expected: tuple[int, ...]) -> Value | None:
+    def _blocks(self, group: Group, expected: tuple[int, ...]) -> Value | None:
         """The group's parameter for one expert as blocks, [1, ...]; None if it does not consist of blocks."""
         if group.share is None:
-            return blocks_of(group, [k.shape for k in kinds], (1, *expected))
-        structure = (id(group.converter), group.share.number, tuple(kinds), expected)
+            return blocks_of(group, (1, *expected))
+        structure = (id(group.converter), group.share.number, group.kinds, expected)
         if structure not in self.shared:
-            self.shared[structure] = blocks_of_share(group, kinds, expected, self.model)
+            self.shared[structure] = blocks_of_share(group, expected, self.model)
         return self.shared[structure]
 
-    def _records(self, groups: Sequence[Group], num_experts: int) -> tuple[ExpertRecord, ...]:
+    def _records(self, groups: Sequence[Group]) -> tuple[ExpertRecord, ...]:
         """The segments of every expert, in the order of the groups."""
         segments = self.view.segments
         sources = [
-            (names, None if group.per_expert else self._entries(group, names[0], num_experts))
+            (names, None if group.per_expert else self._entries(group, names[0]))
             for group in groups
             for names in group.names.values()
         ]
         by_expert = (
-            [segments(names[0], e, n) if n else segments(names[e]) for names, n in sources] for e in range(num_experts)
+            [segments(names[0], e, n) if n else segments(names[e]) for names, n in sources]
+            for e in range(groups[0].num_experts)
         )
         return tuple(ExpertRecord(tuple(chain.from_iterable(parts))) for parts in by_expert)
 
-    def _entries(self, group: Group, name: str, num_experts: int) -> int:
+    def _entries(self, group: Group, name: str) -> int:
         """Number of experts in a stacked tensor, including those behind the last expert that the model has."""
-        return num_experts if self.view.tensors[name].shape[:1] != (group.entries,) else group.entries or 0
+        return group.num_experts if self.view.tensors[name].shape[:1] != (group.entries,) else group.entries or 0
 
     def _check_present(self, name: str, params: Sequence[str], groups: Sequence[Group]) -> None:
         """Check that every parameter of one expert has tensors."""
@@ -216,18 +203,18 @@ class _Builder:
                 "download is incomplete, or the checkpoint is quantized or of another architecture"
             )
 
-    def _kind(self, group: Group, names: list[str], num_experts: int) -> Kind:
+    def _kind(self, group: Group, names: list[str]) -> Kind:
         """The common shape, dtype and encoding of all tensors of one pattern; an error if they differ."""
         infos = [self.view.tensors[name] for name in names]
         shape, dtype = Counter((info.shape, info.dtype) for info in infos).most_common(1)[0][0]
-        entries = self._entries(group, names[0], num_experts)
+        entries = self._entries(group, names[0])
         if group.per_expert:
             if group.share is None:
-                check_count(self.view.folder, group, names, num_experts)
+                check_count(self.view.folder, group, names, group.num_experts)
         elif not shape or not shape[0] or shape[0] % entries:
             raise CheckpointError(
                 f"{self.view.where(names[0])}: tensor {names[0]!r} has shape {list(shape)}, the model "
-                f"expects [{num_experts}, ...], equal parts for all experts; {OTHER_MODEL}"
+                f"expects [{group.num_experts}, ...], equal parts for all experts; {OTHER_MODEL}"
             )
         encoding = self.view.common_encoding(names, None if group.per_expert else entries)
         for name, info in zip(names, infos, strict=True):
@@ -240,9 +227,7 @@ class _Builder:
             return Kind(shape, dtype, encoding)
         return Kind(shape[1:] if shape[0] == entries else (shape[0] // entries, *shape[1:]), dtype, encoding)
 
-    def _check_tiling(
-        self, group: Group, kinds: Sequence[Kind], value: Value, expected: tuple[int, ...], num_experts: int
-    ) -> None:
+    def _check_tiling(self, group: Group, value: Value, expected: tuple[int, ...]) -> None:
         """Check that the blocks cover one expert's parameter exactly; else name the first tensor that is wrong."""
         axis = value.axis
         if value.shape == (1, *expected) and all(
@@ -267,22 +252,22 @@ class _Builder:
                 wanted[axis - 1] //= len(value.blocks)
             if block.swapped:
                 wanted[-2:] = wanted[:-3:-1]
-            if kinds[block.source].shape != tuple(wanted):
+            if group.kinds[block.source].shape != tuple(wanted):
                 name = group.names[patterns[block.source]][0]
                 if not group.per_expert and len(self.view.tensors[name].shape) == len(wanted):
-                    wanted[0] *= num_experts
+                    wanted[0] *= group.num_experts
                 elif not group.per_expert:
-                    wanted.insert(0, num_experts)
+                    wanted.insert(0, group.num_experts)
                 _check_shape(self.view, name, tuple(wanted))
         raise CheckpointError(
             f"{self.view.folder}: the tensors of {group.target!r} make {list(value.shape[1:])} per expert, the "
             f"model expects {list(expected)}; {OTHER_MODEL}"
         )
 
-    def _one_dtype(self, group: Group, kinds: Sequence[Kind]) -> torch.dtype:
+    def _one_dtype(self, group: Group) -> torch.dtype:
         """The dtype of a parameter; an error if the tensors that become it differ in dtype."""
-        plain = [k for k in kinds if k.encoding is None] or kinds
-        for names, kind in zip(group.names.values(), kinds, strict=True):
+        plain = [kind for kind in group.kinds if kind.encoding is None] or group.kinds
+        for names, kind in zip(group.names.values(), group.kinds, strict=True):
             if kind.encoding is None and kind.dtype != plain[0].dtype:
                 self._mixed(names[0], kind.dtype, plain[0].dtype)
         return plain[0].dtype

@@ -18,21 +18,9 @@ import torch
 from transformers import PreTrainedModel
 
 from offmoe.errors import CheckpointError, UnsupportedModelError
-from offmoe.hf.catalog.groups import Group
+from offmoe.hf.catalog.groups import Group, Kind
 from offmoe.hf.upstream import Concatenate, MergeModulelist, Transpose, run_converter, steps
-from offmoe.quant.codec import Encoding
 from offmoe.storage.layout import Destination
-
-
-class Kind(NamedTuple):
-    """What all tensors of one source pattern have in common."""
-
-    shape: tuple[int, ...]
-    """Shape for one expert, without the experts' dimension; of a quantized tensor, the decoded shape."""
-    dtype: torch.dtype
-    """The dtype; of a quantized tensor, a placeholder."""
-    encoding: Encoding | None = None
-    """How the tensors are quantized; None if they are not."""
 
 
 class Block(NamedTuple):
@@ -60,12 +48,11 @@ class Value(NamedTuple):
         return next((i for block in self.blocks for i, start in enumerate(block.start) if start), 0)
 
 
-def blocks_of(group: Group, shapes: Sequence[tuple[int, ...]], expected: tuple[int, ...]) -> Value | None:
+def blocks_of(group: Group, expected: tuple[int, ...]) -> Value | None:
     """Work out which blocks one expert's parameter consists of, from shapes alone.
 
     Args:
-        group: the tensors and their converter.
-        shapes: per pattern of `group.names`, the shape of one expert's tensor.
+        group: the tensors, their kinds and their converter.
         expected: the parameter's shape for one expert, [1, ...].
 
     Returns:
@@ -74,8 +61,8 @@ def blocks_of(group: Group, shapes: Sequence[tuple[int, ...]], expected: tuple[i
     """
     order = list(group.names)
     values: dict[str, Value] = {}
-    for i, pattern in enumerate(order):
-        shape = shapes[i] if group.per_expert and group.converter is not None else (1, *shapes[i])
+    for i, (pattern, kind) in enumerate(zip(order, group.kinds, strict=True)):
+        shape = kind.shape if group.per_expert and group.converter is not None else (1, *kind.shape)
         values[pattern] = Value(shape, (Block(i, (0,) * len(shape), shape),))
     if group.converter is None:
         return values[order[0]]
@@ -105,15 +92,14 @@ def blocks_of(group: Group, shapes: Sequence[tuple[int, ...]], expected: tuple[i
     return next(iter(values.values())) if len(values) == 1 else None
 
 
-def blocks_of_share(group: Group, kinds: Sequence[Kind], expected: tuple[int, ...], model: PreTrainedModel) -> Value:
+def blocks_of_share(group: Group, expected: tuple[int, ...], model: PreTrainedModel) -> Value:
     """Find out which blocks one expert of a divided list consists of, by running the converter on random experts.
 
     The converter gets two experts per share, all different. Each must come out in its own share, as its source tensors
     one behind the other.
 
     Args:
-        group: the tensors of one share and their converter.
-        kinds: per pattern of `group.names`.
+        group: the tensors of one share, their kinds and their converter.
         expected: the parameter's shape for one expert, without the experts' dimension.
         model: the model, on any device.
 
@@ -125,7 +111,7 @@ def blocks_of_share(group: Group, kinds: Sequence[Kind], expected: tuple[int, ..
     generator = torch.Generator().manual_seed(0)
     inputs = {
         pattern: [_random(kind, generator) for _ in range(2 * len(group.share.targets))]
-        for pattern, kind in zip(group.names, kinds, strict=True)
+        for pattern, kind in zip(group.names, group.kinds, strict=True)
     }
     pairs = {target: (2, *model.get_parameter(target).shape[1:]) for target in group.share.targets}
     try:
@@ -135,10 +121,10 @@ def blocks_of_share(group: Group, kinds: Sequence[Kind], expected: tuple[int, ..
     sources = [[tensors[2 * group.share.number + i] for tensors in inputs.values()] for i in range(2)]
     wholes = [
         Value((1, *kind.shape), (Block(i, (0,) * (1 + len(kind.shape)), (1, *kind.shape)),))
-        for i, kind in enumerate(kinds)
+        for i, kind in enumerate(group.kinds)
     ]
     for dim in range(len(expected)):
-        joinable = len({(*kind.shape[:dim], *kind.shape[dim + 1 :]) for kind in kinds}) == 1
+        joinable = len({(*kind.shape[:dim], *kind.shape[dim + 1 :]) for kind in group.kinds}) == 1
         if joinable and len(pair) == 2 and all(_same_bytes(pair[i], torch.cat(sources[i], dim)) for i in range(2)):
             return _joined(wholes, dim + 1)
     raise _not_one_by_one(group.target, "an expert is not made of its own tensors alone")
@@ -206,11 +192,8 @@ class ExpertConversion:
         params = self._run([[tensor] for tensor in tensors])
         return {param: params[f"{self.name}.{param}"][0] for param in self.shapes}
 
-    def check(self, kinds: Sequence[Kind]) -> dict[str, torch.dtype]:
+    def check(self) -> dict[str, torch.dtype]:
         """Check the conversion on two random experts, together and alone.
-
-        Args:
-            kinds: per pattern, groups in order.
 
         Returns:
             The dtype of every parameter.
@@ -220,6 +203,7 @@ class ExpertConversion:
             CheckpointError: a parameter comes out in another shape than the model's.
         """
         generator = torch.Generator().manual_seed(0)
+        kinds = [kind for group in self.groups for kind in group.kinds]
         first, second = ([_random(kind, generator) for kind in kinds] for _ in range(2))
         try:
             both = self._run([list(pair) for pair in zip(first, second, strict=True)])

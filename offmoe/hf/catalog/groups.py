@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -19,6 +20,18 @@ from offmoe.errors import CheckpointError, MissingTensorError, UnsupportedModelE
 from offmoe.hf.adapters.base import Place
 from offmoe.hf.adapters.find import require_adapter
 from offmoe.hf.upstream import MappedName, MergeModulelist, WeightConverter, steps
+from offmoe.quant.codec import Encoding
+
+
+class Kind(NamedTuple):
+    """What all tensors of one source pattern have in common."""
+
+    shape: tuple[int, ...]
+    """Shape for one expert, without the experts' dimension; of a quantized tensor, the decoded shape."""
+    dtype: torch.dtype
+    """The dtype; of a quantized tensor, a placeholder."""
+    encoding: Encoding | None = None
+    """How the tensors are quantized; None if they are not."""
 
 
 class Share(NamedTuple):
@@ -44,11 +57,16 @@ class Group:
     """Tensor name by expert, if the model itself has a parameter per expert. `settled` moves them to `names`."""
     entries: int | None = None
     """Number of experts in the tensors, if it is more than num_experts. Those behind the last expert are ignored."""
+    kinds: tuple[Kind, ...] = ()
+    """Per source pattern, what its tensors have in common."""
+    num_experts: int = 0
+    """Number of experts of the module, once the group is `settled`."""
     share: Share | None = None
     """Set if the converter makes the experts of several modules from one list; `names` holds this module's share."""
 
     def settled(self, num_experts: int) -> Group:
         """The group once all tensors are known: `owned` in expert order among `names`, tensors of no expert dropped."""
+        self.num_experts = num_experts
         if self.owned:
             self.names[self.target] = [self.owned[expert] for expert in sorted(self.owned)]
         for pattern, names in self.names.items():

@@ -11,6 +11,20 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    DisabledRepoError,
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
 from offmoe.errors import CapacityError, CheckpointError, ConfigError, MissingTensorError, OffmoeError
 
 TOKEN = "(`hf auth login`, or token=)"
@@ -37,14 +51,30 @@ def translated(error: BaseException, name: str, revision: str | None, *, reached
         revision: the revision that was asked for; None means the default branch.
         reached: whether the Hub has answered an earlier request.
     """
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
         error = error.__cause__
     what = f"model {name!r}"
-    known = _refused(error, what, name, revision) or _offline(error, what) or _local(error, what)
-    if known is not None:
-        return known
+    refusal = _refused(error, what, name, revision)
+    if refusal is not None:
+        return refusal
+    if isinstance(error, LocalTokenNotFoundError):
+        return ConfigError(f"{what}: token=True, but no token is stored here; run `hf auth login` or give the token")
+    if isinstance(error, OfflineModeIsEnabled):
+        return ConfigError(
+            f"{what}: {NOT_LOCAL}, and HF_HUB_OFFLINE forbids the network; unset it, or give the path of a folder"
+        )
+    if isinstance(error, LocalEntryNotFoundError):
+        return ConfigError(
+            f"{what}: not a folder here and not, or not all of it, in the Hub cache (local_files_only=True); give the "
+            "path of a folder, or download the model once with a network"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return CapacityError(
+            f"{what}: no room for the download in the Hub cache ({error.strerror}); make room, or give another "
+            "cache_dir= (HF_HOME); shards that have arrived whole are kept"
+        )
+    if isinstance(error, PermissionError):
+        return ConfigError(f"{what}: the Hub cache cannot be used ({_line(error)}); give another cache_dir= (HF_HOME)")
     if not reached:
         return ConfigError(
             f"{what}: {NOT_LOCAL}, and the Hub cannot be reached ({_line(error)}); give the path of a folder, or "
@@ -57,18 +87,6 @@ def translated(error: BaseException, name: str, revision: str | None, *, reached
 
 def _refused(error: BaseException, what: str, name: str, revision: str | None) -> OffmoeError | None:
     """The error for an answer in which the Hub refuses something; None if it is no such answer."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import (
-        DisabledRepoError,
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
     if isinstance(error, GatedRepoError):
         return ConfigError(
             f"{what}: access is restricted; accept its terms at {constants.ENDPOINT}/{name}, and give a token of that "
@@ -92,36 +110,6 @@ def _refused(error: BaseException, what: str, name: str, revision: str | None) -
         return MissingTensorError(f"{what}: a file that its index names is not in the repository ({_line(error)})")
     if status is not None:
         return CheckpointError(f"{what}: the Hub answers with status {status}; try again later")
-    return None
-
-
-def _offline(error: BaseException, what: str) -> OffmoeError | None:
-    """The error for a model that is not in the cache while the network is forbidden, and for an absent token."""
-    from huggingface_hub.errors import LocalEntryNotFoundError, LocalTokenNotFoundError, OfflineModeIsEnabled
-
-    if isinstance(error, LocalTokenNotFoundError):
-        return ConfigError(f"{what}: token=True, but no token is stored here; run `hf auth login` or give the token")
-    if isinstance(error, OfflineModeIsEnabled):
-        return ConfigError(
-            f"{what}: {NOT_LOCAL}, and HF_HUB_OFFLINE forbids the network; unset it, or give the path of a folder"
-        )
-    if isinstance(error, LocalEntryNotFoundError):
-        return ConfigError(
-            f"{what}: not a folder here and not, or not all of it, in the Hub cache (local_files_only=True); give the "
-            "path of a folder, or download the model once with a network"
-        )
-    return None
-
-
-def _local(error: BaseException, what: str) -> OffmoeError | None:
-    """The error for a disk that is full or a cache that cannot be written; None for anything else."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return CapacityError(
-            f"{what}: no room for the download in the Hub cache ({error.strerror}); make room, or give another "
-            "cache_dir= (HF_HOME); shards that have arrived whole are kept"
-        )
-    if isinstance(error, PermissionError):
-        return ConfigError(f"{what}: the Hub cache cannot be used ({_line(error)}); give another cache_dir= (HF_HOME)")
     return None
 
 

@@ -22,6 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import RevisionNotFoundError
+
 from offmoe.errors import (
     CapacityError,
     CheckpointError,
@@ -89,8 +92,13 @@ class Source:
                 f"model {self.repository.name!r}: of its {len(shards)} shards the Hub cache lacks {len(absent)} "
                 f"({absent[0]}), and {self.repository.why_offline}; run it once with a network, what is there is kept"
             )
-        with hub_errors(self.repository.name), ThreadPoolExecutor(CONNECTIONS) as pool:
-            heads = dict(zip(absent, pool.map(self._remote_head, absent), strict=True))
+        name, commit, token = self.repository.name, self.repository.commit, self.repository.options["token"]
+
+        def head(file: str) -> ShardHead:
+            return read_remote_head(name, commit, token, file, self.folder / file)
+
+        with hub_errors(name), ThreadPoolExecutor(CONNECTIONS) as pool:
+            heads = dict(zip(absent, pool.map(head, absent), strict=True))
         return Checkpoint.open(self.folder, heads)
 
     def fetch(self, checkpoint: Checkpoint) -> Checkpoint:
@@ -119,17 +127,11 @@ class Source:
             )
         logger.info("%s: downloading %d shards, %s", self.repository.name, len(absent), format_size(needed))
         patterns = [re.sub(r"([*?[])", r"[\1]", name) for name in absent]
-        _snapshot(self.repository.name, self.repository.commit, self.repository.options, patterns, ())
+        _snapshot(self.repository.name, self.repository.commit, patterns, (), **self.repository.options)
         local = Checkpoint.open(self.folder)
         if local.shards_absent or (local.shards, local.tensors) != (checkpoint.shards, checkpoint.tensors):
             raise ShardChangedError(f"{self.folder}: the shards are not those that the Hub announced; load it again")
         return local
-
-    def _remote_head(self, file: str) -> ShardHead:
-        assert self.repository is not None, "only a repository has shards elsewhere"
-        repository = self.repository
-        token = repository.options["token"]
-        return read_remote_head(repository.name, repository.commit, token, file, self.folder / file)
 
     def _shards(self, repository: Repository) -> list[str]:
         """Names of the model's shards, by the rules of Checkpoint.open, whether or not they are on disk."""
@@ -199,18 +201,7 @@ def locate(
     return _on_hub(name, revision, options)
 
 
-def resolve_folder(model: str | os.PathLike[str], **hub: Any) -> Path:
-    """The folder of a model, complete for loading; whatever is absent is downloaded. hub: the options of `locate`."""
-    source = locate(model, **hub)
-    if source.repository is not None:
-        source.fetch(source.checkpoint())
-    return source.folder
-
-
 def _on_hub(name: str, revision: str | None, options: dict[str, Any]) -> Source:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import RevisionNotFoundError
-
     try:
         info = HfApi().model_info(name, revision=revision, timeout=TIMEOUT_S, token=options["token"])
     except RevisionNotFoundError as error:
@@ -229,36 +220,19 @@ def _on_hub(name: str, revision: str | None, options: dict[str, Any]) -> Source:
             f"model {name!r}: the repository has no config.json, so it is not a model of transformers; give one "
             "that is (not a GGUF, adapter or original-format repository)"
         )
-    folder = _snapshot(name, revision, options, SMALL_FILES, JUNK)
+    folder = _snapshot(name, revision, SMALL_FILES, JUNK, **options)
     if folder.name != info.sha:
         raise CheckpointError(f"model {name!r}: it was pushed to just now; try again")
     return Source(folder, Repository(name, folder.name, options, files))
 
 
 def _cached(name: str, revision: str | None, options: dict[str, Any], why: str) -> Source:
-    folder = _snapshot(name, revision, options, SMALL_FILES, JUNK, local_files_only=True)
+    folder = _snapshot(name, revision, SMALL_FILES, JUNK, local_files_only=True, **options)
     return Source(folder, Repository(name, folder.name, options, files=None, why_offline=why))
 
 
-def _snapshot(
-    name: str,
-    revision: str | None,
-    options: dict[str, Any],
-    wanted: Sequence[str],
-    unwanted: Sequence[str],
-    *,
-    local_files_only: bool = False,
-) -> Path:
+def _snapshot(name: str, revision: str | None, wanted: Sequence[str], unwanted: Sequence[str], **options: Any) -> Path:
     """The folder of one commit in the Hub cache, with the wanted files in it."""
-    from huggingface_hub import snapshot_download
-
+    patterns: dict[str, Any] = {"allow_patterns": list(wanted), "ignore_patterns": list(unwanted)}
     with hub_errors(name, revision):
-        folder = snapshot_download(
-            name,
-            revision=revision,
-            local_files_only=local_files_only,
-            allow_patterns=list(wanted),
-            ignore_patterns=list(unwanted),
-            **options,
-        )
-    return Path(folder)
+        return Path(snapshot_download(name, revision=revision, **patterns, **options))

@@ -11,6 +11,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from huggingface_hub import hf_hub_url
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+
 from offmoe.errors import CheckpointError
 from offmoe.storage.header import ShardHead, header_end
 
@@ -46,9 +49,6 @@ def read_remote_head(name: str, commit: str, token: str | bool | None, file: str
 
 def _read_range(name: str, commit: str, token: str | bool | None, file: str, start: int, end: int) -> tuple[bytes, int]:
     """Bytes [start, end) of a file, fewer if it is shorter, and the size of the whole file."""
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
-
     headers = {
         **build_hf_headers(token=token),
         "Range": f"bytes={start}-{end - 1}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +11,8 @@ from transformers import AutoConfig
 from transformers.core_model_loading import Concatenate, ConversionOps, Interleave, MergeModulelist, Transpose
 
 from offmoe.errors import CheckpointError, UnsupportedModelError
-from offmoe.hf.catalog.convert import Block, ExpertConversion, Kind, blocks_of, blocks_of_share, destinations_of
-from offmoe.hf.catalog.groups import Group, Share
+from offmoe.hf.catalog.convert import Block, ExpertConversion, blocks_of, blocks_of_share, destinations_of
+from offmoe.hf.catalog.groups import Group, Kind, Share
 from offmoe.hf.load.config import build_meta, model_class
 from offmoe.hf.upstream import WeightConverter, steps
 from offmoe.storage.layout import Assembly, Destination, ExpertLayout, Segment
@@ -36,6 +37,10 @@ def converter(
     return WeightConverter(source_patterns=sources, target_patterns=target, operations=operations)
 
 
+def kinds(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Kind, ...]:
+    return tuple(Kind(shape, dtype) for shape in shapes)
+
+
 def conversion(group: Group, shape: tuple[int, ...]) -> ExpertConversion:
     config = AutoConfig.for_model("mixtral", **{**tiny.COMMON, **tiny.CONFIGS["mixtral"]})
     meta = build_meta(config, model_class(config))
@@ -50,7 +55,8 @@ def test_operations_that_move_blocks_are_known() -> None:
 
 def test_merge_and_concatenate_are_blocks() -> None:
     group = Group(UP, converter(["*.w1", "*.w3"], [MergeModulelist(0), Concatenate(1)]), {"*.w1": ["x"], "*.w3": ["y"]})
-    value = blocks_of(group, [(3, 4), (5, 4)], (1, 8, 4))
+    group.kinds = kinds((3, 4), (5, 4))
+    value = blocks_of(group, (1, 8, 4))
     assert value is not None
     assert value.shape == (1, 8, 4)
     assert value.blocks == (Block(0, (0, 0, 0), (1, 3, 4)), Block(1, (0, 3, 0), (1, 5, 4)))
@@ -59,7 +65,8 @@ def test_merge_and_concatenate_are_blocks() -> None:
 
 def test_order_is_the_converters_not_the_files() -> None:
     group = Group(UP, converter(["*.b", "*.a"], [MergeModulelist(0), Concatenate(1)]), {"*.a": ["x"], "*.b": ["y"]})
-    value = blocks_of(group, [(3, 4), (5, 4)], (1, 8, 4))
+    group.kinds = kinds((3, 4), (5, 4))
+    value = blocks_of(group, (1, 8, 4))
     assert value is not None
     assert destinations_of("p", value) == [Destination("p", 0, 5), Destination("p", 0, 0)]
 
@@ -68,7 +75,8 @@ def test_concatenated_then_transposed_is_placed_like_stock() -> None:
     """[E, in, gate] and [E, in, up] in the file, [E, gate + up, in] in the model."""
     made = converter(["*.w1", "*.w3"], [MergeModulelist(0), Concatenate(2), Transpose(1, 2)])
     group = Group(UP, made, {"*.w1": ["x"], "*.w3": ["y"]})
-    value = blocks_of(group, [(4, 3), (4, 5)], (1, 8, 4))
+    group.kinds = kinds((4, 3), (4, 5))
+    value = blocks_of(group, (1, 8, 4))
     assert value is not None
     parts = destinations_of("gate_up_proj", value)
     assert parts == [Destination("gate_up_proj", 1, 0, True), Destination("gate_up_proj", 1, 3, True)]
@@ -84,7 +92,7 @@ def test_concatenated_then_transposed_is_placed_like_stock() -> None:
 
 def test_transpose_with_check_depends_on_the_shape() -> None:
     group = Group(UP, converter(["w"], [Transpose(1, 2, check_dims=True)]), {"w": ["x"]})
-    as_is, turned = blocks_of(group, [(3, 4)], (1, 3, 4)), blocks_of(group, [(4, 3)], (1, 3, 4))
+    as_is, turned = (blocks_of(replace(group, kinds=kinds(shape)), (1, 3, 4)) for shape in ((3, 4), (4, 3)))
     assert as_is is not None
     assert turned is not None
     assert destinations_of("p", as_is) == [Destination("p", 0, 0, False)]
@@ -97,13 +105,16 @@ def test_transpose_with_check_depends_on_the_shape() -> None:
     ids=["interleave", "swaps experts", "joins experts", "chain"],
 )
 def test_what_blocks_cannot_say_is_left_to_the_operations(operations: list[ConversionOps]) -> None:
-    assert blocks_of(Group(UP, converter(["w"], operations), {"w": ["x"]}), [(6, 4)], (1, 6, 4)) is None
+    group = Group(UP, converter(["w"], operations), {"w": ["x"]}, kinds=kinds((6, 4)))
+    assert blocks_of(group, (1, 6, 4)) is None
 
 
 def test_interleaved_expert_is_converted_alone_as_in_its_layer() -> None:
-    group = Group(UP, converter(["w13"], [Interleave(dim=1)]), {"w13": ["x"]})
+    group = Group(
+        UP, converter(["w13"], [Interleave(dim=1)]), {"w13": ["x"]}, kinds=kinds((6, 4), dtype=torch.bfloat16)
+    )
     convert = conversion(group, (6, 4))
-    assert convert.check([Kind((6, 4), torch.bfloat16)]) == {"gate_up_proj": torch.bfloat16}
+    assert convert.check() == {"gate_up_proj": torch.bfloat16}
     layer = torch.randn(8, 6, 4)
     stock = Interleave(dim=1).convert({"w13": layer}, ["w13"], ["t"])["t"]
     assert not torch.equal(stock, layer)
@@ -112,21 +123,21 @@ def test_interleaved_expert_is_converted_alone_as_in_its_layer() -> None:
 
 
 def test_operation_that_mixes_experts_is_refused() -> None:
-    group = Group(UP, converter(["w"], [Reversed()]), {"w": ["x"]})
+    group = Group(UP, converter(["w"], [Reversed()]), {"w": ["x"]}, kinds=kinds((6, 4)))
     with pytest.raises(UnsupportedModelError, match="mixes experts in 'gate_up_proj'"):
-        conversion(group, (6, 4)).check([Kind((6, 4), torch.float32)])
+        conversion(group, (6, 4)).check()
 
 
 def test_operation_that_fails_on_one_expert_is_refused_with_its_reason() -> None:
-    group = Group(UP, converter(["w"], [Interleave(dim=1)]), {"w": ["x"]})
+    group = Group(UP, converter(["w"], [Interleave(dim=1)]), {"w": ["x"]}, kinds=kinds((5, 4)))
     with pytest.raises(UnsupportedModelError, match=r"layer\.experts.*one expert at a time.*(invalid|shape)"):
-        conversion(group, (5, 4)).check([Kind((5, 4), torch.float32)])
+        conversion(group, (5, 4)).check()
 
 
 def test_conversion_to_another_shape_is_an_error() -> None:
-    group = Group(UP, converter(["w"], [Interleave(dim=1)]), {"w": ["x"]})
+    group = Group(UP, converter(["w"], [Interleave(dim=1)]), {"w": ["x"]}, kinds=kinds((6, 4)))
     with pytest.raises(CheckpointError, match=r"\[6, 4\] per expert, the model expects \[4, 6\]"):
-        conversion(group, (4, 6)).check([Kind((6, 4), torch.float32)])
+        conversion(group, (4, 6)).check()
 
 
 class Divided(ConversionOps):
@@ -156,14 +167,16 @@ def shared_group(operation: ConversionOps, number: int) -> tuple[Group, tiny.Mod
     made = WeightConverter(["*.w1", "*.w3"], [t.removeprefix("model.") for t in targets], [operation])
     config = AutoConfig.for_model("mixtral", **{**tiny.COMMON, **tiny.CONFIGS["mixtral"]})
     meta = build_meta(config, model_class(config))
-    return Group(targets[number], made, {"*.w1": ["x"], "*.w3": ["y"]}, share=Share(number, targets)), meta
+    share = Share(number, targets)
+    of_both = kinds((4, 4), (4, 4), dtype=torch.bfloat16)
+    return Group(targets[number], made, {"*.w1": ["x"], "*.w3": ["y"]}, kinds=of_both, share=share), meta
 
 
 @pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize(("dim", "shape"), [(1, (8, 4)), (2, (4, 8))])
 def test_share_of_a_divided_list_is_blocks(number: int, dim: int, shape: tuple[int, int]) -> None:
     group, meta = shared_group(Divided(runs=True, dim=dim), number)
-    value = blocks_of_share(group, [Kind((4, 4), torch.bfloat16)] * 2, shape, meta)
+    value = blocks_of_share(group, shape, meta)
     assert value.shape == (1, *shape)
     assert destinations_of("p", value) == [Destination("p", dim - 1, 0), Destination("p", dim - 1, 4)]
 
@@ -171,10 +184,10 @@ def test_share_of_a_divided_list_is_blocks(number: int, dim: int, shape: tuple[i
 def test_list_divided_otherwise_is_refused() -> None:
     group, meta = shared_group(Divided(runs=False), 1)
     with pytest.raises(UnsupportedModelError, match=r"one expert at a time \(an expert is not made of its own tensors"):
-        blocks_of_share(group, [Kind((4, 4), torch.bfloat16)] * 2, (8, 4), meta)
+        blocks_of_share(group, (8, 4), meta)
 
 
 def test_division_that_fails_is_refused_with_its_reason() -> None:
     group, meta = shared_group(Divided(runs=True), 0)
     with pytest.raises(UnsupportedModelError, match=r"one expert at a time.*Sizes of tensors"):
-        blocks_of_share(group, [Kind((4, 4), torch.bfloat16), Kind((4, 5), torch.bfloat16)], (8, 4), meta)
+        blocks_of_share(replace(group, kinds=kinds((4, 4), (4, 5), dtype=torch.bfloat16)), (8, 4), meta)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from offmoe.errors import CheckpointError, ConfigError
-from offmoe.hf.hub.locate import resolve_folder
+from offmoe.hf.hub.locate import locate
 from offmoe.hf.hub.remote_header import HEAD_BYTES
 from tests import tiny
 from tests.cli.conftest import byte_tokenizer
@@ -78,9 +78,9 @@ def shards_of(repo: Repo) -> set[str]:
 
 
 def test_folder_is_taken_as_it_is(tmp_path: Path) -> None:
-    assert resolve_folder(tmp_path) == tmp_path
-    assert resolve_folder(str(tmp_path)) == tmp_path
-    assert resolve_folder("demo").parts[-3:] == ("offmoe", "demo", "model")
+    assert locate(tmp_path).folder == tmp_path
+    assert locate(str(tmp_path)).folder == tmp_path
+    assert locate("demo").folder.parts[-3:] == ("offmoe", "demo", "model")
 
 
 @pytest.mark.parametrize(
@@ -89,18 +89,18 @@ def test_folder_is_taken_as_it_is(tmp_path: Path) -> None:
 )
 def test_folder_that_is_not_there_is_a_config_error(name: str) -> None:
     with pytest.raises(ConfigError, match="no such folder"):
-        resolve_folder(name)
+        locate(name)
 
 
 def test_file_is_not_a_folder(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(CheckpointError, match="a file, not a model"):
-        resolve_folder(tmp_path / "model.gguf")
+        locate(tmp_path / "model.gguf")
 
 
 def test_hub_id_that_is_not_in_the_cache_is_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"owner/nothing.*local_files_only"):
-        resolve_folder("owner/nothing", cache_dir=tmp_path, local_files_only=True)
+        locate("owner/nothing", cache_dir=tmp_path, local_files_only=True)
 
 
 def test_model_in_the_hub_cache_is_found_without_a_network(tmp_path: Path) -> None:
@@ -111,7 +111,9 @@ def test_model_in_the_hub_cache_is_found_without_a_network(tmp_path: Path) -> No
     snapshot = repository / "snapshots" / commit
     snapshot.mkdir(parents=True)
     save_file({"x": torch.ones(1)}, snapshot / "model.safetensors")
-    assert resolve_folder("owner/model", cache_dir=tmp_path, local_files_only=True) == snapshot
+    source = locate("owner/model", cache_dir=tmp_path, local_files_only=True)
+    assert source.folder == snapshot
+    assert not source.checkpoint().shards_absent
 
 
 # --- what is fetched, and when
@@ -188,7 +190,8 @@ def test_revision_and_token_are_passed_on(hub: HubServer, client: Client, repo: 
     before = len(hub.requests)
     options = f"revision='v2', token={VALID_TOKEN!r}, cache_dir={str(tmp_path)!r}"
     answer = client.python(
-        f"from offmoe.hf.hub.locate import resolve_folder; result = str(resolve_folder({repo!r}, {options}))"
+        f"from offmoe.hf.hub.locate import locate; source = locate({repo!r}, {options}); "
+        "source.fetch(source.checkpoint()); result = str(source.folder)"
     )
     assert Path(answer["result"]).is_relative_to(tmp_path)
     assert Path(answer["result"]).name == hub.repos[repo].commit
@@ -315,7 +318,9 @@ def test_disk_that_is_too_small_is_known_before(hub: HubServer, client: Client, 
     data = len(header).to_bytes(8, "little") + header
     hub.repos[repo] = Repo({"config.json": b"{}", "model.safetensors": data + bytes(HEAD_BYTES)})
     hub.repos[repo].sizes["model.safetensors"] = len(data) + size
-    answer = client.python(f"from offmoe.hf.hub.locate import resolve_folder; resolve_folder({repo!r})")
+    answer = client.python(
+        f"from offmoe.hf.hub.locate import locate; source = locate({repo!r}); source.fetch(source.checkpoint())"
+    )
     assert answer["error"] == "CapacityError", answer["message"]
     assert "1048576.0 TiB are to be downloaded to" in answer["message"]
 
@@ -324,11 +329,12 @@ def test_disk_that_fills_up_during_the_download(hub: HubServer, client: Client, 
     answer = client.python(
         f"""
 import resource
-from offmoe.hf.hub.locate import resolve_folder
+from offmoe.hf.hub.locate import locate
 before = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
 try:
-    resolve_folder({repo!r})
+    source = locate({repo!r})
+    source.fetch(source.checkpoint())
 finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 """
