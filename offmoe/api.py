@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from offmoe.budget.inspect import Inspected, inspect
-from offmoe.compute.build import device_compute, host_compute
+from offmoe.compute.cpu_compute import host_compute
 from offmoe.compute.expert_layer import ExpertLayer
+from offmoe.compute.gpu_compute import device_compute
 from offmoe.config import OffloadConfig
 from offmoe.device.arena import SlotArena, slot_layouts
 from offmoe.errors import ConfigError

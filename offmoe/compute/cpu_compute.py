@@ -12,9 +12,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from offmoe.compute.compute import ExpertCompute, LayerInput
+from offmoe.compute.compute import ComputeByLayer, ExpertCompute, LayerInput
 from offmoe.compute.expert_layer import ExpertLayer
-from offmoe.compute.kernels.cpu import CpuKernels, Rows
+from offmoe.compute.kernels.cpu import CpuKernels, Rows, physical_cores
+from offmoe.compute.kernels.library import status
+from offmoe.compute.torch_compute import TorchCompute
 from offmoe.device.arena import SlotArena
 from offmoe.errors import OffmoeError
 from offmoe.transfer.engine import TransferEngine
@@ -60,3 +62,25 @@ class CpuCompute(ExpertCompute):
             self._closed = True
             self._prepared.clear()
             self._kernels.close()
+
+
+def host_compute(
+    layers: Sequence[ExpertLayer], arena: SlotArena, dtype: torch.dtype, int8_activations: bool
+) -> ExpertCompute:
+    """The C kernels for layers whose slots were made for them, torch's operators for the rest.
+
+    The kernels get as many threads as torch has now, but no more than there are physical cores: more do not read memory
+    faster.
+
+    Args:
+        dtype: the model's.
+        int8_activations: whether the C kernels round activations to 8 bits.
+    """
+    by_torch = TorchCompute(arena, dtype)
+    if all(layer.cpu_slot is None for layer in layers):
+        return by_torch
+    threads = min(torch.get_num_threads(), physical_cores())
+    library = status().library
+    assert library is not None, "without the library, no layer has a cpu_slot"
+    by_kernels = CpuCompute(CpuKernels(library, threads, int8_activations=int8_activations), arena)
+    return ComputeByLayer([by_torch if layer.cpu_slot is None else by_kernels for layer in layers])

@@ -2,19 +2,31 @@
 
 Moves: nothing. The kernels read weights where they stand.
 Bound: the device's memory bandwidth for few tokens, tensor cores for many.
-Must never: launch before every slot of the launch is ready.
+Must never: launch before every slot of the launch is ready, or guess: what is not plainly the three matrices of a gated
+expert is left to torch's operators, with a reason.
 """
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from offmoe.compute.compute import ExpertCompute, LayerInput
+from offmoe.compute.compute import ComputeByLayer, ExpertCompute, LayerInput
 from offmoe.compute.expert_layer import ExpertLayer
-from offmoe.compute.kernels.device import DeviceKernels, Pairs
+from offmoe.compute.gated import BIAS, MATRICES, GatedForm, gated_form, parameter_shapes, stored_tensors
+from offmoe.compute.kernels.cpu import Glu
+from offmoe.compute.kernels.device import DeviceKernels, Pairs, available
+from offmoe.compute.kernels.operands import GatedOperands, Operand, coded_operand, float_operand
+from offmoe.device.arena import SlotArena
+from offmoe.errors import UnsupportedModelError
+from offmoe.quant.kernel_words import is_rows_first
+from offmoe.storage.layout import Param
 from offmoe.transfer.engine import TransferEngine
+
+logger = logging.getLogger(__name__)
 
 EXPERTS_PER_LAUNCH = 8
 """If a step has several tokens. More would let experts that have arrived wait for those that have not."""
@@ -55,3 +67,67 @@ def _pairs(experts: Sequence[tuple[int, int]], inputs: LayerInput) -> Pairs:
         return Pairs(slots, [1] * len(slots))
     positions = [inputs.pairs[expert] for expert, _ in experts]
     return Pairs(slots, [len(p) for p in positions], torch.cat(positions), inputs.pairs_per_row)
+
+
+def device_compute(layers: Sequence[ExpertLayer], arena: SlotArena, otherwise: ExpertCompute) -> ExpertCompute:
+    """The GPU kernels for layers whose slots they read, `otherwise` for the rest; logs which are the rest, and why."""
+    if not available():
+        logger.warning("Triton is not installed: experts are computed by torch's operators, on decoded weights")
+        return otherwise
+    kernels: dict[int, DeviceKernels] = {}
+    reasons: Counter[str] = Counter()
+    for layer in layers:
+        try:
+            operands, glu = _operands(layer)
+        except UnsupportedModelError as error:
+            reasons[str(error)] += 1
+        else:
+            kernels[layer.index] = DeviceKernels(operands, glu, arena.memory, arena.starts)
+    for reason, count in reasons.items():
+        logger.warning("%d MoE layers are computed by torch's operators: %s", count, reason)
+    by_kernels = GpuCompute(kernels)
+    return ComputeByLayer([by_kernels if layer.index in kernels else otherwise for layer in layers])
+
+
+def _operands(layer: ExpertLayer) -> tuple[GatedOperands, Glu]:
+    """Gate, up and down as they stand in the layer's slots, and the function that combines gate and up.
+
+    Nothing is reordered, so every tensor crosses the link in one plain copy: the kernels read rows of words, bytes and
+    floats as checkpoints store them.
+
+    Raises:
+        UnsupportedModelError: the kernels cannot compute these experts; the message is the reason.
+    """
+    layout, decode = layer.layout, layer.decode
+    form = gated_form(stored_tensors(layout, decode), parameter_shapes(layout, decode), layer.math)
+    gate, up, down = (_operand(layout.params, form, name) for name in MATRICES)
+    if gate.kind != up.kind:
+        raise UnsupportedModelError("gate and up are quantized differently")
+    return GatedOperands(gate, up, down), form.glu
+
+
+def _operand(params: Sequence[Param], form: GatedForm, name: str) -> Operand:
+    rows = form.rows[name]
+    tensor, inputs_first = form.tensors[rows.tensor], rows.tensor in form.inputs_first
+    components = _components(params, form, name)
+    if tensor.codec is None:
+        whole = float_operand(components["weight"], inputs_first)
+    elif inputs_first == is_rows_first(tensor.codec):
+        raise UnsupportedModelError("quantized weights are stored transposed")
+    else:
+        whole = coded_operand(tensor.codec, components)
+    if (whole.rows, whole.cols) != (tensor.shape[::-1] if inputs_first else tensor.shape):
+        raise UnsupportedModelError(f"{tensor.destination.param} is stored in padded words")
+    operand = whole.part(rows.size, rows.first, rows.step)
+    if not form.biased:
+        return operand
+    bias = form.rows[name + BIAS]
+    if form.tensors[bias.tensor].codec is not None or bias[1:] != rows[1:]:
+        raise UnsupportedModelError("biases are stored in parts")
+    return operand.with_bias(_components(params, form, name + BIAS)["weight"])
+
+
+def _components(params: Sequence[Param], form: GatedForm, name: str) -> dict[str, Param]:
+    """Where each component of a matrix's tensor stands in a slot."""
+    tensor = form.tensors[form.rows[name].tensor]
+    return {component: params[i] for component, i in tensor.components.items()}

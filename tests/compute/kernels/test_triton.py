@@ -16,7 +16,7 @@ import torch
 triton = pytest.importorskip("triton", reason="the GPU kernels need Triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from offmoe.compute.build import device_compute  # noqa: E402
+from offmoe.compute.gpu_compute import device_compute  # noqa: E402
 from offmoe.compute.kernels import device  # noqa: E402
 from offmoe.compute.kernels.cpu import Glu  # noqa: E402
 from offmoe.compute.kernels.device import DeviceKernels, Pairs  # noqa: E402
