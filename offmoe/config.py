@@ -21,10 +21,11 @@ from offmoe.types import CacheShape
 
 SCOPES = ("layer", "model")
 ON_MISS = ("fetch", "cpu", "auto")
-EXPERTS = ("native", "int8", "int4")
-EXACTNESS = ("auto", "bitwise", "numeric")
-ACTIVATIONS = ("float", "int8")
-CHOICES = {"experts": EXPERTS, "exactness": EXACTNESS, "activations": ACTIVATIONS}
+CHOICES = {
+    "experts": ("native", "int8", "int4"),
+    "exactness": ("auto", "bitwise", "numeric"),
+    "activations": ("float", "int8"),
+}
 """Options of `OffloadConfig` with a fixed set of values, besides those of `CacheOptions`."""
 
 

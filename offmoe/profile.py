@@ -27,6 +27,11 @@ RETIRED_COSTS = frozenset(
 DEFAULT_HANDOFF_US = 50.0
 
 
+def _is_amount(value: object) -> bool:
+    """Whether a value is a finite number, 0 or more."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
 @dataclass(frozen=True)
 class MissCosts:
     """Times to weigh fetching a missed expert against computing it on the host, for a device with memory of its own.
@@ -57,7 +62,7 @@ class MissCosts:
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            if not _is_amount(value):
                 raise ConfigError(f"miss_costs: {f.name}={value!r} must be a number of microseconds, 0 or more.")
 
     @classmethod
@@ -120,8 +125,7 @@ class CostModel:
             value = getattr(self, f.name)
             if value is None and f.default is None:
                 continue
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if not number or value < 0 or (value == 0 and "gb_s" in f.name):
+            if not _is_amount(value) or (value == 0 and "gb_s" in f.name):
                 least = "a positive number" if "gb_s" in f.name else "a number of microseconds, 0 or more"
                 raise ConfigError(f"costs: {f.name}={value!r} must be {least}.")
 

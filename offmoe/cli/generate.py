@@ -17,7 +17,7 @@ from offmoe.cli import options, prompts
 from offmoe.cli.model import open_model
 from offmoe.cli.output import Output, new_table
 from offmoe.errors import CheckpointError, ConfigError
-from offmoe.text import format_size, percent
+from offmoe.text import format_size, or_dash, percent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,8 +87,9 @@ def _show(
     waited = f", {stats.stall_s:.2f} s of it waiting for experts" if stats.stall_s >= 0.005 else ""
     out.details(
         _table(stats),
-        f"{prompt_tokens} prompt tokens, {stream.count} new; first after {_seconds(stream.first_s)}, "
-        f"then {_rate(stream.tokens_per_s)}{waited}",
+        f"{prompt_tokens} prompt tokens, {stream.count} new; first after "
+        f"{or_dash(stream.first_s, '{:.2f} s'.format)}, "
+        f"then {or_dash(stream.tokens_per_s, '{:.1f} tokens/s'.format, dash='no more')}{waited}",
         f"read from disk {format_size(stats.disk_bytes)}, moved into slots {format_size(stats.h2d_bytes)}",
         f"memory on {offload.config.device}: {offload.memory().describe()}",
     )
@@ -185,23 +186,9 @@ def _prompt(args: argparse.Namespace) -> str:
 def _table(stats: CacheStats) -> Table:
     columns = ("MoE layer", "demands", "hit rate", "pending (prefetched)", "misses", "MB moved")
     table = new_table("expert cache", right=columns)
-    rows = [(str(i), layer) for i, layer in enumerate(stats.by_layer)] + [("all", stats)]
-    for name, counts in rows:
-        table.add_row(
-            name,
-            str(counts.demands),
-            percent(counts.hit_rate),
-            f"{counts.pending} ({counts.prefetched})",
-            str(counts.misses),
-            f"{counts.h2d_bytes / 1e6:.1f}",
-            end_section=name == str(len(stats.by_layer) - 1),
-        )
+    for name, counts in [*enumerate(stats.by_layer), ("all", stats)]:
+        if name == "all":
+            table.add_section()
+        pending, moved = f"{counts.pending} ({counts.prefetched})", f"{counts.h2d_bytes / 1e6:.1f}"
+        table.add_row(str(name), str(counts.demands), percent(counts.hit_rate), pending, str(counts.misses), moved)
     return table
-
-
-def _seconds(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds:.2f} s"
-
-
-def _rate(tokens_per_s: float | None) -> str:
-    return "no more" if tokens_per_s is None else f"{tokens_per_s:.1f} tokens/s"

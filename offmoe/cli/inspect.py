@@ -18,12 +18,12 @@ from offmoe.cli.model import survey_model
 from offmoe.cli.output import Output, new_table
 from offmoe.config import ON_MISS, OffloadConfig
 from offmoe.profile import Profile
+from offmoe.simulate.expect import Expectation, expect
 from offmoe.text import format_size, percent, plain, span
 
 if TYPE_CHECKING:
     from offmoe.budget.inspect import Survey
     from offmoe.hf.catalog.catalog import ExpertCatalog
-    from offmoe.simulate.expect import Expectation
 
 Unpredictable = tuple[str | None, ...] | None
 """Per MoE layer, the reason why its experts cannot be predicted, or None if they can. None if only a run can tell."""
@@ -145,16 +145,12 @@ def _speed(survey: Survey) -> Expectation | None:
     profile = survey.config.profile
     if not isinstance(profile, Profile) or profile.costs is None:
         return None
-    from offmoe.simulate.expect import expect
-
     # The routing is synthetic, so there are no predictions that a prefetch could act on.
     return expect(survey.shape, replace(survey.config.cache(), prefetch=0), profile)
 
 
 def _by_way(survey: Survey) -> dict[str, Expectation]:
     """The expected speed of each on_miss that this device allows, with the same slots."""
-    from offmoe.simulate.expect import expect
-
     profile, cache = survey.config.profile, replace(survey.config.cache(), prefetch=0)
     assert isinstance(profile, Profile)
     assert profile.costs is not None

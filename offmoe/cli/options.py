@@ -136,6 +136,10 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def list_of(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """A type for argparse: values separated by commas, each converted, without duplicates."""
-    return lambda text: list(dict.fromkeys(convert(part) for part in text.split(",")))
+def add_list(group: argparse._ArgumentGroup, name: str, metavar: str, convert: Callable[[str], Any], text: str) -> None:
+    """Add an option of values separated by commas, each converted, without duplicates."""
+
+    def values(given: str) -> list[Any]:
+        return list(dict.fromkeys(convert(part) for part in given.split(",")))
+
+    group.add_argument(name, type=values, metavar=metavar, help=text)

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from offmoe.pack.pack import Packed
 
 
+ERRORS = ("max_error", "mean_error", "relative_error")
+"""Figures of a layer's loss."""
+
+
 def parser() -> options.Parser:
     parser = options.Parser(
         "pack",
@@ -73,15 +77,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
             "bytes_out": done.bytes_out,
             "seconds": done.seconds,
             "max_error": done.max_error,
-            "layers": [
-                {
-                    "name": name,
-                    "max_error": loss.max_error,
-                    "mean_error": loss.mean_error,
-                    "relative_error": loss.relative_error,
-                }
-                for name, loss in done.layers.items()
-            ],
+            "layers": [{"name": name} | {f: getattr(loss, f) for f in ERRORS} for name, loss in done.layers.items()],
             **scored,
         }
     )

@@ -49,6 +49,10 @@ def run(args: argparse.Namespace, out: Output) -> None:
     uniforms = [n / e for n, e in zip(quotas, trace.shape.experts, strict=True)]
     if chosen.scope == "model":
         uniforms = [uniform] * trace.shape.layers
+    by_layer = [
+        {"layer": i, "demands": ours.demands, "hit_rate": ours.hit_rate, "belady": best.hit_rate, "uniform": even}
+        for i, (ours, best, even) in enumerate(zip(stats.by_layer, bound.by_layer, uniforms, strict=True))
+    ]
     out.result(
         f"{args.trace}: {trace.model or 'unnamed model'}, {trace.tokens} tokens, {trace.shape.layers} MoE layers",
         f"{chosen.eviction}, {span(quotas)} slots per layer of {span(trace.shape.experts)}, scope {chosen.scope}, "
@@ -62,16 +66,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
             "hit_rate": stats.hit_rate,
             "belady": bound.hit_rate,
             "uniform": uniform,
-            "by_layer": [
-                {
-                    "layer": i,
-                    "demands": ours.demands,
-                    "hit_rate": ours.hit_rate,
-                    "belady": best.hit_rate,
-                    "uniform": even,
-                }
-                for i, (ours, best, even) in enumerate(zip(stats.by_layer, bound.by_layer, uniforms, strict=True))
-            ],
+            "by_layer": by_layer,
             "tokens_per_s": outcome.tokens_per_s,
             "tokens": trace.tokens,
             "stats": stats.to_dict(),
@@ -111,15 +106,10 @@ def _table(stats: CacheStats, bound: CacheStats, uniforms: list[float], uniform:
     table = new_table("simulated expert cache", right=columns)
     rows = zip(map(str, range(len(uniforms))), stats.by_layer, bound.by_layer, uniforms, strict=True)
     for name, ours, best, even in [*rows, ("all", stats, bound, uniform)]:
-        table.add_row(
-            name,
-            str(ours.demands),
-            percent(ours.hit_rate),
-            percent(best.hit_rate),
-            percent(even),
-            str(ours.misses),
-            end_section=name == str(len(uniforms) - 1),
-        )
+        if name == "all":
+            table.add_section()
+        rates = map(percent, (ours.hit_rate, best.hit_rate, even))
+        table.add_row(name, str(ours.demands), *rates, str(ours.misses))
     return table
 
 

@@ -53,34 +53,17 @@ def parser() -> options.Parser:
     group = parser.add_argument_group("memory")
     group.add_argument("--slots-per-layer", type=options.positive, metavar="N", help="choose among caches of this size")
     group.add_argument("--budget", metavar="SIZE", help="the same in bytes of experts on the device: 8GiB")
-    group.add_argument(
-        "--capacities", type=options.list_of(options.positive), metavar="N,N", help="slots per layer to sweep"
-    )
-    group.add_argument(
-        "--host-slots",
-        type=options.list_of(lambda part: 0 if part == "0" else options.positive(part)),
-        metavar="N,N",
-        help="slots per layer in RAM between disk and device (default: as recorded, and half)",
-    )
+    add_list = options.add_list
+    add_list(group, "--capacities", "N,N", options.positive, "slots per layer to sweep")
+    in_ram = "slots per layer in RAM between disk and device (default: as recorded, and half)"
+    add_list(group, "--host-slots", "N,N", lambda part: 0 if part == "0" else options.positive(part), in_ram)
     group = parser.add_argument_group("what to try")
-    group.add_argument(
-        "--eviction",
-        type=options.list_of(options.eviction),
-        metavar="A,B",
-        help=f"of: {', '.join(EVICTIONS)} (default: all of these), MODULE:CLASS",
-    )
-    group.add_argument(
-        "--scope", type=options.list_of(str), metavar="A,B", help=f"of: {', '.join(SCOPES)} (default: both)"
-    )
-    group.add_argument(
-        "--prefetch",
-        type=options.list_of(options.number_or_text),
-        metavar="N,N",
-        help="0, N, auto (default: what the trace has predictions for)",
-    )
-    group.add_argument(
-        "--on-miss", type=options.list_of(str), metavar="A,B", help=f"of: {', '.join(ON_MISS)} (default: all)"
-    )
+    policies = f"of: {', '.join(EVICTIONS)} (default: all of these), MODULE:CLASS"
+    add_list(group, "--eviction", "A,B", options.eviction, policies)
+    add_list(group, "--scope", "A,B", str, f"of: {', '.join(SCOPES)} (default: both)")
+    predicted = "0, N, auto (default: what the trace has predictions for)"
+    add_list(group, "--prefetch", "N,N", options.number_or_text, predicted)
+    add_list(group, "--on-miss", "A,B", str, f"of: {', '.join(ON_MISS)} (default: all)")
     group.add_argument("--clear-between-requests", action="store_true", help="every request finds an empty cache")
     group.add_argument("--profile", metavar="FILE", help="JSON with measured costs: rank by tokens per second")
     group.add_argument("--jobs", type=options.positive, metavar="N", help="processes (default: one per core)")
