@@ -42,13 +42,8 @@ def parser() -> options.Parser:
     options.add_loading(parser)
     options.add_cache(parser)
     parser.add_argument("-o", "--output", metavar="PROFILE", help="write the costs into this profile, new or not")
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=DEFAULT_SECONDS,
-        metavar="S",
-        help=f"time to measure, without loading (default: {DEFAULT_SECONDS})",
-    )
+    how_long = f"time to measure, without loading (default: {DEFAULT_SECONDS})"
+    options.add_option(parser, "--seconds", "S", how_long, float, DEFAULT_SECONDS)
     return parser
 
 

@@ -108,20 +108,17 @@ class TextStream:
         self._tokenizer, self._out = tokenizer, out
         self._ids: list[int] = []
         self._window, self._shown = 0, 0
-        self._pieces: list[str] = []
         self._started = time.perf_counter()
-        self._first: float | None = None
-        self._last = self._started
+        self._times: list[float] = []
         self._is_prompt = True
+        self.text = ""
 
     def put(self, tokens: Tensor) -> None:
         """Called by transformers with the prompt first, then with every new token."""
         if self._is_prompt:
             self._is_prompt = False
             return
-        self._last = time.perf_counter()
-        if self._first is None:
-            self._first = self._last
+        self._times.append(time.perf_counter())
         self._ids += tokens.reshape(-1).tolist()
         new = self._undecoded()
         if new and not new.endswith("\ufffd"):
@@ -134,24 +131,18 @@ class TextStream:
         self._out.text("\n")
 
     @property
-    def text(self) -> str:
-        return "".join(self._pieces)
-
-    @property
     def count(self) -> int:
         return len(self._ids)
 
     @property
     def first_s(self) -> float | None:
         """Seconds from the start to the first new token; None before it."""
-        return None if self._first is None else self._first - self._started
+        return self._times[0] - self._started if self._times else None
 
     @property
     def tokens_per_s(self) -> float | None:
         """Rate of the tokens after the first; None if there are none."""
-        if self._first is None or self.count < 2:
-            return None
-        return (self.count - 1) / max(self._last - self._first, 1e-9)
+        return (self.count - 1) / max(self._times[-1] - self._times[0], 1e-9) if self.count > 1 else None
 
     def _undecoded(self) -> str:
         """The text that the tokens not shown yet add to the shown text."""
@@ -162,7 +153,7 @@ class TextStream:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def _show(self, piece: str) -> None:
-        self._pieces.append(piece)
+        self.text += piece
         self._out.text(piece)
 
 

@@ -71,16 +71,15 @@ def add_loading(parser: argparse.ArgumentParser, *, required: bool = True) -> No
     _add(group, "experts", "FORM")
     _add(group, "exactness", "HOW")
     _add(group, "activations", "FORM")
-    group.add_argument(
-        "--dtype", metavar="DTYPE", help="compute in bfloat16, float16 or float32 (default: the checkpoint's dtype)"
-    )
+    form = "compute in bfloat16, float16 or float32 (default: the checkpoint's dtype)"
+    add_option(group, "--dtype", "DTYPE", form)
     add_hub(parser)
 
 
 def add_hub(parser: argparse.ArgumentParser) -> None:
     """Options of a download."""
     group = parser.add_argument_group("Hugging Face Hub")
-    group.add_argument("--revision", metavar="NAME", help="branch, tag or commit (default: main)")
+    add_option(group, "--revision", "NAME", "branch, tag or commit (default: main)")
     group.add_argument("--local-files-only", action="store_true", help="use what is on this machine, never the network")
 
 
@@ -102,7 +101,7 @@ def _add(
     default: str | None = None,
 ) -> None:
     """Add the option of `OffloadConfig` of that name."""
-    group.add_argument(flag(name), type=type, metavar=metavar, help=help_text(name, default))
+    add_option(group, flag(name), metavar, help_text(name, default), type)
 
 
 def _slots(text: str) -> int | tuple[int, ...]:
@@ -136,10 +135,24 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def add_list(group: argparse._ArgumentGroup, name: str, metavar: str, convert: Callable[[str], Any], text: str) -> None:
+def add_option(
+    group: argparse._ActionsContainer,
+    name: str,
+    metavar: str,
+    text: str,
+    convert: Callable[[str], Any] = str,
+    default: Any = None,
+) -> None:
+    """Add an option that takes a value. text: its help; convert: a type for argparse."""
+    group.add_argument(name, type=convert, default=default, metavar=metavar, help=text)
+
+
+def add_list(
+    group: argparse._ActionsContainer, name: str, metavar: str, text: str, convert: Callable[[str], Any]
+) -> None:
     """Add an option of values separated by commas, each converted, without duplicates."""
 
     def values(given: str) -> list[Any]:
         return list(dict.fromkeys(convert(part) for part in given.split(",")))
 
-    group.add_argument(name, type=values, metavar=metavar, help=text)
+    add_option(group, name, metavar, text, values)

@@ -14,18 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
+from rich import progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.table import Table
 
 from offmoe.errors import OffmoeError
@@ -59,13 +49,16 @@ class Output:
     @contextmanager
     def progress(self, what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
         """Show a bar on stderr while the block runs, if that is a terminal; yields a function that advances it."""
-        with _bar(what, total, MofNCompleteColumn(), TextColumn(unit)) as (bar, task):
+        with _bar(what, total, progress.MofNCompleteColumn(), progress.TextColumn(unit)) as (bar, task):
             yield lambda units: bar.advance(task, units)
 
     @contextmanager
     def transfer(self, what: str) -> Iterator[Callable[[int, int], None]]:
         """Show a bar in bytes on stderr, but not with `json`; yields a function of (bytes done, total bytes)."""
-        with _bar(what, None, DownloadColumn(), TransferSpeedColumn(), hidden=self._json) as (bar, task):
+        with _bar(what, None, progress.DownloadColumn(), progress.TransferSpeedColumn(), hidden=self._json) as (
+            bar,
+            task,
+        ):
             yield lambda done, total: bar.update(task, completed=done, total=total)
 
     def json(self, values: Mapping[str, object]) -> None:
@@ -107,13 +100,13 @@ def new_table(
 
 @contextmanager
 def _bar(
-    what: str, total: int | None, *units: ProgressColumn, hidden: bool = False
-) -> Iterator[tuple[Progress, TaskID]]:
+    what: str, total: int | None, *units: progress.ProgressColumn, hidden: bool = False
+) -> Iterator[tuple[progress.Progress, progress.TaskID]]:
     console = Console(file=sys.stderr, highlight=False)
     hidden = hidden or sys.stderr is None or not console.is_terminal  # without a stderr there is no terminal either
-    columns = (TextColumn(what), BarColumn(), *units, TimeRemainingColumn())
+    columns = (progress.TextColumn(what), progress.BarColumn(), *units, progress.TimeRemainingColumn())
     # Four updates a second cost nothing measurable.
-    with Progress(*columns, console=console, transient=True, disable=hidden, refresh_per_second=4) as bar:
+    with progress.Progress(*columns, console=console, transient=True, disable=hidden, refresh_per_second=4) as bar:
         yield bar, bar.add_task(what, total=total)
 
 

@@ -36,15 +36,11 @@ def parser() -> options.Parser:
     parser.add_argument("model", metavar="MODEL", help="a folder, a Hub id, or 'demo'; not quantized yet")
     parser.add_argument("output", metavar="OUT", help="a new or empty folder, or one that an earlier run began")
     parser.add_argument("--experts", metavar="FORM", default="int4", help="int4 (default) or int8")
-    parser.add_argument(
-        "--group", type=options.positive, metavar="N", help="int4: weights per scale, 32, 64 (default) or 128"
-    )
+    scales = "int4: weights per scale, 32, 64 (default) or 128"
+    options.add_option(parser, "--group", "N", scales, options.positive)
     parser.add_argument("--zero-points", action="store_true", help="int4: store a zero point with every scale")
-    parser.add_argument(
-        "--perplexity",
-        metavar="FILE",
-        help="measure the perplexity of the model before and after on this text (UTF-8); loads both in turn",
-    )
+    measured = "measure the perplexity of the model before and after on this text (UTF-8); loads both in turn"
+    options.add_option(parser, "--perplexity", "FILE", measured)
     options.add_hub(parser)
     return parser
 

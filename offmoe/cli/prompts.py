@@ -41,23 +41,13 @@ class Prompt:
 def add_generating(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Options of generating; the group, so that a verb can add its own."""
     group = parser.add_argument_group("generating")
-    group.add_argument(
-        "--max-new-tokens",
-        type=options.positive,
-        metavar="N",
-        help=f"tokens to generate at most (default: {DEFAULT_NEW_TOKENS})",
-    )
-    group.add_argument("--temperature", type=float, metavar="T", help="sample at this temperature (default: greedy)")
-    group.add_argument(
-        "--top-k", type=options.positive, metavar="K", help="with --temperature: sample from the K likeliest tokens"
-    )
-    group.add_argument(
-        "--top-p",
-        type=float,
-        metavar="P",
-        help="with --temperature: sample from the likeliest tokens whose probabilities add up to P",
-    )
-    group.add_argument("--seed", type=int, metavar="N", help="seed of sampling; the same seed gives the same text")
+    number, add = options.positive, options.add_option
+    add(group, "--max-new-tokens", "N", f"tokens to generate at most (default: {DEFAULT_NEW_TOKENS})", number)
+    add(group, "--temperature", "T", "sample at this temperature (default: greedy)", float)
+    add(group, "--top-k", "K", "with --temperature: sample from the K likeliest tokens", number)
+    likeliest = "with --temperature: sample from the likeliest tokens whose probabilities add up to P"
+    add(group, "--top-p", "P", likeliest, float)
+    add(group, "--seed", "N", "seed of sampling; the same seed gives the same text", int)
     group.add_argument(
         "--chat-template",
         action=argparse.BooleanOptionalAction,

@@ -36,11 +36,8 @@ def parser() -> options.Parser:
     )
     options.add_loading(parser, required=False)
     group = parser.add_argument_group("recording")
-    group.add_argument(
-        "--prompts",
-        metavar="FILE",
-        help='one prompt per line; in .jsonl {"prompt": ...} or {"messages": [...]} per line; \'-\' reads stdin',
-    )
+    form = 'one prompt per line; in .jsonl {"prompt": ...} or {"messages": [...]} per line; \'-\' reads stdin'
+    options.add_option(group, "--prompts", "FILE", form)
     group.add_argument("--paragraphs", action="store_true", help="prompts are separated by blank lines")
     group.add_argument("-o", "--output", metavar="TRACE", help="the .npz file to write")
     group.add_argument("--merge", metavar="TRACE", nargs="+", help="write these recordings as one")

@@ -18,23 +18,13 @@ from offmoe.cli.plot import Curve, Figure, check_plot, write_plot
 from offmoe.config import EVICTIONS, ON_MISS, SCOPES, CacheOptions
 from offmoe.errors import ConfigError
 from offmoe.profile import Profile, read_profile
+from offmoe.simulate import sweep
 from offmoe.simulate.predictions import PredictionQuality, total
 from offmoe.simulate.search import SearchResult, search
-from offmoe.simulate.sweep import (
-    Bounds,
-    Outcome,
-    Settings,
-    affordable,
-    capacities,
-    gain_of_doubling,
-    knee,
-    split_requests,
-    sweep,
-)
 from offmoe.text import or_dash, parse_size, percent, plain, span
 from offmoe.trace.trace import Trace, read_trace
 
-Results = tuple[list[Outcome], list[Bounds]]
+Results = tuple[list[sweep.Outcome], list[sweep.Bounds]]
 
 UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3), ("bytes", 1))
 SHOWN = 12
@@ -51,22 +41,22 @@ def parser() -> options.Parser:
     )
     parser.add_argument("trace", metavar="TRACE", help="an .npz file written by generate --trace or trace")
     group = parser.add_argument_group("memory")
-    group.add_argument("--slots-per-layer", type=options.positive, metavar="N", help="choose among caches of this size")
-    group.add_argument("--budget", metavar="SIZE", help="the same in bytes of experts on the device: 8GiB")
-    add_list = options.add_list
-    add_list(group, "--capacities", "N,N", options.positive, "slots per layer to sweep")
+    add, add_list, number = options.add_option, options.add_list, options.positive
+    add(group, "--slots-per-layer", "N", "choose among caches of this size", number)
+    add(group, "--budget", "SIZE", "the same in bytes of experts on the device: 8GiB")
+    add_list(group, "--capacities", "N,N", "slots per layer to sweep", number)
     in_ram = "slots per layer in RAM between disk and device (default: as recorded, and half)"
-    add_list(group, "--host-slots", "N,N", lambda part: 0 if part == "0" else options.positive(part), in_ram)
+    add_list(group, "--host-slots", "N,N", in_ram, lambda part: 0 if part == "0" else number(part))
     group = parser.add_argument_group("what to try")
     policies = f"of: {', '.join(EVICTIONS)} (default: all of these), MODULE:CLASS"
-    add_list(group, "--eviction", "A,B", options.eviction, policies)
-    add_list(group, "--scope", "A,B", str, f"of: {', '.join(SCOPES)} (default: both)")
+    add_list(group, "--eviction", "A,B", policies, options.eviction)
+    add_list(group, "--scope", "A,B", f"of: {', '.join(SCOPES)} (default: both)", str)
     predicted = "0, N, auto (default: what the trace has predictions for)"
-    add_list(group, "--prefetch", "N,N", options.number_or_text, predicted)
-    add_list(group, "--on-miss", "A,B", str, f"of: {', '.join(ON_MISS)} (default: all)")
+    add_list(group, "--prefetch", "N,N", predicted, options.number_or_text)
+    add_list(group, "--on-miss", "A,B", f"of: {', '.join(ON_MISS)} (default: all)", str)
     group.add_argument("--clear-between-requests", action="store_true", help="every request finds an empty cache")
-    group.add_argument("--profile", metavar="FILE", help="JSON with measured costs: rank by tokens per second")
-    group.add_argument("--jobs", type=options.positive, metavar="N", help="processes (default: one per core)")
+    add(group, "--profile", "FILE", "JSON with measured costs: rank by tokens per second")
+    add(group, "--jobs", "N", "processes (default: one per core)", number)
     group = parser.add_argument_group("results")
     group.add_argument("-o", "--output", metavar="FILE", help="write the best as a profile: generate --profile FILE")
     group.add_argument("--plot", metavar="FILE", help="hit rate over slots: .html, or .png where matplotlib is there")
@@ -84,18 +74,20 @@ def run(args: argparse.Namespace, out: Output) -> None:
     trace = read_trace(args.trace)
     if not trace.tokens:
         raise ConfigError(f"{args.trace}: the trace is empty; record one with 'offmoe generate MODEL PROMPT --trace'.")
-    settings = Settings(costs, args.clear_between_requests, split_requests(trace))
+    settings = sweep.Settings(costs, args.clear_between_requests, sweep.split_requests(trace))
     jobs = args.jobs or _cores()
 
     def replayed(candidates: Sequence[CacheOptions], bounds: Sequence[CacheOptions]) -> Results:
         with out.progress("replaying", len(candidates) + len(bounds), "configurations") as advance:
-            return sweep(trace, candidates, bounds, settings, jobs=jobs, progress=lambda done, everything: advance(1))
+            return sweep.sweep(
+                trace, candidates, bounds, settings, jobs=jobs, progress=lambda done, everything: advance(1)
+            )
 
     result = search(
         trace,
         settings,
         replayed,
-        args.capacities or capacities(trace.shape),
+        args.capacities or sweep.capacities(trace.shape),
         _memory(args, trace),
         args.eviction or EVICTIONS,
         args.scope,
@@ -142,10 +134,10 @@ def _memory(args: argparse.Namespace, trace: Trace) -> int | None:
         return None
     if args.slots_per_layer is not None:
         raise ConfigError("--budget and --slots-per-layer are both given; they are the same thing in two units.")
-    return affordable(trace.shape, parse_size(args.budget, "--budget"))
+    return sweep.affordable(trace.shape, parse_size(args.budget, "--budget"))
 
 
-def _facts(result: SearchResult, outcome: Outcome) -> dict[str, object]:
+def _facts(result: SearchResult, outcome: sweep.Outcome) -> dict[str, object]:
     whole, chosen = outcome.whole, outcome.options
     return {
         "eviction": chosen.eviction,
@@ -170,9 +162,9 @@ def _facts(result: SearchResult, outcome: Outcome) -> dict[str, object]:
 def _knee_facts(result: SearchResult) -> dict[str, object]:
     curve = result.curve(result.best.options.eviction) or {result.slots: result.best.whole.stats.hit_rate}
     return {
-        "slots_per_layer": knee(curve),
+        "slots_per_layer": sweep.knee(curve),
         "chosen": result.slots,
-        "doubling": {str(n): gain_of_doubling(curve, n) for n in curve if 2 * n <= max(curve)},
+        "doubling": {str(n): sweep.gain_of_doubling(curve, n) for n in curve if 2 * n <= max(curve)},
     }
 
 
@@ -214,7 +206,11 @@ def _sweep_table(result: SearchResult) -> Table:
         top = max(curve)
         table.add_row(
             "doubling adds",
-            *(f"{100 * gain_of_doubling(curve, n):+.1f}" if 2 * n <= top else "" for n in sizes if isinstance(n, int)),
+            *(
+                f"{100 * sweep.gain_of_doubling(curve, n):+.1f}" if 2 * n <= top else ""
+                for n in sizes
+                if isinstance(n, int)
+            ),
         )
     return table
 
@@ -237,7 +233,7 @@ def _ranked_table(result: SearchResult) -> Table:
     return table
 
 
-def _ranked_row(result: SearchResult, outcome: Outcome, in_ram: bool) -> dict[str, str]:
+def _ranked_row(result: SearchResult, outcome: sweep.Outcome, in_ram: bool) -> dict[str, str]:
     """The cells of one configuration, by column."""
     chosen, whole, gap = outcome.options, outcome.whole, result.gap(outcome)
     unit, size = next(u for u in UNITS if result.best.whole.bytes_per_token >= u[1] or u[1] == 1)
@@ -268,8 +264,8 @@ def _remarks(result: SearchResult, predictions: dict[str, list[PredictionQuality
     lines = []
     curve = result.curve(result.best.options.eviction)
     if len(curve) > 1:
-        at = knee(curve)
-        doubled = f"; doubling from there buys {100 * gain_of_doubling(curve, at):.1f} points"
+        at = sweep.knee(curve)
+        doubled = f"; doubling from there buys {100 * sweep.gain_of_doubling(curve, at):.1f} points"
         lines.append(f"Knee: {at} slots per layer, {percent(curve[at])}{doubled if 2 * at <= max(curve) else ''}.")
     if result.settings.test_requests:
         lines.append(
