@@ -24,8 +24,6 @@ RETIRED_COSTS = frozenset(
 )
 """Figures that older profiles hold. No price was ever computed from them, so they are no longer measured."""
 
-DEFAULT_HANDOFF_US = 50.0
-
 
 def _is_amount(value: object) -> bool:
     """Whether a value is a finite number, 0 or more."""
@@ -57,7 +55,7 @@ class MissCosts:
     host_shared_us: float
     host_token_us: float
     device_us: float
-    handoff_us: float = DEFAULT_HANDOFF_US
+    handoff_us: float = 50.0
 
     def __post_init__(self) -> None:
         for f in fields(self):

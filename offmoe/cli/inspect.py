@@ -64,8 +64,7 @@ def _run(args: argparse.Namespace, out: Output) -> None:
         out.result(needs)
         out.json({**_facts(survey, unpredictable, None, {}), "plan": None})
         raise survey.refusal
-    speed = _speed(survey)
-    ways = {} if speed is None else _by_way(survey)
+    speed, ways = _speeds(survey)
     out.result(needs, _fit(config, survey), _advice(config, survey), _in_words(speed), *_ways_in_words(ways))
     out.json({**_facts(survey, unpredictable, speed, ways), "plan": survey.plan.to_dict()})
 
@@ -140,37 +139,34 @@ def _computed(survey: Survey) -> str:
     return by_torch if number == 0 else f"by the CPU's kernels in {number} of {layers} layers; else {by_torch}"
 
 
-def _speed(survey: Survey) -> Expectation | None:
-    """The expected speed at the profile's costs; None without costs."""
-    profile = survey.config.profile
+def _speeds(survey: Survey) -> tuple[Expectation | None, dict[str, Expectation]]:
+    """The expected speed at the profile's costs, and that of each on_miss that this device allows, with the same slots.
+
+    None and {} without costs. {} also if every expert has a slot, so that none is missed twice.
+    """
+    profile, numeric = survey.config.profile, survey.config.exactness != "bitwise"
     if not isinstance(profile, Profile) or profile.costs is None:
-        return None
+        return None, {}
     # The routing is synthetic, so there are no predictions that a prefetch could act on.
-    return expect(survey.shape, replace(survey.config.cache(), prefetch=0), profile)
-
-
-def _by_way(survey: Survey) -> dict[str, Expectation]:
-    """The expected speed of each on_miss that this device allows, with the same slots."""
-    profile, cache = survey.config.profile, replace(survey.config.cache(), prefetch=0)
-    assert isinstance(profile, Profile)
-    assert profile.costs is not None
+    cache = replace(survey.config.cache(), prefetch=0)
+    speed = expect(survey.shape, cache, profile)
     if survey.plan.slots_per_layer == survey.shape.experts:
-        return {}  # no expert is missed twice
+        return speed, {}
     own_memory = not survey.backend.unified_memory
-    if own_memory and survey.config.exactness == "bitwise":
-        return {"fetch": expect(survey.shape, replace(cache, on_miss="fetch", miss_costs=None), profile)}
-    costs = profile.costs.miss_costs(max(survey.shape.expert_bytes)) if own_memory else None
-    ways = {how: expect(survey.shape, replace(cache, on_miss=how, miss_costs=costs), profile) for how in ON_MISS}
-    return ways if own_memory or cache.scope == "model" else {**ways, "auto": ways["fetch"]}
+    costs = profile.costs.miss_costs(max(survey.shape.expert_bytes)) if own_memory and numeric else None
+    allowed = ON_MISS if numeric or not own_memory else ("fetch",)
+    ways = {how: expect(survey.shape, replace(cache, on_miss=how, miss_costs=costs), profile) for how in allowed}
+    if not own_memory and cache.scope == "layer":
+        ways["auto"] = ways["fetch"]
+    return speed, ways
 
 
 def _ways_in_words(ways: Mapping[str, Expectation]) -> list[str]:
-    if not ways:
-        return []
     each = [f"{how} {e.uniform:.1f} ({percent(e.uniform / e.roofline)} of {e.roofline:.1f})" for how, e in ways.items()]
-    return [
+    line = (
         f"By what a miss gets (--on-miss), of what the busiest of disk, link and computing allows: {', '.join(each)}."
-    ]
+    )
+    return [line] if ways else []
 
 
 def _in_words(speed: Expectation | None) -> str:

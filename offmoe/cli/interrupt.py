@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 
 STATUS = 130
 """Exit status after Ctrl-C, as in shells."""
@@ -62,9 +62,7 @@ class CtrlC:
         sys.unraisablehook = lambda _: None  # no tracebacks from destructors that the interrupt hits
         raise KeyboardInterrupt
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._wakeup is None or (self.pressed and self._ends_process):  # keep guarding until the process ends
             return
         # In a process that ends now, a late Ctrl-C would interrupt the shutdown with a traceback, so it kills instead.

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from offmoe.cli import options
+from offmoe.cli.option_docs import flag
 from offmoe.cli.output import Output
 from offmoe.errors import CapacityError, CheckpointError, ConfigError
 
@@ -97,16 +98,16 @@ def _from_json(line: str, where: str) -> Prompt:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"--prompts {where}: not JSON ({error}); {wanted}.") from None
-    if isinstance(value, dict) and isinstance(value.get("prompt"), str) and value["prompt"].strip():
-        return Prompt(value["prompt"], where)
-    messages = value.get("messages") if isinstance(value, dict) else None
-    if (
-        isinstance(messages, list)
-        and messages
-        and all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in messages)
-    ):
+    prompt, messages = (value.get("prompt"), value.get("messages")) if isinstance(value, dict) else (None, None)
+    if isinstance(prompt, str) and prompt.strip():
+        return Prompt(prompt, where)
+    if isinstance(messages, list) and messages and all(map(_is_message, messages)):
         return Prompt(messages, where)
     raise ConfigError(f"--prompts {where}: no prompt in it; {wanted}.")
+
+
+def _is_message(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and "content" in value
 
 
 def _paragraphs(lines: Sequence[tuple[str, str]]) -> list[Prompt]:
@@ -129,15 +130,12 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"--top-p {args.top_p} must be above 0 and at most 1.")
     if args.seed is not None and not 0 <= args.seed < 1 << 63:
         raise ConfigError(f"--seed {args.seed} must be from 0 to 2**63 - 1.")
-    if temperature == 0.0:
-        for option in ("top_k", "top_p"):
-            if getattr(args, option) is not None:
-                raise ConfigError(
-                    f"--{option.replace('_', '-')} works with sampling only; give --temperature T as well."
-                )
-        return {"do_sample": False}
     chosen = {name: getattr(args, name) for name in ("top_k", "top_p") if getattr(args, name) is not None}
-    return {"do_sample": True, "temperature": temperature, **chosen}
+    if temperature:
+        return {"do_sample": True, "temperature": temperature, **chosen}
+    for option in chosen:
+        raise ConfigError(f"{flag(option)} works with sampling only; give --temperature T as well.")
+    return {"do_sample": False}
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
