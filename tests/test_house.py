@@ -158,6 +158,18 @@ def test_libraries_are_not_patched() -> None:
 # --- sizes
 
 
+def test_no_module_is_long() -> None:
+    """A longer module is asked whether it holds two subjects."""
+    sizes = {module: path.read_text(encoding="utf-8").count("\n") for module, path in SOURCES.items()}
+    assert {module: size for module, size in sizes.items() if size > MAX_MODULE_LINES} == {}
+
+
+def test_functions_are_short() -> None:
+    sizes = {f"{place} {node.name}": (node.end_lineno or 0) - node.lineno + 1 for place, node in functions()}
+    long = {name: size for name, size in sizes.items() if size > MAX_FUNCTION_LINES}
+    assert len(long) <= LONG_FUNCTIONS, long
+
+
 # --- words
 
 
@@ -165,9 +177,22 @@ def test_every_module_has_a_docstring() -> None:
     assert not [module for module in SOURCES if tree(module).body and not ast.get_docstring(tree(module))]
 
 
+def test_no_docstring_begins_with_of() -> None:
+    assert not [place for place, text in docstrings() if text.lstrip().startswith("Of ")]
+
+
 def test_no_loose_ends() -> None:
     loose = re.compile(r"\b(TODO|FIXME|XXX)\b")
     assert not [module for module, path in SOURCES.items() if loose.search(path.read_text(encoding="utf-8"))]
+
+
+def test_docstrings_name_no_document_that_is_not_here() -> None:
+    offenders = []
+    for module, path in SOURCES.items():
+        for name in re.findall(r"[\w/.-]+\.md\b", path.read_text(encoding="utf-8")):
+            if not any((folder / name).exists() for folder in (ROOT, ROOT / "docs", path.parent)):
+                offenders.append(f"{module}: {name}")
+    assert not offenders
 
 
 def test_one_spelling() -> None:
@@ -179,6 +204,20 @@ def test_one_spelling() -> None:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             if british.search(keys.sub("", line)):
                 offenders.append(f"{path.relative_to(ROOT)}:{number}")
+    assert not offenders
+
+
+def test_names_on_the_hot_path_say_something() -> None:
+    offenders = []
+    for place, function in functions(*HOT_PATH):
+        args = function.args
+        names = [function.name, *(a.arg for a in [*args.posonlyargs, *args.args, *args.kwonlyargs])]
+        offenders += [f"{place} {name}" for name in names if VAGUE & set(name.split("_"))]
+    for place, node in nodes(*HOT_PATH):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id in VAGUE:
+            offenders.append(f"{place} {node.target.id}")
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and node.attr.lstrip("_") in VAGUE:
+            offenders.append(f"{place} {node.attr}")
     assert not offenders
 
 

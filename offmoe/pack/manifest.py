@@ -22,7 +22,7 @@ from offmoe.storage.checkpoint import Checkpoint
 from offmoe.storage.shard_writer import write_file
 
 VERSION = 1
-"""Of the manifest's format."""
+"""The version of the manifest's format."""
 
 
 class Finished(NamedTuple):
