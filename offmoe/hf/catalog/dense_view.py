@@ -200,10 +200,17 @@ class _Reading:
             split = self.method.split(name)
             if split is None:
                 plain[name] = info
-            elif split[1]:
-                self._add(components.setdefault(split[0], {}), *split, name)
-            else:
-                dropped.append((name, split[0]))
+                continue
+            dense, component = split
+            if not component:
+                dropped.append((name, dense))
+                continue
+            first = components.setdefault(dense, {}).setdefault(component, name)
+            if first != name:
+                raise CheckpointError(
+                    f"{self.checkpoint.folder}: {first!r} and {name!r} are both the {component} of {dense!r}; keep one "
+                    "of the two"
+                )
         for name in components.keys() & plain.keys():
             if not self.method.main:
                 raise CheckpointError(
@@ -226,14 +233,6 @@ class _Reading:
         tensors = plain | {name: self._info(weight) for name, weight in encoded.items()}
         return DenseView(self.checkpoint, tensors, encoded)
 
-    def _add(self, names: dict[str, str], dense: str, component: str, name: str) -> None:
-        if component in names:
-            raise CheckpointError(
-                f"{self.checkpoint.folder}: {names[component]!r} and {name!r} are both the {component} of {dense!r}; "
-                "keep one of the two"
-            )
-        names[component] = name
-
     def _refuse_unknown(self, plain: Mapping[str, TensorInfo], components: Mapping[str, object]) -> None:
         for name in plain:
             module, _, last = name.rpartition(".")
@@ -244,10 +243,8 @@ class _Reading:
                 )
 
     def _encoded(self, name: str, names: dict[str, str]) -> Encoded:
-        specs = {}
-        for component, raw in names.items():
-            info = self.checkpoint.tensors[raw]
-            specs[component] = Spec(info.shape, info.dtype)
+        infos = {component: self.checkpoint.tensors[raw] for component, raw in names.items()}
+        specs = {component: Spec(info.shape, info.dtype) for component, info in infos.items()}
         stacked = _stacked(specs)
         if stacked is not None:
             specs = {c: Spec(spec.shape[1:], spec.dtype) for c, spec in specs.items()}

@@ -7,6 +7,7 @@ it so is checked in convert.py.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -201,14 +202,10 @@ def _numbered_like(names: Sequence[str], num_experts: int) -> list[str]:
 
     Empty if the names do not differ in exactly one number.
     """
-    split = [name.split(".") for name in names]
-    same_length = len({len(fields) for fields in split}) == 1
-    varying = [i for i, fields in enumerate(zip(*split, strict=False)) if len(set(fields)) > 1] if same_length else []
-    if len(varying) != 1:
+    fields = [re.split(r"(\d+)", name) for name in names]  # text and numbers in turn
+    same_length = len(set(map(len, fields))) == 1
+    varying = [i for i, values in enumerate(zip(*fields, strict=False)) if len(set(values)) > 1] if same_length else []
+    if len(varying) != 1 or varying[0] % 2 == 0:
         return []
-    at = varying[0]
-    before, after = split[0][:at], split[0][at + 1 :]
-    label = split[0][at].rstrip("0123456789")
-    if not all(fields[at].startswith(label) and fields[at][len(label) :].isdigit() for fields in split):
-        return []
-    return [".".join((*before, f"{label}{e}", *after)) for e in range(num_experts)]
+    before, after = fields[0][: varying[0]], fields[0][varying[0] + 1 :]
+    return ["".join((*before, str(expert), *after)) for expert in range(num_experts)]

@@ -214,20 +214,18 @@ class OffloadedLayers:
     def _locate(self) -> tuple[tuple[Path, ...], list[dict[str, Segment]]]:
         """The shards, and per layer where each weight is: in what the loader converted, else in the checkpoint."""
         checkpoint, shards = self._checkpoint, self._checkpoint.shards
-        segments: dict[str, Segment] = {}
-        for name in (name for layer in self._layers for name in layer.shapes):
-            if name in self._sources:
-                segments[name] = checkpoint.segment(self._sources[name])
+        sources = {name: self._sources[name] for name in self.names if name in self._sources}
+        segments = {name: checkpoint.segment(tensor) for name, tensor in sources.items()}
         if os.listdir(self.folder):
             converted = Checkpoint.open(self.folder)
             for name in converted.tensors:
                 segment = converted.segment(name)
                 segments[name] = replace(segment, shard=len(shards) + segment.shard)
             shards = (*shards, *converted.shards)
-        missing = next((name for layer in self._layers for name in layer.shapes if name not in segments), None)
-        if missing is not None:
+        missing = sorted(self.names - segments.keys())
+        if missing:
             raise MissingTensorError(
-                f"{checkpoint.folder}: no tensor of the checkpoint becomes {missing!r}; complete the download"
+                f"{checkpoint.folder}: no tensor of the checkpoint becomes {missing[0]!r}; complete the download"
             )
         return shards, [{name: segments[name] for name in layer.shapes} for layer in self._layers]
 
