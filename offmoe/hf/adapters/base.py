@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -206,8 +207,8 @@ class FamilyExperts(ExpertsAdapter):
         return self.params
 
     def connect(self, module: nn.Module, experts: Experts) -> None:
-        module.forward = self.forward(module, experts)
+        module.forward = partial(self.forward, module, experts)
 
     @abstractmethod
-    def forward(self, module: Any, experts: Experts) -> Callable[..., Any]:
-        """A forward for the module that computes its experts through `experts`."""
+    def forward(self, module: Any, experts: Experts, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward, which computes its experts through `experts`."""

@@ -63,7 +63,7 @@ def blocks_of(group: Group, expected: tuple[int, ...]) -> Value | None:
     values: dict[str, Value] = {}
     for i, (pattern, kind) in enumerate(zip(order, group.kinds, strict=True)):
         shape = kind.shape if group.per_expert and group.converter is not None else (1, *kind.shape)
-        values[pattern] = Value(shape, (Block(i, (0,) * len(shape), shape),))
+        values[pattern] = _whole(i, shape)
     if group.converter is None:
         return values[order[0]]
     known = steps(group.converter)
@@ -74,7 +74,7 @@ def blocks_of(group: Group, expected: tuple[int, ...]) -> Value | None:
             case MergeModulelist(dim=dim):
                 if number or dim != 0:
                     return None
-                values = {pattern: _stacked(value) for pattern, value in values.items()}
+                values = {p: _whole(value.blocks[0].source, (1, *value.shape)) for p, value in values.items()}
             case Concatenate(dim=dim):
                 inputs = [values[p] for p in group.converter.source_patterns if p in values]
                 if not inputs or not dim % len(inputs[0].shape) > 0 or len({len(v.shape) for v in inputs}) > 1:
@@ -119,10 +119,7 @@ def blocks_of_share(group: Group, expected: tuple[int, ...], model: PreTrainedMo
     except Exception as error:  # whatever an operation of transformers raises on these shapes
         raise _not_one_by_one(group.target, f"{type(error).__name__}: {error}") from error
     sources = [[tensors[2 * group.share.number + i] for tensors in inputs.values()] for i in range(2)]
-    wholes = [
-        Value((1, *kind.shape), (Block(i, (0,) * (1 + len(kind.shape)), (1, *kind.shape)),))
-        for i, kind in enumerate(group.kinds)
-    ]
+    wholes = [_whole(i, (1, *kind.shape)) for i, kind in enumerate(group.kinds)]
     for dim in range(len(expected)):
         joinable = len({(*kind.shape[:dim], *kind.shape[dim + 1 :]) for kind in group.kinds}) == 1
         if joinable and len(pair) == 2 and all(_same_bytes(pair[i], torch.cat(sources[i], dim)) for i in range(2)):
@@ -137,9 +134,9 @@ def _not_one_by_one(name: str, why: str) -> UnsupportedModelError:
     )
 
 
-def _stacked(value: Value) -> Value:
-    blocks = (b._replace(start=(0, *b.start), shape=(1, *b.shape)) for b in value.blocks)
-    return Value((1, *value.shape), tuple(blocks))
+def _whole(source: int, shape: tuple[int, ...]) -> Value:
+    """A value that one source tensor fills."""
+    return Value(shape, (Block(source, (0,) * len(shape), shape),))
 
 
 def _joined(values: Sequence[Value], dim: int) -> Value:

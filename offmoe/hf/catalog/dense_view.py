@@ -166,18 +166,14 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
         ShardChangedError: the shard ends before the tensor does.
     """
     info = checkpoint.info(name)
+    path = checkpoint.shards[info.shard]
     octets = torch.empty(info.nbytes, dtype=torch.uint8)
-    with open(checkpoint.shards[info.shard], "rb", buffering=0) as file:
+    with open(path, "rb") as file:
         file.seek(info.offset)
-        memory, done = memoryview(octets.numpy()), 0  # type: ignore[arg-type]
-        while done < info.nbytes:
-            count = file.readinto(memory[done:])
-            if not count:
-                raise ShardChangedError(
-                    f"{checkpoint.shards[info.shard]}: ends before tensor {name!r} does; it was truncated while the "
-                    "model was loading"
-                )
-            done += count
+        if file.readinto(octets.numpy()) < info.nbytes:  # type: ignore[arg-type]
+            raise ShardChangedError(
+                f"{path}: ends before tensor {name!r} does; it was truncated while the model was loading"
+            )
     return octets.view(info.dtype).view(info.shape)
 
 

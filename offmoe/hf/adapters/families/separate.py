@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -69,17 +69,13 @@ class SwitchTransformers(_Separate):
     def routing(self, module: Any) -> Routing:
         return Routing(module.router, lambda outputs: reroute.ids_of_one_hot(outputs[0].flatten(0, -2)))
 
-    def forward(self, module: Any, experts: Experts) -> Callable[..., Any]:
+    def forward(self, module: Any, experts: Experts, hidden_states: Tensor) -> Tensor:
         ids_of = self.routing(module).ids
-
-        def forward(hidden_states: Tensor) -> Tensor:
-            routing = module.router(hidden_states)  # one-hot [B, S, E], probability [B, S, 1], logits
-            ids = experts.routed(ids_of(routing))  # [T, 1]
-            outputs = experts(hidden_states.reshape(len(ids), -1), ids)  # [T, H]
-            out = accumulate(outputs * routing[1].reshape(-1, 1), ids, hidden_states.dtype)
-            return out.view(hidden_states.shape)
-
-        return forward
+        routing = module.router(hidden_states)  # one-hot [B, S, E], probability [B, S, 1], logits
+        ids = experts.routed(ids_of(routing))  # [T, 1]
+        outputs = experts(hidden_states.reshape(len(ids), -1), ids)  # [T, H]
+        out = accumulate(outputs * routing[1].reshape(-1, 1), ids, hidden_states.dtype)
+        return out.view(hidden_states.shape)
 
     def reroute(self, module: Any, choose: Choose) -> RemovableHandle:
         return reroute.one_hot(module.experts, choose)
@@ -105,20 +101,18 @@ class NllbMoe(_Separate):
     def routing(self, module: nn.Module) -> None:
         return None
 
-    def forward(self, module: Any, experts: Experts) -> Callable[..., Any]:
+    def forward(
+        self, module: Any, experts: Experts, hidden_states: Tensor, padding_mask: Tensor | None = None
+    ) -> Tensor:
         kept = 1 - module.experts.moe_token_dropout
-
-        def forward(hidden_states: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-            hidden = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, H]
-            mask, probs, _ = module.router(hidden, padding_mask)  # [T, E] twice; at most two entries of a row are not 0
-            routed, weights = reroute.ids_of_mask(mask, probs)
-            ids = experts.routed(routed)
-            weighted = experts(hidden, ids) * weights.reshape(-1, 1)
-            if kept < 1:
-                weighted = weighted * kept
-            return accumulate(weighted, ids, hidden.dtype).view(hidden_states.shape)
-
-        return forward
+        hidden = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, H]
+        mask, probs, _ = module.router(hidden, padding_mask)  # [T, E] twice; at most two entries of a row are not 0
+        routed, weights = reroute.ids_of_mask(mask, probs)
+        ids = experts.routed(routed)
+        weighted = experts(hidden, ids) * weights.reshape(-1, 1)
+        if kept < 1:
+            weighted = weighted * kept
+        return accumulate(weighted, ids, hidden.dtype).view(hidden_states.shape)
 
     def reroute(self, module: Any, choose: Choose) -> RemovableHandle:
         return reroute.mask_as_ids(module.experts, choose)

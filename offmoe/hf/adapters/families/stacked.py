@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,21 +47,17 @@ class Llama4(FamilyExperts):
     def math(self, module: Any) -> ExpertMath:
         return ScaledInputFFN(module.experts.act_fn)
 
-    def forward(self, module: Any, experts: Experts) -> Callable[..., Any]:
+    def forward(self, module: Any, experts: Experts, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         ids_of = self.routing(module).ids
-
-        def forward(hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-            hidden = hidden_states.reshape(-1, module.hidden_dim)  # [T, H]
-            scores, logits = module.router(hidden)  # [T, E] twice
-            ids = ids_of((scores, logits))  # [T, k]
-            scaled = hidden.unsqueeze(1) * scores.gather(1, ids).unsqueeze(2)  # [T, k, H]
-            math = ScaledInputFFN(module.experts.act_fn, tokens=len(hidden))
-            outputs = experts.with_math(math)(scaled.flatten(0, 1), experts.routed(ids))
-            out = module.shared_expert(hidden)
-            out.add_(outputs.view(scaled.shape).sum(dim=1))
-            return out, logits
-
-        return forward
+        hidden = hidden_states.reshape(-1, module.hidden_dim)  # [T, H]
+        scores, logits = module.router(hidden)  # [T, E] twice
+        ids = ids_of((scores, logits))  # [T, k]
+        scaled = hidden.unsqueeze(1) * scores.gather(1, ids).unsqueeze(2)  # [T, k, H]
+        math = ScaledInputFFN(module.experts.act_fn, tokens=len(hidden))
+        outputs = experts.with_math(math)(scaled.flatten(0, 1), experts.routed(ids))
+        out = module.shared_expert(hidden)
+        out.add_(outputs.view(scaled.shape).sum(dim=1))
+        return out, logits
 
     def reroute(self, module: Any, choose: Choose) -> RemovableHandle:
         return reroute.scores(module.router, choose, self.routing(module).ids)
@@ -121,14 +117,11 @@ class Dbrx(FamilyExperts):
 
         return math
 
-    def forward(self, module: Any, experts: Experts) -> Callable[..., Any]:
-        def forward(hidden_states: Tensor) -> Tensor:
-            weights, routed = module.route_tokens_to_experts(module.router(hidden_states))  # [T, k] each
-            ids = experts.routed(routed)
-            outputs = experts(hidden_states.reshape(-1, hidden_states.shape[-1]), ids)
-            return accumulate(outputs * weights.reshape(-1, 1), ids, hidden_states.dtype).view(hidden_states.shape)
-
-        return forward
+    def forward(self, module: Any, experts: Experts, hidden_states: Tensor) -> Tensor:
+        weights, routed = module.route_tokens_to_experts(module.router(hidden_states))  # [T, k] each
+        ids = experts.routed(routed)
+        outputs = experts(hidden_states.reshape(-1, hidden_states.shape[-1]), ids)
+        return accumulate(outputs * weights.reshape(-1, 1), ids, hidden_states.dtype).view(hidden_states.shape)
 
     def reroute(self, module: Any, choose: Choose) -> RemovableHandle:
         return reroute.ids_argument(module.experts, choose)
@@ -158,18 +151,15 @@ class JetMoe(FamilyExperts):
         up, down = self.params
         return GatedFFN(up=up, activate=_gated(module.activation), down=down, autocasts=True)
 
-    def forward(self, module: Any, experts: Experts) -> Callable[..., Any]:
-        def forward(layer_input: Tensor) -> Tensor:
-            hidden = layer_input.reshape(-1, layer_input.shape[-1])  # [T, H]
-            logits = module.router(hidden)[-1]  # [T, E] float32
-            chosen, routed = logits.topk(module.router.top_k, dim=1)  # [T, k]; the router itself gives them sorted
-            weights = torch.softmax(chosen, dim=1).type_as(hidden)
-            ids = experts.routed(routed)
-            outputs = experts(hidden, ids)
-            out = accumulate(outputs * weights.reshape(-1, 1), ids, hidden.dtype).view(layer_input.shape)
-            return torch.add(out, module.bias)
-
-        return forward
+    def forward(self, module: Any, experts: Experts, layer_input: Tensor) -> Tensor:
+        hidden = layer_input.reshape(-1, layer_input.shape[-1])  # [T, H]
+        logits = module.router(hidden)[-1]  # [T, E] float32
+        chosen, routed = logits.topk(module.router.top_k, dim=1)  # [T, k]; the router itself gives them sorted
+        weights = torch.softmax(chosen, dim=1).type_as(hidden)
+        ids = experts.routed(routed)
+        outputs = experts(hidden, ids)
+        out = accumulate(outputs * weights.reshape(-1, 1), ids, hidden.dtype).view(layer_input.shape)
+        return torch.add(out, module.bias)
 
     def reroute(self, module: Any, choose: Choose) -> RemovableHandle:
         return reroute.sorted_pairs(module.router, choose)
@@ -191,18 +181,17 @@ class LongcatFlash(FamilyExperts):
     def math(self, module: Any) -> ExpertMath:
         return GatedFFN(up="gate_up_proj", activate=_gated(module.act_fn), autocasts=True)
 
-    def forward(self, module: Any, experts: Experts) -> Callable[..., Any]:
-        def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-            ids = experts.routed(top_k_index)
-            outputs = experts(hidden_states, ids)  # [T * k, H]
-            identity = (ids >= module.num_routed_experts).view(-1, 1)
-            weights = top_k_weights.reshape(-1, 1)
-            same = hidden_states.repeat_interleave(ids.shape[1], dim=0)
-            # Each is weighted before they are joined: under autocast they may differ in dtype and rounding.
-            weighted = torch.where(identity, (same * weights).to(same.dtype), (outputs * weights).to(same.dtype))
-            return accumulate(weighted, ids, same.dtype)
-
-        return forward
+    def forward(
+        self, module: Any, experts: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        ids = experts.routed(top_k_index)
+        outputs = experts(hidden_states, ids)  # [T * k, H]
+        identity = (ids >= module.num_routed_experts).view(-1, 1)
+        weights = top_k_weights.reshape(-1, 1)
+        same = hidden_states.repeat_interleave(ids.shape[1], dim=0)
+        # Each is weighted before they are joined: under autocast they may differ in dtype and rounding.
+        weighted = torch.where(identity, (same * weights).to(same.dtype), (outputs * weights).to(same.dtype))
+        return accumulate(weighted, ids, same.dtype)
 
     def null_ids(self, module: Any) -> Sequence[int]:
         return range(module.num_routed_experts, module.total_experts)
@@ -217,10 +206,9 @@ class Step3p7(FamilyExperts):
     def math(self, module: Any) -> ExpertMath:
         return GatedFFN(up="gate_up_proj", activate=module._apply_gate, autocasts=True)
 
-    def forward(self, module: Any, experts: Experts) -> Callable[..., Any]:
-        def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-            ids = experts.routed(top_k_index)
-            outputs = experts(hidden_states, ids)  # [T * k, H]
-            return accumulate(outputs * top_k_weights.reshape(-1, 1), ids, hidden_states.dtype)
-
-        return forward
+    def forward(
+        self, module: Any, experts: Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        ids = experts.routed(top_k_index)
+        outputs = experts(hidden_states, ids)  # [T * k, H]
+        return accumulate(outputs * top_k_weights.reshape(-1, 1), ids, hidden_states.dtype)
