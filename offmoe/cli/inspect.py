@@ -191,8 +191,8 @@ def _needs(name: str, survey: Survey, unpredictable: Unpredictable) -> Table:
     counts = survey.parameters
     table.add_row("parameters", f"{_billions(counts.total)}, of which {_billions(counts.dense)} not of routed experts")
     table.add_row("experts per layer", f"{span(shape.experts)}, top_k {span(shape.top_k)}")
-    formats = _formats(survey) or ([survey.quantization] if survey.quantization else [])
-    stored = f", {' and '.join(formats)}" if formats else ""
+    formats = " and ".join(_formats(survey)) or survey.quantization
+    stored = f", {formats}" if formats else ""
     table.add_row("one expert", f"{format_size(max(shape.expert_bytes))} ({max(shape.expert_bytes)} bytes){stored}")
     table.add_row("all experts", f"{format_size(survey.expert_bytes)} in {sum(shape.experts)}, {share} of the model")
     table.add_row("dense part", f"{format_size(dense)} in {dtype}, needed for every token")
@@ -255,8 +255,9 @@ def _advice(config: OffloadConfig, survey: Survey) -> str:
     plan, shape = survey.plan, survey.shape
     knee = tuple(min(KNEE * k, e) for k, e in zip(shape.top_k, shape.experts, strict=True))
     where = f"the knee of {KNEE} x top_k = {span(knee)} slots per layer"
-    if config.slots_per_layer is None:
-        to_it = f"--device-memory {_rounded_up(_budget_for(knee, survey))} --max-context {plan.max_context}"
+    if config.slots_per_layer is None:  # device memory that holds the plan's context and these slots
+        slots = sum(n * expert.slot for n, expert in zip(knee, survey.experts, strict=True))
+        to_it = f"--device-memory {_rounded_up(plan.used - plan.slots + slots)} --max-context {plan.max_context}"
     else:
         to_it = f"--slots-per-layer {','.join(map(str, sorted(set(knee)) if len(set(knee)) == 1 else knee))}"
     if plan.slots_per_layer == shape.experts:
@@ -264,12 +265,6 @@ def _advice(config: OffloadConfig, survey: Survey) -> str:
     if all(n >= m for n, m in zip(plan.slots_per_layer, knee, strict=True)):
         return f"At or above {where}: more slots help gradually; {to_it} would just reach it."
     return f"Below {where}, where hit rates fall steeply; use {to_it} if the device can."
-
-
-def _budget_for(slots: tuple[int, ...], survey: Survey) -> int:
-    """Device memory that holds the plan's context and these slots."""
-    sizes = [expert.slot for expert in survey.experts]
-    return survey.plan.used - survey.plan.slots + sum(n * size for n, size in zip(slots, sizes, strict=True))
 
 
 def _rounded_up(size: int) -> str:

@@ -127,14 +127,13 @@ def run(args: argparse.Namespace, out: Output) -> None:
 
 def _memory(args: argparse.Namespace, trace: Trace) -> int | None:
     """The slots per layer of --slots-per-layer or --budget; None without either."""
-    if args.budget is None:
-        if args.slots_per_layer is not None:
-            CacheOptions(slots_per_layer=args.slots_per_layer).quotas(trace.shape)
-            return int(min(args.slots_per_layer, max(trace.shape.experts)))
-        return None
-    if args.slots_per_layer is not None:
+    if args.budget is not None and args.slots_per_layer is not None:
         raise ConfigError("--budget and --slots-per-layer are both given; they are the same thing in two units.")
-    return sweep.affordable(trace.shape, parse_size(args.budget, "--budget"))
+    if args.budget is not None:
+        return sweep.affordable(trace.shape, parse_size(args.budget, "--budget"))
+    if args.slots_per_layer is not None:
+        return max(CacheOptions(slots_per_layer=args.slots_per_layer).quotas(trace.shape))
+    return None
 
 
 def _facts(result: SearchResult, outcome: sweep.Outcome) -> dict[str, object]:

@@ -25,6 +25,12 @@ def test_help_lists_what_is_built(offmoe: Run) -> None:
         assert not any(f"  {verb} " in outcome.out for verb in NOT_BUILT)
 
 
+def test_every_module_of_a_verb_is_found_with_its_line_of_the_help() -> None:
+    modules = Path(simulate.__file__).parent.glob("*.py")
+    assert set(VERBS) == {module.stem for module in modules if "def run(args" in module.read_text(encoding="utf-8")}
+    assert all(len(summary.split()) > 3 and not set(summary) & set('`"') for summary in VERBS.values())
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_of_verbs(offmoe: Run, verb: str) -> None:
     outcome = offmoe(verb, "--help")
