@@ -6,11 +6,13 @@ to it. Everything here is integers and tuples, which the runtime and the simulat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+import copy
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -212,24 +214,26 @@ class CacheStats:
         self.by_layer[layer].stall_s += seconds
 
     def __add__(self, other: CacheStats) -> CacheStats:
-        numbers = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.name != "by_layer"}
-        pairs = zip(self.by_layer, other.by_layer, strict=True)
-        return CacheStats(**numbers, by_layer=[a + b for a, b in pairs])
+        return self._combined(other, operator.add)
 
     def __sub__(self, earlier: CacheStats) -> CacheStats:
-        numbers = {
-            f.name: getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self) if f.name != "by_layer"
-        }
-        pairs = zip(self.by_layer, earlier.by_layer, strict=True)
-        return CacheStats(**numbers, by_layer=[a - b for a, b in pairs])
+        return self._combined(earlier, operator.sub)
+
+    def _combined(self, other: CacheStats, operation: Callable[[Any, Any], Any]) -> CacheStats:
+        numbers = {name: operation(value, getattr(other, name)) for name, value in self._numbers().items()}
+        pairs = zip(self.by_layer, other.by_layer, strict=True)
+        return CacheStats(**numbers, by_layer=[layer._combined(same, operation) for layer, same in pairs])
+
+    def _numbers(self) -> dict[str, Any]:
+        """The totals by name."""
+        return {name: value for name, value in vars(self).items() if name != "by_layer"}
 
     def copy(self) -> CacheStats:
-        return self - CacheStats.for_layers(len(self.by_layer))
+        return copy.deepcopy(self)
 
     def to_dict(self) -> dict[str, object]:
         """Totals with `hit_rate`, and `by_layer`, a list of the same. Every `--json` output has this form."""
-        numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "by_layer"}
-        out: dict[str, object] = {**numbers, "hit_rate": self.hit_rate}
+        out: dict[str, object] = {**self._numbers(), "hit_rate": self.hit_rate}
         if self.by_layer:
             out["by_layer"] = [layer.to_dict() for layer in self.by_layer]
         return out

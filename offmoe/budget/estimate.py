@@ -12,10 +12,10 @@ import fnmatch
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from offmoe.budget.needs import DenseLayerBytes, ExpertBytes, ModelNeeds, Parameters, model_needs
 from offmoe.errors import CheckpointError, UnsupportedModelError
@@ -25,9 +25,6 @@ from offmoe.hf.load.config import build_meta
 from offmoe.storage.layout import PARAM_ALIGNMENT, ExpertLayout, aligned
 from offmoe.storage.read_plan import ALIGNMENT
 from offmoe.types import CacheShape
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
 
 MatrixBytes = Callable[[int, int], int]
 """(rows, columns) of one matrix in the checkpoint -> its bytes, scales included."""
@@ -42,7 +39,7 @@ IGNORED_LISTS = ("modules_to_not_convert", "ignore", "ignored_layers", "llm_int8
 
 
 def estimate(
-    config: PretrainedConfig,
+    config: PreTrainedConfig,
     cls: type[PreTrainedModel],
     dtype: torch.dtype,
     stored: torch.dtype,
@@ -70,7 +67,7 @@ def estimate(
         CheckpointError: no model of this configuration can be built.
     """
 
-    def measure(values: PretrainedConfig) -> tuple[ModelNeeds, PreTrainedModel]:
+    def measure(values: PreTrainedConfig) -> tuple[ModelNeeds, PreTrainedModel]:
         meta = build_meta(values, cls)
         shape, experts = estimate_experts(meta, stored)
         return model_needs(meta, shape, experts, dtype, stored, unified_memory=unified_memory), meta
@@ -85,14 +82,14 @@ def estimate(
     return measure(config)
 
 
-def _with_experts(config: PretrainedConfig, name: str, count: int) -> PretrainedConfig:
+def _with_experts(config: PreTrainedConfig, name: str, count: int) -> PreTrainedConfig:
     """A copy of the configuration with `count` experts per layer. name: its name for that number."""
     config = copy.deepcopy(config)
     setattr(config.get_text_config(), name, count)
     return config
 
 
-def _are_modules(config: PretrainedConfig, cls: type[PreTrainedModel]) -> bool:
+def _are_modules(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> bool:
     """Whether every expert is a module with parameters of its own."""
     try:
         places = [place for _, place in expert_parameters(build_meta(config, cls)).values()]
@@ -143,7 +140,7 @@ def estimate_experts(meta_model: PreTrainedModel, dtype: torch.dtype) -> tuple[C
     return CacheShape(experts, tuple(top_k), tuple(size.at_rest for size in sizes)), sizes
 
 
-def _expert(name: str, module: nn.Module, config: PretrainedConfig, dtype: torch.dtype) -> ExpertBytes:
+def _expert(name: str, module: nn.Module, config: PreTrainedConfig, dtype: torch.dtype) -> ExpertBytes:
     """Bytes of one expert of the layer `module`, whose name is `name`."""
     shapes = require_adapter(module).shapes(module)
     of_matrix = _matrix_bytes(config, name)
@@ -169,7 +166,7 @@ def _read_bytes(at_rest: int, runs: int) -> int:
     return aligned(at_rest, ALIGNMENT) + 2 * runs * ALIGNMENT
 
 
-def _matrix_bytes(config: PretrainedConfig, name: str) -> MatrixBytes | None:
+def _matrix_bytes(config: PreTrainedConfig, name: str) -> MatrixBytes | None:
     """How many bytes the quantization stores a matrix of experts module `name` in; None if they are not quantized."""
     values, method = quantization_config(config) or {}, quantization_method(config)
     if method is None or any(_matches(str(entry), name) for key in IGNORED_LISTS for entry in _list(values.get(key))):

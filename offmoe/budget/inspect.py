@@ -11,9 +11,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from offmoe.budget.device import MemoryPlan
 from offmoe.budget.estimate import estimate
@@ -36,9 +37,6 @@ from offmoe.quant.packed_weight import WeightFormat
 from offmoe.storage.checkpoint import Checkpoint
 from offmoe.types import CacheShape
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
-
 
 @dataclass(frozen=True)
 class Survey:
@@ -60,7 +58,7 @@ class Survey:
     """
 
     folder: Path
-    hf_config: PretrainedConfig
+    hf_config: PreTrainedConfig
     model_class: type[PreTrainedModel]
     needs: ModelNeeds
     quantization: str | None
@@ -211,7 +209,7 @@ def _read_headers(
     catalog = build_catalog(checkpoint, meta)
     how = None if config.experts == "native" else to_quantize(catalog, hf_config, config.experts)
     if how is not None:
-        catalog, _ = planned(catalog, meta, hf_config, how)
+        catalog = planned(catalog, meta, hf_config, how)
     if config.is_numeric and backend.unified_memory and not backend.has_device_kernels:
         catalog = catalog.for_kernels(meta)
     compute = compute_dtype(dtype, hf_config, torch.bfloat16 if catalog.view.encoded else torch.float32)

@@ -7,9 +7,10 @@ figure is an upper bound. No figure may be below what transformers allocates.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from offmoe.device.arena import PAGE_BYTES
 from offmoe.errors import UnsupportedModelError
@@ -20,9 +21,6 @@ from offmoe.storage.layout import PARAM_ALIGNMENT, ExpertLayout, aligned
 from offmoe.storage.read_plan import plan_reads
 from offmoe.transfer.staging import staging_plan
 from offmoe.types import CacheShape
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
 
 UNLIMITED_CONTEXT = 1 << 20
 """The context limit in tokens of a model whose configuration names none."""
@@ -213,7 +211,7 @@ def dense_bytes(meta_model: PreTrainedModel, dtype: torch.dtype) -> int:
     return size + sum(t.numel() * max(dtype.itemsize, t.element_size()) for t in meta_model.buffers())
 
 
-def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
+def kv_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     """Bytes of the keys and values of one token in all layers.
 
     In an encoder-decoder model tokens of both sides count: the decoder's layers cache their own tokens and, for cross
@@ -226,7 +224,7 @@ def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
     return sum(_cached_elements(layer) for layer in config.get_text_config().per_layer_config) * dtype.itemsize
 
 
-def _cached_elements(layer: PretrainedConfig) -> int:
+def _cached_elements(layer: PreTrainedConfig) -> int:
     """Elements that one decoder layer caches per token."""
     heads = int(layer.num_attention_heads)
     head = int(getattr(layer, "head_dim", None) or layer.hidden_size // heads)
@@ -237,14 +235,14 @@ def _cached_elements(layer: PretrainedConfig) -> int:
     return kv_heads * (head + int(getattr(layer, "v_head_dim", None) or head))
 
 
-def num_layers(config: PretrainedConfig) -> int:
+def num_layers(config: PreTrainedConfig) -> int:
     """Number of layers of the text part; of encoder and decoder together."""
     if config.is_encoder_decoder:
         return _layers_of(config, "encoder") + _layers_of(config, "decoder")
     return int(config.get_text_config().num_hidden_layers)
 
 
-def _layers_of(config: PretrainedConfig, side: str) -> int:
+def _layers_of(config: PreTrainedConfig, side: str) -> int:
     """Number of layers of one side ("encoder" or "decoder") of an encoder-decoder model."""
     for name in (f"{side}_layers", f"num_{side}_layers", "num_layers", "num_hidden_layers"):
         if getattr(config, name, None) is not None:

@@ -12,21 +12,18 @@ import logging
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from offmoe.errors import CapacityError, ConfigError, ShardChangedError, TransferError
-from offmoe.hf.catalog.build import build_catalog
 from offmoe.hf.catalog.catalog import ExpertCatalog
 from offmoe.hf.catalog.quant_config import quantization_method
-from offmoe.hf.load.config import build_meta, model_class
 from offmoe.pack.pack import SHARD_BYTES, pack, weight_format
 from offmoe.pack.plan import check_loads, plan_shards, quantization_config
 from offmoe.quant.packed_weight import WeightFormat
 from offmoe.storage.checkpoint import Checkpoint
 from offmoe.text import format_size
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +36,7 @@ class Written(NamedTuple):
     catalog: ExpertCatalog
 
 
-def to_quantize(catalog: ExpertCatalog, config: PretrainedConfig, experts: str) -> WeightFormat | None:
+def to_quantize(catalog: ExpertCatalog, config: PreTrainedConfig, experts: str) -> WeightFormat | None:
     """The format to quantize a checkpoint's experts to; None if they have it already.
 
     Args:
@@ -63,7 +60,7 @@ def to_quantize(catalog: ExpertCatalog, config: PretrainedConfig, experts: str) 
     )
 
 
-def with_experts(config: PretrainedConfig, experts: str) -> PretrainedConfig:
+def with_experts(config: PreTrainedConfig, experts: str) -> PreTrainedConfig:
     """A copy of a config in which experts are quantized as `experts` asks, complete enough to tell sizes by.
 
     Returns `config` itself if `experts` is "native", or if the model is quantized already.
@@ -81,19 +78,15 @@ def with_experts(config: PretrainedConfig, experts: str) -> PretrainedConfig:
 
 
 def planned(
-    catalog: ExpertCatalog, meta: PreTrainedModel, config: PretrainedConfig, how: WeightFormat
-) -> tuple[ExpertCatalog, PretrainedConfig]:
-    """The catalog and the config of the checkpoint once its experts are quantized; nothing is written.
+    catalog: ExpertCatalog, meta: PreTrainedModel, config: PreTrainedConfig, how: WeightFormat
+) -> ExpertCatalog:
+    """The catalog of the checkpoint once its experts are quantized; nothing is written.
 
     Raises:
         UnsupportedModelError: its experts cannot be packed.
     """
     shards = plan_shards(catalog, meta, how, SHARD_BYTES)
-    quantization = quantization_config(catalog, meta, how)
-    checkpoint = check_loads(catalog.view.folder, shards, config, quantization)
-    config = copy.deepcopy(config)
-    config.quantization_config = quantization
-    return build_catalog(checkpoint, build_meta(config, model_class(config))), config
+    return check_loads(catalog.view.folder, shards, config, quantization_config(catalog, meta, how))
 
 
 def write(catalog: ExpertCatalog, source: Path, how: WeightFormat, name: str) -> Written:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -32,15 +32,12 @@ from offmoe.hf.hub.locate import MODEL_FILES, locate
 from offmoe.hf.load.config import CONFIG_FILE, PACK_MANIFEST, build_meta, model_class, read_config
 from offmoe.hf.load.load import require_index
 from offmoe.pack.manifest import Finished, Manifest
-from offmoe.pack.plan import Item, NewShard, check_loads, components_of, encode, plan_shards, quantization_config
+from offmoe.pack.plan import Item, NewShard, check_loads, encode, plan_shards, quantization_config
 from offmoe.pack.quantizer import Loss, Quantizer, quantizer
 from offmoe.quant.packed_weight import INT8, WeightFormat, int4
 from offmoe.storage.checkpoint import INDEX_FILE, Checkpoint
 from offmoe.storage.shard_writer import digest_of, fill, octets, read_chunks, write_file
 from offmoe.text import format_size
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +133,11 @@ def pack(
     folder = Path(os.path.expanduser(os.fspath(out))).absolute()
     _refuse_place(folder, source.folder)
     hf_config = read_config(source.folder)
-    _refuse_quantized(source.folder, hf_config)
+    if (method := quantization_method(hf_config)) is not None:
+        raise UnsupportedModelError(
+            f"{source.folder}: quantized by {method!r} already, and would only lose more; offmoe runs it as it is, "
+            "or pack the bf16 checkpoint of the model"
+        )
     checkpoint = source.checkpoint()
     require_index(checkpoint)
     meta = build_meta(hf_config, model_class(hf_config))
@@ -149,7 +150,7 @@ def pack(
     manifest = Manifest.of(folder, checkpoint, how, shard_bytes)
     kept = job.run(manifest)
     _write_rest(checkpoint.folder, folder, shards, quantization)
-    assert Checkpoint.open(folder).tensors == planned.tensors
+    assert Checkpoint.open(folder).tensors == planned.view.checkpoint.tensors
     losses = manifest.losses(len(job.layers))
     return Packed(
         folder,
@@ -259,9 +260,9 @@ class _Job:
                     pass
                 weight = data.view(source.dtype).view(source.shape)
                 tensors = encode(quantize(weight, item.how, f"{path}: {source.name}"))
-                loss = quantize.loss(weight, item.how, components_of(item, tensors))
+                loss = quantize.loss(weight, item.how, tensors)
                 losses[item.layer] = losses.get(item.layer, Loss()) + loss
-                yield from map(octets, tensors)
+                yield from map(octets, tensors.values())
             self._advance((item,))
         self.checkpoint.check_unchanged()
 
@@ -293,16 +294,6 @@ def _refuse_place(folder: Path, source: Path) -> None:
         raise ConfigError(f"{folder}: is the model's own folder, in it or around it; give a folder elsewhere")
     if os.path.lexists(folder) and not folder.is_dir():
         raise ConfigError(f"{folder}: is not a folder; give a folder that is empty or not there yet")
-
-
-def _refuse_quantized(folder: Path, config: PretrainedConfig) -> None:
-    """UnsupportedModelError for a model that is quantized already."""
-    method = quantization_method(config)
-    if method is not None:
-        raise UnsupportedModelError(
-            f"{folder}: quantized by {method!r} already, and would only lose more; offmoe runs it as it is, "
-            "or pack the bf16 checkpoint of the model"
-        )
 
 
 def _write_rest(source: Path, folder: Path, shards: tuple[NewShard, ...], quantization: dict[str, object]) -> None:

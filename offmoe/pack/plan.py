@@ -13,10 +13,10 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from offmoe.errors import CheckpointError, UnsupportedModelError
 from offmoe.hf.adapters.find import find_experts
@@ -26,12 +26,8 @@ from offmoe.hf.load.config import build_meta, model_class
 from offmoe.hf.upstream import expert_names
 from offmoe.quant.packed_weight import PackedWeight, WeightFormat
 from offmoe.storage.checkpoint import Checkpoint
-from offmoe.storage.header import TensorInfo
-from offmoe.storage.layout import Destination, Segment
+from offmoe.storage.layout import Destination, Segment, TensorInfo
 from offmoe.storage.shard_writer import NewTensor, head_of
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
 
 SCALE_DTYPES = {torch.float64: torch.float32}
 """Weights' dtypes whose scales get another dtype. Decoding computes in the scales' dtype, and no reader takes float64.
@@ -178,12 +174,8 @@ class _Cut:
             raise self._refusal(f"has all of them in {segment.name!r}, and there are no names for single ones")
         rows, nbytes = segment.shape[0] // len(names), segment.nbytes // len(names)
         for i, name in enumerate(names):
-            offset = segment.offset + i * nbytes
-            shape = (rows, segment.shape[1])
-            yield (
-                name.replace("*", str(expert)),
-                Segment(segment.shard, offset, nbytes, segment.dtype, shape, segment.name),
-            )
+            offset, shape = segment.offset + i * nbytes, (rows, segment.shape[1])
+            yield name.replace("*", str(expert)), replace(segment, offset=offset, nbytes=nbytes, shape=shape)
 
     def _item(self, name: str, source: Segment) -> Item:
         """The tensors that one matrix becomes."""
@@ -210,21 +202,17 @@ class _Cut:
         )
 
 
-def encode(packed: PackedWeight) -> list[torch.Tensor]:
-    """The tensors of an `Item`, in its order. packed: the item's weight, row by row."""
-    how, rows = packed.format, packed.rows
-    out = [packed.words ^ FLIPPED[how.bits], packed.scales, torch.tensor([rows, packed.cols])]
+def encode(packed: PackedWeight) -> dict[str, torch.Tensor]:
+    """The tensors of an `Item`, in its order, by the names that the codec has for them.
+
+    packed: the item's weight, row by row.
+    """
+    out = {"packed": packed.words ^ FLIPPED[packed.format.bits], "scale": packed.scales}
     if packed.zeros is not None:
         pairs = packed.zeros.mT.contiguous().view(packed.zeros.shape[1], -1, 2)  # [groups, rows / 2, 2]
         words = (pairs[..., 0] | pairs[..., 1] << 4).view(torch.int32)  # [groups, rows / 8]
-        out.insert(2, words.mT.contiguous())
-    return out
-
-
-def components_of(item: Item, tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors that `encode` gave, by the names that the codec has for them."""
-    names = (tensor.name.removeprefix(f"{item.name}_") for tensor in item.tensors)
-    return {name.removesuffix("_point"): tensor for name, tensor in zip(names, tensors, strict=True)}
+        out["zero"] = words.mT.contiguous()
+    return {**out, "shape": torch.tensor([packed.rows, packed.cols])}
 
 
 def quantization_config(catalog: ExpertCatalog, meta: PreTrainedModel, how: WeightFormat) -> dict[str, object]:
@@ -260,8 +248,8 @@ def quantization_config(catalog: ExpertCatalog, meta: PreTrainedModel, how: Weig
 
 
 def check_loads(
-    folder: Path, shards: Sequence[NewShard], config: PretrainedConfig, quantization: dict[str, object]
-) -> Checkpoint:
+    folder: Path, shards: Sequence[NewShard], config: PreTrainedConfig, quantization: dict[str, object]
+) -> ExpertCatalog:
     """Build the catalog of a packed checkpoint before it is written.
 
     Args:
@@ -271,7 +259,7 @@ def check_loads(
         quantization: its `quantization_config`.
 
     Returns:
-        The packed checkpoint, by the headers that its shards will have.
+        The packed checkpoint's experts, by the headers that its shards will have.
 
     Raises:
         UnsupportedModelError: it would not load.
@@ -286,9 +274,8 @@ def check_loads(
     config = copy.deepcopy(config)
     config.quantization_config = quantization
     try:
-        build_catalog(checkpoint, build_meta(config, model_class(config)))
+        return build_catalog(checkpoint, build_meta(config, model_class(config)))
     except CheckpointError as error:
         raise UnsupportedModelError(
             f"the experts of this model cannot be packed: once they are, they would not load ({error})"
         ) from error
-    return checkpoint

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import ctypes
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import TracebackType
+from typing import Any
 
 import torch
 
 from offmoe.compute.kernels.cpu import physical_cores
 from offmoe.compute.kernels.library import SCALE_TYPES, EncodedStruct, EncodingStruct, Library, Threads, status
 from offmoe.errors import CapacityError, CheckpointError
-from offmoe.pack.fit import FACTORS, INT8_FACTORS, REFITS, Fitting, fit_asymmetric, fit_symmetric, round_to_nearest
+from offmoe.pack.fit import FACTORS, INT8_FACTORS, REFITS, Fitting, fit_asymmetric, fit_symmetric
 from offmoe.quant.int_formats import PackedInt
 from offmoe.quant.packed_weight import SYMMETRIC_ZERO, TILE_ROWS, PackedWeight, WeightFormat, pack_words
 
@@ -71,12 +72,25 @@ class Loss:
         return math.sqrt(self.total_squared / self.total_square) if self.total_square else 0.0
 
 
-class Quantizer(ABC):
+class Quantizer(AbstractContextManager["Quantizer"]):
     """Quantizes weights one at a time, and measures the loss. A context manager; threads that call it take turns."""
 
     @abstractmethod
     def __call__(self, weight: torch.Tensor, how: WeightFormat, name: str = "weight") -> PackedWeight:
-        """Quantize one weight; see `quantize`."""
+        """Quantize one weight.
+
+        Args:
+            weight: [N, K], any float dtype.
+            how: an int4 or int8 format.
+            name: the weight's name for messages.
+
+        Returns:
+            The weight row by row.
+
+        Raises:
+            UnsupportedModelError: the format cannot hold the shape.
+            CheckpointError: the weight holds NaN or infinity.
+        """
 
     @abstractmethod
     def loss(self, weight: torch.Tensor, how: WeightFormat, raw: Mapping[str, torch.Tensor]) -> Loss:
@@ -88,14 +102,10 @@ class Quantizer(ABC):
             raw: the quantized weight as `PackedInt` takes it: packed, scale and, with zero points, zero.
         """
 
-    @abstractmethod
     def close(self) -> None:
-        """End the quantizer's threads. Idempotent."""
+        """End the quantizer's threads, if it has any. Idempotent."""
 
-    def __enter__(self) -> Quantizer:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
@@ -119,17 +129,8 @@ class NativeQuantizer(Quantizer):
         tried = FACTORS if how.bits == 4 else INT8_FACTORS
         factors = (ctypes.c_float * MAX_FACTORS)(*tried)
         encoding = EncodingStruct(
-            weight=weight.data_ptr(),
-            words=out.words.data_ptr(),
-            scales=out.scales.data_ptr(),
-            zeros=None if out.zeros is None else out.zeros.data_ptr(),
+            **_fields(weight, how, out.words, out.scales, out.zeros),
             factors=ctypes.addressof(factors),
-            rows=rows,
-            cols=cols,
-            group=how.group or cols,
-            bits=how.bits,
-            weight_type=_type_number(weight.dtype),
-            scale_type=_type_number(how.scale_dtype),
             candidates=len(tried),
             refits=REFITS,
         )
@@ -146,19 +147,8 @@ class NativeQuantizer(Quantizer):
         assert raw["packed"].shape == (rows, cols // how.word_values)
         assert raw["scale"].shape == (rows, how.groups(cols))
         out = torch.empty(rows, 4)
-        encoded = EncodedStruct(
-            weight=weight.data_ptr(),
-            words=raw["packed"].data_ptr(),
-            scales=raw["scale"].data_ptr(),
-            zeros=raw["zero"].data_ptr() if how.zero_points else None,
-            out=out.data_ptr(),
-            rows=rows,
-            cols=cols,
-            group=how.group or cols,
-            bits=how.bits,
-            weight_type=_type_number(weight.dtype),
-            scale_type=_type_number(raw["scale"].dtype),
-        )
+        fields = _fields(weight, how, raw["packed"], raw["scale"], raw["zero"] if how.zero_points else None)
+        encoded = EncodedStruct(**fields, out=out.data_ptr())
         self._calls.offmoe_compare(self._threads.handle, self._variant, ctypes.byref(encoded))
         total, squared, square = out[:, 1:].double().sum(0).tolist()
         return Loss(float(out[:, 0].max()), total, squared, square, rows * cols)
@@ -168,88 +158,58 @@ class NativeQuantizer(Quantizer):
 
 
 class TorchQuantizer(Quantizer):
-    """torch's operators: the definition, at about a fortieth of the C encoder's speed."""
+    """torch's operators: the definition, at about a fortieth of the C encoder's speed.
+
+    Args:
+        fitting: how groups are quantized; None: by the fit of least error that the format has.
+    """
+
+    def __init__(self, fitting: Fitting | None = None) -> None:
+        self._fitting = fitting
 
     def __call__(self, weight: torch.Tensor, how: WeightFormat, name: str = "weight") -> PackedWeight:
-        return _by_blocks(weight, how, name, fit_asymmetric if how.zero_points else fit_symmetric)
+        fitting = self._fitting or (fit_asymmetric if how.zero_points else fit_symmetric)
+        rows, cols = _checked(weight, how, name)
+        out, groups = _empty(rows, cols, how), how.groups(cols)
+        step = max(1, BLOCK_VALUES // cols)
+        for start in range(0, rows, step):
+            block = weight[start : start + step].float()
+            if not torch.isfinite(block).all():
+                raise _not_finite(name)
+            fit = fitting(block.reshape(-1, cols // groups), how)  # [B, G]
+            part = slice(start, start + step)
+            out.scales[part] = fit.scale.view(-1, groups)
+            if out.zeros is not None:
+                out.zeros[part] = fit.zero.view(-1, groups)
+            level = fit.level if how.zero_points or how.bits == 8 else fit.level + SYMMETRIC_ZERO
+            out.words[part] = pack_words(level.to(torch.uint8 if how.bits == 4 else torch.int8).view(-1, cols), how)
+        return out
 
     def loss(self, weight: torch.Tensor, how: WeightFormat, raw: Mapping[str, torch.Tensor]) -> Loss:
-        return _loss_by_blocks(weight, how, raw)
-
-    def close(self) -> None:
-        pass
+        codec = PackedInt(how.bits, how.group, symmetric=not how.zero_points)
+        total, (count, cols) = Loss(), weight.shape
+        rows = max(TILE_ROWS, BLOCK_VALUES // cols // TILE_ROWS * TILE_ROWS)
+        for start in range(0, count, rows):
+            stop = min(start + rows, count)
+            part = {"packed": raw["packed"][start:stop], "scale": raw["scale"][start:stop]}
+            if "zero" in raw:
+                part["zero"] = raw["zero"][start // how.word_values : stop // how.word_values]
+            block = weight[start:stop].float().reshape(-1)
+            error = codec.decode(part, torch.float32).view(-1).sub_(block).abs_()
+            total += Loss(
+                max_error=float(error.max()),
+                total_error=float(error.sum()),
+                total_squared=float(error.dot(error)),
+                total_square=float(block.dot(block)),
+                values=block.numel(),
+            )
+        return total
 
 
 def quantizer(threads: int | None = None) -> Quantizer:
     """The fastest quantizer that this installation has. threads: as `NativeQuantizer`."""
     library = status().library
     return TorchQuantizer() if library is None else NativeQuantizer(library, threads)
-
-
-def quantize(weight: torch.Tensor, how: WeightFormat, name: str = "weight", search: bool = True) -> PackedWeight:
-    """Quantize one weight.
-
-    Args:
-        weight: [N, K], any float dtype.
-        how: an int4 or int8 format.
-        name: the weight's name for messages.
-        search: look for the best scales; else round to nearest with scales max|w| / 7 or / 127, the baseline that
-            benchmarks compare with.
-
-    Returns:
-        The weight row by row.
-
-    Raises:
-        UnsupportedModelError: the format cannot hold the shape.
-        CheckpointError: the weight holds NaN or infinity.
-    """
-    if not search:
-        return _by_blocks(weight, how, name, round_to_nearest)
-    with quantizer() as best:
-        return best(weight, how, name)
-
-
-def codec_of(how: WeightFormat) -> PackedInt:
-    """The codec that decodes weights of this format."""
-    return PackedInt(how.bits, how.group, symmetric=not how.zero_points)
-
-
-def _loss_by_blocks(weight: torch.Tensor, how: WeightFormat, raw: Mapping[str, torch.Tensor]) -> Loss:
-    total, (count, cols) = Loss(), weight.shape
-    rows = max(TILE_ROWS, BLOCK_VALUES // cols // TILE_ROWS * TILE_ROWS)
-    for start in range(0, count, rows):
-        stop = min(start + rows, count)
-        part = {"packed": raw["packed"][start:stop], "scale": raw["scale"][start:stop]}
-        if "zero" in raw:
-            part["zero"] = raw["zero"][start // how.word_values : stop // how.word_values]
-        block = weight[start:stop].float().reshape(-1)
-        error = codec_of(how).decode(part, torch.float32).view(-1).sub_(block).abs_()
-        total += Loss(
-            max_error=float(error.max()),
-            total_error=float(error.sum()),
-            total_squared=float(error.dot(error)),
-            total_square=float(block.dot(block)),
-            values=block.numel(),
-        )
-    return total
-
-
-def _by_blocks(weight: torch.Tensor, how: WeightFormat, name: str, fitting: Fitting) -> PackedWeight:
-    rows, cols = _checked(weight, how, name)
-    out, groups = _empty(rows, cols, how), how.groups(cols)
-    step = max(1, BLOCK_VALUES // cols)
-    for start in range(0, rows, step):
-        block = weight[start : start + step].float()
-        if not torch.isfinite(block).all():
-            raise _not_finite(name)
-        fit = fitting(block.reshape(-1, cols // groups), how)  # [B, G]
-        part = slice(start, start + step)
-        out.scales[part] = fit.scale.view(-1, groups)
-        if out.zeros is not None:
-            out.zeros[part] = fit.zero.view(-1, groups)
-        level = fit.level if how.zero_points or how.bits == 8 else fit.level + SYMMETRIC_ZERO
-        out.words[part] = pack_words(level.to(torch.uint8 if how.bits == 4 else torch.int8).view(-1, cols), how)
-    return out
 
 
 def _checked(weight: torch.Tensor, how: WeightFormat, name: str) -> tuple[int, int]:
@@ -272,8 +232,20 @@ def _readable(weight: torch.Tensor) -> torch.Tensor:
     return (weight if weight.dtype in (torch.bfloat16, torch.float16) else weight.float()).contiguous()
 
 
-def _type_number(dtype: torch.dtype) -> int:
-    return SCALE_TYPES[str(dtype).removeprefix("torch.")]
+def _fields(
+    weight: torch.Tensor, how: WeightFormat, words: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
+) -> dict[str, Any]:
+    """The fields that the C encoder's two structs share."""
+    rows, cols = weight.shape
+    weight_type, scale_type = (SCALE_TYPES[str(t.dtype).removeprefix("torch.")] for t in (weight, scales))
+    return {
+        "weight": weight.data_ptr(),
+        "words": words.data_ptr(),
+        "scales": scales.data_ptr(),
+        "zeros": None if zeros is None else zeros.data_ptr(),
+        **{"rows": rows, "cols": cols, "group": how.group or cols, "bits": how.bits},
+        **{"weight_type": weight_type, "scale_type": scale_type},
+    }
 
 
 def _not_finite(name: str) -> CheckpointError:

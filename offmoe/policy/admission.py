@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
 
 
-class AdmissionPolicy(Protocol):
-    """Judges whether a missing expert (the newcomer) should take the slot of the eviction policy's victim."""
+class AdmissionPolicy:
+    """Judges whether a missing expert (the newcomer) should take the slot of the eviction policy's victim.
 
-    evicts: bool
+    This one serves on_miss="cpu": newcomers get slots only while slots are free.
+    """
+
+    evicts = False
     """Whether a newcomer may ever evict anything."""
 
     def on_access(self, keys: Sequence[int]) -> None:
@@ -27,27 +29,14 @@ class AdmissionPolicy(Protocol):
 
     def admits(self, newcomer: int, victim: int, newcomer_score: float, victim_score: float) -> bool:
         """Whether the newcomer should get the victim's slot. Scores are those of the eviction policy."""
-
-    def chance(self, newcomer: int, victim: int, newcomer_score: float, victim_score: float) -> float:
-        """The share of comparable newcomers that are demanded before their victim, 0 to 1."""
-
-
-class WhileFree:
-    """on_miss="cpu": newcomers get slots only while slots are free."""
-
-    evicts = False
-
-    def on_access(self, keys: Sequence[int]) -> None:
-        pass
-
-    def admits(self, newcomer: int, victim: int, newcomer_score: float, victim_score: float) -> bool:
         return False
 
     def chance(self, newcomer: int, victim: int, newcomer_score: float, victim_score: float) -> float:
+        """The share of comparable newcomers that are demanded before their victim, 0 to 1."""
         return 0.0
 
 
-class FirstDemanded:
+class FirstDemanded(AdmissionPolicy):
     """on_miss="auto": admits newcomers if enough newcomers like them were demanded before their victims.
 
     Newcomers are alike if their gain in score falls into the same bin; bins are finer near zero. Experience fades.
@@ -117,4 +106,4 @@ class FirstDemanded:
 
 def build_admission(on_miss: str) -> AdmissionPolicy | None:
     """The admission policy of the option `on_miss`; None if every miss gets a slot."""
-    return None if on_miss == "fetch" else WhileFree() if on_miss == "cpu" else FirstDemanded()
+    return None if on_miss == "fetch" else AdmissionPolicy() if on_miss == "cpu" else FirstDemanded()

@@ -12,7 +12,7 @@ integers and sees no clock, so a replay decides the same.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from offmoe.io_limits import stop_share
 from offmoe.types import CacheShape
@@ -30,14 +30,20 @@ class Candidate(NamedTuple):
     expert: int
 
 
-class PrefetchPolicy(Protocol):
-    """Chooses which predicted experts are prefetched."""
+class PrefetchPolicy:
+    """Chooses which predicted experts are prefetched. This one prefetches the `count` likeliest of every layer."""
+
+    def __init__(self, count: int):
+        """count: 0 is off."""
+        self._count = count
 
     def wants_prediction(self, layer: int) -> bool:
         """Whether a prediction for `layer` would be used now, be it only to learn how good it is."""
+        return self._count > 0
 
     def choose(self, layer: int, candidates: Sequence[Candidate], *, single: bool) -> Sequence[Candidate]:
         """The candidates to prefetch for the next access of `layer`. single: the step has one token."""
+        return candidates[: self._count]
 
     def issued(self, layer: int, count: int) -> None:
         """The first `count` of the candidates chosen for `layer` are being prefetched."""
@@ -46,26 +52,7 @@ class PrefetchPolicy(Protocol):
         """`layer` demands these experts; `misses` of them are neither resident nor prefetched."""
 
 
-class FixedPrefetch:
-    """Prefetches the `count` likeliest experts of every layer; 0 is off."""
-
-    def __init__(self, count: int):
-        self._count = count
-
-    def wants_prediction(self, layer: int) -> bool:
-        return self._count > 0
-
-    def choose(self, layer: int, candidates: Sequence[Candidate], *, single: bool) -> Sequence[Candidate]:
-        return candidates[: self._count]
-
-    def issued(self, layer: int, count: int) -> None:
-        pass
-
-    def on_access(self, layer: int, experts: Sequence[int], misses: int) -> None:
-        pass
-
-
-class AutoPrefetch:
+class AutoPrefetch(PrefetchPolicy):
     """Prefetches up to top_k experts per layer, of the ranks that have proven right.
 
     Layers differ, and so do ranks within a prediction: of the demo model's misses at 2 of 8 slots the first rank is
@@ -180,5 +167,7 @@ class _Record:
 def build_prefetch(option: int | str, shape: CacheShape) -> PrefetchPolicy:
     """The policy of the option `prefetch`: a number of experts, or "auto", which is off for small experts."""
     if not isinstance(option, str):
-        return FixedPrefetch(option)
-    return AutoPrefetch(shape.top_k, shape.expert_bytes) if max(shape.expert_bytes) >= WORTH_BYTES else FixedPrefetch(0)
+        return PrefetchPolicy(option)
+    if max(shape.expert_bytes) < WORTH_BYTES:
+        return PrefetchPolicy(0)
+    return AutoPrefetch(shape.top_k, shape.expert_bytes)

@@ -90,14 +90,12 @@ class PackedInt:
         return rows, cols
 
     def decode(self, raw: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        rows, scale = len(raw["packed"]), raw["scale"]
-        scale = scale if scale.ndim == 2 and len(scale) == rows else scale.reshape(-1, 1).expand(rows, 1)
-        codes = codes_of_words(raw["packed"], self.bits)  # [out, in]
+        scale, codes = self.scales(raw), codes_of_words(raw["packed"], self.bits)  # [out, groups], [out, in]
         if self.group is not None:
             codes = codes[:, : self.group * scale.shape[1]]
         zeros: torch.Tensor | int = 1 << (self.bits - 1)
         if not self.symmetric:
-            zeros = codes_of_words(raw["zero"].mT, self.bits).mT[:rows].to(scale.dtype)  # [out, groups]
+            zeros = self.zeros(raw).to(scale.dtype)
         groups = None
         if self.ordered:
             assert self.group is not None
@@ -105,6 +103,15 @@ class PackedInt:
             in_turn = torch.arange(len(groups), device=groups.device) // self.group
             groups = torch.where(groups < 0, in_turn, groups)  # an index of -1 means that columns are in order
         return _apply(codes.contiguous(), zeros, scale, groups).to(dtype)
+
+    def scales(self, raw: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The scales, [out, groups]."""
+        rows, scale = len(raw["packed"]), raw["scale"]
+        return scale if scale.ndim == 2 and len(scale) == rows else scale.reshape(-1, 1).expand(rows, 1)
+
+    def zeros(self, raw: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The zero points of a format that has them, uint8 [out, groups]."""
+        return codes_of_words(raw["zero"].mT, self.bits).mT[: len(raw["packed"])]
 
 
 @dataclass(frozen=True)
@@ -158,14 +165,16 @@ class Gptq:
 
     def decode(self, raw: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         scales = raw["scales"].mT.contiguous()  # [out, groups]
-        zeros = codes_of_words(self.true_zeros(raw["qzeros"]), self.bits)[:, : len(scales)]
-        zeros = zeros.mT.to(scales.dtype)  # [out, groups]
+        zeros = self.zeros(raw).to(scales.dtype)
         codes = codes_of_words(raw["qweight"].mT, self.bits)  # [out, in]
         return _apply(codes, zeros, scales, raw["g_idx"].long() if self.ordered else None).to(dtype)
 
-    def true_zeros(self, qzeros: torch.Tensor) -> torch.Tensor:
-        """The zeros' words without the one that format v1 subtracts."""
-        return qzeros + (0x11111111 if self.bits == 4 else 0x01010101) if self.minus_one else qzeros
+    def zeros(self, raw: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The zero points, without the one that format v1 subtracts, uint8 [out, groups]."""
+        words = raw["qzeros"]
+        if self.minus_one:
+            words = words + (0x11111111 if self.bits == 4 else 0x01010101)
+        return codes_of_words(words, self.bits)[:, : raw["scales"].shape[1]].mT
 
 
 @dataclass(frozen=True)

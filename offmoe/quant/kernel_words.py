@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 
 from offmoe.errors import CheckpointError
-from offmoe.quant.codec import Codec, codes_of_words
+from offmoe.quant.codec import Codec
 from offmoe.quant.float_formats import Mxfp4, ScaledFloat
 from offmoe.quant.int_formats import Awq, Gptq, PackedInt, in_order
 from offmoe.quant.packed_weight import INT4_GROUPS, MXFP4, SCALES, ZEROS, WeightFormat, fp8
@@ -81,22 +81,18 @@ def rows_of(codec: Codec, raw: Mapping[str, torch.Tensor], how: WeightFormat) ->
         weight = raw["weight"]
         return {"": weight.view(torch.int32), SCALES: codec.scales_of_groups(weight.shape, raw["scale"], how.group)}
     if isinstance(codec, PackedInt):
-        words, rows = raw["packed"], len(raw["packed"])
-        scales = raw["scale"]
-        scales = scales if scales.ndim == 2 and len(scales) == rows else scales.reshape(-1, 1).expand(rows, 1)
+        words, scales = raw["packed"], codec.scales(raw)
         if not codec.symmetric:
-            zeros = codes_of_words(raw["zero"].mT, codec.bits).mT[:rows]
+            zeros = codec.zeros(raw)
         if codec.bits == 8:
             words = words ^ SIGN_BITS
+    elif isinstance(codec, Awq):
+        words, scales, zeros = _words_of_awq(raw["qweight"]).mT, raw["scales"].mT, in_order(raw["qzeros"]).mT
     else:
-        assert isinstance(codec, (Gptq, Awq))
-        scales, qzeros = raw["scales"].mT, raw["qzeros"]
-        if isinstance(codec, Awq):
-            words, zeros = _words_of_awq(raw["qweight"]).mT, in_order(qzeros).mT
-        else:
-            if codec.ordered:
-                _check_order(raw["g_idx"], codec)
-            words, zeros = raw["qweight"].mT, codes_of_words(codec.true_zeros(qzeros), 4)[:, : len(scales)].mT
+        assert isinstance(codec, Gptq)
+        if codec.ordered:
+            _check_order(raw["g_idx"], codec)
+        words, scales, zeros = raw["qweight"].mT, raw["scales"].mT, codec.zeros(raw)
     cols = words.shape[1] * how.word_values
     finer = how.groups(cols) // scales.shape[1]
     out = {"": words, SCALES: scales if finer == 1 else scales.repeat_interleave(finer, dim=1)}

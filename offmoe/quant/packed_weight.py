@@ -10,13 +10,12 @@ on the instruction set. A value is (q - zero) * scale in both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from offmoe.errors import ConfigError, UnsupportedModelError
-from offmoe.quant.codec import codes_of_words
 
 TILE_ROWS = 16
 """Rows per tile: the lanes of one AVX-512 register, two of AVX2, four of NEON."""
@@ -26,9 +25,6 @@ SYMMETRIC_ZERO = 8
 
 SCALES, ZEROS = ".scales", ".zeros"
 """What the name of a weight's scales and zero points adds to the weight's own name."""
-
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""The values of mxfp4's nibbles 0 to 7; nibbles 8 to 15 are their negatives (OCP Microscaling Formats 1.0, 5.3.3)."""
 
 
 @dataclass(frozen=True)
@@ -173,30 +169,10 @@ class PackedWeight:
 
     def tiled(self) -> PackedWeight:
         """The same weight in tiles, as kernels read it."""
-        return self if self.is_tiled else self._each(to_tiles)
-
-    def by_row(self) -> PackedWeight:
-        """The same weight row by row, as it is on the disk."""
-        return self._each(to_rows) if self.is_tiled else self
-
-    def values(self) -> torch.Tensor:
-        """The weights themselves, float32 [rows, cols]: the definition that every kernel is tested against."""
-        rows = self.by_row()
-        q = unpack_words(rows.words, self.format)  # [N, K]
-        grouped = q.view(self.rows, self.format.groups(self.cols), -1)  # [N, K / G, G]
-        if self.format.kind == "mxfp4":
-            codes = torch.tensor(E2M1, dtype=torch.float32)
-            codes = torch.cat([codes, -codes])
-            powers = torch.ldexp(torch.ones(rows.scales.shape), rows.scales.int() - 127)  # [N, K / G]
-            return (codes[grouped.long()] * powers[..., None]).view(self.rows, self.cols)
-        levels = grouped.float()
-        if self.format.kind == "int4":
-            levels -= SYMMETRIC_ZERO if rows.zeros is None else rows.zeros.float()[..., None]
-        return (levels * rows.scales.float()[..., None]).view(self.rows, self.cols)
-
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedWeight:
-        zeros = None if self.zeros is None else change(self.zeros)
-        return PackedWeight(self.format, change(self.words), change(self.scales), zeros)
+        if self.is_tiled:
+            return self
+        zeros = None if self.zeros is None else to_tiles(self.zeros)
+        return PackedWeight(self.format, to_tiles(self.words), to_tiles(self.scales), zeros)
 
 
 def pack_words(q: torch.Tensor, how: WeightFormat) -> torch.Tensor:
@@ -207,21 +183,7 @@ def pack_words(q: torch.Tensor, how: WeightFormat) -> torch.Tensor:
     return (pairs[..., 0] | pairs[..., 1] << 4).view(torch.int32)
 
 
-def unpack_words(words: torch.Tensor, how: WeightFormat) -> torch.Tensor:
-    """Unpack words int32 [N, C] into uint8 nibbles, int8 or float8_e4m3fn [N, C * word_values]."""
-    codes = codes_of_words(words, how.bits)
-    if how.kind == "fp8":
-        return codes.view(torch.float8_e4m3fn)
-    return codes.view(torch.int8) if how.bits == 8 else codes
-
-
 def to_tiles(by_row: torch.Tensor) -> torch.Tensor:
     """Rows to tiles: [N, C] -> [N / 16, C, 16]."""
     rows, n = by_row.shape
     return by_row.view(rows // TILE_ROWS, TILE_ROWS, n).transpose(1, 2).contiguous()
-
-
-def to_rows(tiled: torch.Tensor) -> torch.Tensor:
-    """Tiles to rows: [N / 16, C, 16] -> [N, C]."""
-    tiles, n, _ = tiled.shape
-    return tiled.transpose(1, 2).contiguous().view(tiles * TILE_ROWS, n)

@@ -8,7 +8,6 @@ than the others of its layer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -47,25 +46,6 @@ def offset_of(state: torch.Tensor, codec: Codec, name: str) -> torch.Tensor:
     return torch.tensor(offset, dtype=torch.float32)
 
 
-@dataclass(frozen=True)
-class RawPlacement:
-    """An `Assembly.convert` that takes every segment unchanged, except bitsandbytes' JSON.
-
-    Args:
-        params: per segment, the name of its parameter in the slot.
-        states: index of each segment that is JSON -> the codec that it must describe.
-    """
-
-    params: tuple[str, ...]
-    states: Mapping[int, Codec]
-
-    def __call__(self, tensors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {
-            param: offset_of(tensor, self.states[i], param) if i in self.states else tensor
-            for i, (param, tensor) in enumerate(zip(self.params, tensors, strict=True))
-        }
-
-
 class ExpertTensor(Protocol):
     """One tensor of an expert: its dense shape and dtype, and its encoding; None if it is not quantized."""
 
@@ -100,7 +80,7 @@ def raw_slot(tensors: Sequence[ExpertTensor], assembly: Assembly, shapes: Mappin
         shapes: the parameters' shapes by name.
     """
     params: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    states: dict[int, Codec] = {}
+    states: dict[str, Codec] = {}  # by parameter that is JSON at rest, the codec that it must describe
     leaves = []
     for i, tensor in enumerate(tensors):
         encoding = tensor.encoding
@@ -108,11 +88,16 @@ def raw_slot(tensors: Sequence[ExpertTensor], assembly: Assembly, shapes: Mappin
         names = {component: f"{i}.{component}" for component, _ in components}
         for component, spec in components:
             if encoding is not None and component == STATE:
-                states[len(params)] = encoding.codec
+                states[names[component]] = encoding.codec
             params[names[component]] = spec.dtype, spec.shape
         leaves.append(Leaf(None if encoding is None else encoding.codec, names, tensor.shape))
+
+    def read_states(raw: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        pairs = zip(params, raw, strict=True)
+        return {name: offset_of(part, states[name], name) if name in states else part for name, part in pairs}
+
     if states:
-        copies = Assembly(convert=RawPlacement(tuple(params), states))
+        copies = Assembly(convert=read_states)
     else:
         copies = Assembly(destinations=tuple(Destination(param, 0, 0) for param in params))
     return RawSlot(ExpertLayout.of(params), copies, ExpertDecoding(tuple(leaves), assembly, dict(shapes)))

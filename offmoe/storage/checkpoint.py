@@ -18,13 +18,12 @@ from offmoe.errors import CheckpointError, MissingTensorError, ShardChangedError
 from offmoe.storage.header import (
     MAX_HEADER_BYTES,
     ShardHead,
-    TensorInfo,
     parse_head,
     parse_json,
     read_head,
     regular_size,
 )
-from offmoe.storage.layout import Segment
+from offmoe.storage.layout import Segment, TensorInfo
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

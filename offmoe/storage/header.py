@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from offmoe.errors import CheckpointError, MissingTensorError, UnsupportedModelError
-from offmoe.storage.layout import DTYPES
+from offmoe.storage.layout import DTYPES, TensorInfo
 
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors reader accepts no larger header. An index file is held to the same limit."""
@@ -59,25 +59,6 @@ class ShardHead:
 
     data: bytes
     size: int
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """One tensor at rest.
-
-    Args:
-        shard: index into `Checkpoint.shards`.
-        offset: bytes from the start of that file.
-        nbytes: bytes of the values.
-        dtype: dtype of the values.
-        shape: shape of the tensor.
-    """
-
-    shard: int
-    offset: int
-    nbytes: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
 
 
 def header_end(prefix: bytes, size: int, path: Path) -> int:

@@ -46,17 +46,16 @@ def aligned(size: int, to: int) -> int:
     return -(-size // to) * to
 
 
-@dataclass(frozen=True)
-class Segment:
-    """A run of bytes in one shard: a whole tensor, or contiguous leading rows of one.
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor at rest.
 
     Args:
         shard: index into `Checkpoint.shards`.
         offset: bytes from the start of that file.
-        nbytes: length of the run.
+        nbytes: bytes of the values.
         dtype: dtype of the values.
         shape: shape of the values.
-        name: the tensor's name in the checkpoint.
     """
 
     shard: int
@@ -64,6 +63,16 @@ class Segment:
     nbytes: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment(TensorInfo):
+    """A run of bytes in one shard: a whole tensor, or contiguous rows of one.
+
+    Args:
+        name: the tensor's name in the checkpoint.
+    """
+
     name: str
 
 

@@ -15,7 +15,6 @@ import math
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,16 +86,24 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
     """
     checksum = _Checksum()
     # Every process uses the same temporary name, so a resumed run replaces what a killed one left.
-    with _disk_errors(path), replacing(path, path.with_name(f"{path.name}.partial")) as temporary:
-        with open(temporary, "wb", buffering=0) as file:
-            for piece in pieces:
-                checksum.update(piece)
-                rest = memoryview(piece)
-                while rest.nbytes:
-                    rest = rest[file.write(rest) :]
-            os.fsync(file.fileno())
-        if digest_of(temporary) != checksum.text():
-            raise TransferError(f"{path}: what is on the disk is not what was written; check disk and memory")
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with replacing(path, partial) as temporary:
+            with open(temporary, "wb", buffering=0) as file:
+                for piece in pieces:
+                    checksum.update(piece)
+                    rest = memoryview(piece)
+                    while rest.nbytes:
+                        rest = rest[file.write(rest) :]
+                os.fsync(file.fileno())
+            if digest_of(temporary) != checksum.text():
+                raise TransferError(f"{path}: what is on the disk is not what was written; check disk and memory")
+    except OSError as error:
+        if error.errno in FULL:
+            raise CapacityError(
+                f"{path}: the disk is full ({error.strerror}); make room and do it again, finished shards are kept"
+            ) from error
+        raise TransferError(f"{path}: cannot be written ({error.strerror}); check the disk and permissions") from error
     return checksum.text()
 
 
@@ -174,16 +181,3 @@ class _Checksum:
 
     def text(self) -> str:
         return f"{self._crc:08x}-{self._nbytes:x}"
-
-
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    """Turn OSError into offmoe's errors, with the remedy."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in FULL:
-            raise CapacityError(
-                f"{path}: the disk is full ({error.strerror}); make room and do it again, finished shards are kept"
-            ) from error
-        raise TransferError(f"{path}: cannot be written ({error.strerror}); check the disk and permissions") from error

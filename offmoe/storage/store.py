@@ -317,18 +317,10 @@ class _Shard:
 def positional_read() -> ReadAt:
     """The platform's read at an offset, which several threads may call on one descriptor.
 
-    `preadv` reads into the caller's buffer. `pread` (older systems) copies once. Elsewhere a lock guards seek and read.
+    `preadv` reads into the caller's buffer. Elsewhere (Windows, older systems) a lock guards seek and read.
     """
     if hasattr(os, "preadv"):
         return lambda descriptor, buffer, offset: os.preadv(descriptor, [buffer], offset)
-    if hasattr(os, "pread"):
-
-        def read_and_copy(descriptor: int, buffer: memoryview, offset: int) -> int:
-            data = os.pread(descriptor, len(buffer), offset)
-            buffer[: len(data)] = data
-            return len(data)
-
-        return read_and_copy
     lock = threading.Lock()
 
     def seek_and_read(descriptor: int, buffer: memoryview, offset: int) -> int:

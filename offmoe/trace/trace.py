@@ -188,7 +188,7 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
 def _validated(arrays: dict[str, np.ndarray]) -> Trace:
     header = _header(arrays)
     layers = header.get("layers")
-    if not isinstance(layers, int) or isinstance(layers, bool) or not 0 < layers < 2**15:
+    if type(layers) is not int or not 0 < layers < 2**15:
         raise TraceError(f"'layers' in the header is {layers!r}, not a positive int.")
     shape = CacheShape(*(_per_layer(header, key, layers) for key in ("experts", "top_k", "expert_bytes")))
     experts = _array(arrays, "experts", "i", (None, layers, None))
@@ -255,7 +255,7 @@ def _parameters(header: dict[str, Any], layers: int) -> Parameters | None:
     if counts is None:
         return None
     dense = counts.get("dense") if isinstance(counts, dict) else None
-    if not isinstance(dense, int) or isinstance(dense, bool) or dense < 0:
+    if type(dense) is not int or dense < 0:
         raise TraceError("'parameters' in the header must give 'dense' and 'expert' counts.")
     return Parameters(dense, _per_layer(counts, "expert", layers))
 
@@ -263,9 +263,7 @@ def _parameters(header: dict[str, Any], layers: int) -> Parameters | None:
 def _per_layer(header: dict[str, Any], key: str, layers: int) -> tuple[int, ...]:
     value = header.get(key)
     values = value if isinstance(value, list) else [value] * layers
-    if len(values) != layers or not all(
-        isinstance(v, int) and not isinstance(v, bool) and 0 < v < 2**63 for v in values
-    ):
+    if len(values) != layers or not all(type(value) is int and 0 < value < 2**63 for value in values):
         raise TraceError(f"{key!r} in the header must be a positive int, or one for each of the {layers} layers.")
     return tuple(values)
 

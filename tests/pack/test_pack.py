@@ -33,10 +33,11 @@ from offmoe.errors import (
 from offmoe.hf.load.config import PACK_MANIFEST
 from offmoe.pack import pack as packing
 from offmoe.pack.pack import pack, weight_format
-from offmoe.pack.quantizer import quantize
+from offmoe.pack.quantizer import TorchQuantizer
 from offmoe.quant.packed_weight import WeightFormat
 from offmoe.storage.shard_writer import write_file
 from tests import quantized, tiny
+from tests.packed import values
 
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
 PROMPT = {"input_ids": tiny.prompt()}
@@ -62,7 +63,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 def expected(source: Path, how: WeightFormat) -> dict[str, torch.Tensor]:
     """The experts' weights as the quantizer decodes them, float32."""
     return {
-        name: quantize(weight, WeightFormat(how.kind, how.group, how.zero_points, weight.dtype)).values()
+        name: values(TorchQuantizer()(weight, WeightFormat(how.kind, how.group, how.zero_points, weight.dtype)))
         for name, weight in tensors(source).items()
         if EXPERT.search(name)
     }
@@ -187,9 +188,9 @@ def test_compressed_tensors_decodes_the_same_values(tmp_path: Path, how: WeightF
     packed = tensors(out)
     endings = ["packed", "scale", "shape", *(["zero_point"] if how.zero_points else [])]
     compressor = ct.compressors.PackedQuantizationCompressor
-    for name, values in expected(source, how).items():
+    for name, weight in expected(source, how).items():
         raw = {f"weight_{ending}": packed[f"{name}_{ending}"] for ending in endings}
-        assert torch.equal(compressor.decompress(raw, scheme)["weight"], values.bfloat16())
+        assert torch.equal(compressor.decompress(raw, scheme)["weight"], weight.bfloat16())
 
 
 # --- interruptions

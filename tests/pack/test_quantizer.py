@@ -1,16 +1,18 @@
 """The quantizer loses little, and the C encoder gives the bits that torch's operators define."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 import offmoe.pack.quantizer
 from offmoe.errors import CapacityError, CheckpointError, UnsupportedModelError
-from offmoe.pack.quantizer import Loss, NativeQuantizer, Quantizer, TorchQuantizer, codec_of, quantize, quantizer
-from offmoe.quant.packed_weight import INT8, PackedWeight, WeightFormat, int4, unpack_words
+from offmoe.pack.fit import round_to_nearest
+from offmoe.pack.quantizer import Loss, NativeQuantizer, Quantizer, TorchQuantizer, quantizer
+from offmoe.quant.int_formats import PackedInt
+from offmoe.quant.packed_weight import INT8, PackedWeight, WeightFormat, int4
 from tests.native import VARIANTS, library, library_with
+from tests.packed import unpack_words, values
 
 FORMATS = [INT8, int4(32), int4(64), int4(128), int4(64, zero_points=True)]
 
@@ -19,9 +21,14 @@ def gaussian(rows: int = 64, cols: int = 512, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed)) * 0.02
 
 
-def error(weight: torch.Tensor, how: WeightFormat, **options: Any) -> float:
+def quantize(weight: torch.Tensor, how: WeightFormat) -> PackedWeight:
+    with quantizer() as best:
+        return best(weight, how)
+
+
+def error(weight: torch.Tensor, how: WeightFormat, by: Callable[..., PackedWeight] = quantize) -> float:
     """The squared error divided by the squared weight."""
-    return ((quantize(weight, how, **options).values() - weight).square().sum() / weight.square().sum()).item()
+    return ((values(by(weight, how)) - weight).square().sum() / weight.square().sum()).item()
 
 
 def same(a: PackedWeight, b: PackedWeight) -> None:
@@ -54,7 +61,7 @@ def each(request: pytest.FixtureRequest) -> Iterator[Quantizer]:
 def test_the_search_beats_rounding_to_nearest(how: WeightFormat, at_most: float) -> None:
     """The baseline is plain symmetric absmax: max|w| on level 7."""
     weight = gaussian()
-    assert error(weight, how) < at_most * error(weight, how, search=False)
+    assert error(weight, how) < at_most * error(weight, how, TorchQuantizer(round_to_nearest))
 
 
 def test_zero_points_help_where_values_lie_to_one_side() -> None:
@@ -65,7 +72,7 @@ def test_zero_points_help_where_values_lie_to_one_side() -> None:
 
 def test_rounding_to_nearest_is_the_textbooks() -> None:
     weight = gaussian(16, 64)
-    packed = quantize(weight, int4(32), search=False)
+    packed = TorchQuantizer(round_to_nearest)(weight, int4(32))
     groups = weight.view(16, 2, 32)
     scales = (groups.abs().amax(-1) / 7).bfloat16()
     assert torch.equal(packed.scales, scales)
@@ -76,7 +83,7 @@ def test_rounding_to_nearest_is_the_textbooks() -> None:
 @pytest.mark.parametrize("how", FORMATS, ids=str)
 def test_what_is_on_the_grid_stays(how: WeightFormat) -> None:
     """Values that are exactly levels of a scale come back as they were: quantizing twice changes nothing."""
-    once = quantize(gaussian(), how).values()
+    once = values(quantize(gaussian(), how))
     assert error(once, how) < 1e-10
 
 
@@ -96,9 +103,9 @@ def test_zeros_constants_and_tiny_values(how: WeightFormat) -> None:
     weight[2] = -3.0
     weight[3] = 1e-42  # below what a bf16 scale can say
     weight[4, 5] = 100.0  # one outlier among zeros
-    values = quantize(weight, how).values()
-    assert torch.isfinite(values).all()
-    torch.testing.assert_close(values, weight, rtol=5e-3, atol=1e-6)
+    decoded = values(quantize(weight, how))
+    assert torch.isfinite(decoded).all()
+    torch.testing.assert_close(decoded, weight, rtol=5e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -193,7 +200,7 @@ def test_the_loss_is_that_of_what_is_written(each: Quantizer, how: WeightFormat)
     weight = gaussian(48, 384).to(how.scale_dtype)
     raw = at_rest(each(weight, how))
     loss = each.loss(weight, how, raw)
-    error = (codec_of(how).decode(raw, torch.float64) - weight).abs()
+    error = (PackedInt(how.bits, how.group, symmetric=not how.zero_points).decode(raw, torch.float64) - weight).abs()
     assert loss.values == weight.numel()
     assert loss.max_error == float(error.max())
     assert loss.total_error == pytest.approx(float(error.sum()), rel=1e-5)

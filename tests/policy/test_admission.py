@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from offmoe.policy.admission import FirstDemanded, WhileFree, build_admission
+from offmoe.policy.admission import AdmissionPolicy, FirstDemanded, build_admission
 
 
 def judged(policy, gain, newcomer_first, times):
@@ -69,6 +69,7 @@ def test_what_is_awaited_stays_bounded_and_consistent():
 
 def test_the_option():
     assert build_admission("fetch") is None
-    assert not WhileFree().admits(1, 2, math.inf, 0.0)
-    assert isinstance(build_admission("cpu"), WhileFree)
+    policy = build_admission("cpu")
+    assert type(policy) is AdmissionPolicy
+    assert not policy.admits(1, 2, math.inf, 0.0)
     assert isinstance(build_admission("auto"), FirstDemanded)

@@ -16,6 +16,7 @@ from offmoe.quant.float_formats import Mxfp4, ScaledFloat
 from offmoe.quant.int_formats import Awq, Gptq, PackedInt
 from offmoe.quant.kernel_words import format_of, rows_of
 from offmoe.quant.packed_weight import SCALES, PackedWeight, WeightFormat
+from tests.packed import values
 
 DATA = Path(__file__).parents[1] / "data" / "quantized"
 RENAMED = {
@@ -137,7 +138,7 @@ def test_fp8_as_kernels_read_it(block: tuple[int, int] | None, grid: tuple[int, 
     rows = rows_of(codec, raw, how)
     assert rows[SCALES].shape == (160, 3)
     assert rows[""].data_ptr() == weight.data_ptr()
-    assert torch.equal(PackedWeight(how, rows[""], rows[SCALES]).values(), codec.decode(raw, torch.float32))
+    assert torch.equal(values(PackedWeight(how, rows[""], rows[SCALES])), codec.decode(raw, torch.float32))
 
 
 def test_fp8_that_kernels_do_not_read() -> None:

@@ -14,11 +14,10 @@ from offmoe.quant.packed_weight import (
     fp8,
     int4,
     pack_words,
-    to_rows,
     to_tiles,
-    unpack_words,
 )
 from offmoe.storage.layout import PARAM_ALIGNMENT, ExpertLayout
+from tests.packed import by_row, to_rows, unpack_words, values
 
 FORMATS = [INT8, int4(32), int4(64), int4(128), int4(32, zero_points=True), MXFP4, fp8(128)]
 
@@ -64,7 +63,7 @@ def one_by_one(weight: PackedWeight) -> torch.Tensor:
 @pytest.mark.parametrize("how", FORMATS, ids=str)
 def test_values_are_what_the_format_says(how: WeightFormat) -> None:
     weight = random_weight(how, 16, 2 * (how.group or 32))
-    assert torch.equal(weight.values(), one_by_one(weight))
+    assert torch.equal(values(weight), one_by_one(weight))
 
 
 @pytest.mark.parametrize("how", FORMATS, ids=str)
@@ -74,9 +73,9 @@ def test_tiles_are_the_same_words(how: WeightFormat) -> None:
     assert (tiled.rows, tiled.cols, tiled.is_tiled) == (48, weight.cols, True)
     for n, c in ((0, 0), (17, 1), (47, weight.words.shape[1] - 1)):
         assert tiled.words[n // 16, c, n % 16] == weight.words[n, c]
-    back = tiled.by_row()
+    back = by_row(tiled)
     assert all(torch.equal(a, b) for a, b in zip(back.params("w").values(), weight.params("w").values(), strict=True))
-    assert torch.equal(tiled.values(), weight.values())
+    assert torch.equal(values(tiled), values(weight))
 
 
 def test_words_are_those_of_compressed_tensors() -> None:
@@ -115,7 +114,7 @@ def test_a_record_has_the_same_bytes_in_both_orders(how: WeightFormat) -> None:
         for name, tensor in packed.params("down_proj").items():
             assert (views[name].shape, views[name].dtype) == (tensor.shape, tensor.dtype)
             views[name].copy_(tensor)
-        assert torch.equal(PackedWeight.of(how, "down_proj", views).values(), weight.values())
+        assert torch.equal(values(PackedWeight.of(how, "down_proj", views)), values(weight))
 
 
 @pytest.mark.parametrize(

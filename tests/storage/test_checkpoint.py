@@ -10,8 +10,7 @@ from safetensors.torch import save_file
 
 from offmoe.errors import CheckpointError, MissingTensorError, OffmoeError, UnsupportedModelError
 from offmoe.storage.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
-from offmoe.storage.header import TensorInfo
-from offmoe.storage.layout import Segment
+from offmoe.storage.layout import Segment, TensorInfo
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 

@@ -28,7 +28,10 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
 
 from offmoe.measure.perplexity import WINDOW, scores, windows
-from offmoe.pack.quantizer import quantize
+from offmoe.pack.fit import round_to_nearest
+from offmoe.pack.plan import encode
+from offmoe.pack.quantizer import TorchQuantizer
+from offmoe.quant.int_formats import PackedInt
 from offmoe.quant.packed_weight import INT8, WeightFormat, int4
 
 ROOT = checkout.ROOT
@@ -41,7 +44,14 @@ Quantizer = Callable[[torch.Tensor], torch.Tensor]
 
 
 def quantizer(how: WeightFormat, search: bool = True) -> Quantizer:
-    return lambda weight: quantize(weight, how, search=search).values()
+    quantize = TorchQuantizer() if search else TorchQuantizer(round_to_nearest)
+
+    def decoded(weight: torch.Tensor) -> torch.Tensor:
+        packed = quantize(weight, how)
+        raw = {**encode(packed), "scale": packed.scales.float()}  # products in float32
+        return PackedInt(how.bits, how.group, symmetric=not how.zero_points).decode(raw, torch.float32)
+
+    return decoded
 
 
 def changed_model(change: Quantizer | None) -> MixtralForCausalLM:

@@ -27,8 +27,7 @@ from offmoe.hf.catalog.quant_config import ACTIVATIONS, REMEDY, Method, read_met
 from offmoe.quant.codec import Codec, Encoding, Spec
 from offmoe.quant.raw_slot import OFFSET, STATE, offset_of
 from offmoe.storage.checkpoint import Checkpoint
-from offmoe.storage.header import TensorInfo
-from offmoe.storage.layout import Segment
+from offmoe.storage.layout import Segment, TensorInfo
 
 logger = logging.getLogger(__name__)
 

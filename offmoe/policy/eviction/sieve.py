@@ -20,7 +20,6 @@ class Sieve(RecencyScore):
 
     def __init__(self) -> None:
         super().__init__()
-        self._residents: set[int] = set()
         self._accessed: set[int] = set()
         self._behind: OrderedDict[int, None] = OrderedDict()
         self._before: OrderedDict[int, None] = OrderedDict()
@@ -29,10 +28,10 @@ class Sieve(RecencyScore):
 
     def on_access(self, keys: Sequence[int], demands: Sequence[Demand], tail: int) -> None:
         self._touch(keys)
-        self._accessed.update([key for key in keys if key in self._residents])
+        self._accessed.update(keys)
 
     def on_insert(self, key: int) -> None:
-        self._residents.add(key)
+        self._accessed.discard(key)  # accesses before the key had a slot do not count
         self._before[key] = None
 
     def choose_victim(self, protected: Collection[int]) -> int:
@@ -52,7 +51,6 @@ class Sieve(RecencyScore):
         return victim
 
     def on_evict(self, key: int) -> None:
-        self._residents.remove(key)
         if key == self._victim:
             self._accessed.difference_update(self._spent)
             for _ in range(self._steps):

@@ -18,8 +18,9 @@ from offmoe.compute.kernels.cpu import (
 )
 from offmoe.compute.kernels.library import MAX_TOKENS
 from offmoe.errors import ConfigError
-from offmoe.pack.quantizer import quantize
+from offmoe.pack.quantizer import TorchQuantizer
 from offmoe.quant.packed_weight import INT8, MXFP4, PackedWeight, WeightFormat, fp8, int4, pack_words
+from tests import packed
 from tests.native import VARIANTS, library, library_with
 
 Format = WeightFormat | None
@@ -56,7 +57,7 @@ def random_weight(how: Format, rows: int, cols: int, seed: int = 0) -> Weight:
         scales = torch.rand(rows, how.groups(cols), generator=generator) * 1e-3
         return PackedWeight(how, pack_words(codes, how), scales).tiled()
     values = torch.randn(rows, cols, generator=generator) * 0.05
-    return values.bfloat16() if how is None else quantize(values, how).tiled()
+    return values.bfloat16() if how is None else TorchQuantizer()(values, how).tiled()
 
 
 @cache
@@ -75,7 +76,7 @@ KNOWN: dict[int, tuple[Weight, torch.Tensor]] = {}
 def values(weight: Weight) -> torch.Tensor:
     """float32; remembered, because unpacking takes longer than what is tested."""
     if id(weight) not in KNOWN:
-        KNOWN[id(weight)] = weight, weight.values() if isinstance(weight, PackedWeight) else weight.float()
+        KNOWN[id(weight)] = weight, packed.values(weight) if isinstance(weight, PackedWeight) else weight.float()
     return KNOWN[id(weight)][1]
 
 
@@ -140,7 +141,7 @@ def test_scales_of_other_dtypes(kernels: CpuKernels, scale_dtype: torch.dtype) -
         scales = (bf16.scales.float() * factor).to(scale_dtype)
         weight = PackedWeight(how, bf16.words, scales)
         x = inputs(2, 128)
-        assert error(kernels.linear(weight)(x), x @ weight.values().T) < allowed(kernels, how)
+        assert error(kernels.linear(weight)(x), x @ values(weight).T) < allowed(kernels, how)
 
 
 def test_int8_in_groups_that_divide_the_row(kernels: CpuKernels) -> None:
@@ -157,7 +158,7 @@ def test_extreme_levels_do_not_saturate(kernels: CpuKernels) -> None:
         scales = scales * 127 if how.kind == "mxfp4" else scales
         weight = PackedWeight(how, torch.full((16, 256 // how.word_values), word, dtype=torch.int32), scales).tiled()
         for x in (torch.ones(1, 256), -torch.ones(4, 256)):
-            torch.testing.assert_close(kernels.linear(weight)(x), x @ weight.values().T, rtol=1e-5, atol=1e-3)
+            torch.testing.assert_close(kernels.linear(weight)(x), x @ values(weight).T, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -16,6 +16,7 @@ from offmoe.errors import ConfigError
 from offmoe.pack.quantizer import NativeQuantizer, TorchQuantizer
 from offmoe.quant.packed_weight import int4
 from tests.native import VARIANTS, library
+from tests.packed import values
 
 
 def test_status_without_a_library(tmp_path: Path) -> None:
@@ -118,7 +119,7 @@ def test_a_processor_that_lacks_what_was_compiled(tmp_path: Path) -> None:
     assert torch.equal(packed.scales, right.scales)
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(2))
     with CpuKernels(found, 1, int8_activations=False) as native:
-        assert torch.allclose(native.linear(packed.tiled())(x), x @ packed.values().T, atol=0.01, rtol=0.01)
+        assert torch.allclose(native.linear(packed.tiled())(x), x @ values(packed).T, atol=0.01, rtol=0.01)
 
 
 def _path_of(found: Library) -> str:
