@@ -178,14 +178,10 @@ class CacheStats:
     def add(self, plan: Plan, shape: CacheShape) -> None:
         """Add one plan to the totals and to its layer. A prefetch counts for the layer of its expert."""
         layer = plan.layer
-        fetched = read = evicted = 0
-        for wave in plan.waves:
-            if wave.fetches:
-                fetched += len(wave.fetches)
-                read += sum([fetch.read and not fetch.read_ahead for fetch in wave.fetches])
-                evicted += sum([fetch.evicted is not None for fetch in wave.fetches])
-        for wave in plan.on_host:
-            read += sum([fetch.read and not fetch.read_ahead for fetch in wave.fetches])
+        fetches = [fetch for wave in plan.waves for fetch in wave.fetches]
+        on_host = [fetch for wave in plan.on_host for fetch in wave.fetches]
+        read = sum([fetch.read and not fetch.read_ahead for fetch in fetches + on_host])
+        evicted = sum([fetch.evicted is not None for fetch in fetches])
         nbytes = shape.expert_bytes[layer]
         for stats in (self, self.by_layer[layer]):
             stats.hits += plan.hits
@@ -194,7 +190,7 @@ class CacheStats:
             stats.host_computed += plan.host_computed
             stats.prefetched_used += plan.pending
             stats.evictions += evicted
-            stats.h2d_bytes += fetched * nbytes
+            stats.h2d_bytes += len(fetches) * nbytes
             stats.disk_bytes += read * nbytes
         for fetch in plan.prefetches:
             target = fetch.key.layer

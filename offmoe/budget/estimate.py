@@ -180,12 +180,12 @@ def _matrix_bytes(config: PreTrainedConfig, name: str) -> MatrixBytes | None:
     if method in ("gptq", "awq"):
         bits, group = _number(values, "bits", 4), _number(values, "group_size", 128)
         index = 4 if method == "gptq" else 0  # g_idx: int32 per column
-        return lambda m, n: _packed(m, n, bits) + _blocks(n, group) * (2 * m + m * bits // 8) + index * n
+        return lambda m, n: m * n * bits // 8 + _blocks(n, group) * (2 * m + m * bits // 8) + index * n
     if method == "compressed-tensors":
         weights = _compressed_weights(values)
         bits, group = _number(weights, "num_bits", 4), _number(weights, "group_size", 0)
         zeros = 0 if weights.get("symmetric", True) else bits / 8
-        return lambda m, n: _packed(m, n, bits) + int(m * _blocks(n, group) * (2 + zeros)) + 16  # 16: weight_shape
+        return lambda m, n: m * n * bits // 8 + int(m * _blocks(n, group) * (2 + zeros)) + 16  # 16: weight_shape
     raise UnsupportedModelError(
         f"how many bytes experts quantized by {method!r} take cannot be told from the configuration alone; "
         "download the checkpoint: its headers say it"
@@ -205,10 +205,6 @@ def _matches(entry: str, name: str) -> bool:
     if entry.startswith("re:"):
         return re.match(entry[3:], f"{name}.0.up_proj") is not None
     return fnmatch.fnmatchcase(name, entry) or f".{entry}." in f".{name}."
-
-
-def _packed(rows: int, columns: int, bits: int) -> int:
-    return rows * columns * bits // 8
 
 
 def _blocks(size: int, block: int) -> int:

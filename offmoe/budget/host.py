@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from offmoe.config import OffloadConfig
-from offmoe.errors import CapacityError, ConfigError
+from offmoe.errors import CapacityError
 from offmoe.storage.layout import aligned
 from offmoe.storage.read_plan import ALIGNMENT
 from offmoe.text import format_size
@@ -40,15 +40,6 @@ class HostPlan:
         experts = f"slots of {sum(self.slots_per_layer)} experts {format_size(self.slots)}"
         return f"{format_size(self.budget)} of RAM: {experts}, staging {format_size(self.staging)}" + (
             f", scratch {format_size(self.scratch)}" if self.scratch else ""
-        )
-
-
-def refuse_host_memory(config: OffloadConfig) -> None:
-    """ConfigError if `host_memory` is set for a device whose memory is the host's, where it has no meaning."""
-    if config.host_memory not in ("auto", 0):
-        raise ConfigError(
-            f"host_memory={config.host_memory!r}: this device's memory is the RAM. Leave it at 'auto', and set "
-            "device_memory to cap what experts take of it."
         )
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from offmoe.budget.device import MemoryPlan
 from offmoe.budget.estimate import estimate
-from offmoe.budget.needs import ExpertBytes, ModelNeeds, Parameters, catalog_needs
+from offmoe.budget.needs import ModelNeeds, catalog_needs
 from offmoe.budget.resolve import check_config, divide_or_refusal
 from offmoe.config import OffloadConfig
 from offmoe.device.backend import Backend, select_backend
@@ -73,16 +73,6 @@ class Survey:
     def shape(self) -> CacheShape:
         """Experts and top_k of each MoE layer."""
         return self.needs.shape
-
-    @property
-    def experts(self) -> tuple[ExpertBytes, ...]:
-        """The bytes of one expert of each MoE layer."""
-        return self.needs.experts
-
-    @property
-    def parameters(self) -> Parameters:
-        """The number of the model's parameters."""
-        return self.needs.parameters
 
     @property
     def expert_bytes(self) -> int:

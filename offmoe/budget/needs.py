@@ -17,7 +17,7 @@ from offmoe.errors import UnsupportedModelError
 from offmoe.hf.adapters.find import expert_parameters
 from offmoe.hf.catalog.catalog import CatalogLayer, ExpertCatalog
 from offmoe.hf.load.dense_layers import DenseLayer, dense_layers
-from offmoe.storage.layout import PARAM_ALIGNMENT, ExpertLayout, aligned
+from offmoe.storage.layout import PARAM_ALIGNMENT, aligned
 from offmoe.storage.read_plan import plan_reads
 from offmoe.transfer.staging import staging_plan
 from offmoe.types import CacheShape
@@ -186,13 +186,10 @@ def _computing_bytes(layer: CatalogLayer, dtype: torch.dtype) -> int:
     """Temporary bytes while one expert of the layer computes in `dtype`."""
     if layer.cpu_slot is not None:
         return layer.cpu_slot.working_bytes()
-    return _cast_bytes(layer.layout, dtype) if layer.decode is None else layer.decode.nbytes(dtype)
-
-
-def _cast_bytes(layout: ExpertLayout, dtype: torch.dtype) -> int:
-    """Bytes of a copy, in `dtype`, of those parameters of one expert that have another dtype."""
-    other = [p for p in layout.params if p.dtype != dtype]
-    return sum(p.nbytes // p.dtype.itemsize * dtype.itemsize for p in other)
+    if layer.decode is not None:
+        return layer.decode.nbytes(dtype)
+    cast = [param for param in layer.layout.params if param.dtype != dtype]
+    return sum(param.nbytes // param.dtype.itemsize * dtype.itemsize for param in cast)
 
 
 def count_parameters(meta_model: PreTrainedModel) -> Parameters:

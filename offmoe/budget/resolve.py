@@ -9,7 +9,7 @@ import logging
 from dataclasses import replace
 
 from offmoe.budget.device import MemoryPlan, plan_memory, plan_on_miss
-from offmoe.budget.host import plan_host, refuse_host_memory
+from offmoe.budget.host import plan_host
 from offmoe.budget.needs import ModelNeeds
 from offmoe.config import OffloadConfig
 from offmoe.device.backend import Backend
@@ -31,7 +31,11 @@ def check_config(config: OffloadConfig, backend: Backend) -> None:
         ConfigError: host_memory on a device whose memory is the host's, or on_miss="cpu" where results would differ.
     """
     if backend.unified_memory:
-        refuse_host_memory(config)
+        if config.host_memory not in ("auto", 0):
+            raise ConfigError(
+                f"host_memory={config.host_memory!r}: this device's memory is the RAM. Leave it at 'auto', and set "
+                "device_memory to cap what experts take of it."
+            )
     else:
         on_miss_apart(config, str(backend.device))
 

@@ -81,8 +81,8 @@ def _facts(
         "moe_layers": shape.layers,
         "experts": plain(shape.experts),
         "top_k": plain(shape.top_k),
-        "parameters": survey.parameters.total,
-        "dense_parameters": survey.parameters.dense,
+        "parameters": survey.needs.parameters.total,
+        "dense_parameters": survey.needs.parameters.dense,
         "quantisation": survey.quantization,
         "expert_formats": _formats(survey),
         "expert_bytes": plain(shape.expert_bytes),
@@ -188,7 +188,7 @@ def _needs(name: str, survey: Survey, unpredictable: Unpredictable) -> Table:
     table = new_table(f"{name}: what it is")
     table.add_row("architecture", f"{survey.model_class.__name__} ({survey.hf_config.model_type})")
     table.add_row("layers", f"{_layers(survey)}, of which {shape.layers} have experts")
-    counts = survey.parameters
+    counts = survey.needs.parameters
     table.add_row("parameters", f"{_billions(counts.total)}, of which {_billions(counts.dense)} not of routed experts")
     table.add_row("experts per layer", f"{span(shape.experts)}, top_k {span(shape.top_k)}")
     formats = " and ".join(_formats(survey)) or survey.quantization
@@ -256,7 +256,7 @@ def _advice(config: OffloadConfig, survey: Survey) -> str:
     knee = tuple(min(KNEE * k, e) for k, e in zip(shape.top_k, shape.experts, strict=True))
     where = f"the knee of {KNEE} x top_k = {span(knee)} slots per layer"
     if config.slots_per_layer is None:  # device memory that holds the plan's context and these slots
-        slots = sum(n * expert.slot for n, expert in zip(knee, survey.experts, strict=True))
+        slots = sum(n * expert.slot for n, expert in zip(knee, survey.needs.experts, strict=True))
         to_it = f"--device-memory {_rounded_up(plan.used - plan.slots + slots)} --max-context {plan.max_context}"
     else:
         to_it = f"--slots-per-layer {','.join(map(str, sorted(set(knee)) if len(set(knee)) == 1 else knee))}"

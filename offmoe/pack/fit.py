@@ -13,6 +13,7 @@ neither on the compiler nor on the instruction set or the number of threads.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -64,7 +65,7 @@ def fit_symmetric(w: torch.Tensor, how: WeightFormat) -> Fit:
     def at(scale: torch.Tensor) -> Fit:
         return _evaluate(w, scale, zero, -top, top - 1, how)
 
-    best = _best(at, [step * factor for factor in (FACTORS if how.bits == 4 else INT8_FACTORS)])
+    best = reduce(_better, [at(step * factor) for factor in (FACTORS if how.bits == 4 else INT8_FACTORS)])
     for _ in range(REFITS):
         best = _better(best, at(_slope(best.level, w)))
     return best
@@ -78,7 +79,8 @@ def fit_asymmetric(w: torch.Tensor, how: WeightFormat) -> Fit:
     def at(scale: torch.Tensor, zero: torch.Tensor) -> Fit:
         return _evaluate(w, scale, zero.round().clamp(0, 15), 0, 15, how)
 
-    best = _best(lambda scale: at(scale, 7.5 - middle / _usable(scale)), [(high - low) / 15 * f for f in FACTORS])
+    tried = [(high - low) / 15 * factor for factor in FACTORS]
+    best = reduce(_better, [at(scale, 7.5 - middle / _usable(scale)) for scale in tried])
     for _ in range(REFITS):
         # Fits scale and zero point together, then the scale alone to the zero point once it is rounded.
         levels = _total(best.level) / count
@@ -94,14 +96,6 @@ def _evaluate(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, low: int
     level = (w * (1 / scale)).add_(zero).clamp_(low, high).round_()
     error = _total((level - zero).mul_(scale).sub_(w).square_())
     return Fit(scale, zero, level, error)
-
-
-def _best(at: Callable[[torch.Tensor], Fit], scales: list[torch.Tensor]) -> Fit:
-    """Group by group, the fit with the smallest error among those at `scales`."""
-    best = at(scales[0])
-    for scale in scales[1:]:
-        best = _better(best, at(scale))
-    return best
 
 
 def _better(a: Fit, b: Fit) -> Fit:

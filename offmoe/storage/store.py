@@ -230,7 +230,9 @@ class ExpertStore:
                 continue
             except OSError as error:
                 if direct is not None and error.errno in DIRECT_REFUSED:
-                    self._stop_direct(shard, error)
+                    # Reads on buffered from now on. The descriptor stays open: other threads may be reading from it.
+                    shard.direct = None
+                    self._warn(shard, error)
                 elif error.errno == errno.EIO and not retried:
                     retried = True
                 else:
@@ -245,13 +247,6 @@ class ExpertStore:
                     "opened; it was truncated while in use: restore the file and load the model again"
                 )
             done += read
-
-    def _stop_direct(self, shard: _Shard, error: OSError) -> None:
-        """Read this shard buffered from now on."""
-        # The unbuffered descriptor stays open until close(): other threads may be reading from it.
-        with self._state:
-            shard.direct = None
-        self._warn(shard, error)
 
     def _warn(self, shard: _Shard, error: OSError) -> None:
         """Log once per store that reads are buffered: the other shards stand in the same file system."""

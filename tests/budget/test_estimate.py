@@ -38,12 +38,15 @@ def test_published_sizes(
     name: str, total: float, dense: float, layers: int, moe_layers: int, experts: int, top_k: int
 ) -> None:
     surveyed = survey(CONFIGS / f"{name}.json", CPU)
-    assert (round(surveyed.parameters.total / 1e9, 1), round(surveyed.parameters.dense / 1e9, 1)) == (total, dense)
+    assert (round(surveyed.needs.parameters.total / 1e9, 1), round(surveyed.needs.parameters.dense / 1e9, 1)) == (
+        total,
+        dense,
+    )
     assert surveyed.shape.layers == moe_layers
     assert surveyed.hf_config.get_text_config().num_hidden_layers == layers
     assert set(surveyed.shape.experts) == {experts}
     assert set(surveyed.shape.top_k) == {top_k}
-    assert surveyed.plan.dense >= 2 * surveyed.parameters.dense, "computed in bf16"
+    assert surveyed.plan.dense >= 2 * surveyed.needs.parameters.dense, "computed in bf16"
     assert surveyed.plan.slots_per_layer == surveyed.shape.experts, "a petabyte holds all of them"
 
 
@@ -69,8 +72,12 @@ def test_the_configuration_says_what_the_headers_say(tmp_path: Path, family: str
     read = inspect(folder, CPU)
     estimated = survey(folder / "config.json", CPU)
     assert not isinstance(estimated, Inspected)
-    assert (estimated.shape, estimated.parameters, estimated.dtype) == (read.shape, read.parameters, read.dtype)
-    assert [e.slot for e in estimated.experts] == [e.slot for e in read.experts]
+    assert (estimated.shape, estimated.needs.parameters, estimated.dtype) == (
+        read.shape,
+        read.needs.parameters,
+        read.dtype,
+    )
+    assert [e.slot for e in estimated.needs.experts] == [e.slot for e in read.needs.experts]
     assert estimated.plan.slots_per_layer == read.plan.slots_per_layer
     fixed = [(p.dense, p.slots, p.workspace) for p in (estimated.plan, read.plan)]
     assert fixed[0] == fixed[1]
@@ -159,7 +166,7 @@ def test_a_dense_model_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_with_a_configuration_alone(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((CONFIGS / "mixtral-8x7b.json").read_text())
-    assert survey(tmp_path, CPU).parameters.total == 46_702_792_704
+    assert survey(tmp_path, CPU).needs.parameters.total == 46_702_792_704
     with pytest.raises(MissingTensorError, match=r"no \*\.safetensors"):
         offmoe.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="a file, not a model"):

@@ -71,7 +71,7 @@ def test_sizes_are_known_before_anything_is_written(
     pack(checkpoint, tmp_path / "packed", weight_format(experts))
     planned, wanted = inspect(checkpoint, config), inspect(tmp_path / "packed", config)
     assert planned.plan.to_dict() | {"budget": 0} == wanted.plan.to_dict() | {"budget": 0}
-    assert (planned.experts, planned.shape) == (wanted.experts, wanted.shape)
+    assert (planned.needs.experts, planned.shape) == (wanted.needs.experts, wanted.shape)
     assert list(temporary.iterdir()) == []
     alone = tmp_path / "config.json"
     alone.write_bytes((checkpoint / "config.json").read_bytes())
