@@ -123,9 +123,7 @@ class NativeQuantizer(Quantizer):
         self._threads = Threads(library, physical_cores() if threads is None else threads)
 
     def __call__(self, weight: torch.Tensor, how: WeightFormat, name: str = "weight") -> PackedWeight:
-        rows, cols = _checked(weight, how, name)
-        weight = _readable(weight)
-        out = _empty(rows, cols, how)
+        out, weight = _empty(weight, how, name), _readable(weight)
         tried = FACTORS if how.bits == 4 else INT8_FACTORS
         factors = (ctypes.c_float * MAX_FACTORS)(*tried)
         encoding = EncodingStruct(
@@ -169,8 +167,8 @@ class TorchQuantizer(Quantizer):
 
     def __call__(self, weight: torch.Tensor, how: WeightFormat, name: str = "weight") -> PackedWeight:
         fitting = self._fitting or (fit_asymmetric if how.zero_points else fit_symmetric)
-        rows, cols = _checked(weight, how, name)
-        out, groups = _empty(rows, cols, how), how.groups(cols)
+        rows, cols = weight.shape
+        out, groups = _empty(weight, how, name), how.groups(cols)
         step = max(1, BLOCK_VALUES // cols)
         for start in range(0, rows, step):
             block = weight[start : start + step].float()
@@ -212,15 +210,11 @@ def quantizer(threads: int | None = None) -> Quantizer:
     return TorchQuantizer() if library is None else NativeQuantizer(library, threads)
 
 
-def _checked(weight: torch.Tensor, how: WeightFormat, name: str) -> tuple[int, int]:
-    """The weight's shape; an error if the format cannot hold it."""
+def _empty(weight: torch.Tensor, how: WeightFormat, name: str) -> PackedWeight:
+    """The packed weight to fill; an error if the format cannot hold it."""
     rows, cols = weight.shape
     how.check(name, rows, cols)
     assert how.kind in ("int4", "int8"), how
-    return rows, cols
-
-
-def _empty(rows: int, cols: int, how: WeightFormat) -> PackedWeight:
     groups = how.groups(cols)
     words = torch.empty(rows, cols // how.word_values, dtype=torch.int32)
     zeros = torch.empty(rows, groups, dtype=torch.uint8) if how.zero_points else None

@@ -208,10 +208,8 @@ def _stays_inside(file: str) -> bool:
     """Whether a file name is a path inside the folder. Links are not resolved: the Hub's cache links to elsewhere."""
     if not file.endswith(".safetensors") or "\0" in file or not file.isprintable():
         return False
-    for path in (PurePosixPath(file), PureWindowsPath(file)):
-        if path.is_absolute() or path.drive or path.root or ".." in path.parts:
-            return False
-    return True
+    paths = (PurePosixPath(file), PureWindowsPath(file))
+    return not any(path.is_absolute() or path.drive or path.root or ".." in path.parts for path in paths)
 
 
 def _merge(headers: list[dict[str, TensorInfo]], files: list[str], folder: Path) -> dict[str, TensorInfo]:

@@ -53,33 +53,26 @@ class ReadPlan(NamedTuple):
 
 def plan_reads(record: ExpertRecord) -> ReadPlan:
     """Merge neighboring segments, widen each run to pages, and lay the runs out in the buffer one after the other."""
-    order = sorted(range(len(record.segments)), key=lambda i: (record.segments[i].shard, record.segments[i].offset))
-    places = [(0, 0)] * len(order)
-    windows: list[Window] = []
-    extent: list[int] = []
+    segments, places = record.segments, [(0, 0)] * len(record.segments)
+    runs: list[list[int]] = []  # indices of segments that are read at once
     end = at = 0
-
-    def finish() -> None:
-        nonlocal at
-        if not extent:
-            return
-        first = record.segments[extent[0]]
-        offset = first.offset // ALIGNMENT * ALIGNMENT
-        windows.append(Window(first.shard, offset, aligned(end, ALIGNMENT) - offset, at))
-        for i in extent:
-            places[i] = (at + record.segments[i].offset - offset, record.segments[i].nbytes)
-        at += windows[-1].nbytes
-
-    for i in order:
-        segment = record.segments[i]
-        if not segment.nbytes:
+    for i in sorted(range(len(segments)), key=lambda i: (segments[i].shard, segments[i].offset)):
+        shard, offset, nbytes = segments[i].shard, segments[i].offset, segments[i].nbytes
+        if not nbytes:
             continue
-        if extent and (record.segments[extent[0]].shard != segment.shard or segment.offset - end >= READ_THROUGH_BYTES):
-            finish()
-            extent, end = [], 0
-        extent.append(i)
-        end = max(end, segment.offset + segment.nbytes)
-    finish()
+        if not runs or segments[runs[-1][0]].shard != shard or offset - end >= READ_THROUGH_BYTES:
+            runs.append([])
+            end = 0
+        runs[-1].append(i)
+        end = max(end, offset + nbytes)
+    windows: list[Window] = []
+    for run in runs:
+        start = segments[run[0]].offset // ALIGNMENT * ALIGNMENT
+        end = aligned(max(segments[i].offset + segments[i].nbytes for i in run), ALIGNMENT)
+        windows.append(Window(segments[run[0]].shard, start, end - start, at))
+        for i in run:
+            places[i] = (at + segments[i].offset - start, segments[i].nbytes)
+        at += end - start
     parts = sorted(_parts(windows, at), key=lambda part: _first_segment(part, places))
     return ReadPlan(tuple(parts), tuple(places), tuple(sorted({w.shard for w in windows})), at)
 

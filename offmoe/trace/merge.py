@@ -79,12 +79,12 @@ def _concatenated(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
 
 def _predictions(traces: Sequence[Trace]) -> np.ndarray | None:
     """int16 [T, L, p] with the largest p; NONE where a trace has no predictions. None if no trace has any."""
-    width = max((t.predicted.shape[2] for t in traces if t.predicted is not None), default=0)
-    if not any(t.predicted is not None for t in traces):
+    widths = [trace.predicted.shape[2] for trace in traces if trace.predicted is not None]
+    if not widths:
         return None
     parts = []
     for trace in traces:
-        part = np.full((trace.tokens, trace.shape.layers, width), NONE, np.int16)
+        part = np.full((trace.tokens, trace.shape.layers, max(widths)), NONE, np.int16)
         if trace.predicted is not None:
             part[:, :, : trace.predicted.shape[2]] = trace.predicted
         parts.append(part)
