@@ -65,7 +65,7 @@ def fit_symmetric(w: torch.Tensor, how: WeightFormat) -> Fit:
     def at(scale: torch.Tensor) -> Fit:
         return _evaluate(w, scale, zero, -top, top - 1, how)
 
-    best = reduce(_better, [at(step * factor) for factor in (FACTORS if how.bits == 4 else INT8_FACTORS)])
+    best = reduce(_better, (at(step * factor) for factor in (FACTORS if how.bits == 4 else INT8_FACTORS)))
     for _ in range(REFITS):
         best = _better(best, at(_slope(best.level, w)))
     return best
@@ -79,8 +79,8 @@ def fit_asymmetric(w: torch.Tensor, how: WeightFormat) -> Fit:
     def at(scale: torch.Tensor, zero: torch.Tensor) -> Fit:
         return _evaluate(w, scale, zero.round().clamp(0, 15), 0, 15, how)
 
-    tried = [(high - low) / 15 * factor for factor in FACTORS]
-    best = reduce(_better, [at(scale, 7.5 - middle / _usable(scale)) for scale in tried])
+    tried = ((high - low) / 15 * factor for factor in FACTORS)
+    best = reduce(_better, (at(scale, 7.5 - middle / _usable(scale)) for scale in tried))
     for _ in range(REFITS):
         # Fits scale and zero point together, then the scale alone to the zero point once it is rounded.
         levels = _total(best.level) / count

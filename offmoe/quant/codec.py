@@ -60,6 +60,20 @@ class Encoding(NamedTuple):
     components: tuple[tuple[str, Spec], ...]
 
 
+class Kind(NamedTuple):
+    """What the same tensor of all experts of a layer has in common.
+
+    Args:
+        shape: for one expert; of a quantized tensor, the decoded shape.
+        dtype: the dtype; of a quantized tensor, a placeholder.
+        encoding: how the tensor is quantized; None if it is not.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    encoding: Encoding | None = None
+
+
 def codes_of_words(words: torch.Tensor, bits: int) -> torch.Tensor:
     """Unpack unsigned codes, lowest bits first: words int32 [..., n] -> uint8 [..., n * 32 / bits]. bits: 4 or 8."""
     octets = words.contiguous().view(torch.uint8)  # [..., 4n], little-endian as in the file

@@ -8,13 +8,13 @@ than the others of its layer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
 from offmoe.errors import CheckpointError
 from offmoe.quant.bitsandbytes import read_state
-from offmoe.quant.codec import Codec, Encoding, Spec
+from offmoe.quant.codec import Codec, Kind, Spec
 from offmoe.quant.decode import ExpertDecoding, Leaf
 from offmoe.storage.layout import Assembly, Destination, ExpertLayout
 
@@ -46,17 +46,6 @@ def offset_of(state: torch.Tensor, codec: Codec, name: str) -> torch.Tensor:
     return torch.tensor(offset, dtype=torch.float32)
 
 
-class ExpertTensor(Protocol):
-    """One tensor of an expert: its dense shape and dtype, and its encoding; None if it is not quantized."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def encoding(self) -> Encoding | None: ...
-
-
 class RawSlot(NamedTuple):
     """How the experts of a layer stand in slots.
 
@@ -71,7 +60,7 @@ class RawSlot(NamedTuple):
     decode: ExpertDecoding | None
 
 
-def raw_slot(tensors: Sequence[ExpertTensor], assembly: Assembly, shapes: Mapping[str, tuple[int, ...]]) -> RawSlot:
+def raw_slot(tensors: Sequence[Kind], assembly: Assembly, shapes: Mapping[str, tuple[int, ...]]) -> RawSlot:
     """A slot that holds one expert as it is stored.
 
     Args:

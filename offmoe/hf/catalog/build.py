@@ -22,8 +22,9 @@ from offmoe.hf.adapters.find import expert_parameters, find_experts, find_top_k,
 from offmoe.hf.catalog.catalog import CatalogLayer, ExpertCatalog
 from offmoe.hf.catalog.convert import ExpertConversion, Value, blocks_of, blocks_of_share, destinations_of
 from offmoe.hf.catalog.dense_view import DenseView
-from offmoe.hf.catalog.groups import Group, Groups, Kind, check_count, collect, divide_shared_lists, repeat_tied_experts
+from offmoe.hf.catalog.groups import Group, Groups, check_count, collect, divide_shared_lists, repeat_tied_experts
 from offmoe.hf.upstream import map_names
+from offmoe.quant.codec import Kind
 from offmoe.quant.raw_slot import RawSlot, raw_slot
 from offmoe.storage.checkpoint import Checkpoint
 from offmoe.storage.layout import Assembly, Destination, ExpertLayout, ExpertRecord

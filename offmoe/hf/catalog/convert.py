@@ -18,8 +18,9 @@ import torch
 from transformers import PreTrainedModel
 
 from offmoe.errors import CheckpointError, UnsupportedModelError
-from offmoe.hf.catalog.groups import Group, Kind
+from offmoe.hf.catalog.groups import Group
 from offmoe.hf.upstream import Concatenate, MergeModulelist, Transpose, run_converter, steps
+from offmoe.quant.codec import Kind
 from offmoe.storage.layout import Destination
 
 

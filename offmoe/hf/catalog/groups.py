@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -21,18 +20,7 @@ from offmoe.errors import CheckpointError, MissingTensorError, UnsupportedModelE
 from offmoe.hf.adapters.base import Place
 from offmoe.hf.adapters.find import require_adapter
 from offmoe.hf.upstream import MappedName, MergeModulelist, WeightConverter, steps
-from offmoe.quant.codec import Encoding
-
-
-class Kind(NamedTuple):
-    """What all tensors of one source pattern have in common."""
-
-    shape: tuple[int, ...]
-    """Shape for one expert, without the experts' dimension; of a quantized tensor, the decoded shape."""
-    dtype: torch.dtype
-    """The dtype; of a quantized tensor, a placeholder."""
-    encoding: Encoding | None = None
-    """How the tensors are quantized; None if they are not."""
+from offmoe.quant.codec import Kind
 
 
 class Share(NamedTuple):

@@ -12,9 +12,10 @@ from transformers.core_model_loading import Concatenate, ConversionOps, Interlea
 
 from offmoe.errors import CheckpointError, UnsupportedModelError
 from offmoe.hf.catalog.convert import Block, ExpertConversion, blocks_of, blocks_of_share, destinations_of
-from offmoe.hf.catalog.groups import Group, Kind, Share
+from offmoe.hf.catalog.groups import Group, Share
 from offmoe.hf.load.config import build_meta, model_class
 from offmoe.hf.upstream import WeightConverter, steps
+from offmoe.quant.codec import Kind
 from offmoe.storage.layout import Assembly, Destination, ExpertLayout, Segment
 from tests import tiny
 
