@@ -79,9 +79,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
 
     def replayed(candidates: Sequence[CacheOptions], bounds: Sequence[CacheOptions]) -> Results:
         with out.progress("replaying", len(candidates) + len(bounds), "configurations") as advance:
-            return sweep.sweep(
-                trace, candidates, bounds, settings, jobs=jobs, progress=lambda done, everything: advance(1)
-            )
+            return sweep.sweep(trace, candidates, bounds, settings, jobs=jobs, progress=lambda *counts: advance(1))
 
     result = search(
         trace,
@@ -115,10 +113,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
             "best": _facts(result, result.best),
             "bounds": [vars(bound) for bound in result.bounds],
             "knee": _knee_facts(result),
-            "predictions": {
-                name: {**total(quality).to_dict(), "by_layer": [layer.to_dict() for layer in quality]}
-                for name, quality in predictions.items()
-            },
+            "predictions": {name: _prediction_facts(quality) for name, quality in predictions.items()},
             "tokens": trace.tokens,
             "test_requests": sorted(settings.test_requests),
         }
@@ -156,6 +151,10 @@ def _facts(result: SearchResult, outcome: sweep.Outcome) -> dict[str, object]:
         "tokens_per_s": whole.tokens_per_s,
         "test_tokens_per_s": outcome.judged.tokens_per_s,
     }
+
+
+def _prediction_facts(quality: list[PredictionQuality]) -> dict[str, object]:
+    return {**total(quality).to_dict(), "by_layer": [layer.to_dict() for layer in quality]}
 
 
 def _knee_facts(result: SearchResult) -> dict[str, object]:
