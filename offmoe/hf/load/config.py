@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ LIMITS = {"layers": 10_000, "experts": 100_000}
 """Largest number allowed in a field whose name holds the word. The largest models have 126 layers and 2,048 experts."""
 LARGEST = 2**63 - 1
 """The largest number that a tensor of token ids can hold."""
-TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+TOKENS = ("bos_token_id", "pad_token_id", "decoder_start_token_id")
+END_TOKENS = ("eos_token_id",)
 TOKEN_LISTS = ("suppress_tokens", "begin_suppress_tokens")
 COUNTS = ("num_beams", "num_return_sequences", "max_new_tokens", "max_length", "top_k")
 NUMBERS = ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty")
@@ -198,26 +199,31 @@ def check_generation(folder: Path) -> None:
     except FileNotFoundError:
         return
     _check_tokens(values, path)
-    for name in TOKEN_LISTS:
-        value = values.get(name)
-        if value is not None and not (isinstance(value, list) and all(map(_is_id, value))):
-            raise _error(path, name, value, "a list of token ids")
-    for name in COUNTS:
-        value = values.get(name)
-        if value is not None and not (_is_id(value) and value >= 0):
-            raise _error(path, name, value, "a whole number, 0 or more")
-    for name in NUMBERS:
-        value = values.get(name)
-        if value is not None and not (isinstance(value, (int, float)) and abs(value) < float("inf")):
-            raise _error(path, name, value, "a number")
+    _check(values, path, TOKEN_LISTS, _are_ids, "a list of token ids")
+    _check(values, path, COUNTS, lambda value: _is_id(value) and value >= 0, "a whole number, 0 or more")
+    _check(values, path, NUMBERS, _is_number, "a number")
 
 
 def _check_tokens(values: Mapping[str, Any], path: Path) -> None:
-    for name in TOKENS:
+    _check(values, path, TOKENS, _is_id, "a token id")
+    _check(values, path, END_TOKENS, lambda value: _is_id(value) or _are_ids(value), "a token id or a list of them")
+
+
+def _check(
+    values: Mapping[str, Any], path: Path, names: Sequence[str], is_right: Callable[[Any], bool], wanted: str
+) -> None:
+    for name in names:
         value = values.get(name)
-        several = name == "eos_token_id" and isinstance(value, list)
-        if value is not None and not all(map(_is_id, value if several else [value])):
-            raise _error(path, name, value, "a token id" + (" or a list of them" if name == "eos_token_id" else ""))
+        if value is not None and not is_right(value):
+            raise _error(path, name, value, wanted)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < float("inf")
+
+
+def _are_ids(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_id, value))
 
 
 def _is_id(value: object) -> bool:
