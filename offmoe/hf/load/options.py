@@ -100,8 +100,7 @@ def compute_dtype(dtype: str | torch.dtype | None, hf_config: PreTrainedConfig, 
         ConfigError: there is no such dtype, or models cannot compute in it.
     """
     if dtype is None or dtype == "auto":
-        own = getattr(hf_config, "dtype", None) or getattr(hf_config.get_text_config(), "dtype", None)
-        dtype = own or default
+        dtype = getattr(hf_config, "dtype", None) or getattr(hf_config.get_text_config(), "dtype", None) or default
     return parse_dtype(dtype)
 
 

@@ -70,9 +70,8 @@ class SwitchTransformers(_Separate):
         return Routing(module.router, lambda outputs: reroute.ids_of_one_hot(outputs[0].flatten(0, -2)))
 
     def forward(self, module: Any, experts: Experts, hidden_states: Tensor) -> Tensor:
-        ids_of = self.routing(module).ids
         routing = module.router(hidden_states)  # one-hot [B, S, E], probability [B, S, 1], logits
-        ids = experts.routed(ids_of(routing))  # [T, 1]
+        ids = experts.routed(self.routing(module).ids(routing))  # [T, 1]
         outputs = experts(hidden_states.reshape(len(ids), -1), ids)  # [T, H]
         out = accumulate(outputs * routing[1].reshape(-1, 1), ids, hidden_states.dtype)
         return out.view(hidden_states.shape)

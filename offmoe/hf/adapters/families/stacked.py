@@ -48,10 +48,9 @@ class Llama4(FamilyExperts):
         return ScaledInputFFN(module.experts.act_fn)
 
     def forward(self, module: Any, experts: Experts, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        ids_of = self.routing(module).ids
         hidden = hidden_states.reshape(-1, module.hidden_dim)  # [T, H]
         scores, logits = module.router(hidden)  # [T, E] twice
-        ids = ids_of((scores, logits))  # [T, k]
+        ids = self.routing(module).ids((scores, logits))  # [T, k]
         scaled = hidden.unsqueeze(1) * scores.gather(1, ids).unsqueeze(2)  # [T, k, H]
         math = ScaledInputFFN(module.experts.act_fn, tokens=len(hidden))
         outputs = experts.with_math(math)(scaled.flatten(0, 1), experts.routed(ids))
