@@ -43,7 +43,9 @@ BUFFERS = staging_plan(1).buffers
 
 
 def reads_of(folder):
-    return max(e.read for e in offmoe.budget.inspect.inspect(folder, offmoe.OffloadConfig(slots_per_layer=3)).experts)
+    return max(
+        e.read for e in offmoe.budget.inspect.inspect(folder, offmoe.OffloadConfig(slots_per_layer=3)).needs.experts
+    )
 
 
 @pytest.mark.parametrize(("slots_in_ram", "scope", "pins"), [(0, "layer", 99), (3, "layer", 99), (8, "model", 7)])
