@@ -1,7 +1,7 @@
 """What only a GPU can show: asynchronous copies, pinned staging, other kernels, a memory limit that is not RAM's.
 
-Everything that offmoe decides or reads is tested on a CPU. Here the waits of transfer.py meet a device that does not
-wait by itself: copies and computing are slowed down on their streams, so that a race is lost every time, not once a
+Everything that offmoe decides or reads is tested on a CPU. Here the waits of transfer/waits.py meet a device that does
+not wait by itself: copies and computing are slowed down on their streams, so that a race is lost every time, not once a
 month. How close stock transformers comes to itself and to us on this device is written into the test report
 (record_property), whatever it is; only what offmoe promises is asserted."""
 

@@ -72,7 +72,10 @@ def _pairs(experts: Sequence[tuple[int, int]], inputs: LayerInput) -> Pairs:
 def device_compute(layers: Sequence[ExpertLayer], arena: SlotArena, otherwise: ExpertCompute) -> ExpertCompute:
     """The GPU kernels for layers whose slots they read, `otherwise` for the rest; logs which are the rest, and why."""
     if not available():
-        logger.warning("Triton is not installed: experts are computed by torch's operators, on decoded weights")
+        logger.warning(
+            "Triton is not installed: experts are computed by torch's operators, on decoded weights; install Triton for "
+            "the GPU kernels"
+        )
         return otherwise
     kernels: dict[int, DeviceKernels] = {}
     reasons: Counter[str] = Counter()

@@ -305,9 +305,10 @@ def test_what_is_demanded_lands_while_the_rest_is_read(checkpoint, in_parts, sta
     try:
         start(rig, (2, 5))
         assert reads.started[last].wait(20)
-        deadline = time.monotonic() + (20 if start is Rig.fetch else 0.2)
-        while not (early := int((slot != 0).sum())) and time.monotonic() < deadline:
-            time.sleep(0.01)
+        (shared,) = rig.engine._queue._shared
+        with shared._changed:
+            assert shared._changed.wait_for(lambda: shared._num_ended == 3, 20), "the parts before the last one"
+        early = int((slot != 0).sum())
         reads.gates[last].set()
         assert rig.use((2, 5))
         assert (0 < early < int((slot != 0).sum())) if start is Rig.fetch else (early == 0)

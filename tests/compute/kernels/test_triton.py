@@ -124,3 +124,4 @@ def test_without_triton_torch_computes(monkeypatch: pytest.MonkeyPatch, caplog: 
     otherwise = TorchCompute(arena, torch.float32)
     assert device_compute([], arena, otherwise) is otherwise
     assert "Triton is not installed" in caplog.text
+    assert "install Triton" in caplog.text
