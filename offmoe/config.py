@@ -258,9 +258,10 @@ class OffloadConfig:
     def _fill_in(self) -> None:
         """Record which options were given; take the others from the profile, else from the defaults."""
         options = [f for f in fields(self) if f.init]
-        object.__setattr__(
-            self, "explicit", frozenset(f.name for f in options if getattr(self, f.name) not in (None, f.default))
-        )
+        values = {f: getattr(self, f.name) for f in options}
+        # An array is never compared: options that accept one have no default, and `==` would compare its elements.
+        explicit = (f.name for f, v in values.items() if v is not None and (f.default is None or v != f.default))
+        object.__setattr__(self, "explicit", frozenset(explicit))
         profile = self.profile
         if profile is not None and not isinstance(profile, Profile):
             profile = read_profile(profile)

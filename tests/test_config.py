@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from offmoe.config import CacheOptions, OffloadConfig
@@ -76,3 +77,16 @@ def test_refusals_name_the_option(options, message):
 def test_cache_options_survive_json():
     options = CacheOptions("lru", "model", (2, 3, 4), "auto", on_miss="cpu")
     assert CacheOptions.from_dict({**options.to_dict(), "slots_per_layer": [2, 3, 4]}) == options
+
+
+def test_popularity_may_be_an_array() -> None:
+    counts = np.array([[3.0, 1.0], [2.0, 2.0]])
+    for eviction, popularity in (("static", ((3.0, 1.0), (2.0, 2.0))), ("lru", None)):
+        config = OffloadConfig(eviction=eviction, popularity=counts, slots_per_layer=1)  # type: ignore[arg-type]
+        assert "popularity" in config.explicit
+        assert config.cache().popularity == popularity
+
+
+def test_slots_in_an_array_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"slots_per_layer=array\(\[3, 4\]\) must be an int or one int per MoE layer"):
+        OffloadConfig(slots_per_layer=np.array([3, 4]))  # type: ignore[arg-type]

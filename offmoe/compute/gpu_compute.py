@@ -73,8 +73,8 @@ def device_compute(layers: Sequence[ExpertLayer], arena: SlotArena, otherwise: E
     """The GPU kernels for layers whose slots they read, `otherwise` for the rest; logs which are the rest, and why."""
     if not available():
         logger.warning(
-            "Triton is not installed: experts are computed by torch's operators, on decoded weights; install Triton for "
-            "the GPU kernels"
+            "Triton is not installed: experts are computed by torch's operators, on decoded weights. "
+            "For the GPU kernels, install Triton."
         )
         return otherwise
     kernels: dict[int, DeviceKernels] = {}
