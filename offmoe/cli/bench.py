@@ -25,7 +25,7 @@ from offmoe.bench.messages import ACCELERATE, OFFMOE, Pass, Task
 from offmoe.bench.scratch import ended_by_sigterm, scratch_folder
 from offmoe.cli import options, prompts
 from offmoe.cli.model import open_model
-from offmoe.cli.output import Output
+from offmoe.cli.output import Output, new_table
 from offmoe.config import OffloadConfig
 from offmoe.errors import ConfigError
 from offmoe.profile import CACHE_OPTIONS
@@ -60,51 +60,24 @@ def parser() -> options.Parser:
     parser = options.Parser("bench", "Measure a model: time to first token, time per token, bytes, peak memory.")
     options.add_loading(parser)
     group = parser.add_argument_group("benchmark")
-    group.add_argument(
-        "--against",
-        metavar="RUNTIME",
-        help="also run the same work with RUNTIME: accelerate, or no-prefetch (offmoe without prefetch)",
-    )
-    group.add_argument(
-        "--against-model",
-        metavar="MODEL",
-        help="the model that accelerate runs, if it is another one: the checkpoint that a packed one was written from",
-    )
-    group.add_argument(
-        "--replay-routing",
-        metavar="TRACE",
-        help="route tokens as in this recording, for models with random weights; the text is meaningless then",
-    )
-    group.add_argument("--prompt", metavar="TEXT", help="continue TEXT in every round (default: another text in each)")
-    group.add_argument(
-        "--prompt-tokens", type=options.positive, metavar="N", help="continue N random tokens in place of a text"
-    )
-    group.add_argument(
-        "--random-tokens", action="store_true", help="continue with random tokens in place of the model's"
-    )
-    group.add_argument(
-        "--new-tokens",
-        type=options.positive,
-        default=DEFAULT_TOKENS,
-        metavar="N",
-        help=f"tokens to generate per round (default: {DEFAULT_TOKENS})",
-    )
-    group.add_argument(
-        "--rounds",
-        type=options.positive,
-        default=DEFAULT_ROUNDS,
-        metavar="N",
-        help=f"rounds to measure, after one that warms up (default: {DEFAULT_ROUNDS})",
-    )
-    group.add_argument(
-        "--memory-cap", metavar="SIZE", help="run each contender in a memory cgroup of this size (Linux)"
-    )
-    group.add_argument(
-        "--threads", type=options.positive, default=0, metavar="N", help="threads that compute on the CPU"
-    )
-    group.add_argument(
-        "--scratch", metavar="FOLDER", help="folder for the second copy of the experts that accelerate may write"
-    )
+    add, number = options.add_option, options.positive
+    against = "also run the same work with RUNTIME: accelerate, or no-prefetch (offmoe without prefetch)"
+    add(group, "--against", "RUNTIME", against)
+    stock = "the model that accelerate runs, if it is another one: the checkpoint that a packed one was written from"
+    add(group, "--against-model", "MODEL", stock)
+    replayed = "route tokens as in this recording, for models with random weights; the text is meaningless then"
+    add(group, "--replay-routing", "TRACE", replayed)
+    add(group, "--prompt", "TEXT", "continue TEXT in every round (default: another text in each)")
+    add(group, "--prompt-tokens", "N", "continue N random tokens in place of a text", number)
+    random_tokens = "continue with random tokens in place of the model's"
+    group.add_argument("--random-tokens", action="store_true", help=random_tokens)
+    tokens = f"tokens to generate per round (default: {DEFAULT_TOKENS})"
+    add(group, "--new-tokens", "N", tokens, number, DEFAULT_TOKENS)
+    measured = f"rounds to measure, after one that warms up (default: {DEFAULT_ROUNDS})"
+    add(group, "--rounds", "N", measured, number, DEFAULT_ROUNDS)
+    add(group, "--memory-cap", "SIZE", "run each contender in a memory cgroup of this size (Linux)")
+    add(group, "--threads", "N", "threads that compute on the CPU", number, 0)
+    add(group, "--scratch", "FOLDER", "folder for the second copy of the experts that accelerate may write")
     options.add_cache(parser)
     return parser
 
@@ -287,12 +260,9 @@ ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
 
 
 def _table(results: dict[str, Any]) -> Table:
-    table = Table(title=f"medians of {results['rounds']} rounds", title_justify="left")
     contenders = [results["ours"], *([results["baseline"]] if results["baseline"] else [])]
-    table.add_column("")
-    for name in ("offmoe", results["against"])[: len(contenders)]:
-        table.add_column(name, justify="right")
-
+    names = ("offmoe", results["against"])[: len(contenders)]
+    table = new_table(f"medians of {results['rounds']} rounds", ("",), names)
     for title, (key, form) in ROWS.items():
         table.add_row(title, *(or_dash(contender[key], form) for contender in contenders))
     for place in ("rss", "cgroup", "device"):

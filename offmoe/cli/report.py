@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from offmoe.cli import options
-from offmoe.cli.output import Output
+from offmoe.cli.output import Output, new_table
 from offmoe.report.findings import findings, missing
 from offmoe.report.page import write_page
 from offmoe.report.report import ALERT, Report, describe
@@ -48,15 +48,12 @@ def run(args: argparse.Namespace, out: Output) -> None:
 
 
 def _layers(report: Report) -> Table:
-    table = Table(
-        title="experts by layer",
-        title_justify="left",
-        caption=f"kept: experts shared with the token before; same: between occurrences of a token; any: of any two "
-        f"tokens; busiest: expert (times the mean), red above {ALERT:g}",
-        caption_justify="left",
+    caption = (
+        "kept: experts shared with the token before; same: between occurrences of a token; any: of any two tokens; "
+        f"busiest: expert (times the mean), red above {ALERT:g}"
     )
-    for name in ("layer", "Gini", "entropy", "busiest", "unused", "kept", "same", "any"):
-        table.add_column(name, justify="right", no_wrap=True)
+    columns = ("layer", "Gini", "entropy", "busiest", "unused", "kept", "same", "any")
+    table = new_table("experts by layer", (), columns, no_wrap=True, caption=caption, caption_justify="left")
     for i, (load, consistency) in enumerate(zip(report.loads, report.consistency, strict=True)):
         busiest = "-" if load.busiest is None else f"{int(load.routes.argmax())} ({load.busiest:.2f}x)"
         table.add_row(
