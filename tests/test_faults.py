@@ -19,6 +19,7 @@ from offmoe.transfer.staging import staging_plan
 from offmoe.types import ExpertKey, Fetch
 from tests import tiny
 from tests.doubles import PinningBackend
+from tests.policy.invariants import check_planner
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def model(request, folder, monkeypatch):
     monkeypatch.setattr(offmoe.budget.inspect, "select_backend", lambda name: backend)
     if isinstance(backend, PinningBackend):
         found = offmoe.budget.inspect.inspect(folder, offmoe.OffloadConfig(slots_per_layer=3))
-        read = max(e.read for e in found.experts)
+        read = max(e.read for e in found.needs.experts)
         backend.ram = (staging_plan(read).buffers + 3 * 3) * read
     loaded = offmoe.from_pretrained(folder, slots_per_layer=3, prefetch=2)
     yield loaded
@@ -107,7 +108,7 @@ def test_a_typed_error_or_the_right_tokens(model, fault, nth):
         assert isinstance(raised, expected)
     assert store._read_at.calls >= nth
     store._read_at = right
-    executor._planner.check()
+    check_planner(executor._planner)
     assert torch.equal(generate(model), want), "and again as if nothing had been"
 
 
@@ -145,7 +146,7 @@ def test_ctrl_c_at_random_points(model, points, interrupts):
         except KeyboardInterrupt:
             struck += not done
         timer.join(20)
-        executor._planner.check()
+        check_planner(executor._planner)
         assert torch.equal(generate(model, tokens=3), want)
     assert struck >= points // 4, "most of them in the middle"
 

@@ -201,15 +201,9 @@ def _sweep_table(result: SearchResult) -> Table:
         table.add_row(label, *(f"{100 * getattr(bound, key):.1f}" for bound in result.bounds))
     if curve := result.curve(result.best.options.eviction):
         table.add_section()
-        top = max(curve)
-        table.add_row(
-            "doubling adds",
-            *(
-                f"{100 * sweep.gain_of_doubling(curve, n):+.1f}" if 2 * n <= top else ""
-                for n in sizes
-                if isinstance(n, int)
-            ),
-        )
+        gains = {n: sweep.gain_of_doubling(curve, n) for n in curve if 2 * n <= max(curve)}
+        equal = [n for n in sizes if isinstance(n, int)]
+        table.add_row("doubling adds", *(f"{100 * gains[n]:+.1f}" if n in gains else "" for n in equal))
     return table
 
 

@@ -145,18 +145,6 @@ class HostTier:
         ]
         heapify(heap)
 
-    def check(self) -> None:
-        """Assert that each slot is free or holds one copy, and that each copy has an entry that leads to its score."""
-        assert sorted([*self._slot_of.values(), *self._free]) == sorted(self.slots)
-        assert len(self._ram_only) <= self._most_entries
-        assert len(self._on_both) <= self._most_entries
-        for key in self._slot_of:
-            score = self._policy.score(key)
-            if key in self._on_device:
-                assert key in self._changed or (-score, key) in self._on_both
-            else:
-                assert any(other == key and entry <= score for entry, other in self._ram_only)
-
 
 def _worth(score: float, threshold: float) -> float:
     """Worth of a copy that the device holds as well. threshold: score of the device's next victim."""

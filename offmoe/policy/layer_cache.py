@@ -58,12 +58,6 @@ class LayerCache:
             experts += [(fetch.key.expert, fetch.slot) for fetch in fetches]
         return Wave(tuple(experts), fetches)
 
-    def check(self) -> None:
-        """Assert the invariants of the layer's slots on the device and in RAM."""
-        self.residency.check()
-        if self.host_tier is not None:
-            self.host_tier.check()
-
 
 def build_layers(shape: CacheShape, options: CacheOptions, make_policy: MakePolicy) -> list[LayerCache]:
     """The layers of a model, with empty slots. ConfigError if the options do not fit the model."""

@@ -267,11 +267,6 @@ class Planner:
         cache = self.layers[layer]
         return [expert for expert in experts if not cache.is_resident(cache.keys[expert])]
 
-    def check(self) -> None:
-        """Assert the invariants of every layer."""
-        for cache in self.layers:
-            cache.check()
-
 
 def _victims_first(waves: Sequence[Wave]) -> tuple[Wave, ...]:
     """The waves, the residents of the first in the order in which later waves take their slots, so that fetches need

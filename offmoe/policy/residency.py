@@ -81,8 +81,3 @@ class Residency:
     def complete(self) -> bool:
         """Every key is resident, so nothing will ever miss."""
         return len(self.slot_of) == self._num_keys
-
-    def check(self) -> None:
-        """Assert that every slot is free or held by exactly one key, and that pending keys are resident."""
-        assert sorted([*self.slot_of.values(), *self._free]) == sorted(self._slots)
-        assert self._pending <= self.slot_of.keys()

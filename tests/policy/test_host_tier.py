@@ -16,6 +16,7 @@ from offmoe.policy.host_tier import DISTANCE
 from offmoe.policy.planner import Planner, build_planner
 from offmoe.profile import MissCosts
 from offmoe.types import Access, CacheShape, Demand, Plan, count_demands
+from tests.policy.invariants import check_planner
 
 SHAPE = CacheShape(experts=(7, 7, 12), top_k=(2, 2, 2), expert_bytes=(10, 10, 20))
 
@@ -114,7 +115,7 @@ def test_every_decision_is_that_of_a_scan(seed, eviction, scope, host_slots, pre
     planner, oracle = build_planner(options, SHAPE), scanning(options, SHAPE)
     for access in accesses:
         assert planner.plan(access) == oracle.plan(access)
-        planner.check()
+        check_planner(planner)
 
 
 @pytest.mark.parametrize("scope", ["layer", "model"])
@@ -125,15 +126,15 @@ def test_a_long_run_with_heaps_that_are_cleared_out(eviction, scope, monkeypatch
     options = options_of(eviction, scope, (16, 20), 1, shape, slots=10)
     planner, accesses = build_planner(options, shape), routed(5, 300, shape)
     assert decisions(planner, accesses) == decisions(scanning(options, shape), accesses)
-    planner.check()  # also of the heaps' lengths
+    check_planner(planner)  # also of the heaps' lengths
 
 
 def test_a_broken_state_is_found():
     planner = build_planner(options_of("lru", "layer", 2, 0), SHAPE)
     planner.plan(Access(0, (Demand(1, 1, 1), Demand(2, 1, 1)), 1))
-    planner.check()
+    check_planner(planner)
     residency = planner.layers[0].residency
     residency.admit(3, ())
     assert residency.admit(4, (3,)) == (0, 1)  # an eviction that the tier does not hear of
     with pytest.raises(AssertionError):
-        planner.check()
+        check_planner(planner)

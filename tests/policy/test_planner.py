@@ -19,6 +19,7 @@ from offmoe.profile import MissCosts
 from offmoe.simulate.replay import Recording, replay
 from offmoe.trace.trace import read_trace
 from offmoe.types import Access, CacheShape, CacheStats, Demand, ExpertKey, count_demands
+from tests.policy.invariants import check_planner
 
 SHAPE = CacheShape(experts=(6, 6, 8), top_k=(2, 2, 2), expert_bytes=(10, 10, 20))
 FAST_LINK, FAST_HOST = MissCosts(1, 5, 50, 60, 9, 1), MissCosts(50, 5, 1, 2, 1, 1, handoff_us=1)
@@ -105,7 +106,7 @@ def test_slots_hold_what_plans_say(steps, eviction, scope, slots, prefetch, on_m
             held.pop(slot, None)
         assert len(held) <= planner.num_slots
         assert plan.hits + plan.pending + plan.misses == len(step.demands)
-        planner.check()
+        check_planner(planner)
         stats.add(plan, SHAPE)
     if on_miss == "cpu" and prefetch == 0 and costs is None:
         assert stats.evictions == 0
@@ -223,7 +224,7 @@ def test_ram_holds_what_plans_say(steps, eviction, scope, host_slots, prefetch):
                 assert fetch.key not in held.values()
                 held[fetch.host] = fetch.key
         assert len(held) <= planner.num_host_slots
-        planner.check()
+        check_planner(planner)
         stats.add(plan, SHAPE)
     for_nothing = sum(
         (s.prefetched - s.prefetched_used) * n for s, n in zip(stats.by_layer, SHAPE.expert_bytes, strict=True)
@@ -306,7 +307,7 @@ def test_what_the_host_computed_and_will_be_wanted_is_fetched_afterwards():
         for pair in ([0, 1], [2, 3], [2, 3]):
             plan = planner.plan(access(0, pair))
             filled += plan.prefetches
-            planner.check()
+            check_planner(planner)
     assert filled
     assert all(not fetch.read for fetch in filled)
     assert planner.plan(access(0, [2, 3])).pending + planner.plan(access(0, [2, 3])).hits

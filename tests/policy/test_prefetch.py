@@ -10,6 +10,7 @@ from offmoe.io_limits import STOP_BYTES
 from offmoe.policy.planner import Planner, build_planner
 from offmoe.policy.prefetch import WORTH_BYTES, AutoPrefetch, Candidate
 from offmoe.types import Access, CacheShape, CacheStats, Demand
+from tests.policy.invariants import check_planner
 
 SHAPE = CacheShape((16, 16), (2, 2), (WORTH_BYTES, WORTH_BYTES))
 
@@ -30,7 +31,7 @@ def run(planner: Planner, wanted: list[list[int]], predict) -> CacheStats:
     for step, experts in enumerate(wanted):
         stats.add(planner.plan(access(0, [0, 1], predict(step, experts))), SHAPE)
         stats.add(planner.plan(access(1, experts)), SHAPE)
-        planner.check()
+        check_planner(planner)
     return stats
 
 

@@ -25,6 +25,7 @@ from offmoe.transfer.slot_writer import SlotWriter
 from offmoe.transfer.waits import WAITS
 from offmoe.types import Access, CacheShape, CacheStats, Demand, ExpertKey, Fetch
 from tests.doubles import DeferredBackend, Layer, without
+from tests.policy.invariants import check_planner
 
 LAYERS, EXPERTS, VALUES = 3, 12, 700
 SHAPE = CacheShape((EXPERTS,) * LAYERS, (2,) * LAYERS, (VALUES * 4,) * LAYERS)
@@ -121,7 +122,7 @@ def test_every_use_sees_its_expert(checkpoint, backend, scope, slots, size):
     rig = Rig(checkpoint, backend(), CacheOptions("lru", scope, slots, prefetch=3), slow_at_random(slots))
     try:
         wrong = sum(rig.run(access) for access in random_accesses(slots, 40))
-        rig.planner.check()
+        check_planner(rig.planner)
         assert wrong == 0
         assert rig.stats.prefetched_used
         assert rig.stats.misses > 100
@@ -137,7 +138,7 @@ def test_every_use_sees_its_expert_without_a_slot(checkpoint, on_miss, miss_cost
     rig = Rig(checkpoint, DeferredBackend(), options, slow_at_random(1), pins=99)
     try:
         wrong = sum(rig.run(access) for access in random_accesses(7, 40))
-        rig.planner.check()
+        check_planner(rig.planner)
         assert wrong == 0
         assert rig.stats.host_computed > 20
     finally:
@@ -158,7 +159,7 @@ def test_every_use_sees_its_expert_through_ram(checkpoint, scope, slots, host_sl
     rig = Rig(checkpoint, DeferredBackend(), options, counted, pins)
     try:
         wrong = sum(rig.run(access) for access in random_accesses(7, 50))
-        rig.planner.check()
+        check_planner(rig.planner)
         assert wrong == 0
         wasted = (rig.stats.prefetched - rig.stats.prefetched_used) * SHAPE.expert_bytes[0]
         assert 0 < rig.stats.disk_bytes < rig.stats.h2d_bytes + wasted
