@@ -123,7 +123,7 @@ def test_no_import_circles() -> None:
 
 
 def test_devices_are_the_backends_business() -> None:
-    """Rule R4: CPU is a backend, not a mode."""
+    """A CPU is a backend, not a mode."""
     offenders = []
     for place, node in nodes():
         if place.startswith(("offmoe/device/backend.py", "offmoe/compute/kernels/")):
