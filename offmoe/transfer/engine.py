@@ -68,9 +68,15 @@ class TransferEngine:
         """The read-aheads of the last access, for the next one to adopt."""
         self.computed(range(len(writer.arena)))  # the first copies wait for whatever used this memory before
         self._closed = False
-        self._readers = [Reader(i, self._queue, writer, self._host, waits) for i in range(READERS)]
-        for reader in self._readers:
-            reader.start()
+        self._readers: list[Reader] = []
+        try:
+            for i in range(READERS):
+                reader = Reader(i, self._queue, writer, self._host, waits)
+                reader.start()
+                self._readers.append(reader)
+        except BaseException:  # the system gives no more threads, or Ctrl-C
+            self.close()
+            raise
 
     def stream(self, waves: Sequence[Wave]) -> None:
         """Start all fetches of one access, in the order of its waves.

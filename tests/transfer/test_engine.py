@@ -24,7 +24,7 @@ from offmoe.transfer.slot_writer import SlotWriter
 from offmoe.transfer.staging import staging_plan
 from offmoe.transfer.waits import WAITS
 from offmoe.types import ExpertKey, Fetch, Wave
-from tests.doubles import DeferredBackend, Layer, without
+from tests.doubles import DeferredBackend, Layer, PinningBackend, without
 
 EXPERTS, ROWS, COLUMNS = 24, 16, 96
 LAYOUT = ExpertLayout.of({"in": (torch.float32, (ROWS, COLUMNS)), "out": (torch.float32, (COLUMNS, ROWS))})
@@ -698,6 +698,24 @@ def test_close_ends_threads_and_refuses_more(checkpoint, reading):
     assert not any(t.is_alive() for t in threads)
     with pytest.raises(TransferError, match="closed"):
         rig.fetch((1, 1))
+
+
+def test_a_reader_that_cannot_start_leaves_no_thread_and_no_pinned_memory(checkpoint, monkeypatch):
+    start, started = reader_module.Reader.start, []
+
+    def start_two(reader):
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(reader)
+        start(reader)
+
+    monkeypatch.setattr(reader_module.Reader, "start", start_two)
+    backend = PinningBackend()
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        Rig(checkpoint, backend=backend)
+    assert len(started) == 2
+    assert not any(reader.is_alive() for reader in started)
+    assert not backend.pinned
 
 
 def test_forget_leaves_nothing_under_way(checkpoint, reading):
