@@ -58,6 +58,9 @@ class CtrlC:
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self.pressed = True
+        if self._ends_process and _imports_torch(frame):
+            os.write(2, b"offmoe: interrupted\n")
+            os._exit(STATUS)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would only disturb the exit
         sys.unraisablehook = lambda _: None  # no tracebacks from destructors that the interrupt hits
         raise KeyboardInterrupt
@@ -79,3 +82,12 @@ class CtrlC:
             if signals[0] == signal.SIGINT and not self._over.wait(GRACE_S):
                 os._exit(STATUS)
         os.close(reading_end)
+
+
+def _imports_torch(frame: FrameType | None) -> bool:
+    """Whether torch is being imported: C++ code of that import calls Python, and aborts on an exception."""
+    while frame is not None:
+        if frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__") == "torch":
+            return True
+        frame = frame.f_back
+    return False

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -169,14 +170,17 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
     name = str(path)
     try:
         with open(path, "rb") as stream:
+            if not zipfile.is_zipfile(stream):  # numpy would take it for a pickle, and advise to load it unsafely
+                raise TraceError(f"{name} is not a .npz trace, or its end is missing; record it again.")
+            stream.seek(0)
             file = np.load(stream, allow_pickle=False)
-            if isinstance(file, np.ndarray):
-                raise ValueError("it holds a bare array")
             arrays = {key: np.asarray(file[key]) for key in file.files}
     except FileNotFoundError:
         raise TraceError(
             f"{name} does not exist; record one with 'offmoe generate MODEL PROMPT --trace {name}'."
         ) from None
+    except TraceError:
+        raise
     except Exception as error:  # a damaged archive raises errors of zipfile, zlib, struct and numpy alike
         raise TraceError(f"{name} is not a readable .npz trace: {type(error).__name__}: {error}") from error
     try:

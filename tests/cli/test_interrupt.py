@@ -70,6 +70,17 @@ def imported(module: str) -> Callable[[str], bool]:
     return lambda line: line.startswith("import time:") and line.rpartition("|")[2].strip() == module
 
 
+def test_torch_is_never_interrupted_in_its_import(tmp_path: Path) -> None:
+    """C++ code of torch's import calls Python: an exception there aborts the process, with a dump of the stack."""
+    body = "import os, signal, time\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(5)\n"
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(f"{body}except BaseException:\n    os.abort()\n", encoding="utf-8")
+    run = "import sys; from offmoe.cli import main; sys.path.insert(0, sys.argv.pop(1)); main()"
+    with running("-c", run, str(tmp_path), "doctor") as child:
+        stderr = child.communicate(timeout=30)[1].decode(errors="replace")
+    assert (child.returncode, stderr) == (130, "offmoe: interrupted\n")
+
+
 def test_while_importing(checkpoint: Path) -> None:
     with running("-X", "importtime", *generate(checkpoint)) as child:
         read_until(child, imported("torch._C"))
