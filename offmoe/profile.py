@@ -7,6 +7,7 @@ profile, and a profile over a default; config.py applies that.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from offmoe.errors import ConfigError
+from offmoe.errors import ConfigError, OffmoeError
 from offmoe.files import replacing
 
 CACHE_OPTIONS = ("eviction", "scope", "slots_per_layer", "prefetch", "half_life", "popularity", "host_slots", "on_miss")
@@ -177,7 +178,12 @@ class Profile:
     expected: Mapping[str, object] = field(default_factory=dict)
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the profile as JSON, whole or not at all; ConfigError if the path cannot be written."""
+        """Write the profile as JSON, whole or not at all.
+
+        Raises:
+            ConfigError: The path cannot be written.
+            OffmoeError: The disk is full.
+        """
         parts = {
             "cache": dict(self.cache),
             "costs": None if self.costs is None else self.costs.to_dict(),
@@ -189,7 +195,11 @@ class Profile:
             with replacing(path) as temporary:
                 temporary.write_text(text, encoding="utf-8")
         except OSError as error:
-            raise ConfigError(f"profile {os.fspath(path)!r}: cannot be written ({error.strerror}).") from error
+            full = error.errno == errno.ENOSPC
+            advice = "free space or choose another path" if full else "choose another path"
+            raise (OffmoeError if full else ConfigError)(
+                f"profile {os.fspath(path)!r}: cannot be written ({error.strerror}); {advice}."
+            ) from error
 
 
 def _lines(part: Mapping[str, object]) -> str:

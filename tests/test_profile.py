@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from offmoe.config import CacheOptions, OffloadConfig
-from offmoe.errors import ConfigError
+from offmoe.errors import ConfigError, OffmoeError
 from offmoe.profile import CostModel, Profile, read_profile
 
 CACHE = {"eviction": "lru", "scope": "model", "slots_per_layer": [3, 4], "prefetch": 0, "half_life": 8.0}
@@ -60,6 +63,18 @@ def test_files_that_cannot_be_read_or_written(tmp_path):
         read_profile(tmp_path / "absent.json")
     with pytest.raises(ConfigError, match="cannot be written"):
         Profile(CACHE).write(tmp_path / "no" / "p.json")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a disk that is always full")
+def test_a_full_disk_is_no_wrong_option(tmp_path, monkeypatch):
+    @contextmanager
+    def full(path):
+        yield Path("/dev/full")
+
+    monkeypatch.setattr("offmoe.profile.replacing", full)
+    with pytest.raises(OffmoeError, match="free space") as raised:
+        Profile(CACHE).write(tmp_path / "p.json")
+    assert raised.value.exit_status == 1
 
 
 def test_explicit_over_profile_over_default():

@@ -261,7 +261,7 @@ def _advice(config: OffloadConfig, survey: Survey) -> str:
     else:
         to_it = f"--slots-per-layer {','.join(map(str, sorted(set(knee)) if len(set(knee)) == 1 else knee))}"
     if plan.slots_per_layer == shape.experts:
-        return f"Every expert has a slot: none is read twice. {to_it} would still be at {where}."
+        return f"Every expert has a slot, so none is read twice. With {to_it} the model would be just at {where}."
     if all(n >= m for n, m in zip(plan.slots_per_layer, knee, strict=True)):
         return f"At or above {where}: more slots help gradually; {to_it} would just reach it."
     return f"Below {where}, where hit rates fall steeply; use {to_it} if the device can."

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
     out.result(_table(done, str(how)))
     if done.kept:
         out.note(f"finished by an earlier run: {done.kept} of {done.shards} shards")
-    out.note(f"next: offmoe generate {args.output} PROMPT")
+    out.note(f"next: offmoe generate {args.output} PROMPT --experts {args.experts}")
     scored = {}
     if ids is not None:
         before, after = (_score(which, ids, args, out) for which in (args.model, args.output))
