@@ -38,7 +38,7 @@ from offmoe.storage.checkpoint import Checkpoint
 from offmoe.types import CacheShape
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Survey:
     """What a model needs and what fits; nothing is loaded.
 
@@ -55,6 +55,7 @@ class Survey:
         backend: the device.
         meta: the model on the meta device. If a lone configuration has very many expert modules, it is built with two
             per layer.
+        catalog: the experts as the headers describe them; None if there is only a configuration.
     """
 
     folder: Path
@@ -68,6 +69,7 @@ class Survey:
     refusal: CapacityError | None
     backend: Backend
     meta: PreTrainedModel
+    catalog: ExpertCatalog | None = None
 
     @property
     def shape(self) -> CacheShape:
@@ -87,7 +89,7 @@ class Survey:
         return unpredictable_reasons(self.meta, list(find_experts(self.meta).values()))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Inspected(Survey):
     """A checkpoint whose headers were read; nothing is loaded.
 

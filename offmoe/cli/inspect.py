@@ -23,7 +23,6 @@ from offmoe.text import format_size, percent, plain, span
 
 if TYPE_CHECKING:
     from offmoe.budget.inspect import Survey
-    from offmoe.hf.catalog.catalog import ExpertCatalog
 
 Unpredictable = tuple[str | None, ...] | None
 """Per MoE layer, the reason why its experts cannot be predicted, or None if they can. None if only a run can tell."""
@@ -96,7 +95,7 @@ def _facts(
         "exactness": survey.config.exactness,
         "kernel_layers": kernel_layers,
         "without_kernels": without_kernels,
-        "source": "config" if _catalog(survey) is None else "headers",
+        "source": "config" if survey.catalog is None else "headers",
         "tokens_per_s": None if speed is None else speed.likely,
         "on_miss": {how: {"tokens_per_s": e.uniform, "roofline": e.roofline} for how, e in ways.items()},
     }
@@ -105,20 +104,14 @@ def _facts(
     return facts
 
 
-def _catalog(survey: Survey) -> ExpertCatalog | None:
-    """The experts as the headers describe them; None if there is only a configuration."""
-    return getattr(survey, "catalog", None)
-
-
 def _formats(survey: Survey) -> list[str]:
     """The formats that quantized experts are stored in; a configuration alone does not tell."""
-    catalog = _catalog(survey)
-    return [] if catalog is None else list(catalog.formats)
+    return [] if survey.catalog is None else list(survey.catalog.formats)
 
 
 def _kernels(survey: Survey) -> tuple[int, list[str]] | None:
     """In how many MoE layers the CPU's kernels compute, and why not in the others; None if not asked or not known."""
-    catalog = _catalog(survey)
+    catalog = survey.catalog
     if survey.config.exactness == "bitwise" or catalog is None:
         return None
     reasons = dict.fromkeys(layer.without_kernel for layer in catalog.layers if layer.without_kernel)
@@ -197,7 +190,7 @@ def _needs(name: str, survey: Survey, unpredictable: Unpredictable) -> Table:
     table.add_row("all experts", f"{format_size(survey.expert_bytes)} in {sum(shape.experts)}, {share} of the model")
     table.add_row("dense part", f"{format_size(dense)} in {dtype}, needed for every token")
     table.add_row("experts ahead", _predictable(unpredictable))
-    if _catalog(survey) is None:
+    if survey.catalog is None:
         table.add_row("known from", f"{survey.folder.name} alone: no weights here, sizes follow from shapes and dtype")
     return table
 
@@ -221,23 +214,20 @@ def _fit(config: OffloadConfig, survey: Survey) -> Table:
     resident = percent(sum(plan.slots_per_layer) / sum(shape.experts))
     source = "free here, less a reserve" if config.device_memory == "auto" else "--device-memory"
     table = new_table(f"what fits on {survey.config.device}")
-    table.add_row("budget", format_size(plan.budget), source)
-    table.add_row("dense part", format_size(plan.dense), "" if not plan.offloaded_layers else "what stays")
-    if plan.offloaded_layers:
-        layers = f"{plan.offloaded_layers} of {_layers(survey)} layers"
-        table.add_row(
-            "dense, elsewhere", format_size(plan.offloaded), f"{layers}, from {plan.offloaded_in} in every pass"
-        )
-        table.add_row("a dense layer", format_size(plan.in_flight), "in flight")
-    table.add_row(
-        "expert slots", format_size(plan.slots), f"{span(plan.slots_per_layer)} per layer, {resident} resident"
-    )
-    table.add_row("KV cache", format_size(plan.kv), f"{plan.max_context} tokens of context")
-    if plan.scratch:
-        table.add_row("scratch", format_size(plan.scratch), "experts that are computed without a slot")
-    if plan.staging:
-        table.add_row("staging", format_size(plan.staging), "reads on their way")
-    table.add_row("workspace", format_size(plan.workspace), "activations, logits")
+    offloaded = f"{plan.offloaded_layers} of {_layers(survey)} layers, from {plan.offloaded_in} in every pass"
+    for name, size, note in (
+        ("budget", plan.budget, source),
+        ("dense part", plan.dense, "what stays" if plan.offloaded_layers else ""),
+        ("dense, elsewhere", plan.offloaded if plan.offloaded_layers else None, offloaded),
+        ("a dense layer", plan.in_flight if plan.offloaded_layers else None, "in flight"),
+        ("expert slots", plan.slots, f"{span(plan.slots_per_layer)} per layer, {resident} resident"),
+        ("KV cache", plan.kv, f"{plan.max_context} tokens of context"),
+        ("scratch", plan.scratch or None, "experts that are computed without a slot"),
+        ("staging", plan.staging or None, "reads on their way"),
+        ("workspace", plan.workspace, "activations, logits"),
+    ):
+        if size is not None:
+            table.add_row(name, format_size(size), note)
     table.add_row("experts", survey.config.exactness, f"computed {_computed(survey)}")
     if plan.slots_per_layer != shape.experts:
         resolved = "" if survey.config.on_miss == config.on_miss else f" (what {config.on_miss!r} means here)"

@@ -23,6 +23,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
 from offmoe.device.cgroup import cgroup_free_bytes, memory_limit
 from offmoe.text import format_size
 
@@ -30,16 +33,16 @@ Verdict = Literal["ok", "warn", "fail"]
 
 PYTHON = (3, 10)
 LIBRARIES = {
-    "torch": ("2.10", "2.13"),
-    "transformers": ("5.17", "5.23"),
-    "accelerate": ("1.10", None),
-    "safetensors": ("0.5", None),
-    "numpy": ("1.26", None),
-    "psutil": ("5.9", None),
-    "rich": ("13.7", None),
+    "torch": (">= 2.10", "2.13"),
+    "transformers": (">= 5.17, < 5.24", "5.23"),
+    "accelerate": (">= 1.10", None),
+    "safetensors": (">= 0.5", None),
+    "numpy": (">= 1.26", None),
+    "packaging": (">= 23", None),
+    "psutil": (">= 5.9", None),
+    "rich": (">= 13.7", None),
 }
-"""The lowest version that works, and the highest minor version that was tested if that matters."""
-TRANSFORMERS_BELOW = "5.24"
+"""The versions that work, and the highest minor version that was tested if that matters."""
 PROBE_BYTES = 128 << 20
 REQUEST_BYTES = 16 << 20
 SLOW_DISK_GB_S = 0.5
@@ -105,21 +108,18 @@ def libraries() -> Check:
     versions: dict[str, str | None] = {}
     verdict: Verdict = "ok"
     advice: list[str] = []
-    for name, (lowest, tested) in LIBRARIES.items():
+    for name, (working, tested) in LIBRARIES.items():
         try:
             versions[name] = installed = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = None
             verdict = "fail"
-            advice.append(f"Install {name} >= {lowest}.")
+            advice.append(f"Install {name} {working}.")
             continue
-        if _version(installed) < _version(lowest) or (
-            name == "transformers" and _version(installed) >= _version(TRANSFORMERS_BELOW)
-        ):
-            upper = f", < {TRANSFORMERS_BELOW}" if name == "transformers" else ""
+        if not SpecifierSet(working).contains(Version(installed).base_version):
             verdict = "fail"
-            advice.append(f"Install {name} >= {lowest}{upper}: {installed} is outside the range that offmoe runs with.")
-        elif tested is not None and _version(installed)[:2] > _version(tested)[:2]:
+            advice.append(f"Install {name} {working}: {installed} is outside the range that offmoe runs with.")
+        elif tested is not None and Version(installed).release[:2] > Version(tested).release:
             verdict = "warn" if verdict == "ok" else verdict
             advice.append(f"{name} {installed} is newer than {tested}, the newest that was tested.")
     text = ", ".join(f"{name} {version or 'missing'}" for name, version in versions.items())
@@ -318,8 +318,3 @@ def link() -> Check:
     slow = rate < 5
     advice = "The link has few lanes or is an old generation: check that the card is in a slot with 16 lanes."
     return _check("link", "warn" if slow else "ok", f"{rate:.1f} GB/s to the device", advice, gb_s=round(rate, 2))
-
-
-def _version(text: str) -> tuple[int, ...]:
-    """(2, 13, 0) of '2.13.0+cpu'."""
-    return tuple(int(part) for part in re.findall(r"\d+", text.partition("+")[0])[:3])

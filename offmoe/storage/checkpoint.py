@@ -15,14 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from offmoe.errors import CheckpointError, MissingTensorError, ShardChangedError, UnsupportedModelError
-from offmoe.storage.header import (
-    MAX_HEADER_BYTES,
-    ShardHead,
-    parse_head,
-    parse_json,
-    read_head,
-    regular_size,
-)
+from offmoe.storage.header import MAX_HEADER_BYTES, ShardHead, parse_head, parse_json, read_head, regular_size
 from offmoe.storage.layout import Segment, TensorInfo
 
 SINGLE_FILE = "model.safetensors"
