@@ -178,10 +178,12 @@ class CacheStats:
     def add(self, plan: Plan, shape: CacheShape) -> None:
         """Add one plan to the totals and to its layer. A prefetch counts for the layer of its expert."""
         layer = plan.layer
-        fetches = [fetch for wave in plan.waves for fetch in wave.fetches]
-        on_host = [fetch for wave in plan.on_host for fetch in wave.fetches]
-        read = sum([fetch.read and not fetch.read_ahead for fetch in fetches + on_host])
-        evicted = sum([fetch.evicted is not None for fetch in fetches])
+        fetched = read = evicted = 0
+        if plan.misses or plan.pending:  # else nothing moves, as in most layers of most steps
+            fetches = [fetch for wave in plan.waves for fetch in wave.fetches]
+            on_host = [fetch for wave in plan.on_host for fetch in wave.fetches]
+            fetched, evicted = len(fetches), sum([fetch.evicted is not None for fetch in fetches])
+            read = sum([fetch.read and not fetch.read_ahead for fetch in fetches + on_host])
         nbytes = shape.expert_bytes[layer]
         for stats in (self, self.by_layer[layer]):
             stats.hits += plan.hits
@@ -190,7 +192,7 @@ class CacheStats:
             stats.host_computed += plan.host_computed
             stats.prefetched_used += plan.pending
             stats.evictions += evicted
-            stats.h2d_bytes += len(fetches) * nbytes
+            stats.h2d_bytes += fetched * nbytes
             stats.disk_bytes += read * nbytes
         for fetch in plan.prefetches:
             target = fetch.key.layer

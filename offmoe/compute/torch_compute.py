@@ -35,8 +35,8 @@ class TorchCompute(ExpertCompute):
 
         The first expert of a kind is computed both ways, and its bits decide for all later ones.
         """
-        math, arriving = layer.math, transfer.arriving(slot) if _divides(layer, x) else None
-        if arriving is None:
+        math, arriving = layer.math, transfer.arriving(slot) if len(x) == 1 else None
+        if arriving is None or not _divides(layer, x):
             return super()._when_ready(layer, slot, x, transfer)
         assert isinstance(math, GatedFFN)
         weights = self._arena.views(slot, layer.layout)
@@ -56,7 +56,7 @@ class TorchCompute(ExpertCompute):
 
 
 def _divides(layer: ExpertLayer, x: torch.Tensor) -> bool:
-    """Whether an expert's products can be computed by blocks of rows."""
+    """Whether an expert's products of one token can be computed by blocks of rows."""
     math = layer.math
     is_plain = isinstance(math, GatedFFN) and not math.transposed and layer.decode is None
-    return is_plain and len(x) == 1 and not autocast_enabled(x)
+    return is_plain and not autocast_enabled(x)

@@ -73,6 +73,7 @@ class ExpertOutputs:
         if len(by_expert) < len(ids):
             zeros = torch.zeros_like(next(iter(by_expert.values())))
             by_expert |= {expert: zeros for expert in ids if expert not in by_expert}
-        rows = concatenate([by_expert[expert] for expert in ids])
-        # Stock reduces the experts' own dtype under autocast. Otherwise kernels may give float32, slower to reduce.
-        return rows if autocast_enabled(rows) else rows.to(self._inputs.hidden.dtype)
+        parts = [by_expert[expert] for expert in ids]
+        if autocast_enabled(parts[0]):
+            return concatenate(parts)  # stock reduces rows of the experts' own dtype then
+        return torch.cat(parts).to(self._inputs.hidden.dtype)  # kernels may give float32, which is slower to reduce
