@@ -97,7 +97,7 @@ def _show(
         out.note(f"routing recorded in {args.trace}; replay it with: offmoe simulate {args.trace}")
 
 
-class TextStream:
+class TextStream(prompts.NewTokens):
     """Streamer for `generate`: shows new tokens as text at once, and takes the times.
 
     It decodes a short window, so that a token costs the same however long the text is. A character of several tokens is
@@ -110,14 +110,10 @@ class TextStream:
         self._window, self._shown = 0, 0
         self._started = time.perf_counter()
         self._times: list[float] = []
-        self._is_prompt = True
         self.text = ""
 
-    def put(self, tokens: Tensor) -> None:
-        """Called by transformers with the prompt first, then with every new token."""
-        if self._is_prompt:
-            self._is_prompt = False
-            return
+    def add(self, tokens: Tensor) -> None:
+        """Take every new token, and show what can be shown."""
         self._times.append(time.perf_counter())
         self._ids += tokens.reshape(-1).tolist()
         new = self._undecoded()
@@ -126,7 +122,7 @@ class TextStream:
             self._window, self._shown = self._shown, len(self._ids)
 
     def end(self) -> None:
-        """Called by transformers after the last token."""
+        """Show the rest after the last token."""
         self._show(self._undecoded())
         self._out.text("\n")
 

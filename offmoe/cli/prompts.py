@@ -214,6 +214,24 @@ def generate(model: PreTrainedModel, ids: Tensor, **options: Any) -> None:
     cast("Any", model.generate)(input_ids=ids, attention_mask=ids.new_ones(ids.shape), **options)
 
 
+class NewTokens:
+    """A streamer for `generate` that gives new tokens to `add`. transformers puts the prompt first."""
+
+    _is_prompt = True
+
+    def add(self, tokens: Tensor) -> None:
+        """Take the tokens that one step generated."""
+
+    def put(self, tokens: Tensor) -> None:
+        """Called by transformers with the prompt, then with every new token."""
+        if not self._is_prompt:
+            self.add(tokens)
+        self._is_prompt = False
+
+    def end(self) -> None:
+        """Called by transformers after the last token."""
+
+
 def check_vocabulary(model: PreTrainedModel, ids: Tensor) -> None:
     size = cast("Tensor", model.get_input_embeddings().weight).shape[0]
     if int(ids.max()) >= size:

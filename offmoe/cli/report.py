@@ -80,11 +80,6 @@ def _strongest(report: Report) -> Table | None:
     for entry in strongest:
         tokens = report.specialization.favorites[entry.layer][entry.expert]
         favorites = " ".join(repr(token.piece) for token in tokens[:TOKENS_SHOWN])
-        table.add_row(
-            str(entry.layer),
-            str(entry.expert),
-            entry.type,
-            f"{entry.lift:.1f}x",
-            Text(favorites),  # markup in a token is a text like any other
-        )
+        # Text: markup in a token is a text like any other.
+        table.add_row(str(entry.layer), str(entry.expert), entry.type, f"{entry.lift:.1f}x", Text(favorites))
     return table

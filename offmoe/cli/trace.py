@@ -146,24 +146,16 @@ def _run(model: PreTrainedModel, runs: list[tuple[Tensor, int]], sampling: dict[
     return new_tokens
 
 
-class _Counter:
+class _Counter(prompts.NewTokens):
     """Streamer for `generate` that only counts."""
 
     def __init__(self, advance: Callable[[int], None]):
         self._advance = advance
-        self._is_prompt = True
         self.tokens = 0
 
-    def put(self, tokens: Tensor) -> None:
-        """Called by transformers with the prompt first, then with every new token."""
-        if self._is_prompt:
-            self._is_prompt = False
-            return
+    def add(self, tokens: Tensor) -> None:
         self.tokens += tokens.numel()
         self._advance(tokens.numel())
-
-    def end(self) -> None:
-        """Called by transformers after the last token."""
 
 
 def _parameters(model: PreTrainedModel, inspected: Inspected) -> Parameters:

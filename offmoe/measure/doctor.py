@@ -129,14 +129,11 @@ def libraries() -> Check:
 def processor() -> Check:
     """Report the cores that this process may use, and the instruction sets that matrix products use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    model, flags = platform.processor(), set[str]()
+    facts: dict[str, str] = {}
     with suppress(OSError), open("/proc/cpuinfo") as file:
-        for line in file:
-            key, _, value = (part.strip() for part in line.partition(":"))
-            model = value if key == "model name" else model
-            if key in ("flags", "Features"):
-                flags = set(value.split())
-                break
+        facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in file)}
+    model = facts.get("model name", platform.processor())
+    flags = facts.get("flags", facts.get("Features", "")).split()
     features = [name for name in CPU_FEATURES if name in flags]
     text = f"{model or platform.machine()}, {cores} cores, {' '.join(features) or 'features unknown'}"
     old = bool(flags) and platform.machine() in ("x86_64", "AMD64") and "avx2" not in flags
@@ -238,18 +235,12 @@ def read_probe(folder: Path) -> tuple[bool, float]:
 
 def _read_rate(path: str, flags: int, buffer: mmap.mmap) -> float:
     """Median GB/s. Raises OSError if opening or reading refuses the flags."""
-    descriptor = os.open(path, flags)
     rates = []
-    try:
-        for offset in range(0, PROBE_BYTES, REQUEST_BYTES):
+    with open(path, "rb", buffering=0, opener=lambda name, _: os.open(name, flags)) as file:
+        for _ in range(PROBE_BYTES // REQUEST_BYTES):
             began = time.perf_counter()
-            if hasattr(os, "preadv"):
-                read = os.preadv(descriptor, [buffer], offset)
-            else:
-                read = len(os.read(descriptor, REQUEST_BYTES))
+            read = file.readinto(buffer)
             rates.append(read / 1e9 / max(time.perf_counter() - began, 1e-9))
-    finally:
-        os.close(descriptor)
     return statistics.median(rates)
 
 
