@@ -1,6 +1,6 @@
 /* The encoder of one row, once for all instruction sets: float weights to int4 or int8 with the scales that lose least.
  *
- * What moves: a row through the core's nearest cache, a dozen times; arithmetic bounds it. offmoe/pack/quantizer.py
+ * What moves: a row through the core's nearest cache, a dozen times; arithmetic bounds it. offmoe/pack/fit.py
  * defines the result, and this gives it bit for bit: the same operations on the same operands, sums in sixteen lanes of
  * spans of at most 128 values, their halves added, then span by span. So no product and sum may become one operation
  * (-ffp-contract=off), and nothing depends on how rows are divided among threads.
