@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all."""
+"""Writing a file whole or not at all, and where files may be written."""
 
 from __future__ import annotations
 
@@ -6,6 +6,23 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from offmoe.errors import ConfigError
+
+
+def check_folder(path: str | os.PathLike[str], option: str) -> None:
+    """Refuse a file whose folder does not exist, before the work that it is to hold.
+
+    Args:
+        path: The file that will be written.
+        option: The option that names it, as the message begins: "-o out.json".
+
+    Raises:
+        ConfigError: There is no such folder.
+    """
+    folder = os.path.dirname(os.fspath(path)) or os.curdir
+    if not os.path.isdir(folder):
+        raise ConfigError(f"{option}: the folder {folder!r} does not exist; create it first.")
 
 
 def temporary_path(path: Path) -> Path:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from offmoe.files import replacing, temporary_path
+from offmoe.errors import ConfigError
+from offmoe.files import check_folder, replacing, temporary_path
 
 
 def test_a_file_gets_its_name_when_it_is_whole(tmp_path: Path) -> None:
@@ -53,3 +54,10 @@ def test_a_failed_flush_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         temporary.write_text("new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
+    check_folder(tmp_path / "out.json", "-o")
+    check_folder("out.json", "-o")
+    with pytest.raises(ConfigError, match=r"^-o x: the folder '.*none' does not exist; create it first\.$"):
+        check_folder(tmp_path / "none" / "out.json", "-o x")

@@ -93,7 +93,7 @@ class MemoryPlan:
             text += f"{self.offloaded_in} in every pass"
         if self.host is not None:
             text += f"; {self.host.describe()}"
-        return f"{format_size(self.budget)}: {text}"
+        return f"{format_size(self.used)} of {format_size(self.budget)}: {text}"
 
 
 def plan_on_miss(

@@ -24,6 +24,7 @@ from offmoe.hf.catalog.quant_config import quantization_config, quantization_met
 from offmoe.hf.load.config import build_meta
 from offmoe.storage.layout import PARAM_ALIGNMENT, ExpertLayout, aligned
 from offmoe.storage.read_plan import ALIGNMENT
+from offmoe.transfer.staging import staging_plan
 from offmoe.types import CacheShape
 
 MatrixBytes = Callable[[int, int], int]
@@ -80,6 +81,37 @@ def estimate(
         if set(two.shape.experts) == {2} and set(three.shape.experts) == {3}:
             return _extrapolated(two, three, count), meta
     return measure(config)
+
+
+def with_format(
+    needs: ModelNeeds, meta: PreTrainedModel, config: PreTrainedConfig, dtype: torch.dtype, *, unified_memory: bool
+) -> ModelNeeds:
+    """What the same model needs with its experts in another format.
+
+    Args:
+        needs: what it needs as it is.
+        meta: the model on the meta device; it may have fewer experts per layer.
+        config: its configuration, in whose `quantization_config` the format stands.
+        dtype: dtype of experts that are not quantized.
+        unified_memory: whether the device's memory is the host's.
+
+    Raises:
+        UnsupportedModelError: the bytes of the format are not known.
+    """
+    sizes = tuple(_expert(name, module, config, dtype) for name, module in find_experts(meta).items())
+    workspace = needs.bytes.workspace + max(e.cast for e in sizes) - max(e.cast for e in needs.experts)
+    buffers = max(expert.read for expert in sizes)
+    return ModelNeeds(
+        shape=replace(needs.shape, expert_bytes=tuple(size.at_rest for size in sizes)),
+        experts=sizes,
+        parameters=needs.parameters,
+        bytes=replace(
+            needs.bytes,
+            slot_bytes=tuple(size.slot for size in sizes),
+            staging=staging_plan(buffers).buffers * buffers if unified_memory else 0,
+            workspace=workspace,
+        ),
+    )
 
 
 def _with_experts(config: PreTrainedConfig, name: str, count: int) -> PreTrainedConfig:

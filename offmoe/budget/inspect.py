@@ -7,11 +7,13 @@ configuration), then resolve.py (options against needs and device), which calls 
 
 from __future__ import annotations
 
+import logging
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -35,7 +37,10 @@ from offmoe.hf.predict.route_recorder import unpredictable_reasons
 from offmoe.pack.on_load import planned, to_quantize, with_experts
 from offmoe.quant.packed_weight import WeightFormat
 from offmoe.storage.checkpoint import Checkpoint
+from offmoe.text import span
 from offmoe.types import CacheShape
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +54,12 @@ class Survey:
         needs: what it needs.
         quantization: the method that the checkpoint is quantized by; None if it is not.
         dtype: dtype to compute in.
+        stored: dtype of the dense weights at rest, and of experts that are not quantized.
         config: the options, resolved.
         plan: the division of memory; for a device that is large enough if there is a refusal.
         refusal: why the model cannot run here with these options; None if it can.
         backend: the device.
+        free: bytes of the device's memory that counted as free.
         meta: the model on the meta device. If a lone configuration has very many expert modules, it is built with two
             per layer.
         catalog: the experts as the headers describe them; None if there is only a configuration.
@@ -64,10 +71,12 @@ class Survey:
     needs: ModelNeeds
     quantization: str | None
     dtype: torch.dtype
+    stored: torch.dtype
     config: OffloadConfig
     plan: MemoryPlan
     refusal: CapacityError | None
     backend: Backend
+    free: int
     meta: PreTrainedModel
     catalog: ExpertCatalog | None = None
 
@@ -113,8 +122,36 @@ class Inspected(Survey):
             self.temporary.cleanup()
 
 
+S = TypeVar("S", bound=Survey)
+
+
+def _divided(
+    kind: type[S], config: OffloadConfig, needs: ModelNeeds, backend: Backend, free: int, /, **facts: Any
+) -> S:
+    """A survey of these facts, with the memory divided. free: bytes of the device's memory that are free."""
+    _say_surplus(config.slots_per_layer, needs.shape)
+    resolved, plan, refusal = divide_or_refusal(config, needs, backend, free)
+    return kind(needs=needs, backend=backend, free=free, config=resolved, plan=plan, refusal=refusal, **facts)
+
+
+def _say_surplus(slots: int | tuple[int, ...] | None, shape: CacheShape) -> None:
+    """Warn of more slots than experts: what is made of the option is not what it says."""
+    each = (slots,) * shape.layers if isinstance(slots, int) else slots or ()
+    if any(n > e for n, e in zip(each, shape.experts, strict=False)):
+        logger.warning(
+            "slots_per_layer=%s: a layer has %s experts, so it gets no more slots than those",
+            slots,
+            span(shape.experts),
+        )
+
+
 def survey(
-    model: str | os.PathLike[str], config: OffloadConfig, *, dtype: str | torch.dtype | None = None, **hub: Any
+    model: str | os.PathLike[str],
+    config: OffloadConfig,
+    *,
+    dtype: str | torch.dtype | None = None,
+    backend: Backend | None = None,
+    **hub: Any,
 ) -> Survey:
     """As `inspect`, but a model that does not fit is no error, and a configuration alone is enough.
 
@@ -124,12 +161,13 @@ def survey(
         model: as `inspect`; or a config.json, or a folder that holds no weights.
         config: the options.
         dtype: as `inspect`.
+        backend: the device to plan for; None: the one that the options name.
         hub: as `inspect`.
     """
     source = lone_config(model)
     if source is None:
-        return _read_headers(model, config, dtype, **hub)
-    backend = _checked_backend(config, dtype)
+        return _read_headers(model, config, dtype, backend, **hub)
+    backend = _checked_backend(config, dtype, backend)
     hf_config = read_config(source)
     cls = model_class(hf_config)
     method = quantization_method(hf_config)
@@ -138,18 +176,18 @@ def survey(
     stored, unified = compute_dtype(None, hf_config, compute), backend.unified_memory
     needs, meta = estimate(with_experts(hf_config, config.experts), cls, compute, stored, unified_memory=unified)
     wanted = 0 if config.device_memory == "auto" else int(config.device_memory)
-    resolved, plan, refusal = divide_or_refusal(config, needs, backend, max(wanted, backend.free_bytes()))
-    return Survey(
+    return _divided(
+        Survey,
+        config,
+        needs,
+        backend,
+        max(wanted, backend.free_bytes()),
         folder=source,
         hf_config=hf_config,
         model_class=cls,
-        needs=needs,
         quantization=method,
         dtype=compute,
-        config=resolved,
-        plan=plan,
-        refusal=refusal,
-        backend=backend,
+        stored=stored,
         meta=meta,
     )
 
@@ -173,23 +211,27 @@ def inspect(
     """
     inspected = _read_headers(model, config, dtype, **hub)
     if inspected.refusal is not None:
-        raise inspected.refusal
+        raise CapacityError(f"{inspected.refusal} What would fit: offmoe inspect {shlex.quote(os.fspath(model))}")
     return inspected
 
 
-def _checked_backend(config: OffloadConfig, dtype: str | torch.dtype | None) -> Backend:
+def _checked_backend(config: OffloadConfig, dtype: str | torch.dtype | None, backend: Backend | None = None) -> Backend:
     """The device's backend. Refuses options that it cannot honor, before anything is downloaded."""
     if dtype not in (None, "auto"):
         parse_dtype(dtype)
-    backend = select_backend(config.device)
+    backend = backend or select_backend(config.device)
     check_config(config, backend)
     return backend
 
 
 def _read_headers(
-    model: str | os.PathLike[str], config: OffloadConfig, dtype: str | torch.dtype | None, **hub: Any
+    model: str | os.PathLike[str],
+    config: OffloadConfig,
+    dtype: str | torch.dtype | None,
+    backend: Backend | None = None,
+    **hub: Any,
 ) -> Inspected:
-    backend = _checked_backend(config, dtype)
+    backend = _checked_backend(config, dtype, backend)
     source = locate(model, **hub)
     hf_config = read_config(source.folder)
     cls = model_class(hf_config)
@@ -208,18 +250,18 @@ def _read_headers(
     # Offloaded dense layers are read as they are stored, or as transformers writes them again, in the compute dtype.
     stored = max(compute, compute_dtype(None, hf_config, compute), key=lambda dtype: dtype.itemsize)
     needs = catalog_needs(catalog, meta, compute, stored, unified_memory=backend.unified_memory)
-    resolved, plan, refusal = divide_or_refusal(config, needs, backend, backend.free_bytes())
-    return Inspected(
+    return _divided(
+        Inspected,
+        config,
+        needs,
+        backend,
+        backend.free_bytes(),
         folder=source.folder,
         hf_config=hf_config,
         model_class=cls,
-        needs=needs,
         quantization=quantization_method(hf_config),
         dtype=compute,
-        config=resolved,
-        plan=plan,
-        refusal=refusal,
-        backend=backend,
+        stored=stored,
         meta=meta,
         source=source,
         checkpoint=checkpoint,

@@ -15,6 +15,7 @@ from offmoe.cli import options
 from offmoe.cli.model import open_model
 from offmoe.cli.output import Output, new_table
 from offmoe.errors import ConfigError
+from offmoe.files import check_folder
 from offmoe.profile import CostModel, Profile, read_profile
 
 DEFAULT_SECONDS = 30
@@ -55,8 +56,8 @@ def run(args: argparse.Namespace, out: Output) -> None:
         output = Path(args.output)
         if output.exists():
             profile = read_profile(output)
-        elif not output.parent.is_dir():
-            raise ConfigError(f"-o {args.output}: the folder does not exist; create it first.")
+        else:
+            check_folder(output, f"-o {args.output}")
     with open_model(args, out, prefetch=0) as opened:
         from offmoe.measure.calibrate import calibrate
 

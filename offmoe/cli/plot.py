@@ -17,7 +17,7 @@ from string import Template
 from typing import Any, NamedTuple
 
 from offmoe.errors import ConfigError, OffmoeError
-from offmoe.files import replacing
+from offmoe.files import check_folder, replacing
 from offmoe.text import percent
 
 WIDTH, HEIGHT = 860, 520
@@ -48,8 +48,7 @@ def check_plot(path: str) -> None:
         raise ConfigError(f"--plot {path}: the name must end in .html or .png.")
     if target.suffix == ".png" and find_spec("matplotlib") is None:
         raise ConfigError(f"--plot {path}: PNG needs matplotlib; 'pip install matplotlib', or use a name in .html.")
-    if not target.parent.is_dir():
-        raise ConfigError(f"--plot {path}: the folder does not exist; create it first.")
+    check_folder(target, f"--plot {path}")
 
 
 def write_plot(path: str, figure: Figure) -> None:

@@ -16,6 +16,7 @@ from offmoe.cli import options, prompts
 from offmoe.cli.model import open_model
 from offmoe.cli.output import Output
 from offmoe.errors import ConfigError, OffmoeError, TraceError
+from offmoe.files import check_folder
 from offmoe.text import percent
 
 if TYPE_CHECKING:
@@ -66,8 +67,7 @@ def _merge(args: argparse.Namespace, out: Output) -> None:
         whole = merge_traces(parts)
     except TraceError as error:
         raise TraceError(f"--merge {' '.join(args.merge)}: {error}") from None
-    if not Path(args.output).parent.is_dir():
-        raise ConfigError(f"-o {args.output}: the folder does not exist; create it first.")
+    check_folder(args.output, f"-o {args.output}")
     write_trace(Path(args.output), whole)
     lost = [name for name in ("token", "probs", "options") if getattr(whole, name) is None]
     for name in lost:

@@ -17,6 +17,7 @@ from offmoe.cli.output import Output, new_table
 from offmoe.cli.plot import Curve, Figure, check_plot, write_plot
 from offmoe.config import EVICTIONS, ON_MISS, SCOPES, CacheOptions
 from offmoe.errors import ConfigError
+from offmoe.files import check_folder
 from offmoe.profile import Profile, read_profile
 from offmoe.simulate import sweep
 from offmoe.simulate.predictions import PredictionQuality, total
@@ -66,8 +67,8 @@ def parser() -> options.Parser:
 def run(args: argparse.Namespace, out: Output) -> None:
     if args.plot is not None:
         check_plot(args.plot)
-    if args.output is not None and not Path(args.output).parent.is_dir():
-        raise ConfigError(f"--output {args.output}: the folder does not exist; create it first.")
+    if args.output is not None:
+        check_folder(args.output, f"--output {args.output}")
     costs = None if args.profile is None else read_profile(args.profile).costs
     if args.profile is not None and costs is None:
         raise ConfigError(f"--profile {args.profile}: it holds no 'costs', and nothing else of it is used here.")

@@ -120,6 +120,18 @@ def plan_shards(
     )
 
 
+def check_packable(catalog: ExpertCatalog, meta: PreTrainedModel, how: WeightFormat) -> None:
+    """Refuse experts that cannot be packed, by one expert of the first and of the last MoE layer.
+
+    Raises:
+        UnsupportedModelError: as `plan_shards`, which looks at every expert.
+    """
+    for number in {0, len(catalog.layers) - 1}:
+        layer = catalog.layers[number]
+        one = replace(layer, records=layer.records[:1])
+        _Cut(catalog.view.checkpoint, meta, one, number, how).experts()
+
+
 def _filled(units: Sequence[Sequence[Item]], shard_bytes: int) -> Iterator[list[Item]]:
     """Fill shards with units; a unit is not cut."""
     shard: list[Item] = []

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from offmoe.errors import ConfigError, OffmoeError
-from offmoe.files import replacing
+from offmoe.errors import OffmoeError
+from offmoe.files import check_folder, replacing
 from offmoe.report.coactivation import MIN_EXPECTED, Coactivation
 from offmoe.report.findings import findings, missing
 from offmoe.report.report import ALERT, Report
@@ -41,8 +41,7 @@ def page(report: Report) -> str:
 def write_page(path: str, report: Report) -> None:
     """Write the page atomically."""
     target = Path(path)
-    if not target.parent.is_dir():
-        raise ConfigError(f"-o {path}: the folder does not exist; create it first.")
+    check_folder(target, f"-o {path}")
     try:
         with replacing(target) as temporary:
             temporary.write_text(page(report), encoding="utf-8")

@@ -55,7 +55,7 @@ def expect(shape: CacheShape, options: CacheOptions, profile: Profile) -> Expect
     settings = Settings(profile.costs, test_requests=frozenset({1}))
     totals = evaluate(Recording(_uniform(shape)), options, settings).test
     assert totals.tokens_per_s is not None
-    hit_rate = _tuned_hit_rate(shape, options, profile)
+    hit_rate = tuned_hit_rate(shape, options, profile)
     return Expectation(
         bound=1 / _token_s(shape, profile.costs, 1.0),
         uniform=totals.tokens_per_s,
@@ -87,7 +87,8 @@ def _token_s(shape: CacheShape, costs: CostModel, hit_rate: float) -> float:
     return max(computing_us * 1e-6 + (1 - hit_rate) * fetching_s, 1e-9)
 
 
-def _tuned_hit_rate(shape: CacheShape, options: CacheOptions, profile: Profile) -> float | None:
+def tuned_hit_rate(shape: CacheShape, options: CacheOptions, profile: Profile) -> float | None:
+    """The hit rate that a profile was tuned to; None if it was tuned for other slots, or not at all."""
     cache: Mapping[str, object] = profile.cache
     slots, rate = cache.get("slots_per_layer"), profile.expected.get("test_hit_rate")
     if slots is None or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:

@@ -13,7 +13,7 @@ import numpy as np
 
 from offmoe.config import CacheOptions
 from offmoe.errors import ConfigError
-from offmoe.files import temporary_path
+from offmoe.files import check_folder, temporary_path
 from offmoe.trace.trace import NONE, Parameters, Trace, write_trace
 from offmoe.types import CacheShape
 
@@ -124,8 +124,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         ConfigError: The path cannot be written, or holds something that is no trace.
     """
     path = Path(path)
-    if not os.path.isdir(path.parent):
-        raise ConfigError(f"trace={str(path)!r}: the folder {str(path.parent)!r} does not exist; create it first.")
+    check_folder(path, f"trace={str(path)!r}")
     if os.path.exists(path) and not path.is_file():
         raise ConfigError(f"trace={str(path)!r} is a folder or a device; give the name of a file to write.")
     try:

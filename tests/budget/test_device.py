@@ -12,6 +12,7 @@ from offmoe.budget.device import plan_memory, plan_on_miss
 from offmoe.budget.needs import DenseLayerBytes, ModelBytes
 from offmoe.config import OffloadConfig
 from offmoe.errors import CapacityError, ConfigError
+from offmoe.text import format_size
 from offmoe.types import DISK, HOST, CacheShape
 
 SHAPE = CacheShape((8, 8, 4), (2, 2, 1), (100, 100, 300))
@@ -112,6 +113,12 @@ def test_dense_layers_go_to_the_host_if_it_has_room(host_free, place):
     roomy = plan_memory(OffloadConfig(), SHAPE, LAYERED, free=10**6, host_free=host_free)
     assert (roomy.offloaded_in, roomy.in_flight) == (None, 0)
     assert "come from" not in roomy.describe()
+
+
+def test_the_plan_begins_with_what_it_uses():
+    plan = plan_memory(OffloadConfig(device_memory="1MiB"), SHAPE, LAYERED, free=10**9)
+    assert plan.describe().startswith(f"{format_size(plan.used)} of 1.0 MiB: dense ")
+    assert plan.used < plan.budget
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_table(offmoe: Run, checkpoint: Path) -> None:
     [
         (["--seconds", "-1"], "--seconds -1.0"),
         (["--seconds", "nan"], "--seconds nan"),
-        (["-o", "/no/such/p.json"], "the folder does not exist"),
+        (["-o", "/no/such/p.json"], "the folder '/no/such' does not exist"),
     ],
 )
 def test_wrong_options(offmoe: Run, checkpoint: Path, more: list[str], says: str) -> None:

@@ -210,3 +210,10 @@ def test_on_a_miss_is_said(offmoe: Run, checkpoint: Path) -> None:
 
     assert "fetch every missed expert gets a slot (what 'auto' means here)" in said()
     assert "cpu a missed expert gets a slot only while one is free" in said("--on-miss", "cpu")
+
+
+def test_more_slots_than_experts_are_said_so(offmoe: Run, checkpoint: Path) -> None:
+    outcome = offmoe("inspect", checkpoint, "--device", "cpu", "--slots-per-layer", "99")
+    assert "slots_per_layer=99: a layer has 8 experts, so it gets no more slots than those" in outcome.err
+    assert "8 per layer, 100.0 %" in outcome.out
+    assert "slots_per_layer" not in offmoe("inspect", checkpoint, "--device", "cpu", "--slots-per-layer", "8").err
