@@ -1,4 +1,4 @@
-"""A safetensors checkpoint by its headers: which tensors it has, and in which bytes of which shard.
+"""A checkpoint by its headers: which tensors it has, and in which bytes of which shard (safetensors, or GGUF).
 
 Moves: headers and the index, no weights.
 Bound: the number of tensors (90,000 in the largest models, seconds at most).
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from offmoe.errors import CheckpointError, MissingTensorError, ShardChangedError, UnsupportedModelError
+from offmoe.storage.gguf import GgufHead
+from offmoe.storage.gguf_set import GgufSet, open_set
 from offmoe.storage.header import MAX_HEADER_BYTES, ShardHead, parse_head, parse_json, read_head, regular_size
 from offmoe.storage.layout import Segment, TensorInfo
 
@@ -28,19 +30,21 @@ Identity = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder of safetensors shards, by its headers.
+    """A folder of safetensors shards, or the files of one GGUF model, by their headers.
 
     Args:
         folder: the folder, an absolute path.
         shards: the shards' paths; `TensorInfo.shard` is an index into them.
         tensors: the tensors by the checkpoint's own names.
         identities: each shard's identity when its header was read; None for a shard that is not in the folder (yet).
+        gguf: the metadata and the tensors' types, if the files are GGUF.
     """
 
     folder: Path
     shards: tuple[Path, ...]
     tensors: dict[str, TensorInfo]
     identities: tuple[Identity | None, ...] = ()
+    gguf: GgufSet | None = None
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], heads: Mapping[str, ShardHead] | None = None) -> Checkpoint:
@@ -76,6 +80,28 @@ class Checkpoint:
         tensors = _merge(headers, files, folder) if weight_map is None else _pick(headers, files, weight_map, folder)
         return cls(folder, shards, tensors, identities)
 
+    @classmethod
+    def open_gguf(cls, file: str | os.PathLike[str], heads: Mapping[str, GgufHead] | None = None) -> Checkpoint:
+        """Read the headers of a GGUF model.
+
+        Args:
+            file: the model's file, or any of its parts.
+            heads: headers of files that are not on this machine (yet), by file name. They count as if they were.
+
+        Raises:
+            MissingTensorError: a part is absent.
+            CheckpointError: a file is damaged, or its parts are not of one model.
+            UnsupportedModelError: the file holds no model, or a tensor of a type that offmoe does not decode.
+        """
+        gguf = open_set(Path(file).absolute(), heads)
+        identities = tuple(None if path.name in (heads or {}) else _identity_of(path) for path in gguf.files)
+        return cls(gguf.files[0].parent, gguf.files, gguf.tensors, identities, gguf)
+
+    @property
+    def model(self) -> Path:
+        """What the checkpoint is called: its folder, or the (first) file of a GGUF model."""
+        return self.folder if self.gguf is None else self.shards[0]
+
     @property
     def shards_absent(self) -> tuple[str, ...]:
         """File names of the shards that are not in the folder, and known by their heads only."""
@@ -102,7 +128,7 @@ class Checkpoint:
             return self.tensors[name]
         except KeyError:
             raise MissingTensorError(
-                f"{self.folder}: the checkpoint has no tensor {name!r}; "
+                f"{self.model}: the checkpoint has no tensor {name!r}; "
                 "the download is incomplete or belongs to another architecture"
             ) from None
 
