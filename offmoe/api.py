@@ -81,7 +81,8 @@ def from_pretrained(
     options from `device` to `host_slots` are those of `OffloadConfig`, which says what each of them means.
 
     Args:
-        model: A folder, a Hub id such as "mistralai/Mixtral-8x7B-v0.1", or "demo", the small model in the package.
+        model: A folder, a .gguf file (any part of a split one), a Hub id such as "mistralai/Mixtral-8x7B-v0.1", or
+            "demo", the small model in the package.
         offload_config: Options prepared in one object. An option that is given by its own keyword wins over it.
         trace: Record into this .npz file which experts every token uses. It is written when `model.offload` is closed.
         dtype: Dtype to compute in: "bfloat16", "float16", "float32" or a torch.dtype. Slots keep the checkpoint's.
@@ -188,7 +189,8 @@ def _load_dense(inspected: Inspected, closing: ExitStack, hf_kwargs: dict[str, A
         dtype=inspected.dtype,
         experts_implementation=IMPLEMENTATION,
         offloaded=offloaded,
-        name_or_path=inspected.source.folder,
+        name_or_path=inspected.source.model,
+        generation_folder=inspected.generation_folder,
         **hf_kwargs,
     )
     model.requires_grad_(False)

@@ -31,7 +31,7 @@ from offmoe.hf.catalog.catalog import ExpertCatalog
 from offmoe.hf.catalog.quant_config import quantization_method, shapes_are_in_shards
 from offmoe.hf.hub.locate import Source, locate
 from offmoe.hf.load.config import build_meta, lone_config, model_class, read_config
-from offmoe.hf.load.load import require_index
+from offmoe.hf.load.open import open_source
 from offmoe.hf.load.options import compute_dtype, parse_dtype
 from offmoe.hf.predict.route_recorder import unpredictable_reasons
 from offmoe.pack.on_load import planned, to_quantize, with_experts
@@ -108,6 +108,7 @@ class Inspected(Survey):
         catalog: its experts, in the format in which they will be loaded.
         quantize: the format that `fetch` will quantize experts to; None if there is nothing to do.
         temporary: the folder of a checkpoint that `fetch` quantized; removed with the model.
+        generation_folder: the folder whose generation_config.json is the model's, if it has one.
     """
 
     source: Source
@@ -115,6 +116,7 @@ class Inspected(Survey):
     catalog: ExpertCatalog
     quantize: WeightFormat | None = None
     temporary: TemporaryDirectory[str] | None = None
+    generation_folder: Path | None = None
 
     def release(self) -> None:
         """Remove the temporary folder, for a caller that does not load the model. Idempotent."""
@@ -200,7 +202,7 @@ def inspect(
     Of a model on the Hub weights are downloaded only if bitsandbytes quantized it: its headers do not tell the shapes.
 
     Args:
-        model: a folder, a Hub id, or "demo".
+        model: a folder, a GGUF file, a Hub id, or "demo".
         config: the options.
         dtype: dtype to compute in; None: the checkpoint's.
         hub: options of the Hub: revision, token, cache_dir, local_files_only.
@@ -233,10 +235,8 @@ def _read_headers(
 ) -> Inspected:
     backend = _checked_backend(config, dtype, backend)
     source = locate(model, **hub)
-    hf_config = read_config(source.folder)
-    cls = model_class(hf_config)
-    checkpoint = source.checkpoint()
-    require_index(checkpoint)
+    opened = open_source(source)
+    hf_config, cls, checkpoint = opened.config, opened.model_class, opened.checkpoint
     if shapes_are_in_shards(hf_config):
         checkpoint = source.fetch(checkpoint)
     meta = build_meta(hf_config, cls)
@@ -246,7 +246,7 @@ def _read_headers(
         catalog = planned(catalog, meta, hf_config, how)
     if config.is_numeric and backend.unified_memory and not backend.has_device_kernels:
         catalog = catalog.for_kernels(meta)
-    compute = compute_dtype(dtype, hf_config, torch.bfloat16 if catalog.view.encoded else torch.float32)
+    compute = compute_dtype(dtype, hf_config, torch.bfloat16 if catalog.view.needs_decoding else torch.float32)
     # Offloaded dense layers are read as they are stored, or as transformers writes them again, in the compute dtype.
     stored = max(compute, compute_dtype(None, hf_config, compute), key=lambda dtype: dtype.itemsize)
     needs = catalog_needs(catalog, meta, compute, stored, unified_memory=backend.unified_memory)
@@ -259,10 +259,11 @@ def _read_headers(
         folder=source.folder,
         hf_config=hf_config,
         model_class=cls,
-        quantization=quantization_method(hf_config),
+        quantization="gguf" if checkpoint.gguf is not None else quantization_method(hf_config),
         dtype=compute,
         stored=stored,
         meta=meta,
+        generation_folder=opened.generation_folder,
         source=source,
         checkpoint=checkpoint,
         catalog=catalog,

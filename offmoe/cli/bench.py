@@ -106,9 +106,11 @@ def _passes(args: argparse.Namespace, inspected: Inspected, out: Output) -> list
     vocabulary = int(inspected.hf_config.get_text_config().vocab_size)
     rng = random.Random(0)
     encoded: list[tuple[int, ...]]
-    has_text = args.prompt is not None or (inspected.folder / "tokenizer.json").is_file()
+    has_text = (
+        args.prompt is not None or inspected.source.file is not None or (inspected.folder / "tokenizer.json").is_file()
+    )
     if args.prompt_tokens is None and has_text:
-        tokenizer = prompts.load_tokenizer(inspected.folder)
+        tokenizer = prompts.load_tokenizer(inspected.source.model)
         texts = TEXTS if args.prompt is None else (args.prompt,)
         encoded = [tuple(prompts.encode(tokenizer, text, None)[0].tolist()) for text in texts]
     else:
@@ -178,7 +180,7 @@ def _start_contenders(
     config = inspected.config
     task = Task(
         OFFMOE,
-        str(inspected.folder),
+        str(inspected.source.model if inspected.temporary is None else inspected.folder),
         device=str(config.device),
         dtype=str(inspected.dtype).removeprefix("torch."),
         device_memory=inspected.plan.budget,
@@ -219,7 +221,12 @@ def _stock_model(args: argparse.Namespace, inspected: Inspected) -> Inspected | 
     from offmoe.api import fetch
     from offmoe.budget.inspect import inspect
 
-    model = inspected.source.folder if args.against_model is None else args.against_model
+    model = inspected.source.model if args.against_model is None else args.against_model
+    if str(model).endswith(".gguf"):
+        raise ConfigError(
+            f"--against accelerate: stock transformers does not run {model}, a GGUF file with experts; name the "
+            "model's safetensors checkpoint with --against-model."
+        )
     if not _other_weights(args, inspected):
         return inspected
     other = fetch(inspect(model, OffloadConfig(device=inspected.config.device), dtype=inspected.dtype))

@@ -43,7 +43,7 @@ def parser() -> options.Parser:
 def run(args: argparse.Namespace, out: Output) -> None:
     sampling, prompt = prompts.sampling(args), _prompt(args)
     with open_model(args, out, trace=args.trace) as opened:
-        tokenizer = prompts.load_tokenizer(opened.inspected.folder)
+        tokenizer = prompts.load_tokenizer(opened.inspected.source.model)
         ids = prompts.encode(tokenizer, prompt, args.chat_template)
         new_tokens = prompts.new_tokens(args.max_new_tokens, ids, opened.inspected, out)
         model, offload = opened.load(args.trace)

@@ -85,7 +85,7 @@ def _windows(args: argparse.Namespace) -> Tensor:
     from offmoe.measure.perplexity import windows
 
     text = prompts.read_text(args.perplexity, "--perplexity")
-    tokenizer = prompts.load_tokenizer(locate(args.model, **options.hub_options(args)).folder)
+    tokenizer = prompts.load_tokenizer(locate(args.model, **options.hub_options(args)).model)
     return windows(tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0])
 
 

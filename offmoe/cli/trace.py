@@ -84,7 +84,7 @@ def _record(args: argparse.Namespace, out: Output) -> None:
         raise ConfigError("--prompts FILE is missing; it holds one prompt per line.")
     sampling, texts = prompts.sampling(args), prompts.read_prompts(args.prompts, args.paragraphs)
     with open_model(args, out, trace=args.output) as opened:
-        tokenizer = prompts.load_tokenizer(opened.inspected.folder)
+        tokenizer = prompts.load_tokenizer(opened.inspected.source.model)
         runs = _encode(args, texts, tokenizer, opened.inspected, out)
         model, offload = opened.load(args.output)
         trace = offload.trace

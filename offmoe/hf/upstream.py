@@ -40,7 +40,14 @@ except ImportError as error:
         f"install a tested version: pip install 'transformers>=5.17,<5.24' (tested: {TESTED_VERSIONS})"
     ) from error
 
-__all__ = ["ALL_EXPERTS_FUNCTIONS", "Concatenate", "MergeModulelist", "Transpose", "WeightConverter"]
+__all__ = [
+    "ALL_EXPERTS_FUNCTIONS",
+    "Concatenate",
+    "ConversionOps",
+    "MergeModulelist",
+    "Transpose",
+    "WeightConverter",
+]
 
 
 class MappedName(NamedTuple):
@@ -56,23 +63,26 @@ class MappedName(NamedTuple):
     """The conversion that makes the parameter; None if the tensor is only renamed."""
 
 
-def map_names(model: PreTrainedModel, names: Iterable[str]) -> Iterator[MappedName]:
+def map_names(
+    model: PreTrainedModel, names: Iterable[str], converters: Sequence[WeightConverter] | None = None
+) -> Iterator[MappedName]:
     """Map a checkpoint's tensor names to parameters, exactly as transformers' loader does.
 
     Args:
         model: the model, on any device.
         names: the checkpoint's tensor names.
+        converters: used in place of those that transformers has for the model, and of its renamings.
 
     Returns:
         The names in the loader's order, on which grouped renamings depend. A target need not exist in the model.
     """
-    transforms = get_model_conversion_mapping(model)
+    transforms = get_model_conversion_mapping(model) if converters is None else converters
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    applied = [t for t in transforms if isinstance(t, WeightConverter)]
+    converter_of = {pattern: converter for converter in applied for pattern in converter.source_patterns}
     prefix, parameters = model.base_model_prefix, model.state_dict()
     for name in sorted(names, key=dot_natural_key):
-        target, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
+        target, pattern = rename_source_key(name, renamings, applied, prefix, parameters)
         if target not in parameters and name in parameters:  # the name is the parameter's own already
             target, pattern = rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=parameters)
         yield MappedName(name, target, pattern, converter_of[pattern] if pattern is not None else None)
@@ -141,6 +151,15 @@ def run_converter(
         )
     before, _, after = next((target.partition(name) for name in values if name in target), ("", "", ""))
     return {before + name + after: v[0] if isinstance(v, list) else v for name, v in values.items()}
+
+
+def known_splits() -> frozenset[str]:
+    """Names of GGUF files for ways to split text before merges, as far as transformers knows them."""
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    except ImportError:  # a release that keeps them elsewhere; then every name is warned of
+        return frozenset()
+    return frozenset(GGUF_PRE_TOKENIZER_SPLITS)
 
 
 class _ResizedModel:

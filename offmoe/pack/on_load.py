@@ -48,6 +48,12 @@ def to_quantize(catalog: ExpertCatalog, config: PreTrainedConfig, experts: str) 
         ConfigError: the experts are quantized in another format.
     """
     method = quantization_method(config)
+    if catalog.view.checkpoint.gguf is not None:
+        raise ConfigError(
+            f"experts={experts!r}: {catalog.view.checkpoint.model} is a GGUF file, whose experts are "
+            f"{' and '.join(catalog.formats) or 'not quantized'} and run as they are. Use experts='native', or the "
+            "model's safetensors checkpoint."
+        )
     if method is None:
         return weight_format(experts)
     if catalog.formats and all(name.endswith(f" {experts}") for name in catalog.formats):

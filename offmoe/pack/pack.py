@@ -131,6 +131,11 @@ def pack(
     started = time.perf_counter()
     source = locate(model, **hub)
     folder = Path(os.path.expanduser(os.fspath(out))).absolute()
+    if source.file is not None:
+        raise ConfigError(
+            f"{source.model}: a GGUF file holds its experts packed already, and packing them anew would only lose "
+            "more; offmoe runs the file as it is, or pack the model's safetensors checkpoint"
+        )
     _refuse_place(folder, source.folder)
     hf_config = read_config(source.folder)
     if (method := quantization_method(hf_config)) is not None:

@@ -11,7 +11,7 @@ only the first has the model's metadata.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,18 @@ def part_names(name: str) -> list[str]:
             f"{name}: its name says part {int(match['number'])} of {count}; give it its own name back"
         )
     return [f"{match['stem']}-{number + 1:05}-of-{count:05}{SUFFIX}" for number in range(count)]
+
+
+def models_among(names: Iterable[str]) -> list[str]:
+    """The GGUF models among the files of a folder: the name of each one's (first) file, sorted.
+
+    Files of image encoders (mmproj), which stand beside a model, and importance matrices are none.
+    """
+    firsts = set()
+    for name in names:
+        if name.endswith(SUFFIX) and not any(word in name.lower() for word in ("mmproj", "imatrix")):
+            firsts.add(PART.sub(rf"\g<stem>-00001-of-\g<count>{SUFFIX}", name))
+    return sorted(firsts)
 
 
 def open_set(path: Path, heads: Mapping[str, GgufHead] | None = None) -> GgufSet:

@@ -22,6 +22,7 @@ from offmoe.hf.adapters.find import expert_parameters, find_experts, find_top_k,
 from offmoe.hf.catalog.catalog import CatalogLayer, ExpertCatalog
 from offmoe.hf.catalog.convert import ExpertConversion, Value, blocks_of, blocks_of_share, destinations_of
 from offmoe.hf.catalog.dense_view import DenseView
+from offmoe.hf.catalog.gguf_view import open_view
 from offmoe.hf.catalog.groups import Group, Groups, check_count, collect, divide_shared_lists, repeat_tied_experts
 from offmoe.hf.upstream import map_names
 from offmoe.quant.codec import Kind
@@ -46,11 +47,12 @@ def build_catalog(checkpoint: Checkpoint, meta_model: PreTrainedModel) -> Expert
         MissingTensorError: a tensor is absent; the message names it.
         CheckpointError: a tensor, dense ones included, has another shape or dtype than the model's.
     """
-    view = DenseView.of(checkpoint, meta_model.config)
+    opened = open_view(checkpoint, meta_model.config)
+    view = opened.view
     modules = find_experts(meta_model)
     if not modules:
         raise UnsupportedModelError(
-            f"{checkpoint.folder}: {type(meta_model).__name__} has no experts that offmoe can find (none of its "
+            f"{checkpoint.model}: {type(meta_model).__name__} has no experts that offmoe can find (none of its "
             "modules is in transformers' experts registry or known to an adapter); use a Mixture-of-Experts model such "
             "as Mixtral, Qwen-MoE, DeepSeek or gpt-oss"
         )
@@ -59,18 +61,23 @@ def build_catalog(checkpoint: Checkpoint, meta_model: PreTrainedModel) -> Expert
     parameters = meta_model.state_dict()
     keys: set[str] = set()
     dense: dict[str, str] = {}
-    for mapped in map_names(meta_model, view.tensors):
+    for mapped in map_names(meta_model, view.tensors, opened.converters):
         if mapped.target in owned:
             name, place = owned[mapped.target]
-            collect(groups[name], mapped, name, place, checkpoint.folder)
+            collect(groups[name], mapped, name, place, checkpoint.model)
             keys.update(view.raw_names(mapped.name))
         elif mapped.converter is None and mapped.target in parameters:
             _check_shape(view, mapped.name, tuple(parameters[mapped.target].shape))
             if parameters[mapped.target].is_floating_point():
                 _check_computable(view, mapped.name)
-            if mapped.name not in view.encoded:
+            if not view.is_decoded(mapped.name):
                 dense[mapped.target] = mapped.name
-    divide_shared_lists(groups, meta_model, checkpoint.folder)
+        elif opened.is_complete:
+            raise UnsupportedModelError(
+                f"{checkpoint.model}: tensor {mapped.name!r} has no place in {type(meta_model).__name__} with this "
+                "configuration; offmoe does not know this variant of the model: use its safetensors checkpoint"
+            )
+    divide_shared_lists(groups, meta_model, checkpoint.model)
     repeat_tied_experts(groups, modules)
     builder = _Builder(view, meta_model, groups)
     layers = tuple(builder.layer(name, module) for name, module in modules.items())

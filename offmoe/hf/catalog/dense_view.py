@@ -15,7 +15,7 @@ import logging
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +44,15 @@ class Encoded(NamedTuple):
     """Shape of one matrix, decoded."""
 
 
+class Rebuilt(NamedTuple):
+    """A dense weight that is made of tensors under other names, or of changed values."""
+
+    sources: tuple[str, ...]
+    """Names in the checkpoint; those that are quantized are in `DenseView.encoded` under these names."""
+    undo: Callable[..., torch.Tensor] | None
+    """Makes the weight of the decoded sources; None: the one source as it is."""
+
+
 @dataclass(frozen=True)
 class DenseView:
     """The checkpoint by dense names."""
@@ -53,6 +62,10 @@ class DenseView:
     """All tensors, with the shapes that they have decoded."""
     encoded: Mapping[str, Encoded] = field(default_factory=dict)
     """The quantized tensors among them."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Dense name -> name in the checkpoint, of tensors of experts that are not quantized and called otherwise there."""
+    rebuilt: Mapping[str, Rebuilt] = field(default_factory=dict)
+    """Dense weights of GGUF files."""
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, config: object) -> DenseView:
@@ -67,23 +80,34 @@ class DenseView:
             MissingTensorError: a component is absent.
             CheckpointError: the components of a weight are not those of one matrix.
         """
-        method = read_method(checkpoint.folder, config)
+        method = read_method(checkpoint.model, config)
         if method is None:
             return cls(checkpoint, checkpoint.tensors)
         return _Reading(checkpoint, method).view()
 
     @property
     def folder(self) -> Path:
-        return self.checkpoint.folder
+        return self.checkpoint.model
 
     def where(self, name: str) -> str:
         """Path of the shard that holds the tensor of this dense name, for messages."""
         return str(self.checkpoint.shards[self.tensors[name].shard])
 
+    def is_decoded(self, name: str) -> bool:
+        """Whether the tensor is not one of the checkpoint's as it stands there."""
+        return name in self.encoded or name in self.rebuilt
+
+    @property
+    def needs_decoding(self) -> bool:
+        """Whether transformers cannot read the checkpoint itself."""
+        return bool(self.encoded or self.rebuilt)
+
     def raw_names(self, name: str) -> Iterable[str]:
         """Names of the checkpoint's tensors from which the tensor of this dense name is decoded."""
+        if name in self.rebuilt:
+            return self.rebuilt[name].sources
         weight = self.encoded.get(name)
-        return (name,) if weight is None else weight.names.values()
+        return (self.renamed.get(name, name),) if weight is None else weight.names.values()
 
     def common_encoding(self, names: Sequence[str], rows: int | None) -> Encoding | None:
         """The encoding that one expert's part of every one of these tensors has.
@@ -128,9 +152,16 @@ class DenseView:
 
     def decode(self, name: str, device: torch.device) -> torch.Tensor:
         """Read a whole tensor. A quantized one is decoded to float32, from which every compute dtype is rounded."""
+        if name in self.rebuilt:
+            sources, undo = self.rebuilt[name]
+            values = [self._decode_stored(source, device) for source in sources]
+            return values[0] if undo is None else undo(*values)
+        return self._decode_stored(name, device)
+
+    def _decode_stored(self, name: str, device: torch.device) -> torch.Tensor:
         weight = self.encoded.get(name)
         if weight is None:
-            return read_tensor(self.checkpoint, name).to(device)
+            return read_tensor(self.checkpoint, self.renamed.get(name, name)).to(device)
         raw = {component: read_tensor(self.checkpoint, raw) for component, raw in weight.names.items()}
         codec = weight.encoding.codec
         if STATE in raw:
@@ -203,13 +234,13 @@ class _Reading:
             first = components.setdefault(dense, {}).setdefault(component, name)
             if first != name:
                 raise CheckpointError(
-                    f"{self.checkpoint.folder}: {first!r} and {name!r} are both the {component} of {dense!r}; keep one "
+                    f"{self.checkpoint.model}: {first!r} and {name!r} are both the {component} of {dense!r}; keep one "
                     "of the two"
                 )
         for name in components.keys() & plain.keys():
             if not self.method.main:
                 raise CheckpointError(
-                    f"{self.checkpoint.folder}: has {name!r} both dense and quantized "
+                    f"{self.checkpoint.model}: has {name!r} both dense and quantized "
                     f"({next(iter(components[name].values()))!r}); keep one of the two"
                 )
             del plain[name]
@@ -220,7 +251,7 @@ class _Reading:
             logger.warning(
                 "%s: %d scales of activations are not used (%s is one): weights are decoded, activations stay as they "
                 "are",
-                self.checkpoint.folder,
+                self.checkpoint.model,
                 len(activations),
                 activations[0],
             )
@@ -264,7 +295,7 @@ class _Reading:
         absent, unknown = sorted(codec.required - specs.keys()), sorted(specs.keys() - codec.required)
         if absent:
             raise MissingTensorError(
-                f"{self.checkpoint.folder}: quantized weight {name!r} ({codec.name}) lacks its {absent[0]}, it has "
+                f"{self.checkpoint.model}: quantized weight {name!r} ({codec.name}) lacks its {absent[0]}, it has "
                 f"only {', '.join(repr(n) for n in sorted(names.values()))}; complete the download"
             )
         if unknown:

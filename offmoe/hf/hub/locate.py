@@ -36,6 +36,7 @@ from offmoe.errors import (
 from offmoe.hf.hub.errors import hub_errors, translated
 from offmoe.hf.hub.remote_header import TIMEOUT_S, read_remote_head
 from offmoe.storage.checkpoint import INDEX_FILE, PICKLES, SINGLE_FILE, Checkpoint, indexed_files
+from offmoe.storage.gguf_set import SUFFIX, models_among, part_names
 from offmoe.storage.header import ShardHead
 from offmoe.text import format_size
 
@@ -76,6 +77,13 @@ class Source:
     """Holds configuration, index and tokenizer. Shards of a repository may be absent."""
     repository: Repository | None = None
     """None if the model is a folder of the user's own."""
+    file: Path | None = None
+    """The (first) file of a GGUF model; None if the model is the folder."""
+
+    @property
+    def model(self) -> Path:
+        """What the model is called: its folder, or its file."""
+        return self.folder if self.file is None else self.file
 
     def checkpoint(self) -> Checkpoint:
         """The model's tensors, from the headers of its shards on disk and on the Hub.
@@ -83,6 +91,8 @@ class Source:
         Raises:
             OffmoeError: what `Checkpoint.open` raises, or what went wrong on the way to the Hub.
         """
+        if self.file is not None:
+            return Checkpoint.open_gguf(self.file)
         if self.repository is None:
             return Checkpoint.open(self.folder)
         shards = self._shards(self.repository)
@@ -174,15 +184,16 @@ def locate(
     If the Hub does not answer, or must not be asked, the copy in the Hub cache is used.
 
     Args:
-        model: a folder, "demo" for the model in the package, or a Hub id "owner/name".
+        model: a folder, a GGUF file, "demo" for the model in the package, or a Hub id "owner/name".
         revision: branch, tag or commit on the Hub; None means the default branch.
         token: as huggingface_hub takes it.
         cache_dir: the Hub cache; None means huggingface_hub's own.
         local_files_only: use no network.
 
     Raises:
-        ConfigError: the model is no folder, not in the cache, and not on the Hub for this token.
-        CheckpointError: `model` is a file.
+        ConfigError: the model is no folder, not in the cache, and not on the Hub for this token; or the folder holds
+            several GGUF models.
+        CheckpointError: `model` is a file, but no GGUF file.
         UnsupportedModelError: the repository has no config.json.
     """
     name = os.fspath(model)
@@ -190,15 +201,35 @@ def locate(
         return Source(Path(__file__).parents[2] / "demo" / "model")
     path = Path(os.path.expanduser(name))  # os.path: the methods of Path raise for names that no file can have
     if name and os.path.isdir(path):
-        return Source(path)
+        return Source(path, file=gguf_in(path))
     if name and os.path.exists(path):
-        raise CheckpointError(f"{path}: a file, not a model; give the folder that holds config.json and the shards")
+        if path.suffix == SUFFIX:
+            return Source(path.absolute().parent, file=path.absolute().with_name(part_names(path.name)[0]))
+        raise CheckpointError(
+            f"{path}: a file, not a model; give the folder that holds config.json and the shards, or a .gguf file"
+        )
     if not isinstance(model, str) or not NAME.fullmatch(name) or name.startswith("."):
         raise ConfigError(f"model {name!r}: there is no such folder, and a Hub id looks like 'owner/name'")
     options = {"token": token, "cache_dir": None if cache_dir is None else os.fspath(cache_dir)}
     if local_files_only:
         return _cached(name, revision, options, "local_files_only forbids the network")
     return _on_hub(name, revision, options)
+
+
+def gguf_in(folder: Path) -> Path | None:
+    """The GGUF model in a folder that has no safetensors shards; None if it holds none.
+
+    Raises:
+        ConfigError: it holds several.
+    """
+    try:
+        names = os.listdir(folder)
+    except OSError:  # reading the checkpoint will say so
+        return None
+    models = [] if any(name.endswith(".safetensors") for name in names) else models_among(names)
+    if len(models) > 1:
+        raise ConfigError(f"{folder}: holds {len(models)} GGUF models ({', '.join(models)}); give the file of one")
+    return folder.absolute() / models[0] if models else None
 
 
 def _on_hub(name: str, revision: str | None, options: dict[str, Any]) -> Source:

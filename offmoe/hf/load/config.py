@@ -27,7 +27,7 @@ CONFIG_FILE = "config.json"
 PACK_MANIFEST = "offmoe-pack.json"
 """File in which `offmoe pack` lists the shards that it has finished. Without a config.json there, packing was
 interrupted."""
-WEIGHTS = (".safetensors", INDEX_FILE, *PICKLES)
+WEIGHTS = (".safetensors", ".gguf", INDEX_FILE, *PICKLES)
 """Endings of the files that make a folder more than a configuration."""
 LIMITS = {"layers": 10_000, "experts": 100_000}
 """Largest number allowed in a field whose name holds the word. The largest models have 126 layers and 2,048 experts."""

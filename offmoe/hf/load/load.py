@@ -52,6 +52,7 @@ def load_dense(
     dtype: torch.dtype | str | None = None,
     offloaded: OffloadedLayers | None = None,
     name_or_path: str | os.PathLike[str] | None = None,
+    generation_folder: str | os.PathLike[str] | None = None,
     **hf_kwargs: object,
 ) -> PreTrainedModel:
     """Load everything but the experts.
@@ -66,6 +67,8 @@ def load_dense(
         dtype: of the dense weights; None means the checkpoint's own.
         offloaded: decoder layers whose weights are on the device only while they run. The caller closes it.
         name_or_path: where the model says that it comes from; None means `folder`.
+        generation_folder: the folder of generation_config.json, if transformers does not load from `folder` itself;
+            None: what the configuration says is used.
         hf_kwargs: further options of transformers' from_pretrained.
 
     Returns:
@@ -79,7 +82,7 @@ def load_dense(
     """
     check_options(hf_kwargs)
     source: str | os.PathLike[str] | None = folder
-    if catalog.view.encoded:  # then transformers gets a state dict whose values are decoded when it takes them
+    if catalog.view.needs_decoding:  # then transformers gets a state dict whose values are decoded when it takes them
         source, hf_kwargs["state_dict"] = None, _decoded(catalog, torch.device(device))
         dtype = dtype or config.dtype or torch.bfloat16
     skeleton = without_experts(cls, catalog.parameters)
@@ -97,7 +100,7 @@ def load_dense(
     _check_complete(folder, report["missing_keys"])
     _settle(model, cls, offloaded)
     if source is None:
-        _name_source(model, folder, name_or_path or folder, hf_kwargs)
+        _name_source(model, generation_folder, name_or_path or folder, hf_kwargs)
     attach_safe_save(model, folder, catalog)
     return model
 
@@ -176,15 +179,15 @@ def _as_dense(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def _name_source(
     model: PreTrainedModel,
-    folder: str | os.PathLike[str],
+    generation_folder: str | os.PathLike[str] | None,
     name_or_path: str | os.PathLike[str],
     options: Mapping[str, object],
 ) -> None:
     """Set what transformers sets only on a model that it loads from a folder itself: name and generation config."""
     model.config.name_or_path = model.name_or_path = str(name_or_path)
-    if model.can_generate() and options.get("generation_config") is None:
+    if generation_folder is not None and model.can_generate() and options.get("generation_config") is None:
         with suppress(OSError):  # without the file, the model keeps what its class made of the config
-            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+            model.generation_config = transformers.GenerationConfig.from_pretrained(generation_folder)
 
 
 def _own_memory(model: PreTrainedModel) -> None:

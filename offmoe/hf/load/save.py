@@ -52,6 +52,8 @@ class SourceCopy:
     """The configuration at load time."""
     generation_config: dict[str, object] | None
     """The generation configuration at load time."""
+    gguf: Path | None = None
+    """The file, if the checkpoint is GGUF."""
 
     def __call__(
         self,
@@ -79,6 +81,11 @@ class SourceCopy:
                     "checkpoint can only be copied as it is; leave the option out, or load the model with stock "
                     "transformers to convert it"
                 )
+        if self.gguf is not None:
+            raise ConfigError(
+                f"save_pretrained: this model was loaded from the GGUF file {self.gguf}, and save_pretrained writes "
+                "safetensors; copy the file itself"
+            )
         self._refuse_changes(model)
         if is_main_process:
             _copy(self.folder, Path(save_directory), self.keys)
@@ -117,8 +124,14 @@ def attach_safe_save(model: PreTrainedModel, source_folder: str | os.PathLike[st
         catalog: the checkpoint's experts.
     """
     weights = {name: (weakref.ref(tensor), tensor._version) for name, tensor in _dense(model).items()}
+    checkpoint = catalog.view.checkpoint
     copier = SourceCopy(
-        Path(source_folder).absolute(), catalog.keys, weights, model.config.to_dict(), _generation(model)
+        Path(source_folder).absolute(),
+        catalog.keys,
+        weights,
+        model.config.to_dict(),
+        _generation(model),
+        None if checkpoint.gguf is None else checkpoint.model,
     )
     # on the instance, and bound: a deep copy of the model binds to the copy
     setattr(model, "save_pretrained", types.MethodType(copier, model))  # noqa: B010 -- it is a method of the class

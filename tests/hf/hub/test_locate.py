@@ -93,9 +93,9 @@ def test_folder_that_is_not_there_is_a_config_error(name: str) -> None:
 
 
 def test_file_is_not_a_folder(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    (tmp_path / "model.onnx").write_bytes(b"")
     with pytest.raises(CheckpointError, match="a file, not a model"):
-        locate(tmp_path / "model.gguf")
+        locate(tmp_path / "model.onnx")
 
 
 def test_hub_id_that_is_not_in_the_cache_is_a_config_error(tmp_path: Path) -> None:

@@ -1,0 +1,110 @@
+"""GGUF files on the command line: a file is a model, with the tokenizer that stands in it or beside it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from offmoe.cli.prompts import load_tokenizer
+from offmoe.trace.trace import read_trace
+from tests import gguf_models, tiny
+from tests.cli.conftest import Outcome
+
+Run = Callable[..., Outcome]
+CPU = ("--device", "cpu", "--slots-per-layer", "3")
+PROMPT = "The king said"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> gguf_models.Written:
+    return gguf_models.save_demo(tmp_path_factory.mktemp("demo"))
+
+
+def stock_text(folder: Path, new_tokens: int) -> str:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model: tiny.Model = AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16")
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    out = model.generate(ids, max_new_tokens=new_tokens, do_sample=False)
+    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def test_text_is_that_of_a_dense_model_of_the_decoded_values(offmoe: Run, demo: gguf_models.Written) -> None:
+    outcome = offmoe("generate", demo.file, PROMPT, *CPU, "--exactness", "bitwise", "--max-new-tokens", 16, "--json")
+    assert outcome.status == 0
+    assert outcome.json["text"] == stock_text(demo.dense, 16)
+
+
+def test_inspect_names_the_format(offmoe: Run, demo: gguf_models.Written) -> None:
+    found = offmoe("inspect", demo.file, *CPU, "--json").json
+    assert (found["family"], found["layers"], found["top_k"]) == ("mixtral", 6, 2)
+    assert found["experts"] in (8, [8] * 6)
+    text = offmoe("inspect", demo.file, *CPU)
+    assert text.status == 0
+    assert "gguf" in text.out
+
+
+def test_trace_records_a_file(offmoe: Run, demo: gguf_models.Written, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text(f"{PROMPT}\n\nOnce more")
+    traced = offmoe(
+        "trace", demo.file, "--prompts", tmp_path / "prompts.txt", "-o", tmp_path / "run.npz", *CPU,
+        "--max-new-tokens", 4, "--json",
+    )  # fmt: skip
+    assert traced.status == 0
+    assert read_trace(tmp_path / "run.npz").shape.experts == (8,) * 6
+
+
+@pytest.mark.slow
+def test_bench_runs_a_file_in_a_process_of_its_own(offmoe: Run, demo: gguf_models.Written) -> None:
+    measured = offmoe("bench", demo.file, *CPU, "--rounds", 1, "--new-tokens", 3, "--json")
+    assert measured.status == 0
+    assert measured.json["ours"]
+
+
+def test_bench_against_stock_needs_a_safetensors_checkpoint(offmoe: Run, demo: gguf_models.Written) -> None:
+    refused = offmoe("bench", demo.file, *CPU, "--against", "accelerate")
+    assert refused.status == 2
+    assert "name the model's safetensors checkpoint with --against-model" in refused.err
+
+
+def test_pack_refuses_a_file(offmoe: Run, demo: gguf_models.Written, tmp_path: Path) -> None:
+    outcome = offmoe("pack", demo.file, tmp_path / "out")
+    assert outcome.status == 2
+    assert "packed already" in outcome.err
+
+
+def test_a_tokenizer_beside_the_file_wins_over_the_one_in_it(
+    demo: gguf_models.Written, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = shutil.copy(demo.file, tmp_path)
+    with caplog.at_level(logging.INFO, "offmoe"):
+        inside = load_tokenizer(Path(file))
+    assert "the tokenizer is that of the file's metadata" in caplog.text
+    text = "The king of Naples, being 3 times an enemy"
+    original = AutoTokenizer.from_pretrained(gguf_models.DEMO)
+    assert inside(text)["input_ids"] == original(text)["input_ids"]
+    original.chat_template = "beside"
+    original.save_pretrained(tmp_path)
+    assert load_tokenizer(Path(file)).chat_template == "beside"
+
+
+def test_a_split_of_text_that_transformers_does_not_know_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    written = gguf_models.save(tmp_path, "mixtral", more=gguf_models.vocabulary)
+    raw = written.file.read_bytes()
+    written.file.write_bytes(raw.replace(b"\5\0\0\0\0\0\0\0gpt-2", b"\5\0\0\0\0\0\0\0novel"))
+    with caplog.at_level(logging.WARNING, "offmoe"):
+        load_tokenizer(written.file)
+    assert "splits text as 'novel' does, which transformers does not know" in caplog.text
+
+
+def test_a_file_without_a_vocabulary_says_what_to_do(offmoe: Run, tmp_path: Path) -> None:
+    written = gguf_models.save(tmp_path, "mixtral")
+    outcome = offmoe("generate", written.file, "hello", *CPU)
+    assert outcome.status == 1
+    assert "tokenizer.json and tokenizer_config.json of the model, and put them beside the file" in outcome.err

@@ -1,0 +1,355 @@
+"""GGUF models compute what a dense model of the decoded values computes, and only the file's bytes move."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import offmoe
+from offmoe.api import load
+from offmoe.budget.inspect import inspect
+from offmoe.config import OffloadConfig
+from offmoe.errors import CheckpointError, ConfigError, MissingTensorError, UnsupportedModelError
+from offmoe.hf.gguf.architectures import ARCHITECTURES
+from offmoe.pack.pack import pack
+from offmoe.quant.packed_weight import int4
+from offmoe.simulate.replay import replay
+from offmoe.trace.trace import read_trace
+from tests import gguf_models, tiny
+from tests.gguf_models import Q, all_of, q4_k_m, q8_0
+
+PROMPT = {"input_ids": tiny.prompt()}
+GREEDY = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
+KINDS = {"Q4_K_M": q4_k_m, "Q8_0": q8_0, "MXFP4": all_of(Q.MXFP4), "BF16": all_of(Q.BF16)}
+K_SIZES: dict[str, dict[str, Any]] = {
+    "mixtral": {"hidden_size": 256, "intermediate_size": 256},
+    "qwen2_moe": {"hidden_size": 256, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256},
+    "qwen3_moe": {"hidden_size": 256, "moe_intermediate_size": 256},
+}
+"""Sizes for types whose blocks have 256 values."""
+
+
+def sizes(family: str, kind: str) -> dict[str, Any]:
+    return K_SIZES[family] if kind == "Q4_K_M" else {}
+
+
+def run(model: tiny.Model) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.no_grad():
+        return model(**PROMPT).logits, model.generate(**PROMPT, **GREEDY)
+
+
+def stock(folder: Path, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    return run(tiny.comparable(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)))
+
+
+def check_parity(written: gguf_models.Written, dtype: torch.dtype, trace: Path, **options: Any) -> None:
+    wanted = stock(written.dense, dtype)
+    ours = offmoe.from_pretrained(
+        written.file, device="cpu", slots_per_layer=3, dtype=dtype, trace=trace, exactness="bitwise", **options
+    )
+    with ours.offload:
+        logits, tokens = run(ours)
+        stats = ours.offload.stats()
+    assert torch.isfinite(wanted[0]).all()
+    assert torch.equal(logits, wanted[0])
+    assert torch.equal(tokens, wanted[1])
+    assert stats.misses > 0
+    recorded = read_trace(trace)
+    assert recorded.options is not None
+    assert replay(recorded, recorded.options).stats == stats
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", gguf_models.STATEMENTS)
+def test_logits_and_tokens_are_those_of_a_dense_model_of_the_decoded_values(
+    tmp_path: Path, family: str, kind: str
+) -> None:
+    written = gguf_models.save(tmp_path, family, KINDS[kind], **sizes(family, kind))
+    check_parity(written, torch.bfloat16, tmp_path / "run.npz")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_parity_in_float32(tmp_path: Path, family: str) -> None:
+    written = gguf_models.save(tmp_path, family)
+    check_parity(written, torch.float32, tmp_path / "run.npz")
+
+
+@pytest.mark.parametrize("kind", [k for k in gguf_models.HALVES if k not in (8, 39)], ids=lambda kind: Q(kind).name)
+def test_every_type_runs(tmp_path: Path, kind: int) -> None:
+    wide = gguf.GGML_QUANT_SIZES[Q(kind)][0] == 256
+    written = gguf_models.save(tmp_path, "mixtral", all_of(Q(kind)), **(K_SIZES["mixtral"] if wide else {}))
+    check_parity(written, torch.bfloat16, tmp_path / "run.npz")
+
+
+@pytest.mark.parametrize("scope", ["layer", "model"])
+def test_layers_of_several_types_share_what_fits(tmp_path: Path, scope: str) -> None:
+    def mixed(name: str) -> Q:
+        kinds = (Q.Q8_0, Q.MXFP4, Q.Q4_0, Q.BF16)
+        return kinds[(len(name) + int(name.split(".")[1])) % 4] if name.startswith("blk.") else Q.Q5_1
+
+    written = gguf_models.save(tmp_path, "qwen3_moe", mixed)
+    check_parity(written, torch.bfloat16, tmp_path / "run.npz", scope=scope)
+
+
+def test_gate_and_up_may_stand_in_one_tensor(tmp_path: Path) -> None:
+    written = gguf_models.save(tmp_path, "qwen3_moe", fused=True)
+    check_parity(written, torch.bfloat16, tmp_path / "run.npz")
+
+
+def test_a_split_model_runs_by_any_of_its_parts(tmp_path: Path) -> None:
+    written = gguf_models.save(tmp_path, "qwen3_moe", parts=7)
+    parts = sorted(written.file.parent.iterdir())
+    assert len(parts) > 3
+    for part in (parts[0], parts[-1]):
+        check_parity(gguf_models.Written(part, written.dense), torch.bfloat16, tmp_path / "run.npz")
+    parts[2].unlink()
+    with pytest.raises(MissingTensorError, match=f"{parts[2].name}.*complete the download"):
+        offmoe.from_pretrained(written.file, device="cpu")
+
+
+def test_a_folder_with_one_model_is_that_model(tmp_path: Path) -> None:
+    written = gguf_models.save(tmp_path, "mixtral")
+    folder = written.file.parent
+    (folder / "mmproj-model-f16.gguf").write_bytes(b"")
+    check_parity(gguf_models.Written(folder, written.dense), torch.bfloat16, tmp_path / "run.npz")
+    (folder / "other.gguf").write_bytes(written.file.read_bytes())
+    with pytest.raises(ConfigError, match=r"holds 2 GGUF models \(model.gguf, other.gguf\); give the file of one"):
+        offmoe.from_pretrained(folder, device="cpu")
+
+
+def test_tied_embeddings_and_a_bare_head(tmp_path: Path) -> None:
+    written = gguf_models.save(tmp_path, "qwen3_moe", tie_word_embeddings=True)
+    check_parity(written, torch.bfloat16, tmp_path / "run.npz")
+
+
+def test_decoder_layers_that_do_not_fit_are_decoded_once_and_streamed(tmp_path: Path) -> None:
+    """The rebuilt weights of offloaded layers are written in the dtype to compute in, and read from there."""
+    written = gguf_models.save(tmp_path, "mixtral", q4_k_m, **K_SIZES["mixtral"])
+    needs = inspect(written.file, OffloadConfig(device="cpu", slots_per_layer=3)).needs.bytes
+    memory = needs.min_dense + 3 * sum(needs.slot_bytes) + needs.staging + needs.workspace + 64 * needs.kv_per_token
+    small = inspect(written.file, OffloadConfig(device="cpu", device_memory=memory, max_context=64))
+    assert small.plan.offloaded_layers
+    wanted = stock(written.dense, torch.bfloat16)
+    ours = load(small)
+    with ours.offload:
+        got = run(ours)
+    assert torch.equal(got[0], wanted[0])
+    assert torch.equal(got[1], wanted[1])
+
+
+@pytest.mark.parametrize("family", gguf_models.STATEMENTS)
+def test_the_metadata_give_the_configuration_that_was_converted(tmp_path: Path, family: str) -> None:
+    written = gguf_models.save(tmp_path, family)
+    ours = inspect(written.file, OffloadConfig(device="cpu")).hf_config
+    theirs = AutoConfig.from_pretrained(written.dense)
+    assert type(ours) is type(theirs)
+    values = theirs.to_dict()
+    if values.get("head_dim", 0) is None:
+        values["head_dim"] = theirs.hidden_size // theirs.num_attention_heads  # what the model makes of it
+    differ = {
+        name: (getattr(ours, name, None), value)
+        for name, value in values.items()
+        if getattr(ours, name, None) != value and name not in IRRELEVANT
+    }
+    assert not differ
+
+
+IRRELEVANT = frozenset({"architectures", "dtype", "transformers_version", "_name_or_path", "router_aux_loss_coef"})
+"""Values that change nothing in what a model computes."""
+
+
+def test_a_configuration_beside_the_file_wins_and_one_line_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    written = gguf_models.save(tmp_path, "mixtral")
+    values = json.loads((written.dense / "config.json").read_text())
+    beside = written.file.with_name("config.json")
+    with caplog.at_level(logging.INFO, "offmoe"):
+        assert inspect(written.file, OffloadConfig(device="cpu")).hf_config.max_position_embeddings == 512
+    assert [r.message for r in caplog.records if "the file's metadata" in r.message]
+    caplog.clear()
+    beside.write_text(json.dumps({**values, "max_position_embeddings": 1024, "rms_norm_eps": 1e-3}))
+    with caplog.at_level(logging.INFO, "offmoe"):
+        config = inspect(written.file, OffloadConfig(device="cpu")).hf_config
+    assert (config.max_position_embeddings, config.rms_norm_eps) == (1024, 1e-3)
+    assert [r.message for r in caplog.records if f"is that of {beside}" in r.message]
+
+
+def test_a_configuration_that_contradicts_the_file_is_refused(tmp_path: Path) -> None:
+    written = gguf_models.save(tmp_path, "mixtral")
+    values = json.loads((written.dense / "config.json").read_text())
+    written.file.with_name("config.json").write_text(json.dumps({**values, "num_key_value_heads": 4}))
+    with pytest.raises(CheckpointError, match=r"num_key_value_heads=4, the metadata of model\.gguf say 2; remove"):
+        inspect(written.file, OffloadConfig(device="cpu"))
+
+
+def test_a_configuration_of_another_model_beside_the_file_is_not_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    written = gguf_models.save(tmp_path, "mixtral")
+    tiny.build("olmoe").config.save_pretrained(written.file.parent)
+    with caplog.at_level(logging.WARNING, "offmoe"):
+        check_parity(written, torch.bfloat16, tmp_path / "run.npz")
+    assert "is of 'olmoe' and not of 'mixtral'" in caplog.text
+
+
+def test_the_generation_config_beside_the_file_counts_only_with_a_configuration(tmp_path: Path) -> None:
+    written = gguf_models.save(tmp_path, "mixtral", more=lambda writer: writer.add_eot_token_id(7))
+    ours = offmoe.from_pretrained(written.file, device="cpu")
+    assert ours.generation_config.eos_token_id == [2, 7]
+    assert ours.config.name_or_path == ours.name_or_path == str(written.file)
+    ours.offload.close()
+    for name in ("config.json", "generation_config.json"):
+        text = (written.dense / name).read_text()
+        written.file.with_name(name).write_text(text.replace('"eos_token_id": 2', '"eos_token_id": 5'))
+    ours = offmoe.from_pretrained(written.file, device="cpu")
+    assert ours.generation_config.eos_token_id == 5
+    ours.offload.close()
+
+
+def rope(kind: Any, factor: float) -> Callable[[gguf.GGUFWriter], None]:
+    def write(writer: gguf.GGUFWriter) -> None:
+        writer.add_rope_scaling_type(kind)
+        writer.add_rope_scaling_factor(factor)
+        if kind == gguf.RopeScalingType.YARN:
+            writer.add_rope_scaling_orig_ctx_len(128)
+            writer.add_rope_scaling_yarn_beta_fast(16.0)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("kind", "scaling"),
+    [
+        ("linear", {"rope_type": "linear", "factor": 2.0}),
+        ("yarn", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 16.0}),
+    ],
+)
+def test_rope_scaling_that_transformers_knows_is_carried_over(
+    tmp_path: Path, kind: str, scaling: dict[str, Any]
+) -> None:
+    written = gguf_models.save(
+        tmp_path,
+        "qwen3_moe",
+        more=rope(gguf.RopeScalingType(kind), scaling["factor"]),
+        rope_parameters={"rope_theta": 10000.0, **scaling},
+    )
+    check_parity(written, torch.bfloat16, tmp_path / "run.npz")
+
+
+def test_rope_scaling_that_nobody_knows_is_refused(tmp_path: Path) -> None:
+    written = gguf_models.save(tmp_path, "qwen3_moe", more=rope(gguf.RopeScalingType.LONGROPE, 2.0))
+    with pytest.raises(UnsupportedModelError, match=r"rope scaling 'longrope' is not known.*config\.json beside"):
+        inspect(written.file, OffloadConfig(device="cpu"))
+    written = gguf_models.save(
+        tmp_path, "qwen3_moe", more=lambda w: w.add_float32("qwen3moe.rope.scaling.novel", 1.0), name="novel"
+    )
+    with pytest.raises(UnsupportedModelError, match=r"rope\.scaling\.novel is not known"):
+        inspect(written.file, OffloadConfig(device="cpu"))
+
+
+def extra(name: str, shape: tuple[int, ...] = (4,)) -> Callable[[gguf.GGUFWriter], None]:
+    return lambda writer: writer.add_tensor(name, np.ones(shape, np.float32))
+
+
+@pytest.mark.parametrize("name", ["blk.0.attn_novel.weight", "novel.weight", "blk.3.attn_norm.weight"])
+def test_a_tensor_that_nobody_knows_is_refused(tmp_path: Path, name: str) -> None:
+    written = gguf_models.save(tmp_path, "mixtral", more=extra(name))
+    with pytest.raises(UnsupportedModelError, match=f"tensor {name!r} is .*safetensors checkpoint"):
+        inspect(written.file, OffloadConfig(device="cpu"))
+
+
+def test_a_tensor_without_a_place_in_the_model_is_refused(tmp_path: Path) -> None:
+    """qwen3moe knows biases, but this configuration has none in its attention."""
+    written = gguf_models.save(tmp_path, "qwen3_moe", more=extra("blk.1.attn_q.bias", (64,)))
+    with pytest.raises(UnsupportedModelError, match=r"q_proj\.bias' has no place in Qwen3MoeForCausalLM"):
+        inspect(written.file, OffloadConfig(device="cpu"))
+
+
+def test_factors_of_the_rotary_embedding_need_a_configuration(tmp_path: Path) -> None:
+    written = gguf_models.save(tmp_path, "mixtral", more=extra("rope_freqs.weight"))
+    with pytest.raises(UnsupportedModelError, match=r"'rope_freqs.weight'.*config.json beside"):
+        inspect(written.file, OffloadConfig(device="cpu"))
+    written.file.with_name("config.json").write_text((written.dense / "config.json").read_text())
+    check_parity(written, torch.bfloat16, tmp_path / "run.npz")
+
+
+def test_a_missing_tensor_is_never_left_at_random(tmp_path: Path) -> None:
+    written = gguf_models.save(tmp_path, "mixtral")
+    raw = written.file.read_bytes()
+    for name in (b"blk.1.attn_v.weight", b"blk.1.ffn_up_exps.weight", b"blk.2.ffn_gate_inp.weight"):
+        assert raw.count(name) == 1
+        written.file.write_bytes(raw.replace(name, name.replace(b"blk.", b"blk.")[:-6] + b"weighx"))
+        with pytest.raises(UnsupportedModelError, match="not known to offmoe"):
+            offmoe.from_pretrained(written.file, device="cpu")
+    config = json.loads((written.dense / "config.json").read_text())
+    without = gguf_models.save(tmp_path, "mixtral", skip=lambda name: name == "blk.1.attn_v.weight", name="without")
+    with pytest.raises(MissingTensorError, match=r"no tensor for 'model\.layers\.1\.self_attn\.v_proj\.weight'"):
+        offmoe.from_pretrained(without.file, device="cpu")
+    assert config["model_type"] == "mixtral"
+
+
+@pytest.mark.parametrize(
+    ("arch", "tensor", "what"),
+    [
+        ("arctic", "blk.0.ffn_up_exps.weight", "the architecture 'arctic' is not one .* llama, .*qwen3moe"),
+        ("llama", "blk.0.ffn_up.weight", "a 'llama' model without experts"),
+        ("llama", "blk.0.ffn_up.3.weight", "stores every expert by itself"),
+    ],
+)
+def test_other_architectures_are_refused_by_name(tmp_path: Path, arch: str, tensor: str, what: str) -> None:
+    writer = gguf.GGUFWriter(str(tmp_path / "x.gguf"), arch)
+    writer.add_tensor(tensor, np.ones((2, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedModelError, match=what):
+        inspect(tmp_path / "x.gguf", OffloadConfig(device="cpu"))
+
+
+def test_what_writes_another_checkpoint_is_refused_with_the_reason(tmp_path: Path) -> None:
+    written = gguf_models.save(tmp_path, "mixtral")
+    with pytest.raises(
+        ConfigError, match=r"model.gguf is a GGUF file, whose experts are gguf Q8_0 and run as they are"
+    ):
+        offmoe.from_pretrained(written.file, device="cpu", experts="int4")
+    with pytest.raises(ConfigError, match="packed already"):
+        pack(written.file, tmp_path / "out", int4())
+    ours = offmoe.from_pretrained(written.file, device="cpu")
+    with (
+        ours.offload,
+        pytest.raises(ConfigError, match=r"loaded from the GGUF file .*model.gguf.*copy the file itself"),
+    ):
+        ours.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
+def test_names_are_those_of_the_gguf_package(arch: str) -> None:
+    """Every tensor that the package knows for an architecture has a rule, and no rule names another one."""
+    known = {gguf.TENSOR_NAMES[t] for t in gguf.MODEL_TENSORS[gguf_models.arch_of(arch)]}
+    how = ARCHITECTURES[arch]
+    rules = [*how.rules(CONFIGS[arch]), *how.model()]
+    ours = {source.rpartition(".")[0] for rule in rules for source in rule.sources}
+    theirs = {name.replace("blk.{bid}.", "") for name in known}
+    assert ours - theirs <= FUSED | MORE.get(arch, set())
+    assert theirs - ours <= UNUSED | UNREAD.get(arch, set())
+
+
+FUSED = {"ffn_gate_up_exps"}
+UNUSED = {"rope_freqs", "attn_rot_embd"}
+MORE: dict[str, set[str]] = {}
+"""By architecture, names that older files have."""
+UNREAD: dict[str, set[str]] = {"llama": {"ffn_gate", "ffn_up", "ffn_down"}}
+"""By architecture, names that only models without experts have."""
+CONFIGS = {how.arch: tiny.build(family).config for family, how in gguf_models.STATEMENTS.items()}
