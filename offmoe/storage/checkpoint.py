@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+import torch
+
 from offmoe.errors import CheckpointError, MissingTensorError, ShardChangedError, UnsupportedModelError
 from offmoe.storage.gguf import GgufHead
 from offmoe.storage.gguf_set import GgufSet, open_set
@@ -155,6 +157,24 @@ class Checkpoint:
         nbytes, rows = info.nbytes // count, info.shape[0] // count
         shape = info.shape[1:] if rows == 1 else (rows, *info.shape[1:])
         return Segment(info.shard, info.offset + index * nbytes, nbytes, info.dtype, shape, name)
+
+
+def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """Read one tensor of a checkpoint into new memory.
+
+    Raises:
+        ShardChangedError: the shard ends before the tensor does.
+    """
+    info = checkpoint.info(name)
+    path = checkpoint.shards[info.shard]
+    octets = torch.empty(info.nbytes, dtype=torch.uint8)
+    with open(path, "rb") as file:
+        file.seek(info.offset)
+        if file.readinto(octets.numpy()) < info.nbytes:  # type: ignore[arg-type]
+            raise ShardChangedError(
+                f"{path}: ends before tensor {name!r} does; it was truncated while the model was loading"
+            )
+    return octets.view(info.dtype).view(info.shape)
 
 
 def identity(status: os.stat_result) -> Identity:

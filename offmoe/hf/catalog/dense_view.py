@@ -22,11 +22,11 @@ from typing import NamedTuple
 
 import torch
 
-from offmoe.errors import CheckpointError, MissingTensorError, ShardChangedError, UnsupportedModelError
+from offmoe.errors import CheckpointError, MissingTensorError, UnsupportedModelError
 from offmoe.hf.catalog.quant_config import ACTIVATIONS, REMEDY, Method, read_method
 from offmoe.quant.codec import Codec, Encoding, Spec
 from offmoe.quant.raw_slot import OFFSET, STATE, offset_of
-from offmoe.storage.checkpoint import Checkpoint
+from offmoe.storage.checkpoint import Checkpoint, read_tensor
 from offmoe.storage.layout import Segment, TensorInfo
 
 logger = logging.getLogger(__name__)
@@ -187,24 +187,6 @@ class LazyTensor:
         assert index is Ellipsis
         with self.lock:
             return self.view.decode(self.name, self.device)
-
-
-def read_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    """Read one tensor of a checkpoint into new memory.
-
-    Raises:
-        ShardChangedError: the shard ends before the tensor does.
-    """
-    info = checkpoint.info(name)
-    path = checkpoint.shards[info.shard]
-    octets = torch.empty(info.nbytes, dtype=torch.uint8)
-    with open(path, "rb") as file:
-        file.seek(info.offset)
-        if file.readinto(octets.numpy()) < info.nbytes:  # type: ignore[arg-type]
-            raise ShardChangedError(
-                f"{path}: ends before tensor {name!r} does; it was truncated while the model was loading"
-            )
-    return octets.view(info.dtype).view(info.shape)
 
 
 @dataclass
