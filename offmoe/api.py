@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from offmoe.budget.forward_pass import PassRoom, pass_bytes
 from offmoe.budget.inspect import Inspected, inspect
+from offmoe.budget.resolve import pass_room
 from offmoe.compute.cpu_compute import host_compute
 from offmoe.compute.expert_layer import ExpertLayer
 from offmoe.compute.gpu_compute import device_compute
@@ -63,6 +65,7 @@ def from_pretrained(
     eviction: str | None = None,
     scope: str | None = None,
     max_context: int | None = None,
+    prefill_chunk: int | None = None,
     on_miss: str | None = None,
     prefetch: int | str | None = None,
     exactness: str | None = None,
@@ -114,6 +117,7 @@ def from_pretrained(
 def _log_plan(inspected: Inspected) -> None:
     plan = inspected.plan
     logger.info("%s on %s", plan.describe(), inspected.config.device)
+    logger.info("a prompt of up to %d tokens is prefilled in one piece", inspected.config.prefill_chunk)
     if plan.offloaded_layers:
         logger.warning(
             "the dense part does not fit: %d decoder layers (%s) come from %s in every pass; device_memory=%d holds it",
@@ -171,8 +175,14 @@ def load(
         executor.trace = writer
         for layer, module in zip(layers, modules, strict=True):
             attach(module, executor, layer)
-        Offload(model, config, inspected.plan, executor, modules, closing)
+        Offload(model, config, inspected.plan, executor, modules, closing, _pass_room(model, inspected))
     return cast("OffloadedModel", model)
+
+
+def _pass_room(model: PreTrainedModel, inspected: Inspected) -> PassRoom:
+    """What forward passes may take. The attention implementation is known only now."""
+    forward = pass_bytes(model.config, inspected.dtype, max(inspected.shape.top_k))
+    return pass_room(inspected.config, inspected.needs._replace(forward=forward), inspected.plan)
 
 
 def _load_dense(inspected: Inspected, closing: ExitStack, hf_kwargs: dict[str, Any]) -> PreTrainedModel:

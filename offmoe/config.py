@@ -160,6 +160,12 @@ class OffloadConfig:
         max_context: Tokens of KV cache to reserve memory for, all sequences of a batch together. Default: up to eight
             full-length sequences, in at most a quarter of the memory that dense weights and the smallest set of slots
             leave. Errors: a forward pass beyond it (CapacityError).
+        prefill_chunk: Most tokens of a prompt that pass through the model at once, per sequence. A longer prompt is
+            prefilled in chunks: bit for bit what transformers' generate(prefill_chunk_size=...) gives, whose last bits
+            differ from those of the prompt in one piece. Where attention to a long context leaves less memory, chunks
+            are smaller, and the log says so. A prefill_chunk_size given to `generate` wins. Default: the longest prompt
+            whose activations fit in the workspace and the KV reserve that it leaves. Errors: a forward pass that does
+            not fit and that transformers cannot divide (CapacityError).
         on_miss: What to do on a miss: "fetch" = always load into a slot; "cpu" = only into free slots, compute the rest
             without one; "auto" = decide per expert, but "fetch" on a CPU with scope="layer", where deciding gains
             nothing. Default: the profile's, else "auto". Errors: "cpu" on a GPU without exactness="numeric".
@@ -194,6 +200,7 @@ class OffloadConfig:
     eviction: str = _profiled("aged-lfu")
     scope: str = _profiled("layer")
     max_context: int | None = None
+    prefill_chunk: int | None = None
     on_miss: str = _profiled("auto")
     prefetch: int | str = _profiled("auto")
     exactness: str = "auto"
@@ -218,14 +225,19 @@ class OffloadConfig:
         if isinstance(self.slots_per_layer, list):
             object.__setattr__(self, "slots_per_layer", tuple(self.slots_per_layer))
         self._cache(1 if self.slots_per_layer is None else self.slots_per_layer)  # checks the options of decisions
-        if self.max_context is not None and (
-            not isinstance(self.max_context, int) or not 1 <= self.max_context <= LARGEST
-        ):
-            raise ConfigError(f"max_context={self.max_context!r} must be a positive number of tokens.")
+        for name in ("max_context", "prefill_chunk"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or not 1 <= value <= LARGEST):
+                raise ConfigError(f"{name}={value!r} must be a positive number of tokens.")
 
     def resolved(self, **values: Any) -> OffloadConfig:
-        """A copy with "auto" values replaced."""
-        return replace(self, **values)
+        """A copy with "auto" values replaced.
+
+        `prefill_chunk` is explicit in it only if it was before: what follows from a plan asks nothing of another one.
+        """
+        copy = replace(self, **values)
+        object.__setattr__(copy, "explicit", copy.explicit - ({"prefill_chunk"} - self.explicit))
+        return copy
 
     def overridden(self, **options: Any) -> OffloadConfig:
         """A copy in which these options win. None means "not given", as does an option that this config was not given,

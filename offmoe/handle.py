@@ -19,12 +19,14 @@ import torch
 from torch import nn
 
 from offmoe.budget.device import MemoryPlan
+from offmoe.budget.forward_pass import PassRoom
 from offmoe.config import OffloadConfig
 from offmoe.errors import CapacityError, OffmoeError
 from offmoe.hf.load.attach import attach_handle, encoder_and_decoder
 from offmoe.hf.predict.route_recorder import RouteRecorder
 from offmoe.hf.predict.router_probe import RouterProbe
 from offmoe.runtime.executor import ExpertExecutor, Predictor
+from offmoe.text import format_size
 from offmoe.trace.recorder import TraceWriter
 from offmoe.transfer.reader import Reader
 from offmoe.types import CacheStats
@@ -93,6 +95,7 @@ class Offload:
         executor: The runtime of the experts.
         experts: The experts module of each MoE layer.
         closing: Callbacks that end the runtime; the handle takes them over.
+        room: What forward passes may take by the plan.
     """
 
     def __init__(
@@ -103,10 +106,11 @@ class Offload:
         executor: ExpertExecutor,
         experts: Sequence[nn.Module],
         closing: ExitStack,
+        room: PassRoom,
     ):
         self.config = config
         """The options as resolved. An "auto" left in prefetch or on_miss is a policy that decides while running."""
-        self._plan = plan
+        self._plan, self._room = plan, room
         self._executor = executor
         self._baseline = CacheStats.for_layers(executor.shape.layers)
         self._prediction: _Prediction | None = None
@@ -146,6 +150,22 @@ class Offload:
         """The division of memory: bytes of every part, as planned before loading."""
         return self._plan
 
+    def prefill_chunk(self, batch: int, length: int, past: int = 0) -> int:
+        """Tokens of each sequence that pass at once when `generate` prefills; `length` if the prompt passes whole.
+
+        It is the `prefill_chunk_size` with which stock transformers gives the same bits.
+
+        Args:
+            batch: sequences of the prompt, with num_beams or num_return_sequences all of them.
+            length: tokens of each, padding included.
+            past: tokens of each that the KV cache holds already.
+
+        Raises:
+            CapacityError: The context is longer than the reserved one.
+        """
+        self._check_context(batch, past + length)
+        return self._room.chunk(batch, length, past)
+
     def close(self) -> None:
         """End the reader threads, write the recording, free the slots and close the files.
 
@@ -181,7 +201,7 @@ class Offload:
         ids = kwargs.get("input_ids", args[0] if args else None)  # [batch, length]
         rows = ids if isinstance(ids, torch.Tensor) else kwargs.get("inputs_embeds")  # [batch, length(, hidden)]
         batch, length = (int(rows.shape[0]), int(rows.shape[1])) if isinstance(rows, torch.Tensor) else (1, 0)
-        past = self._check_context(batch, length, kwargs)
+        past = self._check_pass(batch, length, kwargs, is_encoder)
         if self.trace is not None:
             if past == 0 and (is_encoder or not self._encoded):
                 self.trace.next_requests()
@@ -200,18 +220,40 @@ class Offload:
         finally:
             self._prediction.end(complete)
 
-    def _check_context(self, batch: int, length: int, kwargs: dict[str, Any]) -> int:
-        """Tokens already in the KV cache; CapacityError if those and the new ones exceed the reserved context."""
+    def _check_pass(self, batch: int, length: int, kwargs: dict[str, Any], is_encoder: bool) -> int:
+        """Tokens already in the KV cache; CapacityError if those and the new ones do not fit."""
         cache: Any = kwargs.get("past_key_values")
         past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
         encoded = kwargs.get("encoder_hidden_states")  # [batch, encoded length, hidden]
         total = past + length + (int(encoded.shape[1]) if isinstance(encoded, torch.Tensor) else 0)
+        self._check_context(batch, total)
+        keep = kwargs.get("logits_to_keep", 0)
+        kept = int(keep.numel()) if isinstance(keep, torch.Tensor) else int(keep or 0)
+        logits = 0 if is_encoder else min(length, kept or length)
+        missing = self._room.missing(batch, length, total, logits)
+        if missing:
+            raise CapacityError(self._too_long(batch, length, past, logits, missing))
+        return past
+
+    def _check_context(self, batch: int, total: int) -> None:
+        """CapacityError if `total` tokens of each of `batch` sequences exceed the reserved context."""
         if batch * total > self._plan.max_context:
             raise CapacityError(
                 f"{batch} x {total} tokens of context do not fit the {self._plan.max_context} that memory is "
                 f"reserved for. Load the model with max_context={batch * total} or more."
             )
-        return past
+
+    def _too_long(self, batch: int, length: int, past: int, logits: int, missing: int) -> str:
+        """Why a forward pass is refused, and what would work."""
+        chunk, per_token = self._room.chunk(batch, length, past, logits), self._room.kv_per_token
+        text = (
+            f"{batch} x {length} tokens in one forward pass need {format_size(missing)} more than the workspace. Pass "
+            f"at most {chunk} of each sequence at once, with past_key_values, as generate() does"
+        )
+        if per_token == 0:
+            return f"{text}."
+        context = self._plan.max_context + -(-missing // per_token)
+        return f"{text}; or load the model with max_context={context} or more."
 
 
 def _close_all(process: int, closing: ExitStack) -> None:

@@ -22,7 +22,7 @@ from offmoe.config import OffloadConfig  # noqa: E402
 DOCS = ROOT / "docs"
 NOTE = "<!-- Written by tools/reference.py; do not edit. -->"
 ON_COMMAND_LINE = (
-    *("device", "device_memory", "host_memory", "max_context", "experts", "exactness", "activations"),
+    *("device", "device_memory", "host_memory", "max_context", "prefill_chunk", "experts", "exactness", "activations"),
     *("slots_per_layer", "eviction", "scope", "prefetch", "on_miss", "profile"),
 )
 INTERNAL = ("miss_costs",)

@@ -146,6 +146,7 @@ def _extrapolated(two: ModelNeeds, three: ModelNeeds, count: int) -> ModelNeeds:
             dense=line(two.bytes.dense, three.bytes.dense),
             layers=tuple(DenseLayerBytes(*map(line, a, b)) for a, b in layers),
         ),
+        forward=two.forward,
     )
 
 

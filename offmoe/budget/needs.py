@@ -6,12 +6,13 @@ figure is an upper bound. No figure may be below what transformers allocates.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from offmoe.budget.forward_pass import FEW_TOKENS, PassBytes, pass_bytes
 from offmoe.device.arena import PAGE_BYTES
 from offmoe.errors import UnsupportedModelError
 from offmoe.hf.adapters.find import expert_parameters
@@ -24,8 +25,6 @@ from offmoe.types import CacheShape
 
 UNLIMITED_CONTEXT = 1 << 20
 """The context limit in tokens of a model whose configuration names none."""
-WORKSPACE_TOKENS = 64
-"""Tokens whose activations and logits the workspace holds. A longer prefill uses KV reserve that is still free."""
 
 
 class ExpertBytes(NamedTuple):
@@ -113,12 +112,24 @@ class ModelNeeds(NamedTuple):
         experts: one expert of each MoE layer.
         parameters: the model's parameters.
         bytes: what it needs on the device.
+        forward: temporary bytes of a forward pass.
     """
 
     shape: CacheShape
     experts: tuple[ExpertBytes, ...]
     parameters: Parameters
     bytes: ModelBytes
+    forward: PassBytes
+
+    def with_chunks(self, tokens: int) -> ModelNeeds:
+        """The same with a workspace for prefill in chunks of `tokens` tokens; it may be larger anyway."""
+        needed = self.forward.reserve(tokens, self.bytes.context_limit) + self.temporary
+        return self._replace(bytes=replace(self.bytes, workspace=max(self.bytes.workspace, needed)))
+
+    @property
+    def temporary(self) -> int:
+        """Temporary bytes of one expert while it computes; a part of the workspace."""
+        return max(expert.cast for expert in self.experts)
 
 
 def catalog_needs(
@@ -160,7 +171,9 @@ def model_needs(
     staging = staging_plan(buffer_bytes).buffers * buffer_bytes if unified_memory else 0
     text = meta.config.get_text_config()
     limit = int(getattr(text, "max_position_embeddings", None) or 0)
-    widest = max(int(getattr(text, "vocab_size", 0)), 8 * int(text.hidden_size))
+    forward = pass_bytes(meta.config, dtype, max(shape.top_k))
+    logits = FEW_TOKENS * int(getattr(text, "vocab_size", 0)) * 4
+    activations = max(forward.of(1, FEW_TOKENS, FEW_TOKENS, 0), logits)
     layers = dense_layers(meta)
     needed = ModelBytes(
         dense=dense_bytes(meta, dtype),
@@ -168,10 +181,10 @@ def model_needs(
         context_limit=limit if limit > 0 else UNLIMITED_CONTEXT,
         slot_bytes=tuple(expert.slot for expert in experts),
         staging=staging,
-        workspace=WORKSPACE_TOKENS * widest * 4 + max(expert.cast for expert in experts),
+        workspace=activations + max(expert.cast for expert in experts),
         layers=tuple(_layer_bytes(layer, dtype, stored if unified_memory else None) for layer in layers),
     )
-    return ModelNeeds(shape, experts, count_parameters(meta), needed)
+    return ModelNeeds(shape, experts, count_parameters(meta), needed, forward)
 
 
 def _layer_bytes(layer: DenseLayer, dtype: torch.dtype, stored: torch.dtype | None) -> DenseLayerBytes:

@@ -9,6 +9,7 @@ import logging
 from dataclasses import replace
 
 from offmoe.budget.device import MemoryPlan, plan_memory, plan_on_miss
+from offmoe.budget.forward_pass import PassRoom
 from offmoe.budget.host import plan_host
 from offmoe.budget.needs import ModelNeeds
 from offmoe.config import OffloadConfig
@@ -67,6 +68,8 @@ def divide(config: OffloadConfig, needs: ModelNeeds, backend: Backend, free: int
         CapacityError: the model does not fit; the message names the smallest memory that works.
         ConfigError: the device cannot honor the options.
     """
+    if config.prefill_chunk is not None:
+        needs = needs.with_chunks(min(config.prefill_chunk, config.max_context or config.prefill_chunk))
     shape, experts = needs.shape, needs.experts
     if backend.unified_memory:
         on_miss, plan = plan_on_miss(config, shape, needs.bytes, free=free, share=backend.auto_share)
@@ -97,12 +100,31 @@ def divide(config: OffloadConfig, needs: ModelNeeds, backend: Backend, free: int
         host_slots=0 if host is None else host.slots_per_layer,
         slots_per_layer=slots[0] if len(set(slots)) == 1 else slots,
         max_context=plan.max_context,
+        prefill_chunk=_prefill_chunk(config, needs, plan),
         on_miss=on_miss,
         miss_costs=miss_costs(config, max(shape.expert_bytes)) if host_computes else None,
         exactness="numeric" if config.is_numeric else "bitwise",
     )
     resolved.cache().check(shape)
     return resolved, replace(plan, host=host)
+
+
+def pass_room(config: OffloadConfig, needs: ModelNeeds, plan: MemoryPlan) -> PassRoom:
+    """What forward passes may take by the plan. config: the options, resolved or not."""
+    return PassRoom(
+        needs=needs.forward,
+        workspace=plan.workspace - needs.temporary + plan.budget - plan.used,  # nothing else takes the rest
+        kv_per_token=plan.kv // plan.max_context,
+        max_context=plan.max_context,
+        largest_chunk=config.prefill_chunk if "prefill_chunk" in config.explicit else None,
+    )
+
+
+def _prefill_chunk(config: OffloadConfig, needs: ModelNeeds, plan: MemoryPlan) -> int:
+    """Most tokens of a prompt that pass at once: the option, else the longest prompt that fits whole."""
+    if config.prefill_chunk is not None:
+        return min(config.prefill_chunk, plan.max_context)
+    return pass_room(config, needs, plan).longest_whole(needs.bytes.context_limit)
 
 
 def on_miss_apart(config: OffloadConfig, device: str) -> str:

@@ -184,7 +184,10 @@ def _start_contenders(
         device=str(config.device),
         dtype=str(inspected.dtype).removeprefix("torch."),
         device_memory=inspected.plan.budget,
-        options={name: getattr(config, name) for name in (*CACHE_OPTIONS, *OTHER_OPTIONS)},
+        options={
+            **{name: getattr(config, name) for name in (*CACHE_OPTIONS, *OTHER_OPTIONS)},
+            "prefill_chunk": args.prefill_chunk,
+        },
         routing=args.replay_routing or "",
         threads=args.threads,
     )

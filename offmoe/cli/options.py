@@ -67,6 +67,7 @@ def add_loading(parser: argparse.ArgumentParser, *, required: bool = True) -> No
     _add(group, "device_memory", "SIZE", number_or_text)
     _add(group, "host_memory", "SIZE", number_or_text)
     _add(group, "max_context", "TOKENS", positive)
+    _add(group, "prefill_chunk", "TOKENS", positive)
     group = parser.add_argument_group("computing")
     _add(group, "experts", "FORM")
     _add(group, "exactness", "HOW")

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import transformers
 from transformers import PreTrainedModel
+from transformers.generation import utils as generation
 
 from offmoe.errors import ConfigError
 
@@ -39,6 +40,14 @@ except ImportError as error:
         f"transformers {transformers.__version__} lacks something that offmoe builds on ({error}); "
         f"install a tested version: pip install 'transformers>=5.17,<5.24' (tested: {TESTED_VERSIONS})"
     ) from error
+
+RAW_INPUTS: tuple[str, ...] = tuple(
+    name
+    for name in getattr(generation, "MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL", ("pixel_values", "input_features"))
+    if name != "mm_encoder_outputs"
+)
+"""Arguments of `generate` that hold images and sounds which no encoder has seen yet. A prompt with one of them cannot
+be divided. A release without this list refuses none of them by name."""
 
 __all__ = [
     "ALL_EXPERTS_FUNCTIONS",

@@ -3,6 +3,7 @@
 * Experts modules have no parameters. `experts_implementation="offmoe"`, or a forward of their adapter, calls the
   `AttachedExperts` of the module.
 * `model.offload` is the handle. `generate` and `forward` hold the model for one user and are steps of the runtime.
+* A prompt that does not fit is prefilled in chunks (prefill.py).
 * `.to()` and `.half()`, copying, pickling and other experts implementations are refused.
 * The encoder and the decoder of a model that has both get a `forward` that is one step each.
 * `save_pretrained` copies the checkpoint (save.py).
@@ -32,6 +33,7 @@ from offmoe.errors import ConfigError
 from offmoe.hf.adapters.find import require_adapter
 from offmoe.hf.adapters.reroute import Choose
 from offmoe.hf.catalog.catalog import CatalogLayer
+from offmoe.hf.load.prefill import ChunkOf, chunk_prefill
 from offmoe.hf.upstream import ALL_EXPERTS_FUNCTIONS
 from offmoe.runtime.executor import ExpertExecutor
 
@@ -119,6 +121,9 @@ class Handle(Protocol):
         self, args: tuple[Any, ...], kwargs: dict[str, Any], is_encoder: bool = False
     ) -> AbstractContextManager[None]: ...
 
+    @property
+    def prefill_chunk(self) -> ChunkOf: ...
+
 
 def attach_handle(model: PreTrainedModel, handle: Handle) -> None:
     """Put the handle at `model.offload`, let it surround the model's calls, and refuse calls that would break it."""
@@ -128,6 +133,7 @@ def attach_handle(model: PreTrainedModel, handle: Handle) -> None:
         _surround(part, "forward", handle, functools.partial(handle.step, is_encoder=is_encoder))
     _surround(model, "forward", handle, _no_step if parts else handle.step)
     _surround(model, "generate", handle, _no_step, disable_compile=True)  # a graph cannot call the planner
+    chunk_prefill(model, handle.prefill_chunk)
     reference = weakref.ref(model)
 
     def apply(convert: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
