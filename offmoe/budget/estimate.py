@@ -111,6 +111,7 @@ def with_format(
             staging=staging_plan(buffers).buffers * buffers if unified_memory else 0,
             workspace=workspace,
         ),
+        forward=needs.forward,
     )
 
 

@@ -95,10 +95,12 @@ def test_measured_costs_let_it_tell_the_speed(offmoe: Run, checkpoint: Path, tmp
     assert everything["tokens_per_s_uniform"] == pytest.approx(100)
 
 
-@pytest.mark.parametrize("memory", ["3MiB", "840000", "960000"])
-def test_the_advice_reaches_the_knee(offmoe: Run, checkpoint: Path, memory: str) -> None:
+@pytest.mark.parametrize(
+    "memory", [["3MiB"], ["910000", "--max-context", "128"], ["960000", "--max-context", "128"]], ids=lambda m: m[0]
+)
+def test_the_advice_reaches_the_knee(offmoe: Run, checkpoint: Path, memory: list[str]) -> None:
     """What the line tells to pass gives 2 x top_k slots; rounded up, it may hold an expert of 24 kB or two more."""
-    outcome = offmoe("inspect", checkpoint, "--device", "cpu", "--device-memory", memory)
+    outcome = offmoe("inspect", checkpoint, "--device", "cpu", "--device-memory", *memory)
     advised = re.search(r"--device-memory (\S+) --max-context (\d+)", outcome.out)
     assert advised
     again = offmoe(
