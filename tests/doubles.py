@@ -92,7 +92,7 @@ class DeferredBackend(CpuBackend):
     def host_free_bytes(self) -> int:
         return self.ram
 
-    def event(self) -> DeferredEvent:
+    def event(self, *, blocking: bool = False) -> DeferredEvent:
         self.events.append(DeferredEvent(self))
         return self.events[-1]
 

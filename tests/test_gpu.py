@@ -17,7 +17,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import offmoe
-from offmoe.device.backend import CudaBackend, _CudaStream, select_backend
+from offmoe.device.accelerator import AcceleratorBackend, DeviceStream
+from offmoe.device.cuda import CudaKind
+from offmoe.device.select import select_backend
 from offmoe.errors import CapacityError
 from offmoe.hf.adapters.find import find_experts
 from offmoe.hf.hub.locate import locate
@@ -203,13 +205,13 @@ def test_another_compute_stream_changes_no_bit(demo_prompts):
 # --- the waits
 
 
-class LateStream(_CudaStream):
+class LateStream(DeviceStream):
     """Every copy comes `cycles` of the device's clock later than it could."""
 
     cycles = 0
 
     def copy(self, destination, source):
-        with torch.cuda.stream(self.stream):
+        with self.stream:
             torch.cuda._sleep(self.cycles)
         super().copy(destination, source)
 
@@ -226,11 +228,11 @@ class SlowActivation(nn.Module):
         return self.inner(x)
 
 
-class SlowBackend(CudaBackend):
+class SlowBackend(AcceleratorBackend):
     """A device whose copies come late."""
 
     def __init__(self, cycles):
-        super().__init__(torch.device(DEVICE))
+        super().__init__(CudaKind(), torch.device(DEVICE))
         self.copies = LateStream(self.copies.stream)
         self.copies.cycles = cycles
 

@@ -14,7 +14,7 @@ import torch
 
 import offmoe
 from offmoe.device import backend, cgroup
-from offmoe.device.backend import CudaBackend
+from offmoe.device.cuda import CudaKind
 from tests import tiny
 
 
@@ -60,7 +60,7 @@ def test_cgroup_files_absent(folder, want, monkeypatch, tmp_path):
 
 def test_cuda_host_register_absent(monkeypatch):
     monkeypatch.setattr(torch.cuda, "cudart", lambda: types.SimpleNamespace())
-    assert CudaBackend.__new__(CudaBackend).pin(4096, 4096) is False
+    assert CudaKind().register(4096, 4096) is False
 
 
 def test_all_of_them_absent_before_the_package_is_imported(folder, want):

@@ -23,7 +23,8 @@ from offmoe.budget.estimate import estimate
 from offmoe.budget.needs import ModelNeeds, catalog_needs
 from offmoe.budget.resolve import check_config, divide_or_refusal
 from offmoe.config import OffloadConfig
-from offmoe.device.backend import Backend, select_backend
+from offmoe.device.backend import Backend
+from offmoe.device.select import select_backend
 from offmoe.errors import CapacityError
 from offmoe.hf.adapters.find import find_experts
 from offmoe.hf.catalog.build import build_catalog

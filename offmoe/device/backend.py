@@ -1,28 +1,25 @@
-"""One interface over a CPU and a CUDA device: memory, pinning, streams, events.
+"""One interface over the CPU and accelerators: memory, pinning, streams, events; and the CPU as a device.
 
-This is the only module outside of the kernels that names torch.cuda. Every fact that follows from the kind of device
-stands here too, so that the rest of the package asks the backend and never the device.
+Every fact that follows from the kind of device is here or in accelerator.py, so that the rest of the package asks the
+backend and never the device.
 
 Moves: bytes of experts from host buffers into device slots, on the copy stream.
-Bound: the link to the device (CUDA), or memcpy (CPU).
+Bound: the link to the device, or memcpy (CPU).
 Must never: decide what is copied, or wait unless its caller asks. The waits are listed in transfer/waits.py.
-
-CudaBackend is written against torch's documented behavior; docs/measurements.md says on which devices it has run.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import suppress
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import psutil
 import torch
 
 from offmoe.device.cgroup import cgroup_free_bytes
-from offmoe.errors import CapacityError, ConfigError
+from offmoe.errors import CapacityError
 from offmoe.storage.layout import PARAM_ALIGNMENT
 
 RAM_AUTO_SHARE = 0.7
@@ -75,8 +72,16 @@ class Backend(ABC):
         """The stream on which torch computes in the calling thread."""
 
     @abstractmethod
-    def event(self) -> Event:
-        """A new event; nothing is marked yet."""
+    def event(self, *, blocking: bool = False) -> Event:
+        """A new event; nothing is marked yet.
+
+        Args:
+            blocking: Whether the host sleeps while it waits for the event. A reader that waits must not spin on a core
+                that computes. Waking up takes longer than spinning, so events of the computing thread do not sleep.
+        """
+
+    def enter_thread(self) -> None:  # noqa: B027 - the CPU needs nothing
+        """Prepare the calling thread for work on this device, once per thread."""
 
     @abstractmethod
     def free_bytes(self) -> int:
@@ -167,7 +172,7 @@ class CpuBackend(Backend):
     def compute(self) -> Stream:
         return self.copies
 
-    def event(self) -> Event:
+    def event(self, *, blocking: bool = False) -> Event:
         return _Immediate()
 
     def free_bytes(self) -> int:
@@ -183,121 +188,6 @@ class CpuBackend(Backend):
         return [t.numpy() for t in tensors]
 
 
-class _CudaStream:
-    def __init__(self, stream: torch.cuda.Stream):
-        self.stream = stream
-
-    def wait(self, event: Event) -> None:
-        assert isinstance(event, _CudaEvent)
-        self.stream.wait_event(event.event)
-
-    def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
-        with torch.cuda.stream(self.stream):  # the current stream is per thread: set it here, not once
-            destination.copy_(source, non_blocking=True)
-
-
-class _CudaEvent:
-    def __init__(self) -> None:
-        self.event = torch.cuda.Event(blocking=True)  # a reader that waits must not spin on a core that computes
-
-    def record(self, stream: Stream) -> None:
-        assert isinstance(stream, _CudaStream)
-        self.event.record(stream.stream)
-
-    def synchronize(self) -> None:
-        self.event.synchronize()
-
-
-class CudaBackend(Backend):
-    """An NVIDIA or ROCm device. Slots are never freed, so events order their reuse; record_stream is not needed."""
-
-    auto_share = 0.9
-    unified_memory = False
-    has_device_kernels = True
-
-    def __init__(self, device: torch.device):
-        index = torch.cuda.current_device() if device.index is None else device.index
-        self.device = torch.device("cuda", index)
-        self.copies: Stream = _CudaStream(torch.cuda.Stream(self.device))
-
-    @property
-    def compute(self) -> Stream:
-        return _CudaStream(torch.cuda.current_stream(self.device))
-
-    def event(self) -> Event:
-        return _CudaEvent()
-
-    def free_bytes(self) -> int:
-        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return int(torch.cuda.mem_get_info(self.device)[0]) + cached
-
-    def peak_bytes(self) -> int | None:
-        return int(torch.cuda.max_memory_reserved(self.device))
-
-    def pin(self, address: int, nbytes: int) -> bool:
-        register = getattr(torch.cuda.cudart(), "cudaHostRegister", None)
-        if register is None:  # a build of torch that does not offer it
-            return False
-        if int(register(address, nbytes, 0)) == 0:
-            return True
-        # A refused registration leaves an error behind, which torch would report at the next unrelated call.
-        with suppress(RuntimeError):
-            (torch.ones(1, device=self.device) + 1).item()
-        return False
-
-    def unpin(self, address: int) -> None:
-        torch.cuda.cudart().cudaHostUnregister(address)
-
-
-def select_backend(device: str | None) -> Backend:
-    """The backend for a device name.
-
-    Args:
-        device: "cpu", "cuda" or "cuda:N". None chooses CUDA if torch finds a device, else the CPU.
-
-    Raises:
-        ConfigError: The name is unknown, or torch finds no such device.
-    """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        wanted = torch.device(device)
-    except RuntimeError:
-        raise ConfigError(f"device={device!r} is unknown. Use 'cpu', 'cuda' or 'cuda:N'.") from None
-    if wanted.type == "cpu":
-        return CpuBackend()
-    if wanted.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ConfigError(
-                f"device={device!r}: torch finds no CUDA device here. Use device='cpu' or install a CUDA build."
-            )
-        if wanted.index is not None and wanted.index >= torch.cuda.device_count():
-            raise ConfigError(f"device={device!r}: there are {torch.cuda.device_count()} CUDA devices, counted from 0.")
-        return CudaBackend(wanted)
-    raise ConfigError(f"device={device!r} is not supported. Use 'cpu', 'cuda' or 'cuda:N'.")
-
-
 def available_memory() -> int:
     """Bytes of host memory that can be had: the smaller of what psutil calls available and what the cgroup leaves."""
     return min(int(psutil.virtual_memory().available), cgroup_free_bytes())
-
-
-class CudaDevice(NamedTuple):
-    """One CUDA device that torch can use."""
-
-    name: str
-    capability: str
-    """Compute capability, such as "9.0"."""
-    total: int
-    """Bytes of memory."""
-    free: int
-    """Bytes of memory that nothing has allocated."""
-
-
-def cuda_devices() -> list[CudaDevice]:
-    """Every CUDA device that torch can use, in torch's order."""
-    devices = []
-    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        about, (free, total) = torch.cuda.get_device_properties(i), torch.cuda.mem_get_info(i)
-        devices.append(CudaDevice(about.name, f"{about.major}.{about.minor}", total, free))
-    return devices

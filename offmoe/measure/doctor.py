@@ -253,7 +253,7 @@ def compiler() -> Check:
 
 def device() -> Check:
     """List the devices that torch can compute on."""
-    from offmoe.device.backend import cuda_devices
+    from offmoe.device.cuda import cuda_devices
 
     devices = cuda_devices()
     if devices:
@@ -282,7 +282,8 @@ def kernels() -> Check:
 def pinning() -> Check:
     """Check how much memory the driver pins, up to 2 GiB. Copies to a GPU are fastest from pinned memory."""
     from offmoe.device.arena import HostBuffers
-    from offmoe.device.backend import cuda_devices, select_backend
+    from offmoe.device.cuda import cuda_devices
+    from offmoe.device.select import select_backend
 
     if not cuda_devices():
         return _check("pinning", "ok", "not needed without a GPU", "", pinned=None)
@@ -300,7 +301,8 @@ def pinning() -> Check:
 
 def link() -> Check:
     """Measure copies from pinned host memory to the device."""
-    from offmoe.device.backend import cuda_devices, select_backend
+    from offmoe.device.cuda import cuda_devices
+    from offmoe.device.select import select_backend
     from offmoe.measure.probes import copy_gb_s
 
     if not cuda_devices():

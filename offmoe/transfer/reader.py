@@ -36,6 +36,7 @@ class Reader(threading.Thread):
 
     def run(self) -> None:
         """Take tickets and carry them out until the queue is closed."""
+        self._writer.backend.enter_thread()
         while (work := self._queue.take()) is not None:
             if isinstance(work, SharedRead):
                 work.help()

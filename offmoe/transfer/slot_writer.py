@@ -53,7 +53,7 @@ class SlotWriter:
         """Per slot: marks the last copy into it."""
         self.last_read = [backend.event() for _ in range(len(arena))]
         """Per slot: marks the last computation with it."""
-        self._pieces = deque(backend.event() for _ in range(PIECES_IN_FLIGHT))
+        self._pieces = deque(backend.event(blocking=True) for _ in range(PIECES_IN_FLIGHT))
         self._pieces_lock = threading.Lock()
 
     def _views(self, fetch: Fetch) -> dict[str, torch.Tensor]:

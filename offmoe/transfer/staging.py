@@ -64,7 +64,7 @@ class HostMemory:
         """
         self.plan = staging_plan(buffer_bytes)
         self.staging = HostBuffers(self.plan.buffers, buffer_bytes, pinning=backend)
-        self.staging_copied = [backend.event() for _ in range(self.plan.buffers)]
+        self.staging_copied = [backend.event(blocking=True) for _ in range(self.plan.buffers)]
         """Per staging buffer: marks the last copy out of it."""
         self.slots: HostBuffers | None = None
         """The RAM slots; None without a host tier."""
@@ -74,7 +74,7 @@ class HostMemory:
         except BaseException:
             self.staging.close()
             raise
-        self.slots_copied = [backend.event() for _ in range(num_slots)]
+        self.slots_copied = [backend.event(blocking=True) for _ in range(num_slots)]
         """Per RAM slot: marks the last copy out of it."""
         pinned = 0 if self.slots is None else sum(self.slots.pinned(i) for i in range(num_slots))
         if pinned < num_slots:

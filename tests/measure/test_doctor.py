@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from offmoe.compute.kernels import library
-from offmoe.device import backend
+from offmoe.device import cuda
 from offmoe.measure import doctor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,7 +107,7 @@ def test_a_full_disk_is_not_written(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_an_unused_gpu(monkeypatch) -> None:
-    monkeypatch.setattr(backend, "cuda_devices", lambda: [])
+    monkeypatch.setattr(cuda, "cuda_devices", lambda: [])
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi")
     assert doctor.device().verdict == "warn"
     monkeypatch.setattr(shutil, "which", lambda name: None)
@@ -115,8 +115,8 @@ def test_an_unused_gpu(monkeypatch) -> None:
 
 
 def test_a_gpu_is_described(monkeypatch) -> None:
-    found = backend.CudaDevice("Some GPU", "9.0", 80 << 30, 70 << 30)
-    monkeypatch.setattr(backend, "cuda_devices", lambda: [found])
+    found = cuda.CudaDevice("Some GPU", "9.0", 80 << 30, 70 << 30)
+    monkeypatch.setattr(cuda, "cuda_devices", lambda: [found])
     check = doctor.device()
     assert "cuda:0 Some GPU, 70.0 GiB of 80.0 GiB free" in check.finding
     devices: Any = check.values["cuda"]
@@ -135,7 +135,7 @@ def test_what_cannot_be_checked_stops_nothing(tmp_path: Path, monkeypatch) -> No
     real = builtins.__import__
 
     def broken(name: str, *rest: Any) -> object:
-        if name == "offmoe.device.backend":
+        if name == "offmoe.device.cuda":
             raise ImportError("torch does not start")
         return real(name, *rest)
 

@@ -27,7 +27,7 @@ import torch
 
 import offmoe
 from offmoe.device.arena import HostBuffers
-from offmoe.device.backend import select_backend
+from offmoe.device.select import select_backend
 from tools.bench import read
 from tools.bench.gpu_decode import decode
 from tools.bench.gpu_kernels import kernels

@@ -16,7 +16,8 @@ import torch
 
 import offmoe
 from offmoe.device.arena import HostBuffers
-from offmoe.device.backend import Backend, select_backend
+from offmoe.device.backend import Backend
+from offmoe.device.select import select_backend
 from offmoe.storage.checkpoint import Checkpoint
 from tools.bench import read
 from tools.bench.gpu_section import MIB, SPARE_BYTES, WRITE_BYTES_PER_S, Section, copy_gb_s, reads_directly

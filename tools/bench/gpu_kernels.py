@@ -16,7 +16,7 @@ from offmoe.compute.kernels.cpu import Glu
 from offmoe.compute.kernels.device import DECODE_PAIRS, DeviceKernels, Pairs, available
 from offmoe.compute.kernels.operands import GatedOperands, Operand, coded_operand, float_operand
 from offmoe.device.arena import SlotArena
-from offmoe.device.backend import select_backend
+from offmoe.device.select import select_backend
 from offmoe.quant.float_formats import Mxfp4, ScaledFloat
 from offmoe.quant.int_formats import PackedInt
 from offmoe.storage.layout import ExpertLayout

@@ -1,0 +1,121 @@
+"""A device with memory and streams of its own, by what torch offers for every kind of accelerator.
+
+Everything is written against torch.accelerator, torch.Stream and torch.Event. What these lack comes from one
+`DeviceKind` per kind of device: registering host memory, and events for which the host waits asleep. So the code that
+runs on a GPU is the code that tests run on a device of their own (tests/late_device).
+
+Moves: bytes of experts from host buffers into device slots, on the copy stream.
+Bound: the link to the device.
+Must never: run under another current device than its own. The current device belongs to each thread.
+
+**None of this has run on a GPU yet**; docs/measurements.md says on which devices it has.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+
+from offmoe.device.backend import Backend, Event, Stream
+
+
+class DeviceKind(ABC):
+    """What one kind of device has and torch.accelerator does not offer."""
+
+    name: str
+    """torch's name of the kind, such as "cuda"."""
+    has_kernels: bool
+    """Whether the Triton kernels run on it."""
+
+    @abstractmethod
+    def count(self) -> int:
+        """Number of devices of this kind that torch can use."""
+
+    @abstractmethod
+    def blocking_event(self, device: torch.device) -> Event:
+        """A new event; a host thread that waits for it sleeps."""
+
+    @abstractmethod
+    def register(self, address: int, nbytes: int) -> bool:
+        """Pin host memory that exists, for the current device; False if the system refuses."""
+
+    @abstractmethod
+    def unregister(self, address: int) -> None:
+        """Undo `register` for the memory that begins at `address`."""
+
+
+class DeviceStream:
+    """A stream of the device."""
+
+    def __init__(self, stream: torch.Stream) -> None:
+        self.stream = stream
+
+    def wait(self, event: Event) -> None:
+        assert isinstance(event, DeviceEvent)
+        event.hold_back(self.stream)
+
+    def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        with self.stream:  # the current stream is per thread: set it here, not once
+            destination.copy_(source, non_blocking=True)
+
+
+class DeviceEvent:
+    """A mark in a stream's work. The host spins while it waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._event = torch.Event(device)
+
+    def record(self, stream: Stream) -> None:
+        assert isinstance(stream, DeviceStream)
+        self._event.record(stream.stream)
+
+    def synchronize(self) -> None:
+        with torch.accelerator.device_index(self.device.index):
+            self._event.synchronize()
+
+    def hold_back(self, stream: torch.Stream) -> None:
+        """Let later work of `stream` wait for the marked work."""
+        stream.wait_event(self._event)
+
+
+class AcceleratorBackend(Backend):
+    """One accelerator. Slots are never freed, so events order their reuse; record_stream is not needed."""
+
+    auto_share = 0.9
+    unified_memory = False
+
+    def __init__(self, kind: DeviceKind, device: torch.device) -> None:
+        """device: of this kind; without an index, the current one."""
+        index = torch.accelerator.current_device_index() if device.index is None else device.index
+        self.device = torch.device(kind.name, index)
+        self.has_device_kernels = kind.has_kernels
+        self._kind = kind
+        self.copies: Stream = DeviceStream(torch.Stream(self.device))
+
+    @property
+    def compute(self) -> Stream:
+        return DeviceStream(torch.accelerator.current_stream(self.device))
+
+    def event(self, *, blocking: bool = False) -> Event:
+        return self._kind.blocking_event(self.device) if blocking else DeviceEvent(self.device)
+
+    def enter_thread(self) -> None:
+        torch.accelerator.set_device_index(self.device.index)
+
+    def free_bytes(self) -> int:
+        index = self.device.index
+        cached = torch.accelerator.memory_reserved(index) - torch.accelerator.memory_allocated(index)
+        return int(torch.accelerator.get_memory_info(index)[0]) + cached
+
+    def peak_bytes(self) -> int | None:
+        return int(torch.accelerator.max_memory_reserved(self.device.index))
+
+    def pin(self, address: int, nbytes: int) -> bool:
+        with torch.accelerator.device_index(self.device.index):
+            return self._kind.register(address, nbytes)
+
+    def unpin(self, address: int) -> None:
+        with torch.accelerator.device_index(self.device.index):
+            self._kind.unregister(address)

@@ -1,0 +1,91 @@
+"""What NVIDIA and ROCm devices have and torch.accelerator does not offer.
+
+This is the only module outside of the kernels that names torch.cuda.
+
+Moves: nothing.
+Bound: registering touches every page: about 1 s for some GiB.
+Must never: leave an error of the driver behind for an unrelated call to report.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import NamedTuple
+
+import torch
+
+from offmoe.device.accelerator import DeviceEvent, DeviceKind, DeviceStream
+from offmoe.device.backend import Event, Stream
+
+
+class CudaKind(DeviceKind):
+    """Devices that torch calls "cuda"."""
+
+    name = "cuda"
+    has_kernels = True
+
+    def count(self) -> int:
+        return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+    def blocking_event(self, device: torch.device) -> Event:
+        return _BlockingEvent(device)
+
+    def register(self, address: int, nbytes: int) -> bool:
+        register = getattr(torch.cuda.cudart(), "cudaHostRegister", None)
+        if register is None:  # a build of torch that does not offer it
+            return False
+        if int(register(address, nbytes, 0)) == 0:
+            return True
+        # A refused registration leaves an error behind, which torch would report at the next unrelated call.
+        with suppress(RuntimeError):
+            (torch.ones(1, device="cuda") + 1).item()
+        return False
+
+    def unregister(self, address: int) -> None:
+        torch.cuda.cudart().cudaHostUnregister(address)
+
+
+class _BlockingEvent(DeviceEvent):
+    """torch.Event has no blocking kind, so this is CUDA's own. It takes streams of CUDA's own type."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._blocking = torch.cuda.Event(blocking=True)
+
+    def record(self, stream: Stream) -> None:
+        assert isinstance(stream, DeviceStream)
+        self._blocking.record(_of_cuda(stream.stream))
+
+    def synchronize(self) -> None:
+        with torch.accelerator.device_index(self.device.index):
+            self._blocking.synchronize()
+
+    def hold_back(self, stream: torch.Stream) -> None:
+        self._blocking.wait(_of_cuda(stream))
+
+
+def _of_cuda(stream: torch.Stream) -> torch.cuda.Stream:
+    return torch.cuda.Stream(
+        stream_id=stream.stream_id, device_index=stream.device_index, device_type=stream.device_type
+    )
+
+
+class CudaDevice(NamedTuple):
+    """One CUDA device that torch can use."""
+
+    name: str
+    capability: str
+    """Compute capability, such as "9.0"."""
+    total: int
+    """Bytes of memory."""
+    free: int
+    """Bytes of memory that nothing has allocated."""
+
+
+def cuda_devices() -> list[CudaDevice]:
+    """Every CUDA device that torch can use, in torch's order."""
+    devices = []
+    for i in range(CudaKind().count()):
+        about, (free, total) = torch.cuda.get_device_properties(i), torch.cuda.mem_get_info(i)
+        devices.append(CudaDevice(about.name, f"{about.major}.{about.minor}", total, free))
+    return devices

@@ -1,0 +1,39 @@
+"""The late device for tests: as late as allowed, with no race left at the end of a test."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from offmoe.device import select
+from tests.late_device import extension
+from tests.late_device.extension import LateKind
+
+
+@pytest.fixture
+def kind(monkeypatch: pytest.MonkeyPatch) -> Iterator[LateKind]:
+    """The late device, selectable as device="late". A race that a test does not take with `races` is its failure."""
+    extension.library()
+    made = LateKind()
+    monkeypatch.setitem(select.KINDS, "late", made)
+    extension.schedule(extension.LATEST)
+    settle()
+    extension.forget()
+    yield made
+    extension.schedule(extension.LATEST)
+    settle()
+    found = extension.races()
+    extension.forget()
+    assert not found
+
+
+def settle() -> None:
+    """Let everything that was queued run, and give back what nothing refers to."""
+    gc.collect()
+    for device in range(2):
+        torch.accelerator.synchronize(device)
+    torch.accelerator.empty_cache()
+    extension.clear_submitted()
