@@ -188,7 +188,11 @@ _submitted: list[object] = []
 
 
 def submit(
-    device: torch.device, name: str, work: Callable[[], None], reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]
+    device: torch.device,
+    name: str,
+    work: Callable[[], None],
+    reads: Sequence[torch.Tensor],
+    writes: Sequence[torch.Tensor],
 ) -> None:
     """Let the device call `work` in its current stream's turn, as a kernel that reads and writes these tensors."""
     failed: list[BaseException] = []

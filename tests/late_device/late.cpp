@@ -7,6 +7,7 @@
 // Races: every access is checked against the vector clocks of races.h when it is queued.
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/Parallel.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <ATen/native/CPUFallback.h>
 #include <ATen/native/Resize.h>
@@ -16,6 +17,8 @@
 #include <ATen/ops/resize_native.h>
 #include <ATen/ops/set_cpu_dispatch.h>
 #include <ATen/ops/set_native.h>
+#include <ATen/ops/view_as_complex_native.h>
+#include <ATen/ops/view_as_real_native.h>
 #include <ATen/ops/view_native.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -430,7 +433,8 @@ void unpin(uintptr_t at, const char* name) {
     }
     bytes = i->second.bytes;
   }
-  host_touches(at, bytes, true, name);  // the memory may be gone afterwards
+  if (!host_touches(at, bytes, true, name).empty())  // the memory may be gone afterwards
+    for (int device = 0; device < kDevices; device++) host_waits_for_device(device);
   std::lock_guard<std::mutex> l(state);
   history.forget(at, at + bytes);
   pinned.erase(at);
@@ -706,6 +710,9 @@ at::Tensor& set_off(at::Tensor& t, at::Storage s, int64_t offset, IntArrayRef si
 at::Tensor& set_storage(at::Tensor& t, at::Storage s) { return at::native::set_(t, s); }
 at::Tensor& set_tensor(at::Tensor& t, const at::Tensor& s) { return at::native::set_tensor_(t, s); }
 
+at::Tensor view_as_real(const at::Tensor& t) { return at::native::view_as_real(t); }
+at::Tensor view_as_complex(const at::Tensor& t) { return at::native::view_as_complex(t); }
+
 void record_stream(at::Tensor& t, Stream stream) { device_memory.recordStream(t.storage().data_ptr(), stream); }
 
 at::Scalar item(const at::Tensor& t) {
@@ -849,6 +856,9 @@ void collect(std::vector<at::Tensor>& out, const IValue& value) {
 // What the device runs: the CPU's kernel on the device's memory.
 void run_later(const OperatorHandle& op, Stack stack, const std::vector<at::Tensor>& results) {
   Bare bare;
+  thread_local bool counted = false;  // a thread computes with as many threads as the process was told, or bits differ
+  if (!counted) at::init_num_threads();
+  counted = true;
   std::vector<at::Tensor> inputs, outputs;
   for (const IValue& value : stack) collect(inputs, value);
   op.callBoxed(&stack);
@@ -918,6 +928,8 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("resize_", resize_);
   m.impl("_local_scalar_dense", item);
   m.impl("record_stream", record_stream);
+  m.impl("view_as_real", view_as_real);
+  m.impl("view_as_complex", view_as_complex);
   m.impl("set_.source_Storage_storage_offset", set_off);
   m.impl("set_.source_Storage", set_storage);
   m.impl("set_.source_Tensor", set_tensor);

@@ -130,8 +130,8 @@ def test_an_error_of_late_work_is_raised_where_it_is_waited_for() -> None:
 def test_two_streams_that_nothing_orders_race() -> None:
     x, source = torch.zeros(8, device=device()), pinned(8)
     settle()
+    on_stream(torch.Stream(device()), x, source)
     with pytest.raises(RuntimeError, match="race: aten::mul"):
-        on_stream(torch.Stream(device()), x, source)
         x * 2
     assert len(take_races()) == 1
 
