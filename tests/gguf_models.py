@@ -1,16 +1,15 @@
 """Tiny models as GGUF files, each with a safetensors checkpoint of exactly the values that the file decodes to.
 
-What llama.cpp's converter does is stated here once more, in its own direction (from transformers' published names and
-values to the file's), and shares nothing with offmoe's tables. Names come from the gguf package's own map. A statement
-only moves values, so it runs twice: on the weights, and on their numbers, which says where the decoded values of a
-quantized tensor go in the safetensors checkpoint.
+What llama.cpp's converter does is stated in gguf_statements.py. Names come from the gguf package's own map. A statement
+only moves the values of matrices, so it runs twice: on the weights, and on their numbers, which says where the decoded
+values of a quantized tensor go in the safetensors checkpoint.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,12 @@ import gguf
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 import offmoe
-from tests import tiny
+from tests import families, tiny
+from tests.gguf_statements import STATEMENTS, Statement, Tensors
 
-Tensors = dict[str, torch.Tensor]
 Q = gguf.GGMLQuantizationType
 HALVES = {2: (0,), 3: (0, 2), 6: (0,), 7: (0, 2), 8: (0,), 10: (80, 82), 11: (108,), 12: (0, 2), 13: (0, 2)}
 HALVES |= {14: (208,), 20: (0,), 23: (0,), 39: ()}
@@ -47,125 +46,6 @@ def random_blocks(kind: int, shape: tuple[int, ...], seed: int, spread: float = 
 SPREAD = {Q.Q4_K: 0.0008, Q.Q6_K: 0.0002, Q.Q5_K: 0.0004, Q.Q3_K: 0.003, Q.Q2_K: 0.02, Q.IQ4_XS: 0.0001}
 """By type, how large the scales are, so that weights have the size of a model's."""
 
-
-@dataclass(frozen=True)
-class Statement:
-    """What llama.cpp's converter does to one family.
-
-    Args:
-        arch: general.architecture.
-        sizes: of the tiny model, beside `tiny.COMMON` and `tiny.CONFIGS`.
-        convert: (tensors by published names, config) -> the tensors that are named and written.
-        metadata: writes the keys of the family.
-        forward: published names that the gguf package's map does not know -> the converter's own name for them.
-    """
-
-    arch: str
-    sizes: Mapping[str, Any]
-    convert: Callable[[Tensors, Any], Tensors]
-    metadata: Callable[[gguf.GGUFWriter, Any], None]
-    forward: Mapping[str, str] | None = None
-
-
-def permute(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """LlamaModel.permute of the converter."""
-    rows = weight.shape[0]
-    return weight.reshape(heads, 2, rows // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
-
-
-def stacked(tensors: Tensors, experts: str, merged: str) -> Tensors:
-    """Stack `...{experts}.3.w1.weight` of all experts -> `...{merged}.w1.weight`."""
-    out: Tensors = {}
-    lists: dict[str, dict[int, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        before, found, after = name.partition(f".{experts}.")
-        if not found:
-            out[name] = tensor
-            continue
-        expert, _, leaf = after.partition(".")
-        lists.setdefault(f"{before}.{merged}.{leaf}", {})[int(expert)] = tensor
-    return out | {name: torch.stack([parts[i] for i in range(len(parts))]) for name, parts in lists.items()}
-
-
-def common(writer: gguf.GGUFWriter, config: Any) -> None:
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_expert_used_count(config.num_experts_per_tok)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_file_type(7)
-
-
-def counted(writer: gguf.GGUFWriter, config: Any) -> None:
-    """`common`, and the number of experts."""
-    common(writer, config)
-    writer.add_expert_count(getattr(config, "num_local_experts", None) or config.num_experts)
-
-
-def heads(writer: gguf.GGUFWriter, dim: int) -> None:
-    writer.add_key_length(dim)
-    writer.add_value_length(dim)
-
-
-def _mixtral(tensors: Tensors, config: Any) -> Tensors:
-    out = {}
-    for name, tensor in stacked(tensors, "block_sparse_moe.experts", "block_sparse_moe.experts").items():
-        changed = tensor
-        if name.endswith("q_proj.weight"):
-            changed = permute(tensor, config.num_attention_heads)
-        if name.endswith("k_proj.weight"):
-            changed = permute(tensor, config.num_key_value_heads)
-        out[
-            name.replace("block_sparse_moe.experts.w", "feed_forward.experts.w").replace("model.layers.", "layers.")
-            if ".experts." in name
-            else name
-        ] = changed
-    return out
-
-
-def _mixtral_metadata(writer: gguf.GGUFWriter, config: Any) -> None:
-    counted(writer, config)
-    writer.add_rope_dimension_count(config.head_dim or config.hidden_size // config.num_attention_heads)
-
-
-def _qwen(tensors: Tensors, config: Any) -> Tensors:
-    return stacked(tensors, "mlp.experts", "mlp.experts")
-
-
-def _qwen2_metadata(writer: gguf.GGUFWriter, config: Any) -> None:
-    counted(writer, config)
-    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
-
-
-def _qwen3_metadata(writer: gguf.GGUFWriter, config: Any) -> None:
-    counted(writer, config)
-    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    heads(writer, config.head_dim)
-
-
-WIDE = {"hidden_size": 64, "intermediate_size": 96}
-STATEMENTS: dict[str, Statement] = {
-    "mixtral": Statement("llama", {**WIDE, "intermediate_size": 32}, _mixtral, _mixtral_metadata),
-    "qwen2_moe": Statement(
-        "qwen2moe",
-        {**WIDE, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
-        _qwen,
-        _qwen2_metadata,
-    ),
-    "qwen3_moe": Statement(
-        "qwen3moe",
-        {**WIDE, "moe_intermediate_size": 32, "head_dim": 16, "mlp_only_layers": [], "norm_topk_prob": True},
-        _qwen,
-        _qwen3_metadata,
-    ),
-}
-"""By family of `tiny`."""
 
 Kinds = Callable[[str], Any]
 """The type of a matrix by its name in the file."""
@@ -198,11 +78,20 @@ class Written:
     dense: Path
 
 
+def config(family: str, wide: bool = False, **overrides: Any) -> PreTrainedConfig:
+    """The tiny configuration of a family. wide: blocks of 256 values fit the experts."""
+    how = STATEMENTS[family]
+    values = {**tiny.COMMON, **tiny.CONFIGS[family]} if family in tiny.CONFIGS else families.CONFIGS[family]
+    return AutoConfig.for_model(family, **{**values, **how.sizes, **(how.wide if wide else {}), **overrides})
+
+
 def save(
     folder: Path,
     family: str,
     kinds: Kinds = q8_0,
     *,
+    how: Statement | None = None,
+    wide: bool = False,
     more: Callable[[gguf.GGUFWriter], None] | None = None,
     skip: Callable[[str], bool] = lambda name: False,
     parts: int = 0,
@@ -221,16 +110,18 @@ def save(
         parts: tensors per part; 0: one file.
         fused: gate and up of the experts as one tensor.
         name: of the file.
+        how: the statement; None: that of the family.
+        wide: whether blocks of 256 values fit the experts.
         overrides: of the configuration.
     """
-    sizes = {**STATEMENTS[family].sizes, **overrides}
-    model = tiny.build(family, torch.bfloat16, **sizes)
-    return write(folder, family, model, kinds, more=more, skip=skip, parts=parts, fused=fused, name=name)
+    how = how or STATEMENTS[family]
+    model = tiny.random_model(config(family, wide=wide, **overrides), torch.bfloat16)
+    return write(folder, how, model, kinds, more=more, skip=skip, parts=parts, fused=fused, name=name)
 
 
 def write(
     folder: Path,
-    family: str,
+    how: Statement,
     model: tiny.Model,
     kinds: Kinds = q8_0,
     *,
@@ -242,7 +133,6 @@ def write(
     quantize: bool = False,
 ) -> Written:
     """As `save`, of a model. quantize: quantize its weights, by the gguf package; else blocks are random."""
-    how = STATEMENTS[family]
     dense = folder / "dense"
     tiny.save(model, dense, max_shard_size="100GB")
     published = {key: value.float() for key, value in load_file(dense / "model.safetensors").items()}
@@ -266,10 +156,10 @@ def write(
         more(writer)
     names = gguf.get_tensor_name_map(arch_of(how.arch), model.config.num_hidden_layers + 1)
     for seed, (key, tensor) in enumerate(values.items()):
-        stored = key if key.startswith("blk.") else (how.forward or {}).get(key) or _name(names, key)
+        stored = key if key.startswith("blk.") else _name(names, key)
         if skip(stored):
             continue
-        if tensor.ndim < 2 or "ffn_gate_inp" in stored or "ssm_conv1d" in stored:
+        if tensor.ndim < 2 or stored.endswith(".bias") or "ffn_gate_inp" in stored or "ssm_conv1d" in stored:
             writer.add_tensor(stored, tensor.numpy())
             continue
         kind = kinds(stored)
@@ -308,7 +198,7 @@ def vocabulary(writer: gguf.GGUFWriter) -> None:
 def save_demo(folder: Path, kinds: Kinds = q8_0) -> Written:
     """The demo as a GGUF file with its vocabulary, quantized; the dense checkpoint gets the demo's tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.bfloat16)
-    written = write(folder, "mixtral", model, kinds, more=vocabulary, quantize=True)
+    written = write(folder, STATEMENTS["mixtral"], model, kinds, more=vocabulary, quantize=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO / name, written.dense)
     return written

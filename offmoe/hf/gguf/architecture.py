@@ -60,6 +60,7 @@ class Architecture:
             whose sources are all present counts.
         converters: transformers' operations that make the experts' parameters out of the rules' targets.
         model: the rules of tensors outside the decoder layers.
+        layers: where the model keeps its decoder layers.
     """
 
     model_types: tuple[str, ...]
@@ -67,6 +68,7 @@ class Architecture:
     rules: Callable[[PreTrainedConfig], Sequence[Rule]]
     converters: Callable[[], list[WeightConverter]]
     model: Callable[[], Sequence[Rule]]
+    layers: str = "model.layers."
 
     def rebuilt(self, names: Iterable[str], config: PreTrainedConfig, layers: range, file: Path) -> list[Rebuilt]:
         """What every tensor of a file becomes.
@@ -94,7 +96,7 @@ class Architecture:
             per_block.setdefault(prefix, set()).add(leaf)
         rules, out = self.rules(config), []
         for prefix, leaves in per_block.items():
-            target = f"model.layers.{prefix[4:]}" if prefix else ""
+            target = f"{self.layers}{prefix[4:]}" if prefix else ""
             out += _apply(rules if prefix else self.model(), leaves, prefix, target, file)
         return out
 
@@ -150,8 +152,8 @@ def gate_above_up() -> list[WeightConverter]:
     """Experts whose gate and up projections are one parameter, [experts, 2 * width, hidden]."""
     return [
         WeightConverter(
-            source_patterns=["mlp.experts.gate_proj$", "mlp.experts.up_proj$"],
-            target_patterns="mlp.experts.gate_up_proj",
+            source_patterns=["experts.gate_proj$", "experts.up_proj$"],
+            target_patterns="experts.gate_up_proj",
             operations=[Concatenate(dim=1)],
         )
     ]

@@ -11,15 +11,29 @@ from transformers import PreTrainedConfig
 
 from offmoe.errors import UnsupportedModelError
 from offmoe.hf.gguf.architecture import BLOCK, Architecture, Rebuilt, num_layers
-from offmoe.hf.gguf.llama import MIXTRAL
+from offmoe.hf.gguf.deepseek import DEEPSEEK, GLM4
+from offmoe.hf.gguf.gpt_oss import GPT_OSS
+from offmoe.hf.gguf.llama import GRANITE, LLAMA4, MIXTRAL
 from offmoe.hf.gguf.metadata import Metadata
+from offmoe.hf.gguf.others import DBRX, MINIMAX, OLMOE
 from offmoe.hf.gguf.qwen import QWEN2, QWEN3
+from offmoe.hf.gguf.qwen_hybrid import QWEN3_NEXT, QWEN35
 from offmoe.storage.gguf_set import GgufSet
 
 ARCHITECTURES: Mapping[str, Architecture] = {
+    "dbrx": DBRX,
+    "deepseek2": DEEPSEEK,
+    "glm4moe": GLM4,
+    "gpt-oss": GPT_OSS,
+    "granitemoe": GRANITE,
     "llama": MIXTRAL,
+    "llama4": LLAMA4,
+    "minimax-m2": MINIMAX,
+    "olmoe": OLMOE,
     "qwen2moe": QWEN2,
+    "qwen35moe": QWEN35,
     "qwen3moe": QWEN3,
+    "qwen3next": QWEN3_NEXT,
 }
 SINGLE_EXPERT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
 """A tensor of one expert. Files from before April 2024 have them; llama.cpp stacks experts since."""

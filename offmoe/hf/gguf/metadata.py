@@ -143,10 +143,13 @@ def rope_parameters(metadata: Metadata, rotated: int, head_dim: int | None = Non
         for key, name in YARN.items():
             if (value := metadata.number(f"rope.scaling.{key}", None)) is not None:
                 out[name] = value
+        if (multiplier := metadata.number("rope.scaling.yarn_log_multiplier", None)) is not None:
+            # written as 0.1 * mscale_all_dim; llama.cpp takes mscale to be the same, as in every DeepSeek
+            out["mscale"] = out["mscale_all_dim"] = round(10 * multiplier, 6)
     actual = metadata.integer("rope.dimension_count", rotated)
-    if head_dim is not None:
+    if head_dim is not None and not actual == rotated == head_dim:
         out["partial_rotary_factor"] = actual / head_dim
-    elif actual != rotated:
+    elif head_dim is None and actual != rotated:
         raise UnsupportedModelError(
             f"{metadata.file}: rotates {actual} dimensions of its heads, and {metadata.architecture} of transformers "
             f"{rotated}; {BESIDE}"

@@ -141,7 +141,7 @@ def build_meta(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrain
         if out_of_memory(error):
             raise
         raise CheckpointError(
-            f"{name if name.suffix == '.json' else name / CONFIG_FILE}: does not describe a {cls.__name__} "
+            f"{name if name.suffix in ('.json', '.gguf') else name / CONFIG_FILE}: does not describe a {cls.__name__} "
             f"({type(error).__name__}: {error}); download it again"
         ) from error
     model.eval()
