@@ -46,6 +46,15 @@ def format_size(size: float) -> str:
     return f"{size:.1f} TiB"
 
 
+def size_option(size: int) -> str:
+    """The shortest spelling of a size option that is at least `size` bytes: 1610612737 is '1.6GiB'."""
+    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20)):
+        if size >= scale:
+            tenths = -(-size * 10 // scale)
+            return f"{tenths // 10}.{tenths % 10}{unit}"
+    return str(size)
+
+
 def percent(share: float) -> str:
     """A share in percent: 0.616 is '61.6 %'."""
     return f"{100 * share:.1f} %"

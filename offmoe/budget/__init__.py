@@ -1,1 +1,1 @@
-"""What a model needs, what the machine has, and what goes where. Nothing is loaded."""
+"""What a model needs, what the machine has, what goes where, and how fast it would be. Nothing is loaded."""

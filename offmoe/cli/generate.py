@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from offmoe.cli import options, prompts
+from offmoe.cli.choices import say_what_is_faster
 from offmoe.cli.model import open_model
 from offmoe.cli.output import Output, new_table
 from offmoe.errors import CheckpointError, ConfigError
@@ -43,6 +44,7 @@ def parser() -> options.Parser:
 def run(args: argparse.Namespace, out: Output) -> None:
     sampling, prompt = prompts.sampling(args), _prompt(args)
     with open_model(args, out, trace=args.trace) as opened:
+        say_what_is_faster(args, opened.inspected, out)
         tokenizer = prompts.load_tokenizer(opened.inspected.source.model)
         ids = prompts.encode(tokenizer, prompt, args.chat_template)
         new_tokens = prompts.new_tokens(args.max_new_tokens, ids, opened.inspected, out)

@@ -1,6 +1,7 @@
 """`offmoe inspect MODEL`: show what a model needs and what fits on this machine; loads no weights.
 
 MODEL may also be a config.json, or a folder without weights. Sizes then follow from the shapes, and the output says so.
+The last table ranks what would run here, or on the machine that --machine names. Its speeds are predicted.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from offmoe.cli import options
+from offmoe.cli.choices import LIST, Ranking, add_machine, machine_for, show_machines
 from offmoe.cli.model import survey_model
 from offmoe.cli.output import Output, new_table
 from offmoe.config import ON_MISS, OffloadConfig
+from offmoe.errors import ConfigError
 from offmoe.profile import Profile
 from offmoe.simulate.expect import Expectation, expect
 from offmoe.text import format_size, percent, plain, span
@@ -30,6 +33,9 @@ KNEE = 2
 """Slots per top_k at which hit rates stop rising steeply. With fewer, a layer evicts what its next token needs."""
 
 
+CALIBRATE = "A closer prediction needs measured costs: offmoe calibrate MODEL -o FILE, then --profile FILE."
+PREDICTED = ("tokens_per_s", "tokens_per_s_bound", "tokens_per_s_uniform", "on_miss")
+"""Keys of the JSON object whose values are predicted and do not say so by their names."""
 MISS_IN_WORDS = {
     "fetch": "every missed expert gets a slot",
     "cpu": "a missed expert gets a slot only while one is free",
@@ -42,8 +48,9 @@ def parser() -> options.Parser:
     parser = options.Parser(
         "inspect", "Show what a model needs and what fits on this machine, from its headers or its config.json alone."
     )
-    options.add_loading(parser)
+    options.add_loading(parser, required=False)
     options.add_cache(parser)
+    add_machine(parser.add_argument_group("predicting"))
     return parser
 
 
@@ -56,16 +63,27 @@ def run(args: argparse.Namespace, out: Output) -> None:
 
 
 def _run(args: argparse.Namespace, out: Output) -> None:
-    config, survey = survey_model(args)
+    if args.machine == LIST:
+        show_machines(out)
+        return
+    if args.model is None:
+        raise ConfigError("MODEL is missing; give a folder, a Hub id, a config.json, or 'demo'.")
+    config = options.offload_config(args)
+    machine = None if args.machine is None else machine_for(args.machine, config)
+    survey = survey_model(args, config, machine)
+    ranking = Ranking(args, config, survey, machine)
     unpredictable = survey.unpredictable()
     needs = _needs(args.model, survey, unpredictable)
     if survey.refusal is not None:
-        out.result(needs)
-        out.json({**_facts(survey, unpredictable, None, {}), "plan": None})
-        raise survey.refusal
+        out.result(needs, ranking.table(), *ranking.lines())
+        out.json({**_facts(survey, unpredictable, None, {}), "plan": None, **ranking.to_dict()})
+        raise ranking.instead_of(survey.refusal)
     speed, ways = _speeds(survey)
-    out.result(needs, _fit(config, survey), _advice(config, survey), _in_words(speed), *_ways_in_words(ways))
-    out.json({**_facts(survey, unpredictable, speed, ways), "plan": survey.plan.to_dict()})
+    out.result(needs, _fit(config, survey), _advice(config, survey), *_in_words(speed), *_ways_in_words(ways))
+    out.result(ranking.table(), *ranking.lines())
+    if speed is None and machine is None:
+        out.result(CALIBRATE)
+    out.json({**_facts(survey, unpredictable, speed, ways), "plan": survey.plan.to_dict(), **ranking.to_dict()})
 
 
 def _facts(
@@ -101,7 +119,7 @@ def _facts(
     }
     if speed is not None:
         facts |= {"tokens_per_s_bound": speed.bound, "tokens_per_s_uniform": speed.uniform}
-    return facts
+    return {**facts, "predicted": [name for name in PREDICTED if facts.get(name)]}
 
 
 def _formats(survey: Survey) -> list[str]:
@@ -156,22 +174,20 @@ def _speeds(survey: Survey) -> tuple[Expectation | None, dict[str, Expectation]]
 
 def _ways_in_words(ways: Mapping[str, Expectation]) -> list[str]:
     each = [f"{how} {e.uniform:.1f} ({percent(e.uniform / e.roofline)} of {e.roofline:.1f})" for how, e in ways.items()]
-    line = (
-        f"By what a miss gets (--on-miss), of what the busiest of disk, link and computing allows: {', '.join(each)}."
-    )
-    return [line] if ways else []
+    what = "Predicted by what a miss gets (--on-miss), of what the busiest of disk, link and computing allows"
+    return [f"{what}: {', '.join(each)}."] if ways else []
 
 
-def _in_words(speed: Expectation | None) -> str:
+def _in_words(speed: Expectation | None) -> list[str]:
     if speed is None:
-        return "Expected tokens/s needs measured costs: offmoe calibrate MODEL -o FILE, then --profile FILE."
+        return []
     tuned = ""
     if speed.tuned is not None and speed.tuned_hit_rate is not None:
         tuned = f"about {speed.tuned:.1f} at the profile's hit rate of {percent(speed.tuned_hit_rate)}; "
-    return (
-        f"Expected tokens/s at the profile's costs: {tuned}{speed.uniform:.1f} if every expert were equally likely "
+    return [
+        f"Predicted tokens/s at the profile's costs: {tuned}{speed.uniform:.1f} if every expert were equally likely "
         f"(hit rate {percent(speed.uniform_hit_rate)}), {speed.bound:.1f} at most, with nothing missed."
-    )
+    ]
 
 
 def _needs(name: str, survey: Survey, unpredictable: Unpredictable) -> Table:

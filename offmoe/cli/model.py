@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from offmoe.budget.inspect import Inspected, Survey
+    from offmoe.device.machines import Machine
     from offmoe.handle import Offload
 
 
@@ -83,11 +84,15 @@ def open_model(
         yield OpenModel(args, out, config, closing)
 
 
-def survey_model(args: argparse.Namespace) -> tuple[OffloadConfig, Survey]:
-    """The options of a command, and what its model needs, whether or not it fits or has weights."""
-    config = options.offload_config(args)
+def survey_model(args: argparse.Namespace, config: OffloadConfig, machine: Machine | None) -> Survey:
+    """What the model of a command needs, whether or not it fits or has weights.
+
+    machine: the machine to plan for; None: this one.
+    """
     from offmoe.budget.inspect import survey
+    from offmoe.device.planned import PlannedBackend
     from offmoe.hf.quiet import quiet
 
     quiet(args.verbose, args.json)
-    return config, survey(args.model, config, dtype=args.dtype, **options.hub_options(args))
+    backend = None if machine is None else PlannedBackend(machine)
+    return survey(args.model, config, dtype=args.dtype, backend=backend, **options.hub_options(args))

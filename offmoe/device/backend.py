@@ -19,11 +19,9 @@ import psutil
 import torch
 
 from offmoe.device.cgroup import cgroup_free_bytes
+from offmoe.device.machines import RAM_AUTO_SHARE
 from offmoe.errors import CapacityError
 from offmoe.storage.layout import PARAM_ALIGNMENT
-
-RAM_AUTO_SHARE = 0.7
-"""Fraction of the available RAM that "auto" takes; other processes and the page cache need the rest."""
 
 
 class Event(Protocol):
