@@ -30,7 +30,7 @@ class PlannedBackend(Backend):
     def compute(self) -> Stream:
         raise AssertionError("a planned device computes nothing")
 
-    def event(self) -> Event:
+    def event(self, *, blocking: bool = False) -> Event:
         raise AssertionError("a planned device has no events")
 
     def free_bytes(self) -> int:
