@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from offmoe.runtime.executor import ExpertExecutor, Predictor
 from offmoe.text import format_size
 from offmoe.trace.recorder import TraceWriter
 from offmoe.transfer.reader import Reader
-from offmoe.types import CacheStats
+from offmoe.types import CacheShape, CacheStats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -133,6 +133,11 @@ class Offload:
         """The recording in progress; None if the model was loaded without trace=."""
         return self._executor.trace
 
+    @property
+    def shape(self) -> CacheShape:
+        """The MoE layers: how many experts each has, how large they are, and how many a token uses."""
+        return self._executor.shape
+
     def stats(self) -> CacheStats:
         """Counts since loading or the last `reset_stats`. Two snapshots can be subtracted."""
         return self._executor.stats - self._baseline
@@ -185,6 +190,21 @@ class Offload:
         if not self._finalizer.alive:
             raise OffmoeError("the model was closed; load it again with from_pretrained.")
         with self._executor.user:
+            yield
+
+    @contextmanager
+    def shared(self, holds: Callable[[], bool]) -> Iterator[None]:
+        """Give the model to threads that take turns, until the block ends; other threads cannot use it meanwhile.
+
+        Args:
+            holds: Whether the calling thread has the turn. At most one thread may have it.
+
+        Raises:
+            OffmoeError: The model is in use, or was closed.
+        """
+        with self.in_use():
+            pass
+        with self._executor.user.lend(holds):
             yield
 
     @contextmanager

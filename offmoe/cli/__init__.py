@@ -33,7 +33,7 @@ def _verbs() -> dict[str, str]:
 
 
 VERBS = _verbs()
-NOT_BUILT = ("chat", "serve")
+NOT_BUILT = ("chat",)
 
 HELP = f"""usage: offmoe VERB [options]
 

@@ -91,3 +91,21 @@ def find_top_k(module: nn.Module, block: nn.Module, config: object) -> int:
         f"cannot tell how many experts per token {type(block).__name__} uses: neither its modules nor config.json "
         f"have any of {', '.join(TOP_K_NAMES)}"
     )
+
+
+def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Module path -> layer, in module order: all layers of every stack of layers that has experts somewhere."""
+    stacks = dict.fromkeys(_stack_of(model, name) for name in find_experts(model))
+    return {
+        f"{stack}.{child}": layer
+        for stack in stacks
+        if stack is not None
+        for child, layer in model.get_submodule(stack).named_children()
+    }
+
+
+def _stack_of(model: nn.Module, name: str) -> str | None:
+    """Module path of the outermost ModuleList around a module; None if there is none."""
+    parts = name.split(".")
+    prefixes = (".".join(parts[:n]) for n in range(1, len(parts)))
+    return next((prefix for prefix in prefixes if isinstance(model.get_submodule(prefix), nn.ModuleList)), None)

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from offmoe.device.arena import HostBuffers
 from offmoe.device.backend import Backend
 from offmoe.errors import MissingTensorError, OffmoeError
-from offmoe.hf.adapters.find import expert_parameters, find_experts, require_adapter
+from offmoe.hf.adapters.find import decoder_layers, expert_parameters, find_experts, require_adapter
 from offmoe.storage.checkpoint import Checkpoint
 from offmoe.storage.layout import ExpertLayout, ExpertRecord, Segment, typed
 from offmoe.storage.store import ExpertStore
@@ -67,19 +67,11 @@ def dense_layers(meta_model: PreTrainedModel) -> tuple[DenseLayer, ...]:
     uses = Counter(id(param) for _, param in meta_model.named_parameters(remove_duplicate=False))
     stays = set(expert_parameters(meta_model)) | _routers(meta_model, experts)
     out = []
-    for stack in dict.fromkeys(_stack_of(meta_model, name) for name in experts):
-        for child, layer in [] if stack is None else meta_model.get_submodule(stack).named_children():
-            named = {f"{stack}.{child}.{name}": param for name, param in layer.named_parameters()}
-            moving = (n for n, p in named.items() if p.dim() > 1 and uses[id(p)] == 1 and n not in stays)
-            out.append(DenseLayer(f"{stack}.{child}", {name: tuple(named[name].shape) for name in moving}))
+    for path, layer in decoder_layers(meta_model).items():
+        named = {f"{path}.{name}": param for name, param in layer.named_parameters()}
+        moving = (n for n, p in named.items() if p.dim() > 1 and uses[id(p)] == 1 and n not in stays)
+        out.append(DenseLayer(path, {name: tuple(named[name].shape) for name in moving}))
     return tuple(layer for layer in out if layer.shapes)
-
-
-def _stack_of(model: nn.Module, name: str) -> str | None:
-    """Module path of the outermost ModuleList around a module; None if there is none."""
-    parts = name.split(".")
-    prefixes = (".".join(parts[:n]) for n in range(1, len(parts)))
-    return next((prefix for prefix in prefixes if isinstance(model.get_submodule(prefix), nn.ModuleList)), None)
 
 
 def _routers(model: nn.Module, experts: Mapping[str, nn.Module]) -> set[str]:

@@ -1,0 +1,1 @@
+"""Requests and answers of a chat, without HTTP: messages, templates, sampling, constraints, tool calls, reasoning."""

@@ -1,0 +1,133 @@
+"""Answers of a given form: any JSON object, JSON by a schema, or calls of tools.
+
+A grammar allows at every step the tokens that can still become such an answer. llguidance compiles it; what llguidance
+cannot enforce is refused in its words, before anything is computed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import LogitsProcessor
+
+from offmoe.dialogue.errors import RequestError
+from offmoe.dialogue.messages import Tool
+from offmoe.dialogue.templates import CallSyntax
+from offmoe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ANY_OBJECT = {"type": "object"}
+_STRICT_SPACE: Any = {"whitespace_flexible": False}
+"""Free whitespace would let a weak model write blanks for ever."""
+
+
+class GrammarCompiler:
+    """Compiles grammars for one tokenizer.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        vocabulary: Number of logits of the model.
+        end_tokens: Ids of tokens that end an answer.
+
+    Raises:
+        ConfigError: llguidance is not installed, or cannot read the tokenizer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int, end_tokens: Sequence[int]):
+        try:
+            import llguidance
+            import llguidance.hf
+        except ImportError as error:
+            raise ConfigError(
+                "answers of a given form need llguidance; install it with: pip install 'offmoe[serve]'"
+            ) from error
+        self._matcher = llguidance.LLMatcher
+        fast: Any = tokenizer
+        try:
+            self._tokenizer = llguidance.hf.from_tokenizer(fast, n_vocab=vocabulary, eos_token=list(end_tokens) or None)
+        except Exception as error:  # tokenizers that are not of the library "tokenizers"
+            raise ConfigError(f"this model's tokenizer cannot be used with grammars ({error}).") from error
+        self.vocabulary = vocabulary
+
+    def json(self, schema: dict[str, Any], param: str) -> str:
+        """The grammar of JSON by a schema.
+
+        Args:
+            schema: A JSON schema.
+            param: The request's field that holds it, for messages.
+
+        Raises:
+            RequestError: The schema has something that cannot be enforced.
+        """
+        try:
+            grammar = str(self._matcher.grammar_from_json_schema(schema, overrides=_STRICT_SPACE))
+        except Exception as error:  # llguidance raises what serde and Python give it
+            raise RequestError(f"{param}: the schema cannot be read: {error}", param) from error
+        return self._checked(grammar, param)
+
+    def calls(self, tools: Sequence[Tool], syntax: CallSyntax, param: str, several: bool) -> str:
+        """The grammar of one call, or with `several` of one or more calls, of these tools.
+
+        Raises:
+            RequestError: The parameters of a tool cannot be enforced.
+        """
+        options = []
+        for number, tool in enumerate(tools):
+            schema = {**tool.parameters, "x-guidance": _STRICT_SPACE}
+            schema.setdefault("type", "object")
+            opening = json.dumps(f"{syntax.opening}{tool.name}{syntax.between}")
+            closing = f" {json.dumps(syntax.closing)}" if syntax.closing else ""
+            options.append((f"call_{number}", f"{opening} args_{number}{closing}", json.dumps(schema)))
+        one = " | ".join(name for name, _, _ in options)
+        more = f' ("\\n" ({one}))*' if several and syntax.closing else ""
+        lines = ["%llguidance {}", f"start: ({one}){more}"]
+        for number, (name, rule, schema_text) in enumerate(options):
+            lines += [f"{name}: {rule}", f"args_{number}: %json {schema_text}"]
+        return self._checked(str(self._matcher.grammar_from_lark("\n".join(lines))), param)
+
+    def processor(self, grammar: str, waits: Callable[[], bool]) -> GrammarProcessor:
+        """The processor that enforces a grammar in one answer. waits: whether the grammar has not begun yet."""
+        return GrammarProcessor(self._matcher(self._tokenizer, grammar), self.vocabulary, waits)
+
+    def _checked(self, grammar: str, param: str) -> str:
+        matcher = self._matcher(self._tokenizer, grammar)
+        if matcher.is_error():
+            reason = matcher.get_error().strip().splitlines()[0]
+            raise RequestError(f"{param}: this cannot be enforced: {reason}", param)
+        return grammar
+
+
+class GrammarProcessor(LogitsProcessor):
+    """Allows the tokens that a grammar allows next.
+
+    Args:
+        matcher: State of the grammar.
+        vocabulary: Number of logits.
+        waits: Whether the answer has not begun, because the model still reasons.
+    """
+
+    def __init__(self, matcher: Any, vocabulary: int, waits: Callable[[], bool]):
+        import llguidance.numpy
+
+        self._matcher, self._waits = matcher, waits
+        self._fill = llguidance.numpy.fill_next_token_bitmask
+        self._mask = llguidance.numpy.allocate_token_bitmask(1, vocabulary)  # int32 [1, vocabulary / 32]
+        self._begun = False
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """input_ids: [1, tokens so far]; scores: [1, vocabulary]."""
+        if not self._begun and self._waits():
+            return scores
+        if self._begun:
+            self._matcher.consume_token(int(input_ids[0, -1]))
+        self._begun = True
+        self._fill(self._matcher, self._mask, 0)
+        bits = np.unpackbits(self._mask.view(np.uint8), bitorder="little")[: scores.shape[-1]]  # uint8 [vocabulary]
+        allowed = torch.from_numpy(bits.view(np.bool_)).to(scores.device)
+        return scores.masked_fill(~allowed, float("-inf"))  # type: ignore[return-value]

@@ -1,0 +1,272 @@
+"""OpenAI's chat completions."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from offmoe.dialogue.answer import Call, Reasoning, Text, TokenScore
+from offmoe.dialogue.errors import RequestError
+from offmoe.dialogue.messages import Tool, ToolCall
+from offmoe.serve.http.asking import Answer, Asking, as_request_error, total
+from offmoe.serve.http.errors import openai_error
+from offmoe.serve.http.events import DONE, PING, data, event_stream, ignored_header
+from offmoe.serve.http.fields import Fields, strings
+from offmoe.serve.http.service import (
+    AUTO,
+    NONE,
+    REQUIRED,
+    Service,
+    chat_messages,
+    choices,
+    function_tool,
+    pick,
+    sampling,
+    wanted_schema,
+)
+from offmoe.serve.job import STOP, Broke, Ended, Request, Usage
+
+HARMLESS = (
+    *("user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier"),
+    *("cache_prompt", "verbosity"),
+)
+"""Fields that cannot change the answer of this server."""
+REFUSED = {
+    "functions": "is out of use; send 'tools'.",
+    "function_call": "is out of use; send 'tool_choice'.",
+    "audio": "this model writes text only.",
+    "prediction": "predicted outputs are not used here; leave it out.",
+    "web_search_options": "this server searches nothing; leave it out.",
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request as read: the answers to compute, and how to send them."""
+
+    requests: Sequence[Request]
+    stream: bool
+    wants_usage: bool
+    ignored: Sequence[str]
+
+
+def read(service: Service, body: Any) -> Asked:
+    """Read a request's body. RequestError that names the field, for what cannot be honored."""
+    fields = Fields(body)
+    service.check_model(fields)
+    count = choices(fields)
+    stream = bool(fields.get("stream", bool))
+    options = Fields(fields.get("stream_options", dict) or {}, "stream_options")
+    wants_usage = bool(options.get("include_usage", bool))
+    options.harmless("include_obfuscation")
+    fields.refuse(REFUSED)
+    if fields.any("modalities") not in (None, ["text"]):
+        raise RequestError("modalities: this model writes text only.", "modalities")
+    fields.harmless(*HARMLESS)
+    alternatives = fields.get("top_logprobs", int)
+    logprobs = (alternatives or 0) if fields.get("logprobs", bool) else None
+    if alternatives and logprobs is None:
+        raise RequestError("top_logprobs needs logprobs: true.", "top_logprobs")
+    chosen = sampling(fields, "max_completion_tokens", "max_tokens", logprobs=logprobs)
+    tools, hosted = _tools(fields)
+    offered, grammar = _choice(service, fields, tools)
+    form = fields.get("response_format", dict)
+    schema = wanted_schema(None if form is None else Fields(form, "response_format"), "json_schema")
+    if schema is not None:
+        if grammar is not None or offered:
+            raise RequestError("response_format with tools needs tool_choice 'none'.", "response_format")
+        grammar = service.schema_grammar(*schema)
+    template = dict(fields.get("chat_template_kwargs", dict) or {})
+    effort = fields.get("reasoning_effort", str)
+    if effort is not None:
+        template = {**service.effort(effort, "reasoning_effort"), **template}
+    messages = chat_messages(fields.need("messages", list))
+    request = Request(
+        service.renderer.render(messages, offered, template),
+        chosen,
+        tools=offered,
+        stops=strings(fields, "stop"),
+        grammar=grammar,
+        one_call=fields.get("parallel_tool_calls", bool) is False,
+    )
+    ignored = [*hosted, *fields.ignored(), *options.ignored()]
+    service.check_ignored(ignored)
+    return Asked(repeated(request, count), stream, wants_usage, ignored)
+
+
+def repeated(request: Request, count: int) -> list[Request]:
+    """The same request several times; a seed goes up by one each time, or the answers would be the same."""
+    seed = request.sampling.seed
+    seeds = [None if seed is None else seed + i for i in range(count)]
+    return [replace(request, sampling=replace(request.sampling, seed=seed)) for seed in seeds]
+
+
+async def chat(service: Service, http: HttpRequest, body: Any) -> Response:
+    """POST /v1/chat/completions."""
+    asked = read(service, body)
+    asking = Asking(service.engine, asked.requests)
+    if asked.stream:
+        return event_stream(_Stream(service, asked).events(asking), asked.ignored)
+    answers = await asking.whole(http)
+    completion = {
+        "id": _id(),
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": service.id,
+        "choices": [_choice_of(index, answer) for index, answer in enumerate(answers)],
+        "usage": usage_of(total([answer.usage for answer in answers])),
+    }
+    checked = ChatCompletion.model_validate(completion).model_dump(exclude_unset=True)
+    return JSONResponse(checked, headers=ignored_header(asked.ignored))
+
+
+class _Stream:
+    """The chunks of one streamed answer, or of several."""
+
+    def __init__(self, service: Service, asked: Asked):
+        self._asked = asked
+        self._head = {
+            "id": _id(),
+            "object": "chat.completion.chunk",
+            "created": int(time.time()),
+            "model": service.id,
+        }
+        self._calls = [0] * len(asked.requests)
+        self._usages: list[Usage] = []
+
+    async def events(self, asking: Asking) -> AsyncIterator[str]:
+        for index in range(len(self._calls)):
+            yield self._chunk(index, {"role": "assistant", "content": ""})
+        async for batch in asking.batches():
+            if not batch:
+                yield PING
+            for index, update in batch:
+                match update:
+                    case Text(text, scores):
+                        yield self._chunk(index, {"content": text}, logprobs=_logprobs(scores))
+                    case Reasoning(text):
+                        yield self._chunk(index, {"reasoning_content": text})
+                    case Call(call):
+                        delta = {"index": self._calls[index], **call_of(call)}
+                        self._calls[index] += 1
+                        yield self._chunk(index, {"tool_calls": [delta]})
+                    case Ended():
+                        self._usages.append(update.usage)
+                        yield self._chunk(index, {}, _finish(update.finish, self._calls[index] > 0))
+                    case Broke(error):
+                        yield data(openai_error(as_request_error(error)))
+                        return
+        if self._asked.wants_usage:
+            yield data(self._dumped({**self._head, "choices": [], "usage": usage_of(total(self._usages))}))
+        yield DONE
+
+    def _chunk(self, index: int, delta: dict[str, Any], finish: str | None = None, logprobs: Any = None) -> str:
+        choice = {"index": index, "delta": delta, "finish_reason": finish}
+        if logprobs is not None:
+            choice["logprobs"] = logprobs
+        return data(self._dumped({**self._head, "choices": [choice]}))
+
+    def _dumped(self, chunk: dict[str, Any]) -> str:
+        return ChatCompletionChunk.model_validate(chunk).model_dump_json(exclude_unset=True)
+
+
+def _tools(fields: Fields) -> tuple[list[Tool], list[str]]:
+    """(functions that can be offered, paths of tools that this server does not have)."""
+    tools, hosted = [], []
+    for index, value in enumerate(fields.get("tools", list) or []):
+        where = f"tools[{index}]"
+        tool = Fields(value, where)
+        if tool.need("type", str) == "function":
+            tools.append(function_tool(tool.need("function", dict), f"{where}.function"))
+        else:
+            hosted.append(where)
+    return tools, hosted
+
+
+def _choice(service: Service, fields: Fields, tools: list[Tool]) -> tuple[list[Tool], str | None]:
+    """(tools to offer, grammar of the calls that are demanded), by `tool_choice`."""
+    choice = fields.any("tool_choice")
+    if choice is None or choice == AUTO:
+        return tools, None
+    if choice == NONE:
+        return [], None
+    wanted = tools
+    if isinstance(choice, dict):
+        inner = Fields(choice, "tool_choice")
+        if inner.get("type", str) != "function":
+            raise RequestError("tool_choice: only functions can be chosen.", "tool_choice")
+        name = Fields(inner.need("function", dict), "tool_choice.function").need("name", str)
+        wanted = pick(tools, name, "tool_choice")
+    elif choice != REQUIRED:
+        raise RequestError("tool_choice has to be 'auto', 'none', 'required' or a function.", "tool_choice")
+    if not wanted:
+        raise RequestError("tool_choice demands a call, and there are no tools.", "tool_choice")
+    return tools, service.calls_grammar(wanted, several=False, param="tool_choice")
+
+
+def _choice_of(index: int, answer: Answer) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": answer.text or None, "refusal": None}
+    if answer.reasoning:
+        message["reasoning_content"] = answer.reasoning
+    if answer.calls:
+        message["tool_calls"] = [call_of(call) for call in answer.calls]
+    elif message["content"] is None:
+        message["content"] = ""
+    return {
+        "index": index,
+        "message": message,
+        "finish_reason": _finish(answer.finish, bool(answer.calls)),
+        "logprobs": _logprobs(answer.scores),
+    }
+
+
+def call_of(call: ToolCall) -> dict[str, Any]:
+    """A call as the chat API writes it."""
+    function = {"name": call.name, "arguments": json.dumps(dict(call.arguments), ensure_ascii=False)}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _finish(finish: str, has_calls: bool) -> str:
+    return "tool_calls" if has_calls and finish == STOP else finish
+
+
+def _logprobs(scores: Sequence[TokenScore]) -> dict[str, Any] | None:
+    if not scores:
+        return None
+    return {
+        "content": [
+            {
+                **_score(score.text, score.logprob),
+                "top_logprobs": [_score(text, logprob) for _, text, logprob in score.alternatives],
+            }
+            for score in scores
+        ],
+        "refusal": None,
+    }
+
+
+def _score(text: str, logprob: float) -> dict[str, Any]:
+    return {"token": text, "bytes": list(text.encode()), "logprob": logprob}
+
+
+def usage_of(usage: Usage) -> dict[str, Any]:
+    """Usage as OpenAI's older APIs write it."""
+    return {
+        "prompt_tokens": usage.prompt,
+        "completion_tokens": usage.completion,
+        "total_tokens": usage.prompt + usage.completion,
+        "prompt_tokens_details": {"cached_tokens": usage.cached},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning},
+    }
+
+
+def _id() -> str:
+    return f"chatcmpl-{uuid.uuid4().hex}"

@@ -1,0 +1,149 @@
+"""OpenAI's older completions: a text goes on, without a chat template."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from openai.types import Completion
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from offmoe.dialogue.answer import Text, TokenScore
+from offmoe.dialogue.errors import RequestError
+from offmoe.dialogue.render import Prompt
+from offmoe.serve.http.asking import Asking, as_request_error
+from offmoe.serve.http.chat import Asked, repeated, usage_of
+from offmoe.serve.http.errors import openai_error
+from offmoe.serve.http.events import DONE, PING, data, event_stream, ignored_header
+from offmoe.serve.http.fields import Fields, strings
+from offmoe.serve.http.service import Service, choices, sampling
+from offmoe.serve.job import Broke, Ended, Request, Usage
+
+PROMPTS = 64
+"""Prompts of one request at most."""
+REFUSED = {
+    "suffix": "this model was not trained to fill in; send what comes before only.",
+    "echo": "the prompt is not repeated; put it before the answer yourself.",
+}
+
+
+def read(service: Service, body: Any) -> Asked:
+    """Read a request's body. RequestError that names the field, for what cannot be honored."""
+    fields = Fields(body)
+    service.check_model(fields)
+    count = choices(fields)
+    best_of = choices(fields, "best_of")
+    if best_of not in (1, count):
+        raise RequestError("best_of is not ranked here; ask for n answers.", "best_of")
+    stream = bool(fields.get("stream", bool))
+    options = Fields(fields.get("stream_options", dict) or {}, "stream_options")
+    wants_usage = bool(options.get("include_usage", bool))
+    fields.refuse(REFUSED)
+    fields.harmless("user", "metadata", "store", "service_tier", "cache_prompt", "prompt_cache_key")
+    logprobs = fields.get("logprobs", int)
+    chosen = sampling(fields, "max_tokens", "max_completion_tokens", logprobs=logprobs)
+    stops = strings(fields, "stop")
+    requests = [
+        request
+        for prompt in _prompts(service, fields)
+        for request in repeated(Request(prompt, chosen, is_chat=False, stops=stops), count)
+    ]
+    ignored = [*fields.ignored(), *options.ignored()]
+    service.check_ignored(ignored)
+    return Asked(requests, stream, wants_usage, ignored)
+
+
+def _prompts(service: Service, fields: Fields) -> list[Prompt]:
+    """The prompts: a text, token ids, or an array of either."""
+    value: Any = fields.need("prompt", (str, list))
+    if isinstance(value, list) and not value:
+        raise RequestError("prompt is empty; there is nothing to continue.", "prompt")
+    is_one = isinstance(value, str) or all(isinstance(item, int) and not isinstance(item, bool) for item in value)
+    items: list[Any] = [value] if is_one else value
+    if len(items) > PROMPTS:
+        raise RequestError(f"prompt has {len(items)} prompts; send at most {PROMPTS}.", "prompt")
+    return [_prompt(service, item) for item in items]
+
+
+def _prompt(service: Service, value: Any) -> Prompt:
+    if isinstance(value, str):
+        return Prompt(value, tuple(service.renderer.encode(value)))
+    size = service.engine.vocabulary
+    if not isinstance(value, list) or not all(isinstance(t, int) and 0 <= t < size for t in value):
+        raise RequestError(f"prompt has to be text, or token ids from 0 to {size - 1}.", "prompt")
+    return Prompt(str(service.engine.tokenizer.decode(value)), tuple(value))
+
+
+async def completions(service: Service, http: HttpRequest, body: Any) -> Response:
+    """POST /v1/completions."""
+    asked = read(service, body)
+    asking = Asking(service.engine, asked.requests)
+    head = {
+        "id": f"cmpl-{uuid.uuid4().hex}",
+        "object": "text_completion",
+        "created": int(time.time()),
+        "model": service.id,
+    }
+    if asked.stream:
+        return event_stream(_events(asking, head, asked), asked.ignored)
+    answers = await asking.whole(http)
+    choices_ = [_choice(i, answer.text, answer.finish, answer.scores) for i, answer in enumerate(answers)]
+    completion = {**head, "choices": choices_, "usage": usage_of(_total(asked, [answer.usage for answer in answers]))}
+    checked = Completion.model_validate(completion).model_dump(exclude_unset=True)
+    return JSONResponse(checked, headers=ignored_header(asked.ignored))
+
+
+async def _events(asking: Asking, head: dict[str, Any], asked: Asked) -> AsyncIterator[str]:
+    usages: dict[int, Usage] = {}
+    async for batch in asking.batches():
+        if not batch:
+            yield PING
+        for index, update in batch:
+            match update:
+                case Text(text, scores):
+                    yield _chunk(head, [_choice(index, text, None, scores)])
+                case Ended():
+                    usages[index] = update.usage
+                    yield _chunk(head, [_choice(index, "", update.finish, ())])
+                case Broke(error):
+                    yield data(openai_error(as_request_error(error)))
+                    return
+    if asked.wants_usage:
+        found = _total(asked, [usages[i] for i in sorted(usages)])
+        yield _chunk({**head, "usage": usage_of(found)}, [])
+    yield DONE
+
+
+def _total(asked: Asked, usages: Sequence[Usage]) -> Usage:
+    """Usage of all answers; a prompt with several answers counts once."""
+    first: dict[tuple[int, ...], Usage] = {}
+    for request, usage in zip(asked.requests, usages, strict=True):
+        first.setdefault(tuple(request.prompt.ids), usage)
+    return Usage(
+        sum(usage.prompt for usage in first.values()),
+        sum(usage.cached for usage in first.values()),
+        sum(usage.completion for usage in usages),
+        0,
+    )
+
+
+def _chunk(head: dict[str, Any], choices_: list[dict[str, Any]]) -> str:
+    # Not checked by the library's class, which knows whole answers only: they never lack a finish_reason.
+    return data({**head, "choices": choices_})
+
+
+def _choice(index: int, text: str, finish: str | None, scores: Sequence[TokenScore]) -> dict[str, Any]:
+    return {"index": index, "text": text, "finish_reason": finish, "logprobs": _logprobs(scores)}
+
+
+def _logprobs(scores: Sequence[TokenScore]) -> dict[str, Any] | None:
+    if not scores:
+        return None
+    return {
+        "tokens": [score.text for score in scores],
+        "token_logprobs": [score.logprob for score in scores],
+        "top_logprobs": [{text: logprob for _, text, logprob in score.alternatives} for score in scores],
+    }

@@ -1,0 +1,430 @@
+"""OpenAI's responses: a conversation of items, and named events."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from openai.types.responses import Response as OpenAIResponse
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from offmoe.dialogue.answer import Call, Reasoning, Text
+from offmoe.dialogue.errors import RequestError
+from offmoe.dialogue.messages import Message, Tool, ToolCall
+from offmoe.serve.http.asking import Asking, as_request_error
+from offmoe.serve.http.errors import openai_error
+from offmoe.serve.http.events import PING, event_stream, ignored_header, named
+from offmoe.serve.http.fields import Fields
+from offmoe.serve.http.service import (
+    AUTO,
+    NONE,
+    REQUIRED,
+    Service,
+    arguments,
+    function_tool,
+    pick,
+    sampling,
+    text_parts,
+    wanted_schema,
+)
+from offmoe.serve.job import LENGTH, Broke, Ended, Request, Update, Usage
+
+HARMLESS = (
+    *("user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier"),
+    *("truncation", "max_tool_calls", "stream_options", "client_metadata"),
+)
+"""Fields that cannot change the answer of this server."""
+REFUSED = {
+    "previous_response_id": "answers are not stored here; send the whole conversation as 'input'.",
+    "conversation": "conversations are not stored here; send the whole conversation as 'input'.",
+    "background": "answers are not stored here; stream it.",
+    "prompt": "prompts are not stored here; send 'instructions' and 'input'.",
+}
+TEXTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
+
+
+@dataclass(frozen=True)
+class Offered:
+    """A tool as the prompt offers it, and as the answer has to call it.
+
+    name: the client's name. namespace: the namespace it comes from. is_custom: whether it takes one text.
+    """
+
+    tool: Tool
+    name: str
+    namespace: str | None = None
+    is_custom: bool = False
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request as read."""
+
+    request: Request
+    stream: bool
+    offered: Mapping[str, Offered]
+    echo: dict[str, Any]
+    ignored: Sequence[str]
+
+
+def read(service: Service, body: Any) -> Asked:
+    """Read a request's body. RequestError that names the field, for what cannot be honored."""
+    fields = Fields(body)
+    service.check_model(fields)
+    fields.refuse(REFUSED)
+    stream = bool(fields.get("stream", bool))
+    fields.harmless(*HARMLESS)
+    for value in fields.get("include", list) or []:
+        if value == "message.output_text.logprobs":
+            raise RequestError("include: log-probabilities are given by /v1/chat/completions only.", "include")
+    fields.refuse({"top_logprobs": "log-probabilities are given by /v1/chat/completions only."}, (None, 0))
+    chosen = sampling(fields, "max_output_tokens")
+    offered, hosted = _tools(fields.get("tools", list) or [])
+    tools, grammar = _choice(service, fields, offered)
+    text = Fields(fields.get("text", dict) or {}, "text")
+    text.harmless("verbosity")
+    form = text.get("format", dict)
+    schema = wanted_schema(None if form is None else Fields(form, "text.format"), None)
+    if schema is not None:
+        if grammar is not None or tools:
+            raise RequestError("text.format with tools needs tool_choice 'none'.", "text.format")
+        grammar = service.schema_grammar(*schema)
+    reasoning = Fields(fields.get("reasoning", dict) or {}, "reasoning")
+    reasoning.harmless("summary", "generate_summary")
+    effort = reasoning.get("effort", str)
+    template = {} if effort is None else service.effort(effort, "reasoning.effort")
+    messages, unread = _conversation(fields)
+    one_call = fields.get("parallel_tool_calls", bool) is False
+    request = Request(
+        service.renderer.render(messages, tools, template), chosen, tools=tools, grammar=grammar, one_call=one_call
+    )
+    ignored = [*hosted, *unread, *fields.ignored(), *text.ignored(), *reasoning.ignored()]
+    service.check_ignored(ignored)
+    echo = {
+        "instructions": body.get("instructions"),
+        "max_output_tokens": body.get("max_output_tokens"),
+        "metadata": body.get("metadata") or {},
+        "parallel_tool_calls": not one_call,
+        "temperature": body.get("temperature"),
+        "top_p": body.get("top_p"),
+        "text": {"format": form or {"type": "text"}},
+        "tool_choice": body.get("tool_choice") or AUTO,
+        "tools": [],
+        "reasoning": {"effort": effort, "summary": None},
+        "truncation": "disabled",
+        "previous_response_id": None,
+        "store": False,
+    }
+    return Asked(request, stream, offered, echo, ignored)
+
+
+async def responses(service: Service, http: HttpRequest, body: Any) -> Response:
+    """POST /v1/responses."""
+    asked = read(service, body)
+    asking = Asking(service.engine, [asked.request])
+    output = Output(service.id, asked)
+    if asked.stream:
+        return event_stream(_events(asking, output), asked.ignored)
+    answer = (await asking.whole(http))[0]
+    updates: list[Update] = [Reasoning(answer.reasoning)] if answer.reasoning else []
+    if answer.text or not answer.calls:
+        updates.append(Text(answer.text))
+    updates += [*map(Call, answer.calls), Ended(answer.finish, answer.stop, answer.usage)]
+    for update in updates:
+        for _ in output.events(update):
+            pass
+    checked = OpenAIResponse.model_validate(output.response()).model_dump(exclude_unset=True, mode="json")
+    return JSONResponse(checked, headers=ignored_header(asked.ignored))
+
+
+async def _events(asking: Asking, output: Output) -> AsyncIterator[str]:
+    for event in output.begin():
+        yield event
+    async for batch in asking.batches():
+        if not batch:
+            yield PING
+        for _, update in batch:
+            for event in output.events(update):
+                yield event
+
+
+@dataclass
+class _Item:
+    """The item of the output that is being written."""
+
+    kind: str
+    value: dict[str, Any]
+    text: str = ""
+
+
+@dataclass
+class Output:
+    """The output of one response: turns updates into events, and holds the response so far."""
+
+    model: str
+    asked: Asked
+    id: str = field(default_factory=lambda: f"resp_{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self._number = 0
+        self._status = "in_progress"
+        self._items: list[dict[str, Any]] = []
+        self._open: _Item | None = None
+        self._usage: Usage | None = None
+        self._error: dict[str, Any] | None = None
+        self._why: str | None = None
+
+    def response(self) -> dict[str, Any]:
+        """The response so far."""
+        usage = self._usage
+        return {
+            "id": self.id,
+            "object": "response",
+            "created_at": self.created,
+            "status": self._status,
+            "error": self._error,
+            "incomplete_details": {"reason": self._why} if self._why else None,
+            "model": self.model,
+            "output": self._items,
+            **self.asked.echo,
+            "usage": usage
+            and {
+                "input_tokens": usage.prompt,
+                "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
+                "output_tokens": usage.completion,
+                "output_tokens_details": {"reasoning_tokens": usage.reasoning},
+                "total_tokens": usage.prompt + usage.completion,
+            },
+        }
+
+    def begin(self) -> Iterator[str]:
+        """The events before the answer."""
+        yield self._event("response.created", response=self.response())
+        yield self._event("response.in_progress", response=self.response())
+
+    def events(self, update: Update) -> Iterator[str]:
+        """The events of an update."""
+        match update:
+            case Text(text):
+                yield from self._piece("message", "output_text", text)
+            case Reasoning(text):
+                yield from self._piece("reasoning", "reasoning_text", text)
+            case Call(call):
+                yield from self._close()
+                yield from self._call(call)
+            case Ended(finish, _, usage):
+                if not self._items and self._open is None:  # an empty answer is a message all the same
+                    yield from self._piece("message", "output_text", "")
+                yield from self._close("incomplete" if finish == LENGTH else "completed")
+                self._usage = usage
+                self._status = "incomplete" if finish == LENGTH else "completed"
+                self._why = "max_output_tokens" if finish == LENGTH else None
+                yield self._event(f"response.{self._status}", response=self.response())
+            case Broke(error):
+                yield from self._close("incomplete")
+                found = openai_error(as_request_error(error))["error"]
+                self._status = "failed"
+                self._error = {"code": "server_error", "message": found["message"]}
+                yield self._event("response.failed", response=self.response())
+
+    def _piece(self, kind: str, part: str, text: str) -> Iterator[str]:
+        if self._open is None or self._open.kind != kind:
+            yield from self._close()
+            yield from self._start(kind, part)
+        item = self._open
+        assert item is not None
+        item.text += text
+        if text:
+            more: dict[str, Any] = {"logprobs": []} if part == "output_text" else {}
+            yield self._event(f"response.{part}.delta", **self._place(item), delta=text, **more)
+
+    def _start(self, kind: str, part: str) -> Iterator[str]:
+        if kind == "message":
+            value: dict[str, Any] = {"id": f"msg_{uuid.uuid4().hex}", "type": kind, "role": "assistant"}
+        else:
+            value = {"id": f"rs_{uuid.uuid4().hex}", "type": kind, "summary": []}
+        value |= {"status": "in_progress", "content": []}
+        self._open = _Item(kind, value)
+        self._items.append(value)
+        yield self._event("response.output_item.added", output_index=len(self._items) - 1, item=dict(value))
+        yield self._event("response.content_part.added", **self._place(self._open), part=_part(part, ""))
+
+    def _close(self, status: str = "completed") -> Iterator[str]:
+        """End the item that is being written."""
+        item, self._open = self._open, None
+        if item is None:
+            return
+        part = "output_text" if item.kind == "message" else "reasoning_text"
+        place = self._place(item)
+        more: dict[str, Any] = {"logprobs": []} if part == "output_text" else {}
+        yield self._event(f"response.{part}.done", **place, text=item.text, **more)
+        yield self._event("response.content_part.done", **place, part=_part(part, item.text))
+        item.value |= {"status": status, "content": [_part(part, item.text)]}
+        yield self._event("response.output_item.done", output_index=place["output_index"], item=dict(item.value))
+
+    def _call(self, call: ToolCall) -> Iterator[str]:
+        offered = self.asked.offered.get(call.name)
+        custom = offered is not None and offered.is_custom
+        written = json.dumps(dict(call.arguments), ensure_ascii=False)
+        key, kind = ("input", "custom_tool_call") if custom else ("arguments", "function_call")
+        if custom:
+            written = str(call.arguments.get("input", written))
+        value = {
+            "id": f"{'ctc' if custom else 'fc'}_{uuid.uuid4().hex}",
+            "type": kind,
+            "call_id": call.id,
+            "name": call.name if offered is None else offered.name,
+            key: "",
+            "status": "in_progress",
+        }
+        if offered is not None and offered.namespace is not None:
+            value["namespace"] = offered.namespace
+        self._items.append(value)
+        index = len(self._items) - 1
+        place = {"output_index": index, "item_id": value["id"]}
+        yield self._event("response.output_item.added", output_index=index, item=dict(value))
+        name = "custom_tool_call_input" if custom else "function_call_arguments"
+        yield self._event(f"response.{name}.delta", **place, delta=written)
+        more = {} if custom else {"name": value["name"]}
+        yield self._event(f"response.{name}.done", **place, **{key: written}, **more)
+        value |= {key: written, "status": "completed"}
+        yield self._event("response.output_item.done", output_index=index, item=dict(value))
+
+    def _place(self, item: _Item) -> dict[str, Any]:
+        return {"item_id": item.value["id"], "output_index": self._items.index(item.value), "content_index": 0}
+
+    def _event(self, kind: str, **values: Any) -> str:
+        self._number += 1
+        return named(kind, {"type": kind, "sequence_number": self._number - 1, **values})
+
+
+def _part(kind: str, text: str) -> dict[str, Any]:
+    return {"type": kind, "text": text} | ({"annotations": [], "logprobs": []} if kind == "output_text" else {})
+
+
+def _tools(values: Sequence[Any]) -> tuple[dict[str, Offered], list[str]]:
+    """(tools by the name that the prompt offers, paths of tools that this server does not have)."""
+    offered: dict[str, Offered] = {}
+    hosted = []
+    for index, value in enumerate(values):
+        where = f"tools[{index}]"
+        kind = Fields(value, where).need("type", str)
+        found = []
+        if kind == "function":
+            tool = function_tool(value, where)
+            found = [Offered(tool, tool.name)]
+        elif kind == "custom":
+            found = [_custom(value, where)]
+        elif kind == "namespace":
+            found = _namespace(value, where)
+        else:
+            hosted.append(where)
+        for tool_offered in found:
+            if tool_offered.tool.name in offered:
+                raise RequestError(f"{where}: a tool is named {tool_offered.tool.name!r} already.", where)
+            offered[tool_offered.tool.name] = tool_offered
+    return offered, hosted
+
+
+def _custom(value: dict[str, Any], where: str) -> Offered:
+    """A tool that takes a text: offered as a function with one string. Its own grammar is not enforced."""
+    name = Fields(value, where).need("name", str)
+    parameters = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+    definition = {"name": name, "description": value.get("description") or "", "parameters": parameters}
+    return Offered(Tool(name, definition), name, is_custom=True)
+
+
+def _namespace(value: dict[str, Any], where: str) -> list[Offered]:
+    fields = Fields(value, where)
+    namespace = fields.need("name", str)
+    found = []
+    for index, inner in enumerate(fields.get("tools", list) or []):
+        tool = function_tool(inner, f"{where}.tools[{index}]")
+        unique = f"{namespace}__{tool.name}"
+        found.append(Offered(Tool(unique, {**tool.definition, "name": unique}), tool.name, namespace))
+    return found
+
+
+def _choice(service: Service, fields: Fields, offered: Mapping[str, Offered]) -> tuple[list[Tool], str | None]:
+    """(tools to offer, grammar of the calls that are demanded), by `tool_choice`."""
+    tools = [found.tool for found in offered.values()]
+    choice = fields.any("tool_choice")
+    if choice is None or choice == AUTO:
+        return tools, None
+    if choice == NONE:
+        return [], None
+    wanted = tools
+    if isinstance(choice, dict):
+        inner = Fields(choice, "tool_choice")
+        if inner.get("type", str) not in ("function", "custom"):
+            raise RequestError("tool_choice: only functions can be chosen.", "tool_choice")
+        wanted = pick(tools, inner.need("name", str), "tool_choice")
+    elif choice != REQUIRED:
+        raise RequestError("tool_choice has to be 'auto', 'none', 'required' or a function.", "tool_choice")
+    if not wanted:
+        raise RequestError("tool_choice demands a call, and there are no tools.", "tool_choice")
+    return tools, service.calls_grammar(wanted, several=False, param="tool_choice")
+
+
+def _conversation(fields: Fields) -> tuple[list[Message], list[str]]:
+    """(the conversation, paths of items that say nothing to the model)."""
+    instructions = fields.get("instructions", str)
+    messages = [Message("system", instructions)] if instructions else []
+    value: Any = fields.need("input", (str, list))
+    if isinstance(value, str):
+        return [*messages, Message("user", value)], []
+    unread = []
+    for index, item in enumerate(value):
+        where = f"input[{index}]"
+        message = _item(Fields(item, where), where)
+        if message is None:
+            unread.append(where)
+        elif message.role == "assistant" and messages and messages[-1].role == "assistant":
+            messages[-1] = _joined(messages[-1], message)
+        else:
+            messages.append(message)
+    return messages, unread
+
+
+def _joined(first: Message, second: Message) -> Message:
+    """Two items of one turn of the assistant as one message."""
+    return replace(
+        first,
+        text=first.text + second.text,
+        reasoning=first.reasoning + second.reasoning,
+        calls=first.calls + second.calls,
+    )
+
+
+def _item(fields: Fields, where: str) -> Message | None:
+    """One item of the input; None: it says nothing to the model."""
+    kind = fields.get("type", str, "message")
+    if kind == "message":
+        role = fields.need("role", str)
+        if role not in ("system", "developer", "user", "assistant"):
+            raise RequestError(f"{where}.role: unknown role {role!r}.", f"{where}.role")
+        return Message(role, text_parts(fields.any("content"), f"{where}.content", TEXTS))
+    if kind == "reasoning":
+        parts = fields.any("content") or []
+        return Message("assistant", reasoning=text_parts(parts, f"{where}.content", TEXTS)) if parts else None
+    if kind in ("function_call", "custom_tool_call"):
+        name, call_id = fields.need("name", str), fields.need("call_id", str)
+        namespace = fields.get("namespace", str)
+        if kind == "custom_tool_call":
+            found = {"input": fields.get("input", str) or ""}
+        else:
+            found = arguments(fields.any("arguments"), f"{where}.arguments")
+        full = name if namespace is None else f"{namespace}__{name}"
+        return Message("assistant", calls=(ToolCall(call_id, full, found),))
+    if kind in ("function_call_output", "custom_tool_call_output"):
+        text = text_parts(fields.any("output"), f"{where}.output", TEXTS)
+        return Message("tool", text, call_id=fields.need("call_id", str))
+    if kind == "item_reference":
+        raise RequestError(f"{where}: answers are not stored here; send the item itself.", where)
+    return None

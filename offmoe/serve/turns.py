@@ -1,0 +1,84 @@
+"""Threads that take turns with one model.
+
+One thread computes at a time. After a slice of forward passes it passes its turn on, if others wait. Random numbers
+are each thread's own: a thread finds torch's generators as it left them, so its samples do not depend on the others.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from types import TracebackType
+
+import torch
+
+SLICE = 8
+"""Forward passes of a turn while others wait. A shorter slice mixes the experts of more answers in the cache: with
+single passes, 530 misses took the place of 450 on the demo."""
+
+
+class Turns:
+    """A lock that is handed on in the order of asking.
+
+    Args:
+        device: The device whose random generator belongs to a turn, besides the CPU's.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._changed = threading.Condition()
+        self._waiting: deque[int] = deque()
+        self._holder: int | None = None
+        self._passes = 0
+        self._random: dict[int, list[torch.Tensor]] = {}
+
+    def is_mine(self) -> bool:
+        """Whether the calling thread has the turn."""
+        return self._holder == threading.get_ident()
+
+    def __enter__(self) -> None:
+        """Wait for the turn. It begins with random generators seeded by chance."""
+        self._wait()
+        torch.seed()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._random.pop(threading.get_ident(), None)
+        self._release()
+
+    def pass_on(self) -> None:
+        """Count a forward pass; let the others compute if the slice is used up and somebody waits."""
+        assert self.is_mine()
+        self._passes += 1
+        if self._passes < SLICE or not self._waiting:
+            return
+        me = threading.get_ident()
+        self._random[me] = self._random_state()
+        self._release()
+        self._wait()
+        self._restore(self._random.pop(me))
+
+    def _wait(self) -> None:
+        me = threading.get_ident()
+        with self._changed:
+            self._waiting.append(me)
+            self._changed.wait_for(lambda: self._holder is None and self._waiting[0] == me)
+            self._waiting.popleft()
+            self._holder, self._passes = me, 0
+
+    def _release(self) -> None:
+        with self._changed:
+            self._holder = None
+            self._changed.notify_all()
+
+    def _random_state(self) -> list[torch.Tensor]:
+        states = [torch.get_rng_state()]
+        if self._device.type != "cpu":
+            states.append(torch.get_device_module(self._device).get_rng_state(self._device))
+        return states
+
+    def _restore(self, states: list[torch.Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        if len(states) > 1:
+            torch.get_device_module(self._device).set_rng_state(states[1], self._device)
