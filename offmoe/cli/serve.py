@@ -1,4 +1,7 @@
-"""`offmoe serve MODEL`: answer the HTTP APIs of OpenAI and Anthropic with a model."""
+"""`offmoe serve MODEL`: answer the HTTP APIs of OpenAI and Anthropic with a model.
+
+It ends with Ctrl-C, which cancels the answers under way, or with SIGTERM, which lets them finish for ten seconds.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
@@ -14,7 +14,27 @@ from offmoe.serve.job import CANCELLED, LENGTH, STOP, Ended, Job, Usage
 from offmoe.serve.kept import CROP, EXACT, NOTHING, Kept, KeptCaches, crop
 
 if TYPE_CHECKING:
-    from offmoe.serve.engine import Engine
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from offmoe.dialogue.constraint import GrammarCompiler
+    from offmoe.dialogue.templates import ResponseFormat
+    from offmoe.serve.meters import Meters
+
+
+class Served(Protocol):
+    """The part of the engine that all its answers share."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    answers: ResponseFormat | None
+    end_tokens: frozenset[int]
+    chunk: int
+    reuse_kind: str
+    kept: KeptCaches
+    meters: Meters
+
+    @property
+    def grammars(self) -> GrammarCompiler: ...
 
 
 class Cancelled(Exception):
@@ -31,7 +51,7 @@ class Answering:
         beginning: The cache that holds a beginning of the prompt; None: all of it is computed.
     """
 
-    def __init__(self, engine: Engine, job: Job, new_tokens: int, beginning: Kept | None):
+    def __init__(self, engine: Served, job: Job, new_tokens: int, beginning: Kept | None):
         self.job = job
         request = job.request
         self._engine, self._request = engine, request

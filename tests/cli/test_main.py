@@ -139,9 +139,9 @@ def test_public_errors_have_their_status() -> None:
 
 
 def test_module_and_command_are_the_same() -> None:
-    done = subprocess.run([sys.executable, "-m", "offmoe", "serve"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-m", "offmoe", "chat"], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "'offmoe serve' is not built yet" in done.stderr
+    assert "'offmoe chat' is not built yet" in done.stderr
 
 
 def test_lazy_names_are_the_real_ones() -> None:
