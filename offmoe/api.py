@@ -28,8 +28,9 @@ from offmoe.handle import Offload
 from offmoe.hf.adapters.find import find_experts
 from offmoe.hf.load.attach import IMPLEMENTATION, attach, expert_layers
 from offmoe.hf.load.dense_layers import OffloadedLayers, dense_layers
+from offmoe.hf.load.generation import plain_generation
 from offmoe.hf.load.load import load_dense
-from offmoe.hf.load.options import check_options
+from offmoe.hf.load.options import sort_options
 from offmoe.pack.on_load import write
 from offmoe.policy.planner import Planner, build_planner
 from offmoe.profile import Profile
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
 
 
 def from_pretrained(
@@ -90,8 +91,10 @@ def from_pretrained(
         trace: Record into this .npz file which experts every token uses. It is written when `model.offload` is closed.
         dtype: Dtype to compute in: "bfloat16", "float16", "float32" or a torch.dtype. Slots keep the checkpoint's.
             Default: the checkpoint's.
-        hf_kwargs: `revision`, `token`, `cache_dir` and `local_files_only` of the Hub, and options of transformers'
-            `from_pretrained`, such as `attn_implementation`.
+        hf_kwargs: `revision`, `token`, `cache_dir`, `local_files_only` and `subfolder` of the Hub, and whatever else
+            transformers' `from_pretrained` takes: `attn_implementation`, `config`, `generation_config`, and values of
+            the model's configuration, such as `num_experts_per_tok=1` or `output_router_logits=True`. What offmoe
+            cannot honor is refused.
 
     Raises:
         ConfigError: An option cannot be used. Raised before anything is downloaded, quantized or loaded.
@@ -106,12 +109,12 @@ def from_pretrained(
         )
     config = (offload_config or OffloadConfig()).overridden(**options)
     hub = {name: hf_kwargs.pop(name) for name in HUB_OPTIONS if name in hf_kwargs}
-    check_options(hf_kwargs, known=(*options, "offload_config", "trace", "dtype", *HUB_OPTIONS))
+    asked = sort_options(hf_kwargs, known=(*options, "offload_config", "trace", "dtype", *HUB_OPTIONS))
     if trace is not None:
         check_writable(trace)
-    inspected = inspect(model, config, dtype=dtype, **hub)
+    inspected = inspect(model, config, dtype=asked.dtype if dtype is None else dtype, asked=asked, **hub)
     _log_plan(inspected)
-    return load(inspected, name=str(model), trace=trace, **hf_kwargs)
+    return load(inspected, name=str(model), trace=trace)
 
 
 def _log_plan(inspected: Inspected) -> None:
@@ -147,16 +150,14 @@ def fetch(inspected: Inspected) -> Inspected:
     )
 
 
-def load(
-    inspected: Inspected, *, name: str = "", trace: str | os.PathLike[str] | None = None, **hf_kwargs: Any
-) -> OffloadedModel:
+def load(inspected: Inspected, *, name: str = "", trace: str | os.PathLike[str] | None = None) -> OffloadedModel:
     """Load an inspected model.
 
     Args:
         inspected: what `inspect` gave; shards that are not on this machine are fetched first.
         name: of the model, as a recording states it.
         trace: the file to record the routing into, written when `model.offload` is closed.
-        hf_kwargs: for transformers.
+
     Raises:
         CheckpointError: a shard is damaged, or changed since `inspect`.
         CapacityError: the system does not give the memory.
@@ -167,7 +168,7 @@ def load(
         closing.callback(inspected.release)
         planner = build_planner(config.cache(), catalog.shape)
         writer = None if trace is None else TraceWriter(trace, name, catalog.shape, config.cache())
-        model = _load_dense(inspected, closing, hf_kwargs)
+        model = _load_dense(inspected, closing)
         experts = find_experts(model)
         modules = [experts[layer.name] for layer in catalog.layers]
         layers = expert_layers(catalog.layers, modules)
@@ -185,7 +186,7 @@ def _pass_room(model: PreTrainedModel, inspected: Inspected) -> PassRoom:
     return pass_room(inspected.config, inspected.needs._replace(forward=forward), inspected.plan)
 
 
-def _load_dense(inspected: Inspected, closing: ExitStack, hf_kwargs: dict[str, Any]) -> PreTrainedModel:
+def _load_dense(inspected: Inspected, closing: ExitStack) -> PreTrainedModel:
     """The model without its experts, on the device but for the decoder layers that the plan has no room for."""
     offloaded = _offload_layers(inspected)
     if offloaded is not None:
@@ -201,10 +202,19 @@ def _load_dense(inspected: Inspected, closing: ExitStack, hf_kwargs: dict[str, A
         offloaded=offloaded,
         name_or_path=inspected.source.model,
         generation_folder=inspected.generation_folder,
-        **hf_kwargs,
+        changed_config=inspected.hf_config if inspected.asked.change else None,
+        **_forwarded(inspected),
     )
     model.requires_grad_(False)
     return model
+
+
+def _forwarded(inspected: Inspected) -> dict[str, object]:
+    """Options that go to transformers as they are. attn_implementation is in the configuration already."""
+    options = dict(inspected.asked.forwarded)
+    if inspected.asked.plain:
+        options["generation_config"] = plain_generation(inspected.generation_folder, inspected.hf_config)
+    return options
 
 
 def _offload_layers(inspected: Inspected) -> OffloadedLayers | None:

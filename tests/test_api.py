@@ -17,7 +17,7 @@ import offmoe
 from offmoe import api
 from offmoe.config import OffloadConfig
 from offmoe.errors import ConfigError
-from offmoe.hf.load.options import OURS, PASSED, UNUSABLE
+from offmoe.hf.load.options import FORWARDED, OURS, UNUSABLE, WITHOUT_EFFECT
 from offmoe.profile import Profile
 from tests import tiny
 
@@ -55,7 +55,7 @@ WRONG = [
     ({"profile": Profile({"eviction": "rand"})}, "eviction='rand' is unknown"),
     ({"dtype": "float7"}, "dtype='float7' is unknown"),
     ({"dtype": "int8"}, "not one to compute in"),
-    ({"torch_dtype": "float32"}, "use dtype="),
+    ({"torch_dtype": "float7"}, "dtype='float7' is unknown"),
     ({"trace": "/no/such/folder/t.npz"}, "does not exist; create it first"),
     ({"trace": "/"}, "a folder or a device"),
     ({"trace": __file__}, "is no trace"),
@@ -64,9 +64,11 @@ WRONG = [
     ({"offload_cfg": None}, r"did you mean 'offload_config'\?"),
     ({"local_file_only": True}, r"did you mean 'local_files_only'\?"),
     ({"atn_implementation": "eager"}, r"did you mean 'attn_implementation'\?"),
-    ({"use_cache": False}, "'use_cache' is no option .* set it on model.config after loading"),
-    ({"device_map": "auto"}, "'device_map' of transformers: offmoe sets it itself"),
-    ({"quantization_config": None}, "offmoe cannot honor it"),
+    ({"device_map": "auto"}, "'device_map' of transformers: offmoe sets it itself; give device="),
+    ({"quantization_config": {"load_in_4bit": True}}, "offmoe cannot honor it; give experts='int4'"),
+    ({"use_safetensors": False}, "never loads pickled weights"),
+    ({"config": {"num_hidden_layers": 2}}, "config= must be a configuration .*, not dict. Give single values"),
+    ({"generation_config": {"num_beams": 2}}, "must be a GenerationConfig of transformers, not dict"),
     ({"offload_config": "cpu"}, "must be an OffloadConfig"),
     ({"offload_config": OffloadConfig(), "exactness": "bitwise", "experts": "int4"}, "other weights"),
 ]
@@ -129,5 +131,6 @@ def test_the_options_of_transformers_are_all_known() -> None:
             and isinstance(node.args[0], ast.Constant)
         ):
             taken.add(str(node.args[0].value))
-    assert taken - OURS - UNUSABLE - PASSED - set(api.HUB_OPTIONS) - {"dtype", "torch_dtype"} == set()
-    assert not (OURS | UNUSABLE) & PASSED
+    known = [set(OURS), set(UNUSABLE), set(FORWARDED), set(WITHOUT_EFFECT), {*api.HUB_OPTIONS}]
+    assert taken - set().union(*known) - {"config", "dtype", "torch_dtype"} == set()
+    assert sum(map(len, known)) == len(set().union(*known))  # no option is in two of them

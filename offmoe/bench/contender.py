@@ -152,6 +152,7 @@ class Contender:
     def _inspect(self) -> Inspected:
         from offmoe.budget.inspect import inspect
         from offmoe.config import OffloadConfig
+        from offmoe.hf.load.options import ModelOptions
         from offmoe.policy.eviction.registry import import_eviction
 
         task = self._task
@@ -159,10 +160,12 @@ class Contender:
         if task.runtime == OFFMOE:
             import_eviction(task.options.get("eviction", ""))
             config = replace(config, device_memory=task.device_memory, **task.options)
-        return inspect(task.model, config, dtype=task.dtype)
+        return inspect(task.model, config, dtype=task.dtype, asked=ModelOptions(plain=True))
 
     def _stock(self) -> Any:
         """The model in transformers with accelerate's offload: first on the device, then in RAM, then on disk."""
+        from offmoe.hf.load.generation import plain_generation
+
         inspected, task = self._inspected, self._task
         budget: dict[int | str, int] = {"cpu": task.device_memory}
         if not inspected.backend.unified_memory:
@@ -176,6 +179,7 @@ class Contender:
             device_map="auto",
             max_memory=budget,
             offload_folder=task.scratch,
+            generation_config=plain_generation(inspected.generation_folder, inspected.hf_config),
         )
         # As offmoe does. For one row of bf16 on a CPU, torch uses another kernel, with other last bits, for weights
         # that could have a gradient, even if none is computed.

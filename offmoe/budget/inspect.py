@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -33,7 +33,8 @@ from offmoe.hf.catalog.quant_config import quantization_method, shapes_are_in_sh
 from offmoe.hf.hub.locate import Source, locate
 from offmoe.hf.load.config import build_meta, lone_config, model_class, read_config
 from offmoe.hf.load.open import open_source
-from offmoe.hf.load.options import compute_dtype, parse_dtype
+from offmoe.hf.load.options import ModelOptions, compute_dtype, parse_dtype
+from offmoe.hf.load.overrides import without_change
 from offmoe.hf.predict.route_recorder import unpredictable_reasons
 from offmoe.pack.on_load import planned, to_quantize, with_experts
 from offmoe.quant.packed_weight import WeightFormat
@@ -110,6 +111,7 @@ class Inspected(Survey):
         quantize: the format that `fetch` will quantize experts to; None if there is nothing to do.
         temporary: the folder of a checkpoint that `fetch` quantized; removed with the model.
         generation_folder: the folder whose generation_config.json is the model's, if it has one.
+        asked: what the caller asks of transformers.
     """
 
     source: Source
@@ -118,6 +120,7 @@ class Inspected(Survey):
     quantize: WeightFormat | None = None
     temporary: TemporaryDirectory[str] | None = None
     generation_folder: Path | None = None
+    asked: ModelOptions = field(default_factory=ModelOptions)
 
     def release(self) -> None:
         """Remove the temporary folder, for a caller that does not load the model. Idempotent."""
@@ -169,7 +172,7 @@ def survey(
     """
     source = lone_config(model)
     if source is None:
-        return _read_headers(model, config, dtype, backend, **hub)
+        return _read_headers(model, config, dtype, ModelOptions(plain=True), backend, **hub)
     backend = _checked_backend(config, dtype, backend)
     hf_config = read_config(source)
     cls = model_class(hf_config)
@@ -196,7 +199,12 @@ def survey(
 
 
 def inspect(
-    model: str | os.PathLike[str], config: OffloadConfig, *, dtype: str | torch.dtype | None = None, **hub: Any
+    model: str | os.PathLike[str],
+    config: OffloadConfig,
+    *,
+    dtype: str | torch.dtype | None = None,
+    asked: ModelOptions | None = None,
+    **hub: Any,
 ) -> Inspected:
     """Read a model's headers and configuration and divide the memory.
 
@@ -206,13 +214,16 @@ def inspect(
         model: a folder, a GGUF file, a Hub id, or "demo".
         config: the options.
         dtype: dtype to compute in; None: the checkpoint's.
-        hub: options of the Hub: revision, token, cache_dir, local_files_only.
+        asked: options of transformers; the configuration that they change is the one that is planned for.
+        hub: options of the Hub: revision, token, cache_dir, local_files_only, subfolder, force_download.
 
     Raises:
         CapacityError: the model does not fit.
         OffmoeError: whatever else `from_pretrained` raises before it loads.
     """
-    inspected = _read_headers(model, config, dtype, **hub)
+    asked = asked or ModelOptions()
+    with without_change(asked.change, lambda: _read_headers(model, config, dtype, ModelOptions(), **hub)):
+        inspected = _read_headers(model, config, dtype, asked, **hub)
     if inspected.refusal is not None:
         raise CapacityError(f"{inspected.refusal} What would fit: offmoe inspect {shlex.quote(os.fspath(model))}")
     return inspected
@@ -231,12 +242,13 @@ def _read_headers(
     model: str | os.PathLike[str],
     config: OffloadConfig,
     dtype: str | torch.dtype | None,
+    asked: ModelOptions,
     backend: Backend | None = None,
     **hub: Any,
 ) -> Inspected:
     backend = _checked_backend(config, dtype, backend)
     source = locate(model, **hub)
-    opened = open_source(source)
+    opened = open_source(source, asked)
     hf_config, cls, checkpoint = opened.config, opened.model_class, opened.checkpoint
     if shapes_are_in_shards(hf_config):
         checkpoint = source.fetch(checkpoint)
@@ -269,4 +281,5 @@ def _read_headers(
         checkpoint=checkpoint,
         catalog=catalog,
         quantize=how,
+        asked=asked,
     )

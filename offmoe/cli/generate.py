@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from offmoe.cli import options, prompts
 from offmoe.cli.choices import say_what_is_faster
+from offmoe.cli.decoding import Decoding
 from offmoe.cli.model import open_model
 from offmoe.cli.output import Output, new_table
-from offmoe.errors import CheckpointError, ConfigError
+from offmoe.errors import ConfigError
 from offmoe.text import format_size, or_dash, percent
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from offmoe.handle import Offload
     from offmoe.types import CacheStats
@@ -42,49 +44,47 @@ def parser() -> options.Parser:
 
 
 def run(args: argparse.Namespace, out: Output) -> None:
-    sampling, prompt = prompts.sampling(args), _prompt(args)
+    prompts.sampling(args)
+    prompt = _prompt(args)
     with open_model(args, out, trace=args.trace) as opened:
         say_what_is_faster(args, opened.inspected, out)
         tokenizer = prompts.load_tokenizer(opened.inspected.source.model)
         ids = prompts.encode(tokenizer, prompt, args.chat_template)
-        new_tokens = prompts.new_tokens(args.max_new_tokens, ids, opened.inspected, out)
+        decoding = Decoding.of(args, opened.inspected, tokenizer, out)
+        new_tokens = decoding.new_tokens(args.max_new_tokens, ids, opened.inspected, out)
         model, offload = opened.load(args.trace)
         prompts.check_vocabulary(model, ids)
         prompts.seed(args.seed)
-        stream = TextStream(tokenizer, out)
-        _generate(model, ids, stream, max_new_tokens=new_tokens, **sampling)
+        clock = TextStream(tokenizer, out) if decoding.streams else StepClock()
+        sequences = decoding.generate(model, ids, new_tokens, clock)
+        texts = [clock.text] if isinstance(clock, TextStream) else _show_texts(sequences, tokenizer, out)
         stats = offload.stats()
         if offload.trace is not None:
             offload.trace.pieces.update(prompts.pieces(tokenizer, offload.trace.tokens_seen()))
-    _show(args, out, stream, ids.shape[1], offload, stats)
+    _show(args, out, clock, ids.shape[1], offload, stats)
     out.json(
         {
-            "text": stream.text,
+            "text": texts[0],
+            **({"texts": texts} if len(texts) > 1 else {}),
             "prompt_tokens": ids.shape[1],
-            "new_tokens": stream.count,
-            "ttft_s": stream.first_s,
-            "tokens_per_s": stream.tokens_per_s,
+            "new_tokens": clock.count,
+            "ttft_s": clock.first_s,
+            "tokens_per_s": clock.tokens_per_s,
             "stats": stats.to_dict(),
             "memory": offload.memory().to_dict(),
         }
     )
 
 
-def _generate(model: PreTrainedModel, ids: Tensor, stream: TextStream, **options: object) -> None:
-    """Continue ids [1, n]. Sets what a generation_config may ask for and a stream cannot show."""
-    try:
-        prompts.generate(model, ids, streamer=stream, num_beams=1, num_return_sequences=1, **options)
-    except RuntimeError as error:
-        if "probability tensor" not in str(error):
-            raise
-        raise CheckpointError(
-            "the model's probabilities are not numbers. Many models overflow in float16: try --dtype bfloat16 or "
-            "float32. Otherwise the weights are damaged: download them again."
-        ) from error
+def _show_texts(sequences: Sequence[Tensor], tokenizer: PreTrainedTokenizerBase, out: Output) -> list[str]:
+    """Show and return texts that are known at the end only, a blank line between them. sequences: tokens of each."""
+    texts = [str(tokenizer.decode(ids.tolist(), skip_special_tokens=True)) for ids in sequences]
+    out.text("\n\n".join(texts) + "\n")
+    return texts
 
 
 def _show(
-    args: argparse.Namespace, out: Output, stream: TextStream, prompt_tokens: int, offload: Offload, stats: CacheStats
+    args: argparse.Namespace, out: Output, stream: StepClock, prompt_tokens: int, offload: Offload, stats: CacheStats
 ) -> None:
     waited = f", {stats.stall_s:.2f} s of it waiting for experts" if stats.stall_s >= 0.005 else ""
     out.details(
@@ -99,38 +99,18 @@ def _show(
         out.note(f"routing recorded in {args.trace}; replay it with: offmoe simulate {args.trace}")
 
 
-class TextStream(prompts.NewTokens):
-    """Streamer for `generate`: shows new tokens as text at once, and takes the times.
+class StepClock(prompts.NewTokens):
+    """Counts new tokens and takes the times at which they come."""
 
-    It decodes a short window, so that a token costs the same however long the text is. A character of several tokens is
-    shown when its last token has arrived.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, out: Output):
-        self._tokenizer, self._out = tokenizer, out
-        self._ids: list[int] = []
-        self._window, self._shown = 0, 0
+    def __init__(self) -> None:
         self._started = time.perf_counter()
         self._times: list[float] = []
-        self.text = ""
+        self.count = 0
 
     def add(self, tokens: Tensor) -> None:
-        """Take every new token, and show what can be shown."""
+        """Take every new token."""
         self._times.append(time.perf_counter())
-        self._ids += tokens.reshape(-1).tolist()
-        new = self._undecoded()
-        if new and not new.endswith("\ufffd"):
-            self._show(new)
-            self._window, self._shown = self._shown, len(self._ids)
-
-    def end(self) -> None:
-        """Show the rest after the last token."""
-        self._show(self._undecoded())
-        self._out.text("\n")
-
-    @property
-    def count(self) -> int:
-        return len(self._ids)
+        self.count += tokens.numel()
 
     @property
     def first_s(self) -> float | None:
@@ -141,6 +121,35 @@ class TextStream(prompts.NewTokens):
     def tokens_per_s(self) -> float | None:
         """Rate of the tokens after the first; None if there are none."""
         return (self.count - 1) / max(self._times[-1] - self._times[0], 1e-9) if self.count > 1 else None
+
+
+class TextStream(StepClock):
+    """Streamer for `generate`: shows new tokens as text at once.
+
+    It decodes a short window, so that a token costs the same however long the text is. A character of several tokens is
+    shown when its last token has arrived.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, out: Output):
+        super().__init__()
+        self._tokenizer, self._out = tokenizer, out
+        self._ids: list[int] = []
+        self._window, self._shown = 0, 0
+        self.text = ""
+
+    def add(self, tokens: Tensor) -> None:
+        """Take every new token, and show what can be shown."""
+        super().add(tokens)
+        self._ids += tokens.reshape(-1).tolist()
+        new = self._undecoded()
+        if new and not new.endswith("\ufffd"):
+            self._show(new)
+            self._window, self._shown = self._shown, len(self._ids)
+
+    def end(self) -> None:
+        """Show the rest after the last token."""
+        self._show(self._undecoded())
+        self._out.text("\n")
 
     def _undecoded(self) -> str:
         """The text that the tokens not shown yet add to the shown text."""

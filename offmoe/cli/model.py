@@ -35,9 +35,11 @@ class OpenModel:
     def inspect(self, **overrides: Any) -> None:
         """Inspect the model, with these options in place of those that were asked for."""
         from offmoe.budget.inspect import inspect
+        from offmoe.hf.load.options import ModelOptions
 
         config, hub = replace(self.config, **overrides), options.hub_options(self._args)
-        self.inspected: Inspected = inspect(self._args.model, config, dtype=self._args.dtype, **hub)
+        asked = ModelOptions(plain=getattr(self._args, "no_generation_config", True))
+        self.inspected: Inspected = inspect(self._args.model, config, dtype=self._args.dtype, asked=asked, **hub)
 
     def fetch(self) -> Inspected:
         """Download absent shards, and quantize the experts if the options ask for it."""

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from offmoe.budget.inspect import Inspected
 
 DEFAULT_NEW_TOKENS = 128
 COLDEST = 1e-6
@@ -49,6 +48,11 @@ def add_generating(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     likeliest = "with --temperature: sample from the likeliest tokens whose probabilities add up to P"
     add(group, "--top-p", "P", likeliest, float)
     add(group, "--seed", "N", "seed of sampling; the same seed gives the same text", int)
+    group.add_argument(
+        "--no-generation-config",
+        action="store_true",
+        help="leave out what the model's generation_config.json sets, such as beams; special tokens stay",
+    )
     group.add_argument(
         "--chat-template",
         action=argparse.BooleanOptionalAction,
@@ -183,21 +187,27 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]
     return ids.long()
 
 
-def new_tokens(limit: int | None, ids: Tensor, inspected: Inspected, out: Output) -> int:
-    """How many tokens to generate after the prompt ids [1, n]. CapacityError if the reserved context is too short."""
-    # A decoder behind an encoder begins with a token of its own.
-    prompt_tokens = ids.shape[1] + int(inspected.hf_config.is_encoder_decoder)
-    return fitting_tokens(limit, prompt_tokens, inspected.plan.max_context, out)
+def fitting_tokens(limit: int | None, prompt_tokens: int, context: int, out: Output, rows: int = 1) -> int:
+    """New tokens that the reserved context allows. The last one is not fed back, so it needs no room.
 
+    Args:
+        limit: New tokens that are asked for; None: as many as fit, but not more than the default.
+        prompt_tokens: Tokens of the prompt.
+        context: Tokens that memory is reserved for.
+        out: Where it is said that the context allows less than the default.
+        rows: Sequences that are computed at the same time, each with a context of its own.
 
-def fitting_tokens(limit: int | None, prompt_tokens: int, context: int, out: Output) -> int:
-    """New tokens that the reserved context allows. The last one is not fed back, so it needs no room."""
-    room = context - prompt_tokens + 1
+    Raises:
+        CapacityError: The reserved context is too short.
+    """
+    room = context // rows - prompt_tokens + 1
     if room < 1 or (limit is not None and limit > room):
-        needed = prompt_tokens + (limit or 1) - 1
+        needed = rows * (prompt_tokens + (limit or 1) - 1)
+        times = f", times {rows} sequences," if rows > 1 else ""
         raise CapacityError(
-            f"{prompt_tokens} prompt tokens and {limit or 1} new ones do not fit the {context} tokens of context that "
-            f"memory is reserved for; use --max-context {needed}, a shorter prompt or fewer --max-new-tokens."
+            f"{prompt_tokens} prompt tokens and {limit or 1} new ones{times} do not fit the {context} tokens of "
+            f"context that memory is reserved for; use --max-context {needed}, a shorter prompt or fewer "
+            "--max-new-tokens."
         )
     if limit is None and room < DEFAULT_NEW_TOKENS:
         out.note(f"at most {room} new tokens: memory is reserved for {context} tokens of context (--max-context).")
@@ -212,12 +222,6 @@ def seed(value: int | None) -> None:
         torch.seed()
     else:
         torch.manual_seed(value)
-
-
-def generate(model: PreTrainedModel, ids: Tensor, **options: Any) -> None:
-    """Continue ids [1, n] with options of transformers' generate()."""
-    ids = ids.to(model.device)
-    cast("Any", model.generate)(input_ids=ids, attention_mask=ids.new_ones(ids.shape), **options)
 
 
 class NewTokens:

@@ -10,9 +10,10 @@ import argparse
 import math
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from offmoe.cli import options, prompts
+from offmoe.cli.decoding import Decoding
 from offmoe.cli.model import open_model
 from offmoe.cli.output import Output
 from offmoe.errors import ConfigError, OffmoeError, TraceError
@@ -82,10 +83,12 @@ def _record(args: argparse.Namespace, out: Output) -> None:
         raise ConfigError("MODEL is missing; give a folder, a Hub id, or 'demo'.")
     if args.prompts is None:
         raise ConfigError("--prompts FILE is missing; it holds one prompt per line.")
-    sampling, texts = prompts.sampling(args), prompts.read_prompts(args.prompts, args.paragraphs)
+    prompts.sampling(args)
+    texts = prompts.read_prompts(args.prompts, args.paragraphs)
     with open_model(args, out, trace=args.output) as opened:
         tokenizer = prompts.load_tokenizer(opened.inspected.source.model)
-        runs = _encode(args, texts, tokenizer, opened.inspected, out)
+        decoding = Decoding.of(args, opened.inspected, tokenizer, out)
+        runs = _encode(args, texts, tokenizer, decoding, opened.inspected, out)
         model, offload = opened.load(args.output)
         trace = offload.trace
         assert trace is not None
@@ -95,7 +98,7 @@ def _record(args: argparse.Namespace, out: Output) -> None:
         prompts.seed(args.seed)
         began = time.perf_counter()
         try:
-            new_tokens = _run(model, runs, sampling, out)
+            new_tokens = _run(model, runs, decoding, out)
         finally:
             trace.pieces.update(prompts.pieces(tokenizer, trace.tokens_seen()))
         seconds = time.perf_counter() - began
@@ -120,6 +123,7 @@ def _encode(
     args: argparse.Namespace,
     texts: list[prompts.Prompt],
     tokenizer: PreTrainedTokenizerBase,
+    decoding: Decoding,
     inspected: Inspected,
     out: Output,
 ) -> list[tuple[Tensor, int]]:
@@ -128,19 +132,19 @@ def _encode(
     for prompt in texts:
         try:
             ids = prompts.encode(tokenizer, prompt.content, args.chat_template)
-            runs.append((ids, prompts.new_tokens(args.max_new_tokens, ids, inspected, out)))
+            runs.append((ids, decoding.new_tokens(args.max_new_tokens, ids, inspected, out)))
         except OffmoeError as error:
             raise type(error)(f"{prompt.where}: {error}") from error
     return runs
 
 
-def _run(model: PreTrainedModel, runs: list[tuple[Tensor, int]], sampling: dict[str, Any], out: Output) -> int:
+def _run(model: PreTrainedModel, runs: list[tuple[Tensor, int]], decoding: Decoding, out: Output) -> int:
     """Continue every prompt -> how many tokens were generated."""
     new_tokens = 0
     with out.progress("recording", sum(limit for _, limit in runs), "tokens") as advance:
         for ids, limit in runs:
             counter = _Counter(advance)
-            prompts.generate(model, ids, max_new_tokens=limit, streamer=counter, **sampling)
+            decoding.generate(model, ids, limit, counter)
             advance(limit - counter.tokens)
             new_tokens += counter.tokens
     return new_tokens

@@ -67,6 +67,12 @@ class Repository:
     """Names of the files in the commit; None if the Hub was not asked or did not answer."""
     why_offline: str = ""
     """Why `files` is None, for messages."""
+    subfolder: str = ""
+    """The folder of the repository that holds the model."""
+
+    def path(self, name: str) -> str:
+        """The path in the repository of a file of the model."""
+        return f"{self.subfolder}/{name}" if self.subfolder else name
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,11 @@ class Source:
     def model(self) -> Path:
         """What the model is called: its folder, or its file."""
         return self.folder if self.file is None else self.file
+
+    def has(self, file: str) -> bool:
+        """Whether the model has a file of that name, on this machine or on the Hub."""
+        on_hub = self.repository is not None and file in (self.repository.files or ())
+        return on_hub or (self.folder / file).exists()
 
     def checkpoint(self) -> Checkpoint:
         """The model's tensors, from the headers of its shards on disk and on the Hub.
@@ -103,9 +114,10 @@ class Source:
                 f"({absent[0]}), and {self.repository.why_offline}; run it once with a network, what is there is kept"
             )
         name, commit, token = self.repository.name, self.repository.commit, self.repository.options["token"]
+        path = self.repository.path
 
         def head(file: str) -> ShardHead:
-            return read_remote_head(name, commit, token, file, self.folder / file)
+            return read_remote_head(name, commit, token, path(file), self.folder / file)
 
         with hub_errors(name), ThreadPoolExecutor(CONNECTIONS) as pool:
             heads = dict(zip(absent, pool.map(head, absent), strict=True))
@@ -136,7 +148,7 @@ class Source:
                 f"where {format_size(free)} are free; make room, or give another cache_dir= (HF_HOME)"
             )
         logger.info("%s: downloading %d shards, %s", self.repository.name, len(absent), format_size(needed))
-        patterns = [re.sub(r"([*?[])", r"[\1]", name) for name in absent]
+        patterns = [re.sub(r"([*?[])", r"[\1]", self.repository.path(name)) for name in absent]
         _snapshot(self.repository.name, self.repository.commit, patterns, (), **self.repository.options)
         local = Checkpoint.open(self.folder)
         if local.shards_absent or (local.shards, local.tensors) != (checkpoint.shards, checkpoint.tensors):
@@ -178,6 +190,8 @@ def locate(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
+    subfolder: str | None = None,
+    force_download: bool = False,
 ) -> Source:
     """Find a model. No weight is downloaded.
 
@@ -189,6 +203,9 @@ def locate(
         token: as huggingface_hub takes it.
         cache_dir: the Hub cache; None means huggingface_hub's own.
         local_files_only: use no network.
+        subfolder: the folder below `model` that holds the files.
+        force_download: asks to download files again that are in the Hub cache, which is refused. Means nothing for a
+            folder of the user's own.
 
     Raises:
         ConfigError: the model is no folder, not in the cache, and not on the Hub for this token; or the folder holds
@@ -200,8 +217,11 @@ def locate(
     if name == DEMO:
         return Source(Path(__file__).parents[2] / "demo" / "model")
     path = Path(os.path.expanduser(name))  # os.path: the methods of Path raise for names that no file can have
+    inside = "" if subfolder is None else os.fspath(subfolder).strip("/")
     if name and os.path.isdir(path):
-        return Source(path, file=gguf_in(path))
+        if not os.path.isdir(path / inside):
+            raise ConfigError(f"subfolder={subfolder!r}: {path} has no such folder.")
+        return Source(path / inside, file=gguf_in(path / inside))
     if name and os.path.exists(path):
         if path.suffix == SUFFIX:
             return Source(path.absolute().parent, file=path.absolute().with_name(part_names(path.name)[0]))
@@ -210,10 +230,12 @@ def locate(
         )
     if not isinstance(model, str) or not NAME.fullmatch(name) or name.startswith("."):
         raise ConfigError(f"model {name!r}: there is no such folder, and a Hub id looks like 'owner/name'")
+    if force_download:
+        raise ConfigError(f"force_download: delete the copy first, then load it again: hf cache rm model/{name}")
     options = {"token": token, "cache_dir": None if cache_dir is None else os.fspath(cache_dir)}
     if local_files_only:
-        return _cached(name, revision, options, "local_files_only forbids the network")
-    return _on_hub(name, revision, options)
+        return _cached(name, revision, inside, options, "local_files_only forbids the network")
+    return _on_hub(name, revision, inside, options)
 
 
 def gguf_in(folder: Path) -> Path | None:
@@ -232,7 +254,7 @@ def gguf_in(folder: Path) -> Path | None:
     return folder.absolute() / models[0] if models else None
 
 
-def _on_hub(name: str, revision: str | None, options: dict[str, Any]) -> Source:
+def _on_hub(name: str, revision: str | None, subfolder: str, options: dict[str, Any]) -> Source:
     try:
         info = HfApi().model_info(name, revision=revision, timeout=TIMEOUT_S, token=options["token"])
     except RevisionNotFoundError as error:
@@ -240,26 +262,37 @@ def _on_hub(name: str, revision: str | None, options: dict[str, Any]) -> Source:
     except Exception as error:
         reason = translated(error, name, revision, reached=False)
         try:
-            source = _cached(name, revision, options, "the Hub cannot be asked")
+            source = _cached(name, revision, subfolder, options, "the Hub cannot be asked")
         except ConfigError:
             raise reason from error
         logger.warning("%s; using the copy in the Hub cache", reason)
         return source
-    files = tuple(sibling.rfilename for sibling in info.siblings or ())
+    start = f"{subfolder}/" if subfolder else ""
+    every = [sibling.rfilename for sibling in info.siblings or ()]
+    files = tuple(path.removeprefix(start) for path in every if path.startswith(start))
     if "config.json" not in files:
         raise UnsupportedModelError(
-            f"model {name!r}: the repository has no config.json, so it is not a model of transformers; give one "
+            f"model {name!r}: the repository has no {start}config.json, so it is not a model of transformers; give one "
             "that is (not a GGUF, adapter or original-format repository)"
         )
-    folder = _snapshot(name, revision, SMALL_FILES, JUNK, **options)
+    folder = _small_files(name, revision, subfolder, options)
     if folder.name != info.sha:
         raise CheckpointError(f"model {name!r}: it was pushed to just now; try again")
-    return Source(folder, Repository(name, folder.name, options, files))
+    return Source(folder / subfolder, Repository(name, folder.name, options, files, subfolder=subfolder))
 
 
-def _cached(name: str, revision: str | None, options: dict[str, Any], why: str) -> Source:
-    folder = _snapshot(name, revision, SMALL_FILES, JUNK, local_files_only=True, **options)
-    return Source(folder, Repository(name, folder.name, options, files=None, why_offline=why))
+def _cached(name: str, revision: str | None, subfolder: str, options: dict[str, Any], why: str) -> Source:
+    folder = _small_files(name, revision, subfolder, {"local_files_only": True, **options})
+    if not (folder / subfolder).is_dir():
+        raise ConfigError(f"model {name!r}: the Hub cache has no folder {subfolder!r} of it, and {why}")
+    repository = Repository(name, folder.name, options, files=None, why_offline=why, subfolder=subfolder)
+    return Source(folder / subfolder, repository)
+
+
+def _small_files(name: str, revision: str | None, subfolder: str, options: dict[str, Any]) -> Path:
+    """The folder of one commit in the Hub cache, with the model's files in it, except for its weights."""
+    wanted, unwanted = ([f"{subfolder}/{p}" if subfolder else p for p in group] for group in (SMALL_FILES, JUNK))
+    return _snapshot(name, revision, wanted, unwanted, **options)
 
 
 def _snapshot(name: str, revision: str | None, wanted: Sequence[str], unwanted: Sequence[str], **options: Any) -> Path:

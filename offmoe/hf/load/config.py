@@ -1,17 +1,16 @@
 """Read and check a model's config.json, find the transformers class that it describes, and build it without weights.
 
-A checkpoint's own code never runs. config.json and generation_config.json are checked before transformers builds
-anything from them. transformers accepts any number: it builds a billion layers one after the other until the memory is
-full, and a token id that is a word fails in `generate`, long after the weights were loaded. The limits are far above
-those of any real model. Fields that are not known here are left to transformers.
+A checkpoint's own code never runs. config.json is checked before transformers builds anything from it. transformers
+accepts any number: it builds a billion layers one after the other until the memory is full, and a token id that is a
+word fails in `generate`, long after the weights were loaded. The limits are far above those of any real model. Fields
+that are not known here are left to transformers.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from offmoe.errors import CheckpointError, UnsupportedModelError, out_of_memory
+from offmoe.hf.load.generation import check_generation
+from offmoe.hf.load.json_values import Fault, fault_error, read_object, token_faults
 from offmoe.storage.checkpoint import INDEX_FILE, PICKLES
 
 CONFIG_FILE = "config.json"
@@ -31,13 +32,6 @@ WEIGHTS = (".safetensors", ".gguf", INDEX_FILE, *PICKLES)
 """Endings of the files that make a folder more than a configuration."""
 LIMITS = {"layers": 10_000, "experts": 100_000}
 """Largest number allowed in a field whose name holds the word. The largest models have 126 layers and 2,048 experts."""
-LARGEST = 2**63 - 1
-"""The largest number that a tensor of token ids can hold."""
-TOKENS = ("bos_token_id", "pad_token_id", "decoder_start_token_id")
-END_TOKENS = ("eos_token_id",)
-TOKEN_LISTS = ("suppress_tokens", "begin_suppress_tokens")
-COUNTS = ("num_beams", "num_return_sequences", "max_new_tokens", "max_length", "top_k")
-NUMBERS = ("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty")
 
 
 def lone_config(model: str | os.PathLike[str]) -> Path | None:
@@ -53,11 +47,12 @@ def lone_config(model: str | os.PathLike[str]) -> Path | None:
     return path / CONFIG_FILE if has_config and not any(n.endswith(WEIGHTS) for n in os.listdir(path)) else None
 
 
-def read_config(model: str | os.PathLike[str]) -> PreTrainedConfig:
+def read_config(model: str | os.PathLike[str], *, generates: bool = True) -> PreTrainedConfig:
     """Read a model's configuration. Code that comes with a checkpoint is never run.
 
     Args:
         model: a folder with config.json, or a .json file.
+        generates: check generation_config.json too, if the folder has one.
 
     Raises:
         CheckpointError: config.json is absent, or it or generation_config.json is damaged.
@@ -83,7 +78,8 @@ def read_config(model: str | os.PathLike[str]) -> PreTrainedConfig:
             "use a newer transformers, if one knows it"
         )
     check_config(values, path)
-    check_generation(path.parent)
+    if generates:
+        check_generation(path.parent)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # each architecture's config has validators of its own
@@ -148,26 +144,6 @@ def build_meta(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrain
     return model
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
-
-    Raises:
-        CheckpointError: the file cannot be read or is not a JSON object.
-        FileNotFoundError: the file does not exist.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check file and disk") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON ({error}); download it again") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: not a JSON object; download it again")
-    return values
-
-
 def check_config(values: Mapping[str, Any], path: Path) -> None:
     """Check a model's configuration, and the configurations inside it (text_config).
 
@@ -178,58 +154,19 @@ def check_config(values: Mapping[str, Any], path: Path) -> None:
     Raises:
         CheckpointError: a number of layers or experts that no model has, or a token id that is not one.
     """
+    for fault in config_faults(values):
+        raise fault_error(path, fault)
+
+
+def config_faults(values: Mapping[str, Any]) -> Iterator[Fault]:
+    """The values of a configuration, and of those inside it (text_config), that no model has.
+
+    They are numbers of layers or experts beyond any model's, and token ids that are none.
+    """
     for name, value in values.items():
         if isinstance(value, Mapping):
-            check_config(value, path)
+            yield from config_faults(value)
         for word, limit in LIMITS.items():
-            if word in name and isinstance(value, (int, float)) and not value <= limit:
-                raise _error(path, name, value, f"a number up to {limit}")
-    _check_tokens(values, path)
-
-
-def check_generation(folder: Path) -> None:
-    """Check generation_config.json, if the folder has one.
-
-    Raises:
-        CheckpointError: `generate` could not use it.
-    """
-    path = folder / "generation_config.json"
-    try:
-        values = read_object(path)
-    except FileNotFoundError:
-        return
-    _check_tokens(values, path)
-    _check(values, path, TOKEN_LISTS, _are_ids, "a list of token ids")
-    _check(values, path, COUNTS, lambda value: _is_id(value) and value >= 0, "a whole number, 0 or more")
-    _check(values, path, NUMBERS, _is_number, "a number")
-
-
-def _check_tokens(values: Mapping[str, Any], path: Path) -> None:
-    _check(values, path, TOKENS, _is_id, "a token id")
-    _check(values, path, END_TOKENS, lambda value: _is_id(value) or _are_ids(value), "a token id or a list of them")
-
-
-def _check(
-    values: Mapping[str, Any], path: Path, names: Sequence[str], is_right: Callable[[Any], bool], wanted: str
-) -> None:
-    for name in names:
-        value = values.get(name)
-        if value is not None and not is_right(value):
-            raise _error(path, name, value, wanted)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and abs(value) < float("inf")
-
-
-def _are_ids(value: object) -> bool:
-    return isinstance(value, list) and all(map(_is_id, value))
-
-
-def _is_id(value: object) -> bool:
-    """Whether the value is a whole number that a tensor can hold. Some models write -1 for "none"."""
-    return type(value) is int and abs(value) <= LARGEST
-
-
-def _error(path: Path, name: str, value: object, wanted: str) -> CheckpointError:
-    return CheckpointError(f"{path}: {name!r} is {repr(value)[:40]}, not {wanted}; download the file again")
+            if word in str(name) and isinstance(value, (int, float)) and not value <= limit:
+                yield name, value, f"a number up to {limit}"
+    yield from token_faults(values)

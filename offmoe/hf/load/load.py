@@ -23,7 +23,7 @@ from offmoe.errors import CapacityError, CheckpointError, ConfigError, MissingTe
 from offmoe.hf.adapters.find import find_experts, require_adapter
 from offmoe.hf.catalog.catalog import ExpertCatalog
 from offmoe.hf.load.dense_layers import OffloadedLayers
-from offmoe.hf.load.options import check_options
+from offmoe.hf.load.options import check_forwarded
 from offmoe.hf.load.save import attach_safe_save
 from offmoe.storage.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 
@@ -53,6 +53,7 @@ def load_dense(
     offloaded: OffloadedLayers | None = None,
     name_or_path: str | os.PathLike[str] | None = None,
     generation_folder: str | os.PathLike[str] | None = None,
+    changed_config: PreTrainedConfig | None = None,
     **hf_kwargs: object,
 ) -> PreTrainedModel:
     """Load everything but the experts.
@@ -69,6 +70,7 @@ def load_dense(
         name_or_path: where the model says that it comes from; None means `folder`.
         generation_folder: the folder of generation_config.json, if transformers does not load from `folder` itself;
             None: what the configuration says is used.
+        changed_config: the configuration that `save_pretrained` writes, if it is not the one in `folder`.
         hf_kwargs: further options of transformers' from_pretrained.
 
     Returns:
@@ -80,7 +82,7 @@ def load_dense(
         CheckpointError: the weights do not fit the model.
         CapacityError: they do not fit the device, or the system refuses to map a shard.
     """
-    check_options(hf_kwargs)
+    check_forwarded(hf_kwargs)
     source: str | os.PathLike[str] | None = folder
     if catalog.view.needs_decoding:  # then transformers gets a state dict whose values are decoded when it takes them
         source, hf_kwargs["state_dict"] = None, _decoded(catalog, torch.device(device))
@@ -101,7 +103,7 @@ def load_dense(
     _settle(model, cls, offloaded)
     if source is None:
         _name_source(model, generation_folder, name_or_path or folder, hf_kwargs)
-    attach_safe_save(model, folder, catalog)
+    attach_safe_save(model, folder, catalog, changed_config)
     return model
 
 

@@ -8,9 +8,13 @@ from typing import NamedTuple
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from offmoe.hf.hub.locate import Source
-from offmoe.hf.load.config import model_class, read_config
+from offmoe.hf.load.config import model_class
+from offmoe.hf.load.generation import check_generation
 from offmoe.hf.load.gguf_config import gguf_config
 from offmoe.hf.load.load import require_index
+from offmoe.hf.load.options import ModelOptions
+from offmoe.hf.load.overrides import changed_config
+from offmoe.hf.load.own_code import check_own_code
 from offmoe.storage.checkpoint import Checkpoint
 
 
@@ -30,17 +34,28 @@ class OpenedSource(NamedTuple):
     generation_folder: Path | None
 
 
-def open_source(source: Source) -> OpenedSource:
+def open_source(source: Source, asked: ModelOptions | None = None) -> OpenedSource:
     """Read a model's configuration and headers; no weight is read.
 
+    Args:
+        source: the model.
+        asked: options of transformers, which may change the configuration.
+
     Raises:
+        ConfigError: an option does not go with the model.
         OffmoeError: the model is damaged, incomplete, or of a kind that offmoe does not run.
     """
+    asked = asked or ModelOptions()
     if source.file is not None:
         checkpoint = source.checkpoint()
-        config, from_file = gguf_config(checkpoint)
+        stored, from_file = gguf_config(checkpoint)
+        config = changed_config(stored, asked.change)
         return OpenedSource(config, model_class(config), checkpoint, source.folder if from_file else None)
-    config = read_config(source.folder)
+    if asked.reads_generation_config:
+        check_generation(source.folder)
+    config = changed_config(source.folder, asked.change)
+    if asked.trusted:
+        check_own_code(source, config)
     cls = model_class(config)
     checkpoint = source.checkpoint()
     require_index(checkpoint)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from offmoe.errors import ConfigError, ShardChangedError
 from offmoe.files import replacing
@@ -54,6 +54,8 @@ class SourceCopy:
     """The generation configuration at load time."""
     gguf: Path | None = None
     """The file, if the checkpoint is GGUF."""
+    changed_config: PreTrainedConfig | None = None
+    """The configuration to write, if it is not the one in `folder`: the model was loaded with other values."""
 
     def __call__(
         self,
@@ -89,6 +91,8 @@ class SourceCopy:
         self._refuse_changes(model)
         if is_main_process:
             _copy(self.folder, Path(save_directory), self.keys)
+            if self.changed_config is not None:
+                self.changed_config.save_pretrained(save_directory)
             if _generation(model) != self.generation_config:
                 model.generation_config.save_pretrained(save_directory)
 
@@ -113,7 +117,12 @@ class SourceCopy:
             )
 
 
-def attach_safe_save(model: PreTrainedModel, source_folder: str | os.PathLike[str], catalog: ExpertCatalog) -> None:
+def attach_safe_save(
+    model: PreTrainedModel,
+    source_folder: str | os.PathLike[str],
+    catalog: ExpertCatalog,
+    changed_config: PreTrainedConfig | None = None,
+) -> None:
     """Give a model that was just loaded a `save_pretrained` that copies its source or refuses.
 
     Identity and version counters show changes, so a change through `tensor.data`, which bypasses them, is not seen.
@@ -122,6 +131,7 @@ def attach_safe_save(model: PreTrainedModel, source_folder: str | os.PathLike[st
         model: the model; only this instance is changed.
         source_folder: the checkpoint that it was loaded from.
         catalog: the checkpoint's experts.
+        changed_config: the configuration to write, if it is not the checkpoint's.
     """
     weights = {name: (weakref.ref(tensor), tensor._version) for name, tensor in _dense(model).items()}
     checkpoint = catalog.view.checkpoint
@@ -132,6 +142,7 @@ def attach_safe_save(model: PreTrainedModel, source_folder: str | os.PathLike[st
         model.config.to_dict(),
         _generation(model),
         None if checkpoint.gguf is None else checkpoint.model,
+        changed_config,
     )
     # on the instance, and bound: a deep copy of the model binds to the copy
     setattr(model, "save_pretrained", types.MethodType(copier, model))  # noqa: B010 -- it is a method of the class
