@@ -17,6 +17,7 @@ import offmoe
 from offmoe.api import load
 from offmoe.budget.inspect import inspect
 from offmoe.compute.kernels import device as device_kernels
+from offmoe.hf.load.options import sort_options
 from offmoe.simulate.replay import replay
 from offmoe.trace.trace import read_trace
 from offmoe.transfer.staging import staging_plan
@@ -119,10 +120,11 @@ def check(case: Case, models: dict[str, Any], kind: LateKind, tmp_path: Path, mo
     kind.has_kernels = case["mode"] != "bitwise"
     monkeypatch.setattr("offmoe.compute.gpu_compute.DeviceKernels", LateKernels)
     path = tmp_path / "run.npz"
-    inspected = inspect(folder, offmoe.OffloadConfig(**options(case, folder)))
+    asked = sort_options({"attn_implementation": "eager"})
+    inspected = inspect(folder, offmoe.OffloadConfig(**options(case, folder)), asked=asked)
     if case["dense"] == "on disk":
         object.__setattr__(inspected.plan, "offloaded_in", DISK)  # as where the RAM is too small
-    model = load(inspected, trace=path, attn_implementation="eager")
+    model = load(inspected, trace=path)
     extension.schedule(case["when"])
     with model.offload as offload:
         got = use(model, "late", case["search"])
