@@ -1,8 +1,8 @@
 """`offmoe bench MODEL`: measure time per token, against the hardware's limits and against accelerate.
 
-Each contender runs in a process of its own; between rounds the disk is probed. A run takes rounds x tokens x the slower
-contender. Experts stay cached from round to round, as in use. Every round has another prompt, so that no round profits
-from an earlier one.
+Each contender runs in a process of its own, and decodes greedily, whatever generation_config.json says. Between rounds
+the disk is probed. A run takes rounds x tokens x the slower contender. Experts stay cached from round to round, as in
+use. Every round has another prompt, so that no round profits from an earlier one.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ def parser() -> options.Parser:
     add(group, "--threads", "N", "threads that compute on the CPU", number, 0)
     add(group, "--scratch", "FOLDER", "folder for the second copy of the experts that accelerate may write")
     options.add_cache(parser)
+    parser.set_defaults(no_generation_config=True)
     return parser
 
 

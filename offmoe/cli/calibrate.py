@@ -45,6 +45,7 @@ def parser() -> options.Parser:
     parser.add_argument("-o", "--output", metavar="PROFILE", help="write the costs into this profile, new or not")
     how_long = f"time to measure, without loading (default: {DEFAULT_SECONDS})"
     options.add_option(parser, "--seconds", "S", how_long, float, DEFAULT_SECONDS)
+    parser.set_defaults(no_generation_config=True)
     return parser
 
 

@@ -38,7 +38,7 @@ class OpenModel:
         from offmoe.hf.load.options import ModelOptions
 
         config, hub = replace(self.config, **overrides), options.hub_options(self._args)
-        asked = ModelOptions(plain=getattr(self._args, "no_generation_config", True))
+        asked = ModelOptions(plain=getattr(self._args, "no_generation_config", False))
         self.inspected: Inspected = inspect(self._args.model, config, dtype=self._args.dtype, asked=asked, **hub)
 
     def fetch(self) -> Inspected:

@@ -38,6 +38,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "scope": ("layer", "model"),
     "when": (LATEST, EARLIEST, EARLY_COPIES),
 }
+EAGER = sort_options({"attn_implementation": "eager"})
 SAME = 2e-5
 """Relative L2 of float32 logits whose sums run in another order."""
 PROMPTS = (tiny.prompt(), tiny.prompt(1, 1), tiny.prompt(1, 40, seed=5))
@@ -102,7 +103,8 @@ def options(case: Case, folder: Path) -> dict[str, Any]:
         "exactness": "bitwise" if case["mode"] == "bitwise" else "numeric",
         "on_miss": "cpu" if case["mode"] == "host computes" else "fetch",
     }
-    surveyed = inspect(folder, offmoe.OffloadConfig(device="late", slots_per_layer=3, exactness="numeric"))
+    config = offmoe.OffloadConfig(device="late", slots_per_layer=3, exactness="numeric")
+    surveyed = inspect(folder, config, asked=EAGER)
     read = max(expert.read for expert in surveyed.needs.experts)
     if case["ram"] == "some":
         slots = 2 * surveyed.needs.shape.layers
@@ -120,8 +122,7 @@ def check(case: Case, models: dict[str, Any], kind: LateKind, tmp_path: Path, mo
     kind.has_kernels = case["mode"] != "bitwise"
     monkeypatch.setattr("offmoe.compute.gpu_compute.DeviceKernels", LateKernels)
     path = tmp_path / "run.npz"
-    asked = sort_options({"attn_implementation": "eager"})
-    inspected = inspect(folder, offmoe.OffloadConfig(**options(case, folder)), asked=asked)
+    inspected = inspect(folder, offmoe.OffloadConfig(**options(case, folder)), asked=EAGER)
     if case["dense"] == "on disk":
         object.__setattr__(inspected.plan, "offloaded_in", DISK)  # as where the RAM is too small
     model = load(inspected, trace=path)
