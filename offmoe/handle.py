@@ -229,6 +229,18 @@ class Offload:
             token = ids.reshape(-1).cpu().numpy() if isinstance(ids, torch.Tensor) else None
             self.trace.begin_step(batch * length, request, token)
         self._encoded = is_encoder
+        try:
+            with self._watched(is_encoder):
+                yield
+        except torch.OutOfMemoryError as error:
+            raise CapacityError(
+                f"the device ran out of memory in a pass of {batch * length} tokens. Give fewer tokens at once, or load "
+                "the model with a smaller device_memory or slots_per_layer, which leaves more of the device free."
+            ) from error
+
+    @contextmanager
+    def _watched(self, is_encoder: bool) -> Iterator[None]:
+        """Surround a pass that predictions learn from."""
         if self._prediction is None:
             yield
             return

@@ -182,7 +182,8 @@ class TransferEngine:
                 ticket.turn.set()
 
     def forget(self) -> None:
-        """Drop all tickets and wait for those that readers work on, so that no slot changes afterwards.
+        """Drop all tickets and wait for those that readers work on, so that no slot changes afterwards and no copy uses
+        host memory any more.
 
         Errors of dropped tickets are not raised.
         """
@@ -192,6 +193,7 @@ class TransferEngine:
             running = self._queue.clear()  # more than `_tickets` had: a slot may have been given to another expert
         for ticket in running:
             ticket.issued.wait()
+        self.writer.drain()
         self._queue.reclaim()
         self._last_in_ram = [None] * len(self._last_in_ram)
 

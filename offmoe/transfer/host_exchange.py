@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from offmoe.device.arena import HostBuffers
-from offmoe.device.backend import Backend
+from offmoe.device.backend import Backend, Event
 from offmoe.transfer.waits import WAITS, Waits
 
 
@@ -28,9 +28,7 @@ class HostExchange:
     def to_host(self, rows: torch.Tensor) -> torch.Tensor:
         """Copy rows [n, H] of the device into RAM; the result is valid until the next call."""
         buffer = self._buffer(0, rows)
-        compute = self._backend.compute
-        compute.copy(buffer, rows)
-        self._inputs_copied.record(compute)
+        self._copy(buffer, rows, self._inputs_copied)
         self._waits.rows_on_host(self._inputs_copied)
         return buffer
 
@@ -41,18 +39,24 @@ class HostExchange:
     def to_device(self, results: torch.Tensor) -> torch.Tensor:
         """Copy the filled buffer to the device; computation there waits for the copy."""
         rows = torch.empty(results.shape, dtype=results.dtype, device=self._backend.device)
-        compute = self._backend.compute
-        compute.copy(rows, results)
-        self._results_copied.record(compute)
-        self._waits.rows_on_device(compute, self._results_copied)
+        self._copy(rows, results, self._results_copied)
+        self._waits.rows_on_device(self._backend.compute, self._results_copied)
         return rows
 
     def close(self) -> None:
         """Unpin and release the buffers; idempotent."""
         if self._buffers is not None:
+            self._inputs_copied.synchronize()  # nothing has waited for it if the host was interrupted
             self._results_copied.synchronize()
             self._buffers.close()
             self._buffers = None
+
+    def _copy(self, destination: torch.Tensor, source: torch.Tensor, copied: Event) -> None:
+        compute = self._backend.compute
+        try:
+            compute.copy(destination, source)
+        finally:  # Ctrl-C may come in between, and `close` waits for the event
+            copied.record(compute)
 
     def _buffer(self, i: int, rows: torch.Tensor) -> torch.Tensor:
         if self._buffers is None or self._buffers.nbytes < rows.nbytes:

@@ -121,6 +121,12 @@ class SlotWriter:
         self.landed[fetch.slot].record(copies)
         copied.record(copies)
 
+    def drain(self) -> None:
+        """Block until every copy that was queued is done, also those of reads that failed, which no event marks."""
+        event = self.backend.event(blocking=True)
+        event.record(self.backend.copies)
+        event.synchronize()
+
     def _copy(self, ticket: Ticket, destination: torch.Tensor, source: torch.Tensor) -> None:
         """Copy into device memory: whole for a demand, in pieces for a speculative ticket."""
         copies = self.backend.copies

@@ -222,6 +222,18 @@ void host_waits_for_device(int device) {
     if (queues[i]->device == device) host_waits_for_stream(i);
 }
 
+void run_everything() {  // errors stay with their streams
+  std::lock_guard<std::recursive_mutex> r(running);
+  for (size_t i = 1; i < queues.size(); i++) {
+    Time seq;
+    {
+      std::lock_guard<std::mutex> l(state);
+      seq = queues[i]->issued;
+    }
+    run_until(i, seq);
+  }
+}
+
 // Queues work and notes its accesses. Gives the first race, or "".
 std::string queue(size_t entity, const char* name, const std::vector<Access>& accesses, std::function<void()> work,
                   size_t on = 0, Time seq = 0, const Clock* clock = nullptr) {
@@ -434,7 +446,7 @@ void unpin(uintptr_t at, const char* name) {
     bytes = i->second.bytes;
   }
   if (!host_touches(at, bytes, true, name).empty())  // the memory may be gone afterwards
-    for (int device = 0; device < kDevices; device++) host_waits_for_device(device);
+    run_everything();
   std::lock_guard<std::mutex> l(state);
   history.forget(at, at + bytes);
   pinned.erase(at);

@@ -1,0 +1,151 @@
+"""What fails, is refused or is interrupted on a device whose work is late: nothing is under way when memory goes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import offmoe
+from offmoe.budget.inspect import inspect
+from offmoe.device.accelerator import DeviceStream
+from offmoe.device.select import select_backend
+from offmoe.errors import CapacityError, ConfigError, OffmoeError
+from offmoe.transfer.waits import Waits
+from tests import tiny
+from tests.late_device import extension
+from tests.late_device.extension import LateKind
+
+PROMPTS = (tiny.prompt(1, 9), tiny.prompt(1, 1))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tiny.build("mixtral"), tmp_path_factory.mktemp("lifetime") / "model")
+
+
+def load(folder: Path, device: str = "late", **options: Any) -> tiny.Model:
+    return offmoe.from_pretrained(folder, **{"device": device, "slots_per_layer": 3, "prefetch": 0, **options})
+
+
+def logits(model: tiny.Model, device: str = "late") -> list[torch.Tensor]:
+    with torch.no_grad():
+        return [model(prompt.to(device)).logits.cpu() for prompt in PROMPTS]
+
+
+@pytest.fixture
+def right(folder: Path, kind: LateKind) -> list[torch.Tensor]:
+    model = load(folder, slots_per_layer=8)
+    with model.offload:
+        return logits(model)
+
+
+def test_a_copy_that_fails_leaves_none_under_way(
+    folder: Path, kind: LateKind, right: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D4: copies of the expert before the failing one are marked by no event."""
+    copy, calls = DeviceStream.copy, []
+
+    def fails(stream: DeviceStream, destination: torch.Tensor, source: torch.Tensor) -> None:
+        calls.append(destination)
+        if len(calls) == 8:
+            raise OSError("the third copy of an expert failed")
+        copy(stream, destination, source)
+
+    model = load(folder)
+    monkeypatch.setattr(DeviceStream, "copy", fails)
+    with pytest.raises(OffmoeError, match="third copy"):
+        logits(model)
+    model.offload.close()
+    assert extension.registered() == 0
+    assert not extension.races()
+    model = load(folder)
+    with model.offload:
+        calls.clear()
+        with pytest.raises(OffmoeError, match="third copy"):
+            logits(model)
+        assert all(torch.equal(a, b) for a, b in zip(logits(model), right, strict=True)), "the next pass is right"
+
+
+@pytest.mark.parametrize("wait", ["slot_landed", "rows_on_host", "rows_on_device"])
+def test_ctrl_c_while_copies_are_under_way(
+    folder: Path, kind: LateKind, monkeypatch: pytest.MonkeyPatch, wait: str
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    model = load(folder, exactness="numeric", on_miss="cpu")
+    logits(model)
+    monkeypatch.setattr(Waits, wait, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        logits(model)
+    model.offload.close()
+    assert extension.registered() == 0
+
+
+def test_the_second_device(folder: Path, kind: LateKind, right: list[torch.Tensor]) -> None:
+    """D5: the current device of every thread is another one."""
+    assert torch.accelerator.current_device_index() == 0
+    allocated = torch.accelerator.memory_allocated(0)
+    model = load(folder, device="late:1", prefetch=2)
+    with model.offload:
+        assert all(torch.equal(a, b) for a, b in zip(logits(model, "late:1"), right, strict=True))
+        assert torch.accelerator.memory_allocated(0) <= allocated, "nothing of it is on the first device"
+    assert kind.registered_on
+    assert set(kind.registered_on[-50:]) == {1}
+    assert torch.accelerator.current_device_index() == 0
+    assert extension.registered() == 0
+
+
+def test_devices_of_different_size(folder: Path, kind: LateKind) -> None:
+    small = 48 << 20
+    extension.limit(1, small)
+    try:
+        free = [select_backend(f"late:{i}").free_bytes() for i in range(2)]
+        assert free[1] <= small < free[0]
+        plans = [inspect(folder, offmoe.OffloadConfig(device=f"late:{i}")).plan for i in range(2)]
+        assert plans[1].budget <= small < plans[0].budget
+    finally:
+        extension.limit(1, 2 << 30)
+
+
+@pytest.mark.parametrize("pins", [0, 5, 20])
+def test_a_driver_that_refuses_registration(
+    folder: Path, kind: LateKind, right: list[torch.Tensor], pins: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on WSL: copies from memory that is not pinned hold the host up, and the bits are the same."""
+    kind.refuses_after = len(kind.registered_on) + pins
+    model = load(folder)
+    with model.offload:
+        assert all(torch.equal(a, b) for a, b in zip(logits(model), right, strict=True))
+    assert "could be pinned" in caplog.text
+    assert extension.registered() == 0
+
+
+def test_devices_that_are_not_there(kind: LateKind) -> None:
+    with pytest.raises(ConfigError, match="there are 2 LATE devices"):
+        select_backend("late:2")
+    with pytest.raises(ConfigError, match="is not supported"):
+        select_backend("xpu")
+
+
+def test_slots_that_do_not_fit(folder: Path, kind: LateKind) -> None:
+    backend = select_backend("late:1")
+    with pytest.raises(CapacityError, match="slots_per_layer"):
+        backend.allocate(3 << 30)
+    assert torch.equal((torch.ones(2, device="late:1") + 1).cpu(), torch.full((2,), 2.0))
+
+
+def test_memory_that_ends_in_the_middle_of_a_prompt(folder: Path, kind: LateKind, right: list[torch.Tensor]) -> None:
+    model = load(folder)
+    with model.offload:
+        free, total = torch.accelerator.get_memory_info(0)
+        extension.limit(0, total - free)
+        try:
+            with pytest.raises(CapacityError, match="ran out of memory"), torch.no_grad():
+                model(tiny.prompt(4, 120).to("late"))
+        finally:
+            extension.limit(0, 2 << 30)
+        assert all(torch.equal(a, b) for a, b in zip(logits(model), right, strict=True)), "the model goes on"
