@@ -234,8 +234,8 @@ class Offload:
                 yield
         except torch.OutOfMemoryError as error:
             raise CapacityError(
-                f"the device ran out of memory in a pass of {batch * length} tokens. Give fewer tokens at once, or load "
-                "the model with a smaller device_memory or slots_per_layer, which leaves more of the device free."
+                f"the device ran out of memory in a pass of {batch * length} tokens. Give fewer tokens at once, or "
+                "load the model with a smaller device_memory or slots_per_layer, which leaves more of the device free."
             ) from error
 
     @contextmanager
