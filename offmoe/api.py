@@ -236,7 +236,8 @@ def _build_executor(
     store = ExpertStore(inspected.checkpoint.shards, inspected.catalog.records)
     closing.callback(store.close)
     inspected.checkpoint.check_unchanged()
-    arena = _build_slots(inspected, layers, planner.num_scratch)
+    host_computes = planner.num_scratch > 0 and config.miss_costs is not None
+    arena = _build_slots(inspected, layers, planner.num_scratch, scratch_in_ram=host_computes)
     closing.callback(arena.close)
     stats = CacheStats.for_layers(len(layers))
     slot_writer = SlotWriter(store, arena, backend, layers)
@@ -245,7 +246,7 @@ def _build_executor(
     compute = host_compute(layers, arena, inspected.dtype, config.activations == "int8")
     closing.callback(compute.close)
     host = None
-    if planner.num_scratch and not backend.unified_memory:
+    if host_computes:
         exchange = HostExchange(backend)
         closing.callback(exchange.close)
         host = HostExperts(compute, exchange, transfer)
@@ -255,11 +256,13 @@ def _build_executor(
     return ExpertExecutor(planner, transfer, compute, backend, stats, host)
 
 
-def _build_slots(inspected: Inspected, layers: Sequence[ExpertLayer], num_scratch: int) -> SlotArena:
-    """All slots. Scratch slots, where the host computes, are RAM: slots like the others if the device's memory is."""
+def _build_slots(
+    inspected: Inspected, layers: Sequence[ExpertLayer], num_scratch: int, *, scratch_in_ram: bool
+) -> SlotArena:
+    """All slots. Scratch slots are slots like the others, unless the host computes what stands in them."""
     layouts = [layer.layout for layer in layers]
     slots = slot_layouts(layouts, inspected.plan.slots_per_layer, inspected.config.scope)
     scratch = [max(layouts, key=lambda layout: layout.nbytes)] * num_scratch
-    if inspected.backend.unified_memory:
-        return SlotArena(inspected.backend.allocate, slots + scratch)
-    return SlotArena(inspected.backend.allocate, slots, in_ram=scratch)
+    if scratch_in_ram:
+        return SlotArena(inspected.backend.allocate, slots, in_ram=scratch)
+    return SlotArena(inspected.backend.allocate, slots + scratch)

@@ -16,10 +16,12 @@ from offmoe.errors import ConfigError
 from offmoe.eviction_names import EVICTIONS as EVICTIONS
 from offmoe.eviction_names import check_eviction
 from offmoe.profile import CACHE_OPTIONS, MissCosts, Profile, read_profile
-from offmoe.text import LARGEST, parse_size
+from offmoe.text import LARGEST, parse_size, plain
 from offmoe.types import CacheShape
 
 SCOPES = ("layer", "model")
+MIN_SLOTS = 2
+"""Fewest slots of the whole model: one expert is computed while the next one lands."""
 ON_MISS = ("fetch", "cpu", "auto")
 CHOICES = {
     "experts": ("native", "int8", "int4"),
@@ -33,8 +35,8 @@ CHOICES = {
 class CacheOptions:
     """The options that cache decisions depend on, besides the accesses. Traces record them and replay reads them back.
 
-    Their meaning is that of `OffloadConfig`, with every default filled in. miss_costs is None where the device's memory
-    is the host's.
+    Their meaning is that of `OffloadConfig`, with every default filled in. With scope="model" slots_per_layer adds up
+    to the size of the pool, so single layers may have 0. miss_costs is None where the device computes every expert.
 
     Raises:
         ConfigError: A value cannot be used; the message names the option.
@@ -78,14 +80,23 @@ class CacheOptions:
         return self.popularity
 
     def quotas(self, shape: CacheShape) -> tuple[int, ...]:
-        """Slots of each MoE layer, at most as many as it has experts; ConfigError if a layer has fewer than top_k."""
+        """Slots of each MoE layer, at most as many as it has experts. In one pool only their sum counts.
+
+        Raises:
+            ConfigError: a layer has no slot of its own, or the pool has fewer than `MIN_SLOTS`.
+        """
         quotas = _per_layer("slots_per_layer", self.slots_per_layer, shape)
-        for layer, (n, k) in enumerate(zip(quotas, shape.top_k, strict=True)):
-            if n < k:
-                raise ConfigError(
-                    f"slots_per_layer={n} is below top_k={k} of MoE layer {layer}: one token needs {k} experts. "
-                    f"Use at least {k}; {k + 1} or more are needed for a cache that can choose."
-                )
+        if self.scope == "layer" and 0 in quotas:
+            raise ConfigError(
+                f"slots_per_layer=0 for MoE layer {quotas.index(0)}: with scope='layer' every layer needs a slot of "
+                "its own. Use 1 or more, or scope='model' for one pool of all layers."
+            )
+        least = min(MIN_SLOTS, shape.num_keys)
+        if sum(quotas) < least:
+            raise ConfigError(
+                f"slots_per_layer={plain(quotas)} gives {sum(quotas)} slots in all: at least {least} are needed, one "
+                "to compute with while the next expert lands."
+            )
         return quotas
 
     def host_quotas(self, shape: CacheShape) -> tuple[int, ...]:
@@ -146,8 +157,9 @@ class OffloadConfig:
         host_memory: Most RAM to use for experts between disk and device: bytes, a size such as "32GiB", or 0 for none.
             Default: "auto", what the machine can spare. Errors: a size on a CPU, where device_memory caps RAM; less
             than the buffers that reading needs (CapacityError).
-        slots_per_layer: Experts resident on the device per MoE layer: one number, or one per layer. Default: as many as
-            fit in device_memory. Errors: fewer than top_k, the experts that one token needs.
+        slots_per_layer: Experts resident on the device per MoE layer: one number, or one per layer, whose sum is the
+            size of the pool with scope="model". Default: as many as fit in device_memory. Errors: a layer without a
+            slot, unless there is one pool; fewer than 2 in all.
         experts: Form of the expert weights: "native" as stored in the checkpoint; "int8" or "int4" to quantize them
             into temporary files while loading. Default: "native". Errors: "int8" or "int4" for experts that are
             quantized already, or together with exactness="bitwise".
@@ -155,8 +167,9 @@ class OffloadConfig:
             a policy of your own (in Python by `register_eviction`, on the command line by MODULE:CLASS). Default: the
             profile's, else "aged-lfu". Errors: an unknown policy; "static" without the popularity that `offmoe tune`
             writes into a profile.
-        scope: What shares slots: "layer" for slots of each layer's own, "model" for one pool of all layers. Default:
-            the profile's, else "layer".
+        scope: What shares slots: "layer" for slots of each layer's own, "model" for one pool of all layers, which also
+            works where there are fewer slots than layers, "auto" for whichever is expected to move fewer bytes per
+            token. Default: the profile's, else "auto".
         max_context: Tokens of KV cache to reserve memory for, all sequences of a batch together. Default: up to eight
             full-length sequences, in at most a quarter of the memory that dense weights and the smallest set of slots
             leave. Errors: a forward pass beyond it (CapacityError).
@@ -198,7 +211,7 @@ class OffloadConfig:
     slots_per_layer: int | tuple[int, ...] | None = None
     experts: str = "native"
     eviction: str = _profiled("aged-lfu")
-    scope: str = _profiled("layer")
+    scope: str = _profiled("auto")
     max_context: int | None = None
     prefill_chunk: int | None = None
     on_miss: str = _profiled("auto")
@@ -217,6 +230,7 @@ class OffloadConfig:
         self._fill_in()
         for name, allowed in CHOICES.items():
             _one_of(name, getattr(self, name), allowed)
+        _one_of("scope", self.scope, (*SCOPES, "auto"))
         self._check_exactness()
         for name in ("device_memory", "host_memory"):
             value = getattr(self, name)
@@ -256,13 +270,15 @@ class OffloadConfig:
         return shape.experts if self.host_slots is None else self._cache(1).host_quotas(shape)
 
     def cache(self) -> CacheOptions:
-        """The options that decisions depend on; slots_per_layer must be resolved."""
+        """The options that decisions depend on; slots_per_layer must be resolved, and scope unless slots were given."""
         assert self.slots_per_layer is not None
         return self._cache(self.slots_per_layer)
 
     def _cache(self, slots: int | tuple[int, ...]) -> CacheOptions:
         values = {name: getattr(self, name) for name in CacheOptions.__dataclass_fields__}
         values["slots_per_layer"] = slots
+        if self.scope == "auto":  # slots that were given are each layer's own, unless a layer has none
+            values["scope"] = "model" if isinstance(slots, tuple) and 0 in slots else "layer"
         if self.eviction != "static":
             values["popularity"] = None
         return CacheOptions.from_dict({name: value for name, value in values.items() if value is not None})
@@ -313,8 +329,9 @@ def _per_layer(option: str, slots: int | tuple[int, ...], shape: CacheShape) -> 
 
 
 def _check_slots(slots: object, option: str = "slots_per_layer", least: int = 1) -> None:
+    is_list = isinstance(slots, (list, tuple)) and bool(slots)
     values = slots if isinstance(slots, (list, tuple)) and slots else (slots,)
     if not all(isinstance(n, int) and not isinstance(n, bool) for n in values):
         raise ConfigError(f"{option}={slots!r} must be an int or one int per MoE layer.")
-    if not isinstance(slots, (list, tuple)) and values[0] < least:
+    if min(values) < (0 if is_list else least):
         raise ConfigError(f"{option}={slots!r} must be a {'positive' if least else 'non-negative'} int.")

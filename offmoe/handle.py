@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from offmoe.budget.device import MemoryPlan
 from offmoe.budget.forward_pass import PassRoom
+from offmoe.budget.memory_plan import MemoryPlan
 from offmoe.config import OffloadConfig
 from offmoe.errors import CapacityError, OffmoeError
 from offmoe.hf.load.attach import attach_handle, encoder_and_decoder

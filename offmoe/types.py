@@ -133,6 +133,16 @@ class CacheShape:
         """Experts of the whole model."""
         return sum(self.experts)
 
+    def spread(self, slots: int) -> tuple[int, ...]:
+        """`slots` slots in equal quotas, none above the layer's experts; the remainder goes to the first layers."""
+        quotas = [0] * self.layers
+        while slots and (growing := [i for i, n in enumerate(self.experts) if quotas[i] < n]):
+            each = max(1, min(slots // len(growing), *(self.experts[i] - quotas[i] for i in growing)))
+            for i in growing[: slots // each]:
+                quotas[i] += each
+                slots -= each
+        return tuple(quotas)
+
 
 @dataclass
 class CacheStats:

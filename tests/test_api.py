@@ -85,7 +85,7 @@ def test_a_wrong_option_is_refused_without_network(options: dict[str, Any], mess
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"slots_per_layer": 1}, "below top_k=2"),
+        ({"slots_per_layer": (2, 0, 2), "scope": "layer"}, "slots_per_layer=0 for MoE layer 1"),
         ({"slots_per_layer": (3, 3)}, "2 values, but the model has 3 MoE layers"),
         ({"profile": Profile({"eviction": "static", "popularity": [[1.0, 2.0]]})}, "counted on another model"),
         ({"trace": "/no/such/folder/t.npz"}, "does not exist; create it first"),

@@ -8,6 +8,7 @@ import os
 import pickle
 import threading
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -297,7 +298,9 @@ def test_a_model_on_the_deferred_device_computes_the_same(folder, monkeypatch):
     want = generate(AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval())
     backend = DeferredBackend()
     monkeypatch.setattr("offmoe.budget.inspect.select_backend", lambda device: backend)
-    for slots, prefetch, host_memory in ((2, 0, 0), (3, 2, 0), (3, "auto", "auto"), (8, 0, 0)):
+    runs: list[tuple[Any, Any, Any]] = [(2, 0, 0), (3, 2, 0), (3, "auto", "auto"), (8, 0, 0), (1, 2, 0)]
+    runs += [((1, 1, 0), 0, 0), ((1, 1, 0), 2, "auto")]  # one pool of two slots
+    for slots, prefetch, host_memory in runs:
         model = offmoe.from_pretrained(folder, slots_per_layer=slots, prefetch=prefetch, host_memory=host_memory)
         with model.offload:
             backend.guard(model.offload._executor._transfer.writer)
@@ -312,7 +315,8 @@ def test_a_budget_below_the_smallest_is_named(folder):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"slots_per_layer": 1}, "below top_k=2"),
+        ({"slots_per_layer": (2, 0, 2), "scope": "layer"}, "slots_per_layer=0 for MoE layer 1"),
+        ({"slots_per_layer": (0, 0, 1)}, "1 slots in all"),
         ({"slots_per_layer": (3, 3)}, "2 values, but the model has 3 MoE layers"),
         ({"device": "tpu"}, "device='tpu'"),
         ({"dtype": "float7"}, "dtype='float7'"),

@@ -121,15 +121,24 @@ def test_ram_of_a_cpu_is_device_memory(folder):
 
 
 @pytest.mark.parametrize(
-    ("on_miss", "slots_in_ram", "scope"), [("cpu", 0, "layer"), ("auto", 3, "layer"), ("auto", 8, "model")]
+    ("on_miss", "slots_in_ram", "scope", "slots"),
+    [
+        ("cpu", 0, "layer", 3),
+        ("auto", 3, "layer", 3),
+        ("auto", 8, "model", 3),
+        ("cpu", 3, "model", (1, 1, 0)),
+        ("auto", 8, "model", (0, 2, 1)),
+    ],
 )
-def test_what_the_host_computes_is_right_and_replay_follows(tmp_path, folder, device, on_miss, slots_in_ram, scope):
+def test_what_the_host_computes_is_right_and_replay_follows(
+    tmp_path, folder, device, on_miss, slots_in_ram, scope, slots
+):
     """The device's kernels are the host's here, so even the bits must be the same."""
 
     def run(on_miss, **options):
         model = offmoe.from_pretrained(
             folder,
-            slots_per_layer=3,
+            slots_per_layer=slots,
             scope=scope,
             host_memory=(BUFFERS + 2 + 3 * slots_in_ram) * reads_of(folder),
             exactness="numeric",

@@ -117,8 +117,20 @@ def test_demo_equals_stock_bit_for_bit(tmp_path, prompts, stock, slots, eviction
     assert stats.disk_bytes == (stats.misses + stats.prefetched) * 196_608
 
 
-@pytest.mark.parametrize("scope", ["layer", "model"])
-@pytest.mark.parametrize(("slots", "on_miss"), [((2, 3, 4, 5, 6, 7), "auto"), (3, "fetch"), (3, "cpu")])
+@pytest.mark.parametrize(
+    ("scope", "slots", "on_miss"),
+    [
+        *(
+            (scope, slots, on_miss)
+            for scope in ("layer", "model")
+            for slots, on_miss in (((2, 3, 4, 5, 6, 7), "auto"), (3, "fetch"), (3, "cpu"))
+        ),
+        ("layer", 1, "fetch"),
+        ("model", (1, 1, 0, 0, 0, 0), "fetch"),
+        ("model", (1, 1, 0, 0, 0, 0), "cpu"),
+        ("model", (0, 0, 3, 0, 0, 2), "auto"),
+    ],
+)
 def test_quotas_and_pools_change_nothing_but_counts(tmp_path, prompts, stock, scope, slots, on_miss):
     path = tmp_path / "run.npz"
     model = offmoe.from_pretrained(

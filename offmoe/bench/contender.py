@@ -133,8 +133,9 @@ class Contender:
             self._replayed.detach()
         compute_s = None
         if not self._watch.blocks:  # the number of steps per block is unknown
-            empty, extra = FixedRouting(self.model, self._inspected, decoding=True).measure(COMPUTE_SECONDS)
-            compute_s = empty + max(0.0, extra)
+            fixed = FixedRouting(self.model, self._inspected, decoding=True)
+            empty, extra = fixed.measure(COMPUTE_SECONDS)
+            compute_s = empty + max(0.0, extra) / fixed.share
         if self._replayed is not None:
             self._replayed.attach(self._experts())
         backend = self._inspected.backend

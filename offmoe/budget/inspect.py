@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from offmoe.budget.device import MemoryPlan
 from offmoe.budget.estimate import estimate
+from offmoe.budget.memory_plan import MemoryPlan
 from offmoe.budget.needs import ModelNeeds, catalog_needs
 from offmoe.budget.resolve import check_config, divide_or_refusal
 from offmoe.config import OffloadConfig

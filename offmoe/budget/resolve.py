@@ -8,9 +8,10 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-from offmoe.budget.device import MemoryPlan, plan_memory, plan_on_miss
+from offmoe.budget.device import plan_memory, plan_on_miss
 from offmoe.budget.forward_pass import PassRoom
 from offmoe.budget.host import plan_host
+from offmoe.budget.memory_plan import MemoryPlan
 from offmoe.budget.needs import ModelNeeds
 from offmoe.config import OffloadConfig
 from offmoe.device.backend import Backend
@@ -37,8 +38,11 @@ def check_config(config: OffloadConfig, backend: Backend) -> None:
                 f"host_memory={config.host_memory!r}: this device's memory is the RAM. Leave it at 'auto', and set "
                 "device_memory to cap what experts take of it."
             )
-    else:
-        on_miss_apart(config, str(backend.device))
+    elif config.on_miss == "cpu" and not config.is_numeric:
+        raise ConfigError(
+            f"on_miss='cpu' on {backend.device}: the CPU sums in another order than the device, so results would "
+            "depend on what was cached. It takes exactness='numeric'; on_miss='fetch' is bitwise."
+        )
 
 
 def divide_or_refusal(
@@ -66,23 +70,21 @@ def divide(config: OffloadConfig, needs: ModelNeeds, backend: Backend, free: int
 
     Raises:
         CapacityError: the model does not fit; the message names the smallest memory that works.
-        ConfigError: the device cannot honor the options.
     """
     if config.prefill_chunk is not None:
         needs = needs.with_chunks(min(config.prefill_chunk, config.max_context or config.prefill_chunk))
-    shape, experts = needs.shape, needs.experts
-    if backend.unified_memory:
-        on_miss, plan = plan_on_miss(config, shape, needs.bytes, free=free, share=backend.auto_share)
+    shape, experts, share = needs.shape, needs.experts, backend.auto_share
+    host_free = 0 if backend.unified_memory else backend.host_free_bytes()
+    host, host_computes = None, False
+    if backend.unified_memory or not config.is_numeric:
+        on_miss, plan = plan_on_miss(config, shape, needs.bytes, free=free, share=share, host_free=host_free)
         if on_miss != config.on_miss and plan.slots_per_layer != shape.experts:
             logger.info("on_miss=%r means %r here: choosing who gets a slot would not pay.", config.on_miss, on_miss)
-        host, host_computes = None, False
     else:
-        host_free = backend.host_free_bytes()
-        on_miss = on_miss_apart(config, str(backend.device))
-        plan = plan_memory(config, shape, needs.bytes, free=free, share=backend.auto_share, host_free=host_free)
-        if plan.slots_per_layer == shape.experts:
-            on_miss = "fetch"
+        plan = plan_memory(config, shape, needs.bytes, free=free, share=share, host_free=host_free)
+        on_miss = "fetch" if plan.slots_per_layer == shape.experts else config.on_miss
         host_computes = on_miss != "fetch"
+    if not backend.unified_memory:
         host = plan_host(
             config,
             shape,
@@ -96,6 +98,7 @@ def divide(config: OffloadConfig, needs: ModelNeeds, backend: Backend, free: int
     resolved = config.resolved(
         device=str(backend.device),
         device_memory=plan.budget,
+        scope=plan.scope,
         host_memory=0 if host is None else host.budget,
         host_slots=0 if host is None else host.slots_per_layer,
         slots_per_layer=slots[0] if len(set(slots)) == 1 else slots,
@@ -125,18 +128,6 @@ def _prefill_chunk(config: OffloadConfig, needs: ModelNeeds, plan: MemoryPlan) -
     if config.prefill_chunk is not None:
         return min(config.prefill_chunk, plan.max_context)
     return pass_room(config, needs, plan).longest_whole(needs.bytes.context_limit)
-
-
-def on_miss_apart(config: OffloadConfig, device: str) -> str:
-    """on_miss on a device apart from the host: their kernels do not give the same bits. device: its name."""
-    if config.is_numeric:
-        return config.on_miss
-    if config.on_miss == "cpu":
-        raise ConfigError(
-            f"on_miss='cpu' on {device}: the CPU sums in another order than the device, so results would depend on "
-            "what was cached. It takes exactness='numeric'; on_miss='fetch' is bitwise."
-        )
-    return "fetch"
 
 
 def miss_costs(config: OffloadConfig, expert_bytes: int) -> MissCosts:

@@ -22,10 +22,11 @@ from offmoe.config import ON_MISS, OffloadConfig
 from offmoe.errors import ConfigError
 from offmoe.profile import Profile
 from offmoe.simulate.expect import Expectation, expect
-from offmoe.text import format_size, percent, plain, span
+from offmoe.text import format_size, percent, plain, size_option, span
 
 if TYPE_CHECKING:
     from offmoe.budget.inspect import Survey
+    from offmoe.budget.memory_plan import MemoryPlan
 
 Unpredictable = tuple[str | None, ...] | None
 """Per MoE layer, the reason why its experts cannot be predicted, or None if they can. None if only a run can tell."""
@@ -236,7 +237,7 @@ def _fit(config: OffloadConfig, survey: Survey) -> Table:
         ("dense part", plan.dense, "what stays" if plan.offloaded_layers else ""),
         ("dense, elsewhere", plan.offloaded if plan.offloaded_layers else None, offloaded),
         ("a dense layer", plan.in_flight if plan.offloaded_layers else None, "in flight"),
-        ("expert slots", plan.slots, f"{span(plan.slots_per_layer)} per layer, {resident} resident"),
+        ("expert slots", plan.slots, f"{_slots(plan)}, {resident} resident"),
         ("KV cache", plan.kv, f"{plan.max_context} tokens of context"),
         ("scratch", plan.scratch or None, "experts that are computed without a slot"),
         ("staging", plan.staging or None, "reads on their way"),
@@ -248,12 +249,21 @@ def _fit(config: OffloadConfig, survey: Survey) -> Table:
     if plan.slots_per_layer != shape.experts:
         resolved = "" if survey.config.on_miss == config.on_miss else f" (what {config.on_miss!r} means here)"
         table.add_row("on a miss", survey.config.on_miss, MISS_IN_WORDS[survey.config.on_miss] + resolved)
-    slots = f"{span(shape.top_k)} slots per layer"
+    if plan.reason:
+        table.add_row("slots are", "shared" if plan.scope == "model" else "each layer's", plan.reason)
+    slots = "2 slots in all" if config.scope in ("auto", "model") else "a slot in each layer"
     if plan.smallest < plan.smallest_dense:
         table.add_row("smallest, all dense", format_size(plan.smallest_dense), f"{slots} ({plan.smallest_dense} bytes)")
         slots += ", dense layers elsewhere"
     table.add_row("smallest budget", format_size(plan.smallest), f"{slots} ({plan.smallest} bytes)")
     return table
+
+
+def _slots(plan: MemoryPlan) -> str:
+    """The number of slots in words."""
+    if plan.scope == "model":
+        return f"{sum(plan.slots_per_layer)} in one pool"
+    return f"{span(plan.slots_per_layer)} per layer"
 
 
 def _advice(config: OffloadConfig, survey: Survey) -> str:
@@ -263,7 +273,7 @@ def _advice(config: OffloadConfig, survey: Survey) -> str:
     where = f"the knee of {KNEE} x top_k = {span(knee)} slots per layer"
     if config.slots_per_layer is None:  # device memory that holds the plan's context and these slots
         slots = sum(n * expert.slot for n, expert in zip(knee, survey.needs.experts, strict=True))
-        to_it = f"--device-memory {_rounded_up(plan.used - plan.slots + slots)} --max-context {plan.max_context}"
+        to_it = f"--device-memory {size_option(plan.used - plan.slots + slots)} --max-context {plan.max_context}"
     else:
         to_it = f"--slots-per-layer {','.join(map(str, sorted(set(knee)) if len(set(knee)) == 1 else knee))}"
     if plan.slots_per_layer == shape.experts:
@@ -271,15 +281,6 @@ def _advice(config: OffloadConfig, survey: Survey) -> str:
     if all(n >= m for n, m in zip(plan.slots_per_layer, knee, strict=True)):
         return f"At or above {where}: more slots help gradually; {to_it} would just reach it."
     return f"Below {where}, where hit rates fall steeply; use {to_it} if the device can."
-
-
-def _rounded_up(size: int) -> str:
-    """A size in the spelling of --device-memory, at least `size`."""
-    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20)):
-        if size >= scale:
-            tenths = -(-size * 10 // scale)
-            return f"{tenths // 10}.{tenths % 10}{unit}"
-    return str(size)
 
 
 def _layers(survey: Survey) -> int:

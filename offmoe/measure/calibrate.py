@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -93,7 +94,10 @@ def calibrate(inspected: Inspected, seconds: float, progress: Progress = lambda 
 
 
 class FixedRouting:
-    """Passes of one token through a loaded model whose routing is fixed, so that nothing moves after the first pass."""
+    """Passes of one token through a loaded model whose routing is fixed, so that nothing moves after the first pass.
+
+    Where slots hold less than top_k experts of every layer, a token is routed to as many as they hold.
+    """
 
     def __init__(self, model: PreTrainedModel, inspected: Inspected, *, decoding: bool = False):
         """decoding: run only the decoder of an encoder-decoder model."""
@@ -101,6 +105,8 @@ class FixedRouting:
         self._backend = inspected.backend
         self._modules = [find_experts(model)[layer.name] for layer in inspected.catalog.layers]
         self._top_k = inspected.catalog.shape.top_k
+        self._routed = _that_fit(inspected)
+        """Experts of each layer that a token is routed to."""
         self._layers_seen: set[int] = set()
         is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self._decoder_only = is_encoder_decoder and decoding
@@ -109,7 +115,12 @@ class FixedRouting:
     @property
     def experts(self) -> int:
         """Experts that one token passes through, known after a pass. Text does not reach the experts for images."""
-        return sum(self._top_k[layer] for layer in self._layers_seen)
+        return sum(self._routed[layer] for layer in self._layers_seen)
+
+    @property
+    def share(self) -> float:
+        """Those experts as a share of the ones that a token passes through in use."""
+        return self.experts / sum(self._top_k[layer] for layer in self._layers_seen)
 
     def measure(self, seconds: float) -> tuple[float, float]:
         """Time passes for about `seconds`.
@@ -128,7 +139,7 @@ class FixedRouting:
         return statistics.median(without), statistics.median(more)
 
     def _timed_pass(self, with_experts: bool) -> float:
-        """Seconds of one pass, with the first top_k experts of every layer or with none."""
+        """Seconds of one pass, with the first experts of every layer or with none."""
         with ExitStack() as stack:
             for layer, module in enumerate(self._modules):
                 stack.callback(reroute(module, partial(self._route, with_experts, layer)))
@@ -144,7 +155,8 @@ class FixedRouting:
     def _route(self, with_experts: bool, layer: int, ids: torch.Tensor) -> torch.Tensor:
         self._layers_seen.add(layer)
         first = torch.arange(self._top_k[layer], dtype=ids.dtype, device=ids.device)  # [top_k]
-        return (first if with_experts else torch.full_like(first, NONE)).expand(len(ids), -1)
+        routed = first < (self._routed[layer] if with_experts else 0)
+        return torch.where(routed, first, NONE).expand(len(ids), -1)
 
     def _inputs(self) -> Mapping[str, Any]:
         ids = torch.zeros(1, 1, dtype=torch.int64, device=self._backend.device)
@@ -152,6 +164,16 @@ class FixedRouting:
             with torch.no_grad():
                 return {"encoder_outputs": self._model.get_encoder()(input_ids=ids), "decoder_input_ids": ids}
         return {"input_ids": ids, "decoder_input_ids": ids} if self._encoder_too else {"input_ids": ids}
+
+
+def _that_fit(inspected: Inspected) -> tuple[int, ...]:
+    """Experts of each layer, at most top_k, that stay resident together."""
+    plan, shape = inspected.plan, inspected.catalog.shape
+    quotas = tuple(map(min, shape.top_k, plan.slots_per_layer))
+    if plan.scope == "model":
+        ends = [min(end, sum(plan.slots_per_layer)) for end in accumulate(shape.top_k)]
+        quotas = tuple(end - start for start, end in zip([0, *ends], ends, strict=False))
+    return quotas
 
 
 def _landed_us(inspected: Inspected, expert_us: float) -> float | None:

@@ -7,9 +7,9 @@ A layer that demands more experts than it has slots runs in waves: residents fir
 id; those that the policy would rather keep come last, so that they and the best residents are what stays.
 
 With on_miss="cpu" or "auto" some missed experts get no slot. They pass through scratch slots, which belong to no layer,
-are numbered after the slots and hold nothing from one access to the next. Beside a device with memory of its own the
-scratch slots are in RAM and the host computes what stands in them; the likeliest of these experts to be demanded again
-is prefetched afterwards, while the link is idle.
+are numbered after the slots and hold nothing from one access to the next. With miss_costs, which only a device with
+memory of its own has, the scratch slots are in RAM and the host computes what stands in them; the likeliest of these
+experts to be demanded again is prefetched afterwards, while the link is idle.
 """
 
 from __future__ import annotations
@@ -166,7 +166,10 @@ class Planner:
                 slotless.append(key)
                 continue
             fetches += self._admit(cache, (key,), protected)
-        fetches.sort(key=lambda fetch: (fetch.read, fetch.key))
+        if cache.host_tier is None:
+            fetches.sort(key=lambda fetch: fetch.key)
+        else:  # two reads may pass through one RAM slot, which keeps the expert that was admitted last
+            fetches.sort(key=lambda fetch: fetch.read)
         return tuple(fetches), sorted(slotless)
 
     def _place_with_host(

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from offmoe.cli.inspect import _rounded_up
 from offmoe.config import ON_MISS, CacheOptions
 from offmoe.device.backend import CpuBackend
 from offmoe.profile import CostModel, Profile
 from offmoe.simulate.expect import expect
-from offmoe.text import parse_size
+from offmoe.text import parse_size, size_option
 from offmoe.types import CacheShape
 from tests import families, quantized, tiny
 from tests.cli.conftest import Outcome
@@ -172,10 +171,24 @@ def test_dense_layers_that_are_elsewhere_are_said_so(offmoe: Run, checkpoint: Pa
     )
 
 
-def test_slots_below_top_k(offmoe: Run, checkpoint: Path) -> None:
-    outcome = offmoe("inspect", checkpoint, "--slots-per-layer", "1", "--device", "cpu")
+def test_fewer_slots_than_top_k_are_fine_and_fewer_than_two_are_refused(offmoe: Run, checkpoint: Path) -> None:
+    found = offmoe("inspect", checkpoint, "--slots-per-layer", "1", "--device", "cpu", "--json").json["plan"]
+    assert (found["slots_per_layer"], found["scope"]) == ([1, 1, 1], "layer")
+    outcome = offmoe("inspect", checkpoint, "--slots-per-layer", "0,1,0", "--device", "cpu")
     assert (outcome.status, outcome.out) == (2, "")
-    assert "below top_k=2" in outcome.err
+    assert "1 slots in all" in outcome.err
+
+
+def test_a_small_budget_is_a_pool_and_says_why(offmoe: Run, checkpoint: Path) -> None:
+    known = offmoe("inspect", checkpoint, "--device", "cpu", "--json").json
+    budget = ("--device", "cpu", "--device-memory", known["smallest_with_dense"])
+    plan = offmoe("inspect", checkpoint, *budget, "--json").json["plan"]
+    assert (plan["scope"], sum(plan["slots_per_layer"]), plan["parked_layers"]) == ("model", 2, 0)
+    assert "per token expected" in plan["reason"]
+    text = " ".join(offmoe("inspect", checkpoint, *budget).out.split())
+    assert "2 in one pool" in text
+    assert "one pool for all layers" in text
+    assert "2 slots in all" in text
 
 
 def test_a_folder_without_a_model(offmoe: Run, tmp_path: Path) -> None:
@@ -186,7 +199,7 @@ def test_a_folder_without_a_model(offmoe: Run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [1, 999, (1 << 20) + 1, 1234567890, (3 << 30) + 7])
 def test_sizes_to_pass_are_never_below(size: int) -> None:
-    assert size <= parse_size(_rounded_up(size), "x") <= size * 1.1 + 1
+    assert size <= parse_size(size_option(size), "x") <= size * 1.1 + 1
 
 
 def test_beside_a_device_every_way_has_its_roofline() -> None:

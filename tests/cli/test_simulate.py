@@ -103,7 +103,7 @@ def test_everything_resident_leaves_no_gap(offmoe: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "status", "says"),
     [
-        (["--slots-per-layer", "1"], 2, "below top_k=2"),
+        (["--slots-per-layer", "0,1", "--scope", "model"], 2, "1 slots in all"),
         (["--slots-per-layer", "3,3,3"], 2, "2 MoE layers"),
         (["--prefetch", "2"], 2, "holds no predictions"),
         (["--scope", "world"], 2, "layer, model"),

@@ -54,14 +54,15 @@ def accesses(draw):
     accesses(),
     st.sampled_from(EVICTIONS),
     st.sampled_from(["layer", "model"]),
-    st.sampled_from([2, 3, 6, (2, 4, 8)]),
+    st.sampled_from([1, 2, 3, 6, (2, 4, 8), (1, 1, 0), (0, 3, 0)]),
     st.sampled_from([0, 1, 3, "auto"]),
     st.sampled_from(ON_MISS),
     st.sampled_from([None, *COSTS]),
 )
 def test_slots_hold_what_plans_say(steps, eviction, scope, slots, prefetch, on_miss, costs):
     """Mirror every fetch into a dict of slots: each wave must find each of its experts where the plan says. Scratch
-    slots are empty again after each access."""
+    slots are empty again after each access. A pool may have fewer slots than there are layers, down to two in all."""
+    scope = "model" if isinstance(slots, tuple) and 0 in slots else scope
     popularity = tuple(tuple(float(e % 4) for e in range(n)) for n in SHAPE.experts) if eviction == "static" else None
     options = CacheOptions(eviction, scope, slots, prefetch, popularity=popularity, on_miss=on_miss)
     if costs is not None:
@@ -187,10 +188,39 @@ def test_no_prediction_is_wanted_where_everything_is_resident():
     assert not planner.wants_prediction(3)
 
 
-@pytest.mark.parametrize("slots", [1, (2, 1, 2)])
-def test_fewer_slots_than_top_k_are_refused(slots):
-    with pytest.raises(ConfigError, match="below top_k=2"):
-        build_planner(CacheOptions(slots_per_layer=slots), SHAPE)
+@pytest.mark.parametrize(
+    ("scope", "slots", "message"),
+    [
+        ("layer", (2, 0, 2), "slots_per_layer=0 for MoE layer 1.*scope='model'"),
+        ("model", (0, 1, 0), "1 slots in all: at least 2"),
+        ("model", (0, 0, 0), "0 slots in all: at least 2"),
+        ("model", (2, -1, 2), "non-negative|positive"),
+    ],
+)
+def test_too_few_slots_are_refused(scope, slots, message):
+    with pytest.raises(ConfigError, match=message):
+        build_planner(CacheOptions(scope=scope, slots_per_layer=slots), SHAPE)
+
+
+@pytest.mark.parametrize(("scope", "slots"), [("layer", 1), ("model", (1, 1, 0)), ("model", (0, 0, 2))])
+def test_fewer_slots_than_top_k_compute_in_waves(scope, slots):
+    planner = build_planner(CacheOptions(scope=scope, slots_per_layer=slots), CacheShape((6,) * 3, (4,) * 3, (1,) * 3))
+    for _ in range(3):
+        for layer in range(3):
+            plan = planner.plan(access(layer, [0, 2, 3, 5]))
+            assert sorted(e for wave in plan.waves for e, _ in wave.experts) == [0, 2, 3, 5]
+            assert len(plan.waves) > 1
+
+
+def test_the_best_stays_in_a_pool_of_two():
+    """An expert of every token beside experts of one token each: LRU would never hit."""
+    shape = CacheShape((40,) * 4, (1,) * 4, (1,) * 4)
+    planner = build_planner(CacheOptions(scope="model", slots_per_layer=(2, 0, 0, 0)), shape)
+    hits = 0
+    for token in range(40):
+        for layer in range(4):
+            hits += planner.plan(access(layer, [7 if layer == 0 else token])).hits
+    assert hits >= 37
 
 
 def test_one_value_per_layer_is_asked_for():
@@ -205,11 +235,16 @@ def test_one_value_per_layer_is_asked_for():
     st.sampled_from(["layer", "model"]),
     st.sampled_from([1, 2, 6, (0, 3, 8)]),
     st.sampled_from([0, 2]),
+    st.sampled_from(ON_MISS),
+    st.sampled_from([3, (1, 1, 0)]),
 )
-def test_ram_holds_what_plans_say(steps, eviction, scope, host_slots, prefetch):
+def test_ram_holds_what_plans_say(steps, eviction, scope, host_slots, prefetch, on_miss, slots):
     """Mirror what is read into a dict of RAM slots: what a plan copies without reading must be there."""
     popularity = tuple(tuple(float(e % 4) for e in range(n)) for n in SHAPE.experts) if eviction == "static" else None
-    options = CacheOptions(eviction, scope, 3, prefetch, popularity=popularity, host_slots=host_slots)
+    scope = "model" if isinstance(slots, tuple) else scope
+    options = CacheOptions(
+        eviction, scope, slots, prefetch, popularity=popularity, host_slots=host_slots, on_miss=on_miss
+    )
     planner, bare = build_planner(options, SHAPE), build_planner(dataclasses.replace(options, host_slots=0), SHAPE)
     held: dict[int, ExpertKey] = {}
     stats = CacheStats.for_layers(3)

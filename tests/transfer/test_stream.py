@@ -169,6 +169,23 @@ def test_every_use_sees_its_expert_through_ram(checkpoint, scope, slots, host_sl
         rig.close()
 
 
+@pytest.mark.parametrize("host_slots", [0, 5])
+@pytest.mark.parametrize("miss_costs", [None, MissCosts(9, 5, 9, 12, 2, 1, 1)], ids=["same memory", "beside"])
+@pytest.mark.parametrize("on_miss", ["fetch", "cpu", "auto"])
+@pytest.mark.parametrize("slots", [(1, 1, 0), (0, 0, 3)])
+def test_every_use_sees_its_expert_in_the_smallest_pool(checkpoint, slots, on_miss, miss_costs, host_slots, size):
+    """Two or three slots for all layers: every access displaces what the one before it used."""
+    options = CacheOptions("aged-lfu", "model", slots, 2, host_slots=host_slots, on_miss=on_miss, miss_costs=miss_costs)
+    rig = Rig(checkpoint, DeferredBackend(), options, slow_at_random(2), pins=99)
+    try:
+        wrong = sum(rig.run(access) for access in random_accesses(3, 25))
+        check_planner(rig.planner)
+        assert wrong == 0
+        assert rig.stats.misses > 100
+    finally:
+        rig.close()
+
+
 def test_with_room_for_everything_in_ram_each_expert_is_read_once(checkpoint):
     rig = Rig(checkpoint, DeferredBackend(), CacheOptions("lru", slots_per_layer=3, host_slots=EXPERTS))
     try:

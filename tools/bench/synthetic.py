@@ -1,33 +1,50 @@
 """Checkpoints of Mixtral's and Qwen3's shape and names with random weights, for benchmarks that no published model
-fits."""
+fits: in bf16, or packed as `offmoe pack` writes them without a dense checkpoint to pack."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
 
-from offmoe.storage.checkpoint import INDEX_FILE
+from offmoe.storage.checkpoint import INDEX_FILE, Checkpoint
+from offmoe.storage.shard_writer import NewTensor, head_of, octets, write_file
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from offmoe.pack.plan import NewShard
+    from offmoe.quant.packed_weight import WeightFormat
+
 EXPERTS_PER_SHARD = 2
 SPREAD = 65536
+MIXTRAL_EXPERT, MIXTRAL_PARTS = "block_sparse_moe.experts.{}.{}", ("w1", "w2", "w3")
+INT4_DEVIATION = 4.6
+"""Standard deviation of evenly drawn int4 values."""
 
 
 def write_mixtral(
     folder: Path, hidden: int, intermediate: int, *, layers: int, experts: int, top_k: int, vocabulary: int
 ) -> None:
     """Write a checkpoint in bf16 with Mixtral's names, shard by shard, and sync it to disk."""
+    config = mixtral_config(hidden, intermediate, layers, experts, top_k, vocabulary)
+    _write(folder, config, hidden, intermediate, layers, experts, MIXTRAL_EXPERT, MIXTRAL_PARTS)
+
+
+def mixtral_config(
+    hidden: int, intermediate: int, layers: int, experts: int, top_k: int, vocabulary: int
+) -> PretrainedConfig:
+    """A configuration of Mixtral's architecture: heads of 128, four query heads per key."""
     from transformers import MixtralConfig
 
     heads = max(2, hidden // 128)
-    config = MixtralConfig(
+    return MixtralConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=intermediate,
@@ -39,7 +56,6 @@ def write_mixtral(
         max_position_embeddings=4096,
         dtype=torch.bfloat16,
     )
-    _write(folder, config, hidden, intermediate, layers, experts, "block_sparse_moe.experts.{}.{}", ("w1", "w2", "w3"))
 
 
 def write_qwen3(
@@ -57,7 +73,7 @@ def write_qwen3(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=max(1, heads // 4),
-        head_dim=128,
+        head_dim=128,  # type: ignore[call-arg]  # a field of the configuration, though not of its signature
         num_experts=experts,
         num_experts_per_tok=top_k,
         max_position_embeddings=4096,
@@ -110,9 +126,122 @@ def _write(
     (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
+def write_sparse_mixtral(folder: Path, config: PretrainedConfig) -> None:
+    """Write a bf16 checkpoint that has headers alone: its tensors are holes in the file, which read as zeros."""
+    from transformers import AutoModelForCausalLM
+
+    folder.mkdir()
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config).state_dict()
+    tensors = [NewTensor(name, torch.bfloat16, tuple(w.shape)) for name, w in skeleton.items() if "experts" not in name]
+    wide, high = (config.intermediate_size, config.hidden_size), (config.hidden_size, config.intermediate_size)
+    weight_map = dict.fromkeys((t.name for t in tensors), _save_hole(folder / "dense.safetensors", tensors))
+    for layer in range(config.num_hidden_layers):
+        tensors = [
+            NewTensor(f"model.layers.{layer}.{MIXTRAL_EXPERT.format(expert, part)}.weight", torch.bfloat16, shape)
+            for expert in range(config.num_local_experts)
+            for part, shape in zip(MIXTRAL_PARTS, (wide, high, wide), strict=True)
+        ]
+        file = _save_hole(folder / f"experts-{layer:03d}.safetensors", tensors)
+        weight_map |= {tensor.name: file for tensor in tensors}
+    (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def _save_hole(file: Path, tensors: list[NewTensor]) -> str:
+    """A shard without bytes behind its header. Returns its name."""
+    head = head_of(tensors)
+    with open(file, "wb") as out:
+        out.write(head)
+        out.truncate(len(head) + sum(tensor.nbytes for tensor in tensors))
+    return file.name
+
+
+def write_packed_mixtral(
+    folder: Path, config: PretrainedConfig, how: WeightFormat, scratch: Path, *, sparse: bool = False
+) -> None:
+    """Write a checkpoint with quantized experts of random words, in the layout of `offmoe pack`.
+
+    The dense checkpoint that it would be packed from, four times as large, never exists: a plan needs headers alone.
+
+    Args:
+        folder: to write to.
+        config: of Mixtral's architecture.
+        how: the experts' format.
+        scratch: a folder for the headers.
+        sparse: write headers alone, as `write_sparse_mixtral` does.
+    """
+    from offmoe.hf.catalog.build import build_catalog
+    from offmoe.hf.load.config import build_meta, model_class
+    from offmoe.pack.pack import SHARD_BYTES
+    from offmoe.pack.plan import plan_shards, quantization_config
+
+    source = scratch / "headers"
+    write_sparse_mixtral(source, config)
+    meta = build_meta(config, model_class(config))
+    catalog = build_catalog(Checkpoint.open(source), meta)
+    folder.mkdir(parents=True)
+    shards = plan_shards(catalog, meta, how, SHARD_BYTES)
+    drawn = None if sparse else _Drawn(config)
+    for shard in shards:
+        if drawn is None:
+            _save_hole(folder / shard.file, shard.tensors)
+        else:
+            write_file(folder / shard.file, drawn.pieces(shard))
+            _drop(folder / shard.file)
+    weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
+    (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    values = json.loads((source / "config.json").read_text())
+    values["quantization_config"] = quantization_config(catalog, meta, how)
+    (folder / "config.json").write_text(json.dumps(values, indent=2))
+
+
+class _Windows:
+    """Random tensors: windows of one random array that each begin elsewhere. Drawing them all would take minutes."""
+
+    def __init__(self, drawn: torch.Tensor):
+        self._drawn, self._number = drawn, 0
+
+    def next(self, shape: tuple[int, ...]) -> torch.Tensor:
+        self._number += 1
+        start = 997 * self._number % SPREAD
+        return self._drawn[start : start + math.prod(shape)].view(shape)
+
+
+class _Drawn:
+    """Random weights of a packed checkpoint: words, scales that give them the usual deviation, dense weights."""
+
+    def __init__(self, config: PretrainedConfig):
+        matrix, deviation = config.intermediate_size * config.hidden_size, config.hidden_size**-0.5
+        self._words = _Windows(torch.randint(-(2**31), 2**31, (matrix // 8 + SPREAD,), dtype=torch.int32))
+        drawn = torch.rand(matrix // 16 + SPREAD) + 0.5
+        self._scales = _Windows((drawn * deviation / INT4_DEVIATION).bfloat16())
+        self._dense = _Windows((torch.randn(config.vocab_size * config.hidden_size + SPREAD) * deviation).bfloat16())
+
+    def pieces(self, shard: NewShard) -> Iterator[bytes | memoryview]:
+        """The bytes of a shard, in order."""
+        yield shard.head
+        for item in shard.items:
+            if item.how is None:
+                (tensor,) = item.tensors
+                is_norm = len(tensor.shape) == 1
+                yield octets(torch.ones(tensor.shape).bfloat16() if is_norm else self._dense.next(tensor.shape))
+                continue
+            packed, scale, _ = item.tensors
+            yield octets(self._words.next(packed.shape))
+            yield octets(self._scales.next(scale.shape))
+            yield octets(torch.tensor(item.source.shape))
+
+
+def _drop(file: Path) -> None:
+    """Drop a file that is on the disk from the page cache, where the system can."""
+    if hasattr(os, "posix_fadvise"):
+        with open(file, "rb") as written:
+            os.posix_fadvise(written.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
     with open(file, "rb+") as written:
         os.fsync(written.fileno())  # a page that is not on the disk yet cannot be dropped from the cache
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(written.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    _drop(file)
