@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,7 @@ def test_more_memory_never_moves_dense_weights_out(folders: dict[str, Path], bac
 def test_what_would_work_is_named(folders: dict[str, Path], backend: Backend) -> None:
     with pytest.raises(CapacityError, match=r"smallest device_memory .* 2 expert slots in all: --device-memory") as no:
         inspect(folders["bf16"], OffloadConfig(device_memory="512MiB"))
-    named = str(no.value).rpartition("--device-memory ")[2].rstrip(".")
+    named = re.findall(r"--device-memory ([\d.]+GiB)", str(no.value))[0]
     plan = inspect(folders["bf16"], OffloadConfig(device_memory=named)).plan
     assert sum(plan.slots_per_layer) == 2
     assert plan.offloaded_layers == 32
