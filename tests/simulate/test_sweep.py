@@ -204,8 +204,8 @@ def test_processes_change_nothing():
 
 
 def test_what_does_not_fit_is_refused_before_anything_runs():
-    with pytest.raises(ConfigError, match="below top_k=2"):
-        sweep(random_trace(), [CacheOptions(slots_per_layer=1)], jobs=2)
+    with pytest.raises(ConfigError, match="has 1 values, but the model has"):
+        sweep(random_trace(), [CacheOptions(slots_per_layer=(1,))], jobs=2)
 
 
 # --- choosing
