@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from offmoe.budget.device import MemoryPlan
 from offmoe.budget.estimate import with_format
 from offmoe.budget.inspect import Inspected, Survey
+from offmoe.budget.memory_plan import MemoryPlan
 from offmoe.budget.needs import ModelNeeds, catalog_needs, num_layers
 from offmoe.budget.predict import ExpertForm, Prediction, Rates, predict, scaled
 from offmoe.budget.resolve import divide_or_refusal

@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from math import comb
 from typing import NamedTuple
 
-from offmoe.budget.device import MemoryPlan
+from offmoe.budget.memory_plan import MemoryPlan
 from offmoe.config import OffloadConfig
 from offmoe.device.machines import Machine
 from offmoe.io_limits import WHOLE_BYTES, last_share

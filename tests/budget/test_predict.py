@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from offmoe.budget.device import MemoryPlan
 from offmoe.budget.host import HostPlan
+from offmoe.budget.memory_plan import MemoryPlan
 from offmoe.budget.predict import (
     OPERATIONS_PER_EXPERT,
     OPERATIONS_PER_LAYER,
@@ -28,8 +30,10 @@ GB = 1e9
 
 def plan(slots: tuple[int, ...], ram: tuple[int, ...] | None = None, offloaded: int = 0, where: str = DISK):
     host = None if ram is None else HostPlan(0, 0, 0, ram)
+    parts = ("budget", "dense", "slots", "kv", "staging", "workspace", "smallest", "max_context")
+    nothing: dict[str, Any] = dict.fromkeys(parts, 0)
     return MemoryPlan(
-        **dict.fromkeys(("budget", "dense", "slots", "kv", "staging", "workspace", "smallest", "max_context"), 0),
+        **nothing,
         slots_per_layer=slots,
         offloaded=offloaded,
         offloaded_in=where if offloaded else None,

@@ -65,7 +65,7 @@ def test_json_marks_what_is_predicted(offmoe: Run) -> None:
 
 
 def test_what_does_not_fit_gets_the_command_of_what_does(offmoe: Run) -> None:
-    argv = ("inspect", MIXTRAL, *MACHINE, "--device-memory", "2GiB", "--experts", "native", "--exactness", "bitwise")
+    argv = ("inspect", MIXTRAL, *MACHINE, "--device-memory", "1GiB", "--experts", "native", "--exactness", "bitwise")
     outcome = offmoe(*argv)
     assert outcome.status == 1
     assert "Nothing fits. The nearest way: offmoe generate MODEL PROMPT" in outcome.out
