@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Make the pictures and the table of the README from real runs.
 
-    .venv/bin/python tools/screens.py [screen] [fits] [plot]     (the plot needs matplotlib: pip install matplotlib)
+    .venv/bin/python tools/screens.py [screen] [fits] [cards] [plot]    (the plot needs matplotlib: pip install ...)
 
 Writes docs/images/generate.svg (a run of `offmoe generate demo` as a terminal shows it), docs/images/hit-rate.svg (the
 sweep of `offmoe tune` on the gpt-oss-20b recording of the tests) with its figures in docs/data/policies.csv, and
-docs/data/fits.csv (what `offmoe inspect` plans for four models and five sizes of memory) with the table between the
-markers in README.md.
+docs/data/fits.csv (what `offmoe inspect` plans for four models and five sizes of memory) and docs/data/cards.csv (what
+it predicts for them on four graphics cards), with the tables between the markers in README.md.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
 FITS = ROOT / "docs" / "data" / "fits.csv"
 RATES = ROOT / "docs" / "data" / "policies.csv"
 README = ROOT / "README.md"
-BEGIN, END = "<!-- fits: written by tools/screens.py -->", "<!-- fits: end -->"
+CARDS = ROOT / "docs" / "data" / "cards.csv"
 
 GENERATE = [
     *("generate", "demo", "And the LORD said unto", "--slots-per-layer", "4", "--max-new-tokens", "48"),
@@ -41,6 +42,22 @@ MODELS = {
     "gpt-oss-120b": ("gpt-oss-120b", "native", "MXFP4"),
     "DeepSeek-V3": ("deepseek-v3", "native", "FP8"),
 }
+FORMS = {
+    "Mixtral 8x7B": ("mixtral-8x7b", {"bf16": "native bitwise", "int8": "int8 numeric", "int4": "int4 numeric"}),
+    "Qwen3-30B-A3B": ("qwen3-30b-a3b", {"bf16": "native bitwise", "int8": "int8 numeric", "int4": "int4 numeric"}),
+    "gpt-oss-120b": ("gpt-oss-120b", {"MXFP4": "native bitwise", "MXFP4, by kernels": "native numeric"}),
+    "DeepSeek-V3": ("deepseek-v3", {"FP8": "native bitwise", "FP8, by kernels": "native numeric"}),
+}
+"""Models, their configurations, and the forms of their experts: name -> experts and exactness."""
+GRAPHICS = {
+    "8 GiB (RTX 4060)": "rtx-4060-8g",
+    "12 GiB (RTX 3060)": "rtx-3060-12g",
+    "16 GiB (RTX 4060 Ti)": "rtx-4060-ti-16g",
+    "24 GiB (RTX 3090)": "rtx-3090-24g",
+}
+BESIDE = "ddr4-3200-64g+nvme-gen4"
+"""RAM and disk of the machines with these cards."""
+CARD_CONTEXT_TOKENS = 4096
 MEMORY_GIB = (8, 12, 16, 24, 48)
 CONTEXT_TOKENS = 2048
 
@@ -163,29 +180,58 @@ def fits() -> list[dict[str, str]]:
     return rows
 
 
+def cards() -> list[dict[str, str]]:
+    """Predicted speeds of every model, form and card: one row per model and form, as `offmoe inspect` predicts them."""
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for name, (config, forms) in FORMS.items():
+        for column, card in GRAPHICS.items():
+            command = (
+                *("inspect", f"tests/data/configs/{config}.json", "--machine", f"{card}+{BESIDE}"),
+                *("--max-context", str(CARD_CONTEXT_TOKENS), "--json"),
+            )
+            run = subprocess.run(offmoe(*command), cwd=ROOT, capture_output=True, text=True)
+            ways = json.loads(run.stdout.splitlines()[-1])["choices"]  # written also where the model does not fit
+            by_form = {f"{way['experts']} {way['exactness']}": way for way in ways}
+            for form, key in forms.items():
+                row = rows.setdefault((name, form), {"model": name, "experts": form})
+                row[column] = cell(by_form[key])
+    return list(rows.values())
+
+
+def cell(way: dict[str, Any]) -> str:
+    """A prediction in short: tokens/s, those without misses, and the share of resident experts."""
+    if not way["fits"]:
+        return f"needs {gibibytes(way['smallest_device_memory'], 1)}"
+    speed, most = way["predicted_tokens_per_s"], way["predicted_most_tokens_per_s"]
+    return f"{speed:.2g} to {most:.2g} ({way['resident']:.0%})"
+
+
 def gibibytes(size: int, digits: int = 0) -> str:
     return f"{size / 2**30:.{digits}f} GiB"
 
 
-def write_fits(rows: list[dict[str, str]]) -> None:
-    columns = ["model", "experts", "size", "smallest", *(f"{gib} GiB" for gib in MEMORY_GIB)]
-    with FITS.open("w", encoding="utf-8", newline="") as file:
+def write_table(rows: list[dict[str, str]], target: Path, headings: dict[str, str]) -> None:
+    """Write rows as CSV, and into README.md between the markers that are named after the file."""
+    columns = list(rows[0])
+    with target.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     lines = [
-        "| model | experts | whole model | needs at least | " + " | ".join(columns[4:]) + " |",
+        "| " + " | ".join(headings.get(column, column) for column in columns) + " |",
         "|" + "---|" * len(columns),
         *("| " + " | ".join(row[column] for column in columns) + " |" for row in rows),
     ]
+    begin, close = f"<!-- {target.stem}: written by tools/screens.py -->", f"<!-- {target.stem}: end -->"
     text = README.read_text(encoding="utf-8")
-    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    start, end = text.index(begin) + len(begin), text.index(close)
     README.write_text(text[:start] + "\n" + "\n".join(lines) + "\n" + text[end:], encoding="utf-8")
 
 
 PARTS = {
     "screen": lambda: screen(GENERATE, IMAGES / "generate.svg"),
-    "fits": lambda: write_fits(fits()),
+    "fits": lambda: write_table(fits(), FITS, {"size": "whole model", "smallest": "needs at least"}),
+    "cards": lambda: write_table(cards(), CARDS, {}),
     "plot": lambda: hit_rates(IMAGES / "hit-rate.svg"),
 }
 

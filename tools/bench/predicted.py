@@ -151,11 +151,11 @@ def main() -> None:
     )
     for name, f in found.items():
         low, high = f["probed_ratio_range"]
-        print(
-            f"{name:30} {f['measured_tokens_per_s']:9.2f} {f['measured_hit_rate']:6.1%} "
-            f"{f['probed_tokens_per_s']:8.2f} {f['probed_ratio']:6.2f} ({low:.2f} to {high:.2f}) {f['calibrated_tokens_per_s']:10.2f} "
-            f"{f['calibrated_ratio']:6.2f}, at the measured hit rate {f['calibrated_ratio_at_hit_rate']:.2f}"
-        )
+        probed = f"{f['probed_tokens_per_s']:8.2f} {f['probed_ratio']:6.2f} ({low:.2f} to {high:.2f})"
+        calibrated = f"{f['calibrated_tokens_per_s']:10.2f} {f['calibrated_ratio']:6.2f}"
+        at_hit_rate = f"at the measured hit rate {f['calibrated_ratio_at_hit_rate']:.2f}"
+        measured = f"{f['measured_tokens_per_s']:9.2f} {f['measured_hit_rate']:6.1%}"
+        print(f"{name:30} {measured} {probed} {calibrated}, {at_hit_rate}")
     if args.json:
         print(json.dumps({"cases": found}))
 
