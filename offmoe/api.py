@@ -243,7 +243,13 @@ def _build_executor(
     slot_writer = SlotWriter(store, arena, backend, layers)
     transfer = TransferEngine(slot_writer, host_slots=planner.num_host_slots, on_stall=stats.stalled)
     closing.callback(transfer.close)
-    compute = host_compute(layers, arena, inspected.dtype, config.activations == "int8")
+    compute = host_compute(
+        layers,
+        arena,
+        inspected.dtype,
+        config.activations == "int8",
+        in_ram=backend.unified_memory and not backend.has_device_kernels,
+    )
     closing.callback(compute.close)
     host = None
     if host_computes:

@@ -15,10 +15,12 @@ import torch
 from offmoe.compute.compute import ComputeByLayer, ExpertCompute, LayerInput
 from offmoe.compute.expert_layer import ExpertLayer
 from offmoe.compute.kernels.cpu import CpuKernels, Rows, physical_cores
+from offmoe.compute.kernels.gguf import GgufDecoder
 from offmoe.compute.kernels.library import status
 from offmoe.compute.torch_compute import TorchCompute
 from offmoe.device.arena import SlotArena
 from offmoe.errors import OffmoeError
+from offmoe.quant.gguf_formats import GgufBlocks
 from offmoe.transfer.engine import TransferEngine
 
 
@@ -65,7 +67,7 @@ class CpuCompute(ExpertCompute):
 
 
 def host_compute(
-    layers: Sequence[ExpertLayer], arena: SlotArena, dtype: torch.dtype, int8_activations: bool
+    layers: Sequence[ExpertLayer], arena: SlotArena, dtype: torch.dtype, int8_activations: bool, *, in_ram: bool
 ) -> ExpertCompute:
     """The C kernels for layers whose slots were made for them, torch's operators for the rest.
 
@@ -75,12 +77,20 @@ def host_compute(
     Args:
         dtype: the model's.
         int8_activations: whether the C kernels round activations to 8 bits.
+        in_ram: whether all slots are in RAM, where C decoders can read them.
     """
-    by_torch = TorchCompute(arena, dtype)
+    threads, library = min(torch.get_num_threads(), physical_cores()), status().library
+    decoder = None
+    if in_ram and library is not None and any(_holds_gguf(layer) for layer in layers):
+        decoder = GgufDecoder(library, threads)
+    by_torch = TorchCompute(arena, dtype, decoder)
     if all(layer.cpu_slot is None for layer in layers):
         return by_torch
-    threads = min(torch.get_num_threads(), physical_cores())
-    library = status().library
     assert library is not None, "without the library, no layer has a cpu_slot"
     by_kernels = CpuCompute(CpuKernels(library, threads, int8_activations=int8_activations), arena)
     return ComputeByLayer([by_torch if layer.cpu_slot is None else by_kernels for layer in layers])
+
+
+def _holds_gguf(layer: ExpertLayer) -> bool:
+    """Whether slots of the layer hold GGUF blocks."""
+    return layer.decode is not None and any(isinstance(leaf.codec, GgufBlocks) for leaf in layer.decode.leaves)

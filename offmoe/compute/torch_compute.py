@@ -11,6 +11,7 @@ import torch
 
 from offmoe.compute.compute import ExpertCompute
 from offmoe.compute.expert_layer import ExpertLayer
+from offmoe.compute.kernels.gguf import GgufDecoder
 from offmoe.compute.kernels.torch_ffn import GatedFFN, autocast_enabled, expert_ffn
 from offmoe.device.arena import SlotArena
 from offmoe.transfer.engine import TransferEngine
@@ -19,16 +20,24 @@ from offmoe.transfer.engine import TransferEngine
 class TorchCompute(ExpertCompute):
     """torch's operators on decoded weights."""
 
-    def __init__(self, arena: SlotArena, dtype: torch.dtype) -> None:
-        """dtype: the model's. Weights keep it under torch.autocast, where inputs may have another one."""
-        self._arena, self._dtype = arena, dtype
+    def __init__(self, arena: SlotArena, dtype: torch.dtype, decoder: GgufDecoder | None = None) -> None:
+        """Compute from the slots of an arena.
+
+        Args:
+            arena: the slots.
+            dtype: the model's. Weights keep it under torch.autocast, where inputs may have another one.
+            decoder: decodes GGUF weights of slots in RAM; closed with this.
+        """
+        self._arena, self._dtype, self._decoder = arena, dtype, decoder
         self._same_by_blocks: dict[tuple[object, ...], bool] = {}
         """Per shapes, dtype and number of threads: whether blocks of rows gave the bits of the whole product."""
 
     def expert(self, layer: ExpertLayer, slot: int, x: torch.Tensor) -> torch.Tensor:
         weights = self._arena.views(slot, layer.layout)
         dtype = self._dtype if autocast_enabled(x) else x.dtype
-        return expert_ffn(layer.math, weights if layer.decode is None else layer.decode(weights, dtype), x, dtype)
+        if layer.decode is not None:
+            weights = layer.decode(weights, dtype, self._decoder)
+        return expert_ffn(layer.math, weights, x, dtype)
 
     def _when_ready(self, layer: ExpertLayer, slot: int, x: torch.Tensor, transfer: TransferEngine) -> torch.Tensor:
         """As `expert`. For a single token, block by block while the expert arrives, if that gives the same bits.
@@ -52,7 +61,9 @@ class TorchCompute(ExpertCompute):
         return whole
 
     def close(self) -> None:
-        """Nothing to end: torch's threads are the process's."""
+        """End the decoder's threads; torch's are the process's."""
+        if self._decoder is not None:
+            self._decoder.close()
 
 
 def _divides(layer: ExpertLayer, x: torch.Tensor) -> bool:

@@ -6,7 +6,7 @@ passes over one expert per step. The result depends on the slot's bytes alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,10 @@ from offmoe.storage.layout import Assembly
 
 WORKING_BYTES = 10
 """Temporary bytes per weight while a matrix is decoded: its codes as bytes and as indices, its products in float32."""
+
+
+Decoder = Callable[[Codec, Mapping[str, torch.Tensor], torch.Tensor], bool]
+"""decoder(codec, raw, out) decodes a weight into `out`, to the bits of codec.decode, or returns False."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +36,32 @@ class Leaf:
     params: Mapping[str, str]
     shape: tuple[int, ...]
 
-    def decode(self, views: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        """The dense tensor in `dtype`. views: the slot's parameters by name."""
+    def decode(
+        self, views: Mapping[str, torch.Tensor], dtype: torch.dtype, decoder: Decoder | None = None
+    ) -> torch.Tensor:
+        """The dense tensor in `dtype`.
+
+        Args:
+            views: the slot's parameters by name.
+            dtype: dtype of the result.
+            decoder: tried before the codec.
+        """
         raw = {component: views[param] for component, param in self.params.items()}
-        return raw["weight"].to(dtype) if self.codec is None else self.codec.decode(raw, dtype)
+        if self.codec is None:
+            return raw["weight"].to(dtype)
+        if decoder is not None:
+            out = torch.empty(self.shape, dtype=dtype)
+            if decoder(self.codec, raw, out):
+                return out
+        return self.codec.decode(raw, dtype)
+
+    def decode_into(self, views: Mapping[str, torch.Tensor], out: torch.Tensor, decoder: Decoder | None) -> None:
+        """Write the dense tensor to `out`, a view of the parameter that it belongs to."""
+        if self.codec is not None and decoder is not None:
+            raw = {component: views[param] for component, param in self.params.items()}
+            if decoder(self.codec, raw, out):
+                return
+        out.copy_(self.decode(views, out.dtype))
 
 
 @dataclass(frozen=True)
@@ -52,23 +78,26 @@ class ExpertDecoding:
     assembly: Assembly
     shapes: Mapping[str, tuple[int, ...]]
 
-    def __call__(self, views: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def __call__(
+        self, views: Mapping[str, torch.Tensor], dtype: torch.dtype, decoder: Decoder | None = None
+    ) -> dict[str, torch.Tensor]:
         """Decode one expert.
 
         Args:
             views: the slot's parameters, from `ExpertLayout.views`.
             dtype: dtype of the result.
+            decoder: tried before each codec; only for slots in RAM.
 
         Returns:
             The expert's parameters by name, contiguous.
         """
         if self.assembly.convert is not None:
-            params = self.assembly.convert([leaf.decode(views, dtype) for leaf in self.leaves])
+            params = self.assembly.convert([leaf.decode(views, dtype, decoder) for leaf in self.leaves])
             return {name: tensor.to(dtype).contiguous() for name, tensor in params.items()}
         device = next(iter(views.values())).device
         out = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in self.shapes.items()}
         for leaf, part in zip(self.leaves, self.assembly.destinations, strict=True):
-            part.block(out, leaf.shape).copy_(leaf.decode(views, dtype))
+            leaf.decode_into(views, part.block(out, leaf.shape), decoder)
         return out
 
     def nbytes(self, dtype: torch.dtype) -> int:

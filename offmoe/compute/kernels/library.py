@@ -51,6 +51,12 @@ class EncodedStruct(ctypes.Structure):
     _fields_ = _fields("weight words scales zeros out", "rows cols group bits weight_type scale_type")
 
 
+class DecodingStruct(ctypes.Structure):
+    """`struct decoding` of offmoe.h."""
+
+    _fields_ = _fields("blocks out", "count block_bytes type out_type")
+
+
 class Library:
     """A loaded library of kernels, in several variants for processors with different instruction sets."""
 
@@ -75,6 +81,8 @@ class Library:
         c.offmoe_encode.argtypes = (pointer, pointer, ctypes.POINTER(EncodingStruct))
         c.offmoe_compare.argtypes = (pointer, pointer, ctypes.POINTER(EncodedStruct))
         c.offmoe_compare.restype = None
+        c.offmoe_decode.argtypes = (pointer, pointer, ctypes.POINTER(DecodingStruct))
+        c.offmoe_decode.restype = None
         self.calls = c
         self._variants: dict[str, int] = {}
         while handle := c.offmoe_variant(len(self._variants)):

@@ -7,4 +7,5 @@
 #define VARIANT_NAME "avx512vnni"
 #define ENCODE encode_avx512
 #define COMPARE compare_avx512
+#define DECODE decode_avx512
 #include "variant.h"

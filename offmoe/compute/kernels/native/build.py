@@ -38,12 +38,14 @@ X86_FLAGS = ("-march=x86-64",)
 AVX2_FLAGS = ("-O3", "-mavx2", "-mfma", "-mf16c")
 AVX512_FLAGS = (*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
 EXACT_FLAGS = ("-ffp-contract=off",)
-"""For the encoder: each of its operations rounds as torch's does."""
+"""For the encoder and the decoders: each of their operations rounds as torch's does."""
 
 REQUIRED = {
     "portable.c": ("-O2", "-Wno-psabi"),
     "encode_portable.c": ("-O2", "-Wno-psabi", *EXACT_FLAGS),
     "encode.c": ("-O2",),
+    "decode.c": ("-O2",),
+    "decode_portable.c": ("-O2", *EXACT_FLAGS),
     "pool.c": ("-O2",),
 }
 VARIANTS = {
@@ -53,6 +55,8 @@ VARIANTS = {
     "avx512vnni.c": AVX512_FLAGS,
     "encode_avx2.c": (*AVX2_FLAGS, *EXACT_FLAGS),
     "encode_avx512.c": (*AVX512_FLAGS, *EXACT_FLAGS),
+    "decode_avx2.c": (*AVX2_FLAGS, *EXACT_FLAGS),
+    "decode_avx512.c": (*AVX512_FLAGS, *EXACT_FLAGS, "-mprefer-vector-width=256"),
 }
 """Variants for x86-64. vnni256 is the code of avxvnni in the encoding of AVX-512 processors."""
 

@@ -79,6 +79,16 @@ struct encoded {
 typedef void compare_function(const struct encoded *e, int row);
 compare_function compare_portable, compare_avx2, compare_avx512;
 
+/* `count` GGUF blocks of a type (a number of enum ggml_type) and their size, that become bf16 or float32 (out_type).
+ * Mirrored in offmoe/compute/kernels/library.py. */
+struct decoding {
+    const uint8_t *blocks;
+    void *out;
+    int32_t count, block_bytes, type, out_type;
+};
+typedef void decode_function(const struct decoding *d, int first, int last);
+decode_function decode_portable, decode_avx2, decode_avx512;
+
 struct kernels {
     const char *name;
     int max_block;
@@ -93,6 +103,7 @@ struct kernels {
     uint64_t (*read)(const uint8_t *p, size_t nbytes);
     encode_function *encode;
     compare_function *compare;
+    decode_function *decode;
 };
 
 extern const struct kernels kernels_portable;

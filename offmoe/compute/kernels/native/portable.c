@@ -7,4 +7,5 @@
 #define VARIANT_NAME "portable"
 #define ENCODE encode_portable
 #define COMPARE compare_portable
+#define DECODE decode_portable
 #include "variant.h"

@@ -12,4 +12,5 @@ const struct kernels VARIANT_TABLE = {
     .read = read_all,
     .encode = ENCODE,
     .compare = COMPARE,
+    .decode = DECODE,
 };

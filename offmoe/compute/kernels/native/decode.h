@@ -1,0 +1,358 @@
+/* Decoders of GGUF blocks (offmoe/quant/gguf_formats.py defines the values), once for all instruction sets.
+ *
+ * What moves: the blocks once in, bf16 or float32 once out. Every value is formed by the same float32 operations in the
+ * same order as in torch's definition, so products and sums must not become one operation (-ffp-contract=off). A type
+ * of 4 bits has only 16 values per scale: they are formed once, and nibbles look them up.
+ */
+#include <stdint.h>
+#include <string.h>
+
+#include "half.h"
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE float half_at(const uint8_t *p) {
+    uint16_t h;
+    memcpy(&h, p, 2);
+#if defined(__F16C__)
+    return _cvtsh_ss(h);
+#else
+    return of_half(h);
+#endif
+}
+
+INLINE uint16_t bf16_of(float x) {
+    uint32_t b;
+    memcpy(&b, &x, 4);
+    const uint32_t rounded = (b + 0x7fff + (b >> 16 & 1)) >> 16;
+    return (uint16_t)((b & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+/* Where values go: bf16 or float32. */
+struct sink {
+    void *out;
+    int is_bf16;
+};
+
+INLINE void put(const struct sink *s, int at, const float *values, int n) {
+    if (s->is_bf16) {
+        uint16_t *out = (uint16_t *)s->out + at;
+        for (int i = 0; i < n; i++) out[i] = bf16_of(values[i]);
+    } else
+        memcpy((float *)s->out + at, values, (size_t)n * sizeof(float));
+}
+
+/* The 16 values of one scale, looked up by the low (shift 0) or high (shift 4) halves of 16 octets. */
+#if defined(__AVX512BW__)
+struct table {
+    __m512 values;
+    __m256i rounded;
+};
+
+INLINE struct table table_of(__m512 values, int is_bf16) {
+    struct table t = {values, _mm256_setzero_si256()};
+    if (is_bf16) {
+        const __m512i b = _mm512_castps_si512(values);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
+        __m512i r = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(b, _mm512_set1_epi32(0x7fff)), odd), 16);
+        const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+        r = _mm512_mask_mov_epi32(r, nan, _mm512_set1_epi32(0x7fc0));
+        t.rounded = _mm512_cvtepi32_epi16(r);
+    }
+    return t;
+}
+
+INLINE struct table scaled(const float *levels, float step, int is_bf16) {
+    return table_of(_mm512_mul_ps(_mm512_loadu_ps(levels), _mm512_set1_ps(step)), is_bf16);
+}
+
+/* levels * step + shift; a difference is a sum with the negated minimum, which rounds alike. */
+INLINE struct table shifted(const float *levels, float step, float shift, int is_bf16) {
+    const __m512 product = _mm512_mul_ps(_mm512_loadu_ps(levels), _mm512_set1_ps(step));
+    return table_of(_mm512_add_ps(product, _mm512_set1_ps(shift)), is_bf16);
+}
+
+INLINE void put_nibbles(const struct sink *s, int at, const struct table *t, const uint8_t *octets, int shift) {
+    const __m128i raw = _mm_loadu_si128((const __m128i *)octets);
+    if (s->is_bf16) {
+        const __m256i words = _mm256_srli_epi16(_mm256_cvtepu8_epi16(raw), shift); /* vpermw reads four bits */
+        _mm256_storeu_si256((__m256i *)((uint16_t *)s->out + at), _mm256_permutexvar_epi16(words, t->rounded));
+    } else {
+        const __m512i words = _mm512_srli_epi32(_mm512_cvtepu8_epi32(raw), shift);
+        _mm512_storeu_ps((float *)s->out + at, _mm512_permutexvar_ps(words, t->values));
+    }
+}
+#elif defined(__AVX2__)
+struct table {
+    __m256 values[2];
+    __m128i low, high; /* the bytes of the rounded values */
+};
+
+INLINE __m256i round_eight(__m256 values) {
+    const __m256i b = _mm256_castps_si256(values);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(b, 16), _mm256_set1_epi32(1));
+    const __m256i r = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(b, _mm256_set1_epi32(0x7fff)), odd), 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(values, values, _CMP_UNORD_Q));
+    return _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc0), nan);
+}
+
+INLINE struct table table_of(__m256 first, __m256 second, int is_bf16) {
+    struct table t = {{first, second}, _mm_setzero_si128(), _mm_setzero_si128()};
+    if (is_bf16) {
+        __m256i r = _mm256_packus_epi32(round_eight(first), round_eight(second));
+        r = _mm256_permute4x64_epi64(r, 0xd8); /* 16 words in order */
+        const __m256i low = _mm256_and_si256(r, _mm256_set1_epi16(0xff)), high = _mm256_srli_epi16(r, 8);
+        t.low = _mm_packus_epi16(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+        t.high = _mm_packus_epi16(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+    }
+    return t;
+}
+
+INLINE struct table scaled(const float *levels, float step, int is_bf16) {
+    const __m256 each = _mm256_set1_ps(step);
+    return table_of(_mm256_mul_ps(_mm256_loadu_ps(levels), each), _mm256_mul_ps(_mm256_loadu_ps(levels + 8), each),
+                    is_bf16);
+}
+
+/* levels * step + shift; a difference is a sum with the negated minimum, which rounds alike. */
+INLINE struct table shifted(const float *levels, float step, float shift, int is_bf16) {
+    const __m256 each = _mm256_set1_ps(step), more = _mm256_set1_ps(shift);
+    return table_of(_mm256_add_ps(_mm256_mul_ps(_mm256_loadu_ps(levels), each), more),
+                    _mm256_add_ps(_mm256_mul_ps(_mm256_loadu_ps(levels + 8), each), more), is_bf16);
+}
+
+INLINE void put_nibbles(const struct sink *s, int at, const struct table *t, const uint8_t *octets, int shift) {
+    if (s->is_bf16) {
+        __m128i q = _mm_loadu_si128((const __m128i *)octets);
+        q = _mm_and_si128(shift ? _mm_srli_epi16(q, 4) : q, _mm_set1_epi8(15));
+        const __m128i low = _mm_shuffle_epi8(t->low, q), high = _mm_shuffle_epi8(t->high, q);
+        __m128i *out = (__m128i *)((uint16_t *)s->out + at);
+        _mm_storeu_si128(out, _mm_unpacklo_epi8(low, high));
+        _mm_storeu_si128(out + 1, _mm_unpackhi_epi8(low, high));
+    } else
+        for (int i = 0; i < 16; i++) ((float *)s->out)[at + i] = ((const float *)t->values)[octets[i] >> shift & 15];
+}
+#else
+struct table {
+    float values[16];
+    uint16_t rounded[16];
+};
+
+/* levels * step + shift; a difference is a sum with the negated minimum, which rounds alike. */
+INLINE struct table shifted(const float *levels, float step, float shift, int is_bf16) {
+    struct table t;
+    for (int i = 0; i < 16; i++) t.values[i] = levels[i] * step + shift;
+    for (int i = 0; i < 16; i++) t.rounded[i] = is_bf16 ? bf16_of(t.values[i]) : 0;
+    return t;
+}
+
+INLINE struct table scaled(const float *levels, float step, int is_bf16) {
+    struct table t;
+    for (int i = 0; i < 16; i++) t.values[i] = levels[i] * step;
+    for (int i = 0; i < 16; i++) t.rounded[i] = is_bf16 ? bf16_of(t.values[i]) : 0;
+    return t;
+}
+
+INLINE void put_nibbles(const struct sink *s, int at, const struct table *t, const uint8_t *octets, int shift) {
+    if (s->is_bf16)
+        for (int i = 0; i < 16; i++) ((uint16_t *)s->out)[at + i] = t->rounded[octets[i] >> shift & 15];
+    else
+        for (int i = 0; i < 16; i++) ((float *)s->out)[at + i] = t->values[octets[i] >> shift & 15];
+}
+#endif
+
+static const float CODES[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+static const float CENTERED[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+static const float IQ4_LEVELS[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+static const float E2M1_TWICE[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
+/* 32 values of one table: low halves, then high halves. */
+INLINE void put_block(const struct sink *s, int at, struct table t, const uint8_t *octets) {
+    put_nibbles(s, at, &t, octets, 0);
+    put_nibbles(s, at + 16, &t, octets, 4);
+}
+
+INLINE void q4_0(const uint8_t *b, const struct sink *s, int at) {
+    put_block(s, at, scaled(CENTERED, half_at(b), s->is_bf16), b + 2);
+}
+
+INLINE void q4_1(const uint8_t *b, const struct sink *s, int at) {
+    put_block(s, at, shifted(CODES, half_at(b), half_at(b + 2), s->is_bf16), b + 4);
+}
+
+INLINE void iq4_nl(const uint8_t *b, const struct sink *s, int at) {
+    put_block(s, at, scaled(IQ4_LEVELS, half_at(b), s->is_bf16), b + 2);
+}
+
+INLINE void mxfp4(const uint8_t *b, const struct sink *s, int at) {
+    const uint32_t bits = b[0] < 2 ? 0x200000u << b[0] : (uint32_t)(b[0] - 1) << 23; /* half of 2^(e - 127) */
+    float scale;
+    memcpy(&scale, &bits, 4);
+    put_block(s, at, scaled(E2M1_TWICE, scale, s->is_bf16), b + 1);
+}
+
+INLINE void iq4_xs(const uint8_t *b, const struct sink *s, int at) {
+    const float d = half_at(b);
+    for (int j = 0; j < 8; j++) {
+        const int low = b[4 + j / 2] >> 4 * (j & 1) & 15, high = b[2 + j / 4] >> 2 * (j & 3) & 3;
+        const float step = d * (float)((low | high << 4) - 32);
+        put_block(s, at + 32 * j, scaled(IQ4_LEVELS, step, s->is_bf16), b + 8 + 16 * j);
+    }
+}
+
+/* The eight steps and negated minima of Q4_K and Q5_K: two float16, then 12 bytes that hold 6 bits of each. */
+struct eighths {
+    float step[8], shift[8];
+};
+
+INLINE struct eighths eighths_of(const uint8_t *b) {
+    struct eighths e;
+    const float d = half_at(b), dmin = half_at(b + 2);
+    const uint8_t *p = b + 4;
+    for (int j = 0; j < 4; j++) {
+        e.step[j] = d * (float)(p[j] & 63);
+        e.shift[j] = -(dmin * (float)(p[j + 4] & 63));
+        e.step[j + 4] = d * (float)((p[j + 8] & 15) | (p[j] >> 6) << 4);
+        e.shift[j + 4] = -(dmin * (float)(p[j + 8] >> 4 | (p[j + 4] >> 6) << 4));
+    }
+    return e;
+}
+
+INLINE void q4_k(const uint8_t *b, const struct sink *s, int at) {
+    const struct eighths e = eighths_of(b);
+    UNROLL for (int j = 0; j < 8; j++) {
+        const struct table t = shifted(CODES, e.step[j], e.shift[j], s->is_bf16);
+        const uint8_t *octets = b + 16 + 32 * (j / 2);
+        put_nibbles(s, at + 32 * j, &t, octets, 4 * (j & 1));
+        put_nibbles(s, at + 32 * j + 16, &t, octets + 16, 4 * (j & 1));
+    }
+}
+
+/* Codes of 5 bits in a block of 32: fifth bits as one little-endian word, then nibbles. */
+INLINE void five_bits(const uint8_t *fifth, const uint8_t *octets, int *codes) {
+    const uint32_t bits = fifth[0] | fifth[1] << 8 | fifth[2] << 16 | (uint32_t)fifth[3] << 24;
+    for (int i = 0; i < 16; i++) {
+        codes[i] = (octets[i] & 15) | (int)(bits >> i & 1) << 4;
+        codes[i + 16] = octets[i] >> 4 | (int)(bits >> (i + 16) & 1) << 4;
+    }
+}
+
+INLINE void q5_0(const uint8_t *b, const struct sink *s, int at) {
+    int codes[32];
+    float v[32];
+    const float d = half_at(b);
+    five_bits(b + 2, b + 6, codes);
+    for (int i = 0; i < 32; i++) v[i] = (float)(codes[i] - 16) * d;
+    put(s, at, v, 32);
+}
+
+INLINE void q5_1(const uint8_t *b, const struct sink *s, int at) {
+    int codes[32];
+    float v[32];
+    const float d = half_at(b), m = half_at(b + 2);
+    five_bits(b + 4, b + 8, codes);
+    for (int i = 0; i < 32; i++) v[i] = (float)codes[i] * d + m;
+    put(s, at, v, 32);
+}
+
+INLINE void q8_0(const uint8_t *b, const struct sink *s, int at) {
+    float v[32];
+    const float d = half_at(b);
+    for (int i = 0; i < 32; i++) v[i] = (float)(int8_t)b[2 + i] * d;
+    put(s, at, v, 32);
+}
+
+INLINE void q2_k(const uint8_t *b, const struct sink *s, int at) {
+    float v[16];
+    const float d = half_at(b + 80), dmin = half_at(b + 82);
+    for (int g = 0; g < 16; g++) {
+        const uint8_t *octets = b + 16 + 32 * (g / 8) + 16 * (g & 1);
+        const int shift = 2 * (g / 2 % 4);
+        const float step = d * (float)(b[g] & 15), least = dmin * (float)(b[g] >> 4);
+        for (int i = 0; i < 16; i++) v[i] = (float)(octets[i] >> shift & 3) * step - least;
+        put(s, at + 16 * g, v, 16);
+    }
+}
+
+INLINE void q3_k(const uint8_t *b, const struct sink *s, int at) {
+    float v[32];
+    const float d = half_at(b + 108);
+    const uint8_t *p = b + 96;
+    for (int j = 0; j < 8; j++) {
+        const uint8_t *octets = b + 32 + 32 * (j / 4);
+        const int shift = 2 * (j % 4);
+        float step[2];
+        for (int k = 0; k < 2; k++) {
+            const int g = 2 * j + k, low = g < 8 ? p[g] & 15 : p[g - 8] >> 4, high = p[8 + g % 4] >> 2 * (g / 4) & 3;
+            step[k] = d * (float)((low | high << 4) - 32);
+        }
+        for (int i = 0; i < 32; i++) v[i] = (float)(((octets[i] >> shift & 3) | (b[i] >> j & 1) << 2) - 4);
+        for (int i = 0; i < 16; i++) v[i] *= step[0];
+        for (int i = 16; i < 32; i++) v[i] *= step[1];
+        put(s, at + 32 * j, v, 32);
+    }
+}
+
+INLINE void q5_k(const uint8_t *b, const struct sink *s, int at) {
+    float v[32];
+    const struct eighths e = eighths_of(b);
+    for (int j = 0; j < 8; j++) {
+        const uint8_t *octets = b + 48 + 32 * (j / 2), *fifth = b + 16;
+        const int shift = 4 * (j & 1);
+        for (int i = 0; i < 32; i++)
+            v[i] = (float)((octets[i] >> shift & 15) | (fifth[i] >> j & 1) << 4) * e.step[j] + e.shift[j];
+        put(s, at + 32 * j, v, 32);
+    }
+}
+
+INLINE void q6_k(const uint8_t *b, const struct sink *s, int at) {
+    uint8_t codes[256];
+    float v[16];
+    const float d = half_at(b + 208);
+    UNROLL for (int j = 0; j < 8; j++)
+        for (int i = 0; i < 32; i++) {
+            const uint8_t low = b[64 * (j / 4) + 32 * (j & 1) + i], high = b[128 + 32 * (j / 4) + i];
+            codes[32 * j + i] = (low >> 4 * (j / 2 % 2) & 15) | (high >> 2 * (j % 4) & 3) << 4;
+        }
+    for (int g = 0; g < 16; g++) {
+        const float step = d * (float)(int8_t)b[192 + g];
+        for (int i = 0; i < 16; i++) v[i] = (float)(codes[16 * g + i] - 32) * step;
+        put(s, at + 16 * g, v, 16);
+    }
+}
+
+#define EACH(function, nbytes, count)                                                                                \
+    for (int i = first; i < last; i++) {                                                                             \
+        const struct sink s = {(uint8_t *)d->out + (size_t)i * count * (is_bf16 ? 2 : 4), is_bf16};                  \
+        function(d->blocks + (size_t)i * nbytes, &s, 0);                                                             \
+    }                                                                                                                \
+    break;
+
+INLINE void decode_range(const struct decoding *d, int first, int last, const int is_bf16) {
+    switch (d->type) {
+    case 2: EACH(q4_0, 18, 32)
+    case 3: EACH(q4_1, 20, 32)
+    case 6: EACH(q5_0, 22, 32)
+    case 7: EACH(q5_1, 24, 32)
+    case 8: EACH(q8_0, 34, 32)
+    case 10: EACH(q2_k, 84, 256)
+    case 11: EACH(q3_k, 110, 256)
+    case 12: EACH(q4_k, 144, 256)
+    case 13: EACH(q5_k, 176, 256)
+    case 14: EACH(q6_k, 210, 256)
+    case 20: EACH(iq4_nl, 18, 32)
+    case 23: EACH(iq4_xs, 136, 256)
+    case 39: EACH(mxfp4, 17, 32)
+    }
+}
+
+/* Decode blocks first .. last - 1. The output's type is a constant for the compiler in each of the two. */
+void DECODE(const struct decoding *d, int first, int last) {
+    if (d->out_type == SCALE_BF16)
+        decode_range(d, first, last, 1);
+    else
+        decode_range(d, first, last, 0);
+}
