@@ -43,6 +43,7 @@ from offmoe.transfer.engine import TransferEngine
 from offmoe.transfer.host_exchange import HostExchange
 from offmoe.transfer.slot_writer import SlotWriter
 from offmoe.types import CacheStats
+from offmoe.warm_start import WarmStart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,6 +76,8 @@ def from_pretrained(
     half_life: float | None = None,
     popularity: tuple[tuple[float, ...], ...] | None = None,
     host_slots: int | tuple[int, ...] | None = None,
+    state: str | os.PathLike[str] | None = None,
+    fill: bool | None = None,
     trace: str | os.PathLike[str] | None = None,
     dtype: str | torch.dtype | None = None,
     **hf_kwargs: Any,
@@ -82,7 +85,7 @@ def from_pretrained(
     """Load a Mixture-of-Experts model of transformers whose experts stay outside the device.
 
     The result is an instance of the architecture's own class, in eval mode, with the runtime at `model.offload`. The
-    options from `device` to `host_slots` are those of `OffloadConfig`, which says what each of them means.
+    options from `device` to `fill` are those of `OffloadConfig`, which says what each of them means.
 
     Args:
         model: A folder, a .gguf file (any part of a split one), a Hub id such as "mistralai/Mixtral-8x7B-v0.1", or
@@ -163,9 +166,11 @@ def load(inspected: Inspected, *, name: str = "", trace: str | os.PathLike[str] 
         CapacityError: the system does not give the memory.
     """
     inspected = fetch(inspected)
-    catalog, config = inspected.catalog, inspected.config
+    catalog = inspected.catalog
     with ExitStack() as closing:
         closing.callback(inspected.release)
+        warm = WarmStart(name, inspected.checkpoint, catalog, inspected.config)
+        config = warm.config
         planner = build_planner(config.cache(), catalog.shape)
         writer = None if trace is None else TraceWriter(trace, name, catalog.shape, config.cache())
         model = _load_dense(inspected, closing)
@@ -176,7 +181,9 @@ def load(inspected: Inspected, *, name: str = "", trace: str | os.PathLike[str] 
         executor.trace = writer
         for layer, module in zip(layers, modules, strict=True):
             attach(module, executor, layer)
-        Offload(model, config, inspected.plan, executor, modules, closing, _pass_room(model, inspected))
+        Offload(model, config, inspected.plan, executor, modules, closing, _pass_room(model, inspected), warm)
+        if config.fills:
+            executor.fill(warm.order())
     return cast("OffloadedModel", model)
 
 

@@ -8,10 +8,10 @@ Options come from arguments and profiles, never from environment variables. Valu
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from offmoe.checks import check_counts, check_slots, one_of, per_layer
 from offmoe.errors import ConfigError
 from offmoe.eviction_names import EVICTIONS as EVICTIONS
 from offmoe.eviction_names import check_eviction
@@ -37,6 +37,7 @@ class CacheOptions:
 
     Their meaning is that of `OffloadConfig`, with every default filled in. With scope="model" slots_per_layer adds up
     to the size of the pool, so single layers may have 0. miss_costs is None where the device computes every expert.
+    warm_counts is None without the state of an earlier run.
 
     Raises:
         ConfigError: A value cannot be used; the message names the option.
@@ -51,15 +52,16 @@ class CacheOptions:
     host_slots: int | tuple[int, ...] = 0
     on_miss: str = "fetch"
     miss_costs: MissCosts | None = None
+    warm_counts: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         check_eviction(self.eviction)
-        _one_of("scope", self.scope, SCOPES)
-        _one_of("on_miss", self.on_miss, ON_MISS)
+        one_of("scope", self.scope, SCOPES)
+        one_of("on_miss", self.on_miss, ON_MISS)
         if self.prefetch != "auto" and (type(self.prefetch) is not int or self.prefetch < 0):
             raise ConfigError(f"prefetch={self.prefetch!r} must be 'auto' or a number of experts per layer (0 = off).")
-        _check_slots(self.slots_per_layer)
-        _check_slots(self.host_slots, "host_slots", least=0)
+        check_slots(self.slots_per_layer)
+        check_slots(self.host_slots, "host_slots", least=0)
         if isinstance(self.half_life, bool) or not isinstance(self.half_life, (int, float)) or not self.half_life > 0:
             raise ConfigError(f"half_life={self.half_life!r} must be a positive number of accesses.")
         if (self.eviction == "static") != (self.popularity is not None):
@@ -71,13 +73,14 @@ class CacheOptions:
     def popularity_of(self, shape: CacheShape) -> tuple[tuple[float, ...], ...]:
         """The popularity, which must have been set; ConfigError if it was counted on another model."""
         assert self.popularity is not None
-        if tuple(map(len, self.popularity)) != shape.experts:
-            raise ConfigError(
-                f"the popularity for eviction='static' was counted on another model: {len(self.popularity)} layers of "
-                f"{sorted(set(map(len, self.popularity)))} experts; this one has {shape.layers} of "
-                f"{sorted(set(shape.experts))}."
-            )
+        check_counts("the popularity for eviction='static' was", self.popularity, shape)
         return self.popularity
+
+    def warm_counts_of(self, shape: CacheShape) -> tuple[tuple[float, ...], ...] | None:
+        """The counts of an earlier run, None without one; ConfigError if they are of another model."""
+        if self.warm_counts is not None:
+            check_counts("the warm_counts were", self.warm_counts, shape)
+        return self.warm_counts
 
     def quotas(self, shape: CacheShape) -> tuple[int, ...]:
         """Slots of each MoE layer, at most as many as it has experts. In one pool only their sum counts.
@@ -85,7 +88,7 @@ class CacheOptions:
         Raises:
             ConfigError: a layer has no slot of its own, or the pool has fewer than `MIN_SLOTS`.
         """
-        quotas = _per_layer("slots_per_layer", self.slots_per_layer, shape)
+        quotas = per_layer("slots_per_layer", self.slots_per_layer, shape)
         if self.scope == "layer" and 0 in quotas:
             raise ConfigError(
                 f"slots_per_layer=0 for MoE layer {quotas.index(0)}: with scope='layer' every layer needs a slot of "
@@ -101,7 +104,7 @@ class CacheOptions:
 
     def host_quotas(self, shape: CacheShape) -> tuple[int, ...]:
         """Slots in RAM of each MoE layer, at most as many as it has experts."""
-        return _per_layer("host_slots", self.host_slots, shape)
+        return per_layer("host_slots", self.host_slots, shape)
 
     def check(self, shape: CacheShape) -> None:
         """ConfigError if these options do not fit a model of this shape."""
@@ -109,10 +112,11 @@ class CacheOptions:
         self.host_quotas(shape)
         if self.popularity is not None:
             self.popularity_of(shape)
+        self.warm_counts_of(shape)
 
     def to_dict(self) -> dict[str, Any]:
         """Values for JSON, without the options that only some policies or machines set."""
-        unset = {"popularity": None, "host_slots": 0, "miss_costs": None}
+        unset = {"popularity": None, "host_slots": 0, "miss_costs": None, "warm_counts": None}
         return {name: value for name, value in asdict(self).items() if name not in unset or value != unset[name]}
 
     @classmethod
@@ -129,11 +133,12 @@ class CacheOptions:
                 values["miss_costs"] = MissCosts(**values["miss_costs"])
             except TypeError as error:
                 raise ConfigError(f"miss_costs: {error}.") from None
-        if values.get("popularity") is not None:
-            try:
-                values["popularity"] = tuple(tuple(map(float, layer)) for layer in values["popularity"])
-            except (TypeError, ValueError):
-                raise ConfigError("popularity must be one list of numbers per MoE layer.") from None
+        for name in ("popularity", "warm_counts"):
+            if values.get(name) is not None:
+                try:
+                    values[name] = tuple(tuple(map(float, layer)) for layer in values[name])
+                except (TypeError, ValueError):
+                    raise ConfigError(f"{name} must be one list of numbers per MoE layer.") from None
         return cls(**values)
 
 
@@ -198,8 +203,17 @@ class OffloadConfig:
             profile's. Errors: numbers of another model.
         host_slots: Most experts to hold in RAM between disk and device, per MoE layer: one number, or one per layer.
             After loading, how many are held. Default: the profile's, else as many as fit in host_memory.
+        state: File of routing counts and residents that `model.offload.save_state` wrote in an earlier run. Experts are
+            read into free slots and RAM in the background, the most popular first, and eviction="aged-lfu" begins with
+            the counts. A file that does not exist yet, is damaged, or is of another model is ignored, which is logged.
+            Default: none; `offmoe generate` and `offmoe serve` keep one per model in the user's cache folder.
+        fill: Whether experts are read into free slots and RAM in the background after loading: in the order of the
+            state, else of popularity, else of the files. Reading pauses while a miss waits for the disk. Default: True
+            with a state, else False; `offmoe generate` and `offmoe serve` always fill.
         miss_costs: Times to weigh a fetch against computing on the host. Not an option for users: loading sets it from
             the profile's costs or from assumed ones.
+        warm_counts: Share of the tokens that each expert of each MoE layer served in an earlier run. Not an option for
+            users: loading sets it from the state.
 
     Raises:
         ConfigError: A value cannot be used. The message names the option, the value and what would work.
@@ -222,15 +236,18 @@ class OffloadConfig:
     half_life: float | None = None
     popularity: tuple[tuple[float, ...], ...] | None = None
     host_slots: int | tuple[int, ...] | None = None
+    state: str | os.PathLike[str] | None = None
+    fill: bool | None = None
     miss_costs: MissCosts | None = None
+    warm_counts: tuple[tuple[float, ...], ...] | None = None
     explicit: frozenset[str] = field(init=False, repr=False, compare=False)
     """Names of the options that were given, so that a later profile does not replace them."""
 
     def __post_init__(self) -> None:
         self._fill_in()
         for name, allowed in CHOICES.items():
-            _one_of(name, getattr(self, name), allowed)
-        _one_of("scope", self.scope, (*SCOPES, "auto"))
+            one_of(name, getattr(self, name), allowed)
+        one_of("scope", self.scope, (*SCOPES, "auto"))
         self._check_exactness()
         for name in ("device_memory", "host_memory"):
             value = getattr(self, name)
@@ -243,6 +260,10 @@ class OffloadConfig:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or not 1 <= value <= LARGEST):
                 raise ConfigError(f"{name}={value!r} must be a positive number of tokens.")
+        if not isinstance(self.state, str | os.PathLike | None):
+            raise ConfigError(f"state={self.state!r} must be the path of a file; model.offload.save_state writes one.")
+        if self.fill is not None and not isinstance(self.fill, bool):
+            raise ConfigError(f"fill={self.fill!r} must be True or False.")
 
     def resolved(self, **values: Any) -> OffloadConfig:
         """A copy with "auto" values replaced.
@@ -264,6 +285,11 @@ class OffloadConfig:
     def is_numeric(self) -> bool:
         """Whether results may differ from stock transformers by the order of sums."""
         return self.exactness == "numeric" or (self.exactness == "auto" and self.experts != "native")
+
+    @property
+    def fills(self) -> bool:
+        """Whether experts are read into free slots and RAM in the background."""
+        return self.state is not None if self.fill is None else self.fill
 
     def most_in_ram(self, shape: CacheShape) -> tuple[int, ...]:
         """Most experts of each MoE layer that may have a slot in RAM."""
@@ -313,25 +339,3 @@ class OffloadConfig:
                 "activations='int8' rounds the inputs of experts, which is not bitwise: use exactness='numeric' with "
                 "it, or experts='int4' or 'int8'."
             )
-
-
-def _one_of(option: str, value: object, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{option}={value!r} is unknown. Use one of: {', '.join(allowed)}.")
-
-
-def _per_layer(option: str, slots: int | tuple[int, ...], shape: CacheShape) -> tuple[int, ...]:
-    """Slots of each MoE layer, at most as many as it has experts."""
-    wanted = (slots,) * shape.layers if isinstance(slots, int) else tuple(slots)
-    if len(wanted) != shape.layers:
-        raise ConfigError(f"{option} has {len(wanted)} values, but the model has {shape.layers} MoE layers.")
-    return tuple(map(min, wanted, shape.experts))
-
-
-def _check_slots(slots: object, option: str = "slots_per_layer", least: int = 1) -> None:
-    is_list = isinstance(slots, (list, tuple)) and bool(slots)
-    values = slots if isinstance(slots, (list, tuple)) and slots else (slots,)
-    if not all(isinstance(n, int) and not isinstance(n, bool) for n in values):
-        raise ConfigError(f"{option}={slots!r} must be an int or one int per MoE layer.")
-    if min(values) < (0 if is_list else least):
-        raise ConfigError(f"{option}={slots!r} must be a {'positive' if least else 'non-negative'} int.")

@@ -28,8 +28,10 @@ from offmoe.hf.predict.router_probe import RouterProbe
 from offmoe.runtime.executor import ExpertExecutor, Predictor
 from offmoe.text import format_size
 from offmoe.trace.recorder import TraceWriter
+from offmoe.transfer.fill_queue import FillProgress
 from offmoe.transfer.reader import Reader
 from offmoe.types import CacheShape, CacheStats
+from offmoe.warm_start import WarmStart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,6 +98,7 @@ class Offload:
         experts: The experts module of each MoE layer.
         closing: Callbacks that end the runtime; the handle takes them over.
         room: What forward passes may take by the plan.
+        warm: The state of earlier runs.
     """
 
     def __init__(
@@ -107,11 +110,13 @@ class Offload:
         experts: Sequence[nn.Module],
         closing: ExitStack,
         room: PassRoom,
+        warm: WarmStart,
     ):
         self.config = config
         """The options as resolved. An "auto" left in prefetch or on_miss is a policy that decides while running."""
         self._plan, self._room = plan, room
         self._executor = executor
+        self._warm = warm
         self._baseline = CacheStats.for_layers(executor.shape.layers)
         self._prediction: _Prediction | None = None
         self._encoded = False
@@ -145,6 +150,27 @@ class Offload:
     def reset_stats(self) -> None:
         """Let `stats` count from zero again."""
         self._baseline = self._executor.stats.copy()
+
+    def save_state(self, path: str | os.PathLike[str]) -> None:
+        """Write how often each expert was used, and which ones are resident, for `from_pretrained(state=path)`.
+
+        Counts of the state that the model was loaded with go on. The file gets its name only when it is whole.
+
+        Args:
+            path: The file to write; one that exists is replaced.
+
+        Raises:
+            OffmoeError: The file cannot be written, or another thread is generating.
+        """
+        with self._executor.user:
+            self._warm.save(path, self._executor)
+
+    def fill_progress(self) -> FillProgress:
+        """How far the background fill has come: experts and bytes of all that it set out to bring. Any thread may ask.
+
+        All of it is zero for a model that was loaded without `state` and `fill`.
+        """
+        return self._executor.fill_progress
 
     def predict_with(self, predictor: Predictor) -> None:
         """Predict the experts of the next layer with `predictor` in place of that layer's own router."""

@@ -17,6 +17,9 @@ of 69 MB, parts of 8 MB left 6 ms of copying and computing behind the last read,
 costs its reader 0.1 ms besides reading, so the largest experts have larger parts."""
 AHEAD_BYTES = 1024 * 1024
 """Bytes per system call of a speculative read. Small, so that a canceled prefetch stops quickly."""
+FILL_BYTES = 4 * 1024 * 1024
+"""Bytes per system call of the background fill while the model is idle. Four readers then have 16 MB under way, which
+the first demand waits for at most."""
 STOP_BYTES = READERS // 2 * AHEAD_BYTES
 """Bytes that are still read after a speculative read is canceled: at most half of the readers are speculating."""
 

@@ -70,6 +70,18 @@ class Fetch(NamedTuple):
     read_ahead: bool = False
 
 
+class Fill(NamedTuple):
+    """An expert that is read in the background, and the free places that it goes to.
+
+    slot: the slot of the device; None: none.
+    host: the RAM slot; None: none. At least one of the two is set.
+    """
+
+    key: ExpertKey
+    slot: int | None
+    host: int | None
+
+
 class Wave(NamedTuple):
     """Experts of one layer that have slots at the same time.
 
@@ -154,6 +166,7 @@ class CacheStats:
     evictions: experts that lost their slot.
     h2d_bytes: moved into device slots (on a CPU these are RAM); experts that the host computes do not count.
     disk_bytes: read from disk; a read ahead counts as a whole, however soon it was stopped.
+    filled: slots and RAM slots that the background fill gave to an expert. Their bytes are in no other count.
     stall_s: seconds that computing waited for experts. Not compared by `==`.
     by_layer: the same counts for each MoE layer.
 
@@ -169,6 +182,7 @@ class CacheStats:
     evictions: int = 0
     h2d_bytes: int = 0
     disk_bytes: int = 0
+    filled: int = 0
     stall_s: float = field(default=0.0, compare=False)
     by_layer: list[CacheStats] = field(default_factory=list)
 
@@ -220,6 +234,11 @@ class CacheStats:
         """Count `seconds` that the computing of `layer` waited."""
         self.stall_s += seconds
         self.by_layer[layer].stall_s += seconds
+
+    def filled_by(self, expert: ExpertKey, count: int = 1) -> None:
+        """Add `count` slots that the background fill gave to an expert."""
+        self.filled += count
+        self.by_layer[expert.layer].filled += count
 
     def __add__(self, other: CacheStats) -> CacheStats:
         return self._combined(other, operator.add)

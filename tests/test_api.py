@@ -23,7 +23,7 @@ from tests import tiny
 
 PARAMETERS = inspect.signature(offmoe.from_pretrained).parameters
 LOADING = {"model", "offload_config", "trace", "dtype", "hf_kwargs"}
-INTERNAL = {"miss_costs"}
+INTERNAL = {"miss_costs", "warm_counts"}
 
 
 @pytest.fixture

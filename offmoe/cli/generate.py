@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -19,6 +19,7 @@ from offmoe.cli.choices import say_what_is_faster
 from offmoe.cli.decoding import Decoding
 from offmoe.cli.model import open_model
 from offmoe.cli.output import Output, new_table
+from offmoe.cli.state_file import check_state
 from offmoe.errors import ConfigError
 from offmoe.text import format_size, or_dash, percent
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from offmoe.handle import Offload
+    from offmoe.transfer.fill_queue import FillProgress
     from offmoe.types import CacheStats
 
 
@@ -40,28 +42,31 @@ def parser() -> options.Parser:
     group = prompts.add_generating(parser)
     group.add_argument("--trace", metavar="FILE", help="record the routing into this .npz file")
     options.add_cache(parser)
+    options.add_state(parser)
     return parser
 
 
 def run(args: argparse.Namespace, out: Output) -> None:
     prompts.sampling(args)
     prompt = _prompt(args)
+    check_state(args)
     with open_model(args, out, trace=args.trace) as opened:
         say_what_is_faster(args, opened.inspected, out)
         tokenizer = prompts.load_tokenizer(opened.inspected.source.model)
         ids = prompts.encode(tokenizer, prompt, args.chat_template)
         decoding = Decoding.of(args, opened.inspected, tokenizer, out)
         new_tokens = decoding.new_tokens(args.max_new_tokens, ids, opened.inspected, out)
-        model, offload = opened.load(args.trace)
+        model, offload = opened.load(args.trace, warm=True)
         prompts.check_vocabulary(model, ids)
         prompts.seed(args.seed)
-        clock = TextStream(tokenizer, out) if decoding.streams else StepClock()
-        sequences = decoding.generate(model, ids, new_tokens, clock)
+        with out.polled("filling", lambda: offload.fill_progress()[1:4:2]) as end_bar:
+            clock = TextStream(tokenizer, out, end_bar) if decoding.streams else StepClock()
+            sequences = decoding.generate(model, ids, new_tokens, clock)
         texts = [clock.text] if isinstance(clock, TextStream) else _show_texts(sequences, tokenizer, out)
-        stats = offload.stats()
+        stats, fill = offload.stats(), offload.fill_progress()
         if offload.trace is not None:
             offload.trace.pieces.update(prompts.pieces(tokenizer, offload.trace.tokens_seen()))
-    _show(args, out, clock, ids.shape[1], offload, stats)
+    _show(args, out, clock, ids.shape[1], offload, stats, fill)
     out.json(
         {
             "text": texts[0],
@@ -71,6 +76,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
             "ttft_s": clock.first_s,
             "tokens_per_s": clock.tokens_per_s,
             "stats": stats.to_dict(),
+            "fill": fill._asdict(),
             "memory": offload.memory().to_dict(),
         }
     )
@@ -84,7 +90,13 @@ def _show_texts(sequences: Sequence[Tensor], tokenizer: PreTrainedTokenizerBase,
 
 
 def _show(
-    args: argparse.Namespace, out: Output, stream: StepClock, prompt_tokens: int, offload: Offload, stats: CacheStats
+    args: argparse.Namespace,
+    out: Output,
+    stream: StepClock,
+    prompt_tokens: int,
+    offload: Offload,
+    stats: CacheStats,
+    fill: FillProgress,
 ) -> None:
     waited = f", {stats.stall_s:.2f} s of it waiting for experts" if stats.stall_s >= 0.005 else ""
     out.details(
@@ -92,11 +104,20 @@ def _show(
         f"{prompt_tokens} prompt tokens, {stream.count} new; first after "
         f"{or_dash(stream.first_s, '{:.2f} s'.format)}, "
         f"then {or_dash(stream.tokens_per_s, '{:.1f} tokens/s'.format, dash='no more')}{waited}",
-        f"read from disk {format_size(stats.disk_bytes)}, moved into slots {format_size(stats.h2d_bytes)}",
+        f"read from disk {format_size(stats.disk_bytes)}, moved into slots {format_size(stats.h2d_bytes)}"
+        + _filled(fill),
         f"memory on {offload.config.device}: {offload.memory().describe()}",
     )
     if args.trace is not None:
         out.note(f"routing recorded in {args.trace}; replay it with: offmoe simulate {args.trace}")
+
+
+def _filled(fill: FillProgress) -> str:
+    """The end of the line about what was read: what the background fill brought, if there was any."""
+    if not fill.total_experts:
+        return ""
+    part = "" if fill.experts == fill.total_experts else f" of {fill.total_experts}"
+    return f"; {fill.experts}{part} experts ({format_size(fill.nbytes)}) in the background"
 
 
 class StepClock(prompts.NewTokens):
@@ -130,9 +151,10 @@ class TextStream(StepClock):
     shown when its last token has arrived.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, out: Output):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, out: Output, on_text: Callable[[], None] = lambda: None):
+        """on_text: called before text is shown, each time."""
         super().__init__()
-        self._tokenizer, self._out = tokenizer, out
+        self._tokenizer, self._out, self._on_text = tokenizer, out, on_text
         self._ids: list[int] = []
         self._window, self._shown = 0, 0
         self.text = ""
@@ -161,6 +183,7 @@ class TextStream(StepClock):
 
     def _show(self, piece: str) -> None:
         self.text += piece
+        self._on_text()
         self._out.text(piece)
 
 

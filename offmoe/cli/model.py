@@ -9,11 +9,14 @@ import argparse
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offmoe.cli import options
 from offmoe.cli.output import Output
+from offmoe.cli.state_file import state_file
 from offmoe.config import OffloadConfig
+from offmoe.errors import OffmoeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,14 +55,39 @@ class OpenModel:
         hide_bars()
         return self.inspected
 
-    def load(self, trace: str | None = None) -> tuple[PreTrainedModel, Offload]:
-        """Fetch and load the model -> (the model, its handle). trace: the file to record the routing into."""
+    def load(self, trace: str | None = None, *, warm: bool = False) -> tuple[PreTrainedModel, Offload]:
+        """Fetch and load the model.
+
+        Args:
+            trace: The file to record the routing into.
+            warm: Whether the model begins where the last run ended, fills free slots and RAM in the background, and
+                keeps its state when it is closed. Its verb has the options of `options.add_state`.
+
+        Returns:
+            The model and its handle.
+        """
         from offmoe.api import load
 
-        model = load(self.fetch(), name=self._args.model, trace=trace)
+        inspected, state = self.fetch(), None
+        if warm:
+            state = state_file(self._args, inspected)
+            inspected = replace(inspected, config=inspected.config.resolved(state=state, fill=True))
+        model = load(inspected, name=self._args.model, trace=trace)
         offload: Any = model.offload
         self._closing.callback(offload.close)
+        if state is not None:
+            self._closing.callback(self._keep_state, offload, state)
         return model, offload
+
+    def _keep_state(self, offload: Offload, path: Path) -> None:
+        """Write the state for the next run, if this one has run the model. A state that cannot be kept is only said."""
+        if not offload.stats().demands:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            offload.save_state(path)
+        except (OSError, OffmoeError) as error:
+            self._out.note(f"the state for the next run is not kept: {error}")
 
 
 @contextmanager

@@ -59,6 +59,14 @@ def add_cache(parser: argparse.ArgumentParser, default: str | None = None) -> No
     _add(group, "profile", "FILE")
 
 
+def add_state(parser: argparse.ArgumentParser) -> None:
+    """Options of a verb that begins where the last run ended."""
+    group = parser.add_argument_group("warm start")
+    _add(group, "state", "FILE")
+    form = "neither use nor keep a state: experts are read in the background in the order of the files"
+    group.add_argument("--no-state", action="store_true", help=form)
+
+
 def add_loading(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Options of a model and of the memory it may use. required: the verb cannot do without a model."""
     parser.add_argument("model", metavar="MODEL", nargs=None if required else "?", help=MODEL_HELP)

@@ -10,12 +10,12 @@ import io
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
 from rich import progress
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 from offmoe.errors import OffmoeError
@@ -61,6 +61,21 @@ class Output:
         ):
             yield lambda done, total: bar.update(task, completed=done, total=total)
 
+    @contextmanager
+    def polled(self, what: str, poll: Callable[[], tuple[int, ...]]) -> Iterator[Callable[[], None]]:
+        """Show a bar in bytes on stderr while something goes on by itself, but not with `json`.
+
+        Args:
+            what: The text before the bar.
+            poll: Gives (bytes done, total bytes); asked four times a second, in a thread of the bar.
+
+        Yields:
+            A function that ends the bar early, so that text can follow. A second call does nothing.
+        """
+        columns = (progress.DownloadColumn(), progress.TransferSpeedColumn())
+        with _bar(what, None, *columns, hidden=self._json, poll=poll) as (bar, _):
+            yield bar.stop
+
     def json(self, values: Mapping[str, object]) -> None:
         """Write the last line of stdout, with `--json`."""
         if self._json:
@@ -100,14 +115,34 @@ def new_table(
 
 @contextmanager
 def _bar(
-    what: str, total: int | None, *units: progress.ProgressColumn, hidden: bool = False
+    what: str,
+    total: int | None,
+    *units: progress.ProgressColumn,
+    hidden: bool = False,
+    poll: Callable[[], tuple[int, ...]] | None = None,
 ) -> Iterator[tuple[progress.Progress, progress.TaskID]]:
     console = Console(file=sys.stderr, highlight=False)
     hidden = hidden or sys.stderr is None or not console.is_terminal  # without a stderr there is no terminal either
     columns = (progress.TextColumn(what), progress.BarColumn(), *units, progress.TimeRemainingColumn())
     # Four updates a second cost nothing measurable.
-    with progress.Progress(*columns, console=console, transient=True, disable=hidden, refresh_per_second=4) as bar:
-        yield bar, bar.add_task(what, total=total)
+    with _Bar(*columns, console=console, transient=True, disable=hidden, refresh_per_second=4) as bar:
+        task = bar.add_task(what, total=total)
+        bar.poll, bar.polled = poll, task
+        yield bar, task
+
+
+class _Bar(progress.Progress):
+    """A bar that may ask for its own state each time that it is drawn."""
+
+    poll: Callable[[], tuple[int, ...]] | None = None
+    polled = progress.TaskID(0)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """What is drawn; nothing while there is nothing to do."""
+        if self.poll is not None:
+            done, total = self.poll()
+            self.update(self.polled, completed=done, total=total, visible=total > 0)
+        return super().get_renderables()
 
 
 def _write(text: str, stream: TextIO) -> None:

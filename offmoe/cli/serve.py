@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from offmoe.cli import options
 from offmoe.cli.model import open_model
 from offmoe.cli.output import Output
+from offmoe.cli.state_file import check_state
 from offmoe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def parser() -> options.Parser:
     add(group, "--cors-origin", "URL[,URL...]", "origins whose web pages may read answers (default: none)")
     add(group, "--log-format", "FORM", "text or json (default: text)", default="text")
     options.add_cache(parser)
+    options.add_state(parser)
     return parser
 
 
@@ -47,6 +49,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
     if args.log_format not in ("text", "json"):
         raise ConfigError(f"--log-format {args.log_format} must be text or json.")
     _require_extra()
+    check_state(args)
     from offmoe.cli import prompts
     from offmoe.serve.engine import Engine
     from offmoe.serve.http.app import build_app
@@ -59,7 +62,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
     bound = bind(args.host, args.port)
     with bound, open_model(args, out) as opened:
         tokenizer = prompts.load_tokenizer(opened.inspected.folder)
-        model, _ = opened.load()
+        model, _ = opened.load(warm=True)
         with Engine(
             model, tokenizer, parallel=args.parallel, queue=args.queue, prefix_reuse=args.prefix_reuse
         ) as engine:

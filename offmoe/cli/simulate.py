@@ -42,7 +42,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
     trace = read_trace(args.trace)
     chosen = _options(args, trace, profile)
     quotas = chosen.quotas(trace.shape)
-    outcome = evaluate(Recording(trace), chosen, Settings(profile.costs)).whole
+    outcome = evaluate(Recording(trace), chosen, Settings(profile.costs, fills=True)).whole
     stats = outcome.stats
     bound = belady(trace, chosen)
     uniform = uniform_hit_rate(trace, chosen)
@@ -59,6 +59,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
         f"prefetch {chosen.prefetch}, on a miss {chosen.on_miss}",
         _table(stats, bound, uniforms, uniform),
         _gap(stats.hit_rate, bound.hit_rate, uniform, chosen.prefetch != 0),
+        *_fills(trace, stats),
         f"fetched {format_size(stats.h2d_bytes)}; {_speed(outcome)}",
     )
     out.json(
@@ -73,6 +74,17 @@ def run(args: argparse.Namespace, out: Output) -> None:
             "config": {**chosen.to_dict(), "slots_per_layer": plain(quotas)},
         }
     )
+
+
+def _fills(trace: Trace, stats: CacheStats) -> list[str]:
+    """A line about the recorded run's background fill, if there was one."""
+    if trace.fills is None:
+        return []
+    if stats.filled:
+        return [f"{stats.filled} slots were filled in the background, as in the run; Belady begins with none filled."]
+    return [
+        f"The run filled {len(trace.fills)} slots in the background; another configuration is replayed without that."
+    ]
 
 
 def _speed(outcome: Totals) -> str:

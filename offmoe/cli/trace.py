@@ -70,7 +70,7 @@ def _merge(args: argparse.Namespace, out: Output) -> None:
         raise TraceError(f"--merge {' '.join(args.merge)}: {error}") from None
     check_folder(args.output, f"-o {args.output}")
     write_trace(Path(args.output), whole)
-    lost = [name for name in ("token", "probs", "options") if getattr(whole, name) is None]
+    lost = [name for name in ("token", "probs", "options", "fills") if getattr(whole, name) is None]
     for name in lost:
         if any(getattr(part, name) is not None for part in parts):
             out.note(f"left out, because the recordings do not agree on it: {name}")

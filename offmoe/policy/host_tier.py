@@ -80,6 +80,36 @@ class HostTier:
             self.on_evict(key)
         return slot, True
 
+    def fill(self, key: int, slot: int | None = None) -> bool:
+        """Give a free slot to a key of which RAM has no copy; no copy is dropped for it.
+
+        Args:
+            slot: One that is free. None: the one that `place` would give last.
+
+        Returns:
+            Whether the key got a slot. It does not if it has one already, or if no slot is free.
+        """
+        if key in self._slot_of or not self._free:
+            return False
+        if slot is None:
+            slot = self._free[0]
+        self._free.remove(slot)
+        self._slot_of[key] = slot
+        self._changed.add(key)
+        if key not in self._on_device:
+            self.on_evict(key)
+        return True
+
+    @property
+    def free_slots(self) -> tuple[int, ...]:
+        """Slots that hold no copy, in the reverse of the order in which `place` gives them."""
+        return tuple(self._free)
+
+    @property
+    def keys_held(self) -> frozenset[int]:
+        """The keys of which RAM has a copy."""
+        return frozenset(self._slot_of)
+
     def holds(self, key: int) -> bool:
         """Whether RAM has a copy."""
         return key in self._slot_of

@@ -265,6 +265,25 @@ class Planner:
         self._read_ahead = read_ahead
         return tuple(fetches), tuple([self._key_of[key] for key in read_ahead])
 
+    def fill(self, expert: ExpertKey, slot: int | None = None) -> bool:
+        """Give a free slot to an expert that was read in the background; evicts nothing.
+
+        To be called between two accesses, before `fill_ram` for the same boundary.
+
+        Args:
+            slot: The free slot that holds the expert. None, in a replay: any free slot, since none differs for a plan.
+
+        Returns:
+            Whether the expert got a slot; False changes nothing.
+        """
+        cache = self.layers[expert.layer]
+        return cache.residency.fill(cache.keys[expert.expert], slot)
+
+    def fill_ram(self, expert: ExpertKey, slot: int | None = None) -> bool:
+        """As `fill`, for a free slot in RAM."""
+        cache = self.layers[expert.layer]
+        return cache.host_tier is not None and cache.host_tier.fill(cache.keys[expert.expert], slot)
+
     def missing(self, layer: int, experts: Sequence[int]) -> list[int]:
         """The experts of a layer that have no slot now. Changes nothing."""
         cache = self.layers[layer]

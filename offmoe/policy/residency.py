@@ -66,6 +66,24 @@ class Residency:
         policy.on_insert(key)
         return slot, evicted
 
+    def fill(self, key: int, slot: int | None = None) -> bool:
+        """Give a free slot to a key that is not resident; nothing is evicted.
+
+        Args:
+            slot: One that is free. None: the one that `admit` would give last.
+
+        Returns:
+            Whether the key got a slot. It does not if it has one already, or if no slot is free.
+        """
+        if key in self.slot_of or not self._free:
+            return False
+        if slot is None:
+            slot = self._free[0]
+        self._free.remove(slot)
+        self.slot_of[key] = slot
+        self._policy.on_insert(key)
+        return True
+
     def victim(self, protected: Collection[int]) -> int | None:
         """The key that `admit` would evict if no slot were free; None if every resident key is protected."""
         if len(self.slot_of) <= len(protected) and self.slot_of.keys() <= set(protected):
@@ -76,6 +94,11 @@ class Residency:
     def num_free(self) -> int:
         """Slots that no key holds."""
         return len(self._free)
+
+    @property
+    def free_slots(self) -> tuple[int, ...]:
+        """Slots that no key holds, in the reverse of the order in which `admit` gives them."""
+        return tuple(self._free)
 
     @property
     def complete(self) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -25,11 +25,13 @@ from offmoe.compute.expert_layer import ExpertLayer
 from offmoe.device.backend import Backend
 from offmoe.errors import OffmoeError, TraceError
 from offmoe.policy.planner import Planner, build_planner
+from offmoe.runtime.fill import BackgroundFill
 from offmoe.runtime.host_experts import HostExperts
 from offmoe.runtime.rows import ExpertOutputs, layer_input
 from offmoe.trace.recorder import TraceWriter
 from offmoe.transfer.engine import TransferEngine
-from offmoe.types import Access, CacheStats, Plan, Wave, count_demands, rank_predictions
+from offmoe.transfer.fill_queue import FillProgress
+from offmoe.types import Access, CacheStats, Demand, ExpertKey, Plan, Wave, count_demands, rank_predictions
 
 logger = logging.getLogger(__name__)
 
@@ -113,8 +115,30 @@ class ExpertExecutor:
         self.predictor: Predictor | None = None
         self.trace: TraceWriter | None = None
         """The recording in progress."""
+        self.routed = [[0] * count for count in self.shape.experts]
+        """Tokens routed to each expert of each MoE layer since the model was loaded."""
+        self._fill: BackgroundFill | None = None
+        self._num_accesses = 0
+        """Accesses planned since the model was loaded, which is when a recording begins."""
         self._sound = True
         """Whether slots hold what residency says. False while a layer runs, and after a failure cut it short."""
+
+    def fill(self, order: Sequence[ExpertKey]) -> None:
+        """Begin to read experts into free slots and free RAM slots in the background, in this order."""
+        self._fill = BackgroundFill(self._transfer, order, self.stats)
+        self._fill.start(self._planner)
+
+    def residents(self) -> tuple[list[ExpertKey], list[ExpertKey]]:
+        """The experts that have a slot, and those that have a RAM slot."""
+        layers = [(layer, cache) for layer, cache in enumerate(self._planner.layers)]
+        experts = [(ExpertKey(layer, e), key, cache) for layer, cache in layers for e, key in enumerate(cache.keys)]
+        slots = [expert for expert, key, cache in experts if cache.is_resident(key)]
+        return slots, [expert for expert, key, cache in experts if cache.host_tier and cache.host_tier.holds(key)]
+
+    @property
+    def fill_progress(self) -> FillProgress:
+        """How far the background fill has come. Any thread may ask."""
+        return self._transfer.fill_progress
 
     def run(self, layer: ExpertLayer, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """The experts of one layer on the tokens routed to them.
@@ -145,18 +169,34 @@ class ExpertExecutor:
         if not demands:
             return hidden.new_zeros(ids.numel(), hidden.shape[-1])
         ranked = () if predicted is None else rank_predictions(predicted, self.shape.experts[layer.index + 1])
+        if self._fill is not None and not self._fill.is_over:
+            self._settle_fills(self._fill, layer.index, demands)
         plan = self._planner.plan(Access(layer.index, demands, tail, ranked))
+        self._num_accesses += 1
+        routed = self.routed[layer.index]
+        for expert, tokens, _ in demands:
+            routed[expert] += tokens
         self.stats.add(plan, self.shape)
         inputs = layer_input(hidden, ids, demands, layer.order)
         outputs = ExpertOutputs(inputs, host_ids)
         self._carry_out(layer, plan, inputs, outputs)
         return outputs.in_router_order()
 
+    def _settle_fills(self, fill: BackgroundFill, layer: int, demands: Sequence[Demand]) -> None:
+        """Let landed fills take effect before an access, and record them."""
+        slots, in_ram = fill.settle(layer, demands)
+        if self.trace is not None:
+            for experts, is_ram in ((slots, False), (in_ram, True)):
+                for expert in experts:
+                    self.trace.filled(self._num_accesses, expert, in_ram=is_ram)
+
     def forget(self) -> None:
         """Start again from an empty cache. A recording ends here, since its replay would not match."""
         self._planner = build_planner(self._planner.options, self.shape)
         self._transfer.forget()
         self._sound = True
+        if self._fill is not None:
+            self._fill.start(self._planner)
         if self.trace is not None:
             logger.warning("recording of the routing ends here: %s", self.trace.path)
             try:

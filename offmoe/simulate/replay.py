@@ -20,16 +20,21 @@ import numpy as np
 from offmoe.config import CacheOptions
 from offmoe.policy.eviction.belady import Belady
 from offmoe.policy.planner import Planner, build_planner
+from offmoe.simulate.fills import fill, fills_by_access
 from offmoe.trace.trace import Trace
 from offmoe.types import Access, CacheShape, CacheStats
 
 
 class Recording:
-    """A trace with its accesses, for replaying it many times."""
+    """A trace with its accesses, for replaying it many times.
+
+    A part of a trace (`by_request`) is replayed without the trace's background fills.
+    """
 
     def __init__(self, trace: Trace, steps: Sequence[Step] | None = None):
         self.trace = trace
         self.shape = trace.shape
+        self.fills = trace.fills if steps is None else None
         if steps is None:
             steps = [
                 Step(int(trace.request[rows.start]), rows.stop - rows.start, tuple(trace.step_accesses(rows)))
@@ -63,8 +68,22 @@ class Replay:
 
 
 def replay(trace: Trace | Recording, options: CacheOptions) -> Replay:
-    """Count one configuration over a trace, from an empty cache. Raises ConfigError if options and model do not fit."""
-    return Replay(options, _count(build_planner(options, trace.shape), trace.accesses(), trace.shape))
+    """Count one configuration over a trace, from an empty cache.
+
+    Experts that were filled in the background during the recording are filled at the same accesses if the options are
+    those of the run. Any other configuration would have been filled at other times, and is replayed without fills.
+
+    Raises:
+        ConfigError: options and model do not fit.
+    """
+    planner, stats = build_planner(options, trace.shape), CacheStats.for_layers(trace.shape.layers)
+    recording = trace.trace if isinstance(trace, Recording) else trace
+    fills = fills_by_access(trace.fills, recording.options, options)
+    for i, access in enumerate(trace.accesses()):
+        if i in fills:
+            fill(planner, fills[i], stats)
+        stats.add(planner.plan(access), trace.shape)
+    return Replay(options, stats)
 
 
 def belady(trace: Trace | Recording, options: CacheOptions) -> CacheStats:
@@ -128,7 +147,7 @@ class _Min:
 def shuffled(trace: Trace, seed: int = 0) -> Trace:
     """The trace with its tokens in random order: experts keep their popularity, and routing loses its memory."""
     order = np.random.default_rng(seed).permutation(trace.tokens)
-    return replace(trace, experts=trace.experts[order], token=None, probs=None, predicted=None)
+    return replace(trace, experts=trace.experts[order], token=None, probs=None, predicted=None, fills=None)
 
 
 def uniform_hit_rate(trace: Trace | Recording, options: CacheOptions) -> float:

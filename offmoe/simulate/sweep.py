@@ -21,6 +21,7 @@ from offmoe.eviction_names import Factory, register_eviction, registered_evictio
 from offmoe.policy.planner import Planner, build_planner
 from offmoe.profile import CostModel
 from offmoe.simulate.clock import Clock
+from offmoe.simulate.fills import fill, fills_by_access
 from offmoe.simulate.processes import run_tasks
 from offmoe.simulate.replay import Recording, belady, belady_with_bypass, replay, shuffled, uniform_hit_rate
 from offmoe.trace.trace import Trace
@@ -108,11 +109,13 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Settings:
-    """How all configurations of a sweep are replayed. test_requests: as `split_requests` gives them."""
+    """How all configurations of a sweep are replayed. test_requests: as `split_requests` gives them. fills: whether the
+    recorded run's own configuration is filled in the background as the run was; a comparison is fair without."""
 
     costs: CostModel | None = None
     clear_between_requests: bool = False
     test_requests: frozenset[int] = field(default_factory=frozenset)
+    fills: bool = False
 
 
 def split_requests(trace: Trace) -> frozenset[int]:
@@ -128,6 +131,8 @@ def evaluate(recording: Recording, options: CacheOptions, settings: Settings) ->
     clock = None if settings.costs is None else Clock(settings.costs, shape)
     planner: Planner | None = None
     request = -1
+    fills = fills_by_access(recording.fills if settings.fills else None, recording.trace.options, options)
+    number = 0
     for step in recording.steps:
         if planner is None or (settings.clear_between_requests and step.request != request):
             planner = build_planner(options, shape)
@@ -136,6 +141,9 @@ def evaluate(recording: Recording, options: CacheOptions, settings: Settings) ->
         plan_of, add, stats = planner.plan, part.stats.add, part.stats
         began = 0.0 if clock is None else clock.now_s
         for access in step.accesses:
+            if number in fills:
+                fill(planner, fills[number], stats)
+            number += 1
             plan = plan_of(access)
             add(plan, shape)
             if clock is not None:

@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+
 from offmoe.io_limits import part_bytes
 from offmoe.storage.layout import ExpertRecord, aligned
 
@@ -49,6 +51,10 @@ class ReadPlan(NamedTuple):
     places: tuple[tuple[int, int], ...]
     shards: tuple[int, ...]
     nbytes: int
+
+    def segments(self, buffer: torch.Tensor) -> list[torch.Tensor]:
+        """The segments in a buffer (uint8 [bytes]) that holds the reads: uint8 [nbytes] each; no bytes move."""
+        return [buffer[start : start + nbytes] for start, nbytes in self.places]
 
 
 def plan_reads(record: ExpertRecord) -> ReadPlan:

@@ -29,7 +29,7 @@ import torch
 from offmoe.errors import CheckpointError, MissingTensorError, ShardChangedError, TransferError
 from offmoe.storage.checkpoint import identity
 from offmoe.storage.layout import ExpertRecord
-from offmoe.storage.read_plan import ALIGNMENT, Window, plan_reads
+from offmoe.storage.read_plan import ALIGNMENT, ReadPlan, Window, plan_reads
 from offmoe.types import ExpertKey
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,25 @@ class ExpertStore:
         Raises:
             as `read_into`.
         """
-        plan = self._plans[key]
+        self.read_planned(self._plans[key], part, buffer, stop, step)
+
+    def plan_of(self, keys: Sequence[ExpertKey]) -> ReadPlan:
+        """How these experts are read into one buffer. Neighbors on the disk are read at once.
+
+        The places of the plan are those of the segments of all experts, in the order of `keys`.
+        """
+        if len(keys) == 1:
+            return self._plans[keys[0]]
+        return plan_reads(ExpertRecord(tuple(s for key in keys for s in self._records[key].segments)))
+
+    def position(self, key: ExpertKey) -> tuple[int, int]:
+        """Where an expert begins: (shard, byte)."""
+        return min((segment.shard, segment.offset) for segment in self._records[key].segments)
+
+    def read_planned(
+        self, plan: ReadPlan, part: int, buffer: memoryview, stop: Stop | None = None, step: int | None = None
+    ) -> None:
+        """As `read_part`, for a plan that `plan_of` gave."""
         assert len(buffer) >= plan.nbytes
         assert not buffer.readonly
         assert torch.frombuffer(buffer, dtype=torch.uint8).data_ptr() % ALIGNMENT == 0
@@ -169,7 +187,7 @@ class ExpertStore:
         Returns:
             uint8 [nbytes] per segment, in the order of the record.
         """
-        return [buffer[start : start + nbytes] for start, nbytes in self._plans[key].places]
+        return self._plans[key].segments(buffer)
 
     def arrived(self, key: ExpertKey, part: int) -> list[tuple[int, int, int]]:
         """The pieces of segments that one part holds.

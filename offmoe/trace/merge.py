@@ -20,7 +20,8 @@ def merge_traces(traces: Sequence[Trace]) -> Trace:
     """Concatenate traces; requests and steps are renumbered from 0 in their order.
 
     Token ids and probabilities are kept if all traces have them, cache options and parameter counts if all agree, and
-    predictions if any trace has some.
+    predictions if any trace has some. Background fills are left out: a replay of the whole goes on with one cache,
+    where each recording began with its own.
 
     Raises:
         TraceError: there is no trace, or the traces are of different models or tokenizers.

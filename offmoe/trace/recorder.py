@@ -14,8 +14,9 @@ import numpy as np
 from offmoe.config import CacheOptions
 from offmoe.errors import ConfigError
 from offmoe.files import check_folder, temporary_path
+from offmoe.trace.fills import Fills
 from offmoe.trace.trace import NONE, Parameters, Trace, write_trace
-from offmoe.types import CacheShape
+from offmoe.types import CacheShape, ExpertKey
 
 
 class TraceWriter:
@@ -35,6 +36,7 @@ class TraceWriter:
         self._token: list[np.ndarray] = []
         self._tokens_known = True
         self._any_predicted = False
+        self._fills: tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]] = [], []
         self._requests_before = 0
         self._recorded = self._shape.layers
         self._closed = False
@@ -87,6 +89,16 @@ class TraceWriter:
             self._predicted[-1][:, layer + 1, :width] = self._existing(predicted[:, :width], layer + 1)
             self._any_predicted = True
 
+    def filled(self, access: int, expert: ExpertKey, *, in_ram: bool = False) -> None:
+        """Record that an expert got a free slot, or a free RAM slot, in the background.
+
+        Args:
+            access: the number of accesses planned before, since the recording began.
+            expert: the expert.
+            in_ram: whether the slot is in RAM.
+        """
+        self._fills[in_ram].append((access, *expert))
+
     def _existing(self, experts: np.ndarray, layer: int) -> np.ndarray:
         """Expert ids, NONE in place of padding."""
         return np.where((experts >= 0) & (experts < self._shape.experts[layer]), experts, NONE)
@@ -113,6 +125,7 @@ class TraceWriter:
             options=self._options,
             pieces=self.pieces or None,
             parameters=self.parameters,
+            fills=Fills.of(*self._fills),
         )
         write_trace(self.path, trace)
 

@@ -9,6 +9,7 @@ File format v1 is a compressed `.npz` (T tokens, L MoE layers, k = largest top_k
     token      int32 [T], optional: token ids
     probs      float16 [T, L, k], optional: router weights
     predicted  int16 [T, L, p], optional: experts predicted for the layer, the likeliest first, -1 = none
+    initial, events, initial_ram, events_ram, optional: experts that were filled in the background (fills.py)
 
 Nothing in a file is believed before it is checked.
 """
@@ -30,6 +31,7 @@ from offmoe.config import CacheOptions
 from offmoe.errors import ConfigError, TraceError
 from offmoe.files import replacing
 from offmoe.text import plain
+from offmoe.trace.fills import Fills
 from offmoe.types import Access, CacheShape, count_demands, rank_predictions, single_demands
 
 FORMAT, VERSION = "offmoe-trace", 1
@@ -54,6 +56,7 @@ class Trace:
 
     options: the cache of the run that was recorded; a replay with them gives the statistics of the run.
     pieces: text of the token ids that occur.
+    fills: experts that were filled in the background; None if there were none. A replay with `options` needs them.
     """
 
     model: str
@@ -67,6 +70,7 @@ class Trace:
     options: CacheOptions | None = None
     pieces: dict[int, str] | None = None
     parameters: Parameters | None = None
+    fills: Fills | None = None
 
     @property
     def tokens(self) -> int:
@@ -145,7 +149,8 @@ def write_trace(path: Path, trace: Trace) -> None:
         header["parameters"] = {"dense": trace.parameters.dense, "expert": plain(trace.parameters.expert)}
     optional = {"token": trace.token, "probs": trace.probs, "predicted": trace.predicted}
     arrays = {"experts": trace.experts, "request": trace.request, "step": trace.step}
-    write_arrays(path, header, {**arrays, **{name: array for name, array in optional.items() if array is not None}})
+    arrays |= {name: array for name, array in optional.items() if array is not None}
+    write_arrays(path, header, arrays | ({} if trace.fills is None else trace.fills.to_arrays()))
 
 
 def write_arrays(path: Path, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
@@ -214,6 +219,8 @@ def _validated(arrays: dict[str, np.ndarray]) -> Trace:
     token = _array(arrays, "token", "i", (tokens,)) if "token" in arrays else None
     try:
         options = CacheOptions.from_dict(header["config"]) if header.get("config") is not None else None
+        if options is not None:
+            options.warm_counts_of(shape)
     except (ConfigError, TypeError, ValueError) as error:
         raise TraceError(f"'config' in the header: {error}") from None
     return Trace(
@@ -228,6 +235,7 @@ def _validated(arrays: dict[str, np.ndarray]) -> Trace:
         options=options,
         pieces=_pieces(header),
         parameters=_parameters(header, layers),
+        fills=Fills.read(arrays, shape),
     )
 
 

@@ -18,18 +18,19 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from offmoe.errors import OffmoeError, TransferError
 from offmoe.io_limits import READERS
 from offmoe.transfer.arrival import Arriving
+from offmoe.transfer.fill_queue import FillProgress, fill_batches
 from offmoe.transfer.queue import TicketQueue
 from offmoe.transfer.reader import Reader
 from offmoe.transfer.slot_writer import SlotWriter
 from offmoe.transfer.staging import HostMemory
 from offmoe.transfer.ticket import DEMAND, NEXT, NO_SLOT, Ticket
 from offmoe.transfer.waits import WAITS, Waits
-from offmoe.types import ExpertKey, Fetch, Wave
+from offmoe.types import ExpertKey, Fetch, Fill, Wave
 
 
 class TransferEngine:
@@ -171,6 +172,56 @@ class TransferEngine:
             raise _with_the_expert(ticket.fetch.key, ticket.error) from ticket.error
         self._waits.slot_landed(self.writer.backend.compute, self.writer.landed[slot])
 
+    def fill(self, fills: Sequence[Fill]) -> None:
+        """Begin to read experts into free slots and free RAM slots, behind everything else.
+
+        They take effect by `settle_fills` only. No two fills may have the same place.
+
+        Raises:
+            CapacityError: The system does not give the memory for the windows of small experts.
+        """
+        batches = fill_batches(self.writer.store, fills, self._host)
+        with self._queue.lock:
+            if self._closed or not batches:
+                return
+            if any(batch.windowed for batch in batches) and self._host.windows is None:
+                self._queue.fills.idle_windows = [*range(self._host.open_windows())]
+            self._queue.fills.add(batches, lambda key: self.writer.store.record(key).nbytes)
+            self._queue.lock.notify_all()
+
+    def settle_fills(self, demanded: Iterable[ExpertKey]) -> list[Fetch]:
+        """The fills that take effect now, before an access: those that have landed, and demanded ones under way.
+
+        From now on their experts are in their slots like fetched ones, and must be planned as such.
+
+        Args:
+            demanded: The experts that the access demands.
+        """
+        queue = self._queue
+        if not queue.fills.is_open:
+            return []
+        with queue.lock:
+            tickets = queue.fills.settle(frozenset(demanded))
+            for ticket in tickets:
+                slot, host = ticket.fetch.slot, ticket.fetch.host
+                if slot != NO_SLOT:
+                    ticket.lands_after = self._num_uses[slot]
+                    self._tickets[slot] = ticket
+                if host is not None:
+                    self._last_in_ram[host] = ticket
+            queue.lock.notify_all()
+        return [ticket.fetch for ticket in tickets]
+
+    @property
+    def filling(self) -> bool:
+        """Whether a fill may still take effect."""
+        return self._queue.fills.is_open
+
+    @property
+    def fill_progress(self) -> FillProgress:
+        """How far the background fill has come. Any thread may ask."""
+        return self._queue.fills.progress
+
     def computed(self, slots: Sequence[int]) -> None:
         """Note that everything that computes with `slots` has been queued on the compute stream."""
         compute, last_read = self.writer.backend.compute, self.writer.last_read
@@ -191,8 +242,9 @@ class TransferEngine:
             self._tickets.clear()
             self._read_aheads.clear()
             running = self._queue.clear()  # more than `_tickets` had: a slot may have been given to another expert
-        for ticket in running:
-            ticket.issued.wait()
+            batches = self._queue.fills.clear()
+        for issued in [ticket.issued for ticket in running] + [batch.issued for batch in batches]:
+            issued.wait()
         self.writer.drain()
         self._queue.reclaim()
         self._last_in_ram = [None] * len(self._last_in_ram)
@@ -215,6 +267,9 @@ class TransferEngine:
         if self._closed:
             raise TransferError("the model was closed; load it again with from_pretrained.")
         slot = fetch.slot
+        filled, filled_in_ram = self._queue.fills.displace(fetch) if self._queue.fills.is_open else (None, None)
+        if filled_in_ram is not None and fetch.host is not None:
+            self._last_in_ram[fetch.host] = filled_in_ram
         ticket = self._adopt(fetch, priority) if fetch.read_ahead else None
         if ticket is None:
             ticket = Ticket(fetch, priority)
@@ -224,6 +279,8 @@ class TransferEngine:
         if num_uses:
             ticket.turn = threading.Event()
         before = self._tickets.get(slot)
+        if filled is not None and filled.landing:
+            ticket.superseded = filled
         if before is None or not num_uses:
             self._tickets[slot] = ticket
         else:
@@ -232,7 +289,7 @@ class TransferEngine:
             before.next = ticket
         if before is not None and not num_uses:
             self._queue.drop(before)
-            ticket.superseded = before if before.landing else before.superseded
+            ticket.superseded = ticket.superseded or (before if before.landing else before.superseded)
 
     def _adopt(self, fetch: Fetch, priority: int) -> Ticket | None:
         """Turn the read-ahead of this expert into the fetch.

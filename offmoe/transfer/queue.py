@@ -1,4 +1,4 @@
-"""The order in which readers take tickets: demands, then the newest prefetches, then older prefetches.
+"""The order in which readers take tickets: demands, the newest prefetches, older prefetches, the background fill.
 
 Moves: nothing. Staging buffers are given out here.
 Bound: one lock, held for some microseconds per ticket.
@@ -21,15 +21,17 @@ import itertools
 import threading
 from collections.abc import Callable, Iterable
 
+from offmoe.transfer.fill_queue import FillBatch, FillQueue
 from offmoe.transfer.staging import StagingPlan
-from offmoe.transfer.ticket import DEMAND, LATER, NEXT, NO_SLOT, SharedRead, Ticket
+from offmoe.transfer.ticket import DEMAND, FILL, LATER, NEXT, NO_SLOT, SharedRead, Ticket
 
 
 class TicketQueue:
     """Tickets that wait, run, or stay in staging.
 
     The engine holds `lock` while it calls any method but `reclaim`. Readers call `take`, `share`, `begin_landing`,
-    `lands_early`, `stays_in_staging` and `done`, which acquire the lock themselves.
+    `lands_early`, `stays_in_staging`, `done`, and the methods for the background fill, which acquire the lock
+    themselves.
     """
 
     def __init__(self, num_readers: int, plan: StagingPlan, needs_staging: Callable[[int | None], bool]) -> None:
@@ -48,6 +50,8 @@ class TicketQueue:
         self._most_speculative = max(1, plan.at_once // 2)
         self._most_speculative_readers = max(1, num_readers // 2)
         self._order = itertools.count()
+        self.fills = FillQueue()
+        """What readers do when nothing else is to be done."""
         self.stopping = threading.Event()
         """Set by `close`: reads end at once, with an error."""
 
@@ -112,7 +116,7 @@ class TicketQueue:
         return list(self.running)
 
     def reclaim(self) -> None:
-        """Mark every staging buffer idle, once no ticket runs: an interrupted thread may have lost one."""
+        """Mark every staging buffer idle, once no ticket and no batch runs: an interrupted thread may have lost one."""
         self._idle_buffers = [*range(self._plan.buffers)]
 
     def close(self) -> None:
@@ -120,25 +124,107 @@ class TicketQueue:
         self.stopping.set()
         self.lock.notify_all()
 
-    def take(self) -> Ticket | SharedRead | None:
+    def take(self) -> Ticket | SharedRead | FillBatch | None:
         """The next ticket to carry out, or another reader's read to help with; blocks until there is one.
 
-        Returns None after `close`.
+        While nothing demands an expert, it is a batch of the background fill. Returns None after `close`.
         """
         with self.lock:
             while not self.stopping.is_set():
-                wanting = [read for read in self._shared if read.wants_reader(self._most_speculative_readers)]
-                first = min(wanting, key=lambda read: read.ticket, default=None)
-                if self._may_take() and (first is None or self._waiting[0] < first.ticket):
-                    ticket = heapq.heappop(self._waiting)
-                    self.running.append(ticket)
-                    if ticket.buffer is None and self._needs_staging(ticket.fetch.host):
-                        ticket.buffer = self._idle_buffers.pop()
-                    return ticket
-                if first is not None:  # experts one after the other: the first is computed while the second is read
-                    return first
-                self.lock.wait()
+                work = self._next(with_fills=True) or self._next_fill()
+                if work is not None:
+                    return work
+                self.lock.wait(self.fills.patience_s())
             return None
+
+    def take_before(self, batch: FillBatch) -> Ticket | SharedRead | None:
+        """Work that goes before a batch of the background fill, for the reader that carries the batch out.
+
+        Blocks while a demand is under way in the hands of other readers, and while the fill rests.
+
+        Returns:
+            None if the batch may go on, or should end.
+        """
+        fills = self.fills
+        with self.lock:
+            while not (self.stopping.is_set() or batch.is_useless or batch.displaced or batch.is_demanded):
+                work = self._next(with_fills=False)
+                if work is not None:
+                    return work
+                if self._is_demanded():
+                    if self._needs_buffer_of(batch):
+                        batch.displaced = True
+                        break
+                    self.lock.wait()
+                elif rest_s := fills.rest_s():
+                    self.lock.wait(rest_s)
+                else:
+                    break
+            fills.step_begins(batch)
+            return None
+
+    def step_ended(self, batch: FillBatch) -> None:
+        """Note that a step of a batch has been read: the fill rests, if the model computes."""
+        with self.lock:
+            self.fills.step_ended(batch)
+
+    def fill_landed(self, ticket: Ticket, nbytes: int) -> None:
+        """Note that the copies of an expert that the background fill brings have been queued. nbytes: at rest."""
+        with self.lock:
+            self.fills.landed(ticket, nbytes)
+
+    def finish_fill(self, batch: FillBatch, on_end: Callable[[], None]) -> None:
+        """Note that no reader works on a batch any more. on_end: called, with the lock, if it was the last of all."""
+        with self.lock:
+            if batch.buffer is not None and not batch.windowed:
+                self._idle_buffers.append(batch.buffer)
+            self.fills.finish(batch)
+            if not self.fills.waiting and not self.fills.running:
+                on_end()
+            self.lock.notify_all()
+
+    def _next(self, *, with_fills: bool) -> Ticket | SharedRead | None:
+        """The first ticket, or another reader's read. with_fills: whether reads of the background fill count."""
+        most = self._most_speculative_readers
+        all_read = with_fills and self.fills.is_idle and not self._is_demanded()
+        wanting = [
+            read
+            for read in self._shared
+            if (read.wants_reader(most) if read.ticket.priority != FILL else all_read and not read.is_begun)
+        ]
+        first = min(wanting, key=lambda read: read.ticket, default=None)
+        if self._may_take() and (first is None or self._waiting[0] < first.ticket):
+            ticket = heapq.heappop(self._waiting)
+            self.running.append(ticket)
+            if ticket.buffer is None and self._needs_staging(ticket.fetch.host):
+                ticket.buffer = self._idle_buffers.pop()
+            return ticket
+        return first  # experts one after the other: the first is computed while the second is read
+
+    def _next_fill(self) -> FillBatch | None:
+        """The next batch of the background fill, if nothing demands an expert."""
+        if not self.fills.waiting or self._is_demanded():
+            return None
+        batch = self.fills.first(self._plan.at_once)
+        if batch is None:
+            return None
+        if not batch.windowed and not batch.direct:
+            if not self._idle_buffers:
+                return None
+            batch.buffer = self._idle_buffers.pop()
+        return self.fills.take(batch)
+
+    def _is_demanded(self) -> bool:
+        """Whether a demand waits or is under way."""
+        waits = bool(self._waiting) and self._waiting[0].priority == DEMAND
+        return waits or any(ticket.priority == DEMAND for ticket in self.running)
+
+    def _needs_buffer_of(self, batch: FillBatch) -> bool:
+        """Whether a demand waits for the staging buffer that a batch holds."""
+        if batch.buffer is None or batch.windowed or self._idle_buffers or not self._waiting:
+            return False
+        first = self._waiting[0]
+        return first.priority == DEMAND and first.buffer is None and self._needs_staging(first.fetch.host)
 
     def share(self, read: SharedRead) -> None:
         """Carry out a read, with the help of readers that have no ticket; raises the first error of any part."""

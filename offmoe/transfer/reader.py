@@ -16,6 +16,8 @@ import torch
 
 from offmoe.device.backend import Event, copy_in_ram
 from offmoe.io_limits import AHEAD_BYTES
+from offmoe.transfer.fill_queue import FillBatch
+from offmoe.transfer.fill_reader import FillReader
 from offmoe.transfer.queue import TicketQueue
 from offmoe.transfer.slot_writer import SlotWriter
 from offmoe.transfer.staging import HostMemory
@@ -37,16 +39,23 @@ class Reader(threading.Thread):
     def run(self) -> None:
         """Take tickets and carry them out until the queue is closed."""
         self._writer.backend.enter_thread()
+        fill = FillReader(self._queue, self._writer, self._host, self._waits, self._carry_out)
         while (work := self._queue.take()) is not None:
-            if isinstance(work, SharedRead):
-                work.help()
-                continue
-            try:
-                if not self._move(work):
-                    continue
-            except BaseException as error:  # `TransferEngine.ready` raises it, if anything needs the expert
-                work.error = error
-            self._queue.done(work)
+            if isinstance(work, FillBatch):
+                fill.carry_out(work)
+            else:
+                self._carry_out(work)
+
+    def _carry_out(self, work: Ticket | SharedRead) -> None:
+        if isinstance(work, SharedRead):
+            work.help()
+            return
+        try:
+            if not self._move(work):
+                return
+        except BaseException as error:  # `TransferEngine.ready` raises it, if anything needs the expert
+            work.error = error
+        self._queue.done(work)
 
     def _move(self, ticket: Ticket) -> bool:
         """Carry out a ticket; False if it is a read-ahead that now stays in staging."""

@@ -109,8 +109,12 @@ class SlotWriter:
             buffer: uint8 [bytes], into which the whole expert has been read.
             copied: Is made to mark the end of the copies.
         """
+        self.write(ticket, self.store.segments(ticket.fetch.key, buffer), copied)
+
+    def write(self, ticket: Ticket, data: Sequence[torch.Tensor], copied: Event) -> None:
+        """As `write_rest`. data: uint8 [nbytes] per segment of the expert, in the order of its record."""
         fetch, early = ticket.fetch, ticket.arrival.runs
-        segments, data = self.store.record(fetch.key).segments, self.store.segments(fetch.key, buffer)
+        segments = self.store.record(fetch.key).segments
         assembly, views = self._layers[fetch.key.layer].assembly, self._views(fetch)
         if fetch.slot >= self.arena.num_on_device:  # a slot in RAM, which the host alone reads, after `issued`
             assembly.place(segments, data, views, copy_in_ram)

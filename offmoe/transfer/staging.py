@@ -11,7 +11,7 @@ import logging
 from typing import NamedTuple
 
 from offmoe.device.arena import HostBuffers
-from offmoe.device.backend import Backend
+from offmoe.device.backend import Backend, Event
 from offmoe.io_limits import READERS
 
 logger = logging.getLogger(__name__)
@@ -19,6 +19,10 @@ logger = logging.getLogger(__name__)
 FEW_BYTES = 64 << 20
 """Experts above this size get as few staging buffers as possible."""
 MOST_READ_AHEADS = 8
+WINDOW_BYTES = 8 << 20
+"""Bytes of a window of the background fill: small experts that are near each other on the disk are read at once."""
+WINDOW_EXPERTS = 16
+"""Most experts of a window. It keeps the windows of a model with tiny experts tiny."""
 
 
 class StagingPlan(NamedTuple):
@@ -48,8 +52,20 @@ def staging_plan(buffer_bytes: int) -> StagingPlan:
     return StagingPlan(READERS, READERS - 1 + read_aheads, read_aheads)
 
 
+def window_bytes(buffer_bytes: int) -> int:
+    """Bytes of a window of the background fill; 0 if experts are large enough to be read one by one.
+
+    Args:
+        buffer_bytes: Bytes of the buffer that any expert can be read into.
+    """
+    return 0 if buffer_bytes > WINDOW_BYTES // 2 else min(WINDOW_BYTES, WINDOW_EXPERTS * buffer_bytes)
+
+
 class HostMemory:
-    """Staging buffers and RAM slots of one model, each with an event that marks the last copy out of it."""
+    """Staging buffers and RAM slots of one model, each with an event that marks the last copy out of it.
+
+    While a background fill reads small experts, there is also one window per reader, at most 32 MB in all.
+    """
 
     def __init__(self, backend: Backend, buffer_bytes: int, num_slots: int) -> None:
         """Allocate and pin everything.
@@ -62,6 +78,11 @@ class HostMemory:
         Raises:
             CapacityError: The system does not give the memory.
         """
+        self._backend, self._buffer_bytes = backend, buffer_bytes
+        self.windows: HostBuffers | None = None
+        """The windows of the background fill; None while they are closed."""
+        self.windows_copied: list[Event] = []
+        """Per window: marks the last copy out of it."""
         self.plan = staging_plan(buffer_bytes)
         self.staging = HostBuffers(self.plan.buffers, buffer_bytes, pinning=backend)
         self.staging_copied = [backend.event(blocking=True) for _ in range(self.plan.buffers)]
@@ -97,8 +118,28 @@ class HostMemory:
             return True
         return self.staging.pinned(0) and not self.slots.pinned(host_slot)
 
+    def open_windows(self) -> int:
+        """Allocate the windows of the background fill, if they are not; returns how many there are.
+
+        Raises:
+            CapacityError: The system does not give the memory.
+        """
+        if self.windows is None:
+            self.windows = HostBuffers(READERS, window_bytes(self._buffer_bytes), pinning=self._backend)
+            self.windows_copied = [self._backend.event(blocking=True) for _ in range(READERS)]
+        return len(self.windows)
+
+    def close_windows(self) -> None:
+        """Wait for the last copies out of the windows and release them; idempotent. No batch may use one."""
+        windows, self.windows = self.windows, None
+        if windows is not None:
+            for event in self.windows_copied:
+                event.synchronize()
+            windows.close()
+
     def close(self) -> None:
         """Wait for the last copies and release the memory; idempotent. No reader may be running."""
+        self.close_windows()
         for event in (*self.staging_copied, *self.slots_copied):
             event.synchronize()
         self.staging.close()

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from offmoe.transfer.arrival import Arrival
 from offmoe.types import Fetch
 
-DEMAND, NEXT, LATER = 0, 1, 2
+DEMAND, NEXT, LATER, FILL = 0, 1, 2, 3
 """Priorities of tickets; those that are no demands are speculative.
 
 DEMAND: computation waits for the expert. NEXT: the next layer may want it. LATER: its layer has run since without it.
+FILL: the background fill brings it, and nothing has asked for it.
 """
 NO_SLOT = -1
 """`Fetch.slot` of a read-ahead, which has no slot yet."""
@@ -52,6 +53,8 @@ class Ticket:
     issued: threading.Event = field(default_factory=threading.Event)
     """Set when the copy into the slot has been queued on the copy stream, has failed, or will never be made."""
     error: BaseException | None = None
+    filling: bool = False
+    """Whether the background fill brings the expert, and no access has counted with it yet."""
 
     def __lt__(self, other: Ticket) -> bool:
         return (self.priority, self.order) < (other.priority, other.order)
@@ -64,8 +67,12 @@ class Ticket:
 
     @property
     def is_useless(self) -> bool:
-        """Whether the rest of the read can be skipped. A dropped ticket still fills its RAM slot, if it has one."""
-        return self.dropped and self.fetch.host is None
+        """Whether the rest of the read can be skipped.
+
+        A dropped ticket still fills its RAM slot, if it has one; but not for the background fill, because nothing
+        counts with that slot yet.
+        """
+        return self.dropped and (self.filling or self.fetch.host is None)
 
     def drop(self) -> None:
         """Keep the expert out of its slot, and release a reader that waits for the slot's turn."""

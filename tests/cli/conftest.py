@@ -31,6 +31,13 @@ class Outcome:
         return json.loads(self.out)
 
 
+@pytest.fixture(autouse=True)
+def _own_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test begins where another one, or the user, has ended."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def offmoe(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Outcome]]:
     """Run a command in this process."""

@@ -10,8 +10,10 @@ import zipfile
 import numpy as np
 import pytest
 
+from offmoe.config import CacheOptions
 from offmoe.errors import TraceError
-from offmoe.trace.trace import Parameters, Trace, read_trace, write_arrays
+from offmoe.trace.fills import Fills
+from offmoe.trace.trace import Parameters, Trace, read_trace, write_arrays, write_trace
 from offmoe.types import CacheShape, Demand, count_demands
 
 SHAPE = CacheShape((8, 8), (2, 2), (100, 200))
@@ -155,4 +157,57 @@ def test_parameter_counts_that_are_none(tmp_path, value):
 def test_pieces_belong_to_token_ids(tmp_path, key):
     write_arrays(tmp_path / "t.npz", {**HEADER, "pieces": {key: "a"}}, arrays())
     with pytest.raises(TraceError, match="'pieces'"):
+        read_trace(tmp_path / "t.npz")
+
+
+@pytest.mark.parametrize(
+    ("slots", "ram"),
+    [
+        ([(0, 1, 7), (0, 0, 2), (5, 1, 3)], []),
+        ([], [(0, 0, 0)]),
+        ([(3, 1, 1), (3, 0, 1)], [(0, 1, 1), (3, 1, 2)]),
+    ],
+)
+def test_background_fills_are_read_as_they_were_written(tmp_path, slots, ram):
+    trace = Trace("m", SHAPE, **arrays(), fills=Fills.of(slots, ram))
+    write_trace(tmp_path / "t.npz", trace)
+    read = read_trace(tmp_path / "t.npz").fills
+    assert [tuple(row) for row in read.slots.tolist()] == slots
+    assert [tuple(row) for row in read.ram.tolist()] == ram
+    assert len(read) == len(slots) + len(ram)
+    before = {}
+    for tier, rows in enumerate((slots, ram)):
+        for access, layer, expert in rows:
+            before.setdefault(access, ([], []))[tier].append((layer, expert))
+    assert read.by_access == before
+
+
+def test_a_trace_without_fills_has_none(tmp_path):
+    write_trace(tmp_path / "t.npz", Trace("m", SHAPE, **arrays(), fills=Fills.of([], [])))
+    assert read_trace(tmp_path / "t.npz").fills is None
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        ("events", np.array([[0, 2, 0]], np.int32), "names a layer or an expert"),
+        ("events", np.array([[0, 0, 8]], np.int32), "names a layer or an expert"),
+        ("events", np.array([[-1, 0, 0]], np.int32), "count accesses from 0"),
+        ("events_ram", np.array([[2, 0, 0], [1, 0, 1]], np.int32), "ascending"),
+        ("events", np.array([[0, 0]], np.int32), r"expected ints of shape \(n, 3\)"),
+        ("initial", np.array([[0.0, 0.0]]), r"expected ints of shape \(n, 2\)"),
+        ("initial_ram", np.array([[0, -1]], np.int16), "names a layer or an expert"),
+        ("events", np.array([[0, 2**40, 0]]), "names a layer or an expert"),
+    ],
+)
+def test_fills_that_contradict_the_model_are_refused(tmp_path, name, array, message):
+    write_arrays(tmp_path / "t.npz", HEADER, {**arrays(), name: array})
+    with pytest.raises(TraceError, match=message):
+        read_trace(tmp_path / "t.npz")
+
+
+def test_warm_counts_of_another_model_are_refused(tmp_path):
+    options = CacheOptions(warm_counts=((0.5,) * 8,)).to_dict()
+    write_arrays(tmp_path / "t.npz", {**HEADER, "config": options}, arrays())
+    with pytest.raises(TraceError, match="warm_counts were counted on another model"):
         read_trace(tmp_path / "t.npz")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from math import log2
 
 from offmoe.policy.eviction.base import Pool, ScoredPolicy
@@ -23,19 +24,28 @@ class AgedLFU(ScoredPolicy):
 
     A step of many tokens ages the counts as its tail of n <= 64 rows would one by one. Its demands tell how many of the
     tail's tokens are routed to an expert, not which, so each counts as the mean of the ages 0 to n - 1.
+
+    With counts of an earlier run, an expert begins with the aged count that its share of the tokens tends to.
     """
 
-    def __init__(self, half_life: float = HALF_LIFE):
-        """half_life: in accesses of single tokens to this pool."""
-        super().__init__()
+    def __init__(self, half_life: float = HALF_LIFE, shares: Mapping[int, float] | None = None):
+        """half_life: in accesses of single tokens to this pool. shares: by key, the share of the pool's accesses that
+        demanded it in an earlier run."""
         self._now = 0.0
         self._step = 1.0 / half_life
         self._decay: float = 2.0**-self._step
+        fresh = 1.0 - self._decay  # an access at every step adds up to 1 / fresh
+        super().__init__({key: log2(share / fresh) for key, share in (shares or {}).items() if share > 0})
 
     @classmethod
     def for_pool(cls, pool: Pool) -> AgedLFU:
         # The option counts accesses of one layer; a pool of all layers sees one of each layer per step.
-        return cls(pool.options.half_life * pool.num_layers)
+        half_life = pool.options.half_life * pool.num_layers
+        counts = pool.options.warm_counts_of(pool.shape)
+        if counts is None:
+            return cls(half_life)
+        by_key = list(chain.from_iterable(counts))
+        return cls(half_life, {key: by_key[key] / pool.num_layers for key in pool.keys})
 
     def on_access(self, keys: Sequence[int], demands: Sequence[Demand], tail: int) -> None:
         self._now = now = self._now + tail * self._step

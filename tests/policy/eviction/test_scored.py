@@ -7,13 +7,14 @@ import random
 
 import pytest
 
+from offmoe.config import CacheOptions
 from offmoe.policy.eviction.aged_lfu import AgedLFU
-from offmoe.policy.eviction.base import NEVER
+from offmoe.policy.eviction.base import NEVER, Pool
 from offmoe.policy.eviction.belady import Belady
 from offmoe.policy.eviction.lru import LRU
 from offmoe.policy.eviction.lru_k import LRU2
 from offmoe.policy.eviction.static import Static
-from offmoe.types import Demand
+from offmoe.types import CacheShape, Demand
 from tests.policy.eviction.contract import ScoreContract, single
 
 
@@ -85,6 +86,20 @@ class TestAgedLFU(ScoreContract):
             for key in range(6):
                 if counts[key]:
                     assert math.isclose(2 ** (policy.score(key) - step / 16), counts[key], rel_tol=1e-9)
+
+    @pytest.mark.parametrize("layers", [1, 3])
+    def test_shares_of_an_earlier_run_are_the_counts_that_they_tend_to(self, layers):
+        """An expert of every second step scores before the first access as it would after a thousand."""
+        shape = CacheShape((2,) * layers, (1,) * layers, (1,) * layers)
+        options = CacheOptions(slots_per_layer=1, scope="model", warm_counts=((0.5, 0.0),) * layers)
+        warm = AgedLFU.for_pool(Pool(range(2 * layers), layers, options, shape))
+        assert warm.score(1) == NEVER
+        cold = AgedLFU(half_life=16.0 * layers)
+        for step in range(1000):
+            for layer in range(layers):
+                cold.on_access([2 * layer + step % 2], single([0]), 1)
+        for key in range(0, 2 * layers, 2):
+            assert warm.score(key) == pytest.approx(cold.score(key) - 1000 / 16, abs=0.1)
 
     def test_counts_survive_eviction(self):
         policy = AgedLFU()

@@ -1,0 +1,41 @@
+"""Checks of options, each a sentence that names the option and what would work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from offmoe.errors import ConfigError
+from offmoe.types import CacheShape
+
+
+def check_counts(subject: str, counts: Sequence[Sequence[float]], shape: CacheShape) -> None:
+    """ConfigError if there is not one number per expert of the model. subject: begins the message."""
+    if tuple(map(len, counts)) != shape.experts:
+        raise ConfigError(
+            f"{subject} counted on another model: {len(counts)} layers of {sorted(set(map(len, counts)))} experts; "
+            f"this one has {shape.layers} of {sorted(set(shape.experts))}."
+        )
+
+
+def one_of(option: str, value: object, allowed: Sequence[str]) -> None:
+    """ConfigError unless the value is one of those allowed."""
+    if value not in allowed:
+        raise ConfigError(f"{option}={value!r} is unknown. Use one of: {', '.join(allowed)}.")
+
+
+def per_layer(option: str, slots: int | tuple[int, ...], shape: CacheShape) -> tuple[int, ...]:
+    """Slots of each MoE layer, at most as many as it has experts."""
+    wanted = (slots,) * shape.layers if isinstance(slots, int) else tuple(slots)
+    if len(wanted) != shape.layers:
+        raise ConfigError(f"{option} has {len(wanted)} values, but the model has {shape.layers} MoE layers.")
+    return tuple(map(min, wanted, shape.experts))
+
+
+def check_slots(slots: object, option: str = "slots_per_layer", least: int = 1) -> None:
+    """ConfigError unless these are an int or one per MoE layer. least: the smallest that a single one may be."""
+    is_list = isinstance(slots, (list, tuple)) and bool(slots)
+    values = slots if isinstance(slots, (list, tuple)) and slots else (slots,)
+    if not all(isinstance(n, int) and not isinstance(n, bool) for n in values):
+        raise ConfigError(f"{option}={slots!r} must be an int or one int per MoE layer.")
+    if min(values) < (0 if is_list else least):
+        raise ConfigError(f"{option}={slots!r} must be a {'positive' if least else 'non-negative'} int.")
