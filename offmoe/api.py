@@ -23,6 +23,7 @@ from offmoe.compute.expert_layer import ExpertLayer
 from offmoe.compute.gpu_compute import device_compute
 from offmoe.config import OffloadConfig
 from offmoe.device.arena import SlotArena, slot_layouts
+from offmoe.device.uploads import Uploads
 from offmoe.errors import ConfigError
 from offmoe.handle import Offload
 from offmoe.hf.adapters.find import find_experts
@@ -264,7 +265,9 @@ def _build_executor(
         closing.callback(exchange.close)
         host = HostExperts(compute, exchange, transfer)
     if config.is_numeric and backend.has_device_kernels:
-        compute = device_compute(layers, arena, compute)
+        uploads = Uploads(backend)
+        closing.callback(uploads.close)
+        compute = device_compute(layers, arena, compute, uploads)
         closing.callback(compute.close)
     return ExpertExecutor(planner, transfer, compute, backend, stats, host)
 

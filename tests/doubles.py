@@ -83,7 +83,8 @@ class DeferredBackend(CpuBackend):
         self.copies = DeferredStream(self, "copies")
         self._compute = DeferredStream(self, "compute")
         self.events: list[DeferredEvent] = []
-        self.regions: list[tuple[int, int, DeferredEvent]] = []
+        self.regions: list[tuple[int, int, int]] = []
+        self.last_read: list[Event] = []
 
     @property
     def compute(self) -> DeferredStream:
@@ -98,18 +99,19 @@ class DeferredBackend(CpuBackend):
 
     def guard(self, writer: SlotWriter) -> None:
         """A copy into a slot of this writer, and of no other, is a race unless it waits for the slot's last read."""
-        self.regions = []
-        for slot, event in enumerate(writer.last_read):
-            assert isinstance(event, DeferredEvent)
+        self.regions, self.last_read = [], writer.last_read
+        for slot in range(len(writer.last_read)):
             start = writer.arena.bytes(slot).data_ptr()
-            self.regions.append((start, start + writer.arena.bytes(slot).numel(), event))
+            self.regions.append((start, start + writer.arena.bytes(slot).numel(), slot))
 
     def unseen_reads(self, stream: DeferredStream, destination: torch.Tensor) -> bool:
         address = destination.data_ptr()
-        return any(
-            start <= address < stop and event.marked is not None and stream not in event.seen_by
-            for start, stop, event in self.regions
-        )
+        for start, stop, slot in self.regions:
+            event = self.last_read[slot]
+            assert isinstance(event, DeferredEvent)
+            if start <= address < stop and event.marked is not None and stream not in event.seen_by:
+                return True
+        return False
 
 
 class PinningBackend(DeferredBackend):

@@ -18,7 +18,7 @@ from offmoe.compute.compute import ComputeByLayer, ExpertCompute, LayerInput
 from offmoe.compute.expert_layer import ExpertLayer
 from offmoe.compute.gated import BIAS, MATRICES, GatedForm, gated_form, parameter_shapes, stored_tensors
 from offmoe.compute.kernels.cpu import Glu
-from offmoe.compute.kernels.device import DeviceKernels, Pairs, available
+from offmoe.compute.kernels.device import DeviceKernels, Pairs, Upload, available
 from offmoe.compute.kernels.operands import GatedOperands, Operand, coded_operand, float_operand
 from offmoe.device.arena import SlotArena
 from offmoe.errors import UnsupportedModelError
@@ -69,8 +69,14 @@ def _pairs(experts: Sequence[tuple[int, int]], inputs: LayerInput) -> Pairs:
     return Pairs(slots, [len(p) for p in positions], torch.cat(positions), inputs.pairs_per_row)
 
 
-def device_compute(layers: Sequence[ExpertLayer], arena: SlotArena, otherwise: ExpertCompute) -> ExpertCompute:
-    """The GPU kernels for layers whose slots they read, `otherwise` for the rest; logs which are the rest, and why."""
+def device_compute(
+    layers: Sequence[ExpertLayer], arena: SlotArena, otherwise: ExpertCompute, upload: Upload | None = None
+) -> ExpertCompute:
+    """The GPU kernels for layers whose slots they read, `otherwise` for the rest; logs which are the rest, and why.
+
+    Args:
+        upload: as `DeviceKernels` takes it.
+    """
     if not available():
         logger.warning(
             "Triton is not installed: experts are computed by torch's operators, on decoded weights. "
@@ -85,7 +91,7 @@ def device_compute(layers: Sequence[ExpertLayer], arena: SlotArena, otherwise: E
         except UnsupportedModelError as error:
             reasons[str(error)] += 1
         else:
-            kernels[layer.index] = DeviceKernels(operands, glu, arena.memory, arena.starts)
+            kernels[layer.index] = DeviceKernels(operands, glu, arena.memory, arena.starts, upload=upload)
     for reason, count in reasons.items():
         logger.warning("%d MoE layers are computed by torch's operators: %s", count, reason)
     by_kernels = GpuCompute(kernels)

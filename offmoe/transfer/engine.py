@@ -224,9 +224,9 @@ class TransferEngine:
 
     def computed(self, slots: Sequence[int]) -> None:
         """Note that everything that computes with `slots` has been queued on the compute stream."""
-        compute, last_read = self.writer.backend.compute, self.writer.last_read
+        if slots:
+            self.writer.computed(slots)
         for slot in slots:
-            last_read[slot].record(compute)
             self._num_uses[slot] += 1
             ticket = self._tickets.get(slot)
             if ticket is not None and ticket.turn is not None and ticket.lands_after == self._num_uses[slot]:

@@ -51,8 +51,10 @@ class SlotWriter:
         self._layers = layers
         self.landed = [backend.event() for _ in range(len(arena))]
         """Per slot: marks the last copy into it."""
-        self.last_read = [backend.event() for _ in range(len(arena))]
-        """Per slot: marks the last computation with it."""
+        self._reads = [backend.event() for _ in range(len(arena))]
+        """Per slot: marks computation with it, and with slots that were computed with at once."""
+        self.last_read = list(self._reads)
+        """Per slot: marks the last computation with it, and sometimes later work of the compute stream."""
         self._pieces = deque(backend.event(blocking=True) for _ in range(PIECES_IN_FLIGHT))
         self._pieces_lock = threading.Lock()
 
@@ -124,6 +126,17 @@ class SlotWriter:
         copies = self.backend.copies
         self.landed[fetch.slot].record(copies)
         copied.record(copies)
+
+    def computed(self, slots: Sequence[int]) -> None:
+        """Mark the work of the compute stream so far as the last computation with these slots.
+
+        One event serves all of them: a layer of 8 experts would else record 8. Whoever waits for a slot whose event has
+        been recorded again meanwhile waits longer than it has to, but not for anything that is queued behind it.
+        """
+        event = self._reads[slots[0]]
+        event.record(self.backend.compute)
+        for slot in slots:
+            self.last_read[slot] = event
 
     def drain(self) -> None:
         """Block until every copy that was queued is done, also those of reads that failed, which no event marks."""

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from offmoe.compute.kernels.cpu import Glu
@@ -39,6 +40,10 @@ by default."""
 
 Launch = Callable[[Any, tuple[int, int], tuple[object, ...], Mapping[str, int]], object]
 """launch(kernel, grid, arguments, options) starts a kernel. Tests compile or count instead."""
+
+
+Upload = Callable[[np.ndarray], torch.Tensor]
+"""upload(int32 table) -> the same on the device, for the kernels that are launched next."""
 
 
 class Pairs(NamedTuple):
@@ -70,6 +75,7 @@ class DeviceKernels:
         starts: Sequence[int],
         full_grid: int = FULL_GRID,
         launch: Launch = _launch,
+        upload: Upload | None = None,
     ) -> None:
         """Prepare; nothing is compiled before the first call.
 
@@ -77,14 +83,16 @@ class DeviceKernels:
             memory: uint8 on the device, aligned to PARAM_ALIGNMENT.
             starts: per slot, its first byte in `memory`.
             full_grid: the least number of programs that a launch should have.
+            upload: copies tables to the device; None: from pageable memory, for which the host waits.
         """
         from offmoe.compute.kernels.triton import decode, grouped  # imports Triton: where `available`, only
 
         assert memory.dtype == torch.uint8
         assert all(start % PARAM_ALIGNMENT == 0 for start in starts)
         self._operands, self._glu, self._memory = operands, glu, memory
-        self._starts = [start // PARAM_ALIGNMENT for start in starts]
+        self._starts = np.array([start // PARAM_ALIGNMENT for start in starts], dtype=np.int32)
         self._full_grid, self._launch = full_grid, launch
+        self._upload: Upload = upload or (lambda table: torch.from_numpy(table).to(memory.device))
         self._decode, self._grouped = decode, grouped
 
     def compute(self, pairs: Pairs, hidden: torch.Tensor) -> torch.Tensor:
@@ -102,10 +110,8 @@ class DeviceKernels:
     def by_pair(self, pairs: Pairs, hidden: torch.Tensor) -> torch.Tensor:
         """`compute` by the kernels for few tokens."""
         n, o = sum(pairs.counts), self._operands
-        starts = [
-            self._starts[slot] for slot, count in zip(pairs.slots, pairs.counts, strict=True) for _ in range(count)
-        ]
-        places = torch.tensor(starts, dtype=torch.int32).to(hidden.device)
+        starts = self._starts[np.array(pairs.slots, dtype=np.int64)]
+        places = self._upload(np.repeat(starts, pairs.counts))  # int32 [n]
         h = torch.empty(n, o.inner, dtype=torch.float32, device=hidden.device)
         out = hidden.new_empty(n, o.hidden)
         sizes = decode_blocks(o.gate, n, self._full_grid)
@@ -125,8 +131,8 @@ class DeviceKernels:
         table, end = [], 0
         for slot, count in zip(pairs.slots, pairs.counts, strict=True):
             first, end = end, end + count
-            table += [(self._starts[slot], start, end) for start in range(first, end, tokens)]
-        blocks = torch.tensor(table, dtype=torch.int32).to(hidden.device)
+            table += [(int(self._starts[slot]), start, end) for start in range(first, end, tokens)]
+        blocks = self._upload(np.array(table, dtype=np.int32))  # [blocks, 3]
         h = hidden.new_empty(n, o.inner)
         out = hidden.new_empty(n, o.hidden)
         sizes = grouped_blocks(o.gate, tokens)
