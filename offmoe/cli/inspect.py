@@ -22,6 +22,7 @@ from offmoe.config import ON_MISS, OffloadConfig
 from offmoe.errors import ConfigError
 from offmoe.profile import Profile
 from offmoe.simulate.expect import Expectation, expect
+from offmoe.storage.open_shards import most_open
 from offmoe.text import format_size, percent, plain, size_option, span
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ def _facts(
         "kernel_layers": kernel_layers,
         "without_kernels": without_kernels,
         "source": "config" if survey.catalog is None else "headers",
+        "shards": _shards(survey),
         "tokens_per_s": None if speed is None else speed.likely,
         "on_miss": {how: {"tokens_per_s": e.uniform, "roofline": e.roofline} for how, e in ways.items()},
     }
@@ -207,9 +209,17 @@ def _needs(name: str, survey: Survey, unpredictable: Unpredictable) -> Table:
     table.add_row("all experts", f"{format_size(survey.expert_bytes)} in {sum(shape.experts)}, {share} of the model")
     table.add_row("dense part", f"{format_size(dense)} in {dtype}, needed for every token")
     table.add_row("experts ahead", _predictable(unpredictable))
+    shards = _shards(survey)
+    if shards is not None and shards > most_open():
+        table.add_row("shards", f"{shards:,} files, of which at most {most_open()} are open at a time")
     if survey.catalog is None:
         table.add_row("known from", f"{survey.folder.name} alone: no weights here, sizes follow from shapes and dtype")
     return table
+
+
+def _shards(survey: Survey) -> int | None:
+    """The number of files that hold the weights; a configuration alone does not tell."""
+    return None if survey.catalog is None else len(survey.catalog.view.checkpoint.shards)
 
 
 def _predictable(unpredictable: Unpredictable) -> str:

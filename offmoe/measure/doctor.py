@@ -179,14 +179,17 @@ def huge_pages() -> Check:
 
 
 def open_files() -> Check:
-    """Check how many files a process may open: offmoe keeps two descriptors per shard open."""
-    try:
-        import resource
-    except ImportError:
-        return _check("open files", "ok", "no such limit on this system", "", limit=None)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    advice = f"offmoe needs two per shard, and large models have 200 shards: ulimit -n {min(hard, 4096)}"
-    return _check("open files", "warn" if soft < 512 else "ok", f"{soft} allowed", advice, limit=soft)
+    """Check how many files a process may open. offmoe keeps a few shards open, however many a model has."""
+    from offmoe.storage.open_shards import MOST_OPEN, file_limit, most_open
+
+    limit = file_limit()
+    if limit is None:
+        return _check("open files", "ok", "no such limit on this system", "", limit=None, shards_open=most_open())
+    soft, hard = limit
+    finding = f"{soft} allowed; of a model's shards, however many, at most {most_open()} are open at a time"
+    advice = f"Files that are closed have to be opened again, so allow more: ulimit -n {min(hard, 4096)}"
+    verdict: Verdict = "warn" if most_open() < MOST_OPEN else "ok"
+    return _check("open files", verdict, finding, advice, limit=soft, hard_limit=hard, shards_open=most_open())
 
 
 def disk(folder: Path) -> Check:

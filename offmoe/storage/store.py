@@ -26,17 +26,13 @@ from typing import Protocol
 
 import torch
 
-from offmoe.errors import CheckpointError, MissingTensorError, ShardChangedError, TransferError
-from offmoe.storage.checkpoint import identity
+from offmoe.errors import CheckpointError, ShardChangedError, TransferError
 from offmoe.storage.layout import ExpertRecord
+from offmoe.storage.open_shards import OpenShard, OpenShards, Shard
 from offmoe.storage.read_plan import ALIGNMENT, ReadPlan, Window, plan_reads
 from offmoe.types import ExpertKey
 
 logger = logging.getLogger(__name__)
-
-CHECK_EVERY_S = 1.0
-"""The least time between two checks of a shard's identity. Every system call may cost a switch of the interpreter lock,
-up to 5 ms."""
 
 DIRECT_REFUSED = (errno.EINVAL, errno.EFAULT, errno.EOPNOTSUPP)
 """What an unbuffered read fails with where the file system has none."""
@@ -66,8 +62,9 @@ class ExpertStore:
         direct: bool = True,
         read_at: ReadAt | None = None,
         clock: Callable[[], float] = time.monotonic,
+        most_open: int | None = None,
     ) -> None:
-        """Open the shards and plan every read.
+        """Look at the shards and plan every read.
 
         Args:
             shards: the files that `Segment.shard` is an index into.
@@ -75,6 +72,7 @@ class ExpertStore:
             direct: read unbuffered where file system and platform can.
             read_at: reads bytes; the platform's positional read by default. Tests replace it.
             clock: gives the time in seconds. Tests replace it.
+            most_open: shards that stay open; None: as many as this process may well keep open, 64 at most.
 
         Raises:
             MissingTensorError: a shard does not exist.
@@ -89,17 +87,16 @@ class ExpertStore:
         self._readers = 0
         self._closed = False
         self._warned = False
-        self._shards: list[_Shard] = []
+        used = {number for plan in self._plans.values() for number in plan.shards}
+        self._shards = OpenShards(shards, used, direct=direct, clock=clock, limit=most_open)
         try:
-            for path in shards:
-                self._shards.append(_Shard(Path(path), direct, clock()))
             self._check_bounds()
         except BaseException:
             self.close()
             raise
-        for shard in self._shards:
-            if shard.refused is not None:
-                self._warn(shard, shard.refused)
+        refused = self._shards.refused
+        if refused is not None:
+            self._warn(*refused)
 
     def record(self, key: ExpertKey) -> ExpertRecord:
         """The segments of one expert."""
@@ -168,7 +165,10 @@ class ExpertStore:
             self._readers += 1
         try:
             for window in plan.parts[part]:
-                self._read_window(window, buffer, stop, step)
+                with self._shards.reading(window.shard) as file:
+                    if file.refused is not None:
+                        self._warn(file.shard, file.refused)
+                    self._read_window(file, window, buffer, stop, step)
             # Checked after the read: a shard that is unchanged now did not change during the read either.
             for number in plan.shards:
                 self._shards[number].check_unchanged(self._clock())
@@ -209,11 +209,8 @@ class ExpertStore:
         """Close the files once reads under way have stopped, at the end of their current system call. Idempotent."""
         with self._state:
             self._closed = True
-            # A descriptor closed during a read could be reopened as another file, whose bytes would be read as weights.
             self._state.wait_for(lambda: self._readers == 0)
-            for shard in self._shards:
-                shard.close()
-            self._shards.clear()
+            self._shards.close()
 
     def _check_bounds(self) -> None:
         """CheckpointError if a segment ends behind its shard's end."""
@@ -226,9 +223,11 @@ class ExpertStore:
                         f"{segment.offset + segment.nbytes}; the file is truncated: download it again"
                     )
 
-    def _read_window(self, window: Window, buffer: memoryview, stop: Stop | None, step: int | None) -> None:
+    def _read_window(
+        self, file: OpenShard, window: Window, buffer: memoryview, stop: Stop | None, step: int | None
+    ) -> None:
         """Read one window. Retries a failed read once, and reads on buffered where unbuffered reads are refused."""
-        shard = self._shards[window.shard]
+        shard = file.shard
         wanted = min(window.nbytes, shard.size - window.offset)  # the last page of a file is not a whole one
         done = 0
         retried = False
@@ -238,18 +237,18 @@ class ExpertStore:
             if self._closed:
                 raise TransferError("the expert store was closed while it was being read")
             # After a short read the rest may start anywhere, and only a buffered descriptor can read from there.
-            direct = shard.direct if done % ALIGNMENT == 0 else None
+            direct = file.direct if done % ALIGNMENT == 0 else None
             end = wanted if direct is None else window.nbytes
             end = end if step is None else min(end, done + step)
             into = buffer[window.at + done : window.at + end]
             try:
-                read = self._read_at(shard.buffered if direct is None else direct, into, window.offset + done)
+                read = self._read_at(file.buffered if direct is None else direct, into, window.offset + done)
             except InterruptedError:
                 continue
             except OSError as error:
                 if direct is not None and error.errno in DIRECT_REFUSED:
                     # Reads on buffered from now on. The descriptor stays open: other threads may be reading from it.
-                    shard.direct = None
+                    shard.direct = False
                     self._warn(shard, error)
                 elif error.errno == errno.EIO and not retried:
                     retried = True
@@ -266,7 +265,7 @@ class ExpertStore:
                 )
             done += read
 
-    def _warn(self, shard: _Shard, error: OSError) -> None:
+    def _warn(self, shard: Shard, error: OSError) -> None:
         """Log once per store that reads are buffered: the other shards stand in the same file system."""
         with self._state:
             first, self._warned = not self._warned, True
@@ -277,54 +276,6 @@ class ExpertStore:
                 shard.path,
                 error.strerror,
             )
-
-
-class _Shard:
-    """One open file: a buffered descriptor, an unbuffered one where the file system has it, and the file's identity."""
-
-    def __init__(self, path: Path, direct: bool, now: float) -> None:
-        self.path = path
-        self.direct: int | None = None
-        self.refused: OSError | None = None
-        flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
-        try:
-            self.buffered = os.open(path, flags)
-        except FileNotFoundError as error:
-            raise MissingTensorError(f"{path}: the shard is missing; complete the download") from error
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be opened ({error.strerror}); check file and limits") from error
-        self._descriptors = [self.buffered]
-        if direct and hasattr(os, "O_DIRECT"):
-            try:
-                self.direct = os.open(path, flags | os.O_DIRECT)
-                self._descriptors.append(self.direct)
-            except OSError as error:
-                self.refused = error
-        self._identity = identity(os.fstat(self.buffered))
-        self.size = self._identity[2]
-        self._checked = now
-
-    def check_unchanged(self, now: float) -> None:
-        """ShardChangedError if the path no longer names the file that was opened, or if that was modified.
-
-        Checks at most once in CHECK_EVERY_S. After a change it checks, and raises, at every call.
-        """
-        if now - self._checked < CHECK_EVERY_S:
-            return
-        try:
-            unchanged = identity(os.stat(self.path)) == self._identity
-            what = "was replaced or rewritten"
-        except OSError as error:
-            unchanged = False
-            what = f"can no longer be reached ({error.strerror})"
-        if not unchanged:
-            raise ShardChangedError(f"{self.path}: {what} while in use; load the model again")
-        self._checked = now
-
-    def close(self) -> None:
-        for descriptor in self._descriptors:
-            os.close(descriptor)
-        self._descriptors.clear()
 
 
 def positional_read() -> ReadAt:
