@@ -276,7 +276,7 @@ def _build_slots(
     inspected: Inspected, layers: Sequence[ExpertLayer], num_scratch: int, *, scratch_in_ram: bool
 ) -> SlotArena:
     """All slots. Scratch slots are slots like the others, unless the host computes what stands in them."""
-    layouts = [layer.layout for layer in layers]
+    layouts = [layer.largest for layer in layers]
     slots = slot_layouts(layouts, inspected.plan.slots_per_layer, inspected.config.scope)
     scratch = [max(layouts, key=lambda layout: layout.nbytes)] * num_scratch
     if scratch_in_ram:

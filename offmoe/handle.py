@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from offmoe.budget.forward_pass import PassRoom
+from offmoe.budget.kv import KvBytes
 from offmoe.budget.memory_plan import MemoryPlan
 from offmoe.config import OffloadConfig
 from offmoe.errors import CapacityError, OffmoeError
@@ -115,6 +116,8 @@ class Offload:
         self.config = config
         """The options as resolved. An "auto" left in prefetch or on_miss is a policy that decides while running."""
         self._plan, self._room = plan, room
+        self._kv = KvBytes.of(model.config, model.dtype)
+        self._text_config = model.config.get_text_config()
         self._executor = executor
         self._warm = warm
         self._baseline = CacheStats.for_layers(executor.shape.layers)
@@ -234,20 +237,19 @@ class Offload:
             yield
 
     @contextmanager
-    def step(self, args: tuple[Any, ...], kwargs: dict[str, Any], is_encoder: bool = False) -> Iterator[None]:
+    def step(self, arguments: Mapping[str, Any], is_encoder: bool = False) -> Iterator[None]:
         """Surround one forward pass of the model, or of its encoder or decoder.
 
         The pass is checked against the reserved context (CapacityError), recorded, and watched for predictions.
 
         Args:
-            args: Positional arguments of the forward pass.
-            kwargs: Keyword arguments of it.
+            arguments: Arguments of the forward pass, by name.
             is_encoder: Whether the encoder of an encoder-decoder model runs.
         """
-        ids = kwargs.get("input_ids", args[0] if args else None)  # [batch, length]
-        rows = ids if isinstance(ids, torch.Tensor) else kwargs.get("inputs_embeds")  # [batch, length(, hidden)]
+        ids = arguments.get("input_ids")  # [batch, length]
+        rows = ids if isinstance(ids, torch.Tensor) else arguments.get("inputs_embeds")  # [batch, length(, hidden)]
         batch, length = (int(rows.shape[0]), int(rows.shape[1])) if isinstance(rows, torch.Tensor) else (1, 0)
-        past = self._check_pass(batch, length, kwargs, is_encoder)
+        past = self._check_pass(batch, length, arguments, is_encoder)
         if self.trace is not None:
             if past == 0 and (is_encoder or not self._encoded):
                 self.trace.next_requests()
@@ -278,40 +280,72 @@ class Offload:
         finally:
             self._prediction.end(complete)
 
-    def _check_pass(self, batch: int, length: int, kwargs: dict[str, Any], is_encoder: bool) -> int:
+    def _check_pass(self, batch: int, length: int, arguments: Mapping[str, Any], is_encoder: bool) -> int:
         """Tokens already in the KV cache; CapacityError if those and the new ones do not fit."""
-        cache: Any = kwargs.get("past_key_values")
+        cache: Any = arguments.get("past_key_values")
         past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
-        encoded = kwargs.get("encoder_hidden_states")  # [batch, encoded length, hidden]
-        total = past + length + (int(encoded.shape[1]) if isinstance(encoded, torch.Tensor) else 0)
-        self._check_context(batch, total)
-        keep = kwargs.get("logits_to_keep", 0)
+        encoded = arguments.get("encoder_hidden_states")  # [batch, encoded length, hidden]
+        before = past + (int(encoded.shape[1]) if isinstance(encoded, torch.Tensor) else 0)
+        keeps_kv = not is_encoder and self._keeps_kv(arguments)
+        if keeps_kv:
+            self._check_context(batch, before, length)
+        keep = arguments.get("logits_to_keep", 0)
         kept = int(keep.numel()) if isinstance(keep, torch.Tensor) else int(keep or 0)
         logits = 0 if is_encoder else min(length, kept or length)
-        missing = self._room.missing(batch, length, total, logits)
-        if missing:
+        context = before + length
+        missing = self._room.missing(batch, length, context, logits, cached=context if keeps_kv else 0)
+        if missing and keeps_kv:
             raise CapacityError(self._too_long(batch, length, past, logits, missing))
+        if missing:
+            raise CapacityError(self._too_many(batch, length, context, logits, missing))
         return past
 
-    def _check_context(self, batch: int, total: int) -> None:
-        """CapacityError if `total` tokens of each of `batch` sequences exceed the reserved context."""
-        if batch * total > self._plan.max_context:
+    def _keeps_kv(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether a forward pass with these arguments leaves keys and values in memory."""
+        use_cache = arguments.get("use_cache")
+        if use_cache is None:
+            use_cache = getattr(self._text_config, "use_cache", None)
+        return bool(use_cache) or arguments.get("past_key_values") is not None
+
+    def _check_context(self, batch: int, past: int, length: int) -> None:
+        """CapacityError if a forward pass needs more memory for keys and values than is reserved.
+
+        Args:
+            batch: Number of sequences.
+            past: Tokens of each that are cached, those of an encoder included.
+            length: New tokens of each.
+        """
+        tokens = batch * (past + length)
+        if tokens > self._plan.max_context and self._kv.after(batch, past, length) > self._plan.kv:
             raise CapacityError(
-                f"{batch} x {total} tokens of context do not fit the {self._plan.max_context} that memory is "
-                f"reserved for. Load the model with max_context={batch * total} or more."
+                f"{batch} x {past + length} tokens of context do not fit the {self._plan.max_context} that memory is "
+                f"reserved for. Load the model with max_context={tokens} or more; a pass that only scores its input "
+                "needs none with use_cache=False."
             )
 
     def _too_long(self, batch: int, length: int, past: int, logits: int, missing: int) -> str:
         """Why a forward pass is refused, and what would work."""
-        chunk, per_token = self._room.chunk(batch, length, past, logits), self._room.kv_per_token
-        text = (
+        chunk = self._room.chunk(batch, length, past, logits)
+        return (
             f"{batch} x {length} tokens in one forward pass need {format_size(missing)} more than the workspace. Pass "
-            f"at most {chunk} of each sequence at once, with past_key_values, as generate() does"
+            f"at most {chunk} of each sequence at once, with past_key_values, as generate() does{self._or_more(missing)}"
         )
+
+    def _too_many(self, batch: int, length: int, context: int, logits: int, missing: int) -> str:
+        """As `_too_long`, of a pass that keeps no keys and values, and so cannot be divided into pieces."""
+        sequences = self._room.sequences(length, context, logits)
+        fewer = f"at most {sequences} sequences" if sequences else "shorter sequences"
+        return (
+            f"{batch} x {length} tokens in one forward pass need {format_size(missing)} more than the workspace. Pass "
+            f"{fewer} at once{self._or_more(missing)}"
+        )
+
+    def _or_more(self, missing: int) -> str:
+        """The end of a message: how much context would hold `missing` more bytes."""
+        per_token = self._room.kv_per_token
         if per_token == 0:
-            return f"{text}."
-        context = self._plan.max_context + -(-missing // per_token)
-        return f"{text}; or load the model with max_context={context} or more."
+            return "."
+        return f"; or load the model with max_context={self._plan.max_context + -(-missing // per_token)} or more."
 
 
 def _close_all(process: int, closing: ExitStack) -> None:

@@ -139,6 +139,9 @@ class Layer(NamedTuple):
     layout: ExpertLayout
     assembly: Assembly
 
+    def of(self, expert: int) -> Layer:
+        return self
+
 
 def without(wait: str) -> Waits:
     """The waits, of which one returns at once."""

@@ -71,18 +71,27 @@ class PassRoom(NamedTuple):
     max_context: int
     largest_chunk: int | None = None
 
-    def free(self, batch: int, context: int) -> int:
-        """Bytes for a pass after which each of `batch` sequences has `context` tokens."""
-        return self.workspace + self.kv_per_token * max(0, self.max_context - batch * context)
+    def free(self, batch: int, cached: int) -> int:
+        """Bytes for a pass after which each of `batch` sequences has `cached` tokens in the KV cache."""
+        return self.workspace + self.kv_per_token * max(0, self.max_context - batch * cached)
 
-    def missing(self, batch: int, length: int, context: int, logits: int) -> int:
-        """Bytes by which a pass exceeds what it may take; 0 if it fits. Arguments as `PassBytes.of`.
+    def missing(self, batch: int, length: int, context: int, logits: int, cached: int | None = None) -> int:
+        """Bytes by which a pass exceeds what it may take; 0 if it fits.
 
         A pass of one token per sequence always fits: the plan's smallest workspace holds more.
+
+        Args:
+            batch, length, context, logits: as `PassBytes.of`.
+            cached: tokens of each sequence that the KV cache holds afterwards; None: `context`.
         """
         if length <= 1:
             return 0
-        return max(0, self.needs.of(batch, length, context, logits) - self.free(batch, context))
+        free = self.free(batch, context if cached is None else cached)
+        return max(0, self.needs.of(batch, length, context, logits) - free)
+
+    def sequences(self, length: int, context: int, logits: int) -> int:
+        """Sequences that pass at once if nothing of them is cached. Arguments as `PassBytes.of`."""
+        return self.free(0, 0) // self.needs.of(1, length, context, logits)
 
     def chunk(self, batch: int, length: int, past: int, logits: int = 1) -> int:
         """Tokens of each sequence that pass at once, when `length` tokens follow `past` others; `length` if all do.

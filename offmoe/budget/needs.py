@@ -138,10 +138,10 @@ def catalog_needs(
     """What a model needs by its checkpoint's headers. Arguments as `model_needs`; catalog: the checkpoint's experts."""
     experts = tuple(
         ExpertBytes(
-            at_rest=layer.records[0].nbytes,
-            slot=aligned(layer.layout.nbytes, PARAM_ALIGNMENT),
+            at_rest=layer.common_record.nbytes,
+            slot=aligned(max(form.layout.nbytes for form in layer.forms), PARAM_ALIGNMENT),
             read=max(plan_reads(record).nbytes for record in layer.records),
-            cast=_computing_bytes(layer, dtype),
+            cast=max(_computing_bytes(form, dtype) for form in layer.forms),
         )
         for layer in catalog.layers
     )
@@ -231,10 +231,10 @@ def kv_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
         heads = int(getattr(config, "decoder_attention_heads", None) or config.num_attention_heads)
         head = int(getattr(config, "d_kv", None) or config.hidden_size // heads)
         return _layers_of(config, "decoder") * 2 * heads * head * dtype.itemsize
-    return sum(_cached_elements(layer) for layer in config.get_text_config().per_layer_config) * dtype.itemsize
+    return sum(cached_elements(layer) for layer in config.get_text_config().per_layer_config) * dtype.itemsize
 
 
-def _cached_elements(layer: PreTrainedConfig) -> int:
+def cached_elements(layer: PreTrainedConfig) -> int:
     """Elements that one decoder layer caches per token."""
     heads = int(layer.num_attention_heads)
     head = int(getattr(layer, "head_dim", None) or layer.hidden_size // heads)

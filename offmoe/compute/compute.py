@@ -45,7 +45,7 @@ class ExpertCompute(ABC):
         """One expert on its tokens.
 
         Args:
-            layer: the expert's MoE layer.
+            layer: the expert's MoE layer, as `ExpertLayer.of` gives it for the expert.
             slot: where the expert stands, completely.
             x: [n, H].
         Returns:
@@ -65,7 +65,7 @@ class ExpertCompute(ABC):
             have the dtype of `inputs.hidden`, or a wider one if there is a single token: the caller casts these.
         """
         for expert, slot in experts:
-            yield self._when_ready(layer, slot, inputs.rows(expert), transfer)
+            yield self._when_ready(layer.of(expert), slot, inputs.rows(expert), transfer)
 
     def _when_ready(self, layer: ExpertLayer, slot: int, x: torch.Tensor, transfer: TransferEngine) -> torch.Tensor:
         transfer.ready(slot)

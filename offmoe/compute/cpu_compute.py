@@ -25,14 +25,14 @@ from offmoe.transfer.engine import TransferEngine
 
 
 class CpuCompute(ExpertCompute):
-    """The C kernels, for layers with a `cpu_slot`.
+    """The C kernels, for layers with a `cpu_slot`, and torch's operators for those of their experts that have none.
 
     Slots never move, so the pointers into a slot are prepared once and serve whichever expert stands there.
     """
 
-    def __init__(self, kernels: CpuKernels, arena: SlotArena) -> None:
+    def __init__(self, kernels: CpuKernels, arena: SlotArena, by_torch: TorchCompute) -> None:
         """kernels: closed with this."""
-        self._kernels, self._arena = kernels, arena
+        self._kernels, self._arena, self._by_torch = kernels, arena, by_torch
         self._prepared: dict[tuple[int, int], Rows] = {}
         """By id of the CpuSlot and slot number. Layers share equal CpuSlots: a pool of all layers would otherwise hold
         one entry per layer and slot."""
@@ -41,7 +41,8 @@ class CpuCompute(ExpertCompute):
 
     def expert(self, layer: ExpertLayer, slot: int, x: torch.Tensor) -> torch.Tensor:
         form = layer.cpu_slot
-        assert form is not None
+        if form is None:  # an expert unlike the others of its layer
+            return self._by_torch.expert(layer, slot, x.to(self._by_torch.dtype)).to(x.dtype)
         with self._calling:  # `close` may be called by another thread
             if self._closed:
                 raise OffmoeError("the model was closed; load it again with from_pretrained.")
@@ -87,7 +88,7 @@ def host_compute(
     if all(layer.cpu_slot is None for layer in layers):
         return by_torch
     assert library is not None, "without the library, no layer has a cpu_slot"
-    by_kernels = CpuCompute(CpuKernels(library, threads, int8_activations=int8_activations), arena)
+    by_kernels = CpuCompute(CpuKernels(library, threads, int8_activations=int8_activations), arena, by_torch)
     return ComputeByLayer([by_torch if layer.cpu_slot is None else by_kernels for layer in layers])
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from offmoe.compute.cpu_slot import CpuSlot
@@ -38,3 +39,18 @@ class ExpertLayer:
     cpu_slot: CpuSlot | None = None
     """How the C kernels read a slot; None: they do not compute this layer. Equal ones are one object."""
     order: TokenOrder = TokenOrder.SORTED_IDS
+    unlike: Mapping[int, ExpertLayer] = field(default_factory=dict)
+    """Experts that are stored otherwise than the rest of the layer, by id: what the layer would be if all were so."""
+
+    def of(self, expert: int) -> ExpertLayer:
+        """The layer as the expert stands in it: itself, but for an expert of `unlike`."""
+        return self.unlike.get(expert, self)
+
+    @property
+    def largest(self) -> ExpertLayout:
+        """The layout of the largest expert, which any slot of the layer must hold."""
+        return max((self.layout, *(layer.layout for layer in self.unlike.values())), key=lambda layout: layout.nbytes)
+
+    def with_math(self, math: ExpertMath) -> ExpertLayer:
+        """The layer with other math, for all of its experts."""
+        return replace(self, math=math, unlike={e: layer.with_math(math) for e, layer in self.unlike.items()})

@@ -107,6 +107,8 @@ def _operands(layer: ExpertLayer) -> tuple[GatedOperands, Glu]:
     Raises:
         UnsupportedModelError: the kernels cannot compute these experts; the message is the reason.
     """
+    if layer.unlike:
+        raise UnsupportedModelError("an expert is stored otherwise than the others of its layer")
     layout, decode = layer.layout, layer.decode
     form = gated_form(stored_tensors(layout, decode), parameter_shapes(layout, decode), layer.math)
     gate, up, down = (_operand(layout.params, form, name) for name in MATRICES)

@@ -28,13 +28,13 @@ class TorchCompute(ExpertCompute):
             dtype: the model's. Weights keep it under torch.autocast, where inputs may have another one.
             decoder: decodes GGUF weights of slots in RAM; closed with this.
         """
-        self._arena, self._dtype, self._decoder = arena, dtype, decoder
+        self._arena, self.dtype, self._decoder = arena, dtype, decoder
         self._same_by_blocks: dict[tuple[object, ...], bool] = {}
         """Per shapes, dtype and number of threads: whether blocks of rows gave the bits of the whole product."""
 
     def expert(self, layer: ExpertLayer, slot: int, x: torch.Tensor) -> torch.Tensor:
         weights = self._arena.views(slot, layer.layout)
-        dtype = self._dtype if autocast_enabled(x) else x.dtype
+        dtype = self.dtype if autocast_enabled(x) else x.dtype
         if layer.decode is not None:
             weights = layer.decode(weights, dtype, self._decoder)
         return expert_ffn(layer.math, weights, x, dtype)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.generation import utils as generation
 
 from offmoe.errors import ConfigError
@@ -23,6 +23,7 @@ PLAIN_NAME = re.compile(r"[\w.]*\.\*\.[\w.]+")
 """A pattern that is a plain name except for the expert's number."""
 
 try:
+    from transformers.cache_utils import get_layer_types_and_kwargs
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         Concatenate,
@@ -70,6 +71,16 @@ class MappedName(NamedTuple):
     """The source pattern of `converter` that matched; None without a converter."""
     converter: WeightConverter | None
     """The conversion that makes the parameter; None if the tensor is only renamed."""
+
+
+def cache_layer_types(config: PreTrainedConfig) -> list[tuple[str, int | None]]:
+    """How transformers caches each decoder layer of a text configuration.
+
+    Returns:
+        Per layer its type, such as "full_attention", and how many tokens it keeps; None: all, or a state only.
+    """
+    types, kwargs = get_layer_types_and_kwargs(config)
+    return [(kind, named.get("sliding_window")) for kind, named in zip(types, kwargs, strict=True)]
 
 
 def map_names(

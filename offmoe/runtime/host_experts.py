@@ -46,9 +46,9 @@ class HostExperts:
         sizes = [inputs.num_rows(expert) for expert, _ in experts]
         results = self._exchange.results(received.new_empty(sum(sizes), received.shape[1]))
         per_expert = [received] * len(experts) if inputs.pairs is None else received.split(sizes)
-        for (_, slot), x, rows in zip(experts, per_expert, results.split(sizes), strict=True):
+        for (expert, slot), x, rows in zip(experts, per_expert, results.split(sizes), strict=True):
             self._transfer.ready(slot)
-            rows.copy_(self._compute.expert(layer, slot, x))
+            rows.copy_(self._compute.expert(layer.of(expert), slot, x))
             self._transfer.computed((slot,))
         on_device = self._exchange.to_device(results)
         return zip([expert for expert, _ in experts], on_device.split(sizes), strict=True)

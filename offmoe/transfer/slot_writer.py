@@ -21,7 +21,7 @@ from offmoe.storage.layout import Assembly, ExpertLayout
 from offmoe.storage.store import ExpertStore
 from offmoe.transfer.arrival import Arriving
 from offmoe.transfer.ticket import DEMAND, Ticket
-from offmoe.types import Fetch
+from offmoe.types import ExpertKey, Fetch
 
 PIECE_BYTES = 16 << 20
 """Bytes of one copy of a speculative ticket: 0.7 ms on a link of 24 GB/s. The device does copies in the order in which
@@ -41,6 +41,9 @@ class StoredLayer(Protocol):
     def assembly(self) -> Assembly:
         """Which segment of an expert at rest goes to which parameter."""
 
+    def of(self, expert: int) -> StoredLayer:
+        """The layer as this expert stands in it, if it is stored otherwise than the rest; else the layer itself."""
+
 
 class SlotWriter:
     """Writes experts of all layers into the slots of one model. Several readers call it at once."""
@@ -58,13 +61,16 @@ class SlotWriter:
         self._pieces = deque(backend.event(blocking=True) for _ in range(PIECES_IN_FLIGHT))
         self._pieces_lock = threading.Lock()
 
+    def _layer(self, key: ExpertKey) -> StoredLayer:
+        return self._layers[key.layer].of(key.expert)
+
     def _views(self, fetch: Fetch) -> dict[str, torch.Tensor]:
         """The fetch's slot as the parameters of its expert."""
-        return self.arena.views(fetch.slot, self._layers[fetch.key.layer].layout)
+        return self.arena.views(fetch.slot, self._layer(fetch.key).layout)
 
     def runs(self, fetch: Fetch) -> Sequence[torch.Tensor | None]:
         """Per segment of the expert, the bytes of the slot that it fills unchanged; None for other segments."""
-        return self._layers[fetch.key.layer].assembly.runs(self.store.record(fetch.key).segments, self._views(fetch))
+        return self._layer(fetch.key).assembly.runs(self.store.record(fetch.key).segments, self._views(fetch))
 
     def arriving(self, ticket: Ticket) -> Arriving | None:
         """The expert of a ticket as something to compute with while it arrives.
@@ -77,7 +83,7 @@ class SlotWriter:
         if num_parts == 1 or not self.backend.unified_memory:
             return None
         views, runs = self._views(ticket.fetch), self.runs(ticket.fetch)
-        params = [to.param for to in self._layers[key.layer].assembly.destinations]
+        params = [to.param for to in self._layer(key).assembly.destinations]
         places: dict[str, list[tuple[int, int, int]]] = {name: [] for name in views}
         for part in range(num_parts):
             for segment, start, end in self.store.arrived(key, part):
@@ -117,7 +123,7 @@ class SlotWriter:
         """As `write_rest`. data: uint8 [nbytes] per segment of the expert, in the order of its record."""
         fetch, early = ticket.fetch, ticket.arrival.runs
         segments = self.store.record(fetch.key).segments
-        assembly, views = self._layers[fetch.key.layer].assembly, self._views(fetch)
+        assembly, views = self._layer(fetch.key).assembly, self._views(fetch)
         if fetch.slot >= self.arena.num_on_device:  # a slot in RAM, which the host alone reads, after `issued`
             assembly.place(segments, data, views, copy_in_ram)
             return

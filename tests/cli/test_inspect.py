@@ -58,7 +58,7 @@ def test_a_configuration_alone(offmoe: Run, checkpoint: Path) -> None:
     headers = offmoe("inspect", checkpoint, "--json", *budget).json
     config = offmoe("inspect", checkpoint / "config.json", "--json", *budget).json
     assert (headers["source"], config["source"]) == ("headers", "config")
-    same = headers.keys() - {"source", "plan", "smallest_device_memory", "smallest_with_dense"}
+    same = headers.keys() - {"source", "shards", "plan", "smallest_device_memory", "smallest_with_dense"}
     same -= {"choices", "best_command", "best_command_same_results", "predicted_from", "predicted_assuming"}
     assert {key: config[key] for key in same} == {key: headers[key] for key in same}
     assert "config.json alone: no weights here" in offmoe("inspect", checkpoint / "config.json", *budget).out

@@ -9,8 +9,8 @@ take seconds. An expert that is absent, of another shape or of mixed dtype is an
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 import torch
@@ -123,13 +123,14 @@ class _Builder:
         groups = tuple(group.settled(num_experts) for group in self.groups[name].values())
         self._check_present(name, tuple(shapes), groups)
         for group in groups:
-            group.kinds = tuple(self._kind(group, names) for names in group.names.values())
+            self._set_kinds(group)
         kinds = [kind for group in groups for kind in group.kinds]
         assembly, dtypes = self._assembly(name, shapes, groups)
-        slot = RawSlot(ExpertLayout.of({param: (dtypes[param], shapes[param]) for param in shapes}), assembly, None)
-        if any(kind.encoding for kind in kinds):
+        if dtypes is None or any(kind.encoding for kind in kinds):
             slot = raw_slot(kinds, assembly, shapes)
-        return CatalogLayer(
+        else:
+            slot = RawSlot(ExpertLayout.of({param: (dtypes[param], shapes[param]) for param in shapes}), assembly, None)
+        layer = CatalogLayer(
             name=name,
             num_experts=num_experts,
             top_k=self._top_k(name, module, num_experts),
@@ -138,6 +139,31 @@ class _Builder:
             records=self._records(groups),
             decode=slot.decode,
         )
+        unlike = sorted({expert for group in groups for expert in group.unlike})
+        return replace(
+            layer, unlike={expert: self._unlike(layer, expert, groups, assembly, shapes) for expert in unlike}
+        )
+
+    def _unlike(
+        self,
+        layer: CatalogLayer,
+        expert: int,
+        groups: Sequence[Group],
+        assembly: Assembly,
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> CatalogLayer:
+        """The layer as an expert stands in it that is stored otherwise than the rest: tensor by tensor, as stored.
+
+        Args:
+            layer: the layer as the rest stand in it.
+            expert: the expert.
+            groups: the layer's groups.
+            assembly: makes parameters out of decoded tensors.
+            shapes: the parameters' shapes by name.
+        """
+        slot = raw_slot([kind for g in groups for kind in g.unlike.get(expert, g.kinds)], assembly, shapes)
+        layout = self.layouts.setdefault(slot.layout, slot.layout)
+        return replace(layer, layout=layout, assembly=slot.assembly, decode=slot.decode)
 
     def _top_k(self, name: str, module: nn.Module, num_experts: int) -> int:
         top_k = find_top_k(module, self.model.get_submodule(name.rpartition(".")[0]), self.model.config)
@@ -150,13 +176,17 @@ class _Builder:
 
     def _assembly(
         self, name: str, shapes: dict[str, tuple[int, ...]], groups: tuple[Group, ...]
-    ) -> tuple[Assembly, dict[str, torch.dtype]]:
-        """How an expert of the layer `name` is assembled, and the dtype of each parameter."""
+    ) -> tuple[Assembly, dict[str, torch.dtype] | None]:
+        """How an expert of the layer `name` is assembled, and the dtype of each parameter.
+
+        None in place of dtypes: tensors of several dtypes become one parameter.
+        """
         destinations: list[Destination] = []
         dtypes: dict[str, torch.dtype] = {}
+        mixed = any(len({kind.dtype for kind in group.kinds if kind.encoding is None}) > 1 for group in groups)
         for group in groups:
             param = group.target.removeprefix(f"{name}.")
-            dtypes[param] = self._one_dtype(group)
+            dtypes[param] = next((k.dtype for k in group.kinds if k.encoding is None), group.kinds[0].dtype)
             value = self._blocks(group, shapes[param])
             if value is not None:
                 self._check_tiling(group, value, shapes[param])
@@ -166,9 +196,9 @@ class _Builder:
                 structure = (tuple((id(g.converter), g.per_expert, g.kinds) for g in groups), tuple(shapes.items()))
                 if structure not in self.converted:
                     self.converted[structure] = conversion.check()
-                return Assembly(convert=conversion), self.converted[structure]
+                return Assembly(convert=conversion), None if mixed else self.converted[structure]
             destinations += copies
-        return Assembly(destinations=tuple(destinations)), dtypes
+        return Assembly(destinations=tuple(destinations)), None if mixed else dtypes
 
     def _blocks(self, group: Group, expected: tuple[int, ...]) -> Value | None:
         """The group's parameter for one expert as blocks, [1, ...]; None if it does not consist of blocks."""
@@ -211,29 +241,45 @@ class _Builder:
                 "download is incomplete, or the checkpoint is quantized or of another architecture"
             )
 
-    def _kind(self, group: Group, names: list[str]) -> Kind:
-        """The common shape, dtype and encoding of all tensors of one pattern; an error if they differ."""
+    def _set_kinds(self, group: Group) -> None:
+        """Set the kinds that most experts' tensors are of, and those of experts that are unlike them."""
+        by_pattern = [self._kinds(group, names) for names in group.names.values()]
+        if all(
+            kind == kinds[0] for kinds in by_pattern for kind in kinds
+        ):  # hashing 90,000 of them takes half a second
+            group.kinds = tuple(kinds[0] for kinds in by_pattern)
+            return
+        group.kinds = tuple(Counter(kinds).most_common(1)[0][0] for kinds in by_pattern)
+        for expert, own in enumerate(zip(*by_pattern, strict=True)):
+            if own != group.kinds:
+                group.unlike[expert] = own
+                for names, kind in zip(group.names.values(), group.kinds, strict=True):
+                    self.view.check_components(names[expert], kind.encoding)
+
+    def _kinds(self, group: Group, names: list[str]) -> list[Kind]:
+        """The kind of each tensor of one pattern; an error if they differ in shape."""
         infos = [self.view.tensors[name] for name in names]
-        shape, dtype = Counter((info.shape, info.dtype) for info in infos).most_common(1)[0][0]
+        shape = Counter(info.shape for info in infos).most_common(1)[0][0]
         entries = self._entries(group, names[0])
         if group.per_expert:
             if group.share is None:
                 check_count(self.view.folder, group, names, group.num_experts)
+            of_one = shape
         elif not shape or not shape[0] or shape[0] % entries:
             raise CheckpointError(
                 f"{self.view.where(names[0])}: tensor {names[0]!r} has shape {list(shape)}, the model "
                 f"expects [{group.num_experts}, ...], equal parts for all experts; {OTHER_MODEL}"
             )
-        encoding = self.view.common_encoding(names, None if group.per_expert else entries)
+        else:
+            of_one = shape[1:] if shape[0] == entries else (shape[0] // entries, *shape[1:])
         for name, info in zip(names, infos, strict=True):
             _check_computable(self.view, name)
             if info.shape != shape:
                 _check_shape(self.view, name, shape)
-            if info.dtype != dtype:
-                self._mixed(name, info.dtype, dtype)
-        if group.per_expert:
-            return Kind(shape, dtype, encoding)
-        return Kind(shape[1:] if shape[0] == entries else (shape[0] // entries, *shape[1:]), dtype, encoding)
+        rows = None if group.per_expert else entries
+        return [
+            Kind(of_one, info.dtype, self.view.encoding(name, rows)) for name, info in zip(names, infos, strict=True)
+        ]
 
     def _check_tiling(self, group: Group, value: Value, expected: tuple[int, ...]) -> None:
         """Check that the blocks cover one expert's parameter exactly; else name the first tensor that is wrong."""
@@ -270,18 +316,4 @@ class _Builder:
         raise CheckpointError(
             f"{self.view.folder}: the tensors of {group.target!r} make {list(value.shape[1:])} per expert, the "
             f"model expects {list(expected)}; {OTHER_MODEL}"
-        )
-
-    def _one_dtype(self, group: Group) -> torch.dtype:
-        """The dtype of a parameter; an error if the tensors that become it differ in dtype."""
-        plain = [kind for kind in group.kinds if kind.encoding is None] or group.kinds
-        for names, kind in zip(group.names.values(), group.kinds, strict=True):
-            if kind.encoding is None and kind.dtype != plain[0].dtype:
-                self._mixed(names[0], kind.dtype, plain[0].dtype)
-        return plain[0].dtype
-
-    def _mixed(self, name: str, dtype: torch.dtype, others: torch.dtype) -> None:
-        raise CheckpointError(
-            f"{self.view.where(name)}: tensor {name!r} is {dtype}, but belongs "
-            f"to a parameter of {others}; save the checkpoint in one dtype"
         )

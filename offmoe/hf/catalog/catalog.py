@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from offmoe.compute.cpu_slot import CpuSlot, cpu_slot
@@ -38,6 +40,18 @@ class CatalogLayer:
     """How experts stand in slots for the C kernels; None if the kernels do not compute this layer."""
     without_kernel: str | None = None
     """Why the C kernels do not compute this layer, after `for_kernels`."""
+    unlike: Mapping[int, CatalogLayer] = field(default_factory=dict)
+    """Experts that are stored otherwise than the rest of the layer, by id: what the layer would be if all were so."""
+
+    @property
+    def forms(self) -> tuple[CatalogLayer, ...]:
+        """The layer as each of its experts may stand in it: as the rest do, and as each one of `unlike` does."""
+        return (self, *self.unlike.values())
+
+    @property
+    def common_record(self) -> ExpertRecord:
+        """The record of an expert that is stored as the rest are."""
+        return self.records[next(expert for expert in range(self.num_experts) if expert not in self.unlike)]
 
 
 @dataclass(frozen=True)
@@ -57,19 +71,20 @@ class ExpertCatalog:
 
     @property
     def shape(self) -> CacheShape:
-        """What the cache policy needs to know. expert_bytes counts an expert at rest: the bytes that one fetch
-        reads."""
+        """What the cache policy needs to know. expert_bytes counts an expert at rest: the bytes that one fetch reads,
+        but for experts unlike the rest of their layer."""
         return CacheShape(
             experts=tuple(layer.num_experts for layer in self.layers),
             top_k=tuple(layer.top_k for layer in self.layers),
-            expert_bytes=tuple(layer.records[0].nbytes for layer in self.layers),
+            expert_bytes=tuple(layer.common_record.nbytes for layer in self.layers),
         )
 
     @property
     def formats(self) -> tuple[str, ...]:
         """Names of the quantized formats in which experts are stored."""
-        leaves = (leaf for layer in self.layers if layer.decode for leaf in layer.decode.leaves)
-        stored = {name for layer in self.layers if layer.cpu_slot for name in layer.cpu_slot.stored}
+        forms = [form for layer in self.layers for form in layer.forms]
+        leaves = (leaf for form in forms if form.decode for leaf in form.decode.leaves)
+        stored = {name for form in forms if form.cpu_slot for name in form.cpu_slot.stored}
         return tuple(sorted(stored | {leaf.codec.name for leaf in leaves if leaf.codec}))
 
     def moved(self, checkpoint: Checkpoint) -> ExpertCatalog:
@@ -82,18 +97,22 @@ class ExpertCatalog:
         Args:
             meta_model: the model on the meta device, experts included.
         """
-        kernels, layers = status(), []
-        for layer, module in zip(self.layers, find_experts(meta_model).values(), strict=True):
+        kernels = status()
+
+        def on_kernels(layer: CatalogLayer, record: ExpertRecord, module: nn.Module) -> CatalogLayer:
             try:
                 if kernels.library is None:
                     raise UnsupportedModelError(kernels.message)
                 math = require_adapter(module).math(module)
-                slot = cpu_slot(layer.layout, layer.assembly, layer.decode, layer.records[0].segments, math)
+                slot = cpu_slot(layer.layout, layer.assembly, layer.decode, record.segments, math)
             except UnsupportedModelError as error:
-                layers.append(replace(layer, without_kernel=str(error)))
-            else:
-                layers.append(replace(layer, layout=slot.layout, assembly=slot.assembly, decode=None, cpu_slot=slot))
-        return replace(self, layers=tuple(layers))
+                return replace(layer, without_kernel=str(error))
+            unlike = {e: on_kernels(form, layer.records[e], module) for e, form in layer.unlike.items()}
+            return replace(layer, layout=slot.layout, assembly=slot.assembly, decode=None, cpu_slot=slot, unlike=unlike)
+
+        modules = find_experts(meta_model).values()
+        pairs = zip(self.layers, modules, strict=True)
+        return replace(self, layers=tuple([on_kernels(layer, layer.common_record, module) for layer, module in pairs]))
 
     @cached_property
     def records(self) -> dict[ExpertKey, ExpertRecord]:

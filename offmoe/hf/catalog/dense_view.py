@@ -14,8 +14,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -109,36 +108,44 @@ class DenseView:
         weight = self.encoded.get(name)
         return (self.renamed.get(name, name),) if weight is None else weight.names.values()
 
-    def common_encoding(self, names: Sequence[str], rows: int | None) -> Encoding | None:
-        """The encoding that one expert's part of every one of these tensors has.
+    def encoding(self, name: str, rows: int | None) -> Encoding | None:
+        """The encoding that one expert's part of a tensor has.
 
         Args:
-            names: dense names.
-            rows: number of experts that each tensor must hold; None if each tensor must be one matrix.
+            name: the dense name.
+            rows: number of experts that the tensor must hold; None if it must be one matrix.
 
         Returns:
-            None if the tensors are not quantized.
+            None if the tensor is not quantized.
 
         Raises:
-            CheckpointError: the tensors differ in encoding.
-            UnsupportedModelError: a quantized tensor does not hold `rows` experts.
+            UnsupportedModelError: the quantized tensor does not hold `rows` experts.
         """
-        weights = [self.encoded.get(name) for name in names]
-        encodings = [None if weight is None else weight.encoding for weight in weights]
-        common = Counter(encodings).most_common(1)[0][0]
-        for name, encoding in zip(names, encodings, strict=True):
-            if encoding != common:
-                raise CheckpointError(
-                    f"{self.where(name)}: tensor {name!r} is {_describe(encoding)}, those of other experts of its "
-                    f"layer are {_describe(common)}; quantize all experts of a layer alike"
-                )
-        for name, weight in zip(names, weights, strict=True):
-            if weight is not None and weight.stacked != rows:
-                raise UnsupportedModelError(
-                    f"{self.where(name)}: quantized weight {name!r} holds several experts in a way that offmoe cannot "
-                    f"take apart; {REMEDY}"
-                )
-        return common
+        weight = self.encoded.get(name)
+        if weight is None:
+            return None
+        if weight.stacked != rows:
+            raise UnsupportedModelError(
+                f"{self.where(name)}: quantized weight {name!r} holds several experts in a way that offmoe cannot "
+                f"take apart; {REMEDY}"
+            )
+        return weight.encoding
+
+    def check_components(self, name: str, common: Encoding | None) -> None:
+        """Check that a tensor's encoding has the components of `common`, that of other experts; other sizes are fine.
+
+        Raises:
+            CheckpointError: a component is absent or too many. Some are optional in a format and change what others
+                mean, so that an incomplete expert would be decoded wrong.
+        """
+        weight = self.encoded.get(name)
+        if weight is None or common is None:
+            return
+        if [part for part, _ in weight.encoding.components] != [part for part, _ in common.components]:
+            raise CheckpointError(
+                f"{self.where(name)}: tensor {name!r} is {_describe(weight.encoding)}, those of other experts of its "
+                f"layer are {_describe(common)}; complete the download, or quantize all experts of a layer alike"
+            )
 
     def segments(self, name: str, part: int | None = None, parts: int = 1) -> tuple[Segment, ...]:
         """Where a tensor's bytes are, component by component; with `part`, one of `parts` equal parts of it."""
@@ -310,9 +317,7 @@ DECODED = torch.bfloat16
 """Placeholder for the dtype of a decoded tensor, which can be any compute dtype."""
 
 
-def _describe(encoding: Encoding | None) -> str:
-    if encoding is None:
-        return "not quantized"
+def _describe(encoding: Encoding) -> str:
     parts = ", ".join(f"{name} {list(spec.shape)}" for name, spec in encoding.components)
     return f"{encoding.codec.name} ({parts})"
 

@@ -48,6 +48,8 @@ class Group:
     """Number of experts in the tensors, if it is more than num_experts. Those behind the last expert are ignored."""
     kinds: tuple[Kind, ...] = ()
     """Per source pattern, what its tensors have in common."""
+    unlike: dict[int, tuple[Kind, ...]] = field(default_factory=dict)
+    """Per expert whose tensors are not of these kinds: the kinds of its own."""
     num_experts: int = 0
     """Number of experts of the module, once the group is `settled`."""
     share: Share | None = None

@@ -16,10 +16,10 @@ Must never know a family.
 from __future__ import annotations
 
 import functools
+import inspect
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -50,21 +50,21 @@ def expert_layers(stored: Sequence[CatalogLayer], modules: Sequence[nn.Module]) 
         modules: the experts module of each, as loaded.
     """
     shared: dict[CpuSlot, CpuSlot] = {}
-    layers = []
-    for index, (layer, module) in enumerate(zip(stored, modules, strict=True)):
+
+    def bound(index: int, layer: CatalogLayer, module: nn.Module) -> ExpertLayer:
         adapter, slot = require_adapter(module), layer.cpu_slot
-        layers.append(
-            ExpertLayer(
-                index=index,
-                layout=layer.layout,
-                assembly=layer.assembly,
-                math=adapter.math(module),
-                decode=layer.decode,
-                cpu_slot=None if slot is None else shared.setdefault(slot, slot),
-                order=adapter.order,
-            )
+        return ExpertLayer(
+            index=index,
+            layout=layer.layout,
+            assembly=layer.assembly,
+            math=adapter.math(module),
+            decode=layer.decode,
+            cpu_slot=None if slot is None else shared.setdefault(slot, slot),
+            order=adapter.order,
+            unlike={expert: bound(index, other, module) for expert, other in layer.unlike.items()},
         )
-    return layers
+
+    return [bound(i, layer, module) for i, (layer, module) in enumerate(zip(stored, modules, strict=True))]
 
 
 class AttachedExperts:
@@ -86,7 +86,7 @@ class AttachedExperts:
         return self._executor.run(self._layer, hidden, ids)
 
     def with_math(self, math: ExpertMath) -> AttachedExperts:
-        return AttachedExperts(self._executor, replace(self._layer, math=math))
+        return AttachedExperts(self._executor, self._layer.with_math(math))
 
 
 def attach(module: nn.Module, executor: ExpertExecutor, layer: ExpertLayer) -> None:
@@ -108,8 +108,8 @@ def offmoe_experts_forward(
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, offmoe_experts_forward)
 
 
-Step = Callable[[tuple[Any, ...], dict[str, Any]], AbstractContextManager[None]]
-"""Takes the arguments of a call of the model; the call happens within the result."""
+Step = Callable[[Mapping[str, Any]], AbstractContextManager[None]]
+"""Takes the arguments of a call of the model, by name; the call happens within the result."""
 
 
 class Handle(Protocol):
@@ -117,9 +117,7 @@ class Handle(Protocol):
 
     def in_use(self) -> AbstractContextManager[None]: ...
 
-    def step(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], is_encoder: bool = False
-    ) -> AbstractContextManager[None]: ...
+    def step(self, arguments: Mapping[str, Any], is_encoder: bool = False) -> AbstractContextManager[None]: ...
 
     @property
     def prefill_chunk(self) -> ChunkOf: ...
@@ -162,10 +160,11 @@ def _surround(module: nn.Module, method: str, handle: Handle, step: Step, **defa
     """Let calls of a module's method hold the handle and be a `step`. defaults: arguments that a call may leave out."""
     original = getattr(type(module), method)
     reference = weakref.ref(module)
+    names = list(inspect.signature(original).parameters)[1:]
 
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
-        with handle.in_use(), step(args, kwargs):
+        with handle.in_use(), step({**dict(zip(names, args, strict=False)), **kwargs}):
             return original(reference(), *args, **{**defaults, **kwargs})
 
     object.__setattr__(module, method, call)

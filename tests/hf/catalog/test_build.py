@@ -197,11 +197,17 @@ def test_more_experts_than_the_config_has_are_refused(tmp_path: Path) -> None:
         open_catalog(tmp_path)
 
 
-def test_mixed_dtypes_are_refused(tmp_path: Path) -> None:
+def test_an_expert_of_another_dtype_stands_apart(tmp_path: Path) -> None:
     tiny.save(tiny.build("mixtral"), tmp_path)
+    _, before = open_catalog(tmp_path)
     tiny.edit(tmp_path, {W1: torch.zeros(48, 32, dtype=torch.float16)})
-    with pytest.raises(CheckpointError, match=rf"{W1}.*float16.*float32"):
-        open_catalog(tmp_path)
+    _, catalog = open_catalog(tmp_path)
+    layer = int(W1.split(".")[2])
+    assert [list(entry.unlike) for entry in catalog.layers] == [[5] if i == layer else [] for i in range(3)]
+    usual, own = catalog.layers[layer].forms
+    assert (usual.layout, usual.assembly) == (before.layers[layer].layout, before.layers[layer].assembly)
+    assert [param.dtype for param in own.layout.params].count(torch.float16) == 1
+    assert catalog.shape == before.shape
 
 
 def test_two_formats_at_once_are_refused(tmp_path: Path) -> None:

@@ -149,11 +149,13 @@ def test_a_part_of_another_format_is_refused(copy) -> None:
         open_catalog(folder)
 
 
-def test_one_expert_that_is_not_quantized_is_named(copy) -> None:
+def test_one_expert_that_is_not_quantized_stands_apart(copy) -> None:
     folder = copy("gptq")
     tiny.edit(folder, dict.fromkeys(parts_of("gptq", folder, EXPERT)) | {f"{EXPERT}.weight": torch.ones(24, 32)})
-    with pytest.raises(CheckpointError, match=rf"{EXPERT}\.weight' is not quantized, those of other experts"):
-        open_catalog(folder)
+    _, catalog = open_catalog(folder)
+    expert = int(EXPERT.split(".")[-2])
+    assert sorted(expert for layer in catalog.layers for expert in layer.unlike) == [expert]
+    assert catalog.formats == ("gptq int4",)
 
 
 def test_dense_and_quantized_at_once_is_refused(copy) -> None:
