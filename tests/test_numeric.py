@@ -19,6 +19,7 @@ from offmoe.compute.cpu_slot import CpuSlot
 from offmoe.compute.expert_layer import ExpertLayer
 from offmoe.compute.kernels.cpu import CpuKernels, GatedExpert, Glu, Rows
 from offmoe.compute.kernels.library import KernelStatus, status
+from offmoe.compute.torch_compute import TorchCompute
 from offmoe.config import OffloadConfig
 from offmoe.device.arena import SlotArena
 from offmoe.device.backend import CpuBackend
@@ -309,7 +310,7 @@ def test_closing_waits_for_the_call_under_way() -> None:
 
     slot = Slot(layout, Assembly(), (), Glu(), False)
     kernels = Kernels()
-    compute = CpuCompute(kernels, arena)
+    compute = CpuCompute(kernels, arena, TorchCompute(arena, torch.float32))
     layer = ExpertLayer(0, layout, slot.assembly, lambda weights, x: x, cpu_slot=slot)
     with ThreadPoolExecutor(2) as pool:
         call = pool.submit(compute.expert, layer, 0, torch.ones(1, 1))

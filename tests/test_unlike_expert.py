@@ -25,7 +25,7 @@ from tests import quantized, tiny
 
 LAYER, EXPERT = 1, 5
 STEM = f"model.layers.{LAYER}.block_sparse_moe.experts.{EXPERT}"
-SIZES = {"hidden_size": 64, "intermediate_size": 64}
+SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64}
 PROMPT = tiny.prompt(3, 17)
 
 Edit = Callable[[Path], None]
