@@ -22,7 +22,7 @@ from offmoe.budget.forward_pass import PassRoom
 from offmoe.budget.kv import KvBytes
 from offmoe.budget.memory_plan import MemoryPlan
 from offmoe.config import OffloadConfig
-from offmoe.errors import CapacityError, OffmoeError
+from offmoe.errors import CapacityError, ConfigError, OffmoeError
 from offmoe.hf.load.attach import attach_handle, encoder_and_decoder
 from offmoe.hf.predict.route_recorder import RouteRecorder
 from offmoe.hf.predict.router_probe import RouterProbe
@@ -197,8 +197,15 @@ class Offload:
         Raises:
             CapacityError: The context is longer than the reserved one.
         """
-        self._check_context(batch, past + length)
+        self._check_context(batch, past, length)
         return self._room.chunk(batch, length, past)
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        """Refuse to be copied or pickled."""
+        raise ConfigError(
+            "model.offload cannot be copied or pickled: it is the slots, files and threads of this process. Take what "
+            "is needed from it, such as stats()."
+        )
 
     def close(self) -> None:
         """End the reader threads, write the recording, free the slots and close the files.

@@ -77,6 +77,19 @@ def ids_as_they_are(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
     return outputs[0].reshape(-1, outputs[0].shape[-1])
 
 
+class NotInModel:
+    """Stands in a module where an expert's parameter was.
+
+    torch.func.functional_call replaces tensors only. Where there is nothing it adds one, which experts would not see.
+    """
+
+    def __repr__(self) -> str:
+        return "the weights of experts, which are not in this model, so that they cannot be replaced in it: this"
+
+
+NOT_IN_MODEL = NotInModel()
+
+
 class ExpertsAdapter(ABC):
     """One kind of experts module. Every method except `claims` must be called with a module that the adapter claims.
 
@@ -123,10 +136,10 @@ class ExpertsAdapter(ABC):
             setattr(holder, "_is_hf_initialized", True)  # noqa: B010
 
     def settle(self, module: nn.Module) -> None:
-        """After loading, delete the plain attributes that `strip` put in the place of parameters."""
+        """After loading, replace the plain attributes that `strip` put in the place of parameters by `NOT_IN_MODEL`."""
         for part in module.modules():
             for name in [n for n, value in vars(part).items() if isinstance(value, torch.Tensor) and value.is_meta]:
-                delattr(part, name)
+                setattr(part, name, NOT_IN_MODEL)
 
     def top_k(self, module: nn.Module) -> int | None:
         """Experts per token; None if the modules around this one or the configuration say it."""

@@ -4,7 +4,7 @@
   `AttachedExperts` of the module.
 * `model.offload` is the handle. `generate` and `forward` hold the model for one user and are steps of the runtime.
 * A prompt that does not fit is prefilled in chunks (prefill.py).
-* `.to()` and `.half()`, copying, pickling and other experts implementations are refused.
+* `.to()` and `.half()`, copying, pickling, replicas, tracing and other experts implementations are refused.
 * The encoder and the decoder of a model that has both get a `forward` that is one step each.
 * `save_pretrained` copies the checkpoint (save.py).
 * Decoder layers get hooks that keep a residual for predictions (hf/predict) or stream offloaded weights
@@ -33,6 +33,7 @@ from offmoe.errors import ConfigError
 from offmoe.hf.adapters.find import require_adapter
 from offmoe.hf.adapters.reroute import Choose
 from offmoe.hf.catalog.catalog import CatalogLayer
+from offmoe.hf.load.eager import has_tangent, require_eager, uncompiled
 from offmoe.hf.load.prefill import ChunkOf, chunk_prefill
 from offmoe.hf.upstream import ALL_EXPERTS_FUNCTIONS
 from offmoe.runtime.executor import ExpertExecutor
@@ -79,14 +80,27 @@ class AttachedExperts:
         return ids if self.choose is None else self.choose(ids)
 
     def __call__(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() and hidden.requires_grad:
+        if torch.compiler.is_compiling():
+            return _run_uncompiled(self, hidden, ids)
+        return self.run(hidden, ids)
+
+    def run(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Rows [T * k, H] in router order of hidden [T, H], or [T * k, H], and ids [T, k]."""
+        require_eager(hidden)
+        if (torch.is_grad_enabled() and hidden.requires_grad) or has_tangent(hidden):
             raise ConfigError(
                 "gradients do not pass through experts outside the device. Use torch.no_grad() or model.generate()."
             )
         return self._executor.run(self._layer, hidden, ids)
 
+    def __reduce_ex__(self, protocol: object) -> Any:
+        return _refuse_copy()
+
     def with_math(self, math: ExpertMath) -> AttachedExperts:
         return AttachedExperts(self._executor, self._layer.with_math(math))
+
+
+_run_uncompiled = uncompiled(AttachedExperts.run)
 
 
 def attach(module: nn.Module, executor: ExpertExecutor, layer: ExpertLayer) -> None:
@@ -141,6 +155,7 @@ def attach_handle(model: PreTrainedModel, handle: Handle) -> None:
         "offload": handle,
         "_apply": apply,  # what .to(), .half() and .cuda() call
         "__reduce_ex__": _refuse_copy,  # what copy and pickle call
+        "_replicate_for_data_parallel": _refuse_replicas,  # what DataParallel calls for several devices
         "set_experts_implementation": _refuse_experts,
     }
     for name, value in changes.items():
@@ -162,10 +177,21 @@ def _surround(module: nn.Module, method: str, handle: Handle, step: Step, **defa
     reference = weakref.ref(module)
     names = list(inspect.signature(original).parameters)[1:]
 
+    def run(*args: Any, **kwargs: Any) -> Any:
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        for rows in (arguments.get("input_ids"), arguments.get("inputs_embeds")):
+            if rows is not None:
+                require_eager(rows)
+        if method == "forward":
+            _refuse_training(reference())
+        with handle.in_use(), step(arguments):
+            return original(reference(), *args, **{**defaults, **kwargs})
+
+    run_uncompiled = uncompiled(run)
+
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
-        with handle.in_use(), step({**dict(zip(names, args, strict=False)), **kwargs}):
-            return original(reference(), *args, **{**defaults, **kwargs})
+        return run_uncompiled(*args, **kwargs) if torch.compiler.is_compiling() else run(*args, **kwargs)
 
     object.__setattr__(module, method, call)
 
@@ -187,6 +213,24 @@ def _refuse_copy(*_: object) -> Any:
     raise ConfigError(
         "the model cannot be copied or pickled: its experts are slots, files and threads of this process. "
         "Load it once more with from_pretrained, or save_pretrained it."
+    )
+
+
+def _refuse_training(model: nn.Module | None) -> None:
+    """ConfigError if a forward pass is meant to train: in training mode, with gradients that nothing would get."""
+    assert model is not None
+    if not model.training or not torch.is_grad_enabled() or any(p.requires_grad for p in model.parameters()):
+        return
+    raise ConfigError(
+        "the model is in training mode with gradients enabled, and experts outside the device cannot be trained. Call "
+        "model.eval(), or run it under torch.no_grad()."
+    )
+
+
+def _refuse_replicas(*_: object) -> Any:
+    raise ConfigError(
+        "the model cannot be replicated by DataParallel: its experts are slots of one device. Load one model per "
+        "device, each in a process of its own."
     )
 
 
