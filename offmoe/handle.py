@@ -335,7 +335,8 @@ class Offload:
         chunk = self._room.chunk(batch, length, past, logits)
         return (
             f"{batch} x {length} tokens in one forward pass need {format_size(missing)} more than the workspace. Pass "
-            f"at most {chunk} of each sequence at once, with past_key_values, as generate() does{self._or_more(missing)}"
+            f"at most {chunk} of each sequence at once, with past_key_values, as generate() does"
+            f"{self._or_more(missing)}"
         )
 
     def _too_many(self, batch: int, length: int, context: int, logits: int, missing: int) -> str:

@@ -26,7 +26,8 @@ NOT_IN_A_GRAPH = (
 def uncompiled(function: Callable[P, T]) -> Callable[P, T]:
     """The function, run as it is where torch.compile meets it; ends in torch's error with this reason if that must not
     be."""
-    return torch.compiler.disable(function, reason=NOT_IN_A_GRAPH)
+    disabled: Callable[P, T] = torch.compiler.disable(function, reason=NOT_IN_A_GRAPH)
+    return disabled
 
 
 def require_eager(x: object) -> None:

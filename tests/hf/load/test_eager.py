@@ -60,7 +60,7 @@ def export(model: tiny.Model) -> object:
     return torch.export.export(model, (IDS,), {"use_cache": False}, strict=False)
 
 
-def record(mode: str) -> Callable[[tiny.Model], object]:
+def record(mode: Any) -> Callable[[tiny.Model], object]:
     return lambda model: make_fx(lambda ids: model(ids, use_cache=False).logits, tracing_mode=mode)(IDS)
 
 
