@@ -22,7 +22,6 @@ from offmoe.config import ON_MISS, OffloadConfig
 from offmoe.errors import ConfigError
 from offmoe.profile import Profile
 from offmoe.simulate.expect import Expectation, expect
-from offmoe.storage.open_shards import most_open
 from offmoe.text import format_size, percent, plain, size_option, span
 
 if TYPE_CHECKING:
@@ -209,9 +208,11 @@ def _needs(name: str, survey: Survey, unpredictable: Unpredictable) -> Table:
     table.add_row("all experts", f"{format_size(survey.expert_bytes)} in {sum(shape.experts)}, {share} of the model")
     table.add_row("dense part", f"{format_size(dense)} in {dtype}, needed for every token")
     table.add_row("experts ahead", _predictable(unpredictable))
-    shards = _shards(survey)
-    if shards is not None and shards > most_open():
-        table.add_row("shards", f"{shards:,} files, of which at most {most_open()} are open at a time")
+    from offmoe.storage.open_shards import most_open
+
+    shards, at_once = _shards(survey), most_open()
+    if shards is not None and shards > at_once:
+        table.add_row("shards", f"{shards:,} files, of which at most {at_once} are open at a time")
     if survey.catalog is None:
         table.add_row("known from", f"{survey.folder.name} alone: no weights here, sizes follow from shapes and dtype")
     return table
