@@ -19,15 +19,14 @@ import torch
 from torch import nn
 
 from offmoe.budget.forward_pass import PassRoom
-from offmoe.budget.kv import KvBytes
 from offmoe.budget.memory_plan import MemoryPlan
+from offmoe.budget.pass_check import PassCheck
 from offmoe.config import OffloadConfig
 from offmoe.errors import CapacityError, ConfigError, OffmoeError
 from offmoe.hf.load.attach import attach_handle, encoder_and_decoder
 from offmoe.hf.predict.route_recorder import RouteRecorder
 from offmoe.hf.predict.router_probe import RouterProbe
 from offmoe.runtime.executor import ExpertExecutor, Predictor
-from offmoe.text import format_size
 from offmoe.trace.recorder import TraceWriter
 from offmoe.transfer.fill_queue import FillProgress
 from offmoe.transfer.reader import Reader
@@ -115,9 +114,8 @@ class Offload:
     ):
         self.config = config
         """The options as resolved. An "auto" left in prefetch or on_miss is a policy that decides while running."""
-        self._plan, self._room = plan, room
-        self._kv = KvBytes.of(model.config, model.dtype)
-        self._text_config = model.config.get_text_config()
+        self._plan = plan
+        self._passes = PassCheck(plan, room, model.config, model.dtype)
         self._executor = executor
         self._warm = warm
         self._baseline = CacheStats.for_layers(executor.shape.layers)
@@ -197,8 +195,7 @@ class Offload:
         Raises:
             CapacityError: The context is longer than the reserved one.
         """
-        self._check_context(batch, past, length)
-        return self._room.chunk(batch, length, past)
+        return self._passes.chunk(batch, length, past)
 
     def __reduce_ex__(self, protocol: object) -> Any:
         """Refuse to be copied or pickled."""
@@ -256,7 +253,7 @@ class Offload:
         ids = arguments.get("input_ids")  # [batch, length]
         rows = ids if isinstance(ids, torch.Tensor) else arguments.get("inputs_embeds")  # [batch, length(, hidden)]
         batch, length = (int(rows.shape[0]), int(rows.shape[1])) if isinstance(rows, torch.Tensor) else (1, 0)
-        past = self._check_pass(batch, length, arguments, is_encoder)
+        past = self._passes.check(batch, length, arguments, is_encoder)
         if self.trace is not None:
             if past == 0 and (is_encoder or not self._encoded):
                 self.trace.next_requests()
@@ -286,74 +283,6 @@ class Offload:
             complete = not is_encoder
         finally:
             self._prediction.end(complete)
-
-    def _check_pass(self, batch: int, length: int, arguments: Mapping[str, Any], is_encoder: bool) -> int:
-        """Tokens already in the KV cache; CapacityError if those and the new ones do not fit."""
-        cache: Any = arguments.get("past_key_values")
-        past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
-        encoded = arguments.get("encoder_hidden_states")  # [batch, encoded length, hidden]
-        before = past + (int(encoded.shape[1]) if isinstance(encoded, torch.Tensor) else 0)
-        keeps_kv = not is_encoder and self._keeps_kv(arguments)
-        if keeps_kv:
-            self._check_context(batch, before, length)
-        keep = arguments.get("logits_to_keep", 0)
-        kept = int(keep.numel()) if isinstance(keep, torch.Tensor) else int(keep or 0)
-        logits = 0 if is_encoder else min(length, kept or length)
-        context = before + length
-        missing = self._room.missing(batch, length, context, logits, cached=context if keeps_kv else 0)
-        if missing and keeps_kv:
-            raise CapacityError(self._too_long(batch, length, past, logits, missing))
-        if missing:
-            raise CapacityError(self._too_many(batch, length, context, logits, missing))
-        return past
-
-    def _keeps_kv(self, arguments: Mapping[str, Any]) -> bool:
-        """Whether a forward pass with these arguments leaves keys and values in memory."""
-        use_cache = arguments.get("use_cache")
-        if use_cache is None:
-            use_cache = getattr(self._text_config, "use_cache", None)
-        return bool(use_cache) or arguments.get("past_key_values") is not None
-
-    def _check_context(self, batch: int, past: int, length: int) -> None:
-        """CapacityError if a forward pass needs more memory for keys and values than is reserved.
-
-        Args:
-            batch: Number of sequences.
-            past: Tokens of each that are cached, those of an encoder included.
-            length: New tokens of each.
-        """
-        tokens = batch * (past + length)
-        if tokens > self._plan.max_context and self._kv.after(batch, past, length) > self._plan.kv:
-            raise CapacityError(
-                f"{batch} x {past + length} tokens of context do not fit the {self._plan.max_context} that memory is "
-                f"reserved for. Load the model with max_context={tokens} or more; a pass that only scores its input "
-                "needs none with use_cache=False."
-            )
-
-    def _too_long(self, batch: int, length: int, past: int, logits: int, missing: int) -> str:
-        """Why a forward pass is refused, and what would work."""
-        chunk = self._room.chunk(batch, length, past, logits)
-        return (
-            f"{batch} x {length} tokens in one forward pass need {format_size(missing)} more than the workspace. Pass "
-            f"at most {chunk} of each sequence at once, with past_key_values, as generate() does"
-            f"{self._or_more(missing)}"
-        )
-
-    def _too_many(self, batch: int, length: int, context: int, logits: int, missing: int) -> str:
-        """As `_too_long`, of a pass that keeps no keys and values, and so cannot be divided into pieces."""
-        sequences = self._room.sequences(length, context, logits)
-        fewer = f"at most {sequences} sequences" if sequences else "shorter sequences"
-        return (
-            f"{batch} x {length} tokens in one forward pass need {format_size(missing)} more than the workspace. Pass "
-            f"{fewer} at once{self._or_more(missing)}"
-        )
-
-    def _or_more(self, missing: int) -> str:
-        """The end of a message: how much context would hold `missing` more bytes."""
-        per_token = self._room.kv_per_token
-        if per_token == 0:
-            return "."
-        return f"; or load the model with max_context={self._plan.max_context + -(-missing // per_token)} or more."
 
 
 def _close_all(process: int, closing: ExitStack) -> None:
