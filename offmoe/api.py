@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download")
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download", "gguf_file")
 
 
 def from_pretrained(
@@ -89,16 +89,16 @@ def from_pretrained(
     options from `device` to `fill` are those of `OffloadConfig`, which says what each of them means.
 
     Args:
-        model: A folder, a .gguf file (any part of a split one), a Hub id such as "mistralai/Mixtral-8x7B-v0.1", or
-            "demo", the small model in the package.
+        model: A folder, a .gguf file (any part of a split one), a Hub id such as "mistralai/Mixtral-8x7B-v0.1" or
+            "owner/name:Q4_K_M" for one of the GGUF models of a repository, or "demo", the small model in the package.
         offload_config: Options prepared in one object. An option that is given by its own keyword wins over it.
         trace: Record into this .npz file which experts every token uses. It is written when `model.offload` is closed.
         dtype: Dtype to compute in: "bfloat16", "float16", "float32" or a torch.dtype. Slots keep the checkpoint's.
             Default: the checkpoint's.
-        hf_kwargs: `revision`, `token`, `cache_dir`, `local_files_only` and `subfolder` of the Hub, and whatever else
-            transformers' `from_pretrained` takes: `attn_implementation`, `config`, `generation_config`, and values of
-            the model's configuration, such as `num_experts_per_tok=1` or `output_router_logits=True`. What offmoe
-            cannot honor is refused.
+        hf_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder` and `gguf_file` of the Hub, and
+            whatever else transformers' `from_pretrained` takes: `attn_implementation`, `config`, `generation_config`,
+            and values of the model's configuration, such as `num_experts_per_tok=1` or `output_router_logits=True`.
+            What offmoe cannot honor is refused.
 
     Raises:
         ConfigError: An option cannot be used. Raised before anything is downloaded, quantized or loaded.

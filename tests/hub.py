@@ -136,7 +136,7 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
 
         def _send_file(self, name: str, repo: Repo, file: str, elsewhere: bool) -> None:
             data = repo.files[file]
-            large = file.endswith(".safetensors")  # git-lfs: answered by another address
+            large = file.endswith((".safetensors", ".gguf"))  # git-lfs: answered by another address
             headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": repo.commit}
             if large and not elsewhere:
                 headers["X-Linked-ETag"], headers["X-Linked-Size"] = headers["ETag"], str(len(data))

@@ -215,7 +215,7 @@ def inspect(
         config: the options.
         dtype: dtype to compute in; None: the checkpoint's.
         asked: options of transformers; the configuration that they change is the one that is planned for.
-        hub: options of the Hub: revision, token, cache_dir, local_files_only, subfolder, force_download.
+        hub: options of the Hub: revision, token, cache_dir, local_files_only, subfolder, force_download, gguf_file.
 
     Raises:
         CapacityError: the model does not fit.

@@ -111,7 +111,7 @@ def _passes(args: argparse.Namespace, inspected: Inspected, out: Output) -> list
         args.prompt is not None or inspected.source.file is not None or (inspected.folder / "tokenizer.json").is_file()
     )
     if args.prompt_tokens is None and has_text:
-        tokenizer = prompts.load_tokenizer(inspected.source.model)
+        tokenizer = prompts.tokenizer_of(inspected)
         texts = TEXTS if args.prompt is None else (args.prompt,)
         encoded = [tuple(prompts.encode(tokenizer, text, None)[0].tolist()) for text in texts]
     else:

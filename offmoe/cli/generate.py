@@ -52,7 +52,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
     check_state(args)
     with open_model(args, out, trace=args.trace) as opened:
         say_what_is_faster(args, opened.inspected, out)
-        tokenizer = prompts.load_tokenizer(opened.inspected.source.model)
+        tokenizer = prompts.tokenizer_of(opened.inspected)
         ids = prompts.encode(tokenizer, prompt, args.chat_template)
         decoding = Decoding.of(args, opened.inspected, tokenizer, out)
         new_tokens = decoding.new_tokens(args.max_new_tokens, ids, opened.inspected, out)

@@ -89,6 +89,7 @@ def add_hub(parser: argparse.ArgumentParser) -> None:
     """Options of a download."""
     group = parser.add_argument_group("Hugging Face Hub")
     add_option(group, "--revision", "NAME", "branch, tag or commit (default: main)")
+    add_option(group, "--gguf-file", "NAME", "the GGUF file that is meant, where a folder or repository has several")
     group.add_argument("--local-files-only", action="store_true", help="use what is on this machine, never the network")
 
 
@@ -99,7 +100,7 @@ def offload_config(args: argparse.Namespace) -> OffloadConfig:
 
 def hub_options(args: argparse.Namespace) -> dict[str, Any]:
     """Options of the download, as `offmoe.budget.inspect.inspect` takes them."""
-    return {"revision": args.revision, "local_files_only": args.local_files_only}
+    return {"revision": args.revision, "local_files_only": args.local_files_only, "gguf_file": args.gguf_file}
 
 
 def _add(

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from offmoe.budget.inspect import Inspected
+
 
 DEFAULT_NEW_TOKENS = 128
 COLDEST = 1e-6
@@ -140,6 +142,14 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
     for option in chosen:
         raise ConfigError(f"{flag(option)} works with sampling only; give --temperature T as well.")
     return {"do_sample": False}
+
+
+def tokenizer_of(inspected: Inspected) -> PreTrainedTokenizerBase:
+    """The tokenizer of an inspected model. A GGUF file on the Hub, which holds it, is downloaded first."""
+    source = inspected.source
+    if source.file is not None and not source.file.exists():
+        source.fetch(inspected.checkpoint)
+    return load_tokenizer(source.model)
 
 
 def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:

@@ -86,7 +86,7 @@ def _record(args: argparse.Namespace, out: Output) -> None:
     prompts.sampling(args)
     texts = prompts.read_prompts(args.prompts, args.paragraphs)
     with open_model(args, out, trace=args.output) as opened:
-        tokenizer = prompts.load_tokenizer(opened.inspected.source.model)
+        tokenizer = prompts.tokenizer_of(opened.inspected)
         decoding = Decoding.of(args, opened.inspected, tokenizer, out)
         runs = _encode(args, texts, tokenizer, decoding, opened.inspected, out)
         model, offload = opened.load(args.output)

@@ -16,11 +16,11 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import RevisionNotFoundError
@@ -34,9 +34,11 @@ from offmoe.errors import (
     UnsupportedModelError,
 )
 from offmoe.hf.hub.errors import hub_errors, translated
-from offmoe.hf.hub.remote_header import TIMEOUT_S, read_remote_head
+from offmoe.hf.hub.gguf_repo import Wanted, chosen_model, existing, gguf_in, split_tag
+from offmoe.hf.hub.remote_header import TIMEOUT_S, read_remote_gguf, read_remote_head
 from offmoe.storage.checkpoint import INDEX_FILE, PICKLES, SINGLE_FILE, Checkpoint, indexed_files
-from offmoe.storage.gguf_set import SUFFIX, models_among, part_names
+from offmoe.storage.gguf import GgufHead
+from offmoe.storage.gguf_set import SUFFIX, part_names
 from offmoe.storage.header import ShardHead
 from offmoe.text import format_size
 
@@ -50,6 +52,7 @@ SMALL_FILES = tuple(pattern for pattern in MODEL_FILES if pattern != "*.safetens
 JUNK = ("*/*", "consolidated*", "*[!s].index.json", "*.index.*.json")
 """Matches of SMALL_FILES that are not needed: subfolders, the publisher's own format, indexes of other formats and of
 variants."""
+Head = TypeVar("Head", ShardHead, GgufHead)
 CONNECTIONS = 8
 """Headers that are requested at the same time."""
 
@@ -103,25 +106,32 @@ class Source:
             OffmoeError: what `Checkpoint.open` raises, or what went wrong on the way to the Hub.
         """
         if self.file is not None:
-            return Checkpoint.open_gguf(self.file)
+            return Checkpoint.open_gguf(self.file, self._remote_gguf_heads())
         if self.repository is None:
             return Checkpoint.open(self.folder)
         shards = self._shards(self.repository)
-        absent = [name for name in shards if not (self.folder / name).exists()]
-        if absent and self.repository.files is None:
-            raise MissingTensorError(
-                f"model {self.repository.name!r}: of its {len(shards)} shards the Hub cache lacks {len(absent)} "
-                f"({absent[0]}), and {self.repository.why_offline}; run it once with a network, what is there is kept"
-            )
-        name, commit, token = self.repository.name, self.repository.commit, self.repository.options["token"]
-        path = self.repository.path
+        return Checkpoint.open(self.folder, self._remote_heads(self.repository, shards, read_remote_head))
 
-        def head(file: str) -> ShardHead:
-            return read_remote_head(name, commit, token, path(file), self.folder / file)
+    def _remote_gguf_heads(self) -> dict[str, GgufHead]:
+        if self.repository is None or self.file is None:
+            return {}
+        return self._remote_heads(self.repository, part_names(self.file.name), read_remote_gguf)
+
+    def _remote_heads(self, repository: Repository, names: Sequence[str], read: Callable[..., Head]) -> dict[str, Head]:
+        """The headers of those of the model's files that are not on this machine, by name."""
+        absent = [name for name in names if not (self.folder / name).exists()]
+        if absent and repository.files is None:
+            raise MissingTensorError(
+                f"model {repository.name!r}: of its {len(names)} shards the Hub cache lacks {len(absent)} "
+                f"({absent[0]}), and {repository.why_offline}; run it once with a network, what is there is kept"
+            )
+        name, commit, token = repository.name, repository.commit, repository.options["token"]
+
+        def head(file: str) -> Head:
+            return read(name, commit, token, repository.path(file), self.folder / file)
 
         with hub_errors(name), ThreadPoolExecutor(CONNECTIONS) as pool:
-            heads = dict(zip(absent, pool.map(head, absent), strict=True))
-        return Checkpoint.open(self.folder, heads)
+            return dict(zip(absent, pool.map(head, absent), strict=True))
 
     def fetch(self, checkpoint: Checkpoint) -> Checkpoint:
         """Download the shards that are absent.
@@ -141,7 +151,7 @@ class Source:
         for info in checkpoint.tensors.values():
             ends[info.shard] = max(ends[info.shard], info.offset + info.nbytes)
         names = [path.relative_to(checkpoint.folder).as_posix() for path in checkpoint.shards]
-        needed, free = sum(ends[names.index(name)] for name in absent), shutil.disk_usage(self.folder).free
+        needed, free = sum(ends[names.index(name)] for name in absent), shutil.disk_usage(existing(self.folder)).free
         if needed > free:
             raise CapacityError(
                 f"model {self.repository.name!r}: {format_size(needed)} are to be downloaded to {self.folder}, "
@@ -150,7 +160,7 @@ class Source:
         logger.info("%s: downloading %d shards, %s", self.repository.name, len(absent), format_size(needed))
         patterns = [re.sub(r"([*?[])", r"[\1]", self.repository.path(name)) for name in absent]
         _snapshot(self.repository.name, self.repository.commit, patterns, (), **self.repository.options)
-        local = Checkpoint.open(self.folder)
+        local = Checkpoint.open(self.folder) if self.file is None else Checkpoint.open_gguf(self.file)
         if local.shards_absent or (local.shards, local.tensors) != (checkpoint.shards, checkpoint.tensors):
             raise ShardChangedError(f"{self.folder}: the shards are not those that the Hub announced; load it again")
         return local
@@ -192,13 +202,15 @@ def locate(
     local_files_only: bool = False,
     subfolder: str | None = None,
     force_download: bool = False,
+    gguf_file: str | None = None,
 ) -> Source:
     """Find a model. No weight is downloaded.
 
     If the Hub does not answer, or must not be asked, the copy in the Hub cache is used.
 
     Args:
-        model: a folder, a GGUF file, "demo" for the model in the package, or a Hub id "owner/name".
+        model: a folder, a GGUF file, "demo" for the model in the package, or a Hub id "owner/name", which may end in
+            the quantization of one of the repository's GGUF models: "owner/name:Q4_K_M".
         revision: branch, tag or commit on the Hub; None means the default branch.
         token: as huggingface_hub takes it.
         cache_dir: the Hub cache; None means huggingface_hub's own.
@@ -206,6 +218,7 @@ def locate(
         subfolder: the folder below `model` that holds the files.
         force_download: asks to download files again that are in the Hub cache, which is refused. Means nothing for a
             folder of the user's own.
+        gguf_file: the GGUF file that is meant, or any of its parts, where there are several.
 
     Raises:
         ConfigError: the model is no folder, not in the cache, and not on the Hub for this token; or the folder holds
@@ -221,40 +234,25 @@ def locate(
     if name and os.path.isdir(path):
         if not os.path.isdir(path / inside):
             raise ConfigError(f"subfolder={subfolder!r}: {path} has no such folder.")
-        return Source(path / inside, file=gguf_in(path / inside))
+        return Source(path / inside, file=gguf_in(path / inside, gguf_file))
     if name and os.path.exists(path):
         if path.suffix == SUFFIX:
             return Source(path.absolute().parent, file=path.absolute().with_name(part_names(path.name)[0]))
         raise CheckpointError(
             f"{path}: a file, not a model; give the folder that holds config.json and the shards, or a .gguf file"
         )
+    name, tag = split_tag(name)
     if not isinstance(model, str) or not NAME.fullmatch(name) or name.startswith("."):
         raise ConfigError(f"model {name!r}: there is no such folder, and a Hub id looks like 'owner/name'")
     if force_download:
         raise ConfigError(f"force_download: delete the copy first, then load it again: hf cache rm model/{name}")
     options = {"token": token, "cache_dir": None if cache_dir is None else os.fspath(cache_dir)}
     if local_files_only:
-        return _cached(name, revision, inside, options, "local_files_only forbids the network")
-    return _on_hub(name, revision, inside, options)
+        return _cached(name, revision, inside, options, Wanted(tag, gguf_file), "local_files_only forbids the network")
+    return _on_hub(name, revision, inside, options, Wanted(tag, gguf_file))
 
 
-def gguf_in(folder: Path) -> Path | None:
-    """The GGUF model in a folder that has no safetensors shards; None if it holds none.
-
-    Raises:
-        ConfigError: it holds several.
-    """
-    try:
-        names = os.listdir(folder)
-    except OSError:  # reading the checkpoint will say so
-        return None
-    models = [] if any(name.endswith(".safetensors") for name in names) else models_among(names)
-    if len(models) > 1:
-        raise ConfigError(f"{folder}: holds {len(models)} GGUF models ({', '.join(models)}); give the file of one")
-    return folder.absolute() / models[0] if models else None
-
-
-def _on_hub(name: str, revision: str | None, subfolder: str, options: dict[str, Any]) -> Source:
+def _on_hub(name: str, revision: str | None, subfolder: str, options: dict[str, Any], wanted: Wanted) -> Source:
     try:
         info = HfApi().model_info(name, revision=revision, timeout=TIMEOUT_S, token=options["token"])
     except RevisionNotFoundError as error:
@@ -262,7 +260,7 @@ def _on_hub(name: str, revision: str | None, subfolder: str, options: dict[str, 
     except Exception as error:
         reason = translated(error, name, revision, reached=False)
         try:
-            source = _cached(name, revision, subfolder, options, "the Hub cannot be asked")
+            source = _cached(name, revision, subfolder, options, wanted, "the Hub cannot be asked")
         except ConfigError:
             raise reason from error
         logger.warning("%s; using the copy in the Hub cache", reason)
@@ -270,23 +268,36 @@ def _on_hub(name: str, revision: str | None, subfolder: str, options: dict[str, 
     start = f"{subfolder}/" if subfolder else ""
     every = [sibling.rfilename for sibling in info.siblings or ()]
     files = tuple(path.removeprefix(start) for path in every if path.startswith(start))
-    if "config.json" not in files:
+    gguf = chosen_model(name, files, wanted)
+    if gguf is not None and "/" in gguf:
+        within, _, gguf = gguf.rpartition("/")
+        files = tuple(path.removeprefix(f"{within}/") for path in files if path.startswith(f"{within}/"))
+        subfolder = f"{start}{within}"
+    if gguf is None and "config.json" not in files:
         raise UnsupportedModelError(
             f"model {name!r}: the repository has no {start}config.json, so it is not a model of transformers; give one "
-            "that is (not a GGUF, adapter or original-format repository)"
+            "that is (not an adapter or original-format repository)"
         )
     folder = _small_files(name, revision, subfolder, options)
     if folder.name != info.sha:
         raise CheckpointError(f"model {name!r}: it was pushed to just now; try again")
-    return Source(folder / subfolder, Repository(name, folder.name, options, files, subfolder=subfolder))
+    repository = Repository(name, folder.name, options, files, subfolder=subfolder)
+    return Source(folder / subfolder, repository, None if gguf is None else folder / subfolder / gguf)
 
 
-def _cached(name: str, revision: str | None, subfolder: str, options: dict[str, Any], why: str) -> Source:
+def _cached(
+    name: str, revision: str | None, subfolder: str, options: dict[str, Any], wanted: Wanted, why: str
+) -> Source:
     folder = _small_files(name, revision, subfolder, {"local_files_only": True, **options})
     if not (folder / subfolder).is_dir():
         raise ConfigError(f"model {name!r}: the Hub cache has no folder {subfolder!r} of it, and {why}")
+    inside = folder / subfolder
+    gguf = chosen_model(name, [path.relative_to(inside).as_posix() for path in inside.rglob("*")], wanted)
+    file = None if gguf is None else inside / gguf
+    if file is not None:
+        subfolder = file.parent.relative_to(folder).as_posix().removeprefix(".")
     repository = Repository(name, folder.name, options, files=None, why_offline=why, subfolder=subfolder)
-    return Source(folder / subfolder, repository)
+    return Source(folder / subfolder, repository, file)
 
 
 def _small_files(name: str, revision: str | None, subfolder: str, options: dict[str, Any]) -> Path:

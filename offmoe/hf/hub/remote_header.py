@@ -1,4 +1,4 @@
-"""Read the header of a safetensors shard on the Hub by range requests: 64 KiB of most shards, no weights.
+"""Read the header of a safetensors shard or a GGUF file on the Hub by range requests: 64 KiB of most, no weights.
 
 `HfApi.get_safetensors_metadata` does not replace this (huggingface_hub 2.4.0). It returns tensor offsets relative to
 the end of the header, but neither the header's length nor the file's size, so a tensor cannot be located in the file
@@ -15,6 +15,7 @@ from huggingface_hub import hf_hub_url
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
 from offmoe.errors import CheckpointError
+from offmoe.storage.gguf import FIRST_READ, GgufHead, parse_gguf
 from offmoe.storage.header import ShardHead, header_end
 
 TIMEOUT_S = 10.0
@@ -45,6 +46,21 @@ def read_remote_head(name: str, commit: str, token: str | bool | None, file: str
     if end > len(data):
         data += _read_range(name, commit, token, file, len(data), end)[0]
     return ShardHead(data[:end], size)
+
+
+def read_remote_gguf(name: str, commit: str, token: str | bool | None, file: str, path: Path) -> GgufHead:
+    """The header of a GGUF file on the Hub, by growing ranges. Arguments as `read_remote_head`.
+
+    Raises:
+        OffmoeError: what `parse_gguf` raises, or the server does not send parts of files.
+        Exception: whatever huggingface_hub and its transport raise.
+    """
+    first, size = _read_range(name, commit, token, file, 0, FIRST_READ)
+
+    def read(offset: int, count: int) -> bytes:
+        return first[:count] if offset == 0 else _read_range(name, commit, token, file, offset, offset + count)[0]
+
+    return parse_gguf(read, size, path)
 
 
 def _read_range(name: str, commit: str, token: str | bool | None, file: str, start: int, end: int) -> tuple[bytes, int]:

@@ -29,7 +29,6 @@ UNUSABLE = {
     "device_mesh": "the model runs on one device; leave it out",
     "disable_mmap": "it reads whole shards, experts included; leave it out",
     "distributed_config": "the model runs on one device; leave it out",
-    "gguf_file": "give the .gguf file itself as the model",
     "ignore_mismatched_sizes": "a weight of another size would become a random one; leave it out",
     "key_mapping": "names of tensors are those of the checkpoint; rename them there",
     "max_memory": "give device_memory= and host_memory= instead",
