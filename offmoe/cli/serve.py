@@ -54,6 +54,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
     from offmoe.serve.engine import Engine
     from offmoe.serve.http.app import build_app
     from offmoe.serve.http.guard import Access
+    from offmoe.serve.http.metrics import metrics_route
     from offmoe.serve.http.service import Service
     from offmoe.serve.run import bind
     from offmoe.serve.run import run as serve
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
             names = _list(args.served_model_name) or [str(args.model)]
             service = Service(engine, names, strict=args.strict)
             access = Access(args.host, args.api_key, _list(args.allow_host), args.log_format == "json")
-            app = build_app(service, access, _list(args.cors_origin))
+            app = build_app(service, access, _list(args.cors_origin), [metrics_route(engine)])
             url = _url(args.host, bound.getsockname()[1])
             serve(app, engine, bound, lambda: _say(out, engine, url, names, args))
 

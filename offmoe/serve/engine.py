@@ -174,11 +174,15 @@ class Engine:
         self.close()
 
     def _chunk(self) -> int:
-        plan, shape = self.offload.memory(), self.offload.shape
-        if sum(plan.slots_per_layer) >= sum(shape.experts):
-            return RESIDENT_CHUNK
-        in_ram = sum(plan.slots_per_layer) + (0 if plan.host is None else sum(plan.host.slots_per_layer))
-        return RAM_CHUNK if in_ram >= sum(shape.experts) else DISK_CHUNK
+        """Tokens per piece of a prompt: the model's option, else by where experts come from and what fits."""
+        config = self.offload.config
+        if config.prefill_chunk is not None and "prefill_chunk" in config.explicit:
+            return config.prefill_chunk
+        plan, experts = self.offload.memory(), sum(self.offload.shape.experts)
+        slots = sum(plan.slots_per_layer)
+        in_ram = slots + (0 if plan.host is None else sum(plan.host.slots_per_layer))
+        chunk = RESIDENT_CHUNK if slots >= experts else RAM_CHUNK if in_ram >= experts else DISK_CHUNK
+        return min(chunk, self.offload.prefill_chunk(1, self.max_context))
 
     @cached_property
     def grammars(self) -> GrammarCompiler:
