@@ -33,7 +33,6 @@ def _verbs() -> dict[str, str]:
 
 
 VERBS = _verbs()
-NOT_BUILT = ("chat",)
 
 HELP = f"""usage: offmoe VERB [options]
 
@@ -84,8 +83,6 @@ def _run(argv: list[str]) -> int:
         raise ConfigError(
             f"unknown option {verb!r} before the verb; use 'offmoe VERB [options]' with one of: {available}."
         )
-    if verb in NOT_BUILT:
-        raise ConfigError(f"'offmoe {verb}' is not built yet; available: {available}.")
     if verb not in VERBS:
         from offmoe.text import did_you_mean
 

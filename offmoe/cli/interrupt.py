@@ -12,6 +12,8 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 STATUS = 130
@@ -82,6 +84,25 @@ class CtrlC:
             if signals[0] == signal.SIGINT and not self._over.wait(GRACE_S):
                 os._exit(STATUS)
         os.close(reading_end)
+
+
+@contextmanager
+def interrupts(on_interrupt: Callable[[], None]) -> Iterator[None]:
+    """Let Ctrl-C call a function, and end nothing, while the block runs. Nothing changes outside the main thread.
+
+    Args:
+        on_interrupt: Called in the main thread for every SIGINT.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    wakeup = signal.set_wakeup_fd(-1)  # the watching thread of CtrlC would end the process
+    before = signal.signal(signal.SIGINT, lambda *_: on_interrupt())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
 
 
 def _imports_torch(frame: FrameType | None) -> bool:

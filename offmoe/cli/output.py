@@ -34,6 +34,10 @@ class Output:
         """Show generated text at once."""
         _write(piece, sys.stderr if self._json else sys.stdout)
 
+    def console(self) -> Console:
+        """A console for text that is drawn anew while it comes; stderr with `json`."""
+        return Console(file=sys.stderr if self._json else sys.stdout, highlight=False)
+
     def note(self, line: str) -> None:
         """Write a line about the run to stderr."""
         _write(line + "\n", sys.stderr)

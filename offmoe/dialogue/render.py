@@ -92,8 +92,11 @@ class ChatRenderer:
         for option in ("enable_thinking", "thinking"):
             if self.reads(option, True) or self.reads(option, False):
                 return {option: wanted}
-        always = ("<think>", "reasoning_effort", "[THINK]")
-        return {} if any(mark in self._template_text(False) for mark in always) else None
+        opened = self._text([Message("user", "a")], (), {})
+        always = any(mark in opened for mark in ("<think>", "[THINK]")) or "reasoning_effort" in self._template_text(
+            False
+        )
+        return {} if always else None
 
     def _text(self, messages: Sequence[Message], tools: Sequence[Tool], options: Mapping[str, Any] | None) -> str:
         written = self._tokenizer.apply_chat_template(
