@@ -19,10 +19,13 @@ import pty
 import re
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
 IMAGES = ROOT / "docs" / "images"
 FITS = ROOT / "docs" / "data" / "fits.csv"
 RATES = ROOT / "docs" / "data" / "policies.csv"
@@ -60,6 +63,8 @@ BESIDE = "ddr4-3200-64g+nvme-gen4"
 CARD_CONTEXT_TOKENS = 4096
 MEMORY_GIB = (8, 12, 16, 24, 48)
 CONTEXT_TOKENS = 2048
+RAM_ONLY = "ddr4-3200"
+"""A machine without a GPU, so that nothing is probed. Its RAM follows from the memory that is asked for."""
 
 
 def offmoe(*arguments: str) -> list[str]:
@@ -155,21 +160,28 @@ def write_rates(curves: dict[str, list[tuple[int, float]]]) -> None:
             writer.writerows(("gpt-oss-20b", name, slots, 32, f"{rate:.1f}") for slots, rate in sorted(points))
 
 
+def inspected(config: str, *options: str) -> dict[str, Any]:
+    """The JSON object of `offmoe inspect`, in this process: a new one would take longer to start than to inspect."""
+    from offmoe.cli import main
+
+    said = io.StringIO()
+    with redirect_stdout(said), redirect_stderr(io.StringIO()):
+        main(["inspect", str(ROOT / "tests" / "data" / "configs" / f"{config}.json"), *options, "--json"])
+    facts: dict[str, Any] = json.loads(said.getvalue().splitlines()[-1])  # written also where the model does not fit
+    return facts
+
+
 def fits() -> list[dict[str, str]]:
     """What fits, for every model and size of memory: one row per model, as `offmoe inspect` plans it for a CPU."""
     rows = []
     for name, (config, experts, form) in MODELS.items():
         row = {"model": name, "experts": form}
         for gib in MEMORY_GIB:
-            command = (
-                *("inspect", f"tests/data/configs/{config}.json", "--experts", experts, "--device", "cpu"),
-                *("--device-memory", f"{gib}GiB", "--max-context", str(CONTEXT_TOKENS), "--json"),
-            )
-            run = subprocess.run(offmoe(*command), cwd=ROOT, capture_output=True, text=True)
-            facts = json.loads(run.stdout.splitlines()[-1])  # written also where the model does not fit
+            memory = ("--device-memory", f"{gib}GiB", "--max-context", str(CONTEXT_TOKENS))
+            facts = inspected(config, "--experts", experts, "--machine", RAM_ONLY, *memory)
             row["size"] = gibibytes(facts["expert_bytes_total"] + facts["dense_bytes"])
             row["smallest"] = gibibytes(facts["smallest_device_memory"], 1)
-            if run.returncode:
+            if facts["plan"] is None:
                 row[f"{gib} GiB"] = "no"
                 continue
             plan = facts["plan"]
@@ -185,12 +197,8 @@ def cards() -> list[dict[str, str]]:
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for name, (config, forms) in FORMS.items():
         for column, card in GRAPHICS.items():
-            command = (
-                *("inspect", f"tests/data/configs/{config}.json", "--machine", f"{card}+{BESIDE}"),
-                *("--max-context", str(CARD_CONTEXT_TOKENS), "--json"),
-            )
-            run = subprocess.run(offmoe(*command), cwd=ROOT, capture_output=True, text=True)
-            ways = json.loads(run.stdout.splitlines()[-1])["choices"]  # written also where the model does not fit
+            machine = ("--machine", f"{card}+{BESIDE}", "--max-context", str(CARD_CONTEXT_TOKENS))
+            ways = inspected(config, *machine)["choices"]
             by_form = {f"{way['experts']} {way['exactness']}": way for way in ways}
             for form, key in forms.items():
                 row = rows.setdefault((name, form), {"model": name, "experts": form})

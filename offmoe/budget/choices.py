@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from offmoe.budget.estimate import with_format
 from offmoe.budget.inspect import Inspected, Survey
 from offmoe.budget.memory_plan import MemoryPlan
 from offmoe.budget.needs import ModelNeeds, catalog_needs, num_layers
 from offmoe.budget.predict import ExpertForm, Prediction, Rates, predict, scaled
 from offmoe.budget.resolve import divide_or_refusal
+from offmoe.budget.scope import recorded_hit_rates
 from offmoe.compute.kernels.library import status
 from offmoe.config import OffloadConfig
 from offmoe.device.planned import PlannedBackend
@@ -25,6 +28,7 @@ from offmoe.pack.pack import weight_format
 from offmoe.pack.plan import check_packable
 from offmoe.profile import CostModel, Profile
 from offmoe.simulate.expect import tuned_hit_rate
+from offmoe.types import CacheShape
 
 CONTEXTS = (4096, 32768)
 """Tokens of context that ways are planned for if max_context is not set: a chat, and a long document."""
@@ -155,12 +159,25 @@ def plan_choice(
     if refusal is None and costs_of is not None:
         costs = costs_of(form, resolved.exactness)
         if costs is not None:
-            hit_rate = None
-            if isinstance(asked.profile, Profile):
-                hit_rate = tuned_hit_rate(needs.shape, resolved.cache(), asked.profile)
+            hit_rate = _recorded_hit_rate(asked, resolved, needs.shape)
             predicted = predict(needs.shape, resolved, plan, costs, hit_rate=hit_rate)
     resident = sum(plan.slots_per_layer) / needs.shape.num_keys
     return Choice(config.experts, options, resolved, plan, refusal, resident, predicted)
+
+
+def _recorded_hit_rate(asked: OffloadConfig, config: OffloadConfig, shape: CacheShape) -> float | None:
+    """The hit rate that the profile's trace has with this cache; None if no profile tells.
+
+    A profile that was tuned for these slots knows it exactly, else its curve over the number of slots does.
+    """
+    if not isinstance(asked.profile, Profile):
+        return None
+    cache = config.cache()
+    tuned = tuned_hit_rate(shape, cache, asked.profile)
+    rates = recorded_hit_rates(asked, shape)
+    if tuned is not None or rates is None:
+        return tuned
+    return float(np.interp(sum(cache.quotas(shape)), *rates[config.scope]))
 
 
 def _forms(survey: Survey, asked: OffloadConfig) -> Iterator[tuple[dict[str, str | int], ModelNeeds, ExpertForm]]:

@@ -12,7 +12,7 @@ from offmoe.config import OffloadConfig
 from offmoe.errors import CapacityError
 from offmoe.storage.layout import aligned
 from offmoe.storage.read_plan import ALIGNMENT
-from offmoe.text import format_size
+from offmoe.text import format_size, size_option
 from offmoe.transfer.staging import staging_plan
 from offmoe.types import CacheShape
 
@@ -78,7 +78,8 @@ def plan_host(
     if budget < needed:
         raise CapacityError(
             f"host_memory, {format_size(budget)}, is too small: experts pass through {format_size(needed)} of staging "
-            f"buffers ({needed} bytes), the smallest host_memory that works. {format_size(free)} of RAM can be had."
+            f"buffers ({needed} bytes), the smallest host_memory that works: --host-memory {size_option(needed)}. "
+            f"{format_size(free)} of RAM can be had."
         )
     wanted = [
         0 if n >= e else m for n, e, m in zip(device_slots, shape.experts, config.most_in_ram(shape), strict=True)

@@ -116,7 +116,7 @@ class Ranking:
     def table(self) -> Table:
         """All ways, one per row."""
         where = "here" if self._machine is None else f"on {self._machine.name}"
-        columns = ("experts", "slots"), ("resident", "context", "tokens/s", "bound by")
+        columns = ("experts", "slots"), ("resident", "context", "tokens/s", "bound")
         table = new_table(f"what would run {where}, the best first; tokens/s are predicted, not measured", *columns)
         for way in self.ways:
             context = f"{way.plan.max_context}"
@@ -260,7 +260,7 @@ def _name(way: Choice) -> str:
 
 def _slots(way: Choice) -> str:
     slots = way.plan.slots_per_layer
-    text = f"pool of {sum(slots)}" if way.config.scope == "model" else f"{span(slots)} per layer"
+    text = f"pool of {sum(slots)}" if way.config.scope == "model" else f"{span(slots)} a layer"
     return text + (f", {way.plan.offloaded_layers} layers elsewhere" if way.plan.offloaded_layers else "")
 
 

@@ -209,7 +209,7 @@ def map_pages(nbytes: int) -> memoryview:
             mapping = mmap.mmap(-1, size)
     except (OSError, MemoryError, OverflowError, ValueError) as error:
         raise CapacityError(
-            f"the system does not give {nbytes / 2**30:.2f} GiB of memory for staging ({error}); lower host_memory"
+            f"the system does not give {nbytes / 2**30:.2f} GiB of memory for staging ({error}); lower --host-memory"
         ) from error
     for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
         value = getattr(mmap, advice, None)

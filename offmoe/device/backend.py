@@ -113,7 +113,7 @@ class Backend(ABC):
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             raise CapacityError(
                 f"{self.device} cannot hold {nbytes} bytes of expert slots; {self.free_bytes()} are free. "
-                "Lower slots_per_layer or device_memory."
+                "Lower --slots-per-layer or --device-memory."
             ) from error
 
     def to_host(self, tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:

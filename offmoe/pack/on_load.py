@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import shlex
 import shutil
 import tempfile
 from pathlib import Path
@@ -129,7 +130,9 @@ def write(catalog: ExpertCatalog, source: Path, how: WeightFormat, name: str) ->
         if needed > free:
             raise CapacityError(
                 f"experts={how.kind!r}: the quantized model takes {format_size(needed)}, and {format_size(free)} are "
-                f"free in {tempfile.gettempdir()}; make room there, or set TMPDIR to a folder on another disk"
+                f"free in {tempfile.gettempdir()}; make room there, set TMPDIR to a folder on another "
+                "disk, or quantize once to where there is room: "
+                f"offmoe pack {shlex.quote(name)} OUT --experts {how.kind}"
             )
         out = Path(folder.name, "model")
         pack(source, out, how)

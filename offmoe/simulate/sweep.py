@@ -24,6 +24,7 @@ from offmoe.simulate.clock import Clock
 from offmoe.simulate.fills import fill, fills_by_access
 from offmoe.simulate.processes import run_tasks
 from offmoe.simulate.replay import Recording, belady, belady_with_bypass, replay, shuffled, uniform_hit_rate
+from offmoe.text import size_option
 from offmoe.trace.trace import Trace
 from offmoe.types import CacheShape, CacheStats
 
@@ -262,7 +263,8 @@ def affordable(shape: CacheShape, budget: int) -> int:
     if slots < max(shape.top_k):
         raise CapacityError(
             f"a budget of {budget} bytes is too small: top_k={max(shape.top_k)} slots in every layer need {each} bytes"
-            + (f" (at the very least {least})." if least != each else ".")
+            + (f" (at the very least {least})" if least != each else "")
+            + f". Use --budget {size_option(each)} or more."
         )
     return int(min(slots, max(shape.experts)))
 

@@ -168,3 +168,21 @@ def test_a_refusal_names_the_command_that_shows_what_fits(tmp_path: Path) -> Non
     folder = tiny.save(tiny.build("mixtral"), tmp_path / "a model")
     with pytest.raises(CapacityError, match=r"What would fit: offmoe inspect '.*/a model'$"):
         inspect(folder, OffloadConfig(device="cpu", device_memory="100KiB"))
+
+
+def test_a_recorded_trace_replaces_uniform_routing(tmp_path: Path) -> None:
+    """Curves of hit rate over slots in all, by scope, as `tune` writes them."""
+    folder = tiny.save(packable(), tmp_path / "model")
+    curve = {"12": 0.75, "24": 1.0}
+    costs = CostModel(0.1, 10.0, 10.0)
+    profile = Profile(costs=costs, expected={"hit_rates": {"layer": curve, "model": curve}})
+    asked = OffloadConfig(device="cpu", profile=profile, slots_per_layer=2, experts="native", exactness="bitwise")
+    found = survey(folder, asked)
+    way = choices(found, asked, measured_costs(profile, found.needs, found.config.exactness))[0]
+    assert way.predicted is not None
+    assert way.predicted.hit_rate == pytest.approx(0.375)  # 6 of 24 slots, half of the way to 12
+    tuned = Profile({"slots_per_layer": 2}, costs, {"test_hit_rate": 0.6})
+    asked = OffloadConfig(device="cpu", profile=tuned, slots_per_layer=2, exactness="bitwise")
+    way = choices(found, asked, measured_costs(tuned, found.needs, found.config.exactness))[0]
+    assert way.predicted is not None
+    assert way.predicted.hit_rate == pytest.approx(0.6)

@@ -182,7 +182,7 @@ class TestMapPages:
         assert len(map_pages(4096)) == 4096
 
     def test_no_memory_is_a_capacity_error(self) -> None:
-        with pytest.raises(CapacityError, match="lower host_memory"):
+        with pytest.raises(CapacityError, match="lower --host-memory"):
             map_pages(2**62)
 
 

@@ -145,7 +145,7 @@ def _loader_errors(folder: str | os.PathLike[str], name: str, device: str | torc
         yield
     except torch.OutOfMemoryError as error:
         raise CapacityError(
-            f"{folder}: the dense weights do not fit on {device} ({error}); free memory there"
+            f"{folder}: the dense weights do not fit on {device} ({error}); free memory there, or lower --device-memory"
         ) from error
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"transformers cannot load {name} with these options: {error}") from error
