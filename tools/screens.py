@@ -211,7 +211,8 @@ def cell(way: dict[str, Any]) -> str:
     if not way["fits"]:
         return f"needs {gibibytes(way['smallest_device_memory'], 1)}"
     speed, most = way["predicted_tokens_per_s"], way["predicted_most_tokens_per_s"]
-    return f"{speed:.2g} to {most:.2g} ({way['resident']:.0%})"
+    ends = dict.fromkeys((f"{speed:.2g}", f"{most:.2g}"))
+    return f"{' to '.join(ends)} ({way['resident']:.0%})"
 
 
 def gibibytes(size: int, digits: int = 0) -> str:
