@@ -218,7 +218,7 @@ def command(args: argparse.Namespace, way: Choice, model: str) -> str:
     """The command that runs a model in one way: the options that were given, and those that make this way."""
     words = ["offmoe", "generate", shlex.quote(model), "PROMPT"]
     given = {name: getattr(args, name, None) for name in OffloadConfig.__dataclass_fields__}
-    given |= {name: getattr(args, name, None) for name in ("dtype", "revision")}
+    given |= {name: getattr(args, name, None) for name in ("dtype", "revision", "gguf_file")}
     if way.refusal is not None:
         given["device_memory"] = size_option(way.plan.smallest)
     for name, value in {**given, **way.options}.items():
