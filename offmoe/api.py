@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from offmoe.budget.forward_pass import PassRoom, pass_bytes
 from offmoe.budget.inspect import Inspected, inspect
-from offmoe.budget.resolve import pass_room
+from offmoe.budget.memory_plan import MemoryPlan
+from offmoe.budget.replan import Loaded
 from offmoe.compute.cpu_compute import host_compute
 from offmoe.compute.expert_layer import ExpertLayer
 from offmoe.compute.gpu_compute import device_compute
@@ -25,7 +25,7 @@ from offmoe.config import OffloadConfig
 from offmoe.device.arena import SlotArena, slot_layouts
 from offmoe.device.uploads import Uploads
 from offmoe.errors import ConfigError
-from offmoe.handle import Offload
+from offmoe.handle import Offload, SlotsOf
 from offmoe.hf.adapters.find import find_experts
 from offmoe.hf.load.attach import IMPLEMENTATION, attach, expert_layers
 from offmoe.hf.load.dense_layers import OffloadedLayers, dense_layers
@@ -35,7 +35,7 @@ from offmoe.hf.load.options import sort_options
 from offmoe.pack.on_load import write
 from offmoe.policy.planner import Planner, build_planner
 from offmoe.profile import Profile
-from offmoe.runtime.executor import ExpertExecutor
+from offmoe.runtime.executor import ExpertExecutor, Slots
 from offmoe.runtime.host_experts import HostExperts
 from offmoe.storage.store import ExpertStore
 from offmoe.text import format_size
@@ -178,20 +178,23 @@ def load(inspected: Inspected, *, name: str = "", trace: str | os.PathLike[str] 
         experts = find_experts(model)
         modules = [experts[layer.name] for layer in catalog.layers]
         layers = expert_layers(catalog.layers, modules)
-        executor = _build_executor(inspected, layers, planner, closing)
+        slots = _slots(layers)
+        executor = _build_executor(inspected, layers, slots, planner, closing)
         executor.trace = writer
         for layer, module in zip(layers, modules, strict=True):
             attach(module, executor, layer)
-        Offload(model, config, inspected.plan, executor, modules, closing, _pass_room(model, inspected), warm)
+        loaded = Loaded(
+            requested=inspected.requested,
+            config=config,
+            plan=inspected.plan,
+            needs=inspected.needs,
+            backend=inspected.backend,
+            computes_on_host=executor.computes_on_host,
+        )
+        Offload(model, loaded, executor, modules, slots, closing, warm)
         if config.fills:
             executor.fill(warm.order())
     return cast("OffloadedModel", model)
-
-
-def _pass_room(model: PreTrainedModel, inspected: Inspected) -> PassRoom:
-    """What forward passes may take. The attention implementation is known only now."""
-    forward = pass_bytes(model.config, inspected.dtype, max(inspected.shape.top_k))
-    return pass_room(inspected.config, inspected.needs._replace(forward=forward), inspected.plan)
 
 
 def _load_dense(inspected: Inspected, closing: ExitStack) -> PreTrainedModel:
@@ -237,7 +240,7 @@ def _offload_layers(inspected: Inspected) -> OffloadedLayers | None:
 
 
 def _build_executor(
-    inspected: Inspected, layers: Sequence[ExpertLayer], planner: Planner, closing: ExitStack
+    inspected: Inspected, layers: Sequence[ExpertLayer], slots: SlotsOf, planner: Planner, closing: ExitStack
 ) -> ExpertExecutor:
     """Everything between the experts at rest and their rows. Closed from the compute back to the files."""
     backend, config = inspected.backend, inspected.config
@@ -245,7 +248,8 @@ def _build_executor(
     closing.callback(store.close)
     inspected.checkpoint.check_unchanged()
     host_computes = planner.num_scratch > 0 and config.miss_costs is not None
-    arena = _build_slots(inspected, layers, planner.num_scratch, scratch_in_ram=host_computes)
+    on_device, in_ram = slots(config, inspected.plan, planner.num_scratch)
+    arena = SlotArena(backend.allocate, on_device, in_ram=in_ram)
     closing.callback(arena.close)
     stats = CacheStats.for_layers(len(layers))
     slot_writer = SlotWriter(store, arena, backend, layers)
@@ -272,13 +276,14 @@ def _build_executor(
     return ExpertExecutor(planner, transfer, compute, backend, stats, host)
 
 
-def _build_slots(
-    inspected: Inspected, layers: Sequence[ExpertLayer], num_scratch: int, *, scratch_in_ram: bool
-) -> SlotArena:
-    """All slots. Scratch slots are slots like the others, unless the host computes what stands in them."""
+def _slots(layers: Sequence[ExpertLayer]) -> SlotsOf:
+    """The layouts of all slots. Scratch slots are slots like the others, unless the host computes with them."""
     layouts = [layer.largest for layer in layers]
-    slots = slot_layouts(layouts, inspected.plan.slots_per_layer, inspected.config.scope)
-    scratch = [max(layouts, key=lambda layout: layout.nbytes)] * num_scratch
-    if scratch_in_ram:
-        return SlotArena(inspected.backend.allocate, slots, in_ram=scratch)
-    return SlotArena(inspected.backend.allocate, slots + scratch)
+    largest = max(layouts, key=lambda layout: layout.nbytes)
+
+    def slots(config: OffloadConfig, plan: MemoryPlan, num_scratch: int) -> Slots:
+        on_device = slot_layouts(layouts, plan.slots_per_layer, config.scope)
+        scratch = [largest] * num_scratch
+        return (on_device, scratch) if config.miss_costs is not None else (on_device + scratch, [])
+
+    return slots

@@ -7,26 +7,28 @@ thread, open file or pinned page is left.
 from __future__ import annotations
 
 import logging
+import operator
 import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from offmoe.budget.forward_pass import PassRoom
 from offmoe.budget.memory_plan import MemoryPlan
 from offmoe.budget.pass_check import PassCheck
+from offmoe.budget.replan import Loaded
+from offmoe.budget.resolve import pass_room
 from offmoe.config import OffloadConfig
 from offmoe.errors import CapacityError, ConfigError, OffmoeError
 from offmoe.hf.load.attach import attach_handle, encoder_and_decoder
-from offmoe.hf.predict.route_recorder import RouteRecorder
-from offmoe.hf.predict.router_probe import RouterProbe
-from offmoe.runtime.executor import ExpertExecutor, Predictor
+from offmoe.hf.predict.next_layer import NextLayerPredictor
+from offmoe.runtime.executor import ExpertExecutor, Predictor, Slots
 from offmoe.trace.recorder import TraceWriter
 from offmoe.transfer.fill_queue import FillProgress
 from offmoe.transfer.reader import Reader
@@ -47,44 +49,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-
-class _Prediction:
-    """Predicts the experts of a layer from the residual of the layer before it, once one forward pass was watched.
-
-    The encoder and the decoder of a model (`parts`) are watched one after the other. Neither predicts for the other.
-    """
-
-    def __init__(self, model: nn.Module, experts: Sequence[nn.Module], parts: Sequence[nn.Module]):
-        inside = [set(part.modules()) for part in parts]
-        part_of = [next((i for i, modules in enumerate(inside) if module in modules), -1) for module in experts]
-        self._starts = {i for i in range(1, len(part_of)) if part_of[i] != part_of[i - 1]}
-        self._recorder: RouteRecorder | None = RouteRecorder(model, experts)
-        self._probe: RouterProbe | None = None
-        self._residuals: dict[int, torch.Tensor] = {}  # only the latest: the residuals of a long prompt are large
-
-    def begin(self) -> None:
-        if self._recorder is not None:
-            self._recorder.start()
-
-    def end(self, complete: bool) -> None:
-        """complete: whether the last part of the model has run to its end."""
-        self._residuals.clear()
-        if self._recorder is not None:
-            self._recorder.pause()
-            if complete:
-                self._probe, self._recorder = self._recorder.finish(), None
-                self._probe.install(self._keep)
-
-    def _keep(self, layer: int, residual: torch.Tensor) -> None:
-        self._residuals.clear()
-        self._residuals[layer] = residual
-
-    def predict(self, layer: int) -> torch.Tensor | None:
-        """Expert ids [tokens, p] of `layer`, from the residual before the MoE block of `layer - 1`."""
-        residual = self._residuals.get(layer - 1)
-        if residual is None or self._probe is None or layer in self._starts or not self._probe.can_predict(layer):
-            return None
-        return self._probe.predict(layer, residual)
+SlotsOf = Callable[[OffloadConfig, MemoryPlan, int], Slots]
+"""slots(options, plan, number of scratch slots) gives the layouts of all slots."""
 
 
 class Offload:
@@ -92,47 +58,43 @@ class Offload:
 
     Args:
         model: The loaded model.
-        config: The options with every "auto" resolved.
-        plan: The division of memory that the model was loaded by.
+        loaded: The options with every "auto" resolved, and the division of memory that the model was loaded by.
         executor: The runtime of the experts.
         experts: The experts module of each MoE layer.
+        slots: Gives the layouts of all slots by a division.
         closing: Callbacks that end the runtime; the handle takes them over.
-        room: What forward passes may take by the plan.
         warm: The state of earlier runs.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        config: OffloadConfig,
-        plan: MemoryPlan,
+        loaded: Loaded,
         executor: ExpertExecutor,
         experts: Sequence[nn.Module],
+        slots: SlotsOf,
         closing: ExitStack,
-        room: PassRoom,
         warm: WarmStart,
     ):
-        self.config = config
-        """The options as resolved. An "auto" left in prefetch or on_miss is a policy that decides while running."""
-        self._plan = plan
-        self._passes = PassCheck(plan, room, model.config, model.dtype)
-        self._executor = executor
-        self._warm = warm
+        self._loaded, self._slots, self._executor, self._warm = loaded, slots, executor, warm
+        self._calls = 0
+        """Calls of the model that are under way, one inside the other."""
         self._baseline = CacheStats.for_layers(executor.shape.layers)
-        self._prediction: _Prediction | None = None
+        self._model, self._experts = weakref.ref(model), experts
+        self._prediction: NextLayerPredictor | None = None
         self._encoded = False
         """Whether the encoder has run for requests that the decoder has not begun yet."""
-        parts = encoder_and_decoder(model)
-        if config.prefetch != 0 and any(
-            q < e for q, e in zip(plan.slots_per_layer, executor.shape.experts, strict=True)
-        ):
-            self._prediction = _Prediction(model, experts, parts)
-            executor.predictor = self._prediction
+        self._follow_plan(model)
         # The finalizer must not hold the model, or the model would never be garbage-collected.
         callbacks = closing.pop_all()
         callbacks.callback(executor.end_trace)
         self._finalizer = weakref.finalize(model, _close_all, os.getpid(), callbacks)
         attach_handle(model, self)
+
+    @property
+    def config(self) -> OffloadConfig:
+        """The options as resolved. An "auto" left in prefetch or on_miss is a policy that decides while running."""
+        return self._loaded.config
 
     @property
     def trace(self) -> TraceWriter | None:
@@ -179,8 +141,63 @@ class Offload:
         self._executor.predictor = predictor
 
     def memory(self) -> MemoryPlan:
-        """The division of memory: bytes of every part, as planned before loading."""
-        return self._plan
+        """The division of memory: bytes of every part, as planned before loading or by the last `resize`."""
+        return self._loaded.plan
+
+    def resize(
+        self,
+        *,
+        device_memory: int | str | None = None,
+        host_memory: int | str | None = None,
+        max_context: int | None = None,
+        slots_per_layer: int | tuple[int, ...] | None = None,
+    ) -> MemoryPlan:
+        """Divide the memory anew between two generations, without loading the model again.
+
+        Slots become fewer or more. The experts that the eviction policy values most stay, and their bytes are not read
+        again. Dense weights stay where they are. Statistics go on; experts that lose their slots here do not count as
+        evictions. A recording is written and ends. An option that is None stays as it is, but with another
+        device_memory slots_per_layer follows from it.
+
+        Args:
+            device_memory: Most memory to use on the device, as `OffloadConfig.device_memory`.
+            host_memory: Most RAM for experts between disk and device, as `OffloadConfig.host_memory`.
+            max_context: Tokens of KV cache to reserve memory for.
+            slots_per_layer: Experts resident on the device per MoE layer.
+
+        Returns:
+            The new division, which `memory` gives from now on.
+
+        Raises:
+            CapacityError: It does not fit; the message names what would. Nothing has changed.
+            ConfigError: An option cannot be used. Nothing has changed.
+            OffmoeError: The model was closed, or is generating. Nothing has changed.
+        """
+        if self._calls:
+            raise OffmoeError("the model is generating and cannot be resized; call resize between two generations.")
+        with self.in_use():
+            config, plan = self._loaded.divide(
+                device_memory=device_memory,
+                host_memory=host_memory,
+                max_context=max_context,
+                slots_per_layer=slots_per_layer,
+            )
+            self._executor.resize(config.cache(), lambda num_scratch: self._slots(config, plan, num_scratch))
+            self._loaded.backend.trim()
+            self._loaded = replace(self._loaded, config=config, plan=plan)
+            if (model := self._model()) is not None:
+                self._follow_plan(model)
+        logger.info("resized: %s", plan.describe())
+        return plan
+
+    def _follow_plan(self, model: PreTrainedModel) -> None:
+        """Check passes by the present division; let experts be predicted if some have no slot and nothing does it."""
+        config, plan = self._loaded.config, self._loaded.plan
+        self._passes = PassCheck(plan, pass_room(config, self._loaded.needs, plan), model.config, model.dtype)
+        short = any(map(operator.lt, plan.slots_per_layer, self._executor.shape.experts))
+        if short and config.prefetch != 0 and self._executor.predictor is None:
+            self._prediction = NextLayerPredictor(model, self._experts, encoder_and_decoder(model))
+            self._executor.predictor = self._prediction
 
     def prefill_chunk(self, batch: int, length: int, past: int = 0) -> int:
         """Tokens of each sequence that pass at once when `generate` prefills; `length` if the prompt passes whole.
@@ -223,7 +240,11 @@ class Offload:
         if not self._finalizer.alive:
             raise OffmoeError("the model was closed; load it again with from_pretrained.")
         with self._executor.user:
-            yield
+            self._calls += 1
+            try:
+                yield
+            finally:
+                self._calls -= 1
 
     @contextmanager
     def shared(self, holds: Callable[[], bool]) -> Iterator[None]:

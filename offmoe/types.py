@@ -120,6 +120,16 @@ class Plan(NamedTuple):
     read_ahead: tuple[ExpertKey, ...] = ()
 
 
+class KeptSlots(NamedTuple):
+    """By new slot, the old slot whose expert it is to hold.
+
+    on_device: slots of the device. in_ram: slots of the host tier.
+    """
+
+    on_device: dict[int, int]
+    in_ram: dict[int, int]
+
+
 @dataclass(frozen=True)
 class CacheShape:
     """The part of a model that decisions depend on, with one entry per MoE layer.

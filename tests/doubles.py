@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,13 +21,17 @@ class DeferredEvent:
         self._backend = backend
         self._work: list[Callable[[], None]] = []
         self.marked: DeferredStream | None = None
-        self.seen_by: set[DeferredStream] = set()
+        self.number = 0
+        """How many times it has been recorded."""
+        self.seen_by: dict[DeferredStream, int] = {}
+        """By stream, the last of these records that it has waited for."""
 
     def record(self, stream: Stream) -> None:
         assert isinstance(stream, DeferredStream)
         with self._backend.lock:
             self._work, self.marked = list(stream.pending), stream
-            self.seen_by = {stream}
+            self.number += 1
+            self.seen_by[stream] = self.number
 
     def synchronize(self) -> None:
         with self._backend.lock:
@@ -49,8 +53,9 @@ class DeferredStream:
 
     def wait(self, event: Event) -> None:
         assert isinstance(event, DeferredEvent)
+        number = event.number  # before the wait: a record that comes during it may not be seen
         event.synchronize()
-        event.seen_by.add(self)
+        event.seen_by[self] = number
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         raw = destination.view(torch.uint8) if destination.is_contiguous() else None
@@ -84,7 +89,8 @@ class DeferredBackend(CpuBackend):
         self._compute = DeferredStream(self, "compute")
         self.events: list[DeferredEvent] = []
         self.regions: list[tuple[int, int, int]] = []
-        self.last_read: list[Event] = []
+        self.last_read: dict[int, int] = {}
+        """Per guarded slot, which record of its event marks the last computation with it."""
 
     @property
     def compute(self) -> DeferredStream:
@@ -99,19 +105,33 @@ class DeferredBackend(CpuBackend):
 
     def guard(self, writer: SlotWriter) -> None:
         """A copy into a slot of this writer, and of no other, is a race unless it waits for the slot's last read."""
-        self.regions, self.last_read = [], writer.last_read
+        self.regions = []
+        self.last_read = {slot: _deferred(event).number for slot, event in enumerate(writer.last_read)}
+
+        def computed(slots: Sequence[int]) -> None:
+            type(writer).computed(writer, slots)
+            for slot in slots:  # an event serves several slots, and may be recorded for others before the next copy
+                self.last_read[slot] = _deferred(writer.last_read[slot]).number
+
+        writer.computed = computed  # type: ignore[method-assign]
         for slot in range(len(writer.last_read)):
             start = writer.arena.bytes(slot).data_ptr()
             self.regions.append((start, start + writer.arena.bytes(slot).numel(), slot))
+        self.guarded = writer
 
     def unseen_reads(self, stream: DeferredStream, destination: torch.Tensor) -> bool:
         address = destination.data_ptr()
         for start, stop, slot in self.regions:
-            event = self.last_read[slot]
-            assert isinstance(event, DeferredEvent)
-            if start <= address < stop and event.marked is not None and stream not in event.seen_by:
-                return True
+            if start <= address < stop:
+                event = _deferred(self.guarded.last_read[slot])
+                if event.marked is not None and event.seen_by.get(stream, 0) < self.last_read[slot]:
+                    return True
         return False
+
+
+def _deferred(event: Event) -> DeferredEvent:
+    assert isinstance(event, DeferredEvent)
+    return event
 
 
 class PinningBackend(DeferredBackend):

@@ -57,6 +57,7 @@ class Survey:
         quantization: the method that the checkpoint is quantized by; None if it is not.
         dtype: dtype to compute in.
         stored: dtype of the dense weights at rest, and of experts that are not quantized.
+        requested: the options as they were given.
         config: the options, resolved.
         plan: the division of memory; for a device that is large enough if there is a refusal.
         refusal: why the model cannot run here with these options; None if it can.
@@ -74,6 +75,7 @@ class Survey:
     quantization: str | None
     dtype: torch.dtype
     stored: torch.dtype
+    requested: OffloadConfig
     config: OffloadConfig
     plan: MemoryPlan
     refusal: CapacityError | None
@@ -137,7 +139,9 @@ def _divided(
     """A survey of these facts, with the memory divided. free: bytes of the device's memory that are free."""
     _say_surplus(config.slots_per_layer, needs.shape)
     resolved, plan, refusal = divide_or_refusal(config, needs, backend, free)
-    return kind(needs=needs, backend=backend, free=free, config=resolved, plan=plan, refusal=refusal, **facts)
+    return kind(
+        requested=config, needs=needs, backend=backend, free=free, config=resolved, plan=plan, refusal=refusal, **facts
+    )
 
 
 def _say_surplus(slots: int | tuple[int, ...] | None, shape: CacheShape) -> None:

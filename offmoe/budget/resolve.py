@@ -56,7 +56,9 @@ def divide_or_refusal(
         return (*divide(boundless, needs, backend, BOUNDLESS), refusal)
 
 
-def divide(config: OffloadConfig, needs: ModelNeeds, backend: Backend, free: int) -> tuple[OffloadConfig, MemoryPlan]:
+def divide(
+    config: OffloadConfig, needs: ModelNeeds, backend: Backend, free: int, *, host_held: int = 0
+) -> tuple[OffloadConfig, MemoryPlan]:
     """Divide the memory.
 
     Args:
@@ -64,6 +66,7 @@ def divide(config: OffloadConfig, needs: ModelNeeds, backend: Backend, free: int
         needs: what the model needs.
         backend: the device.
         free: bytes of the device's memory that are free.
+        host_held: bytes of RAM that are not free because the model holds them already.
 
     Returns:
         The options with every "auto" resolved, and the plan.
@@ -74,7 +77,7 @@ def divide(config: OffloadConfig, needs: ModelNeeds, backend: Backend, free: int
     if config.prefill_chunk is not None:
         needs = needs.with_chunks(min(config.prefill_chunk, config.max_context or config.prefill_chunk))
     shape, experts, share = needs.shape, needs.experts, backend.auto_share
-    host_free = 0 if backend.unified_memory else backend.host_free_bytes()
+    host_free = 0 if backend.unified_memory else backend.host_free_bytes() + host_held
     host, host_computes = None, False
     if backend.unified_memory or not config.is_numeric:
         on_miss, plan = plan_on_miss(config, shape, needs.bytes, free=free, share=share, host_free=host_free)

@@ -72,6 +72,10 @@ class ExpertCompute(ABC):
         return self.expert(layer, slot, x)
 
     @abstractmethod
+    def slots_moved(self) -> None:
+        """Note that slots of the arena are elsewhere, and hold no reference to where they were. No call is running."""
+
+    @abstractmethod
     def close(self) -> None:
         """End its threads once no call is running; idempotent. Nothing is computed afterwards."""
 
@@ -89,6 +93,10 @@ class ComputeByLayer(ExpertCompute):
         self, layer: ExpertLayer, experts: Sequence[tuple[int, int]], inputs: LayerInput, transfer: TransferEngine
     ) -> Iterator[torch.Tensor]:
         return self._by_layer[layer.index].wave(layer, experts, inputs, transfer)
+
+    def slots_moved(self) -> None:
+        for compute in dict.fromkeys(self._by_layer):
+            compute.slots_moved()
 
     def close(self) -> None:
         for compute in dict.fromkeys(self._by_layer):

@@ -27,7 +27,8 @@ from offmoe.transfer.engine import TransferEngine
 class CpuCompute(ExpertCompute):
     """The C kernels, for layers with a `cpu_slot`, and torch's operators for those of their experts that have none.
 
-    Slots never move, so the pointers into a slot are prepared once and serve whichever expert stands there.
+    Slots move only when the model is resized, so the pointers into a slot are prepared once and serve whichever expert
+    stands there.
     """
 
     def __init__(self, kernels: CpuKernels, arena: SlotArena, by_torch: TorchCompute) -> None:
@@ -59,6 +60,10 @@ class CpuCompute(ExpertCompute):
         dtype, inputs = inputs.hidden.dtype, inputs._replace(hidden=inputs.hidden.float())
         for rows in super().wave(layer, experts, inputs, transfer):
             yield rows if inputs.pairs is None else rows.to(dtype)
+
+    def slots_moved(self) -> None:
+        with self._calling:
+            self._prepared.clear()
 
     def close(self) -> None:
         with self._calling:

@@ -38,9 +38,9 @@ class GpuCompute(ExpertCompute):
     The last bits of its numbers depend on which experts are computed together: rows are cut into blocks accordingly.
     """
 
-    def __init__(self, kernels: Mapping[int, DeviceKernels]) -> None:
-        """kernels: by index of the layer."""
-        self._kernels = kernels
+    def __init__(self, kernels: Mapping[int, DeviceKernels], arena: SlotArena) -> None:
+        """kernels: by index of the layer. arena: the slots that they read."""
+        self._kernels, self._arena = kernels, arena
 
     def expert(self, layer: ExpertLayer, slot: int, x: torch.Tensor) -> torch.Tensor:
         pairs = Pairs([slot], [len(x)], torch.arange(len(x), device=x.device))
@@ -56,6 +56,10 @@ class GpuCompute(ExpertCompute):
                 transfer.ready(slot)
             pairs = _pairs(launched, inputs)
             yield from self._kernels[layer.index].compute(pairs, inputs.hidden).split(list(pairs.counts))
+
+    def slots_moved(self) -> None:
+        for kernels in self._kernels.values():
+            kernels.read_from(self._arena.memory, self._arena.starts)
 
     def close(self) -> None:
         self._kernels = {}  # they hold the slots' memory
@@ -94,7 +98,7 @@ def device_compute(
             kernels[layer.index] = DeviceKernels(operands, glu, arena.memory, arena.starts, upload=upload)
     for reason, count in reasons.items():
         logger.warning("%d MoE layers are computed by torch's operators: %s", count, reason)
-    by_kernels = GpuCompute(kernels)
+    by_kernels = GpuCompute(kernels, arena)
     return ComputeByLayer([by_kernels if layer.index in kernels else otherwise for layer in layers])
 
 

@@ -60,6 +60,9 @@ class TorchCompute(ExpertCompute):
         self._same_by_blocks[kind] = torch.equal(rows, whole)
         return whole
 
+    def slots_moved(self) -> None:
+        """Nothing to note: the arena is asked for a slot each time."""
+
     def close(self) -> None:
         """End the decoder's threads; torch's are the process's."""
         if self._decoder is not None:

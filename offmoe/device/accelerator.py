@@ -109,6 +109,9 @@ class AcceleratorBackend(Backend):
         cached = torch.accelerator.memory_reserved(index) - torch.accelerator.memory_allocated(index)
         return int(torch.accelerator.get_memory_info(index)[0]) + cached
 
+    def trim(self) -> None:
+        torch.accelerator.empty_cache()
+
     def peak_bytes(self) -> int | None:
         return int(torch.accelerator.max_memory_reserved(self.device.index))
 

@@ -1,24 +1,25 @@
 """The memory that experts land in: fixed slots, and page-aligned buffers on the host.
 
 Moves: nothing.
-Bound: both are allocated once. Slots are the only device memory of experts, so their number is the cap, and nothing is
-fragmented or freed in between. Host buffers are on pages of 2 MiB where the platform has them: an unbuffered read of
-50 MB then pins 25 pages instead of 12,000, which gave two to three times the throughput on a virtual disk at an eighth
-of the CPU time. Buffers are touched before the first read, not during it.
+Bound: both are allocated when the model is loaded or resized. Slots are the only device memory of experts, so their
+number is the cap, and nothing is fragmented or freed in between. Host buffers are on pages of 2 MiB where the platform
+has them: an unbuffered read of 50 MB then pins 25 pages instead of 12,000, which gave two to three times the throughput
+on a virtual disk at an eighth of the CPU time. Buffers are touched before the first read, not during it.
 Must never: know which expert is where (policy/residency.py does), or unmap memory that a tensor still refers to.
 """
 
 from __future__ import annotations
 
-import itertools
 import mmap
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from typing import NamedTuple
 
 import torch
 
 from offmoe.device.backend import Backend
+from offmoe.device.blocks import Place, rearrange
 from offmoe.errors import CapacityError, OffmoeError
 from offmoe.storage.layout import PARAM_ALIGNMENT, ExpertLayout, aligned
 
@@ -27,7 +28,7 @@ HUGE_PAGE_BYTES = 2 * 1024 * 1024
 
 
 class SlotArena:
-    """The slots of one model, in one allocation on the device; scratch slots in RAM may follow."""
+    """The slots of one model, in a few allocations on the device; scratch slots in RAM may follow."""
 
     def __init__(
         self,
@@ -47,28 +48,28 @@ class SlotArena:
         Raises:
             CapacityError: The system does not give the memory.
         """
-        sizes = [aligned(layout.nbytes, PARAM_ALIGNMENT) for layout in layouts]
-        self.nbytes = sum(sizes)
+        self._allocate = allocate
+        self.nbytes = 0
         """Bytes of device memory."""
-        self.num_on_device = len(sizes)
+        self.num_on_device = 0
         """Number of slots on the device; higher slot numbers are in RAM."""
-        base = allocate(self.nbytes)
-        assert base.dtype is torch.uint8
-        assert base.shape == (self.nbytes,)
-        assert base.data_ptr() % PARAM_ALIGNMENT == 0, "the backend must allocate slots aligned to PARAM_ALIGNMENT"
-        self.memory = base
-        """All device slots: uint8 [nbytes]."""
-        self.starts = list(itertools.accumulate(sizes, initial=0))[:-1]
-        """Per device slot, the offset in `memory` at which it begins."""
-        self._slots: list[torch.Tensor] = list(base.split(sizes)) if sizes else []
-        if in_ram:
-            sizes = [aligned(layout.nbytes, PARAM_ALIGNMENT) for layout in in_ram]
-            self._slots += torch.frombuffer(map_pages(sum(sizes)), dtype=torch.uint8).split(sizes)
+        self.memory = torch.empty(0, dtype=torch.uint8)
+        """Device memory at whose address `starts` begin: uint8, the block of slots at the lowest address."""
+        self.starts: list[int] = []
+        """Per device slot, the bytes from the address of `memory` to its own."""
+        self._blocks: list[tuple[torch.Tensor, ...]] = []
+        """By block, its slots."""
+        self._places: tuple[Place, ...] = ()
+        """By device slot, where it is."""
+        self._slots: list[torch.Tensor] = []
+        self._in_ram: tuple[int, ...] = ()
+        """Bytes of the scratch slots in RAM."""
         self._views: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
         """By (slot, id of the layout): a hash of the layout itself would walk all of its parameters."""
         self._layouts: dict[int, ExpertLayout] = {}
         """By id; keeps the layouts alive, so that no id is used twice."""
         self._views_lock = threading.Lock()
+        self.prepare(layouts, {}, in_ram=in_ram)()
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -76,6 +77,47 @@ class SlotArena:
     def bytes(self, slot: int) -> torch.Tensor:
         """The memory of a slot: uint8 [aligned nbytes of its layout]."""
         return self._slots[slot]
+
+    def prepare(
+        self, layouts: Sequence[ExpertLayout], keep: Mapping[int, int], *, in_ram: Sequence[ExpertLayout] = ()
+    ) -> Callable[[], None]:
+        """Allocate what another division into slots needs, and change nothing yet.
+
+        Args:
+            layouts: One per new device slot.
+            keep: By new device slot, the device slot whose bytes it is to hold.
+            in_ram: One per new scratch slot in RAM. Scratch slots keep no bytes.
+
+        Returns:
+            A function that changes to the new division and gives back what it does not need. No copy may be under way.
+
+        Raises:
+            CapacityError: The system does not give the memory.
+        """
+        sizes = [aligned(layout.nbytes, PARAM_ALIGNMENT) for layout in layouts]
+        old = [[slot.numel() for slot in block] for block in self._blocks]
+        change = rearrange(old, self._places, sizes, keep)
+        blocks = [self._blocks[block] for block in change.kept] + [self._block(block) for block in change.new]
+        ram_sizes = tuple(aligned(layout.nbytes, PARAM_ALIGNMENT) for layout in in_ram)
+        scratch = self._slots[self.num_on_device :]
+        if ram_sizes != self._in_ram:
+            scratch = list(torch.frombuffer(map_pages(sum(ram_sizes)), dtype=torch.uint8).split(list(ram_sizes)))
+
+        def commit() -> None:
+            with self._views_lock:
+                for before, after in change.moves:
+                    blocks[after.block][after.position].copy_(self._blocks[before.block][before.position])
+                self._blocks, self._places, self._in_ram = blocks, change.places, ram_sizes
+                on_device = [blocks[place.block][place.position] for place in change.places]
+                self._slots = [*on_device, *scratch]
+                self.nbytes, self.num_on_device = sum(sizes), len(sizes)
+                self._views.clear()
+                self._layouts.clear()
+                if on_device:
+                    self.memory = _whole(min(blocks, key=lambda block: block[0].data_ptr()))
+                    self.starts = [slot.data_ptr() - self.memory.data_ptr() for slot in on_device]
+
+        return commit
 
     def views(self, slot: int, layout: ExpertLayout) -> dict[str, torch.Tensor]:
         """The slot as the parameters of an expert of `layout`; after the first call one look-up.
@@ -95,9 +137,17 @@ class SlotArena:
         A closed model may wait long for the garbage collector, and should not hold its slots until then.
         """
         with self._views_lock:
-            self.memory, self._slots = self.memory.new_empty(0), []
+            self.memory, self._slots, self._blocks = self.memory.new_empty(0), [], []
             self._views.clear()
             self._layouts.clear()
+
+    def _block(self, sizes: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        """Slots of these bytes in one allocation."""
+        base = self._allocate(sum(sizes))
+        assert base.dtype is torch.uint8
+        assert base.shape == (sum(sizes),)
+        assert base.data_ptr() % PARAM_ALIGNMENT == 0, "the backend must allocate slots aligned to PARAM_ALIGNMENT"
+        return tuple(torch.split(base, list(sizes)))
 
     def _new_views(self, slot: int, layout: ExpertLayout) -> dict[str, torch.Tensor]:
         if not self._slots:
@@ -115,6 +165,12 @@ class SlotArena:
         return views
 
 
+def _whole(block: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The memory of a block's slots: uint8 [bytes]."""
+    first = block[0]
+    return first.as_strided((sum(slot.numel() for slot in block),), (1,), first.storage_offset())
+
+
 def slot_layouts(layouts: Sequence[ExpertLayout], slots_per_layer: Sequence[int], scope: str) -> list[ExpertLayout]:
     """The layout that each slot is sized for.
 
@@ -127,6 +183,13 @@ def slot_layouts(layouts: Sequence[ExpertLayout], slots_per_layer: Sequence[int]
     if scope == "model":
         return [max(layouts, key=lambda layout: layout.nbytes)] * sum(slots_per_layer)
     return [layout for layout, quota in zip(layouts, slots_per_layer, strict=True) for _ in range(quota)]
+
+
+class Buffer(NamedTuple):
+    """One host buffer: as memory to read into, and as a tensor uint8 [nbytes]."""
+
+    memory: memoryview
+    tensor: torch.Tensor
 
 
 class HostBuffers:
@@ -149,47 +212,95 @@ class HostBuffers:
         self.nbytes = aligned(nbytes, PAGE_BYTES)
         """Bytes of one buffer."""
         self._pinning = pinning
-        self._pinned: list[int] = []
-        """Addresses of the pinned buffers, which are the first ones."""
-        pages = map_pages(count * self.nbytes)
-        starts = range(0, count * self.nbytes, self.nbytes)
-        self._memory = [pages[start : start + self.nbytes] for start in starts]
-        # A storage per buffer: torch looks at the storage's address, not the view's, to see whether memory is pinned.
-        self._tensors = [torch.frombuffer(memory, dtype=torch.uint8) for memory in self._memory]
-        try:
-            for tensor in self._tensors:
-                if pinning is None or not pinning.pin(tensor.data_ptr(), self.nbytes):
-                    break
-                self._pinned.append(tensor.data_ptr())
-        except BaseException:
-            self.close()
-            raise
+        self._pinned: set[int] = set()
+        """Addresses of the pinned buffers."""
+        self._blocks: list[list[Buffer]] = []
+        """By block, its buffers."""
+        self._places: tuple[Place, ...] = ()
+        """By buffer, where it is."""
+        self._buffers: list[Buffer] = []
+        self.prepare(count, {})()
+
+    def prepare(self, count: int, keep: Mapping[int, int]) -> Callable[[], None]:
+        """Map and pin what another number of buffers needs, and change nothing yet.
+
+        Args:
+            count: New number of buffers.
+            keep: By new buffer, the buffer whose bytes it is to hold.
+
+        Returns:
+            A function that changes to the new buffers and gives back what they do not need. No copy may be under way.
+
+        Raises:
+            CapacityError: The system does not give the memory.
+        """
+        change = rearrange([[self.nbytes] * len(b) for b in self._blocks], self._places, [self.nbytes] * count, keep)
+        new = [self._map_block(len(block)) for block in change.new]
+        blocks = [self._blocks[block] for block in change.kept] + new
+        pinned = self._pin([buffer for block in new for buffer in block])
+
+        def commit() -> None:
+            for before, after in change.moves:
+                blocks[after.block][after.position].tensor.copy_(self._blocks[before.block][before.position].tensor)
+            self._unpin(buffer for i, block in enumerate(self._blocks) if i not in change.kept for buffer in block)
+            self._pinned |= pinned
+            self._blocks, self._places = blocks, change.places
+            self._buffers = [blocks[place.block][place.position] for place in change.places]
+
+        return commit
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self._buffers)
 
     def tensor(self, i: int) -> torch.Tensor:
         """Buffer i for copies: uint8 [nbytes], page-aligned, with a storage of its own."""
-        return self._tensors[i]
+        return self._buffers[i].tensor
 
     def memory(self, i: int) -> memoryview:
         """Buffer i for `ExpertStore.read_into`."""
-        return self._memory[i]
+        return self._buffers[i].memory
 
     def pinned(self, i: int) -> bool:
         """Whether buffer i is pinned, so that copies from it are asynchronous."""
-        return i < len(self._pinned)
+        return self._buffers[i].tensor.data_ptr() in self._pinned
 
     def close(self) -> None:
         """Unpin the buffers and release the memory; idempotent. No copy may be under way.
 
         The memory is unmapped with the last tensor that refers to it.
         """
-        pinned, self._pinned = self._pinned, []
-        for address in pinned:
-            assert self._pinning is not None
-            self._pinning.unpin(address)
-        self._tensors, self._memory = [], []
+        self._unpin(self._buffers)
+        self._buffers, self._blocks = [], []
+
+    def _map_block(self, count: int) -> list[Buffer]:
+        pages = map_pages(count * self.nbytes)
+        memory = [pages[start : start + self.nbytes] for start in range(0, count * self.nbytes, self.nbytes)]
+        # A storage per buffer: torch looks at the storage's address, not the view's, to see whether memory is pinned.
+        return [Buffer(part, torch.frombuffer(part, dtype=torch.uint8)) for part in memory]
+
+    def _pin(self, buffers: Sequence[Buffer]) -> set[int]:
+        """Pin buffers, up to the first refusal; the addresses of those that are pinned now."""
+        done: set[int] = set()
+        if self._pinning is None or len(self._pinned) < len(self._buffers):
+            return done
+        try:
+            for buffer in buffers:
+                if not self._pinning.pin(buffer.tensor.data_ptr(), self.nbytes):
+                    break
+                done.add(buffer.tensor.data_ptr())
+        except BaseException:
+            for address in done:
+                self._pinning.unpin(address)
+            raise
+        return done
+
+    def _unpin(self, buffers: Iterable[Buffer]) -> None:
+        for buffer in buffers:
+            address = buffer.tensor.data_ptr()
+            if address in self._pinned:
+                assert self._pinning is not None
+                self._pinned.remove(address)
+                self._pinning.unpin(address)
 
 
 def map_pages(nbytes: int) -> memoryview:

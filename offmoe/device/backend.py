@@ -97,6 +97,10 @@ class Backend(ABC):
     def unpin(self, address: int) -> None:
         """Undo `pin` for the memory that begins at `address`."""
 
+    def trim(self) -> None:
+        """Give device memory that torch has freed back to the system, where torch keeps such memory."""
+        return
+
     def peak_bytes(self) -> int | None:
         """The most bytes that torch has held on the device so far; None with unified memory."""
         return None

@@ -110,6 +110,31 @@ class HostTier:
         """The keys of which RAM has a copy."""
         return frozenset(self._slot_of)
 
+    def resize(self, slots: Sequence[int]) -> dict[int, int]:
+        """Go on with other slots. If they are fewer, the copies that are worth least are dropped, ties the lowest key.
+
+        Args:
+            slots: numbers of the new slots, ascending.
+        Returns:
+            By new slot, the old slot of the copy that is in it now.
+        """
+        policy, on_device = self._policy, self._on_device
+        threshold = policy.score(policy.choose_victim(())) if on_device else NEVER
+
+        def worth(key: int) -> tuple[float, int]:
+            score = policy.score(key)
+            return (_worth(score, threshold) if key in on_device else score), key
+
+        staying = sorted(self._slot_of, key=worth)[max(0, len(self._slot_of) - len(slots)) :]
+        copies = sorted((self._slot_of[key], key) for key in staying)
+        self._slot_of = {key: new for new, (_, key) in zip(slots, copies, strict=False)}
+        self.slots, self._free = tuple(slots), list(reversed(slots[len(copies) :]))
+        self._most_entries = SPARE_ENTRIES + 4 * len(slots)
+        self._changed.clear()
+        self._rebuild(self._ram_only, on_device=False)
+        self._rebuild(self._on_both, on_device=True)
+        return {new: old for new, (old, _) in zip(slots, copies, strict=False)}
+
     def holds(self, key: int) -> bool:
         """Whether RAM has a copy."""
         return key in self._slot_of

@@ -23,8 +23,9 @@ from offmoe.policy.eviction.registry import build_eviction
 from offmoe.policy.host_split import best_refill, split_misses
 from offmoe.policy.layer_cache import LayerCache, MakePolicy, build_layers
 from offmoe.policy.prefetch import Candidate, PrefetchPolicy, build_prefetch
+from offmoe.policy.resize import resize_layers
 from offmoe.profile import MissCosts
-from offmoe.types import Access, CacheShape, ExpertKey, Fetch, Plan, Wave
+from offmoe.types import Access, CacheShape, ExpertKey, Fetch, KeptSlots, Plan, Wave
 
 SCRATCH_SLOTS = 2
 """One is computed with while the next expert lands in the other."""
@@ -56,20 +57,37 @@ class Planner:
 
     def __init__(self, shape: CacheShape, options: CacheOptions, make_policy: MakePolicy):
         self.shape = shape
-        self.options = options
         self.layers = build_layers(shape, options, make_policy)
-        self.num_slots = sum(options.quotas(shape))
-        self.num_host_slots = sum(options.host_quotas(shape))
-        self.num_scratch = num_scratch(options, shape)
         self.may_prefetch = options.prefetch != 0
-        self._scratch = range(self.num_slots, self.num_slots + self.num_scratch)
-        self._costs = options.miss_costs
+        self._take(options)
         self._prefetch: PrefetchPolicy = build_prefetch(options.prefetch, shape)
         self._key_of = [ExpertKey(layer, e) for layer, n in enumerate(shape.experts) for e in range(n)]
         self._read_ahead: Collection[int] = ()
         """Keys that the last plan reads ahead."""
         self._arriving: Collection[int] = ()
         """Missing keys of this access that the last plan read ahead."""
+
+    def _take(self, options: CacheOptions) -> None:
+        """Everything that follows from the numbers of slots."""
+        self.options = options
+        self.num_slots = sum(options.quotas(self.shape))
+        self.num_host_slots = sum(options.host_quotas(self.shape))
+        self.num_scratch = num_scratch(options, self.shape)
+        self._scratch = range(self.num_slots, self.num_slots + self.num_scratch)
+        self._costs = options.miss_costs
+
+    def resize(self, options: CacheOptions) -> KeptSlots:
+        """Go on with other numbers of slots; the policies keep what they know, and the best residents stay.
+
+        Args:
+            options: as they were, but for the numbers of slots, on_miss and miss_costs.
+        Returns:
+            Whose bytes the new slots are to hold.
+        """
+        kept = resize_layers(self.layers, self.shape, self.options, options)
+        self._take(options)
+        self._read_ahead = ()
+        return kept
 
     def wants_prediction(self, layer: int) -> bool:
         """Whether a prediction for `layer` would be used now. Computing one costs about 0.1 ms."""

@@ -84,6 +84,27 @@ class Residency:
         self._policy.on_insert(key)
         return True
 
+    def resize(self, slots: Sequence[int]) -> tuple[dict[int, int], list[int]]:
+        """Go on with other slots. If they are fewer, the policy's victims lose theirs, one by one.
+
+        Args:
+            slots: numbers of the new slots, ascending.
+        Returns:
+            (by new slot, the old slot of the key that holds it now; the keys that were evicted).
+        """
+        evicted = []
+        while len(self.slot_of) > len(slots):
+            evicted.append(victim := self._policy.choose_victim(()))
+            del self.slot_of[victim]
+            self._pending.discard(victim)
+            self._policy.on_evict(victim)
+        residents = sorted(self.slot_of.items(), key=lambda item: item[1])
+        kept = {new: old for new, (_, old) in zip(slots, residents, strict=False)}
+        self.slot_of.update({key: new for new, (key, _) in zip(slots, residents, strict=False)})
+        self.capacity, self._slots = len(slots), tuple(slots)
+        self._free = list(reversed(slots[len(residents) :]))
+        return kept, evicted
+
     def victim(self, protected: Collection[int]) -> int | None:
         """The key that `admit` would evict if no slot were free; None if every resident key is protected."""
         if len(self.slot_of) <= len(protected) and self.slot_of.keys() <= set(protected):

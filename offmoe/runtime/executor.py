@@ -10,6 +10,7 @@ from an empty cache and is right again.
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import threading
@@ -22,18 +23,25 @@ import torch
 
 from offmoe.compute.compute import ExpertCompute, LayerInput
 from offmoe.compute.expert_layer import ExpertLayer
+from offmoe.config import CacheOptions
 from offmoe.device.backend import Backend
 from offmoe.errors import OffmoeError, TraceError
 from offmoe.policy.planner import Planner, build_planner
 from offmoe.runtime.fill import BackgroundFill
 from offmoe.runtime.host_experts import HostExperts
 from offmoe.runtime.rows import ExpertOutputs, layer_input
+from offmoe.storage.layout import ExpertLayout
 from offmoe.trace.recorder import TraceWriter
 from offmoe.transfer.engine import TransferEngine
 from offmoe.transfer.fill_queue import FillProgress
+from offmoe.transfer.slot_writer import NewSlots
 from offmoe.types import Access, CacheStats, Demand, ExpertKey, Plan, Wave, count_demands, rank_predictions
 
 logger = logging.getLogger(__name__)
+
+
+Slots = tuple[Sequence[ExpertLayout], Sequence[ExpertLayout]]
+"""The layouts of the device's slots, and of scratch slots in RAM."""
 
 
 class Predictor(Protocol):
@@ -203,6 +211,46 @@ class ExpertExecutor:
                 self.end_trace()
             except TraceError as error:  # the failure that led here is the error to show
                 logger.error("%s", error)
+
+    def resize(self, options: CacheOptions, slots: Callable[[int], Slots]) -> None:
+        """Go on with other numbers of slots, without reading anything. A recording ends.
+
+        Args:
+            options: as they were, but for the numbers of slots, on_miss and miss_costs.
+            slots: slots(number of scratch slots) gives all of them.
+        Raises:
+            CapacityError: The system does not give the memory. Nothing has changed then.
+            OffmoeError: A fetch that was under way failed. Everything is forgotten then.
+        """
+        with self.user:
+            if not self._sound:
+                self.forget()
+            try:
+                self._transfer.settle()
+            except BaseException:
+                self.forget()
+                raise
+            planner = copy.deepcopy(self._planner)
+            kept = planner.resize(options)
+            on_device, in_ram = slots(planner.num_scratch)
+            commit = self._transfer.prepare(NewSlots(on_device, in_ram, planner.num_host_slots, kept))
+            if self.trace is not None:
+                logger.warning("recording of the routing ends here, as the model is resized: %s", self.trace.path)
+                self.end_trace()
+            self._sound = False
+            self._compute.slots_moved()
+            if self._host is not None:
+                self._host.slots_moved()
+            commit()
+            self._compute.slots_moved()
+            self._planner, self._sound = planner, True
+            if self._fill is not None:
+                self._fill.start(planner)
+
+    @property
+    def computes_on_host(self) -> bool:
+        """Whether plans may leave experts to the host."""
+        return self._host is not None
 
     def end_trace(self) -> None:
         """Finish and write the recording, if there is one."""

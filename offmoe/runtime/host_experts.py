@@ -21,6 +21,10 @@ class HostExperts:
         """compute: for scratch slots in RAM. exchange: carries rows to the host and back. transfer: fills the slots."""
         self._compute, self._exchange, self._transfer = compute, exchange, transfer
 
+    def slots_moved(self) -> None:
+        """As `ExpertCompute.slots_moved`."""
+        self._compute.slots_moved()
+
     def receive(self, waves: Sequence[Wave], inputs: LayerInput) -> torch.Tensor:
         """The input rows [n, H] of the experts of `waves`, in RAM, expert by expert; one row if there is one token.
 

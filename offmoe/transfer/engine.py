@@ -20,13 +20,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
-from offmoe.errors import OffmoeError, TransferError
+from offmoe.errors import TransferError
 from offmoe.io_limits import READERS
 from offmoe.transfer.arrival import Arriving
 from offmoe.transfer.fill_queue import FillProgress, fill_batches
 from offmoe.transfer.queue import TicketQueue
 from offmoe.transfer.reader import Reader
-from offmoe.transfer.slot_writer import SlotWriter
+from offmoe.transfer.slot_writer import NewSlots, SlotWriter
 from offmoe.transfer.staging import HostMemory
 from offmoe.transfer.ticket import DEMAND, NEXT, NO_SLOT, Ticket
 from offmoe.transfer.waits import WAITS, Waits
@@ -168,8 +168,7 @@ class TransferEngine:
             del self._tickets[slot]
         else:
             self._tickets[slot] = ticket.next
-        if ticket.error is not None:
-            raise _with_the_expert(ticket.fetch.key, ticket.error) from ticket.error
+        ticket.check()
         self._waits.slot_landed(self.writer.backend.compute, self.writer.landed[slot])
 
     def fill(self, fills: Sequence[Fill]) -> None:
@@ -249,6 +248,32 @@ class TransferEngine:
         self._queue.reclaim()
         self._last_in_ram = [None] * len(self._last_in_ram)
 
+    def settle(self) -> None:
+        """Carry out everything that is under way, but for fills, and wait until all copies have landed.
+
+        Raises:
+            OffmoeError: A fetch failed. The caller forgets all residency.
+        """
+        self.read_ahead(())
+        self._queue.finish()
+        for ticket in (*self._tickets.values(), *filter(None, self._last_in_ram)):
+            ticket.check()
+        self._tickets.clear()
+        self.writer.settle()
+
+    def prepare(self, slots: NewSlots) -> Callable[[], None]:
+        """Allocate what other slots need, and change nothing yet; as `SlotArena.prepare`, behind `settle`."""
+        changes = self._host.prepare(slots.num_in_host, slots.kept.in_ram), self.writer.prepare(slots)
+
+        def commit() -> None:
+            for change in changes:
+                change()
+            self._num_uses = [0] * len(self.writer.arena)
+            self._last_in_ram = [None] * slots.num_in_host
+            self.computed(range(len(self.writer.arena)))  # the moves are before the first copies
+
+        return commit
+
     def close(self) -> None:
         """Stop the readers and release host memory; idempotent. Takes at most as long as one system call of a read."""
         if self._closed:
@@ -323,10 +348,3 @@ class TransferEngine:
             ticket.after_in_ram = before
             self._queue.promote([before], ticket.priority)
         self._last_in_ram[fetch.host] = ticket
-
-
-def _with_the_expert(key: ExpertKey, error: BaseException) -> OffmoeError:
-    """The same error, with the expert in its message; a TransferError for errors that are not ours."""
-    if isinstance(error, OffmoeError):
-        return type(error)(f"expert {key.expert} of MoE layer {key.layer}: {error}")
-    return TransferError(f"expert {key.expert} of MoE layer {key.layer} could not be loaded: {error!r}")

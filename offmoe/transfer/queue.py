@@ -29,9 +29,9 @@ from offmoe.transfer.ticket import DEMAND, FILL, LATER, NEXT, NO_SLOT, SharedRea
 class TicketQueue:
     """Tickets that wait, run, or stay in staging.
 
-    The engine holds `lock` while it calls any method but `reclaim`. Readers call `take`, `share`, `begin_landing`,
-    `lands_early`, `stays_in_staging`, `done`, and the methods for the background fill, which acquire the lock
-    themselves.
+    The engine holds `lock` while it calls any method but `reclaim` and `finish`. Readers call `take`, `share`,
+    `begin_landing`, `lands_early`, `stays_in_staging`, `done`, and the methods for the background fill, which acquire
+    the lock themselves.
     """
 
     def __init__(self, num_readers: int, plan: StagingPlan, needs_staging: Callable[[int | None], bool]) -> None:
@@ -114,6 +114,15 @@ class TicketQueue:
         for ticket in self.running:
             ticket.drop()
         return list(self.running)
+
+    def finish(self) -> None:
+        """Cancel the background fill, and wait until readers have carried out every ticket. Acquires the lock."""
+        with self.lock:
+            batches = self.fills.clear()  # none has taken effect
+            while self._waiting or self.running:
+                self.lock.wait()
+        for batch in batches:
+            batch.issued.wait()
 
     def reclaim(self) -> None:
         """Mark every staging buffer idle, once no ticket and no batch runs: an interrupted thread may have lost one."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import threading
 from collections import deque
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -21,7 +21,7 @@ from offmoe.storage.layout import Assembly, ExpertLayout
 from offmoe.storage.store import ExpertStore
 from offmoe.transfer.arrival import Arriving
 from offmoe.transfer.ticket import DEMAND, Ticket
-from offmoe.types import ExpertKey, Fetch
+from offmoe.types import ExpertKey, Fetch, KeptSlots
 
 PIECE_BYTES = 16 << 20
 """Bytes of one copy of a speculative ticket: 0.7 ms on a link of 24 GB/s. The device does copies in the order in which
@@ -45,6 +45,22 @@ class StoredLayer(Protocol):
         """The layer as this expert stands in it, if it is stored otherwise than the rest; else the layer itself."""
 
 
+class NewSlots(NamedTuple):
+    """Slots that a model is to go on with.
+
+    Args:
+        on_device: one layout per device slot, as `SlotArena` takes them.
+        in_ram: one layout per scratch slot in RAM.
+        num_in_host: number of RAM slots of the host tier.
+        kept: whose bytes the slots are to hold.
+    """
+
+    on_device: Sequence[ExpertLayout]
+    in_ram: Sequence[ExpertLayout]
+    num_in_host: int
+    kept: KeptSlots
+
+
 class SlotWriter:
     """Writes experts of all layers into the slots of one model. Several readers call it at once."""
 
@@ -52,17 +68,40 @@ class SlotWriter:
         """layers: one entry per MoE layer."""
         self.store, self.arena, self.backend = store, arena, backend
         self._layers = layers
-        self.landed = [backend.event() for _ in range(len(arena))]
+        self.landed: list[Event] = []
         """Per slot: marks the last copy into it."""
-        self._reads = [backend.event() for _ in range(len(arena))]
+        self._reads: list[Event] = []
         """Per slot: marks computation with it, and with slots that were computed with at once."""
-        self.last_read = list(self._reads)
+        self.last_read: list[Event] = []
         """Per slot: marks the last computation with it, and sometimes later work of the compute stream."""
+        self._forget_events()
         self._pieces = deque(backend.event(blocking=True) for _ in range(PIECES_IN_FLIGHT))
         self._pieces_lock = threading.Lock()
 
     def _layer(self, key: ExpertKey) -> StoredLayer:
         return self._layers[key.layer].of(key.expert)
+
+    def _forget_events(self) -> None:
+        """Begin anew with the arena's slots: nothing has been copied into them or computed with them."""
+        self.landed = [self.backend.event() for _ in range(len(self.arena))]
+        self._reads = [self.backend.event() for _ in range(len(self.arena))]
+        self.last_read = list(self._reads)
+
+    def settle(self) -> None:
+        """Block until every copy that was queued is done, and every computation with a slot."""
+        self.drain()
+        for event in (*self.landed, *self.last_read):
+            event.synchronize()
+
+    def prepare(self, slots: NewSlots) -> Callable[[], None]:
+        """Allocate what other slots need; returns a function that changes to them. As `SlotArena.prepare`."""
+        change = self.arena.prepare(slots.on_device, slots.kept.on_device, in_ram=slots.in_ram)
+
+        def commit() -> None:
+            change()
+            self._forget_events()
+
+        return commit
 
     def _views(self, fetch: Fetch) -> dict[str, torch.Tensor]:
         """The fetch's slot as the parameters of its expert."""

@@ -8,6 +8,7 @@ Must never: give out fewer staging buffers than experts are read at once.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from offmoe.device.arena import HostBuffers
@@ -107,6 +108,34 @@ class HostMemory:
                 num_slots,
                 backend.device,
             )
+
+    def prepare(self, num_slots: int, keep: Mapping[int, int]) -> Callable[[], None]:
+        """Allocate and pin what another number of RAM slots needs, and change nothing yet.
+
+        Args:
+            num_slots: new number of RAM slots.
+            keep: by new RAM slot, the one whose bytes it is to hold.
+        Returns:
+            A function that changes to the new slots. No reader may be at work.
+        Raises:
+            CapacityError: The system does not give the memory.
+        """
+        slots = self.slots
+        if slots is None:
+            created = HostBuffers(num_slots, self._buffer_bytes, pinning=self._backend) if num_slots else None
+        change = None if slots is None else slots.prepare(num_slots, keep)
+
+        def commit() -> None:
+            for event in self.slots_copied:
+                event.synchronize()
+            if change is None:
+                self.slots = created
+            else:
+                change()
+                self.slots = slots if num_slots else None
+            self.slots_copied = [self._backend.event(blocking=True) for _ in range(num_slots)]
+
+        return commit
 
     def needs_staging(self, host_slot: int | None) -> bool:
         """Whether an expert passes through a staging buffer on its way to the device.

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from offmoe.errors import OffmoeError, TransferError
 from offmoe.transfer.arrival import Arrival
 from offmoe.types import Fetch
 
@@ -73,6 +74,19 @@ class Ticket:
         counts with that slot yet.
         """
         return self.dropped and (self.filling or self.fetch.host is None)
+
+    def check(self) -> None:
+        """Raise the error that ended the ticket, if one did, with the expert in its message.
+
+        Raises:
+            OffmoeError: The same error; a TransferError for one that is not ours.
+        """
+        if self.error is None:
+            return
+        which = f"expert {self.fetch.key.expert} of MoE layer {self.fetch.key.layer}"
+        if isinstance(self.error, OffmoeError):
+            raise type(self.error)(f"{which}: {self.error}") from self.error
+        raise TransferError(f"{which} could not be loaded: {self.error!r}") from self.error
 
     def drop(self) -> None:
         """Keep the expert out of its slot, and release a reader that waits for the slot's turn."""

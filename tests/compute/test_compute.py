@@ -130,7 +130,7 @@ def test_a_wave_without_experts_gives_no_rows() -> None:
     arena = SlotArena(CpuBackend().allocate, [LAYOUT])
     by_torch = TorchCompute(arena, torch.float32)
     kernels = DeviceKernels.__new__(DeviceKernels)  # which launch nothing here
-    for compute in (by_torch, GpuCompute({0: kernels})):
+    for compute in (by_torch, GpuCompute({0: kernels}, arena)):
         either: tuple[Any, ...] = (None, {})
         for pairs in either:
             assert not list(compute.wave(SCALED, [], LayerInput(torch.ones(1, 1), pairs, 1), filling(print)))

@@ -20,10 +20,10 @@ from offmoe.storage.checkpoint import Checkpoint
 from offmoe.storage.layout import Assembly, Destination, ExpertLayout, ExpertRecord
 from offmoe.storage.store import ExpertStore
 from offmoe.transfer.engine import TransferEngine
-from offmoe.transfer.slot_writer import SlotWriter
+from offmoe.transfer.slot_writer import NewSlots, SlotWriter
 from offmoe.transfer.staging import staging_plan
 from offmoe.transfer.waits import WAITS
-from offmoe.types import ExpertKey, Fetch, Wave
+from offmoe.types import ExpertKey, Fetch, KeptSlots, Wave
 from tests.doubles import DeferredBackend, Layer, PinningBackend, without
 
 EXPERTS, ROWS, COLUMNS = 24, 16, 96
@@ -792,5 +792,38 @@ def test_forget_waits_for_a_read_behind_which_another_was_queued(checkpoint):
         assert not forgets_while_a_read_goes_on(rig, reads, last)
         rig.fetch((11, 3))
         assert rig.use((11, 3))
+    finally:
+        rig.close()
+
+
+def test_what_is_under_way_moves_with_its_slot(checkpoint):
+    """Prefetches are read, and their copies have landed, before the slots are divided anew."""
+    reads = GatedReads()
+    for expert in (1, 2, 3):
+        reads.hold(start_of(checkpoint, expert) // 4096 * 4096)
+    rig = Rig(checkpoint, slots=4, read_at=reads)
+    try:
+        rig.prefetch((1, 0), (2, 1), (3, 2))
+        threading.Timer(0.2, lambda: [gate.set() for gate in reads.gates.values()]).start()
+        rig.engine.settle()
+        rig.engine.prepare(NewSlots([LAYOUT] * 2, [], 0, KeptSlots({0: 2, 1: 0}, {})))()
+        rig.backend.guard(rig.engine.writer)
+        assert rig.sees(3, 0)
+        assert rig.sees(1, 1)
+        rig.fetch((7, 0))
+        assert rig.use((7, 0), (1, 1))
+    finally:
+        rig.close()
+
+
+def test_a_failed_prefetch_is_an_error_of_settling(checkpoint):
+    def fails(*_):
+        raise OSError(errno.EIO, "injected")
+
+    rig = Rig(checkpoint, slots=4, read_at=fails)
+    try:
+        rig.prefetch((1, 0))
+        with pytest.raises(TransferError, match="expert 1 of MoE layer 0"):
+            rig.engine.settle()
     finally:
         rig.close()

@@ -65,7 +65,7 @@ def _launch(kernel: Any, grid: tuple[int, int], arguments: tuple[object, ...], o
 
 
 class DeviceKernels:
-    """Computes experts of layers with equal operands, in slots of one allocation."""
+    """Computes experts of layers with equal operands, in slots at most 128 GiB apart."""
 
     def __init__(
         self,
@@ -81,19 +81,25 @@ class DeviceKernels:
 
         Args:
             memory: uint8 on the device, aligned to PARAM_ALIGNMENT.
-            starts: per slot, its first byte in `memory`.
+            starts: per slot, the bytes from the address of `memory` to its first byte.
             full_grid: the least number of programs that a launch should have.
             upload: copies tables to the device; None: from pageable memory, for which the host waits.
         """
         from offmoe.compute.kernels.triton import decode, grouped  # imports Triton: where `available`, only
 
-        assert memory.dtype == torch.uint8
-        assert all(start % PARAM_ALIGNMENT == 0 for start in starts)
-        self._operands, self._glu, self._memory = operands, glu, memory
-        self._starts = np.array([start // PARAM_ALIGNMENT for start in starts], dtype=np.int32)
+        self._operands, self._glu = operands, glu
+        self.read_from(memory, starts)
         self._full_grid, self._launch = full_grid, launch
         self._upload: Upload = upload or (lambda table: torch.from_numpy(table).to(memory.device))
         self._decode, self._grouped = decode, grouped
+
+    def read_from(self, memory: torch.Tensor, starts: Sequence[int]) -> None:
+        """Read slots from here on at these addresses. Arguments as of the constructor."""
+        assert memory.dtype == torch.uint8
+        assert all(start % PARAM_ALIGNMENT == 0 for start in starts)
+        self._memory = memory
+        # int32 reaches 128 GiB from `memory`; numpy refuses what is farther.
+        self._starts = np.array([start // PARAM_ALIGNMENT for start in starts], dtype=np.int32)
 
     def compute(self, pairs: Pairs, hidden: torch.Tensor) -> torch.Tensor:
         """Experts on their inputs: hidden [m, H] -> rows [n, H] of its dtype, in the order of `pairs`, unweighted."""

@@ -178,8 +178,9 @@ EAGER: dict[str, Any] = {"device": "cpu", "slots_per_layer": 3, "attn_implementa
 
 def load_tight(folder: str | Path, max_context: int) -> tiny.Model:
     """A model that has no more memory than its parts take by the plan."""
-    plan = inspect(folder, OffloadConfig(device="cpu", slots_per_layer=3, max_context=max_context)).plan
-    return offmoe.from_pretrained(folder, device_memory=plan.used, max_context=max_context, **EAGER)
+    with (model := offmoe.from_pretrained(folder, max_context=max_context, **EAGER)).offload:
+        used = model.offload.memory().used
+    return offmoe.from_pretrained(folder, device_memory=used, max_context=max_context, **EAGER)
 
 
 @pytest.fixture(scope="module")
