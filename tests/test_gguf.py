@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +22,13 @@ import offmoe
 from offmoe.api import load
 from offmoe.budget.inspect import inspect
 from offmoe.config import OffloadConfig
-from offmoe.errors import CheckpointError, ConfigError, MissingTensorError, UnsupportedModelError
+from offmoe.errors import CheckpointError, ConfigError, MissingTensorError, OffmoeError, UnsupportedModelError
 from offmoe.hf.gguf.architectures import ARCHITECTURES
 from offmoe.pack.pack import pack
 from offmoe.quant.packed_weight import int4
 from offmoe.simulate.replay import replay
+from offmoe.storage.gguf import read_gguf
+from offmoe.storage.gguf_types import BLOCK_TYPES
 from offmoe.trace.trace import read_trace
 from tests import gguf_models, tiny
 from tests.gguf_models import Q, all_of, q4_k_m, q8_0
@@ -375,3 +379,31 @@ UNREAD: dict[str, set[str]] = {
 }
 """By architecture, names that no such model with experts has, or only the layers that are dropped."""
 CONFIGS = {how.arch: gguf_models.config(family) for family, how in STATEMENTS.items()}
+
+
+def test_the_documentation_lists_what_runs() -> None:
+    text = (Path(offmoe.__file__).parents[1] / "docs" / "quantized.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `([\w-]+)` \| [^|]* \| ([^|]*) \|$", text, re.MULTILINE))
+    assert {arch: re.findall(r"`(\w+)`", types) for arch, types in rows.items() if arch in ARCHITECTURES} == {
+        arch: list(how.model_types) for arch, how in ARCHITECTURES.items()
+    }
+    listed = re.search(r"^\| \[GGUF\].*", text, re.MULTILINE)
+    assert listed is not None
+    assert all(block.name in listed[0] for block in BLOCK_TYPES.values())
+
+
+@pytest.mark.parametrize("family", ["mixtral", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
+def test_damaged_metadata_give_a_model_or_an_error(tmp_path: Path, family: str) -> None:
+    """One byte is changed, 80 times: from headers to the catalog nothing but an `OffmoeError` is raised."""
+    written = gguf_models.save(tmp_path, family)
+    raw, rng = written.file.read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(80):
+        damaged = bytearray(raw)
+        damaged[rng.randrange(read_gguf(written.file).header_bytes)] ^= 1 << rng.randrange(8)
+        (tmp_path / "damaged.gguf").write_bytes(bytes(damaged))
+        try:
+            inspect(tmp_path / "damaged.gguf", OffloadConfig(device="cpu"))
+        except OffmoeError:
+            refused += 1
+    assert refused > 30

@@ -167,8 +167,8 @@ LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 1
 def _put_levels(octets: torch.Tensor, levels: tuple[int, ...], out: torch.Tensor) -> None:
     """Look nibbles up: octets [n, k, w] -> out [n, k, 2, w]."""
     table = torch.tensor(levels, dtype=torch.float32, device=octets.device)
-    out[:, :, 0].copy_(table[(octets & 15).int()])
-    out[:, :, 1].copy_(table[(octets >> 4).int()])
+    for half, codes in enumerate((octets & 15, octets >> 4)):
+        out[:, :, half].copy_(table.index_select(0, codes.flatten().int()).view(octets.shape))
 
 
 def _iq4_nl(blocks: torch.Tensor, out: torch.Tensor) -> None:

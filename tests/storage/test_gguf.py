@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import struct
 import time
 from collections.abc import Callable
@@ -239,6 +240,18 @@ def test_random_damage_gives_a_header_or_an_error(small: bytes, data: st.DataObj
         raw = change()
         damaged[at : at + len(raw)] = raw
     _reads(bytes(damaged[: data.draw(st.integers(0, len(damaged)))]))
+
+
+@pytest.mark.slow
+def test_five_thousand_damaged_headers_give_a_header_or_an_error(small: bytes) -> None:
+    rng = random.Random(0)
+    for _ in range(5000):
+        damaged = bytearray(small)
+        for _ in range(rng.choice((1, 1, 2, 5))):
+            at = rng.randrange(parse(small).header_bytes)
+            raw = rng.choice((rng.randbytes(1), rng.randbytes(8), bytes(4), b"\xff" * 4, b"\1\0\0\0"))
+            damaged[at : at + len(raw)] = raw
+        _reads(bytes(damaged[: rng.choice((len(damaged), rng.randrange(len(damaged))))]))
 
 
 def test_a_reader_that_returns_less_than_it_was_asked_for_is_noticed(small: bytes) -> None:
