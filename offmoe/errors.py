@@ -15,9 +15,15 @@ Bugs of offmoe itself show as assertions instead.
 
 
 class OffmoeError(Exception):
-    """Base of all errors that offmoe raises on purpose. `exit_status` is the exit status of the command line."""
+    """Base of all errors that offmoe raises on purpose. `exit_status` is the exit status of the command line.
+
+    A message is one line, also where it quotes a library whose messages are not.
+    """
 
     exit_status = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(" ".join(line.strip() for line in str(message).splitlines()))
 
 
 class ConfigError(OffmoeError):

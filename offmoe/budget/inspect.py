@@ -33,7 +33,7 @@ from offmoe.hf.catalog.quant_config import quantization_method, shapes_are_in_sh
 from offmoe.hf.hub.locate import Source, locate
 from offmoe.hf.load.config import build_meta, lone_config, model_class, read_config
 from offmoe.hf.load.open import open_source
-from offmoe.hf.load.options import ModelOptions, compute_dtype, parse_dtype
+from offmoe.hf.load.options import ModelOptions, compute_dtype, dtype_of_weights, parse_dtype
 from offmoe.hf.load.overrides import without_change
 from offmoe.hf.predict.route_recorder import unpredictable_reasons
 from offmoe.pack.on_load import planned, to_quantize, with_experts
@@ -263,7 +263,9 @@ def _read_headers(
         catalog = planned(catalog, meta, hf_config, how)
     if config.is_numeric and backend.unified_memory and not backend.has_device_kernels:
         catalog = catalog.for_kernels(meta)
-    compute = compute_dtype(dtype, hf_config, torch.bfloat16 if catalog.view.needs_decoding else torch.float32)
+    compute = compute_dtype(
+        dtype, hf_config, torch.bfloat16 if catalog.view.needs_decoding else dtype_of_weights(checkpoint)
+    )
     # Offloaded dense layers are read as they are stored, or as transformers writes them again, in the compute dtype.
     stored = max(compute, compute_dtype(None, hf_config, compute), key=lambda dtype: dtype.itemsize)
     needs = catalog_needs(catalog, meta, compute, stored, unified_memory=backend.unified_memory)

@@ -89,7 +89,7 @@ def find_top_k(module: nn.Module, block: nn.Module, config: object) -> int:
                 return value
     raise UnsupportedModelError(
         f"cannot tell how many experts per token {type(block).__name__} uses: neither its modules nor config.json "
-        f"have any of {', '.join(TOP_K_NAMES)}"
+        f"have a number above 0 by any of the names {', '.join(TOP_K_NAMES)}"
     )
 
 

@@ -226,11 +226,12 @@ def locate(
         CheckpointError: `model` is a file, but no GGUF file.
         UnsupportedModelError: the repository has no config.json.
     """
+    _check_text(revision=revision, subfolder=subfolder)
     name = os.fspath(model)
     if name == DEMO:
         return Source(Path(__file__).parents[2] / "demo" / "model")
     path = Path(os.path.expanduser(name))  # os.path: the methods of Path raise for names that no file can have
-    inside = "" if subfolder is None else os.fspath(subfolder).strip("/")
+    inside = (subfolder or "").strip("/")
     if name and os.path.isdir(path):
         if not os.path.isdir(path / inside):
             raise ConfigError(f"subfolder={subfolder!r}: {path} has no such folder.")
@@ -250,6 +251,12 @@ def locate(
     if local_files_only:
         return _cached(name, revision, inside, options, Wanted(tag, gguf_file), "local_files_only forbids the network")
     return _on_hub(name, revision, inside, options, Wanted(tag, gguf_file))
+
+
+def _check_text(**options: object) -> None:
+    for name, value in options.items():
+        if not isinstance(value, str | None):
+            raise ConfigError(f"{name}={value!r} must be a text.")
 
 
 def _on_hub(name: str, revision: str | None, subfolder: str, options: dict[str, Any], wanted: Wanted) -> Source:

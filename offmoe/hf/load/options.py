@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
 from offmoe.errors import ConfigError
 from offmoe.hf.catalog.build import COMPUTABLE
 from offmoe.hf.load.overrides import ConfigChange
+from offmoe.storage.checkpoint import Checkpoint
 
 OURS = {
     "device_map": "give device= and device_memory= instead",
@@ -211,6 +212,13 @@ def compute_dtype(dtype: str | torch.dtype | None, hf_config: PreTrainedConfig, 
     if dtype is None or dtype == "auto":
         dtype = getattr(hf_config, "dtype", None) or getattr(hf_config.get_text_config(), "dtype", None) or default
     return parse_dtype(dtype)
+
+
+def dtype_of_weights(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype that transformers computes in if the configuration names none: that of the first weight at rest."""
+    first = sorted(name for name, info in checkpoint.tensors.items() if info.shard == 0)
+    dtypes = (checkpoint.tensors[name].dtype for name in first)
+    return next((dtype for dtype in dtypes if dtype in COMPUTABLE), torch.float32)
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:

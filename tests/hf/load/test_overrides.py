@@ -133,6 +133,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"config": "/no/such/folder"}, "there is no such folder or file"),
     ({"config": CONFIG_MAPPING["mixtral"](), "use_cache": False}, "set config.use_cache on the object"),
     ({"subfolder": "nowhere"}, "has no such folder"),
+    ({"subfolder": ["a"]}, r"subfolder=\['a'\] must be a text"),
+    ({"revision": 1}, "revision=1 must be a text"),
     *(({name: object()}, f"option '{name}' of transformers") for name in sorted({*OURS, *UNUSABLE})),
 ]
 
@@ -213,6 +215,17 @@ def test_no_option_of_ours_hides_a_value_of_a_configuration() -> None:
         names |= {*getattr(config, "__dataclass_fields__", ()), *config.attribute_map}
     assert len(names) > 1000
     assert names & options == {"quantization_config"} & names
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_a_configuration_without_a_dtype_means_that_of_the_weights(tmp_path: Path, dtype: torch.dtype) -> None:
+    tiny.save(tiny.build("mixtral", dtype), tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({name: v for name, v in values.items() if name != "dtype"}))
+    stock, ours = both(tmp_path)
+    with ours.offload, torch.no_grad():
+        assert ours.dtype == stock.dtype == dtype
+        assert torch.equal(ours(input_ids=IDS).logits, stock(input_ids=IDS).logits)
 
 
 def test_messages_name_the_keywords() -> None:
