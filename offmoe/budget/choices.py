@@ -22,7 +22,8 @@ from offmoe.compute.kernels.library import status
 from offmoe.config import OffloadConfig
 from offmoe.device.planned import PlannedBackend
 from offmoe.errors import CapacityError, ConfigError, UnsupportedModelError
-from offmoe.hf.adapters.find import find_experts, require_adapter
+from offmoe.hf.adapters.find import expert_parameters, find_experts, require_adapter
+from offmoe.hf.upstream import expert_names
 from offmoe.pack.on_load import with_experts
 from offmoe.pack.pack import weight_format
 from offmoe.pack.plan import check_packable
@@ -251,6 +252,8 @@ def _can_quantize(survey: Survey, experts: str) -> bool:
     try:
         if isinstance(survey, Inspected):
             check_packable(survey.catalog, survey.meta, how)
+        elif not _have_names(survey):
+            return False
         for name, module in find_experts(survey.meta).items():
             if getattr(module, "is_transposed", False):
                 return False
@@ -260,6 +263,16 @@ def _can_quantize(survey: Survey, experts: str) -> bool:
     except UnsupportedModelError:
         return False
     return True
+
+
+def _have_names(survey: Survey) -> bool:
+    """Whether transformers knows the names of single experts' matrices, which packing gives to those of a stack."""
+    stacks = {
+        place.param: name
+        for name, (_, place) in expert_parameters(survey.meta).items()
+        if place.expert is None and survey.meta.get_parameter(name).ndim > 2
+    }
+    return all(expert_names(survey.meta, name) is not None for name in stacks.values())
 
 
 def measured_costs(profile: Profile, measured: ModelNeeds, exactness: str) -> CostsOf:
