@@ -135,6 +135,19 @@ class Offload:
         """
         return self._executor.fill_progress
 
+    def expert_map(self) -> tuple[list[list[int]], list[list[int]]]:
+        """What each expert of each MoE layer has done, and where it is. Any thread may ask.
+
+        Returns:
+            Tokens routed to it since loading, and 2 if it has a slot, 1 if it is in RAM only, 0 if it is on disk only.
+        """
+        slots, in_ram = self._executor.residents()
+        places = [[0] * count for count in self._executor.shape.experts]
+        for place, experts in ((1, in_ram), (2, slots)):
+            for layer, expert in experts:
+                places[layer][expert] = place
+        return [list(counts) for counts in self._executor.routed], places
+
     def predict_with(self, predictor: Predictor) -> None:
         """Predict the experts of the next layer with `predictor` in place of that layer's own router."""
         self._prediction = None

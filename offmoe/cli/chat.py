@@ -16,6 +16,7 @@ from offmoe.cli import options, prompts
 from offmoe.cli.interrupt import interrupts
 from offmoe.cli.model import open_model
 from offmoe.cli.output import Output
+from offmoe.cli.state_file import check_state
 from offmoe.errors import ConfigError, OffmoeError
 from offmoe.text import format_size, percent
 
@@ -38,10 +39,12 @@ def parser() -> options.Parser:
     think = "let a model that can reason do so, or not (default: as its chat template does)"
     group.add_argument("--think", action=argparse.BooleanOptionalAction, help=think)
     options.add_cache(parser)
+    options.add_state(parser)
     return parser
 
 
 def run(args: argparse.Namespace, out: Output) -> None:
+    check_state(args)
     interactive = sys.stdin is not None and sys.stdin.isatty() and not args.json
     if interactive:
         _require_extra()
@@ -57,14 +60,14 @@ def run(args: argparse.Namespace, out: Output) -> None:
 
         sampling = Sampling(temperature=args.temperature, seed=args.seed, max_tokens=args.max_new_tokens)
         sampling.check()
-        tokenizer = prompts.load_tokenizer(opened.inspected.folder)
+        tokenizer = prompts.tokenizer_of(opened.inspected)
         renderer = ChatRenderer(tokenizer)
         if not renderer.has_template:
             raise ConfigError("the model's tokenizer has no chat template; use offmoe generate, which goes on a text.")
         template = {} if args.think is None else renderer.thinking(args.think)
         if template is None:
             raise ConfigError("--think: this model's chat template has no reasoning; leave the option out.")
-        model, _ = opened.load()
+        model, _ = opened.load(warm=True)
         with Engine(model, tokenizer) as engine:
             session = Session(engine, renderer, State(Conversation(args.system or ""), sampling), template)
             if text is None:

@@ -54,6 +54,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
     from offmoe.serve.engine import Engine
     from offmoe.serve.http.app import build_app
     from offmoe.serve.http.guard import Access
+    from offmoe.serve.http.live import live_routes
     from offmoe.serve.http.metrics import metrics_route
     from offmoe.serve.http.service import Service
     from offmoe.serve.run import bind
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
     logging.getLogger("offmoe.serve.requests").setLevel(logging.INFO)
     bound = bind(args.host, args.port)
     with bound, open_model(args, out) as opened:
-        tokenizer = prompts.load_tokenizer(opened.inspected.folder)
+        tokenizer = prompts.tokenizer_of(opened.inspected)
         model, _ = opened.load(warm=True)
         with Engine(
             model, tokenizer, parallel=args.parallel, queue=args.queue, prefix_reuse=args.prefix_reuse
@@ -70,7 +71,9 @@ def run(args: argparse.Namespace, out: Output) -> None:
             names = _list(args.served_model_name) or [str(args.model)]
             service = Service(engine, names, strict=args.strict)
             access = Access(args.host, args.api_key, _list(args.allow_host), args.log_format == "json")
-            app = build_app(service, access, _list(args.cors_origin), [metrics_route(engine)])
+            app = build_app(
+                service, access, _list(args.cors_origin), [metrics_route(engine), *live_routes(engine, names[0])]
+            )
             url = _url(args.host, bound.getsockname()[1])
             serve(app, engine, bound, lambda: _say(out, engine, url, names, args))
 
@@ -81,7 +84,7 @@ def _say(out: Output, engine: Engine, url: str, names: list[str], args: argparse
         reuse += f" in pieces of {engine.chunk} tokens"
     out.note(
         f"serving {names[0]} at {url}/v1 (OpenAI) and {url} (Anthropic); {engine.max_context} tokens of context, "
-        f"prefix reuse {reuse}. End with Ctrl-C."
+        f"prefix reuse {reuse}. What it does: {url}/ in a browser. End with Ctrl-C."
     )
     if not engine.tokenizer.chat_template:
         out.note("the model's tokenizer has no chat template: only /v1/completions answers.")

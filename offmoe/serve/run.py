@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import threading
 from collections.abc import Callable
@@ -33,8 +34,6 @@ class _Server(uvicorn.Server):
         self._on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        import signal
-
         grace = GRACE_S if sig == signal.SIGTERM and self._ending is None else 0.0
         self._ending = threading.Thread(target=self._end, args=(sig, frame, grace), name="offmoe-shutdown")
         self._ending.start()
@@ -47,11 +46,12 @@ class _Server(uvicorn.Server):
 def bind(host: str, port: int) -> socket.socket:
     """A socket that listens at an address. ConfigError if it cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
     try:
-        bound = socket.socket(family, socket.SOCK_STREAM)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((host, port))
     except (OSError, OverflowError) as error:
+        bound.close()
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"cannot listen at {host} port {port}: {reason}; choose another --port or --host.") from error
     return bound
@@ -77,8 +77,12 @@ def run(app: ASGIApp, engine: Engine, bound: socket.socket, on_start: Callable[[
         h11_max_incomplete_event_size=HEADER_BYTES,
     )
     server = _Server(config, engine, on_start)
+    # uvicorn raises the signal again when it has ended. The default for SIGTERM would end the process there, before
+    # the state of the cache is kept.
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
         server.run(sockets=[bound])
     finally:
+        signal.signal(signal.SIGTERM, before)
         engine.close()
         bound.close()

@@ -170,10 +170,12 @@ def test_paragraphs_end_outside_of_code_only() -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_the_answer_only() -> None:
+def test_ctrl_c_ends_the_answer_only(tmp_path: Path) -> None:
     controller, terminal = pty.openpty()
     command = [sys.executable, "-m", "offmoe", "chat", "demo", "--device", "cpu", "--temperature", "0"]
-    with subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True) as process:
+    streams: Any = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
+    home = {**os.environ, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    with subprocess.Popen(command, **streams, env=home, start_new_session=True) as process:
         os.close(terminal)
 
         def wait_for(words: str, seconds: float = 60) -> None:
