@@ -30,7 +30,7 @@ from offmoe.simulate.replay import replay
 from offmoe.storage.gguf import read_gguf
 from offmoe.storage.gguf_types import BLOCK_TYPES
 from offmoe.trace.trace import read_trace
-from tests import gguf_models, tiny
+from tests import gguf_models, native, tiny
 from tests.gguf_models import Q, all_of, q4_k_m, q8_0
 from tests.gguf_statements import STATEMENTS, WHOLE_LATENT
 
@@ -407,3 +407,20 @@ def test_damaged_metadata_give_a_model_or_an_error(tmp_path: Path, family: str) 
         except OffmoeError:
             refused += 1
     assert refused > 30
+
+
+@pytest.mark.parametrize("kind", [Q.Q4_0, Q.MXFP4], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("fused", [False, True], ids=["apart", "fused"])
+def test_kernels_compute_q4_0_and_mxfp4_without_decoding(tmp_path: Path, kind: Q, fused: bool) -> None:
+    native.library()
+    written = gguf_models.save(tmp_path, "qwen3_moe", all_of(kind), fused=fused)
+    wanted = stock(written.dense, torch.float32)
+    options = OffloadConfig(device="cpu", slots_per_layer=3, exactness="numeric")
+    inspected = inspect(written.file, options, dtype=torch.float32)
+    assert all(layer.cpu_slot is not None for layer in inspected.catalog.layers)
+    ours = load(inspected)
+    with ours.offload:
+        logits, tokens = run(ours)
+    assert not torch.equal(logits, wanted[0])  # the kernels add in another order
+    torch.testing.assert_close(logits, wanted[0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(tokens, wanted[1])

@@ -27,10 +27,12 @@ from offmoe.compute.gated import (
     stored_tensors,
 )
 from offmoe.compute.kernels.cpu import BF16_GROUP, GatedExpert, Glu, Weight
-from offmoe.compute.kernels.library import MAX_TOKENS
+from offmoe.compute.kernels.gguf import retiled
+from offmoe.compute.kernels.library import MAX_TOKENS, status
 from offmoe.compute.kernels.torch_ffn import ExpertMath
 from offmoe.errors import UnsupportedModelError
 from offmoe.quant.decode import ExpertDecoding
+from offmoe.quant.gguf_formats import BLOCKS, GgufBlocks
 from offmoe.quant.kernel_words import format_of, is_rows_first, rows_of
 from offmoe.quant.packed_weight import TILE_ROWS, PackedWeight, WeightFormat
 from offmoe.storage.layout import Assembly, ExpertLayout, Segment
@@ -195,7 +197,10 @@ class TilePlacement:
         }
         out: dict[str, torch.Tensor] = {}
         for name, rows in self.form.rows.items():
-            if rows.tensor in words:
+            codec = self.form.tensors[rows.tensor].codec
+            if isinstance(codec, GgufBlocks):
+                out |= {name + suffix: part for suffix, part in _gguf_tiles(codec, self._blocks(tensors, rows)).items()}
+            elif rows.tensor in words:
                 for suffix, part in words[rows.tensor].items():
                     tiles = rows.of(part).unflatten(0, (-1, TILE_ROWS))  # [N / 16, 16, C]
                     out[name + suffix] = tiles.transpose(1, 2)
@@ -213,8 +218,14 @@ class TilePlacement:
         for i, how in formats.items():
             tensor = self.form.tensors[i]
             assert tensor.codec is not None
+            if isinstance(tensor.codec, GgufBlocks):
+                continue
             words[i] = rows_of(tensor.codec, {c: tensors[j] for c, j in tensor.components.items()}, how)
         return words
+
+    def _blocks(self, tensors: Sequence[torch.Tensor], rows: RowRange) -> torch.Tensor:
+        """The GGUF blocks of a matrix, uint8 [rows, bytes of a row]."""
+        return rows.of(tensors[self.form.tensors[rows.tensor].components[BLOCKS]])
 
     def _takes_turns(self, rows: RowRange) -> bool:
         """Whether gate and up are alternate columns of one bf16 tensor."""
@@ -222,6 +233,12 @@ class TilePlacement:
 
     def _weight(self, tensors: Sequence[torch.Tensor], rows: RowRange) -> torch.Tensor:
         return tensors[self.form.tensors[rows.tensor].components["weight"]]
+
+
+def _gguf_tiles(codec: GgufBlocks, blocks: torch.Tensor) -> dict[str, torch.Tensor]:
+    library = status().library
+    assert library is not None, "without the library, no layer has a cpu_slot"
+    return retiled(library, codec, blocks.contiguous())
 
 
 def _transposed_pairs(both: torch.Tensor) -> torch.Tensor:

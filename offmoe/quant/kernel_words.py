@@ -2,7 +2,8 @@
 
 The values are exactly those of the codecs. Compressed-tensors in 4 bits, MXFP4, FP8 and GPTQ (transposed) store such
 words already, so the result is a view. int8 needs its sign bits flipped and AWQ its nibbles reordered, which takes a
-few passes over one matrix.
+few passes over one matrix. GGUF's Q4_0 and MXFP4 keep a block's first half in low nibbles and its second half in high
+ones; the C kernels put them in order (compute/kernels/gguf.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from offmoe.errors import CheckpointError
 from offmoe.quant.codec import Codec
 from offmoe.quant.float_formats import Mxfp4, ScaledFloat
+from offmoe.quant.gguf_formats import BLOCKS, GgufBlocks
 from offmoe.quant.int_formats import Awq, Gptq, PackedInt, in_order
 from offmoe.quant.packed_weight import INT4_GROUPS, MXFP4, SCALES, ZEROS, WeightFormat, fp8
 
@@ -40,6 +42,8 @@ def format_of(codec: Codec, cols: int, dtype: torch.dtype) -> WeightFormat | str
     """
     if isinstance(codec, Mxfp4):
         return MXFP4
+    if isinstance(codec, GgufBlocks):
+        return GGUF_FORMATS.get(codec.type, f"kernels have no {codec.name}")
     if isinstance(codec, ScaledFloat):
         return _fp8_format(codec, cols, dtype)
     if not isinstance(codec, (PackedInt, Gptq, Awq)):
@@ -76,6 +80,8 @@ def rows_of(codec: Codec, raw: Mapping[str, torch.Tensor], how: WeightFormat) ->
     zeros: torch.Tensor | None = None
     if isinstance(codec, Mxfp4):
         return {"": raw["blocks"].flatten(1).view(torch.int32), SCALES: raw["scales"]}
+    if isinstance(codec, GgufBlocks):
+        return _words_of_gguf(codec, raw[BLOCKS])
     if isinstance(codec, ScaledFloat):
         assert how.group is not None
         weight = raw["weight"]
@@ -119,6 +125,22 @@ def _words_of_awq(qweight: torch.Tensor) -> torch.Tensor:
     pairs = codes.view(-1, 4, 2, codes.shape[1])
     octets = pairs[:, :, 0] | pairs[:, :, 1] << 4  # [in / 8, 4, out], lowest bits first
     return octets.mT.contiguous().view(torch.int32).squeeze(-1)
+
+
+GGUF_FORMATS: Mapping[int, WeightFormat] = {
+    2: WeightFormat("int4", 32, scale_dtype=torch.float16),
+    39: MXFP4,
+}
+"""The kernels' formats of Q4_0 and MXFP4, by type: the same codes and scales in another order."""
+
+
+def _words_of_gguf(codec: GgufBlocks, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The words and scales of Q4_0 or MXFP4. rows: uint8 [out, bytes of a row], each block a scale and 16 bytes."""
+    blocks = rows.unflatten(1, (-1, codec.block.nbytes))  # [out, n, 17 or 18]
+    scales, octets = blocks[..., :-16], blocks[..., -16:]
+    codes = torch.cat([octets & 15, octets >> 4], 2).flatten(1)  # [out, in]: low halves first, then high ones
+    words = (codes[:, ::2] | codes[:, 1::2] << 4).view(torch.int32)  # pairs of neighbors
+    return {"": words, SCALES: scales.contiguous().view(GGUF_FORMATS[codec.type].scale_dtype).squeeze(-1)}
 
 
 def _check_order(index: torch.Tensor, codec: Gptq) -> None:

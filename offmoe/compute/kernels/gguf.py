@@ -1,4 +1,4 @@
-"""GGUF weights decoded on the CPU by the C decoders: the bits of `GgufBlocks.decode`, several times as fast.
+"""GGUF weights on the CPU, in C: decoded to the bits of `GgufBlocks.decode`, or put into the kernels' tiles.
 
 Moves: the blocks of one weight once in, the dense weight once out, divided among threads.
 Bound: memory bandwidth, or 1 to 6 GB/s of blocks per core by type.
@@ -12,12 +12,43 @@ from collections.abc import Mapping
 
 import torch
 
-from offmoe.compute.kernels.library import SCALE_TYPES, DecodingStruct, Library, Threads
+from offmoe.compute.kernels.library import SCALE_TYPES, DecodingStruct, Library, RetilingStruct, Threads
 from offmoe.quant.codec import Codec
 from offmoe.quant.gguf_formats import BLOCKS, GgufBlocks
+from offmoe.quant.kernel_words import GGUF_FORMATS
+from offmoe.quant.packed_weight import SCALES, TILE_ROWS
 
 OUT_TYPES = (torch.bfloat16, torch.float32)
 """The dtypes that the decoders write."""
+
+
+def retiled(library: Library, codec: GgufBlocks, blocks: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Put a weight of Q4_0 or MXFP4 into tiles, in the calling thread: what `rows_of` and `to_tiles` give.
+
+    Args:
+        library: the C kernels.
+        codec: its codec.
+        blocks: uint8 [rows, bytes of a row], contiguous in RAM; rows are a multiple of 16.
+
+    Returns:
+        "" -> words int32 [rows / 16, words of a row, 16]; SCALES -> [rows / 16, blocks of a row, 16].
+    """
+    how = GGUF_FORMATS[codec.type]
+    rows, per_row = blocks.shape[0], blocks.shape[1] // codec.block.nbytes
+    assert blocks.is_contiguous()
+    assert rows % TILE_ROWS == 0
+    words = torch.empty((rows // TILE_ROWS, per_row * 4, TILE_ROWS), dtype=torch.int32)
+    scales = torch.empty((rows // TILE_ROWS, per_row, TILE_ROWS), dtype=how.scale_dtype)
+    struct = RetilingStruct(
+        blocks=blocks.data_ptr(),
+        words=words.data_ptr(),
+        scales=scales.data_ptr(),
+        rows=rows,
+        blocks_per_row=per_row,
+        type=codec.type,
+    )
+    library.calls.offmoe_retile(ctypes.byref(struct))
+    return {"": words, SCALES: scales}
 
 
 class GgufDecoder:

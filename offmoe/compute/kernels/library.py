@@ -57,6 +57,12 @@ class DecodingStruct(ctypes.Structure):
     _fields_ = _fields("blocks out", "count block_bytes type out_type")
 
 
+class RetilingStruct(ctypes.Structure):
+    """`struct retiling` of offmoe.h."""
+
+    _fields_ = _fields("blocks words scales", "rows blocks_per_row type")
+
+
 class Library:
     """A loaded library of kernels, in several variants for processors with different instruction sets."""
 
@@ -83,6 +89,8 @@ class Library:
         c.offmoe_compare.restype = None
         c.offmoe_decode.argtypes = (pointer, pointer, ctypes.POINTER(DecodingStruct))
         c.offmoe_decode.restype = None
+        c.offmoe_retile.argtypes = (ctypes.POINTER(RetilingStruct),)
+        c.offmoe_retile.restype = None
         self.calls = c
         self._variants: dict[str, int] = {}
         while handle := c.offmoe_variant(len(self._variants)):

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from offmoe.compute.kernels.gguf import GgufDecoder
+from offmoe.compute.kernels.gguf import GgufDecoder, retiled
 from offmoe.quant.float_formats import Mxfp4
 from offmoe.quant.gguf_formats import BLOCKS, GgufBlocks
+from offmoe.quant.kernel_words import GGUF_FORMATS, rows_of
+from offmoe.quant.packed_weight import SCALES, PackedWeight, to_tiles
 from offmoe.storage.gguf_types import BLOCK_TYPES
 from tests import native
+from tests.packed import values
 from tests.quant.test_gguf_formats import random_blocks, same_bits
 
 
@@ -53,3 +56,18 @@ def test_what_it_does_not_decode_is_left_to_the_codec(decoder: GgufDecoder) -> N
     assert not decoder(GgufBlocks(8), {BLOCKS: blocks}, torch.zeros(32, 4).mT)
     assert not decoder(GgufBlocks(8), {BLOCKS: blocks.mT.contiguous().mT}, out)
     assert not out.any()
+
+
+@pytest.mark.parametrize("kind", GGUF_FORMATS, ids=lambda kind: BLOCK_TYPES[kind].name)
+def test_tiles_hold_exactly_the_decoded_values(kind: int) -> None:
+    blocks = random_blocks(kind, rows=48, per_row=5, seed=kind)
+    if kind == 39:
+        blocks.view(48, 5, 17)[:, :, 0].clamp_(1, 250)  # what float32 holds
+    codec, how = GgufBlocks(kind), GGUF_FORMATS[kind]
+    rows = rows_of(codec, {BLOCKS: blocks}, how)
+    tiles = retiled(native.library(), codec, blocks)
+    assert tiles.keys() == rows.keys()
+    for name, part in rows.items():
+        assert torch.equal(tiles[name], to_tiles(part))
+    packed = PackedWeight(how, tiles[""], tiles[SCALES])
+    assert torch.equal(values(packed), codec.decode({BLOCKS: blocks}, torch.float32))

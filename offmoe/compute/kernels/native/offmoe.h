@@ -86,6 +86,15 @@ struct decoding {
     void *out;
     int32_t count, block_bytes, type, out_type;
 };
+/* A GGUF matrix [rows][32 blocks_per_row] of type Q4_0 or MXFP4 that becomes tiles of words and scales, as `struct weight`
+ * has them; rows are a multiple of 16. Mirrored in offmoe/compute/kernels/library.py. */
+struct retiling {
+    const uint8_t *blocks;
+    uint32_t *words;
+    void *scales;
+    int32_t rows, blocks_per_row, type;
+};
+
 typedef void decode_function(const struct decoding *d, int first, int last);
 decode_function decode_portable, decode_avx2, decode_avx512;
 
