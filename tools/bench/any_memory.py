@@ -31,7 +31,7 @@ from offmoe.measure.probes import drop_page_cache
 from offmoe.pack.pack import weight_format
 from offmoe.text import format_size, parse_size
 from tools.bench.synthetic import mixtral_config, write_packed_mixtral
-from tools.bench.tiers import record_demo
+from tools.bench.tiers import RECORDED_TOKENS, record_demo
 
 HIDDEN, INTERMEDIATE, LAYERS, EXPERTS, TOP_K, VOCABULARY = 4096, 14336, 32, 8, 2, 32000
 LIBRARIES_BYTES = int(0.6 * 2**30)
@@ -170,7 +170,7 @@ def prepared(args: argparse.Namespace, scratch: Path) -> Work:
     routing = args.routing
     if routing is None:
         routing = scratch / "demo.npz"
-        record_demo(routing)
+        record_demo(routing, tokens=8 if args.quick else RECORDED_TOKENS)
     return Work(model, routing, passes(args), args.threads)
 
 

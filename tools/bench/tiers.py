@@ -51,8 +51,11 @@ def bench(model: Path, arguments: list[str]) -> dict[str, Any]:
     return found
 
 
-def record_demo(path: Path) -> None:
-    """Record the demo model's routing on some texts, with predictions; "auto" makes none for small experts."""
+def record_demo(path: Path, tokens: int = RECORDED_TOKENS) -> None:
+    """Record the demo model's routing on some texts, with predictions; "auto" makes none for small experts.
+
+    tokens: to generate for each text.
+    """
     import torch
     from transformers import AutoTokenizer
 
@@ -64,7 +67,7 @@ def record_demo(path: Path) -> None:
     with model.offload:
         for text in TEXTS:
             inputs = tokenizer(text, return_tensors="pt")
-            model.generate(**inputs, max_new_tokens=RECORDED_TOKENS, min_new_tokens=RECORDED_TOKENS, do_sample=True)
+            model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=True)
 
 
 def figures(against: dict[str, Any], cap: int) -> dict[str, Any]:
