@@ -59,7 +59,7 @@ def divide_or_refusal(
 def divide(
     config: OffloadConfig, needs: ModelNeeds, backend: Backend, free: int, *, host_held: int = 0
 ) -> tuple[OffloadConfig, MemoryPlan]:
-    """Divide the memory.
+    """Divide the memory. Slots that only a profile asks for and that do not fit are as many as fit.
 
     Args:
         config: the options.
@@ -74,6 +74,23 @@ def divide(
     Raises:
         CapacityError: the model does not fit; the message names the smallest memory that works.
     """
+    try:
+        return _divide(config, needs, backend, free, host_held)
+    except CapacityError:
+        profile = config.profile
+        if config.slots_per_layer is None or "slots_per_layer" in config.explicit or not isinstance(profile, Profile):
+            raise
+    logger.warning("the profile's slots_per_layer=%s do not fit: as many as fit are taken.", config.slots_per_layer)
+    rest = {name: value for name, value in profile.cache.items() if name not in ("slots_per_layer", "scope")}
+    scope = config.scope if "scope" in config.explicit else "auto"
+    fewer = replace(config, slots_per_layer=None, scope=scope, profile=replace(profile, cache=rest))
+    return _divide(fewer, needs, backend, free, host_held)
+
+
+def _divide(
+    config: OffloadConfig, needs: ModelNeeds, backend: Backend, free: int, host_held: int
+) -> tuple[OffloadConfig, MemoryPlan]:
+    """`divide` with the slots that the options ask for."""
     if config.prefill_chunk is not None:
         needs = needs.with_chunks(min(config.prefill_chunk, config.max_context or config.prefill_chunk))
     shape, experts, share = needs.shape, needs.experts, backend.auto_share

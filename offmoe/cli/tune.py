@@ -113,6 +113,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
             "candidates": [_facts(result, outcome) for outcome in [*result.ranked, *result.others()]],
             "best": _facts(result, result.best),
             "bounds": [vars(bound) for bound in result.bounds],
+            "pools": {slots: outcome.whole.stats.hit_rate for slots, outcome in result.pools.items()},
             "knee": _knee_facts(result),
             "predictions": {name: _prediction_facts(quality) for name, quality in predictions.items()},
             "tokens": trace.tokens,
@@ -178,6 +179,7 @@ def _profile(result: SearchResult, name: str) -> Profile:
             "tokens": result.trace.tokens,
             "hit_rate": best.whole.stats.hit_rate,
             "test_hit_rate": best.judged.stats.hit_rate,
+            **({"hit_rates": rates} if (rates := result.hit_rates()) else {}),
         },
     )
 
@@ -192,6 +194,9 @@ def _sweep_table(result: SearchResult) -> Table:
     curves = {name: result.curve(name) for name in result.policies if result.curve(name)}
     for name, curve in curves.items():
         table.add_row(name, *(f"{100 * curve[n]:.1f}" if n in curve else "" for n in sizes if isinstance(n, int)))
+    for name in {outcome.options.eviction for outcome in result.pools.values()}:
+        totals = [sum(min(n, e) for e in result.trace.shape.experts) for n in sizes if isinstance(n, int)]
+        table.add_row(f"{name}, one pool", *(f"{100 * result.pools[n].whole.stats.hit_rate:.1f}" for n in totals))
     table.add_section()
     for label, key in (
         ("Belady", "belady"),

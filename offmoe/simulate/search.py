@@ -8,13 +8,14 @@ take hundreds of replays.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from offmoe.config import EVICTIONS, CacheOptions
+from offmoe.config import EVICTIONS, MIN_SLOTS, CacheOptions
 from offmoe.errors import ConfigError
 from offmoe.simulate.predictions import PredictionQuality, analyze, transition_predictions
 from offmoe.simulate.sweep import Bounds, Outcome, Settings, fit_quotas, gap_closed, grid, knee, rank
 from offmoe.trace.trace import Trace
+from offmoe.types import CacheShape
 
 REFINED = 2
 """Number of policies that the second round varies."""
@@ -30,6 +31,8 @@ class SearchResult:
     Attributes:
         slots: the capacity in slots per layer, requested or found at the knee of the curve.
         ranked: the outcomes of that capacity, best first.
+        pools: by slots in all, one pool of all layers under the best policy, which gives every miss a slot; empty if
+            scopes were requested.
     """
 
     trace: Trace
@@ -38,6 +41,7 @@ class SearchResult:
     bounds: list[Bounds]
     slots: int
     ranked: list[Outcome]
+    pools: dict[int, Outcome] = field(default_factory=dict)
 
     @property
     def best(self) -> Outcome:
@@ -50,6 +54,20 @@ class SearchResult:
     def curve(self, eviction: str) -> dict[int, float]:
         """Hit rate by slots per layer, for one policy with equal quotas and without prefetch."""
         return {n: outcome.whole.stats.hit_rate for n, outcome in _equal_quotas(self.outcomes, eviction).items()}
+
+    def hit_rates(self) -> dict[str, dict[str, float]]:
+        """By scope, the hit rates of the test requests by slots in all: what loading chooses the scope by.
+
+        Empty if only one scope was tried.
+        """
+        if not self.pools:
+            return {}
+        policy, shape = next(iter(self.pools.values())).options.eviction, self.trace.shape
+        layers = {o.options.quotas(shape): o for o in _equal_quotas(self.outcomes, policy).values()}
+        return {
+            "layer": {str(sum(quotas)): o.judged.stats.hit_rate for quotas, o in layers.items()},
+            "model": {str(slots): o.judged.stats.hit_rate for slots, o in self.pools.items()},
+        }
 
     def gap(self, outcome: Outcome) -> float | None:
         """Share of the distance from LRU to Belady that is closed; None if Belady is no bound, or LRU was not tried."""
@@ -134,8 +152,23 @@ def search(
     first = rank(outcome for outcome in outcomes if outcome.options.slots_per_layer == slots)
     requested = {"scope": scopes, "prefetch": prefetches, "on_miss": on_misses}
     varied = [name for name, values in requested.items() if values is None]
-    second, _ = sweep(_refinements(trace, outcomes, first, slots, varied, fewer), [])
-    return SearchResult(trace, settings, outcomes, bounds, slots, rank([*first, *second]))
+    refined = _refinements(trace, outcomes, first, slots, varied, fewer)
+    pools = _pools(trace.shape, first[0].options, sizes) if scopes is None else {}
+    second, _ = sweep([*refined, *pools.values()], [])
+    best_pools = dict(zip(pools, second[len(refined) :], strict=True))
+    return SearchResult(trace, settings, outcomes, bounds, slots, rank([*first, *second[: len(refined)]]), best_pools)
+
+
+def _pools(shape: CacheShape, base: CacheOptions, sizes: Sequence[int]) -> dict[int, CacheOptions]:
+    """By slots in all: one pool under the policy of `base`, as large as `sizes` slots per layer and smaller."""
+    plain = replace(base, scope="model", prefetch=0, on_miss="fetch")
+    few = {max(MIN_SLOTS, shape.layers // part) for part in (4, 2, 1)}
+    totals = few | {sum(min(n, experts) for experts in shape.experts) for n in sizes}
+    return {
+        total: replace(plain, slots_per_layer=shape.spread(total))
+        for total in sorted(totals)
+        if total <= shape.num_keys
+    }
 
 
 def _refinements(

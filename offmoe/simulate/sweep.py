@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from offmoe.config import EVICTIONS, CacheOptions
+from offmoe.config import EVICTIONS, MIN_SLOTS, CacheOptions
 from offmoe.errors import CapacityError
 from offmoe.eviction_names import Factory, register_eviction, registered_evictions
 from offmoe.policy.planner import Planner, build_planner
@@ -256,17 +256,16 @@ def capacities(shape: CacheShape) -> list[int]:
 
 
 def affordable(shape: CacheShape, budget: int) -> int:
-    """The most slots per layer that fit `budget` bytes. Raises CapacityError if top_k slots do not fit."""
-    least = sum(k * nbytes for k, nbytes in zip(shape.top_k, shape.expert_bytes, strict=True))
-    each = max(max(shape.top_k), 1) * sum(shape.expert_bytes)
-    slots = budget // sum(shape.expert_bytes)
-    if slots < max(shape.top_k):
+    """The most slots per layer that fit `budget` bytes. Raises CapacityError if one in every layer does not fit."""
+    each = sum(shape.expert_bytes)
+    if budget < each:
+        slots = shape.spread(max(MIN_SLOTS, budget // max(shape.expert_bytes)))
         raise CapacityError(
-            f"a budget of {budget} bytes is too small: top_k={max(shape.top_k)} slots in every layer need {each} bytes"
-            + (f" (at the very least {least})" if least != each else "")
-            + f". Use --budget {size_option(each)} or more."
+            f"a budget of {budget} bytes is too small: a slot in every layer needs {each} bytes. Use --budget "
+            f"{size_option(each)} or more. With less there is one pool: offmoe simulate TRACE --scope model "
+            f"--slots-per-layer {','.join(map(str, slots))}."
         )
-    return int(min(slots, max(shape.experts)))
+    return int(min(budget // each, max(shape.experts)))
 
 
 def fit_quotas(by_slots: Mapping[int, Outcome], slots: int, shape: CacheShape) -> tuple[int, ...]:
@@ -288,7 +287,7 @@ def fit_quotas(by_slots: Mapping[int, Outcome], slots: int, shape: CacheShape) -
         np.interp(range(most + 1), known, [by_slots[n].train.stats.by_layer[layer].hits for n in known])
         for layer, most in enumerate(shape.experts)
     ]
-    quotas = [min(k, e) for k, e in zip(shape.top_k, shape.experts, strict=True)]
+    quotas = [min(k, e, slots) for k, e in zip(shape.top_k, shape.experts, strict=True)]
     room = slots * sum(shape.expert_bytes) - sum(n * b for n, b in zip(quotas, shape.expert_bytes, strict=True))
     while True:
         gains = [

@@ -13,6 +13,7 @@ from offmoe.config import OffloadConfig
 from offmoe.device.backend import Backend, CpuBackend
 from offmoe.errors import CapacityError
 from offmoe.pack.pack import weight_format
+from offmoe.profile import Profile
 from tests.doubles import DeferredBackend
 from tools.bench.synthetic import mixtral_config, write_packed_mixtral, write_sparse_mixtral
 
@@ -84,6 +85,20 @@ def test_more_memory_never_moves_dense_weights_out(folders: dict[str, Path], bac
         scopes.append(plan.scope)
     assert scopes == sorted(scopes, reverse=True), "a pool while memory is scarce, then slots of each layer's own"
     assert set(scopes) == {"model", "layer"}
+
+
+def test_slots_of_a_profile_that_do_not_fit_are_as_many_as_fit(
+    folders: dict[str, Path], backend: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
+    profile = Profile({"slots_per_layer": 4, "scope": "layer", "eviction": "lru", "prefetch": 0})
+    tuned = OffloadConfig(device_memory="48GiB", profile=profile)
+    assert inspect(folders["bf16"], tuned).plan.slots_per_layer == (4,) * 32
+    inspected = inspect(folders["bf16"], OffloadConfig(device_memory="8GiB", profile=profile))
+    assert "the profile's slots_per_layer=4 do not fit" in caplog.text
+    assert (inspected.plan.scope, inspected.plan.offloaded_layers) == ("model", 0)
+    assert (inspected.config.eviction, inspected.config.prefetch) == ("lru", 0)
+    with pytest.raises(CapacityError, match="slots_per_layer=4, which needs"):
+        inspect(folders["bf16"], OffloadConfig(device_memory="8GiB", slots_per_layer=4))
 
 
 def test_what_would_work_is_named(folders: dict[str, Path], backend: Backend) -> None:
