@@ -18,7 +18,8 @@ import torch
 from offmoe.budget.inspect import Inspected, inspect
 from offmoe.budget.memory_plan import MemoryPlan
 from offmoe.budget.replan import Loaded
-from offmoe.compute.cpu_compute import host_compute
+from offmoe.compute.compute import ExpertCompute
+from offmoe.compute.cpu_compute import host_compute, scratch_layers
 from offmoe.compute.expert_layer import ExpertLayer
 from offmoe.compute.gpu_compute import device_compute
 from offmoe.config import OffloadConfig
@@ -37,6 +38,7 @@ from offmoe.policy.planner import Planner, build_planner
 from offmoe.profile import Profile
 from offmoe.runtime.executor import ExpertExecutor, Slots
 from offmoe.runtime.host_experts import HostExperts
+from offmoe.runtime.host_probe import probed_costs
 from offmoe.storage.store import ExpertStore
 from offmoe.text import format_size
 from offmoe.trace.recorder import TraceWriter, check_writable
@@ -173,14 +175,16 @@ def load(inspected: Inspected, *, name: str = "", trace: str | os.PathLike[str] 
         warm = WarmStart(name, inspected.checkpoint, catalog, inspected.config)
         config = warm.config
         planner = build_planner(config.cache(), catalog.shape)
-        writer = None if trace is None else TraceWriter(trace, name, catalog.shape, config.cache())
         model = _load_dense(inspected, closing)
         experts = find_experts(model)
         modules = [experts[layer.name] for layer in catalog.layers]
         layers = expert_layers(catalog.layers, modules)
-        slots = _slots(layers)
-        executor = _build_executor(inspected, layers, slots, planner, closing)
-        executor.trace = writer
+        on_host = None
+        if planner.num_scratch > 0 and config.miss_costs is not None:
+            on_host = scratch_layers(layers, [layer.records for layer in catalog.layers])
+        slots = _slots(layers, on_host)
+        executor, config = _build_executor(inspected, config, layers, on_host, slots, planner, closing)
+        executor.trace = None if trace is None else TraceWriter(trace, name, catalog.shape, config.cache())
         for layer, module in zip(layers, modules, strict=True):
             attach(module, executor, layer)
         loaded = Loaded(
@@ -240,19 +244,31 @@ def _offload_layers(inspected: Inspected) -> OffloadedLayers | None:
 
 
 def _build_executor(
-    inspected: Inspected, layers: Sequence[ExpertLayer], slots: SlotsOf, planner: Planner, closing: ExitStack
-) -> ExpertExecutor:
-    """Everything between the experts at rest and their rows. Closed from the compute back to the files."""
-    backend, config = inspected.backend, inspected.config
+    inspected: Inspected,
+    config: OffloadConfig,
+    layers: Sequence[ExpertLayer],
+    on_host: Sequence[ExpertLayer] | None,
+    slots: SlotsOf,
+    planner: Planner,
+    closing: ExitStack,
+) -> tuple[ExpertExecutor, OffloadConfig]:
+    """Everything between the experts at rest and their rows. Closed from the compute back to the files.
+
+    Args:
+        on_host: the layers as they stand in scratch slots for which the host computes; None: it computes nothing.
+
+    Returns:
+        The executor, and the options with the host's times where these were measured now.
+    """
+    backend = inspected.backend
     store = ExpertStore(inspected.checkpoint.shards, inspected.catalog.records)
     closing.callback(store.close)
     inspected.checkpoint.check_unchanged()
-    host_computes = planner.num_scratch > 0 and config.miss_costs is not None
     on_device, in_ram = slots(config, inspected.plan, planner.num_scratch)
     arena = SlotArena(backend.allocate, on_device, in_ram=in_ram)
     closing.callback(arena.close)
     stats = CacheStats.for_layers(len(layers))
-    slot_writer = SlotWriter(store, arena, backend, layers)
+    slot_writer = SlotWriter(store, arena, backend, layers, on_host)
     transfer = TransferEngine(slot_writer, host_slots=planner.num_host_slots, on_stall=stats.stalled)
     closing.callback(transfer.close)
     compute = host_compute(
@@ -264,22 +280,50 @@ def _build_executor(
     )
     closing.callback(compute.close)
     host = None
-    if host_computes:
+    if on_host is not None:
+        by_host = host_compute(on_host, arena, inspected.dtype, config.activations == "int8", in_ram=True)
+        closing.callback(by_host.close)
+        config = _with_host_times(inspected, config, by_host, on_host, arena)
+        planner = build_planner(config.cache(), inspected.shape)
         exchange = HostExchange(backend)
         closing.callback(exchange.close)
-        host = HostExperts(compute, exchange, transfer)
+        host = HostExperts(by_host, exchange, transfer, on_host)
     if config.is_numeric and backend.has_device_kernels:
         uploads = Uploads(backend)
         closing.callback(uploads.close)
         compute = device_compute(layers, arena, compute, uploads)
         closing.callback(compute.close)
-    return ExpertExecutor(planner, transfer, compute, backend, stats, host)
+    return ExpertExecutor(planner, transfer, compute, backend, stats, host), config
 
 
-def _slots(layers: Sequence[ExpertLayer]) -> SlotsOf:
-    """The layouts of all slots. Scratch slots are slots like the others, unless the host computes with them."""
+def _with_host_times(
+    inspected: Inspected,
+    config: OffloadConfig,
+    compute: ExpertCompute,
+    layers: Sequence[ExpertLayer],
+    arena: SlotArena,
+) -> OffloadConfig:
+    """The options with the host's times as they are here, unless a profile has them or they are as assumed."""
+    profile = config.profile
+    if isinstance(profile, Profile) and profile.costs is not None and profile.costs.expert_us_host is not None:
+        return config
+    assert config.miss_costs is not None
+    largest = max(layers, key=lambda layer: layer.layout.nbytes)
+    slot, text = largest.cpu_slot, inspected.hf_config.get_text_config()
+    x = torch.zeros(1, slot.weights[0].cols if slot else text.hidden_size, dtype=inspected.dtype)
+    scratch = range(arena.num_on_device, len(arena))
+    with torch.no_grad():
+        return config.resolved(miss_costs=probed_costs(config.miss_costs, compute, largest, scratch, x))
+
+
+def _slots(layers: Sequence[ExpertLayer], on_host: Sequence[ExpertLayer] | None) -> SlotsOf:
+    """The layouts of all slots. Scratch slots are slots like the others, unless the host computes with them.
+
+    on_host: the layers as they stand in scratch slots then.
+    """
     layouts = [layer.largest for layer in layers]
-    largest = max(layouts, key=lambda layout: layout.nbytes)
+    scratch_layouts = layouts if on_host is None else [layer.largest for layer in on_host]
+    largest = max(scratch_layouts, key=lambda layout: layout.nbytes)
 
     def slots(config: OffloadConfig, plan: MemoryPlan, num_scratch: int) -> Slots:
         on_device = slot_layouts(layouts, plan.slots_per_layer, config.scope)

@@ -78,6 +78,8 @@ class Loaded:
             self.backend.free_bytes() + held,
             host_held=0 if old.host is None else old.host.staging + old.host.slots + old.host.scratch,
         )
+        if resolved.miss_costs is not None and self.config.miss_costs is not None:
+            resolved = resolved.resolved(miss_costs=self.config.miss_costs)  # the host's time may have been measured
         return resolved, replace(
             plan,
             dense=old.dense,

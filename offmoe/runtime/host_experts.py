@@ -17,9 +17,22 @@ from offmoe.types import Wave
 class HostExperts:
     """Computes experts from scratch slots in RAM; their rows cross the link, not their weights."""
 
-    def __init__(self, compute: ExpertCompute, exchange: HostExchange, transfer: TransferEngine) -> None:
-        """compute: for scratch slots in RAM. exchange: carries rows to the host and back. transfer: fills the slots."""
-        self._compute, self._exchange, self._transfer = compute, exchange, transfer
+    def __init__(
+        self,
+        compute: ExpertCompute,
+        exchange: HostExchange,
+        transfer: TransferEngine,
+        layers: Sequence[ExpertLayer],
+    ) -> None:
+        """Take over what computes on the host.
+
+        Args:
+            compute: For scratch slots in RAM.
+            exchange: Carries rows to the host and back.
+            transfer: Fills the slots.
+            layers: The MoE layers as they stand in these slots.
+        """
+        self._compute, self._exchange, self._transfer, self._layers = compute, exchange, transfer, layers
 
     def slots_moved(self) -> None:
         """As `ExpertCompute.slots_moved`."""
@@ -52,7 +65,7 @@ class HostExperts:
         per_expert = [received] * len(experts) if inputs.pairs is None else received.split(sizes)
         for (expert, slot), x, rows in zip(experts, per_expert, results.split(sizes), strict=True):
             self._transfer.ready(slot)
-            rows.copy_(self._compute.expert(layer.of(expert), slot, x))
+            rows.copy_(self._compute.expert(self._layers[layer.index].of(expert), slot, x))
             self._transfer.computed((slot,))
         on_device = self._exchange.to_device(results)
         return zip([expert for expert, _ in experts], on_device.split(sizes), strict=True)

@@ -21,7 +21,7 @@ from offmoe.storage.layout import Assembly, ExpertLayout
 from offmoe.storage.store import ExpertStore
 from offmoe.transfer.arrival import Arriving
 from offmoe.transfer.ticket import DEMAND, Ticket
-from offmoe.types import ExpertKey, Fetch, KeptSlots
+from offmoe.types import Fetch, KeptSlots
 
 PIECE_BYTES = 16 << 20
 """Bytes of one copy of a speculative ticket: 0.7 ms on a link of 24 GB/s. The device does copies in the order in which
@@ -64,10 +64,25 @@ class NewSlots(NamedTuple):
 class SlotWriter:
     """Writes experts of all layers into the slots of one model. Several readers call it at once."""
 
-    def __init__(self, store: ExpertStore, arena: SlotArena, backend: Backend, layers: Sequence[StoredLayer]) -> None:
-        """layers: one entry per MoE layer."""
+    def __init__(
+        self,
+        store: ExpertStore,
+        arena: SlotArena,
+        backend: Backend,
+        layers: Sequence[StoredLayer],
+        in_ram: Sequence[StoredLayer] | None = None,
+    ) -> None:
+        """Prepare the events of all slots.
+
+        Args:
+            store: The experts.
+            arena: The slots.
+            backend: The device.
+            layers: One entry per MoE layer.
+            in_ram: The same as they stand in scratch slots in RAM; None: as on the device.
+        """
         self.store, self.arena, self.backend = store, arena, backend
-        self._layers = layers
+        self._layers, self._in_ram = layers, layers if in_ram is None else in_ram
         self.landed: list[Event] = []
         """Per slot: marks the last copy into it."""
         self._reads: list[Event] = []
@@ -78,8 +93,10 @@ class SlotWriter:
         self._pieces = deque(backend.event(blocking=True) for _ in range(PIECES_IN_FLIGHT))
         self._pieces_lock = threading.Lock()
 
-    def _layer(self, key: ExpertKey) -> StoredLayer:
-        return self._layers[key.layer].of(key.expert)
+    def _layer(self, fetch: Fetch) -> StoredLayer:
+        """The layer as the fetch's expert stands in the fetch's slot."""
+        layers = self._layers if fetch.slot < self.arena.num_on_device else self._in_ram
+        return layers[fetch.key.layer].of(fetch.key.expert)
 
     def _forget_events(self) -> None:
         """Begin anew with the arena's slots: nothing has been copied into them or computed with them."""
@@ -105,11 +122,11 @@ class SlotWriter:
 
     def _views(self, fetch: Fetch) -> dict[str, torch.Tensor]:
         """The fetch's slot as the parameters of its expert."""
-        return self.arena.views(fetch.slot, self._layer(fetch.key).layout)
+        return self.arena.views(fetch.slot, self._layer(fetch).layout)
 
     def runs(self, fetch: Fetch) -> Sequence[torch.Tensor | None]:
         """Per segment of the expert, the bytes of the slot that it fills unchanged; None for other segments."""
-        return self._layer(fetch.key).assembly.runs(self.store.record(fetch.key).segments, self._views(fetch))
+        return self._layer(fetch).assembly.runs(self.store.record(fetch.key).segments, self._views(fetch))
 
     def arriving(self, ticket: Ticket) -> Arriving | None:
         """The expert of a ticket as something to compute with while it arrives.
@@ -122,7 +139,7 @@ class SlotWriter:
         if num_parts == 1 or not self.backend.unified_memory:
             return None
         views, runs = self._views(ticket.fetch), self.runs(ticket.fetch)
-        params = [to.param for to in self._layer(key).assembly.destinations]
+        params = [to.param for to in self._layer(ticket.fetch).assembly.destinations]
         places: dict[str, list[tuple[int, int, int]]] = {name: [] for name in views}
         for part in range(num_parts):
             for segment, start, end in self.store.arrived(key, part):
@@ -162,7 +179,7 @@ class SlotWriter:
         """As `write_rest`. data: uint8 [nbytes] per segment of the expert, in the order of its record."""
         fetch, early = ticket.fetch, ticket.arrival.runs
         segments = self.store.record(fetch.key).segments
-        assembly, views = self._layer(fetch.key).assembly, self._views(fetch)
+        assembly, views = self._layer(fetch).assembly, self._views(fetch)
         if fetch.slot >= self.arena.num_on_device:  # a slot in RAM, which the host alone reads, after `issued`
             assembly.place(segments, data, views, copy_in_ram)
             return

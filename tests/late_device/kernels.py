@@ -23,12 +23,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class LateKernels(DeviceKernels):
     """Experts that are not quantized. Reads of slots are known to the device, and nothing else of their memory."""
 
-    launched: list[str]
-
     def __init__(self, operands: Any, glu: Glu, memory: torch.Tensor, starts: Any, **options: Any) -> None:
         super().__init__(operands, glu, memory, starts, launch=self._run, **options)
-        self._ends = [*list(starts)[1:], memory.numel()]
         self._pairs = Pairs([], [])
+
+    def read_from(self, memory: torch.Tensor, starts: Any) -> None:
+        super().read_from(memory, starts)
+        self._ends = [*list(starts)[1:], memory.numel()]
 
     def compute(self, pairs: Pairs, hidden: torch.Tensor) -> torch.Tensor:
         self._pairs = pairs
@@ -36,7 +37,7 @@ class LateKernels(DeviceKernels):
 
     def _run(self, kernel: Any, grid: tuple[int, int], given: tuple[Any, ...], sizes: Mapping[str, int]) -> None:
         memory, *rest = given
-        starts = [self._starts[slot] * PARAM_ALIGNMENT for slot in self._pairs.slots]
+        starts = [int(self._starts[slot]) * PARAM_ALIGNMENT for slot in self._pairs.slots]
         slots = [memory[start : min(end for end in self._ends if end > start)] for start in starts]
         tensors = [value for value in rest if isinstance(value, torch.Tensor)]
         name = kernel.__name__
