@@ -195,9 +195,9 @@ def load(inspected: Inspected, *, name: str = "", trace: str | os.PathLike[str] 
             backend=inspected.backend,
             computes_on_host=executor.computes_on_host,
         )
-        Offload(model, loaded, executor, modules, slots, closing, warm)
+        offload = Offload(model, loaded, executor, modules, slots, closing, warm)
         if config.fills:
-            executor.fill(warm.order())
+            offload.fill()
     return cast("OffloadedModel", model)
 
 

@@ -128,6 +128,17 @@ class Offload:
         with self._executor.user:
             self._warm.save(path, self._executor)
 
+    def fill(self) -> None:
+        """Begin to read experts into free slots and RAM in the background, as `fill=True` does after loading.
+
+        A fill under way, or one that has ended, goes on with what is free now.
+
+        Raises:
+            OffmoeError: Another thread is generating, or the model was closed.
+        """
+        with self.in_use():
+            self._executor.fill(self._warm.order())
+
     def fill_progress(self) -> FillProgress:
         """How far the background fill has come: experts and bytes of all that it set out to bring. Any thread may ask.
 

@@ -132,7 +132,12 @@ class ExpertExecutor:
         """Whether slots hold what residency says. False while a layer runs, and after a failure cut it short."""
 
     def fill(self, order: Sequence[ExpertKey]) -> None:
-        """Begin to read experts into free slots and free RAM slots in the background, in this order."""
+        """Begin to read experts into free slots and free RAM slots in the background, in this order.
+
+        Nothing happens while an earlier fill may still take effect: it goes on.
+        """
+        if self._fill is not None and not self._fill.is_over:
+            return
         self._fill = BackgroundFill(self._transfer, order, self.stats)
         self._fill.start(self._planner)
 
