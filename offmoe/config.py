@@ -206,10 +206,10 @@ class OffloadConfig:
         state: File of routing counts and residents that `model.offload.save_state` wrote in an earlier run. Experts are
             read into free slots and RAM in the background, the most popular first, and eviction="aged-lfu" begins with
             the counts. A file that does not exist yet, is damaged, or is of another model is ignored, which is logged.
-            Default: none; `offmoe generate` and `offmoe serve` keep one per model in the user's cache folder.
+            Default: none; the verbs generate, chat and serve keep one per model in the user's cache folder.
         fill: Whether experts are read into free slots and RAM in the background after loading: in the order of the
             state, else of popularity, else of the files. Reading pauses while a miss waits for the disk. Default: True
-            with a state, else False; `offmoe generate` and `offmoe serve` always fill.
+            with a state, else False; the verbs generate, chat and serve always fill.
         miss_costs: Times to weigh a fetch against computing on the host. Not an option for users: loading sets it from
             the profile's costs or from assumed ones.
         warm_counts: Share of the tokens that each expert of each MoE layer served in an earlier run. Not an option for

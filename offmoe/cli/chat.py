@@ -51,6 +51,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
     text = None if interactive else prompts.read_text("-", "stdin").strip()
     if text == "":
         raise ConfigError("stdin has no prompt; pipe a text into offmoe chat, or run it on a terminal.")
+    check_state(args)
     with open_model(args, out) as opened:
         from offmoe.cli.chat_commands import State
         from offmoe.dialogue.conversation import Conversation
@@ -127,9 +128,12 @@ class Session:
     def stats(self) -> str:
         """The expert cache and the last answer, in two lines."""
         stats, memory = self.engine.offload.stats(), self.engine.offload.memory()
+        filled = self.engine.offload.fill_progress().describe()
         lines = [
             f"experts: hit rate {percent(stats.hit_rate)}, {stats.misses} misses, "
-            f"{format_size(stats.disk_bytes)} read from disk, {stats.stall_s:.1f} s waited; {memory.describe()}"
+            f"{format_size(stats.disk_bytes)} read from disk, {stats.stall_s:.1f} s waited; "
+            + (f"{filled}; " if filled else "")
+            + memory.describe()
         ]
         if self.last is not None:
             lines.append(

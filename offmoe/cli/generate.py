@@ -105,19 +105,11 @@ def _show(
         f"{or_dash(stream.first_s, '{:.2f} s'.format)}, "
         f"then {or_dash(stream.tokens_per_s, '{:.1f} tokens/s'.format, dash='no more')}{waited}",
         f"read from disk {format_size(stats.disk_bytes)}, moved into slots {format_size(stats.h2d_bytes)}"
-        + _filled(fill),
+        + (f"; {fill.describe()}" if fill.total_experts else ""),
         f"memory on {offload.config.device}: {offload.memory().describe()}",
     )
     if args.trace is not None:
         out.note(f"routing recorded in {args.trace}; replay it with: offmoe simulate {args.trace}")
-
-
-def _filled(fill: FillProgress) -> str:
-    """The end of the line about what was read: what the background fill brought, if there was any."""
-    if not fill.total_experts:
-        return ""
-    part = "" if fill.experts == fill.total_experts else f" of {fill.total_experts}"
-    return f"; {fill.experts}{part} experts ({format_size(fill.nbytes)}) in the background"
 
 
 class StepClock(prompts.NewTokens):

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from offmoe.storage.read_plan import ReadPlan
 from offmoe.storage.store import ExpertStore
+from offmoe.text import format_size
 from offmoe.transfer.staging import HostMemory, window_bytes
 from offmoe.transfer.ticket import DEMAND, FILL, NO_SLOT, Ticket
 from offmoe.types import ExpertKey, Fetch, Fill
@@ -49,6 +50,13 @@ class FillProgress(NamedTuple):
     total_bytes: int = 0
     running: bool = False
     error: str | None = None
+
+    def describe(self) -> str:
+        """The progress in a few words; "" if there is no fill."""
+        if not self.total_experts:
+            return ""
+        part = "" if self.experts == self.total_experts else f" of {self.total_experts}"
+        return f"{self.experts}{part} experts ({format_size(self.nbytes)}) in the background"
 
 
 @dataclass(eq=False)
@@ -144,9 +152,13 @@ class FillQueue:
         self._of_key: defaultdict[ExpertKey, list[Ticket]] = defaultdict(list)
         self._sizes: dict[Ticket, int] = {}
         self._progress = FillProgress()
+        self._begins_anew = False
+        """Whether the progress is that of a fill which was dropped."""
 
     def add(self, batches: Sequence[FillBatch], size_of: Callable[[ExpertKey], int]) -> None:
         """Queue batches behind those that wait. size_of: gives the bytes of an expert."""
+        if self._begins_anew:
+            self._progress, self._begins_anew = FillProgress(error=self._progress.error), False
         self.waiting.extend(batches)
         for ticket in (ticket for batch in batches for ticket in batch.tickets):
             fetch = ticket.fetch
@@ -273,13 +285,13 @@ class FillQueue:
         return in_slot, in_ram
 
     def clear(self) -> list[FillBatch]:
-        """Drop everything, and count from zero; returns the batches that readers still work on."""
+        """Drop everything; returns the batches that readers still work on. What is added next counts from zero."""
         for ticket in [*self._sizes]:
             self._drop(ticket)
         self.waiting.clear()
         self._landed.clear()
         self.is_open = False
-        self._progress = FillProgress(error=self._progress.error)
+        self._begins_anew = True
         return list(self.running)
 
     def _drop(self, ticket: Ticket) -> None:

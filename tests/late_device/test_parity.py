@@ -37,6 +37,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "search": ("greedy", "beams", "batch"),
     "scope": ("layer", "model"),
     "when": (LATEST, EARLIEST, EARLY_COPIES),
+    "fill": (False, True),
 }
 EAGER = sort_options({"attn_implementation": "eager"})
 SAME = 2e-5
@@ -102,6 +103,7 @@ def options(case: Case, folder: Path) -> dict[str, Any]:
         "scope": case["scope"],
         "exactness": "bitwise" if case["mode"] == "bitwise" else "numeric",
         "on_miss": "cpu" if case["mode"] == "host computes" else "fetch",
+        "fill": case["fill"],
     }
     config = offmoe.OffloadConfig(device="late", slots_per_layer=3, exactness="numeric")
     surveyed = inspect(folder, config, asked=EAGER)
@@ -121,6 +123,7 @@ def check(case: Case, models: dict[str, Any], kind: LateKind, tmp_path: Path, mo
     folder, want = expected(models, case, tmp_path.parent)
     kind.has_kernels = case["mode"] != "bitwise"
     monkeypatch.setattr("offmoe.compute.gpu_compute.DeviceKernels", LateKernels)
+    monkeypatch.setattr("offmoe.transfer.fill_queue.REST", 0.0)  # the background fill races with every access
     path = tmp_path / "run.npz"
     inspected = inspect(folder, offmoe.OffloadConfig(**options(case, folder)), asked=EAGER)
     if case["dense"] == "on disk":
@@ -132,6 +135,7 @@ def check(case: Case, models: dict[str, Any], kind: LateKind, tmp_path: Path, mo
         stats, plan = offload.stats(), offload.memory()
     assert (plan.offloaded_layers > 0) == (case["dense"] != "resident")
     assert stats.misses > 0
+    assert stats.filled <= (offload.fill_progress().experts if case["fill"] else 0) * 2
     assert (stats.host_computed > 0) == (case["mode"] == "host computes")
     if case["mode"] == "bitwise":
         assert [torch.equal(a, b) for a, b in zip(got, want, strict=True)] == [True] * len(want)
@@ -168,8 +172,8 @@ def test_the_product(
     for number, case in enumerate(product({"family": (family,), **PLACES}, allowed)):
         folder = tmp_path / str(number)
         folder.mkdir()
-        for name, step in (("search", 1), ("when", 3)):
-            case[name] = FACTORS[name][number // step % 3]
+        for name, step in (("search", 1), ("when", 3), ("fill", 9)):
+            case[name] = FACTORS[name][number // step % len(FACTORS[name])]
         check(case, models, kind, folder, monkeypatch)
         assert not extension.races(), case
 
