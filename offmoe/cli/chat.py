@@ -51,7 +51,6 @@ def run(args: argparse.Namespace, out: Output) -> None:
     text = None if interactive else prompts.read_text("-", "stdin").strip()
     if text == "":
         raise ConfigError("stdin has no prompt; pipe a text into offmoe chat, or run it on a terminal.")
-    check_state(args)
     with open_model(args, out) as opened:
         from offmoe.cli.chat_commands import State
         from offmoe.dialogue.conversation import Conversation
