@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from offmoe.cli import options, prompts
+from offmoe.cli.choices import say_what_is_faster
 from offmoe.cli.interrupt import interrupts
 from offmoe.cli.model import open_model
 from offmoe.cli.output import Output
@@ -67,6 +68,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
         template = {} if args.think is None else renderer.thinking(args.think)
         if template is None:
             raise ConfigError("--think: this model's chat template has no reasoning; leave the option out.")
+        say_what_is_faster(args, opened.inspected, out)
         model, _ = opened.load(warm=True)
         with Engine(model, tokenizer) as engine:
             session = Session(engine, renderer, State(Conversation(args.system or ""), sampling), template)
