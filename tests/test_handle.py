@@ -40,6 +40,26 @@ def model(folder):
     loaded.offload.close()
 
 
+def test_a_generate_of_the_callers_own_gets_what_the_caller_gives(folder, model, tmp_path):
+    """A function of its own, or the code of a folder: as in stock, with no argument that offmoe adds."""
+    (tmp_path / "own" / "custom_generate").mkdir(parents=True)
+    code = (
+        "def generate(model, input_ids, max_new_tokens, **others):\n"
+        "    assert 'disable_compile' not in others\n"
+        "    return model.generate(input_ids, max_new_tokens=2)\n"
+    )
+    (tmp_path / "own" / "custom_generate" / "generate.py").write_text(code)
+    stock = tiny.comparable(AutoModelForCausalLM.from_pretrained(folder))
+    given = {"input_ids": tiny.prompt(), "max_new_tokens": 8}
+    own = {"custom_generate": str(tmp_path / "own"), "trust_remote_code": True}
+    assert torch.equal(model.generate(**given, **own), stock.generate(**given, **own))
+
+    def first(model, input_ids, **_: object):
+        return model(input_ids).logits.argmax(-1)
+
+    assert torch.equal(*(each.generate(**given, custom_generate=first) for each in (model, stock)))
+
+
 def generate(model, **options):
     return model.generate(input_ids=tiny.prompt(), max_new_tokens=8, do_sample=False, **options)
 
