@@ -409,11 +409,11 @@ def test_damaged_metadata_give_a_model_or_an_error(tmp_path: Path, family: str) 
     assert refused > 30
 
 
-@pytest.mark.parametrize("kind", [Q.Q4_0, Q.MXFP4], ids=lambda kind: kind.name)
-@pytest.mark.parametrize("fused", [False, True], ids=["apart", "fused"])
-def test_kernels_compute_q4_0_and_mxfp4_without_decoding(tmp_path: Path, kind: Q, fused: bool) -> None:
+@pytest.mark.parametrize("kind", [Q.Q4_0, Q.MXFP4, Q.BF16], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(("family", "fused"), [("qwen3_moe", False), ("qwen3_moe", True), ("gpt_oss", False)])
+def test_kernels_compute_what_they_read_without_decoding(tmp_path: Path, kind: Q, family: str, fused: bool) -> None:
     native.library()
-    written = gguf_models.save(tmp_path, "qwen3_moe", all_of(kind), fused=fused)
+    written = gguf_models.save(tmp_path, family, all_of(kind), fused=fused)
     wanted = stock(written.dense, torch.float32)
     options = OffloadConfig(device="cpu", slots_per_layer=3, exactness="numeric")
     inspected = inspect(written.file, options, dtype=torch.float32)

@@ -182,7 +182,10 @@ def _rows_in(
         return {"gate" + suffix: RowRange(index, 0, 2, half), "up" + suffix: RowRange(index, 1, 2, half)}
     if count == both:
         return {"gate" + suffix: RowRange(index, 0, 1, half), "up" + suffix: RowRange(index, half, 1, half)}
-    if count == half and start in (0, half) and not interleaved:
+    step = tensor.destination.step
+    if count == half and interleaved and step == 2 and start in (0, 1):
+        return {("up" if start else "gate") + suffix: RowRange(index, 0, 1, half)}
+    if count == half and start in (0, half) and step == 1 and not interleaved:
         return {("up" if start else "gate") + suffix: RowRange(index, 0, 1, half)}
     raise UnsupportedModelError(NOT_THREE)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -52,12 +52,32 @@ be divided. A release without this list refuses none of them by name."""
 
 __all__ = [
     "ALL_EXPERTS_FUNCTIONS",
+    "Alternate",
     "Concatenate",
     "ConversionOps",
     "MergeModulelist",
     "Transpose",
     "WeightConverter",
 ]
+
+
+class Alternate(ConversionOps):
+    """Gate and up as columns in turn: two tensors [..., width, hidden] -> [..., hidden, 2 * width].
+
+    Biases [..., width] become [..., 2 * width].
+    """
+
+    def __init__(self, *, transposed: bool) -> None:
+        self.transposed = transposed
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        pair = [input_dict[pattern] for pattern in source_patterns]
+        pair = [value[0] if isinstance(value, list) else value for value in pair]
+        dim = pair[0].ndim - (2 if self.transposed else 1)
+        out = torch.stack(pair, dim + 1).flatten(dim, dim + 1)  # [..., 2 * width, hidden] or [..., 2 * width]
+        return {target_patterns[0]: out.mT.contiguous() if self.transposed else out}
 
 
 class MappedName(NamedTuple):
@@ -109,8 +129,8 @@ def map_names(
 
 
 def steps(converter: WeightConverter) -> tuple[ConversionOps, ...] | None:
-    """The operations of a converter; None if one of them does more than stack, join and transpose blocks."""
-    known = all(type(op) in (MergeModulelist, Concatenate, Transpose) for op in converter.operations)
+    """The operations of a converter; None if one does more than stack, join, alternate and transpose blocks."""
+    known = all(type(op) in (Alternate, MergeModulelist, Concatenate, Transpose) for op in converter.operations)
     return tuple(converter.operations) if known else None
 
 

@@ -115,7 +115,7 @@ class ExpertLayout:
 
 @dataclass(frozen=True)
 class Destination:
-    """Where one segment goes: rows [start, start + n) along `dim` of parameter `param`.
+    """Where one segment goes: n rows of parameter `param` along `dim`, every `step`-th from `start` on.
 
     With `transposed`, rows of the parameter's transpose. The segment has the shape of that block, except for a leading
     dimension of size 1 that `dim` does not count.
@@ -125,13 +125,19 @@ class Destination:
     dim: int
     start: int
     transposed: bool = False
+    step: int = 1
 
     def block(self, views: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
         """The view of the parameter that a segment of `shape` fills. views: from `ExpertLayout.views`."""
         whole = views[self.param]
         if self.transposed:
             whole = whole.mT
-        return whole.narrow(self.dim, self.start, shape[self.dim]) if whole.ndim else whole
+        if not whole.ndim:
+            return whole
+        if self.step == 1:
+            return whole.narrow(self.dim, self.start, shape[self.dim])
+        end = self.start + self.step * (shape[self.dim] - 1) + 1
+        return whole[(*(slice(None),) * self.dim, slice(self.start, end, self.step))]
 
 
 @dataclass(frozen=True)

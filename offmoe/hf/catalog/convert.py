@@ -1,7 +1,7 @@
 """How the tensors of one expert become its parameters: as blocks to copy, or by transformers' own operations.
 
 `blocks_of` follows a converter through shapes alone. It says which source tensor ends up in which block of the
-parameter, so that copying needs no intermediate. What it cannot follow (interleaving, splitting) becomes an
+parameter, so that copying needs no intermediate. What it cannot follow (splitting) becomes an
 `ExpertConversion`: the converter's operations on one expert's tensors, run on the host and bound by memory bandwidth. A
 conversion is checked on random bytes of two experts, together and alone. An operation that lets one expert's values
 depend on another's is refused, because a cache that reads single experts could not run it. So an expert always gets the
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from offmoe.errors import CheckpointError, UnsupportedModelError
 from offmoe.hf.catalog.groups import Group
-from offmoe.hf.upstream import Concatenate, MergeModulelist, Transpose, run_converter, steps
+from offmoe.hf.upstream import Alternate, Concatenate, MergeModulelist, Transpose, run_converter, steps
 from offmoe.quant.codec import Kind
 from offmoe.storage.layout import Destination
 
@@ -35,6 +35,8 @@ class Block(NamedTuple):
     """Shape of the block."""
     swapped: bool = False
     """Whether the source tensor's last two dimensions are exchanged."""
+    step: int = 1
+    """How far the block's rows are apart along the dimension in which blocks follow each other."""
 
 
 class Value(NamedTuple):
@@ -81,6 +83,11 @@ def blocks_of(group: Group, expected: tuple[int, ...]) -> Value | None:
                 if not inputs or not dim % len(inputs[0].shape) > 0 or len({len(v.shape) for v in inputs}) > 1:
                     return None
                 values = {order[0]: _joined(inputs, dim % len(inputs[0].shape))}
+            case Alternate(transposed=transposed):
+                pair = [values[p] for p in group.converter.source_patterns if p in values]
+                if len(pair) != 2 or pair[0].shape != pair[1].shape or any(len(v.blocks) > 1 for v in pair):
+                    return None
+                values = {order[0]: _alternating(pair, transposed)}
             case Transpose(dim0=dim0, dim1=dim1, check_dims=check):
                 if len(values) > 1:
                     return None
@@ -161,6 +168,14 @@ def _swapped(value: Value) -> Value:
     return Value(swap(value.shape), tuple(blocks))
 
 
+def _alternating(pair: Sequence[Value], transposed: bool) -> Value:
+    """Rows of two values of one block each in turn; with `transposed`, as columns."""
+    shape = pair[0].shape if not transposed else (*pair[0].shape[:-2], pair[0].shape[-1], pair[0].shape[-2])
+    start = (0,) * (len(shape) - 1)
+    blocks = (Block(v.blocks[0].source, (*start, i), shape, transposed, step=2) for i, v in enumerate(pair))
+    return Value((*shape[:-1], 2 * shape[-1]), tuple(blocks))
+
+
 def destinations_of(param: str, value: Value) -> list[Destination] | None:
     """Where each source tensor goes in one expert's parameter; None if a block is cut in two dimensions."""
     out: dict[int, Destination] = {}
@@ -171,7 +186,7 @@ def destinations_of(param: str, value: Value) -> list[Destination] | None:
         start = block.start[dim + 1] if len(block.start) > 1 else 0
         if block.swapped:
             dim = 1 - dim  # counted in the transpose, which is what the source looks like
-        out[block.source] = Destination(param, dim, start, block.swapped)
+        out[block.source] = Destination(param, dim, start, block.swapped, block.step)
     return [out[source] for source in sorted(out)]
 
 

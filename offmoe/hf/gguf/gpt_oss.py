@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from transformers import PreTrainedConfig
 
 from offmoe.hf.gguf.architecture import (
@@ -19,28 +18,9 @@ from offmoe.hf.gguf.architecture import (
     plain,
 )
 from offmoe.hf.gguf.metadata import Metadata, rope_parameters
-from offmoe.hf.upstream import ConversionOps, Transpose, WeightConverter
+from offmoe.hf.upstream import Alternate, Transpose, WeightConverter
 
 NORMS = {"attn_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm"}
-
-
-class Alternate(ConversionOps):
-    """Gate and up as columns in turn: two tensors [..., width, hidden] -> [..., hidden, 2 * width].
-
-    Biases [..., width] become [..., 2 * width].
-    """
-
-    def __init__(self, *, transposed: bool) -> None:
-        self.transposed = transposed
-
-    def convert(
-        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
-    ) -> dict[str, Any]:
-        pair = [input_dict[pattern] for pattern in source_patterns]
-        pair = [value[0] if isinstance(value, list) else value for value in pair]
-        dim = pair[0].ndim - (2 if self.transposed else 1)
-        out = torch.stack(pair, dim + 1).flatten(dim, dim + 1)  # [..., 2 * width, hidden] or [..., 2 * width]
-        return {target_patterns[0]: out.mT.contiguous() if self.transposed else out}
 
 
 def _converters() -> list[WeightConverter]:

@@ -14,7 +14,7 @@ from offmoe.errors import CheckpointError, UnsupportedModelError
 from offmoe.hf.catalog.convert import Block, ExpertConversion, blocks_of, blocks_of_share, destinations_of
 from offmoe.hf.catalog.groups import Group, Share
 from offmoe.hf.load.config import build_meta, model_class
-from offmoe.hf.upstream import WeightConverter, steps
+from offmoe.hf.upstream import Alternate, WeightConverter, steps
 from offmoe.quant.codec import Kind
 from offmoe.storage.layout import Assembly, Destination, ExpertLayout, Segment
 from tests import tiny
@@ -89,6 +89,26 @@ def test_concatenated_then_transposed_is_placed_like_stock() -> None:
     Assembly(destinations=tuple(parts)).place(segments, raw, views, lambda into, source: into.copy_(source))
     stock = conversion(group, (8, 4))(sources)["gate_up_proj"]
     assert torch.equal(views["gate_up_proj"], stock)
+
+
+@pytest.mark.parametrize(("shape", "transposed"), [((5, 4), True), ((5, 4), False), ((5,), False)])
+def test_alternating_rows_are_placed_as_the_operation_gives_them(shape: tuple[int, ...], transposed: bool) -> None:
+    """Gate and up apart in a GGUF file, in turns in gpt-oss's parameter; biases too."""
+    operation = Alternate(transposed=transposed)
+    group = Group(UP, converter(["gate", "up"], [operation]), {"up": ["y"], "gate": ["x"]})
+    group.kinds = kinds(shape, shape)
+    sources = {"gate": torch.randn(1, *shape), "up": torch.randn(1, *shape)}
+    wanted = operation.convert(dict(sources), ["gate", "up"], ["p"])["p"][0]
+    value = blocks_of(group, (1, *wanted.shape))
+    assert value is not None
+    assert value.shape == (1, *wanted.shape)
+    parts = destinations_of("p", value)
+    assert parts is not None
+    assert all(part.step == 2 for part in parts)
+    views = {"p": torch.zeros(wanted.shape)}
+    for part, name in zip(parts, ("up", "gate"), strict=True):
+        part.block(views, shape).copy_(sources[name][0])
+    assert torch.equal(views["p"], wanted)
 
 
 def test_transpose_with_check_depends_on_the_shape() -> None:
