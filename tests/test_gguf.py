@@ -424,3 +424,21 @@ def test_kernels_compute_what_they_read_without_decoding(tmp_path: Path, kind: Q
     assert not torch.equal(logits, wanted[0])  # the kernels add in another order
     torch.testing.assert_close(logits, wanted[0], rtol=1e-4, atol=1e-4)
     assert torch.equal(tokens, wanted[1])
+
+
+def test_a_state_of_a_gguf_model_is_used_with_that_model_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    written = gguf_models.save(tmp_path / "model", "mixtral")
+    with offmoe.from_pretrained(written.file, device="cpu", slots_per_layer=4).offload as offload:
+        offload.save_state(tmp_path / "empty.json")
+    model = offmoe.from_pretrained(written.file, device="cpu", slots_per_layer=4, state=tmp_path / "empty.json")
+    with model.offload as offload:
+        run(model)
+        offload.save_state(tmp_path / "state.json")
+        assert offload.fill_progress().total_experts > 0
+    with offmoe.from_pretrained(
+        written.file, device="cpu", slots_per_layer=4, state=tmp_path / "state.json"
+    ).offload as offload:
+        assert offload.config.warm_counts is not None
+    assert not [record for record in caplog.records if "state" in record.message]
