@@ -10,7 +10,6 @@ no model yet. Every matrix is decoded from the tensors that are written, and com
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import logging
 import os
@@ -28,7 +27,8 @@ import torch
 from offmoe.errors import CapacityError, ConfigError, UnsupportedModelError, out_of_memory
 from offmoe.hf.catalog.build import build_catalog
 from offmoe.hf.catalog.quant_config import quantization_method
-from offmoe.hf.hub.locate import MODEL_FILES, locate
+from offmoe.hf.hub.locate import locate
+from offmoe.hf.hub.model_files import side_files
 from offmoe.hf.load.config import CONFIG_FILE, PACK_MANIFEST, build_meta, model_class, read_config
 from offmoe.hf.load.load import require_index
 from offmoe.pack.manifest import Finished, Manifest
@@ -303,9 +303,9 @@ def _refuse_place(folder: Path, source: Path) -> None:
 
 def _write_rest(source: Path, folder: Path, shards: tuple[NewShard, ...], quantization: dict[str, object]) -> None:
     """Copy tokenizer and other small files, write the index, and last config.json, which makes the folder a model."""
-    for name in sorted(os.listdir(source)):
-        ours = name in (CONFIG_FILE, PACK_MANIFEST) or name.endswith((".safetensors", ".index.json"))
-        if not ours and any(fnmatch.fnmatch(name, pattern) for pattern in MODEL_FILES) and (source / name).is_file():
+    for name in side_files(source):
+        if name not in (CONFIG_FILE, PACK_MANIFEST) and not name.endswith(".index.json"):
+            (folder / name).parent.mkdir(exist_ok=True)
             write_file(folder / name, read_chunks(source / name, 0, (source / name).stat().st_size))
     index = {
         "metadata": {"total_size": sum(item.nbytes for shard in shards for item in shard.items)},

@@ -9,9 +9,10 @@ Must never: map a file (a shard truncated under a mapping kills the process, a s
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import torch
@@ -19,7 +20,7 @@ import torch
 from offmoe.errors import CheckpointError, MissingTensorError, ShardChangedError, UnsupportedModelError
 from offmoe.storage.gguf import GgufHead
 from offmoe.storage.gguf_set import GgufSet, open_set
-from offmoe.storage.header import MAX_HEADER_BYTES, ShardHead, parse_head, parse_json, read_head, regular_size
+from offmoe.storage.header import MAX_HEADER_BYTES, ShardHead, parse_head, read_head, regular_size
 from offmoe.storage.layout import Segment, TensorInfo
 
 SINGLE_FILE = "model.safetensors"
@@ -40,6 +41,7 @@ class Checkpoint:
         tensors: the tensors by the checkpoint's own names.
         identities: each shard's identity when its header was read; None for a shard that is not in the folder (yet).
         gguf: the metadata and the tensors' types, if the files are GGUF.
+        misplaced: tensors that the index names and no shard has, and the file that it places them in.
     """
 
     folder: Path
@@ -47,25 +49,28 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     identities: tuple[Identity | None, ...] = ()
     gguf: GgufSet | None = None
+    misplaced: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], heads: Mapping[str, ShardHead] | None = None) -> Checkpoint:
         """Read the headers of a checkpoint folder.
 
-        As in transformers, `model.safetensors` wins over the index. Without either, every `*.safetensors` counts.
+        As in transformers, `model.safetensors` wins over the index. The index says which files hold the tensors, and
+        nothing else: of a tensor in two of them, the one in the last file counts, by file name. Without either, every
+        `*.safetensors` counts.
 
         Args:
             folder: the checkpoint's folder.
             heads: heads of shards that are not in the folder (yet), by file name. They count as if they were.
 
         Raises:
-            MissingTensorError: a shard, or a tensor that the index names, is absent.
+            MissingTensorError: a shard is absent.
             UnsupportedModelError: there are only pickles, or torch has no dtype for a tensor.
             CheckpointError: a header or the index is damaged.
         """
         folder = Path(folder).absolute()  # so that a later change of the working directory does not matter
         heads = heads or {}
-        weight_map: dict[str, str] | None = None
+        weight_map: dict[str, str] = {}
         if SINGLE_FILE in heads or os.path.lexists(folder / SINGLE_FILE):
             files = [SINGLE_FILE]
         elif os.path.lexists(folder / INDEX_FILE):
@@ -79,8 +84,11 @@ class Checkpoint:
             dict(parse_head(heads[name] if name in heads else read_head(path), path, number))
             for number, (name, path) in enumerate(zip(files, shards, strict=True))
         ]
-        tensors = _merge(headers, files, folder) if weight_map is None else _pick(headers, files, weight_map, folder)
-        return cls(folder, shards, tensors, identities)
+        if not weight_map:
+            return cls(folder, shards, _merge(headers, files, folder), identities)
+        tensors = {name: info for header in headers for name, info in header.items()}
+        misplaced = {name: file for name, file in weight_map.items() if name not in tensors}
+        return cls(folder, shards, tensors, identities, misplaced=misplaced)
 
     @classmethod
     def open_gguf(cls, file: str | os.PathLike[str], heads: Mapping[str, GgufHead] | None = None) -> Checkpoint:
@@ -98,6 +106,18 @@ class Checkpoint:
         gguf = open_set(Path(file).absolute(), heads)
         identities = tuple(None if path.name in (heads or {}) else _identity_of(path) for path in gguf.files)
         return cls(gguf.files[0].parent, gguf.files, gguf.tensors, identities, gguf)
+
+    @property
+    def index_fault(self) -> str:
+        """What is wrong with the index, to end a message about an absent tensor; "" if nothing is."""
+        if not self.misplaced:
+            return ""
+        name, file = next(iter(self.misplaced.items()))
+        more = f" (and {len(self.misplaced) - 1} others)" if len(self.misplaced) > 1 else ""
+        return (
+            f". {self.folder / INDEX_FILE} places tensor {name!r}{more} in {file}, where it is not: index and shards "
+            "are not of the same download, so fetch both again"
+        )
 
     @property
     def model(self) -> Path:
@@ -131,7 +151,7 @@ class Checkpoint:
         except KeyError:
             raise MissingTensorError(
                 f"{self.model}: the checkpoint has no tensor {name!r}; "
-                "the download is incomplete or belongs to another architecture"
+                f"the download is incomplete or belongs to another architecture{self.index_fault}"
             ) from None
 
     def segment(self, name: str, index: int | None = None, count: int = 1) -> Segment:
@@ -222,7 +242,7 @@ def _read_index(path: Path) -> dict[str, str]:
         size = regular_size(path)
         if size > MAX_HEADER_BYTES:
             raise CheckpointError(f"{path}: an index of {size} bytes is not one; download it again")
-        index = parse_json(path.read_bytes())
+        index = json.loads(path.read_bytes().decode("utf-8"))  # of a name that occurs twice, the last place counts
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a JSON index ({error}); download it again") from error
     except OSError as error:
@@ -263,21 +283,4 @@ def _merge(headers: list[dict[str, TensorInfo]], files: list[str], folder: Path)
                     "to tell which; keep one set of shards in the folder"
                 )
             tensors[name] = info
-    return tensors
-
-
-def _pick(
-    headers: list[dict[str, TensorInfo]], files: list[str], weight_map: dict[str, str], folder: Path
-) -> dict[str, TensorInfo]:
-    """The tensors that the index names, each from the shard that it names."""
-    header_of = dict(zip(files, headers, strict=True))
-    tensors = {}
-    for name, file in weight_map.items():
-        info = header_of[file].get(name)
-        if info is None:
-            raise MissingTensorError(
-                f"{folder / file}: the index places tensor {name!r} here, but the shard does not have it; "
-                "index and shards are not of the same download: fetch both again"
-            )
-        tensors[name] = info
     return tensors

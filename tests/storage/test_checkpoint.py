@@ -69,10 +69,21 @@ class TestReading:
         (tmp_path / INDEX_FILE).unlink()
         assert Checkpoint.open(str(tmp_path)).tensors.keys() == tensors.keys()
 
-    def test_tensors_that_the_index_leaves_out_are_not_part_of_the_checkpoint(self, tmp_path: Path) -> None:
-        write_two_shards(tmp_path)
+    def test_the_index_names_files_whose_tensors_all_count_as_in_transformers(self, tmp_path: Path) -> None:
+        tensors = write_two_shards(tmp_path)
         (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"a.weight": FIRST}}))
-        assert set(Checkpoint.open(tmp_path).tensors) == {"a.weight"}
+        checkpoint = Checkpoint.open(tmp_path)
+        assert (checkpoint.shards, set(checkpoint.tensors)) == ((tmp_path / FIRST,), set(sorted(tensors)[:3]))
+
+    def test_of_a_tensor_in_two_files_the_last_counts_as_in_transformers(self, tmp_path: Path) -> None:
+        tensors = write_two_shards(tmp_path)
+        for file, other in ((FIRST, "d.scalar"), (SECOND, "a.weight")):
+            with safe_open(tmp_path / file, "pt") as shard:
+                held = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 -- no mapping
+            save_file(held | {other: tensors[other] * 2}, tmp_path / file)
+        checkpoint = Checkpoint.open(tmp_path)
+        assert bytes_at(checkpoint, checkpoint.tensors["a.weight"]) == raw_bytes(tensors["a.weight"] * 2)
+        assert bytes_at(checkpoint, checkpoint.tensors["d.scalar"]) == raw_bytes(tensors["d.scalar"])
 
     def test_segment_is_a_tensor_or_an_equal_part_of_it(self, tmp_path: Path) -> None:
         tensors = write_two_shards(tmp_path)
@@ -183,8 +194,12 @@ class TestIndex:
     def test_tensor_that_its_shard_does_not_have(self, tmp_path: Path) -> None:
         write_two_shards(tmp_path)
         (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"a.weight": FIRST, "b.scale": SECOND}}))
-        with pytest.raises(MissingTensorError, match=f"{SECOND}.*'b.scale'"):
-            Checkpoint.open(tmp_path)
+        checkpoint = Checkpoint.open(tmp_path)  # in FIRST it is
+        assert (checkpoint.tensors["b.scale"].shard, checkpoint.misplaced, checkpoint.index_fault) == (0, {}, "")
+        (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"a.weight": FIRST, "z": SECOND}}))
+        checkpoint = Checkpoint.open(tmp_path)
+        with pytest.raises(MissingTensorError, match=f"no tensor 'z'.*{INDEX_FILE} places tensor 'z' in {SECOND}"):
+            checkpoint.segment("z")
 
 
 def mutate(data: bytes, chance: random.Random) -> bytes:

@@ -47,6 +47,16 @@ def build_catalog(checkpoint: Checkpoint, meta_model: PreTrainedModel) -> Expert
         MissingTensorError: a tensor is absent; the message names it.
         CheckpointError: a tensor, dense ones included, has another shape or dtype than the model's.
     """
+    try:
+        return _build(checkpoint, meta_model)
+    except MissingTensorError as error:
+        if not checkpoint.misplaced or str(error).endswith(checkpoint.index_fault):
+            raise
+        raise MissingTensorError(f"{error}{checkpoint.index_fault}") from error
+
+
+def _build(checkpoint: Checkpoint, meta_model: PreTrainedModel) -> ExpertCatalog:
+    """`build_catalog`, whose errors know nothing of the index."""
     opened = open_view(checkpoint, meta_model.config)
     view = opened.view
     modules = find_experts(meta_model)

@@ -35,6 +35,7 @@ from offmoe.errors import (
 )
 from offmoe.hf.hub.errors import hub_errors, translated
 from offmoe.hf.hub.gguf_repo import Wanted, chosen_model, existing, gguf_in, split_tag
+from offmoe.hf.hub.model_files import JUNK, SMALL_FILES
 from offmoe.hf.hub.remote_header import TIMEOUT_S, read_remote_gguf, read_remote_head
 from offmoe.storage.checkpoint import INDEX_FILE, PICKLES, SINGLE_FILE, Checkpoint, indexed_files
 from offmoe.storage.gguf import GgufHead
@@ -46,12 +47,6 @@ logger = logging.getLogger(__name__)
 
 DEMO = "demo"
 NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
-"""Name patterns of a model's files: weights, index, configs, tokenizer."""
-SMALL_FILES = tuple(pattern for pattern in MODEL_FILES if pattern != "*.safetensors")
-JUNK = ("*/*", "consolidated*", "*[!s].index.json", "*.index.*.json")
-"""Matches of SMALL_FILES that are not needed: subfolders, the publisher's own format, indexes of other formats and of
-variants."""
 Head = TypeVar("Head", ShardHead, GgufHead)
 CONNECTIONS = 8
 """Headers that are requested at the same time."""

@@ -6,6 +6,7 @@ loaded.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from itertools import chain
@@ -17,6 +18,8 @@ from transformers import GenerationConfig, PreTrainedConfig
 from offmoe.errors import CheckpointError
 from offmoe.hf.load.json_values import are_ids, fault_error, faults, is_id, is_number, read_object, token_faults
 
+logger = logging.getLogger(__name__)
+
 FILE = "generation_config.json"
 TOKEN_LISTS = ("suppress_tokens", "begin_suppress_tokens")
 COUNTS = ("num_beams", "num_return_sequences", "max_new_tokens", "max_length", "top_k")
@@ -27,7 +30,7 @@ NO_SETTINGS = (*SPECIAL_TOKENS, "transformers_version", "use_cache")
 
 
 def check_generation(folder: Path) -> None:
-    """Check generation_config.json, if the folder has one.
+    """Check generation_config.json, if the folder has one. A file that transformers ignores is only warned of.
 
     Raises:
         CheckpointError: `generate` could not use it.
@@ -36,6 +39,11 @@ def check_generation(folder: Path) -> None:
     try:
         values = read_object(path)
     except FileNotFoundError:
+        return
+    except CheckpointError as error:
+        if not _is_ignored(folder):
+            raise
+        logger.warning("%s; its settings are left out, as transformers leaves them out", error)
         return
     wrong = chain(
         token_faults(values),
@@ -53,6 +61,17 @@ def check_generation(folder: Path) -> None:
             f"{path}: transformers cannot use it ({what}). Mend the file, or leave its settings out: "
             "generation_config=GenerationConfig() in Python, --no-generation-config on the command line."
         ) from error
+
+
+def _is_ignored(folder: Path) -> bool:
+    """Whether transformers loads a model as if its generation_config.json were not there."""
+    try:
+        GenerationConfig.from_pretrained(folder)
+    except OSError:
+        return True
+    except Exception:  # a file that is no object fails anywhere in it
+        return False
+    return False
 
 
 def model_generation(folder: Path | None, config: PreTrainedConfig) -> GenerationConfig:

@@ -27,17 +27,26 @@ from offmoe.hf.load.options import check_forwarded
 from offmoe.hf.load.save import attach_safe_save
 from offmoe.storage.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 
+METADATA = re.compile(rb'"metadata"\s*:\s*\{')
+
 
 def require_index(checkpoint: Checkpoint) -> None:
     """Check that transformers will find the weights: it reads model.safetensors or the files that an index names.
 
     Raises:
         MissingTensorError: the folder has neither.
+        CheckpointError: transformers cannot read the index.
     """
     if checkpoint.shards[0].name != SINGLE_FILE and not (checkpoint.folder / INDEX_FILE).exists():
         raise MissingTensorError(
             f"{checkpoint.folder}: holds {checkpoint.shards[0].name}, but neither {SINGLE_FILE} nor {INDEX_FILE}, which"
             " says where each tensor is; complete the download (a single shard may simply be renamed)"
+        )
+    index = checkpoint.folder / INDEX_FILE
+    if checkpoint.shards[0].name != SINGLE_FILE and not METADATA.search(index.read_bytes()):
+        raise CheckpointError(
+            f'{index}: has no "metadata" object, without which transformers reads no index; download it again, or write'
+            ' "metadata": {} beside its "weight_map"'
         )
 
 
@@ -99,7 +108,7 @@ def load_dense(
             output_loading_info=True,
             **hf_kwargs,
         )
-    _check_complete(folder, report["missing_keys"])
+    _check_complete(folder, report["missing_keys"], catalog.view.checkpoint.index_fault)
     _settle(model, cls, offloaded)
     if source is None:
         _name_source(model, generation_folder, name_or_path or folder, hf_kwargs)
@@ -161,12 +170,12 @@ def _loader_errors(folder: str | os.PathLike[str], name: str, device: str | torc
         ) from error
 
 
-def _check_complete(folder: str | os.PathLike[str], missing_keys: Iterable[str]) -> None:
+def _check_complete(folder: str | os.PathLike[str], missing_keys: Iterable[str], index_fault: str) -> None:
     missing = sorted(missing_keys)
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise MissingTensorError(
-            f"{folder}: the checkpoint has no tensor for {missing[0]!r}{more}; complete the download"
+            f"{folder}: the checkpoint has no tensor for {missing[0]!r}{more}; complete the download{index_fault}"
         )
 
 

@@ -8,7 +8,6 @@ writes a checkpoint without experts, never loses a change, and never leaves half
 
 from __future__ import annotations
 
-import fnmatch
 import os
 import shutil
 import types
@@ -22,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from offmoe.errors import ConfigError, ShardChangedError
 from offmoe.files import replacing
 from offmoe.hf.catalog.catalog import ExpertCatalog
-from offmoe.hf.hub.locate import MODEL_FILES
+from offmoe.hf.hub.model_files import side_files
 from offmoe.storage.checkpoint import INDEX_FILE, Checkpoint
 
 HONORED: dict[str, tuple[object, ...]] = {
@@ -166,11 +165,7 @@ def _copy(source: Path, out: Path, keys: frozenset[str]) -> None:
     if out.exists() and (not out.is_dir() or out.resolve() == source.resolve()):
         raise ConfigError(f"save_pretrained: {out} is the model's own source or a file; give another folder")
     weights = [shard.relative_to(source).as_posix() for shard in checkpoint.shards]
-    others = [
-        name
-        for name in sorted(os.listdir(source))
-        if any(fnmatch.fnmatch(name, pattern) for pattern in MODEL_FILES) and not name.endswith(".safetensors")
-    ]
+    others = side_files(source)
     if INDEX_FILE in others and weights == ["model.safetensors"]:
         others.remove(INDEX_FILE)  # of another set of shards, which the source's own loader ignores too
     out.mkdir(parents=True, exist_ok=True)

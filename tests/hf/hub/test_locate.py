@@ -31,6 +31,10 @@ JUNK = {
     "consolidated.safetensors.index.json": b"{}",
     "original/consolidated.00.pth": b"pickle",
     "original/params.json": b"{}",
+    "original/chat.jinja": b"",
+    "additional/other.jinja": b"",
+    "additional_chat_templates_old/other.jinja": b"",
+    "additional_chat_templates/old/other.jinja": b"",
     "onnx/model.onnx": b"another format",
     "modeling_custom.py": b"raise SystemExit",
 }
@@ -66,7 +70,7 @@ def repo(hub: HubServer, folder: Path) -> str:
     """Name of a repository for this test alone: the model, and the other files that repositories hold."""
     name = f"owner/model-{len(hub.repos)}"
     hub.repos[name] = Repo.of(folder)
-    hub.repos[name].files |= JUNK
+    hub.repos[name].files |= JUNK | {"additional_chat_templates/tool_use.jinja": b"{{ messages }}"}
     return name
 
 
