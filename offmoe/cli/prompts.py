@@ -178,11 +178,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]
     """Token ids int64 [1, n] of a text or of a chat's messages. chat: use the template; None: if there is one."""
     encoded: Any
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if messages is prompt and (chat is False or not tokenizer.chat_template):
+    templates: Any = tokenizer.chat_template  # several by name, of which messages alone take the default one
+    has_template = "default" in templates if isinstance(templates, dict) else bool(templates)
+    if messages is prompt and (chat is False or not has_template):
         raise ConfigError("messages need the chat template of the model's tokenizer; give a text as 'prompt' instead.")
-    if chat and not tokenizer.chat_template:
+    if chat and not has_template:
         raise ConfigError("--chat-template: the model's tokenizer has none; leave the option out.")
-    if chat or (chat is None and tokenizer.chat_template):
+    if chat or (chat is None and has_template):
         try:
             encoded = tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"

@@ -70,7 +70,7 @@ def repo(hub: HubServer, folder: Path) -> str:
     """Name of a repository for this test alone: the model, and the other files that repositories hold."""
     name = f"owner/model-{len(hub.repos)}"
     hub.repos[name] = Repo.of(folder)
-    hub.repos[name].files |= JUNK | {"additional_chat_templates/tool_use.jinja": b"{{ messages }}"}
+    hub.repos[name].files |= JUNK
     return name
 
 
@@ -134,6 +134,18 @@ def test_inspect_fetches_headers_and_no_weights(hub: HubServer, client: Client, 
     assert all(fetched[shard] <= HEAD_BYTES for shard in shards)
     assert sum(fetched.values()) < sum(map(len, hub.repos[repo].files.values())) / 3
     assert not list(client.home.rglob(f"*{repo.partition('/')[2]}/snapshots/*/*.safetensors"))
+
+
+def test_chat_templates_in_a_folder_of_their_own_are_fetched(hub: HubServer, client: Client, repo: str) -> None:
+    """A model that has them and no other template generates without one, unless one is asked for."""
+    hub.repos[repo].files["additional_chat_templates/tool_use.jinja"] = b"{{ messages[0].content }}"
+    before = len(hub.requests)
+    ours = client.offmoe("generate", repo, "hello", *GENERATE)
+    assert ours["status"] == 0, ours["err"]
+    assert "additional_chat_templates/tool_use.jinja" in hub.fetched(before)
+    assert not hub.fetched(before).keys() & JUNK.keys()
+    asked = client.offmoe("generate", repo, "hello", *GENERATE, "--chat-template")
+    assert (asked["status"], "--chat-template: the model's tokenizer has none" in asked["err"]) == (2, True)
 
 
 def test_generate_fetches_what_the_index_names_and_nothing_else(

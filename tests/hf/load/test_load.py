@@ -203,7 +203,6 @@ def test_config_beyond_any_model_builds_nothing(tmp_path: Path, name: str, value
         ('{"num_beams": "4"}', "'num_beams' is '4', not a whole number"),
         ('{"temperature": NaN}', "'temperature' is nan, not a number"),
         ("[]", "not a JSON object"),
-        ("{", "not JSON"),
     ],
 )
 def test_generation_config_that_generate_could_not_use(tmp_path: Path, text: str, match: str) -> None:
