@@ -26,6 +26,7 @@ from offmoe.bench import rounds
 from offmoe.bench.messages import OFFMOE, Pass, Task
 from offmoe.bench.scratch import ended_by_sigterm, scratch_folder
 from offmoe.budget.inspect import Inspected, inspect
+from offmoe.compute.kernels.library import status
 from offmoe.config import OffloadConfig
 from offmoe.measure.probes import drop_page_cache
 from offmoe.pack.pack import weight_format
@@ -190,6 +191,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny experts: does everything run?")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args()
+    if status().library is None:
+        sys.exit(f"any_memory.py: {status().message}")
     found: dict[str, Any] = {}
     with ended_by_sigterm(), scratch_folder("offmoe-any-memory-", args.work) as scratch:
         work = prepared(args, scratch)
