@@ -137,7 +137,7 @@ def test_devices_that_are_not_there(kind: LateKind) -> None:
 
 def test_slots_that_do_not_fit(folder: Path, kind: LateKind) -> None:
     backend = select_backend("late:1")
-    with pytest.raises(CapacityError, match="slots_per_layer"):
+    with pytest.raises(CapacityError, match="--slots-per-layer"):
         backend.allocate(3 << 30)
     assert torch.equal((torch.ones(2, device="late:1") + 1).cpu(), torch.full((2,), 2.0))
 
