@@ -185,8 +185,9 @@ class OffloadConfig:
             whose activations fit in the workspace and the KV reserve that it leaves. Errors: a forward pass that does
             not fit and that transformers cannot divide (CapacityError).
         on_miss: What to do on a miss: "fetch" = always load into a slot; "cpu" = only into free slots, compute the rest
-            without one; "auto" = decide per expert, but "fetch" on a CPU with scope="layer", where deciding gains
-            nothing. Default: the profile's, else "auto". Errors: "cpu" on a GPU without exactness="numeric".
+            without one; "auto" = decide per expert, but "fetch" where that gains nothing: with slots of each layer's
+            own or a pool of more than a sixth of all experts, unless the CPU may compute beside a GPU. Default: the
+            profile's, else "auto". Errors: "cpu" on a GPU without exactness="numeric".
         prefetch: Experts to fetch into slots before the next layer asks for them: at most this many per layer, 0 for
             none, or "auto" while it pays. Default: the profile's, else "auto".
         exactness: How equal results are to stock transformers: "bitwise" = equal bit for bit; "numeric" = same routing
