@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 import offmoe
 from offmoe.device.backend import CpuBackend
 from offmoe.hf.load.config import model_class, read_config
-from tests import families, tiny
+from tests import families, quantized, tiny
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOWER = (torch.bfloat16, torch.float16)
@@ -75,7 +75,7 @@ def test_logits_are_those_of_stock(tmp_path: Path, family: str, dtype: torch.dty
 
 @pytest.mark.parametrize("autocast", LOWER, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("experts", ["native", "int8"])
+@pytest.mark.parametrize("experts", ["native", "int8", "int4"])
 def test_kernels_compute_under_it_too(tmp_path: Path, dtype: torch.dtype, autocast: torch.dtype, experts: str) -> None:
     """As far from float32 without autocast as stock is from its own, which is what autocast costs; a half more at most.
 
@@ -96,6 +96,21 @@ def test_kernels_compute_under_it_too(tmp_path: Path, dtype: torch.dtype, autoca
     for i, inputs in enumerate((several, one)):
         cost = error(logits(stock(folder, dtype), inputs, autocast), logits(stock(folder, torch.float32), inputs, None))
         assert error(found[i], exact[i]) < 1.5 * cost
+
+
+@pytest.mark.parametrize("autocast", LOWER, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("kind", "family"), [("fp8", "mixtral"), ("ct-int4", "qwen3_moe"), ("nf4", "mixtral")])
+def test_quantized_checkpoints_give_the_bits_of_their_values(
+    tmp_path: Path, kind: str, family: str, dtype: torch.dtype, autocast: torch.dtype
+) -> None:
+    folder, dense = quantized.save(tmp_path, family, kind)
+    reference = stock(dense, dtype)
+    model = offmoe.from_pretrained(folder, slots_per_layer=3, dtype=dtype, exactness="bitwise")
+    with model.offload:
+        for ids in (tiny.prompt(), tiny.prompt(1, 1)):
+            inputs = {"input_ids": ids}
+            assert torch.equal(logits(model, inputs, autocast), logits(reference, inputs, autocast))
 
 
 @pytest.mark.parametrize("autocast", LOWER, ids=str)
