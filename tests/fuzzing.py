@@ -38,6 +38,7 @@ REFUSALS = (
     r"config='.+': there is no such folder or file; .+",
     r"dtype=.+ is not one to compute in\. .+",
     r"dtype=.+ is unknown\. .+",
+    r".+generation_config\.json: '\w+' is .+, not (a|a list) .+; download the file again",  # stock may not look at it
     r"slots_per_layer=\d+ .+below top_k=.+",
     r".+ has no experts that offmoe can find .+",
 )
