@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
@@ -23,7 +22,7 @@ from offmoe.budget.predict import (
     DECODE_NS,
     OPERATIONS_PER_EXPERT,
     OPERATIONS_PER_LAYER,
-    OPERATIONS_PER_MOE_LAYER,
+    STOCK_MOE_OPERATIONS,
     Rates,
 )
 from offmoe.compute.kernels.cpu import CpuKernels, physical_cores
@@ -31,7 +30,7 @@ from offmoe.compute.kernels.library import status
 from offmoe.device.backend import Backend, CpuBackend
 from offmoe.device.machines import DEFAULT_DISK, parse_machine
 from offmoe.hf.adapters.find import find_experts, require_adapter
-from offmoe.measure.probes import DiskProbe, copy_gb_s, timed
+from offmoe.measure.probes import DiskProbe, copy_gb_s, median_s
 from offmoe.storage.store import ExpertStore
 
 LEAST_BYTES, MOST_BYTES = 1 << 20, 32 << 20
@@ -45,13 +44,14 @@ shape: of bf16 with one row, torch read 0.7 GB/s of 2048 x 4096 and 2.7 GB/s of 
 READ_BYTES = 64 << 20
 LAYERS = 4
 """Layers of the model whose time is that of dispatching alone."""
-MOE_LAYER_OPERATIONS = OPERATIONS_PER_LAYER + OPERATIONS_PER_MOE_LAYER + 2 * OPERATIONS_PER_EXPERT
+STOCK_OPERATIONS = OPERATIONS_PER_LAYER + STOCK_MOE_OPERATIONS + 2 * OPERATIONS_PER_EXPERT
+"""Of one of its layers."""
 COPY_BYTES = 32 << 20
 DISK_S = 0.1
 """Seconds of reading."""
 KERNEL_SHARE = 0.85
 """Speed of the C kernels relative to reading memory: 0.83 to 0.95 (docs/measurements.md)."""
-ROUNDS = 3
+ROUNDS = 5
 
 
 def probe(survey: Survey) -> Rates:
@@ -67,7 +67,7 @@ def probe(survey: Survey) -> Rates:
     experts = _products_gb_s(backend, survey.dtype, _expert_shapes(survey.meta)) or dense
     by_kernels = _kernels_gb_s()
     disk_gb_s, assumed = _disk_gb_s(survey)
-    operation_us = _operation_us(backend)
+    operation_us = _operation_us(backend, survey.dtype)
     link = None if unified else copy_gb_s(backend, COPY_BYTES, ROUNDS)
     copy = copy_gb_s(CpuBackend(), COPY_BYTES, ROUNDS) if unified else None
     return Rates(
@@ -125,7 +125,7 @@ def _product_s(backend: Backend, weight: torch.Tensor) -> float:
         done.synchronize()
 
     with torch.no_grad():
-        return _best_s(work) / len(weights)
+        return median_s(work, ROUNDS) / len(weights)
 
 
 def _kernels_gb_s() -> float | None:
@@ -135,10 +135,10 @@ def _kernels_gb_s() -> float | None:
         return None
     memory = torch.ones(READ_BYTES, dtype=torch.uint8)
     with CpuKernels(library, min(torch.get_num_threads(), physical_cores())) as kernels:
-        return KERNEL_SHARE * READ_BYTES / 1e9 / _best_s(lambda: kernels.read(memory))
+        return KERNEL_SHARE * READ_BYTES / 1e9 / median_s(lambda: kernels.read(memory), ROUNDS)
 
 
-def _operation_us(backend: Backend) -> float:
+def _operation_us(backend: Backend, dtype: torch.dtype) -> float:
     """Microseconds of one operation of a decoder layer, Python included: a model too small for anything else to count.
 
     It is stock Mixtral, whatever the model: layers of other families take about as many operations.
@@ -155,7 +155,7 @@ def _operation_us(backend: Backend) -> float:
     )
     with torch.random.fork_rng(devices=[]):
         model: Any = MixtralForCausalLM(config).eval()
-    model.to(backend.device)
+    model.to(device=backend.device, dtype=dtype)
     ids = torch.zeros(1, 1, dtype=torch.int64, device=backend.device)
     done = backend.event()
 
@@ -165,7 +165,7 @@ def _operation_us(backend: Backend) -> float:
         done.synchronize()
 
     with torch.no_grad():
-        return _best_s(work) / (LAYERS * MOE_LAYER_OPERATIONS) * 1e6
+        return median_s(work, ROUNDS) / (LAYERS * STOCK_OPERATIONS) * 1e6
 
 
 def _disk_gb_s(survey: Survey) -> tuple[float, tuple[str, ...]]:
@@ -175,9 +175,3 @@ def _disk_gb_s(survey: Survey) -> tuple[float, tuple[str, ...]]:
     shards, records = survey.checkpoint.shards, survey.catalog.records
     with closing(ExpertStore(shards, records)) as store, closing(DiskProbe(store, records, shards)) as disk:
         return disk.gb_s(DISK_S), ()
-
-
-def _best_s(work: Callable[[], object]) -> float:
-    """The least seconds of some rounds, after one that does not count: other work on the machine only adds to them."""
-    work()
-    return min(timed(work) for _ in range(ROUNDS))
