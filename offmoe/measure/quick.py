@@ -45,7 +45,7 @@ READ_BYTES = 64 << 20
 LAYERS = 4
 """Layers of the model whose time is that of dispatching alone."""
 STOCK_OPERATIONS = OPERATIONS_PER_LAYER + STOCK_MOE_OPERATIONS + 2 * OPERATIONS_PER_EXPERT
-"""Of one of its layers."""
+"""Operations of one of its layers."""
 COPY_BYTES = 32 << 20
 DISK_S = 0.1
 """Seconds of reading."""
