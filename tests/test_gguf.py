@@ -7,6 +7,7 @@ import json
 import logging
 import random
 import re
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -108,7 +109,14 @@ def test_parity_in_float32(tmp_path: Path, family: str) -> None:
     check_parity(written, torch.float32, tmp_path / "run.npz")
 
 
-@pytest.mark.parametrize("kind", [k for k in gguf_models.HALVES if k not in (8, 39)], ids=lambda kind: Q(kind).name)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, id=Q(kind).name, marks=() if kind in (Q.Q5_K, Q.IQ4_XS) else pytest.mark.slow)
+        for kind in gguf_models.HALVES
+        if kind not in (Q.Q8_0, Q.MXFP4)
+    ],
+)
 def test_every_type_runs(tmp_path: Path, kind: int) -> None:
     wide = gguf.GGML_QUANT_SIZES[Q(kind)][0] == 256
     written = gguf_models.save(tmp_path, "mixtral", all_of(Q(kind)), wide=wide)
@@ -159,9 +167,9 @@ def test_tied_embeddings_and_a_bare_head(tmp_path: Path) -> None:
 def test_decoder_layers_that_do_not_fit_are_decoded_once_and_streamed(tmp_path: Path) -> None:
     """The rebuilt weights of offloaded layers are written in the dtype to compute in, and read from there."""
     written = gguf_models.save(tmp_path, "mixtral", q4_k_m, wide=True)
-    needs = inspect(written.file, OffloadConfig(device="cpu", slots_per_layer=3)).needs.bytes
-    memory = needs.min_dense + 3 * sum(needs.slot_bytes) + needs.staging + needs.workspace + 64 * needs.kv_per_token
-    small = inspect(written.file, OffloadConfig(device="cpu", device_memory=memory, max_context=64))
+    roomy = inspect(written.file, OffloadConfig(device="cpu", max_context=64))
+    config = OffloadConfig(device="cpu", device_memory=roomy.plan.smallest, max_context=64, exactness="bitwise")
+    small = inspect(written.file, config)
     assert small.plan.offloaded_layers
     wanted = stock(written.dense, torch.bfloat16)
     ours = load(small)
@@ -283,7 +291,9 @@ def extra(name: str, shape: tuple[int, ...] = (4,)) -> Callable[[gguf.GGUFWriter
     return lambda writer: writer.add_tensor(name, np.ones(shape, np.float32))
 
 
-@pytest.mark.parametrize("name", ["blk.0.attn_novel.weight", "novel.weight", "blk.3.attn_norm.weight"])
+@pytest.mark.parametrize(
+    "name", ["blk.0.attn_novel.weight", "novel.weight", "blk.3.attn_norm.weight", "blk.00.attn_norm.weight"]
+)
 def test_a_tensor_that_nobody_knows_is_refused(tmp_path: Path, name: str) -> None:
     written = gguf_models.save(tmp_path, "mixtral", more=extra(name))
     with pytest.raises(UnsupportedModelError, match=f"tensor {name!r} is .*safetensors checkpoint"):
@@ -294,6 +304,17 @@ def test_a_tensor_without_a_place_in_the_model_is_refused(tmp_path: Path) -> Non
     """qwen3moe knows biases, but this configuration has none in its attention."""
     written = gguf_models.save(tmp_path, "qwen3_moe", more=extra("blk.1.attn_q.bias", (64,)))
     with pytest.raises(UnsupportedModelError, match=r"q_proj\.bias' has no place in Qwen3MoeForCausalLM"):
+        inspect(written.file, OffloadConfig(device="cpu"))
+
+
+@pytest.mark.parametrize("count", [0, 10_001, 2**31])
+def test_a_number_of_layers_that_no_model_has_is_refused_at_once(tmp_path: Path, count: int) -> None:
+    written = gguf_models.save(tmp_path, "qwen3_5_moe_text")
+    key = b"qwen35moe.block_count" + struct.pack("<I", 4)
+    raw = written.file.read_bytes()
+    assert key + struct.pack("<I", 3) in raw
+    written.file.write_bytes(raw.replace(key + struct.pack("<I", 3), key + struct.pack("<I", count)))
+    with pytest.raises(CheckpointError, match=f"say {count} layers"):
         inspect(written.file, OffloadConfig(device="cpu"))
 
 
@@ -394,19 +415,19 @@ def test_the_documentation_lists_what_runs() -> None:
 
 @pytest.mark.parametrize("family", ["mixtral", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
 def test_damaged_metadata_give_a_model_or_an_error(tmp_path: Path, family: str) -> None:
-    """One byte is changed, 80 times: from headers to the catalog nothing but an `OffmoeError` is raised."""
+    """One bit is changed, 40 times: from headers to the catalog nothing but an `OffmoeError` is raised."""
     written = gguf_models.save(tmp_path, family)
-    raw, rng = written.file.read_bytes(), random.Random(0)
+    raw, rng, end = written.file.read_bytes(), random.Random(0), read_gguf(written.file).header_bytes
     refused = 0
-    for _ in range(80):
+    for _ in range(40):
         damaged = bytearray(raw)
-        damaged[rng.randrange(read_gguf(written.file).header_bytes)] ^= 1 << rng.randrange(8)
+        damaged[rng.randrange(end)] ^= 1 << rng.randrange(8)
         (tmp_path / "damaged.gguf").write_bytes(bytes(damaged))
         try:
             inspect(tmp_path / "damaged.gguf", OffloadConfig(device="cpu"))
         except OffmoeError:
             refused += 1
-    assert refused > 30
+    assert refused > 15
 
 
 @pytest.mark.parametrize("kind", [Q.Q4_0, Q.MXFP4, Q.BF16], ids=lambda kind: kind.name)

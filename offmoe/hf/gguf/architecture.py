@@ -6,7 +6,6 @@ their values. A tensor that no rule names is refused, so nothing is left at rand
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,13 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig
 
-from offmoe.errors import UnsupportedModelError
-from offmoe.hf.gguf.metadata import Metadata
+from offmoe.errors import CheckpointError, UnsupportedModelError
+from offmoe.hf.gguf.metadata import BLOCK, Metadata
 from offmoe.hf.gguf.values import Undo
 from offmoe.hf.upstream import Concatenate, WeightConverter
 
-BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
-"""The name of a tensor of a decoder layer."""
+MAX_LAYERS = 10_000
+"""A file with more decoder layers is damaged. The largest models have 126."""
 SCALING_FACTORS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
 """Factors of the rotary embedding. They follow from the configuration."""
 EXPERTS = "mlp.experts."
@@ -76,8 +75,7 @@ class Architecture:
         Args:
             names: the file's tensors.
             config: the model's text configuration.
-            layers: the decoder layers; tensors of the blocks behind them, up to the range's `stop` plus the predicted
-                layers, were dropped before.
+            layers: the numbers of the decoder layers.
             file: the file's name for messages.
 
         Raises:
@@ -86,7 +84,7 @@ class Architecture:
         per_block: dict[str, set[str]] = {}
         for name in names:
             match = BLOCK.fullmatch(name)
-            prefix, leaf = (f"blk.{int(match[1])}.", match[2]) if match else ("", name)
+            prefix, leaf = (f"blk.{match[1]}.", match[2]) if match else ("", name)
             if not match and leaf in SCALING_FACTORS:
                 continue
             if match and int(match[1]) not in layers:
@@ -186,8 +184,18 @@ def head_dim(metadata: Metadata) -> int:
 
 
 def num_layers(metadata: Metadata) -> int:
-    """Decoder layers, without those that predict further tokens: the file counts them, transformers has none."""
-    return metadata.integer("block_count") - metadata.integer("nextn_predict_layers", 0)
+    """Decoder layers, without those that predict further tokens: the file counts them, transformers has none.
+
+    Raises:
+        CheckpointError: no model has so many, or so few.
+    """
+    blocks, further = metadata.integer("block_count"), metadata.integer("nextn_predict_layers", 0)
+    if not 0 < blocks - further <= MAX_LAYERS:
+        raise CheckpointError(
+            f"{metadata.file}: its metadata say {blocks} layers, {further} of them for further tokens; download it "
+            "again"
+        )
+    return blocks - further
 
 
 def end_tokens(metadata: Metadata) -> int | list[int] | None:
@@ -195,11 +203,6 @@ def end_tokens(metadata: Metadata) -> int | list[int] | None:
     ids = [metadata.token(name) for name in ("eos", "eot", "eom")]
     known = list(dict.fromkeys(token for token in ids if token is not None))
     return known[0] if len(known) == 1 else known or None
-
-
-def dense_layers(metadata: Metadata) -> list[int]:
-    """The decoder layers without a router."""
-    return sorted(set(range(num_layers(metadata))) - set(metadata.blocks_with("ffn_gate_inp.weight")))
 
 
 def leading_dense(metadata: Metadata) -> int:

@@ -10,11 +10,11 @@ from functools import cached_property
 from transformers import PreTrainedConfig
 
 from offmoe.errors import UnsupportedModelError
-from offmoe.hf.gguf.architecture import BLOCK, Architecture, Rebuilt, num_layers
+from offmoe.hf.gguf.architecture import Architecture, Rebuilt, num_layers
 from offmoe.hf.gguf.deepseek import DEEPSEEK, GLM4
 from offmoe.hf.gguf.gpt_oss import GPT_OSS
 from offmoe.hf.gguf.llama import GRANITE, LLAMA4, MIXTRAL
-from offmoe.hf.gguf.metadata import Metadata
+from offmoe.hf.gguf.metadata import BLOCK, Metadata
 from offmoe.hf.gguf.others import DBRX, MINIMAX, OLMOE
 from offmoe.hf.gguf.qwen import QWEN2, QWEN3
 from offmoe.hf.gguf.qwen_hybrid import QWEN3_NEXT, QWEN35

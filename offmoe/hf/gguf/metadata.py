@@ -7,6 +7,7 @@ reads can be reported.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -20,6 +21,8 @@ from offmoe.storage.gguf_types import BLOCK_TYPES
 T = TypeVar("T")
 REQUIRED: Any = object()
 """Default of a key that a file must have."""
+BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,4})\.(.+)")
+"""The name of a tensor of a block, which is a decoder layer."""
 BESIDE = "put the model's config.json beside the file"
 """What to do where the metadata are not enough."""
 
@@ -82,8 +85,8 @@ class Metadata:
 
     def blocks_with(self, leaf: str) -> tuple[int, ...]:
         """The numbers of the blocks (decoder layers) that have a tensor of this name, ascending."""
-        numbers = (name.split(".") for name in self.shapes if name.startswith("blk.") and name.endswith(f".{leaf}"))
-        return tuple(sorted(int(parts[1]) for parts in numbers if parts[1].isdecimal() and ".".join(parts[2:]) == leaf))
+        matches = (BLOCK.fullmatch(name) for name in self.shapes if name.endswith(f".{leaf}"))
+        return tuple(sorted(int(match[1]) for match in matches if match and match[2] == leaf))
 
     def unread(self) -> list[str]:
         """The keys of the architecture that nobody read."""

@@ -115,7 +115,7 @@ def _next_rules(config: PreTrainedConfig) -> list[Rule]:
 
 def _qwen35_rules(config: PreTrainedConfig) -> list[Rule]:
     groups, size = config.linear_num_key_heads, config.linear_value_head_dim
-    per_group = config.linear_num_value_heads // groups
+    per_group = config.linear_num_value_heads // max(1, groups)
     start = 2 * groups * config.linear_key_head_dim  # queries and keys stand before values
     heads = partial(grouped_heads, groups=groups, per_group=per_group, size=size)
     numbers = partial(grouped_heads, groups=groups, per_group=per_group, size=1)
