@@ -291,7 +291,7 @@ def _build_executor(
     if config.is_numeric and backend.has_device_kernels:
         uploads = Uploads(backend)
         closing.callback(uploads.close)
-        compute = device_compute(layers, arena, compute, uploads)
+        compute = device_compute(layers, arena, compute, uploads, compile_for=(inspected.dtype, inspected.shape.top_k))
         closing.callback(compute.close)
     return ExpertExecutor(planner, transfer, compute, backend, stats, host), config
 

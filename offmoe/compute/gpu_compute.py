@@ -29,7 +29,7 @@ from offmoe.transfer.engine import TransferEngine
 logger = logging.getLogger(__name__)
 
 EXPERTS_PER_LAUNCH = 8
-"""If a step has several tokens. More would let experts that have arrived wait for those that have not."""
+"""For experts that are on their way, if a step has several tokens. More would let some that have arrived wait."""
 
 
 class GpuCompute(ExpertCompute):
@@ -49,13 +49,27 @@ class GpuCompute(ExpertCompute):
     def wave(
         self, layer: ExpertLayer, experts: Sequence[tuple[int, int]], inputs: LayerInput, transfer: TransferEngine
     ) -> Iterator[torch.Tensor]:
-        per_launch = len(experts) if inputs.pairs is None else EXPERTS_PER_LAUNCH
-        for start in range(0, len(experts), max(1, per_launch)):  # none, where the host computes all that missed
-            launched = experts[start : start + per_launch]
+        kernels, rows = self._kernels[layer.index], dict[int, torch.Tensor]()
+
+        def launch(launched: Sequence[tuple[int, int]]) -> None:
             for _, slot in launched:
                 transfer.ready(slot)
             pairs = _pairs(launched, inputs)
-            yield from self._kernels[layer.index].compute(pairs, inputs.hidden).split(list(pairs.counts))
+            computed = kernels.compute(pairs, inputs.hidden).split(list(pairs.counts))
+            rows.update(zip([expert for expert, _ in launched], computed, strict=True))
+
+        is_resident = {expert: transfer.coming(slot) is None for expert, slot in experts}
+        resident = [(expert, slot) for expert, slot in experts if is_resident[expert]]
+        coming = [(expert, slot) for expert, slot in experts if not is_resident[expert]]
+        # What is here is computed while the rest arrives, in as few launches as intermediate rows allow.
+        for group in _groups(resident, inputs, kernels.most_pairs):
+            launch(group)
+        per_launch = len(coming) if inputs.pairs is None else EXPERTS_PER_LAUNCH
+        for expert, _ in experts:
+            if expert not in rows:
+                launch(coming[:per_launch])
+                coming = coming[per_launch:]
+            yield rows.pop(expert)
 
     def slots_moved(self) -> None:
         for kernels in self._kernels.values():
@@ -63,6 +77,20 @@ class GpuCompute(ExpertCompute):
 
     def close(self) -> None:
         self._kernels = {}  # they hold the slots' memory
+
+
+def _groups(experts: Sequence[tuple[int, int]], inputs: LayerInput, most_pairs: int) -> Iterator[list[tuple[int, int]]]:
+    """The experts in groups of at most `most_pairs` pairs each, or of one expert."""
+    group, num_pairs = list[tuple[int, int]](), 0
+    for expert, slot in experts:
+        rows = inputs.num_rows(expert)
+        if group and num_pairs + rows > most_pairs:
+            yield group
+            group, num_pairs = [], 0
+        group.append((expert, slot))
+        num_pairs += rows
+    if group:
+        yield group
 
 
 def _pairs(experts: Sequence[tuple[int, int]], inputs: LayerInput) -> Pairs:
@@ -74,12 +102,18 @@ def _pairs(experts: Sequence[tuple[int, int]], inputs: LayerInput) -> Pairs:
 
 
 def device_compute(
-    layers: Sequence[ExpertLayer], arena: SlotArena, otherwise: ExpertCompute, upload: Upload | None = None
+    layers: Sequence[ExpertLayer],
+    arena: SlotArena,
+    otherwise: ExpertCompute,
+    upload: Upload | None = None,
+    compile_for: tuple[torch.dtype, Sequence[int]] | None = None,
 ) -> ExpertCompute:
     """The GPU kernels for layers whose slots they read, `otherwise` for the rest; logs which are the rest, and why.
 
     Args:
         upload: as `DeviceKernels` takes it.
+        compile_for: dtype of the inputs, and experts per token of each layer, to compile kernels for now. None: they
+            are compiled when they are first launched.
     """
     if not available():
         logger.warning(
@@ -96,10 +130,33 @@ def device_compute(
             reasons[str(error)] += 1
         else:
             kernels[layer.index] = DeviceKernels(operands, glu, arena.memory, arena.starts, upload=upload)
+    if compile_for is not None:
+        _compile(kernels, *compile_for, reasons)
     for reason, count in reasons.items():
         logger.warning("%d MoE layers are computed by torch's operators: %s", count, reason)
     by_kernels = GpuCompute(kernels, arena)
     return ComputeByLayer([by_kernels if layer.index in kernels else otherwise for layer in layers])
+
+
+def _compile(
+    kernels: dict[int, DeviceKernels], dtype: torch.dtype, top_k: Sequence[int], reasons: Counter[str]
+) -> None:
+    """Compile the kernels of all layers; those that do not compile here are taken out, with a reason."""
+    kinds: dict[tuple[object, ...], list[int]] = {}
+    for index, of_layer in kernels.items():
+        kinds.setdefault((*of_layer.kind, top_k[index]), []).append(index)
+    for number, indices in enumerate(kinds.values(), 1):
+        logger.info(
+            "compiling GPU kernels, kind %d of %d: seconds the first time on a machine, then kept by Triton",
+            number,
+            len(kinds),
+        )
+        try:
+            kernels[indices[0]].compile(dtype, top_k[indices[0]])
+        except Exception as error:  # whatever a compiler, an assembler or a driver may raise for this device
+            reasons[f"the GPU kernels do not compile here ({str(error).partition(chr(10))[0]})"] += len(indices)
+            for index in indices:
+                del kernels[index]
 
 
 def _operands(layer: ExpertLayer) -> tuple[GatedOperands, Glu]:

@@ -8,9 +8,8 @@ A fetch is one movement of one expert: from disk, or from a RAM slot of the host
 a fetch that no computation waits for yet. A read-ahead has no slot: its bytes stay in a staging buffer until a fetch
 adopts it, or until the next access runs without it and it is cancelled.
 
-The fetches of a layer that needs several waves are all queued at once. Their reads do not wait for their slots, only
-their copies do. So as many experts as there are staging buffers are read before they are computed with, even where
-the layer has a single slot.
+The fetches of a layer that needs several waves are queued at once. Their reads do not wait for their slots, only their
+copies do: as many experts as there are staging buffers are read ahead, even where the layer has a single slot.
 """
 
 from __future__ import annotations
@@ -136,15 +135,15 @@ class TransferEngine:
             if tickets:
                 self._queue.promote(tickets)
 
-    def arriving(self, slot: int) -> Arriving | None:
-        """The expert on its way into `slot`, to compute with while it arrives; to be asked for before `ready`.
-
-        None if it is in the slot already, or does not arrive part by part.
-        """
+    def coming(self, slot: int) -> Ticket | None:
+        """The ticket that the next computation with `slot` has to wait for; None if its expert is resident."""
         ticket = self._tickets.get(slot)
-        if ticket is None or ticket.lands_after > self._num_uses[slot] or ticket.issued.is_set():
-            return None
-        return self.writer.arriving(ticket)
+        return None if ticket is None or ticket.lands_after > self._num_uses[slot] else ticket
+
+    def arriving(self, slot: int) -> Arriving | None:
+        """The expert on its way into `slot`, to compute with while it arrives; None if it does not part by part."""
+        ticket = self.coming(slot)
+        return None if ticket is None or ticket.issued.is_set() else self.writer.arriving(ticket)
 
     def ready(self, slot: int) -> None:
         """Make computation wait for the last fetch into `slot`.
@@ -154,8 +153,8 @@ class TransferEngine:
         Raises:
             OffmoeError: The fetch failed.
         """
-        ticket = self._tickets.get(slot)
-        if ticket is None or ticket.lands_after > self._num_uses[slot]:
+        ticket = self.coming(slot)
+        if ticket is None:
             return
         waited = ticket.arrival.take_waited_s()
         if not ticket.issued.is_set():

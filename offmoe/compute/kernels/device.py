@@ -13,6 +13,7 @@ Must never: read a slot that is not in `Pairs.slots`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -33,6 +34,13 @@ STEP = {"int32": 32, "uint8": 128, "bf16": 256, "fp16": 256, "fp32": 128}
 FULL_GRID = 512
 """Programs that keep 132 multiprocessors and the memory busy: about four per multiprocessor, of 128 threads each.
 Derived, not measured."""
+
+LAUNCH_BYTES = 64 << 20
+"""Bytes of the rows between the two kernels of a launch and behind them: a prompt of 4,096 tokens of Mixtral would take
+0.6 GB in one launch. 64 MB are 900 pairs of it, which fill any GPU."""
+
+GROUP_TOKENS = (16, 32, 64)
+"""Tokens that a `grouped` program may take at a time."""
 
 COMPILER = {"num_warps": 4, "enable_fp_fusion": True}
 """enable_fp_fusion: multiply and add in one instruction halve the instructions of decoding; Triton 3.10 does not use it
@@ -100,6 +108,52 @@ class DeviceKernels:
         self._memory = memory
         # int32 reaches 128 GiB from `memory`; numpy refuses what is farther.
         self._starts = np.array([start // PARAM_ALIGNMENT for start in starts], dtype=np.int32)
+
+    def compile(self, dtype: torch.dtype, top_k: int) -> int:
+        """Compile every variant that `compute` may launch, so that none is compiled in the middle of a generation.
+
+        Triton keeps what it compiled on disk: a variant takes about a second once per machine.
+
+        Args:
+            dtype: of the inputs.
+            top_k: experts per token.
+
+        Returns:
+            The number of variants. 0 if launches are not Triton's own.
+        """
+        if self._launch is not _launch:
+            return 0
+        seen: set[object] = set()
+
+        def warm_up(
+            kernel: Any, grid: tuple[int, int], arguments: tuple[object, ...], sizes: Mapping[str, int]
+        ) -> None:
+            variant = kernel.__name__, tuple(sizes.items()), tuple(type(value) for value in arguments)
+            if variant not in seen:
+                seen.add(variant)
+                if hasattr(kernel, "warmup"):  # Triton's interpreter compiles nothing
+                    kernel.warmup(*arguments, grid=grid, **sizes)
+
+        kernels, device = copy(self), self._memory.device
+        kernels._launch = warm_up
+        with torch.accelerator.device_index(device.index):
+            one = torch.zeros(1, self._operands.hidden, dtype=dtype, device=device)  # [1, H]
+            kernels.by_pair(Pairs([0] * top_k, [1] * top_k), one)
+            for n in range(1, DECODE_PAIRS + 1):
+                kernels.by_pair(Pairs([0], [n], torch.arange(n, device=device), top_k), one)
+            for n in GROUP_TOKENS:
+                kernels.by_group(Pairs([0, 0], [n, n], torch.arange(2 * n, device=device), top_k), one)
+        return len(seen)
+
+    @property
+    def kind(self) -> tuple[GatedOperands, Glu]:
+        """What the compiler sees of a layer: layers of one kind share compiled kernels."""
+        return self._operands, self._glu
+
+    @property
+    def most_pairs(self) -> int:
+        """Pairs of one launch whose intermediate and output rows take LAUNCH_BYTES, at four bytes a number."""
+        return max(1, LAUNCH_BYTES // (4 * (self._operands.inner + self._operands.hidden)))
 
     def compute(self, pairs: Pairs, hidden: torch.Tensor) -> torch.Tensor:
         """Experts on their inputs: hidden [m, H] -> rows [n, H] of its dtype, in the order of `pairs`, unweighted."""
@@ -172,11 +226,15 @@ def decode_blocks(weight: Operand, pairs: int, full_grid: int = FULL_GRID) -> di
 def grouped_blocks(weight: Operand, tokens: int) -> dict[str, int]:
     """Tokens, rows and elements that a `grouped` program takes at a time.
 
-    Desktop GPUs have 99 KB of shared memory: two stages of int4 fit, three do not.
+    Desktop GPUs have 99 KB of shared memory: two stages of int4 fit, three do not. Blocks of 64 x 64 of int8 do not fit
+    the registers: ptxas spilled 236 bytes on sm_86 and 668 on sm_120, and none with 32 rows. For int4 in groups of 32
+    and 32 tokens it was 48 bytes on sm_86.
     """
-    return {"BM": tokens, "BN": 64, "BW": 64 if weight.values == 1 else 32, "num_stages": 2, **COMPILER}
+    narrow = (weight.kind, tokens) == ("uint8", 64) or (weight.kind, weight.group, tokens) == ("int4", 32, 32)
+    rows = 32 if narrow else 64
+    return {"BM": tokens, "BN": rows, "BW": 64 if weight.values == 1 else 32, "num_stages": 2, **COMPILER}
 
 
 def group_tokens(mean: float) -> int:
     """Tokens that a `grouped` program takes at a time, by the mean number per expert. Tensor cores take 16 or more."""
-    return next((n for n in (16, 32) if mean <= n), 64)
+    return next((n for n in GROUP_TOKENS if mean <= n), GROUP_TOKENS[-1])
