@@ -100,7 +100,8 @@ def cache_layer_types(config: PreTrainedConfig) -> list[tuple[str, int | None]]:
         Per layer its type, such as "full_attention", and how many tokens it keeps; None: all, or a state only.
     """
     types, kwargs = get_layer_types_and_kwargs(config)
-    return [(kind, named.get("sliding_window")) for kind, named in zip(types, kwargs, strict=True)]
+    # layer_types may name more layers than there are, after num_hidden_layers=2: transformers leaves them out as well.
+    return [(kind, named.get("sliding_window")) for kind, named in zip(types, kwargs, strict=False)]
 
 
 def map_names(

@@ -78,6 +78,16 @@ def test_a_value_acts_as_in_stock(folder: Path, options: dict[str, Any]) -> None
         assert {layer.num_experts_per_tok for layer in [ours.config]} == {top_k}
 
 
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
+def test_fewer_layers_than_layer_types_names(tmp_path: Path, family: str) -> None:
+    sizes: dict[str, Any] = {"intermediate_size": 32} if family == "gpt_oss" else {}  # fp32 has stock's bits there
+    stock, ours = both(tiny.save(tiny.build(family, **sizes), tmp_path), num_hidden_layers=2)
+    with ours.offload, torch.no_grad():
+        assert len(ours.config.layer_types) == 3
+        assert torch.equal(ours(input_ids=IDS).logits, stock(input_ids=IDS).logits)
+        assert torch.equal(*(model.generate(IDS, max_new_tokens=4, do_sample=False) for model in (ours, stock)))
+
+
 def test_the_plan_is_of_the_changed_model(folder: Path) -> None:
     def planned(**options: Any) -> int:
         with offmoe.from_pretrained(folder, device="cpu", max_context=64, **options).offload as offload:
