@@ -21,6 +21,14 @@ def _small_matrices_on_one_thread():
     transformers.logging.set_verbosity_error()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_state_of_the_user(tmp_path_factory: pytest.TempPathFactory):
+    """Commands that tests run neither read nor keep a state in the user's own cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 FOUND = pytest.StashKey[families_table.Found]()
 
 

@@ -33,7 +33,7 @@ README = ROOT / "README.md"
 CARDS = ROOT / "docs" / "data" / "cards.csv"
 
 GENERATE = [
-    *("generate", "demo", "And the LORD said unto", "--slots-per-layer", "4", "--max-new-tokens", "48"),
+    *("generate", "demo", "And the LORD said unto", "--slots-per-layer", "4", "--max-new-tokens", "48", "--no-state"),
     *("--temperature", "0.7", "--seed", "3"),
 ]
 TRACE = "tests/data/gptoss20b_6req.npz"
