@@ -131,8 +131,9 @@ def _special(value: Any, folder: Path) -> Any:
 
 
 def stock(folder: Path, case: Case) -> Outcome:
-    """What stock transformers makes of a case."""
+    """What stock transformers makes of a case, with its own code: a checkpoint's own is never run by offmoe."""
     keywords = {"dtype": "auto"} | {name: _special(value, folder) for name, value in case.keywords.items()}
+    keywords.pop("trust_remote_code", None)
     if keywords.get("torch_dtype") is not None:
         del keywords["dtype"]
     try:
