@@ -91,7 +91,7 @@ def _divide(
     config: OffloadConfig, needs: ModelNeeds, backend: Backend, free: int, host_held: int
 ) -> tuple[OffloadConfig, MemoryPlan]:
     """`divide` with the slots that the options ask for."""
-    if config.prefill_chunk is not None:
+    if config.prefill_chunk is not None and "prefill_chunk" in config.explicit:  # else it followed from another plan
         needs = needs.with_chunks(min(config.prefill_chunk, config.max_context or config.prefill_chunk))
     shape, experts, share = needs.shape, needs.experts, backend.auto_share
     host_free = 0 if backend.unified_memory else backend.host_free_bytes() + host_held
@@ -145,7 +145,7 @@ def pass_room(config: OffloadConfig, needs: ModelNeeds, plan: MemoryPlan) -> Pas
 
 def _prefill_chunk(config: OffloadConfig, needs: ModelNeeds, plan: MemoryPlan) -> int:
     """Most tokens of a prompt that pass at once: the option, else the longest prompt that fits whole."""
-    if config.prefill_chunk is not None:
+    if config.prefill_chunk is not None and "prefill_chunk" in config.explicit:
         return min(config.prefill_chunk, plan.max_context)
     return pass_room(config, needs, plan).longest_whole(needs.bytes.context_limit)
 

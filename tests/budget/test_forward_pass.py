@@ -13,6 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 import offmoe
 from offmoe.budget.forward_pass import PassBytes, PassRoom, pass_bytes
+from offmoe.budget.inspect import inspect
+from offmoe.config import OffloadConfig
 from tests import families, tiny
 
 TOKENS = 200
@@ -133,3 +135,13 @@ def test_blocks_are_counted_whole() -> None:
     room = PassRoom(needs, workspace=20_000, kv_per_token=0, max_context=1000)
     assert room.chunk(1, 500, 0) == 192
     assert room.chunk(4, 500, 0) == 1, "one token takes another way"
+
+
+def test_a_chunk_that_followed_from_one_plan_asks_nothing_of_another(tmp_path: Path) -> None:
+    """A model without a limit of context passes a prompt of a million tokens whole; that is no wish for a workspace."""
+    tiny.save(families.build("switch_transformers"), tmp_path)
+    first = inspect(tmp_path, OffloadConfig(device="cpu", device_memory="8GiB"))
+    assert "prefill_chunk" not in first.config.explicit
+    again = inspect(tmp_path, first.config.resolved(device_memory="2GiB", max_context=512))
+    assert again.plan.workspace == first.plan.workspace
+    assert again.plan.budget == 2 << 30

@@ -205,8 +205,10 @@ def test_a_tuned_profile_gives_the_predicted_hit_rate(
     offmoe: Run, checkpoint: Path, tmp_path: Path, prefetch: str, costs: Path
 ) -> None:
     trace, profile = tmp_path / "t.npz", tmp_path / "p.json"
-    prompt = ("generate", checkpoint, "Once upon a time", "--device", "cpu", "--max-new-tokens", 30)
-    offmoe(*prompt, "--slots-per-layer", 3, "--prefetch", prefetch, "--trace", trace)
+    (tmp_path / "prompts.txt").write_text("Once upon a time\n")
+    # Not `generate`, whose background fill brings experts before they are demanded.
+    run = ("trace", checkpoint, "--prompts", tmp_path / "prompts.txt", "--device", "cpu", "--max-new-tokens", 30)
+    offmoe(*run, "--slots-per-layer", 3, "--prefetch", prefetch, "-o", trace)
     tuned = offmoe(
         *("tune", trace, "--capacities", "2,4,8", "--slots-per-layer", 4, "--jobs", 1, "-o", profile, "--json"),
         *("--profile", costs),
@@ -214,11 +216,12 @@ def test_a_tuned_profile_gives_the_predicted_hit_rate(
     written = json.loads(profile.read_text())
     assert written["costs"].items() >= COSTS.items()
     assert written["expected"]["hit_rate"] == tuned["hit_rate"]
-    ran = offmoe(*prompt, "--profile", profile, "--json").json["stats"]
+    ran = offmoe(*run, "--profile", profile, "-o", tmp_path / "again.npz", "--json").json["stats"]
     assert ran["hit_rate"] == tuned["hit_rate"] > 0
     simulated = offmoe("simulate", trace, "--profile", profile, "--json").json
     assert simulated["hit_rate"] == tuned["hit_rate"]
     assert simulated["tokens_per_s"] == tuned["tokens_per_s"]
+    prompt = ("generate", checkpoint, "Once upon a time", "--device", "cpu", "--max-new-tokens", 2)
     other = offmoe(*prompt, "--profile", profile, "--slots-per-layer", 8, "--json").json
     assert other["memory"]["slots_per_layer"] == [8, 8, 8]
 

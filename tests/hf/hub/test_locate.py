@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -123,12 +124,23 @@ def test_model_in_the_hub_cache_is_found_without_a_network(tmp_path: Path) -> No
 # --- what is fetched, and when
 
 
+def unmeasured(out: str) -> dict[str, Any]:
+    """What inspect says without what depends on free memory, on the model's name and on how fast the machine is."""
+    found = json.loads(out)
+    measured = {"plan", *found["predicted"]} | {name for name in found if name.startswith(("best_", "predicted"))}
+    choices = [
+        {name: value for name, value in choice.items() if name in ("experts", "exactness", "fits")}
+        for choice in found["choices"]
+    ]
+    return {name: value for name, value in found.items() if name not in measured} | {"choices": choices}
+
+
 def test_inspect_fetches_headers_and_no_weights(hub: HubServer, client: Client, repo: str, folder: Path) -> None:
     before = len(hub.requests)
     found = client.offmoe("inspect", repo, *TINY)
     assert found["status"] == 0
     local = client.offmoe("inspect", folder, *TINY)
-    assert {**json.loads(found["out"]), "plan": 0} == {**json.loads(local["out"]), "plan": 0}
+    assert unmeasured(found["out"]) == unmeasured(local["out"])
     fetched, shards = hub.fetched(before), shards_of(hub.repos[repo])
     assert shards <= fetched.keys()
     assert all(fetched[shard] <= HEAD_BYTES for shard in shards)

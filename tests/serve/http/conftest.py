@@ -27,9 +27,9 @@ CONTEXT = 384
 """Tokens of context: enough for every case, and few, since some answers fill it."""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def running(chat_folder: Path) -> Iterator[Engine]:
-    """An engine for all tests; its kept caches stay from test to test."""
+    """An engine for all tests of a module; its kept caches stay from test to test."""
     model, tokenizer = load_chat_demo(chat_folder, slots_per_layer=8, max_context=CONTEXT)
     with model.offload, Engine(model, tokenizer, prefill_chunk=64) as engine:
         yield engine
@@ -61,7 +61,7 @@ def at_socket(app: Any) -> Iterator[str]:
         bound.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def address(running: Engine) -> Iterator[str]:
     """Address of a server."""
     with at_socket(build_app(Service(running, ["demo"]), Access())) as url:
