@@ -13,6 +13,7 @@ from contextlib import ExitStack, suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
+from offmoe.device.openmp import release_threads
 from offmoe.dialogue.constraint import GrammarCompiler
 from offmoe.dialogue.errors import RequestError
 from offmoe.dialogue.sampling import end_tokens
@@ -102,6 +103,7 @@ class Engine:
         self._ending = ExitStack()
         self._ending.enter_context(self.offload.shared(self._turns.is_mine))
         self._install_hooks()
+        release_threads()  # of this thread, which has loaded the model
         self._threads = [
             threading.Thread(target=self._work, name=f"offmoe-engine-{i}", daemon=True) for i in range(parallel)
         ]

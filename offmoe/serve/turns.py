@@ -1,7 +1,8 @@
 """Threads that take turns with one model.
 
 One thread computes at a time. After a slice of forward passes it passes its turn on, if others wait. Random numbers
-are each thread's own: a thread finds torch's generators as it left them, so its samples do not depend on the others.
+are each thread's own: a thread finds torch's generators as it left them, so its samples do not depend on the others. A
+thread without the turn keeps no helpers of OpenMP.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections import deque
 from types import TracebackType
 
 import torch
+
+from offmoe.device.openmp import release_threads
 
 SLICE = 8
 """Forward passes of a turn while others wait. A shorter slice mixes the experts of more answers in the cache: with
@@ -68,6 +71,7 @@ class Turns:
             self._holder, self._passes = me, 0
 
     def _release(self) -> None:
+        release_threads()
         with self._changed:
             self._holder = None
             self._changed.notify_all()
