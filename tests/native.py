@@ -12,6 +12,8 @@ from offmoe.compute.kernels.native.build import BuildError, build, find_compiler
 
 ROOT = Path(__file__).resolve().parents[1]
 
+installed = pytest.mark.skipif(status().library is None, reason="the CPU kernels are not installed")
+"""Mark of tests of whole models whose numeric mode computes with the installed library."""
 VARIANTS = ("portable", "avx2", "avxvnni", "vnni256", "avx512vnni")
 
 

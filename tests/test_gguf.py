@@ -34,6 +34,7 @@ from offmoe.trace.trace import read_trace
 from tests import gguf_models, native, tiny
 from tests.gguf_models import Q, all_of, q4_k_m, q8_0
 from tests.gguf_statements import STATEMENTS, WHOLE_LATENT
+from tests.native import installed
 
 PROMPT = {"input_ids": tiny.prompt()}
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
@@ -430,6 +431,7 @@ def test_damaged_metadata_give_a_model_or_an_error(tmp_path: Path, family: str) 
     assert refused > 15
 
 
+@installed
 @pytest.mark.parametrize("kind", [Q.Q4_0, Q.MXFP4, Q.BF16], ids=lambda kind: kind.name)
 @pytest.mark.parametrize(("family", "fused"), [("qwen3_moe", False), ("qwen3_moe", True), ("gpt_oss", False)])
 def test_kernels_compute_what_they_read_without_decoding(tmp_path: Path, kind: Q, family: str, fused: bool) -> None:

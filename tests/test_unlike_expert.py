@@ -22,6 +22,7 @@ from offmoe.simulate.replay import replay
 from offmoe.storage.checkpoint import INDEX_FILE
 from offmoe.trace.trace import read_trace
 from tests import quantized, tiny
+from tests.native import installed
 
 LAYER, EXPERT = 1, 5
 STEM = f"model.layers.{LAYER}.block_sparse_moe.experts.{EXPERT}"
@@ -173,6 +174,7 @@ def packed_but_for_one(folder: Path, **sizes: Any) -> Path:
     return folder / "packed"
 
 
+@installed
 def test_kernels_compute_the_others(tmp_path: Path) -> None:
     """Every token takes all experts, so that rounding cannot change which ones it takes."""
     folder = packed_but_for_one(tmp_path, num_experts_per_tok=tiny.NUM_EXPERTS)

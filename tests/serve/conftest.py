@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import pytest
 
 from offmoe.serve.engine import Engine
 from tests.chat_demo import load_chat_demo, write_chat_demo
+
+collect_ignore = [] if find_spec("starlette") and find_spec("openai") else ["http"]
+"""Without the extra offmoe[serve], as on Python 3.10, there is no HTTP to test."""
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("starlette", reason="the extra offmoe[serve] is not installed")
-pytest.importorskip("openai", reason="the extra offmoe[serve] is not installed")
 import uvicorn
 from starlette.testclient import TestClient
 
