@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from transformers import Trainer, TrainingArguments
 
 import offmoe
+from offmoe.compute.kernels.library import status
 from offmoe.device.backend import CpuBackend
 from offmoe.hf.load.config import model_class, read_config
 from tests import families, quantized, tiny
@@ -118,7 +119,7 @@ def test_quantized_checkpoints_give_the_bits_of_their_values(
 def test_the_host_computes_its_part(
     tmp_path: Path, dtype: torch.dtype, autocast: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same bits as without it: for several tokens at once, whoever computes a row rounds it to their dtype."""
+    """Whoever computes a row of several tokens rounds it to their dtype. The host's kernels sum in another order."""
     monkeypatch.setattr(CpuBackend, "unified_memory", False)  # as on a GPU, where the host has work of its own
     folder = tiny.save(tiny.build("mixtral", dtype, hidden_size=64, intermediate_size=64), tmp_path / "model")
 
@@ -132,7 +133,9 @@ def test_the_host_computes_its_part(
 
     wanted, found = ours("fetch", tiny.NUM_EXPERTS), ours("cpu", 2)
     assert found[1] > 0
-    assert all(map(torch.equal, found[0], wanted[0]))
+    for got, right in zip(found[0], wanted[0], strict=True):
+        assert got.dtype == right.dtype
+        assert (got - right).float().norm() <= (0 if status().library is None else 0.02) * right.float().norm()
 
 
 def test_trainer_evaluates_and_predicts(tmp_path: Path) -> None:

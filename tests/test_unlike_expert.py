@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import offmoe
 from offmoe.budget.inspect import inspect
+from offmoe.compute.kernels.library import status
 from offmoe.config import OffloadConfig
 from offmoe.device.backend import CpuBackend
 from offmoe.errors import CheckpointError
@@ -191,7 +192,7 @@ def test_kernels_compute_the_others(tmp_path: Path) -> None:
 
 
 def test_the_host_computes_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside a device with memory of its own: the same bits, whoever computes an expert."""
+    """Beside a device with memory of its own: the same values, whoever computes an expert, in another order of sums."""
     monkeypatch.setattr(CpuBackend, "unified_memory", False)
     folder = packed_but_for_one(tmp_path)
 
@@ -205,7 +206,8 @@ def test_the_host_computes_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     wanted, found = ours("fetch", tiny.NUM_EXPERTS), ours("cpu", 2)
     assert found[1] > 0
-    assert_same(found[0], wanted[0])
+    for got, right in zip(found[0], wanted[0], strict=True):
+        assert relative(got, right) <= (0 if status().library is None else 0.02)
 
 
 @pytest.mark.parametrize("experts", ["int4", "int8"])

@@ -49,6 +49,8 @@ class GpuCompute(ExpertCompute):
     def wave(
         self, layer: ExpertLayer, experts: Sequence[tuple[int, int]], inputs: LayerInput, transfer: TransferEngine
     ) -> Iterator[torch.Tensor]:
+        if not experts:  # the first wave of a layer without a hit, if the host computes its misses
+            return
         kernels, rows = self._kernels[layer.index], dict[int, torch.Tensor]()
 
         def launch(launched: Sequence[tuple[int, int]]) -> None:

@@ -28,12 +28,15 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._engine, self._on_start = engine, on_start
         self._ending: threading.Thread | None = None
+        self.is_interrupted = False
+        """Whether Ctrl-C was pressed."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.is_interrupted = self.is_interrupted or sig == signal.SIGINT
         grace = GRACE_S if sig == signal.SIGTERM and self._ending is None else 0.0
         self._ending = threading.Thread(target=self._end, args=(sig, frame, grace), name="offmoe-shutdown")
         self._ending.start()
@@ -86,3 +89,5 @@ def run(app: ASGIApp, engine: Engine, bound: socket.socket, on_start: Callable[[
         signal.signal(signal.SIGTERM, before)
         engine.close()
         bound.close()
+    if server.is_interrupted:  # which uvicorn raises again, unless it has ended meanwhile
+        raise KeyboardInterrupt
