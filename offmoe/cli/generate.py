@@ -20,6 +20,7 @@ from offmoe.cli.decoding import Decoding
 from offmoe.cli.model import open_model
 from offmoe.cli.output import Output, new_table
 from offmoe.cli.state_file import check_state
+from offmoe.dialogue.decode import TextDecoder
 from offmoe.errors import ConfigError
 from offmoe.text import format_size, or_dash, percent
 
@@ -137,41 +138,26 @@ class StepClock(prompts.NewTokens):
 
 
 class TextStream(StepClock):
-    """Streamer for `generate`: shows new tokens as text at once.
-
-    It decodes a short window, so that a token costs the same however long the text is. A character of several tokens is
-    shown when its last token has arrived.
-    """
+    """Streamer for `generate`: shows new tokens as text at once."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, out: Output, on_text: Callable[[], None] = lambda: None):
         """on_text: called before text is shown, each time."""
         super().__init__()
-        self._tokenizer, self._out, self._on_text = tokenizer, out, on_text
-        self._ids: list[int] = []
-        self._window, self._shown = 0, 0
+        self._decoder = TextDecoder(tokenizer)
+        self._out, self._on_text = out, on_text
         self.text = ""
 
     def add(self, tokens: Tensor) -> None:
         """Take every new token, and show what can be shown."""
         super().add(tokens)
-        self._ids += tokens.reshape(-1).tolist()
-        new = self._undecoded()
-        if new and not new.endswith("\ufffd"):
-            self._show(new)
-            self._window, self._shown = self._shown, len(self._ids)
+        for token in tokens.reshape(-1).tolist():
+            if piece := self._decoder.add(token):
+                self._show(piece)
 
     def end(self) -> None:
         """Show the rest after the last token."""
-        self._show(self._undecoded())
+        self._show(self._decoder.finish())
         self._out.text("\n")
-
-    def _undecoded(self) -> str:
-        """The text that the tokens not shown yet add to the shown text."""
-        before = self._decode(self._ids[self._window : self._shown])
-        return self._decode(self._ids[self._window :])[len(before) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def _show(self, piece: str) -> None:
         self.text += piece
