@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from offmoe.cli import options, prompts
+from offmoe.cli import extras, options, prompts
 from offmoe.cli.choices import say_what_is_faster
 from offmoe.cli.interrupt import interrupts
 from offmoe.cli.model import open_model
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
     check_state(args)
     interactive = sys.stdin is not None and sys.stdin.isatty() and not args.json
     if interactive:
-        _require_extra()
+        extras.require("chat", "offmoe chat on a terminal", "prompt_toolkit")
     text = None if interactive else prompts.read_text("-", "stdin").strip()
     if text == "":
         raise ConfigError("stdin has no prompt; pipe a text into offmoe chat, or run it on a terminal.")
@@ -186,13 +186,3 @@ def _talk(session: Session, out: Output) -> None:
                     view.show(update)
         except OffmoeError as error:
             out.note(f"error: {error}")
-
-
-def _require_extra() -> None:
-    """ConfigError if prompt_toolkit is not installed."""
-    try:
-        import prompt_toolkit  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            "offmoe chat needs prompt_toolkit on a terminal; install it with: pip install 'offmoe[chat]'"
-        ) from error

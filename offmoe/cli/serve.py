@@ -9,7 +9,7 @@ import argparse
 import logging
 from typing import TYPE_CHECKING, Any
 
-from offmoe.cli import options
+from offmoe.cli import extras, options
 from offmoe.cli.model import open_model
 from offmoe.cli.output import Output
 from offmoe.cli.state_file import check_state
@@ -48,7 +48,7 @@ def parser() -> options.Parser:
 def run(args: argparse.Namespace, out: Output) -> None:
     if args.log_format not in ("text", "json"):
         raise ConfigError(f"--log-format {args.log_format} must be text or json.")
-    _require_extra()
+    extras.require("serve", "offmoe serve", "openai", "starlette", "uvicorn", python=" on Python 3.11 or later")
     check_state(args)
     from offmoe.cli import prompts
     from offmoe.serve.engine import Engine
@@ -94,19 +94,6 @@ def _say(out: Output, engine: Engine, url: str, names: list[str], args: argparse
         out.note("WARNING: other machines can reach this server and it asks for no key; set --api-key KEY.")
     values: dict[str, Any] = {"url": url, "models": names, "max_context": engine.max_context, "prefix_reuse": reuse}
     out.json(values)
-
-
-def _require_extra() -> None:
-    """ConfigError if the libraries of the extra are not installed."""
-    try:
-        import openai  # noqa: F401
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            f"offmoe serve needs {error.name}, which is not installed; on Python 3.11 or later: "
-            "pip install 'offmoe[serve]'"
-        ) from error
 
 
 def _port(text: str) -> int:
