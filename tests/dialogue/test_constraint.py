@@ -51,6 +51,25 @@ def sampled(grammars: GrammarCompiler, tokenizer: Any, grammar: str, seed: int =
     pytest.fail("the grammar never ended")
 
 
+@pytest.mark.parametrize("logits", [VOCABULARY, VOCABULARY - 7])
+def test_logits_of_allowed_tokens_stay_and_others_are_excluded(
+    grammars: GrammarCompiler, tokenizer: Any, logits: int
+) -> None:
+    grammar = grammars.json(SCHEMA, "response_format")
+    processor, matcher = grammars.processor(grammar, waits=lambda: False), grammars.matcher(grammar)
+    sizes = set()
+    ids = [5]
+    for token in tokenizer('{"city":"day')["input_ids"]:
+        allowed = torch.tensor([bias > 0 for bias in matcher.compute_logit_bias()])[:logits]
+        scores: Any = torch.randn(1, logits, generator=torch.Generator().manual_seed(len(ids)))
+        found = processor(torch.tensor([ids]), scores)  # type: ignore[arg-type]
+        assert torch.equal(found[0], scores[0].where(allowed, -torch.inf))
+        sizes.add(int(allowed.sum()))
+        matcher.consume_token(token)
+        ids.append(token)
+    assert max(sizes) > 1000 > 10 > min(sizes) > 0, "few tokens and many were allowed"
+
+
 def test_random_tokens_become_json_of_the_schema(grammars: GrammarCompiler, tokenizer: Any) -> None:
     for seed in range(5):
         value = json.loads(sampled(grammars, tokenizer, grammars.json(SCHEMA, "response_format"), seed))
