@@ -23,6 +23,8 @@ logger = logging.getLogger("offmoe.serve.requests")
 LOCAL = ("localhost", "127.0.0.1", "::1")
 OPEN_PATHS = ("/", "/health")
 """Paths that need no key: neither says anything about a request."""
+POLLED = (*OPEN_PATHS, "/live.json", "/metrics")
+"""Paths that pages and monitors ask for again and again. Their lines in the log are of level DEBUG."""
 REQUEST_ID = re.compile(r"[\w.:-]{1,128}")
 
 
@@ -111,8 +113,10 @@ class Guard:
         return True
 
     def _log(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
-        level = logging.INFO if status < 500 else logging.WARNING
         method, path = scope["method"], scope["path"]
+        level = logging.WARNING if status >= 500 else logging.INFO
+        if path in POLLED and status < 400:
+            level = logging.DEBUG
         if self._access.log_json:
             values = {"method": method, "path": path, "status": status, "seconds": round(seconds, 4)}
             logger.log(level, "%s", json.dumps({**values, "request_id": request_id}))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from typing import Any
 
 import pytest
@@ -99,3 +101,24 @@ def test_tokenize_counts_what_a_chat_costs(running: Any) -> None:
     chat = client.post("/v1/tokenize", json=CHAT | {"model": "demo"}).json()
     answer = client.post("/v1/chat/completions", json=CHAT).json()
     assert chat["count"] == answer["usage"]["prompt_tokens"]
+
+
+@pytest.mark.parametrize("log_json", [False, True])
+def test_the_log_has_a_line_per_request_and_nothing_of_its_text(
+    running: Any, caplog: pytest.LogCaptureFixture, log_json: bool
+) -> None:
+    caplog.set_level(logging.INFO, "offmoe")
+    client = client_of(running, log_json=log_json)
+    client.get("/health")
+    client.get("/v1/models", headers={"x-request-id": "r-1"})
+    client.post("/v1/completions", json={"prompt": "a secret", "max_tokens": 1, "n": 0})
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2, "what is polled has no line at the level of requests"
+    if log_json:
+        values = [json.loads(line) for line in lines]
+        assert [value["path"] for value in values] == ["/v1/models", "/v1/completions"]
+        assert (values[0]["status"], values[0]["request_id"], values[1]["status"]) == (200, "r-1", 400)
+    else:
+        assert lines[0].startswith("GET /v1/models 200 ")
+        assert lines[0].endswith(" r-1")
+    assert "secret" not in "".join(lines)
