@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import queue
 import shutil
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +103,35 @@ def ended(updates: Sequence[Update]) -> Ended:
     last = updates[-1]
     assert isinstance(last, Ended), last
     return last
+
+
+@contextmanager
+def held_until_cancelled(engine: Engine, passes: int = 3) -> Iterator[threading.Event]:
+    """Answers stop after some forward passes until somebody cancels them -> set when the first one stops.
+
+    An answer is then under way for as long as a test needs, on a machine of any speed.
+    """
+    stopped, numbers = threading.Event(), count()
+
+    def hold(*_: object) -> None:
+        job = engine.running_here.job
+        if next(numbers) >= passes:
+            stopped.set()
+            wait_until(lambda: job.is_cancelled)
+
+    hook = engine.model.register_forward_pre_hook(hold)
+    try:
+        yield stopped
+    finally:
+        hook.remove()
+
+
+def wait_until(is_true: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Wait for what another thread does. AssertionError if it never does."""
+    end = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.002)
 
 
 @contextmanager

@@ -239,18 +239,18 @@ def _finish(finish: str, has_calls: bool) -> str:
 
 
 def _logprobs(scores: Sequence[TokenScore]) -> dict[str, Any] | None:
-    if not scores:
-        return None
-    return {
-        "content": [
-            {
-                **_score(score.text, score.logprob),
-                "top_logprobs": [_score(text, logprob) for _, text, logprob in score.alternatives],
-            }
-            for score in scores
-        ],
-        "refusal": None,
-    }
+    return {"content": logprobs_of(scores), "refusal": None} if scores else None
+
+
+def logprobs_of(scores: Sequence[TokenScore]) -> list[dict[str, Any]]:
+    """Log-probabilities as OpenAI's newer APIs write them."""
+    return [
+        {
+            **_score(score.text, score.logprob),
+            "top_logprobs": [_score(text, logprob) for _, text, logprob in score.alternatives],
+        }
+        for score in scores
+    ]
 
 
 def _score(text: str, logprob: float) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from offmoe.dialogue.answer import Call, Reasoning, Text
 from offmoe.dialogue.errors import RequestError
 from offmoe.dialogue.messages import Tool, ToolCall
 from offmoe.serve.http.asking import Asking, as_request_error
+from offmoe.serve.http.chat import logprobs_of
 from offmoe.serve.http.errors import openai_error
 from offmoe.serve.http.events import PING, event_stream, ignored_header, named
 from offmoe.serve.http.fields import Fields
@@ -37,6 +38,8 @@ HARMLESS = (
     *("truncation", "max_tool_calls", "stream_options", "client_metadata"),
 )
 """Fields that cannot change the answer of this server."""
+LOGPROBS = "message.output_text.logprobs"
+"""The value of `include` that asks for log-probabilities."""
 REFUSED = {
     "previous_response_id": "answers are not stored here; send the whole conversation as 'input'.",
     "conversation": "conversations are not stored here; send the whole conversation as 'input'.",
@@ -63,11 +66,11 @@ def read(service: Service, body: Any) -> Asked:
     fields.refuse(REFUSED)
     stream = bool(fields.get("stream", bool))
     fields.harmless(*HARMLESS)
-    for value in fields.get("include", list) or []:
-        if value == "message.output_text.logprobs":
-            raise RequestError("include: log-probabilities are given by /v1/chat/completions only.", "include")
-    fields.refuse({"top_logprobs": "log-probabilities are given by /v1/chat/completions only."}, (None, 0))
-    chosen = sampling(fields, "max_output_tokens")
+    alternatives = fields.get("top_logprobs", int)
+    logprobs = (alternatives or 0) if LOGPROBS in (fields.get("include", list) or []) else None
+    if alternatives and logprobs is None:
+        raise RequestError(f"top_logprobs needs include: [{LOGPROBS!r}].", "top_logprobs")
+    chosen = sampling(fields, "max_output_tokens", logprobs=logprobs)
     offered, hosted = read_tools(fields.get("tools", list) or [])
     tools, grammar = _choice(service, fields, offered)
     text = Fields(fields.get("text", dict) or {}, "text")
@@ -96,6 +99,7 @@ def read(service: Service, body: Any) -> Asked:
         "parallel_tool_calls": not one_call,
         "temperature": body.get("temperature"),
         "top_p": body.get("top_p"),
+        "top_logprobs": alternatives or 0,
         "text": {"format": form or {"type": "text"}},
         "tool_choice": body.get("tool_choice") or AUTO,
         "tools": [],
@@ -117,7 +121,7 @@ async def responses(service: Service, http: HttpRequest, body: Any) -> Response:
     answer = (await asking.whole(http))[0]
     updates: list[Update] = [Reasoning(answer.reasoning)] if answer.reasoning else []
     if answer.text or not answer.calls:
-        updates.append(Text(answer.text))
+        updates.append(Text(answer.text, tuple(answer.scores)))
     updates += [*map(Call, answer.calls), Ended(answer.finish, answer.stop, answer.usage)]
     for update in updates:
         for _ in output.events(update):
@@ -144,6 +148,7 @@ class _Item:
     kind: str
     value: dict[str, Any]
     text: str = ""
+    scores: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -195,8 +200,8 @@ class Output:
     def events(self, update: Update) -> Iterator[str]:
         """The events of an update."""
         match update:
-            case Text(text):
-                yield from self._piece("message", "output_text", text)
+            case Text(text, scores):
+                yield from self._piece("message", "output_text", text, logprobs_of(scores))
             case Reasoning(text):
                 yield from self._piece("reasoning", "reasoning_text", text)
             case Call(call):
@@ -217,15 +222,16 @@ class Output:
                 self._error = {"code": "server_error", "message": found["message"]}
                 yield self._event("response.failed", response=self.response())
 
-    def _piece(self, kind: str, part: str, text: str) -> Iterator[str]:
+    def _piece(self, kind: str, part: str, text: str, scores: Sequence[dict[str, Any]] = ()) -> Iterator[str]:
         if self._open is None or self._open.kind != kind:
             yield from self._close()
             yield from self._start(kind, part)
         item = self._open
         assert item is not None
         item.text += text
-        if text:
-            more: dict[str, Any] = {"logprobs": []} if part == "output_text" else {}
+        item.scores += scores
+        if text or scores:
+            more: dict[str, Any] = {"logprobs": list(scores)} if part == "output_text" else {}
             yield self._event(f"response.{part}.delta", **self._place(item), delta=text, **more)
 
     def _start(self, kind: str, part: str) -> Iterator[str]:
@@ -246,10 +252,11 @@ class Output:
             return
         part = "output_text" if item.kind == "message" else "reasoning_text"
         place = self._place(item)
-        more: dict[str, Any] = {"logprobs": []} if part == "output_text" else {}
+        more: dict[str, Any] = {"logprobs": item.scores} if part == "output_text" else {}
+        whole = _part(part, item.text) | more
         yield self._event(f"response.{part}.done", **place, text=item.text, **more)
-        yield self._event("response.content_part.done", **place, part=_part(part, item.text))
-        item.value |= {"status": status, "content": [_part(part, item.text)]}
+        yield self._event("response.content_part.done", **place, part=whole)
+        item.value |= {"status": status, "content": [whole]}
         yield self._event("response.output_item.done", output_index=place["output_index"], item=dict(item.value))
 
     def _call(self, call: ToolCall) -> Iterator[str]:

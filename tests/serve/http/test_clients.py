@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import time
 from typing import Any
 
 import anthropic
@@ -14,7 +13,7 @@ from openai.types.responses import ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 
 from offmoe.serve.engine import Engine
-from tests.chat_demo import saying
+from tests.chat_demo import held_until_cancelled, saying, wait_until
 
 USER: Any = [{"role": "user", "content": "hi"}]
 FUNCTION = {
@@ -113,6 +112,29 @@ def test_responses_stream_what_they_answer_whole(client: Any, running: Engine) -
         assert client.responses.create(model="demo", input=follow, tools=tools).output_text == "Sunny."
 
 
+def test_logprobs_of_responses_are_those_of_chat(client: Any) -> None:
+    asked = {"model": "demo", "temperature": 0}
+    chat = client.chat.completions.create(**asked, messages=USER, max_tokens=6, logprobs=True, top_logprobs=2)
+    wanted = [token.to_dict() for token in chat.choices[0].logprobs.content]
+    assert len(wanted) == 6
+    include: Any = ["message.output_text.logprobs"]
+    options = {**asked, "input": "hi", "max_output_tokens": 6, "include": include, "top_logprobs": 2}
+    whole = client.responses.create(**options)
+    assert whole.top_logprobs == 2
+    assert [token.to_dict() for token in whole.output[0].content[0].logprobs] == wanted
+    events = list(client.responses.create(**options, stream=True))
+    for event in events:
+        TypeAdapter(ResponseStreamEvent).validate_python(event.to_dict())
+    deltas = [event for event in events if event.type == "response.output_text.delta"]
+    (done,) = (event for event in events if event.type == "response.output_text.done")
+    for found in (done.logprobs, [token for delta in deltas for token in delta.logprobs]):
+        assert [token.to_dict() for token in found] == wanted
+    assert events[-1].response.output[0].content == whole.output[0].content
+    assert not client.responses.create(**{**options, "include": [], "top_logprobs": 0}).output[0].content[0].logprobs
+    with pytest.raises(openai.BadRequestError, match="top_logprobs needs include"):
+        client.responses.create(**{**options, "include": []})
+
+
 def test_custom_and_namespaced_tools_are_called_by_their_names(client: Any, running: Engine) -> None:
     tools = [
         {"type": "custom", "name": "patch"},
@@ -174,15 +196,11 @@ def test_errors_have_the_types_that_clients_know(client: Any, claude: Any) -> No
 def test_a_client_that_leaves_frees_the_engine(address: str, running: Engine, stream: bool) -> None:
     body = json.dumps({"messages": USER, "stream": stream, "temperature": 0, "logit_bias": {"0": -100}}).encode()
     host, port = address.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as connection:
+    cancelled = running.meters.answers["cancelled"]
+    with held_until_cancelled(running) as stopped, socket.create_connection((host, int(port))) as connection:
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
-        began = time.monotonic()
-        while not running.running:
-            assert time.monotonic() - began < 10
-            time.sleep(0.01)
-        time.sleep(0.1)
-    left = time.monotonic()
-    while running.running:
-        assert time.monotonic() - left < 1
-        time.sleep(0.01)
+        assert stopped.wait(60)
+        connection.close()
+        wait_until(lambda: not running.running)
+    assert running.meters.answers["cancelled"] == cancelled + 1
