@@ -26,6 +26,7 @@ from offmoe.config import OffloadConfig
 from offmoe.errors import CheckpointError, ConfigError, MissingTensorError, OffmoeError, UnsupportedModelError
 from offmoe.hf.gguf.architectures import ARCHITECTURES
 from offmoe.pack.pack import pack
+from offmoe.quant.kernel_words import GGUF_FORMATS
 from offmoe.quant.packed_weight import int4
 from offmoe.simulate.replay import replay
 from offmoe.storage.gguf import read_gguf
@@ -409,6 +410,9 @@ def test_the_documentation_lists_what_runs() -> None:
     assert {arch: re.findall(r"`(\w+)`", types) for arch, types in rows.items() if arch in ARCHITECTURES} == {
         arch: list(how.model_types) for arch, how in ARCHITECTURES.items()
     }
+    of_kernels = re.search(r"^\* of GGUF, (.*)\.$", text, re.MULTILINE)
+    assert of_kernels is not None
+    assert re.findall(r"[A-Z]+\w+", of_kernels[1]) == [BLOCK_TYPES[kind].name for kind in GGUF_FORMATS]
     listed = re.search(r"^\| \[GGUF\].*", text, re.MULTILINE)
     assert listed is not None
     assert all(block.name in listed[0] for block in BLOCK_TYPES.values())
@@ -431,12 +435,23 @@ def test_damaged_metadata_give_a_model_or_an_error(tmp_path: Path, family: str) 
     assert refused > 15
 
 
+KERNEL_CASES = [
+    *(("Q4_0", family, fused) for family, fused in (("qwen3_moe", False), ("qwen3_moe", True), ("gpt_oss", False))),
+    *(("MXFP4", "gpt_oss", False), ("BF16", "qwen3_moe", True), ("BF16", "gpt_oss", False)),
+    *(("Q8_0", "qwen3_moe", True), ("Q8_0", "gpt_oss", False), ("Q4_K_M", "qwen3_moe", False)),
+    pytest.param("Q5_0", "qwen3_moe", False, marks=pytest.mark.slow),
+    pytest.param("Q5_K", "mixtral", True, marks=pytest.mark.slow),
+    pytest.param("IQ4_XS", "mixtral", False, marks=pytest.mark.slow),
+]
+
+
 @installed
-@pytest.mark.parametrize("kind", [Q.Q4_0, Q.MXFP4, Q.BF16], ids=lambda kind: kind.name)
-@pytest.mark.parametrize(("family", "fused"), [("qwen3_moe", False), ("qwen3_moe", True), ("gpt_oss", False)])
-def test_kernels_compute_what_they_read_without_decoding(tmp_path: Path, kind: Q, family: str, fused: bool) -> None:
+@pytest.mark.parametrize(("kind", "family", "fused"), KERNEL_CASES)
+def test_kernels_compute_what_they_read_without_decoding(tmp_path: Path, kind: str, family: str, fused: bool) -> None:
     native.library()
-    written = gguf_models.save(tmp_path, family, all_of(kind), fused=fused)
+    of_matrices = q4_k_m if kind == "Q4_K_M" else all_of(getattr(Q, kind))
+    wide = kind not in ("Q4_0", "Q5_0", "Q8_0", "MXFP4", "BF16")
+    written = gguf_models.save(tmp_path, family, of_matrices, fused=fused, wide=wide)
     wanted = stock(written.dense, torch.float32)
     options = OffloadConfig(device="cpu", slots_per_layer=3, exactness="numeric")
     inspected = inspect(written.file, options, dtype=torch.float32)

@@ -1,8 +1,9 @@
 """Slots for the C kernels: an expert's stored words, reordered into tiles of 16 rows while they are placed.
 
 Moves: every weight's words once, from the buffer that they were read into to the slot, transposed by the reader thread.
-A slot has as many bytes as without kernels, up to padding. GPTQ keeps words along columns, so tiles are the same
-transposition; AWQ's nibbles run across rows and are put together anew. Biases become float32, which is exact.
+A slot has as many bytes as without kernels, up to padding; with GGUF's Q4_K and Q5_K, 3 % more. GPTQ keeps words along
+columns, so tiles are the same transposition; AWQ's nibbles run across rows and are put together anew. Biases become
+float32, which is exact.
 Bound: the transposition, 3 GB/s of int32 per core with torch's copy; a disk gives one core less.
 Must never: change a value, or guess. An index that contradicts the order of the columns' groups is an error, and is
 looked for in every expert.

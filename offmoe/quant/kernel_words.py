@@ -2,8 +2,8 @@
 
 The values are exactly those of the codecs. Compressed-tensors in 4 bits, MXFP4, FP8 and GPTQ (transposed) store such
 words already, so the result is a view. int8 needs its sign bits flipped and AWQ its nibbles reordered, which takes a
-few passes over one matrix. GGUF's Q4_0 and MXFP4 keep a block's first half in low nibbles and its second half in high
-ones; the C kernels put them in order (compute/kernels/gguf.py).
+few passes over one matrix. GGUF's blocks keep codes, scales and minima of one row together; C puts them in order
+(compute/kernels/gguf.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from offmoe.errors import CheckpointError
 from offmoe.quant.codec import Codec
 from offmoe.quant.float_formats import Mxfp4, ScaledFloat
-from offmoe.quant.gguf_formats import BLOCKS, GgufBlocks
+from offmoe.quant.gguf_formats import GgufBlocks
 from offmoe.quant.int_formats import Awq, Gptq, PackedInt, in_order
 from offmoe.quant.packed_weight import INT4_GROUPS, MXFP4, SCALES, ZEROS, WeightFormat, fp8
 
@@ -67,7 +67,7 @@ def rows_of(codec: Codec, raw: Mapping[str, torch.Tensor], how: WeightFormat) ->
     """The words, scales and zero points of one matrix, row by row.
 
     Args:
-        codec: the matrix's codec.
+        codec: the matrix's codec; not one of GGUF.
         raw: its components.
         how: the kernels' format, from `format_of`.
 
@@ -80,8 +80,6 @@ def rows_of(codec: Codec, raw: Mapping[str, torch.Tensor], how: WeightFormat) ->
     zeros: torch.Tensor | None = None
     if isinstance(codec, Mxfp4):
         return {"": raw["blocks"].flatten(1).view(torch.int32), SCALES: raw["scales"]}
-    if isinstance(codec, GgufBlocks):
-        return _words_of_gguf(codec, raw[BLOCKS])
     if isinstance(codec, ScaledFloat):
         assert how.group is not None
         weight = raw["weight"]
@@ -127,20 +125,24 @@ def _words_of_awq(qweight: torch.Tensor) -> torch.Tensor:
     return octets.mT.contiguous().view(torch.int32).squeeze(-1)
 
 
+def _gguf(kind: str, group: int = 32, scale_dtype: torch.dtype = torch.float16, minima: bool = False) -> WeightFormat:
+    return WeightFormat(kind, group, scale_dtype=scale_dtype, minima=minima)
+
+
 GGUF_FORMATS: Mapping[int, WeightFormat] = {
-    2: WeightFormat("int4", 32, scale_dtype=torch.float16),
+    2: _gguf("int4"),
+    3: _gguf("int4", minima=True),
+    6: _gguf("int5"),
+    7: _gguf("int5", minima=True),
+    8: _gguf("int8"),
+    12: _gguf("int4", scale_dtype=torch.int8, minima=True),
+    13: _gguf("int5", scale_dtype=torch.int8, minima=True),
+    14: _gguf("int6", group=16, scale_dtype=torch.int8),
+    20: _gguf("iq4"),
+    23: _gguf("iq4", scale_dtype=torch.int8),
     39: MXFP4,
 }
-"""The kernels' formats of Q4_0 and MXFP4, by type: the same codes and scales in another order."""
-
-
-def _words_of_gguf(codec: GgufBlocks, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The words and scales of Q4_0 or MXFP4. rows: uint8 [out, bytes of a row], each block a scale and 16 bytes."""
-    blocks = rows.unflatten(1, (-1, codec.block.nbytes))  # [out, n, 17 or 18]
-    scales, octets = blocks[..., :-16], blocks[..., -16:]
-    codes = torch.cat([octets & 15, octets >> 4], 2).flatten(1)  # [out, in]: low halves first, then high ones
-    words = (codes[:, ::2] | codes[:, 1::2] << 4).view(torch.int32)  # pairs of neighbors
-    return {"": words, SCALES: scales.contiguous().view(GGUF_FORMATS[codec.type].scale_dtype).squeeze(-1)}
+"""The kernels' formats of GGUF types, by type: the same codes, scales and minima in another order."""
 
 
 def _check_order(index: torch.Tensor, codec: Gptq) -> None:

@@ -6,6 +6,10 @@ gpt-oss. In slots that kernels read, the same words stand in tiles of 16 rows, [
 of 16 rows is one 64-byte load, and all its lanes need the same activations (1.2 to 2.3 times as fast as rows).
 Scales and zero points stand in the same order. Both orders take the same bytes at the same offsets, and neither depends
 on the instruction set. A value is (q - zero) * scale in both.
+
+The formats of GGUF's blocks add three planes. Codes of 5 or 6 bits keep what exceeds a nibble in words of their own
+("high"). A minimum per group is subtracted from q * scale. Scales of two levels are an int8 code per group times a
+float16 per 256 inputs; minima are then codes too, with a float16 of their own.
 """
 
 from __future__ import annotations
@@ -23,8 +27,17 @@ TILE_ROWS = 16
 SYMMETRIC_ZERO = 8
 """Zero point of int4 without a zero-point plane: nibbles are q + 8."""
 
-SCALES, ZEROS = ".scales", ".zeros"
-"""What the name of a weight's scales and zero points adds to the weight's own name."""
+SCALES, ZEROS, MINIMA, HIGH, SUPERS = ".scales", ".zeros", ".minima", ".high", ".supers"
+PLANES = (SCALES, ZEROS, MINIMA, HIGH, SUPERS)
+"""What the names of a weight's further planes add to the weight's own name."""
+
+SUPER_VALUES = 256
+"""Inputs per float16 of scales of two levels: a block of GGUF's k-quants."""
+
+CODE_BITS = {"int4": 4, "int5": 5, "int6": 6, "int8": 8, "mxfp4": 4, "iq4": 4, "fp8": 8}
+"""Bits of a weight by kind."""
+CENTER = {"int4": SYMMETRIC_ZERO, "int5": 16, "int6": 32}
+"""By kind, the zero point of codes without zero points and minima."""
 
 
 @dataclass(frozen=True)
@@ -32,25 +45,37 @@ class WeightFormat:
     """The format of a packed weight.
 
     Args:
-        kind: "int4", "int8", "mxfp4" or "fp8" (E4M3).
+        kind: "int4", "int5", "int6", "int8", "mxfp4", "fp8" (E4M3) or "iq4" (the 16 levels of GGUF's IQ4).
         group: consecutive inputs of a row that share a scale; None: the whole row.
-        zero_points: int4 only: each group has a zero point, uint8. Without, the zero point is 8.
-        scale_dtype: dtype of the scales; uint8 (exponents of two, bias 127) for mxfp4.
+        zero_points: int4 only: each group has a zero point, uint8. Without, the zero point is that of `CENTER`.
+        scale_dtype: dtype of the scales; uint8 (exponents of two, bias 127) for mxfp4; int8 for two levels.
+        minima: int4 and int5 only: each group has a minimum, of the scales' dtype, and zero points are 0.
     """
 
     kind: str
     group: int | None
     zero_points: bool = False
     scale_dtype: torch.dtype = torch.bfloat16
+    minima: bool = False
 
     @property
     def bits(self) -> int:
-        return 8 if self.kind in ("int8", "fp8") else 4
+        return CODE_BITS[self.kind]
 
     @property
     def word_values(self) -> int:
         """Weights per int32 word."""
-        return 32 // self.bits
+        return 4 if self.bits == 8 else 8
+
+    @property
+    def two_levels(self) -> bool:
+        """Whether scales are codes, times a float16 per SUPER_VALUES inputs."""
+        return self.scale_dtype == torch.int8
+
+    @property
+    def multiple(self) -> int:
+        """A row is a multiple of so many inputs."""
+        return SUPER_VALUES if self.two_levels else self.group or TILE_ROWS
 
     def groups(self, cols: int) -> int:
         """Scales per row."""
@@ -62,10 +87,9 @@ class WeightFormat:
         Raises:
             UnsupportedModelError: it is not; the message says what to use instead.
         """
-        multiple = self.group or TILE_ROWS
-        if rows % TILE_ROWS or cols % multiple or rows < 1 or cols < 1:
+        if rows % TILE_ROWS or cols % self.multiple or rows < 1 or cols < 1:
             raise UnsupportedModelError(
-                f"{name} is [{rows}, {cols}]; {self} needs multiples of [{TILE_ROWS}, {multiple}]. "
+                f"{name} is [{rows}, {cols}]; {self} needs multiples of [{TILE_ROWS}, {self.multiple}]. "
                 + self._remedy(rows, cols)
             )
 
@@ -89,19 +113,30 @@ class WeightFormat:
             tiled: in tiles of 16 rows; else row by row.
 
         Returns:
-            name -> (dtype, shape) of words, scales and, if the format has them, zero points.
+            name -> (dtype, shape) of words, scales and the further planes that the format has.
 
         Raises:
             UnsupportedModelError: the format cannot hold the shape.
         """
         self.check(name, rows, cols)
-        widths = {name: (torch.int32, cols // self.word_values), name + SCALES: (self.scale_dtype, self.groups(cols))}
-        if self.zero_points:
-            widths[name + ZEROS] = (torch.uint8, self.groups(cols))
         return {
-            tensor: (dtype, (rows // TILE_ROWS, n, TILE_ROWS) if tiled else (rows, n))
-            for tensor, (dtype, n) in widths.items()
+            name + plane: (dtype, (rows // TILE_ROWS, n, TILE_ROWS) if tiled else (rows, n))
+            for plane, (dtype, n) in self.planes(cols).items()
         }
+
+    def planes(self, cols: int) -> dict[str, tuple[torch.dtype, int]]:
+        """Per plane, its dtype and its entries per row. cols: inputs of the weight."""
+        groups = self.groups(cols)
+        out = {"": (torch.int32, cols // self.word_values), SCALES: (self.scale_dtype, groups)}
+        if self.zero_points:
+            out[ZEROS] = (torch.uint8, groups)
+        if self.minima:
+            out[MINIMA] = (self.scale_dtype, groups)
+        if self.bits in (5, 6):
+            out[HIGH] = (torch.int32, cols * (self.bits - 4) // 32)
+        if self.two_levels:  # of scales and, behind each, of minima
+            out[SUPERS] = (torch.float16, cols // SUPER_VALUES * (2 if self.minima else 1))
+        return out
 
     def __str__(self) -> str:
         return f"{self.kind} in groups of {self.group}" if self.group else f"{self.kind} per row"
@@ -138,12 +173,19 @@ class PackedWeight:
         words: int32; row by row [rows, n], in tiles [rows / 16, n, 16].
         scales: in the format's scale dtype, in the same order as the words.
         zeros: uint8, in the same order; None if the format has no zero points.
+        minima: in the scale dtype; None if the format has none.
+        high: int32: the bits of codes above their nibbles; None if there are none. A word holds one group: byte b has,
+            from its lowest bits on, those of inputs 2b, 2b + 1, 8 + 2b, 8 + 2b + 1, and so on.
+        supers: float16; None if scales have one level.
     """
 
     format: WeightFormat
     words: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor | None = None
+    minima: torch.Tensor | None = None
+    high: torch.Tensor | None = None
+    supers: torch.Tensor | None = None
 
     @property
     def is_tiled(self) -> bool:
@@ -160,19 +202,18 @@ class PackedWeight:
     @classmethod
     def of(cls, how: WeightFormat, name: str, params: Mapping[str, torch.Tensor]) -> PackedWeight:
         """The weight `name` among the parameters of a slot, from `ExpertLayout.views`; no bytes move."""
-        return cls(how, params[name], params[name + SCALES], params[name + ZEROS] if how.zero_points else None)
+        return cls(how, *(params.get(name + plane) for plane in ("", *PLANES)))  # type: ignore[arg-type]
 
     def params(self, name: str) -> dict[str, torch.Tensor]:
         """The tensors by their names in a slot, as in `WeightFormat.params`."""
-        out = {name: self.words, name + SCALES: self.scales}
-        return out if self.zeros is None else out | {name + ZEROS: self.zeros}
+        planes = (self.words, self.scales, self.zeros, self.minima, self.high, self.supers)
+        return {name + plane: part for plane, part in zip(("", *PLANES), planes, strict=True) if part is not None}
 
     def tiled(self) -> PackedWeight:
         """The same weight in tiles, as kernels read it."""
         if self.is_tiled:
             return self
-        zeros = None if self.zeros is None else to_tiles(self.zeros)
-        return PackedWeight(self.format, to_tiles(self.words), to_tiles(self.scales), zeros)
+        return PackedWeight.of(self.format, "", {plane: to_tiles(part) for plane, part in self.params("").items()})
 
 
 def pack_words(q: torch.Tensor, how: WeightFormat) -> torch.Tensor:

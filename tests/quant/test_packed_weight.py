@@ -6,9 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offmoe.errors import ConfigError, UnsupportedModelError
+from offmoe.quant.kernel_words import GGUF_FORMATS
 from offmoe.quant.packed_weight import (
+    HIGH,
     INT8,
     MXFP4,
+    ZEROS,
     PackedWeight,
     WeightFormat,
     fp8,
@@ -17,9 +20,12 @@ from offmoe.quant.packed_weight import (
     to_tiles,
 )
 from offmoe.storage.layout import PARAM_ALIGNMENT, ExpertLayout
-from tests.packed import by_row, to_rows, unpack_words, values
+from tests.packed import IQ4, by_row, to_rows, unpack_words, values
 
-FORMATS = [INT8, int4(32), int4(64), int4(128), int4(32, zero_points=True), MXFP4, fp8(128)]
+FORMATS = [
+    *(INT8, int4(32), int4(64), int4(128), int4(32, zero_points=True), MXFP4, fp8(128)),
+    *(GGUF_FORMATS[kind] for kind in (3, 6, 8, 12, 14, 20)),
+]
 
 
 def random_weight(how: WeightFormat, rows: int, cols: int) -> PackedWeight:
@@ -28,22 +34,25 @@ def random_weight(how: WeightFormat, rows: int, cols: int) -> PackedWeight:
     words = torch.randint(-(2**31), 2**31 - 1, (rows, cols // how.word_values), dtype=torch.int32, generator=g)
     if how.kind == "fp8":
         words &= -0x40404041  # bytes that are not a number have all of 0x7f
-    shape = (rows, how.groups(cols))
-    if how.scale_dtype == torch.uint8:
-        scales = torch.randint(90, 160, shape, dtype=torch.uint8, generator=g)
-    else:
-        scales = torch.randn(shape, generator=g).to(how.scale_dtype)
-    zeros = torch.randint(0, 17, shape, dtype=torch.uint8, generator=g) if how.zero_points else None
-    return PackedWeight(how, words, scales, zeros)
+    planes = {"": words}
+    for plane, (dtype, entries) in how.planes(cols).items():
+        shape = (rows, entries)
+        if dtype.is_floating_point:
+            planes[plane] = torch.randn(shape, generator=g).to(dtype)
+        elif plane:
+            low, high = {ZEROS: (0, 17), HIGH: (-(2**31), 2**31 - 1)}.get(plane, (90, 160))
+            planes[plane] = torch.randint(low, high, shape, dtype=torch.int32, generator=g).to(dtype)  # int8 wraps
+    return PackedWeight.of(how, "", planes)
 
 
 def one_by_one(weight: PackedWeight) -> torch.Tensor:
     """The weight by definition, value by value in plain integers."""
     how, out = weight.format, torch.empty(weight.rows, weight.cols)
     e2m1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+    zeros = {"int4": 8, "int5": 16, "int6": 32}
     for n in range(weight.rows):
         for k in range(weight.cols):
-            bits = int(weight.words[n, k // how.word_values].item()) >> how.bits * (k % how.word_values)
+            bits = int(weight.words[n, k // how.word_values].item()) >> 32 // how.word_values * (k % how.word_values)
             g = 0 if how.group is None else k // how.group
             if how.kind == "int8":
                 out[n, k] = ((bits + 128) % 256 - 128) * weight.scales[n, g].float()
@@ -51,9 +60,26 @@ def one_by_one(weight: PackedWeight) -> torch.Tensor:
                 exponent, mantissa = bits >> 3 & 15, bits & 7
                 magnitude = (mantissa + 8) * 2.0 ** (exponent - 10) if exponent else mantissa * 2.0**-9
                 out[n, k] = (-magnitude if bits & 128 else magnitude) * weight.scales[n, g]
-            elif how.kind == "int4":
-                zero = 8 if weight.zeros is None else weight.zeros[n, g].item()
-                out[n, k] = (bits % 16 - zero) * weight.scales[n, g].float()
+            elif how.kind == "iq4":
+                out[n, k] = IQ4[bits % 16] * weight.scales[n, g].float()
+            elif how.kind in zeros:
+                code = bits % 16
+                if weight.high is not None:
+                    field, inputs = how.bits - 4, 32 // (how.bits - 4)  # of a word
+                    at = 8 * (k % 8 // 2) + field * (k % inputs // 8 * 2 + k % 2)
+                    code += 16 * ((int(weight.high[n, k // inputs].item()) >> at) % 2**field)
+                scale, least = weight.scales[n, g].float(), torch.zeros(())
+                if weight.minima is not None:
+                    least = weight.minima[n, g].float()
+                if weight.supers is not None:
+                    per = 1 if weight.minima is None else 2
+                    scale, least = (
+                        scale * weight.supers[n, k // 256 * per],
+                        least * weight.supers[n, (k // 256 + 1) * per - 1],
+                    )
+                zero = 0 if weight.minima is not None else zeros[how.kind]
+                zero = zero if weight.zeros is None else int(weight.zeros[n, g].item())
+                out[n, k] = (code - zero) * scale - least
             else:
                 magnitude = e2m1[bits % 8] * 2.0 ** (weight.scales[n, g].item() - 127)
                 out[n, k] = -magnitude if bits & 8 else magnitude
@@ -62,13 +88,13 @@ def one_by_one(weight: PackedWeight) -> torch.Tensor:
 
 @pytest.mark.parametrize("how", FORMATS, ids=str)
 def test_values_are_what_the_format_says(how: WeightFormat) -> None:
-    weight = random_weight(how, 16, 2 * (how.group or 32))
+    weight = random_weight(how, 16, max(how.multiple, 64))
     assert torch.equal(values(weight), one_by_one(weight))
 
 
 @pytest.mark.parametrize("how", FORMATS, ids=str)
 def test_tiles_are_the_same_words(how: WeightFormat) -> None:
-    weight = random_weight(how, 48, 3 * (how.group or 16))
+    weight = random_weight(how, 48, 3 * how.multiple)
     tiled = weight.tiled()
     assert (tiled.rows, tiled.cols, tiled.is_tiled) == (48, weight.cols, True)
     for n, c in ((0, 0), (17, 1), (47, weight.words.shape[1] - 1)):
@@ -98,7 +124,7 @@ def test_packing_and_tiling_can_be_undone(tiles: int, words: int, how: WeightFor
 @pytest.mark.parametrize("how", FORMATS, ids=str)
 def test_a_record_has_the_same_bytes_in_both_orders(how: WeightFormat) -> None:
     """Row by row as on the disk, and in tiles as in RAM: the same offsets and sizes, the same values."""
-    rows, cols = 32, 2 * (how.group or 32)
+    rows, cols = 32, max(2 * (how.group or 32), how.multiple)
 
     def layout(tiled: bool) -> ExpertLayout:
         gate_up, down = how.params("gate_up_proj", 64, cols, tiled), how.params("down_proj", rows, cols, tiled)

@@ -150,13 +150,16 @@ def _struct(weight: Weight, bias: torch.Tensor | None) -> WeightStruct:
     out = WeightStruct(bias=None if bias is None else bias.data_ptr())
     if isinstance(weight, PackedWeight):
         how = weight.format
-        assert (how.group is None) == (how.kind == "int8"), f"kernels have no {how}"
+        assert how.group is not None or how.kind == "int8", f"kernels have no {how}"
         assert (how.group or 0) <= ACTIVATION_GROUPS[0], f"kernels have no {how}"
         assert weight.is_tiled, "kernels read tiles"
         assert all(part.is_contiguous() for part in weight.params("").values())
         out.words, out.scales = weight.words.data_ptr(), weight.scales.data_ptr()
-        out.zeros = None if weight.zeros is None else weight.zeros.data_ptr()
-        out.rows, out.cols, out.kind = weight.rows, weight.cols, KINDS[how.kind]
+        for plane in ("zeros", "minima", "high", "supers"):
+            part = getattr(weight, plane)
+            setattr(out, plane, None if part is None else part.data_ptr())
+        kind = "int8 in groups" if how.kind == "int8" and how.group else how.kind
+        out.rows, out.cols, out.kind = weight.rows, weight.cols, KINDS[kind]
         out.group = how.group or next(g for g in ACTIVATION_GROUPS if weight.cols % g == 0)
         out.scale_type = SCALE_TYPES[str(how.scale_dtype).removeprefix("torch.")]
         return out

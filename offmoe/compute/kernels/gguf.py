@@ -16,14 +16,13 @@ from offmoe.compute.kernels.library import SCALE_TYPES, DecodingStruct, Library,
 from offmoe.quant.codec import Codec
 from offmoe.quant.gguf_formats import BLOCKS, GgufBlocks
 from offmoe.quant.kernel_words import GGUF_FORMATS
-from offmoe.quant.packed_weight import SCALES, TILE_ROWS
 
 OUT_TYPES = (torch.bfloat16, torch.float32)
 """The dtypes that the decoders write."""
 
 
 def retiled(library: Library, codec: GgufBlocks, blocks: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Put a weight of Q4_0 or MXFP4 into tiles, in the calling thread: what `rows_of` and `to_tiles` give.
+    """Put a weight into the tiles of its type's format in `GGUF_FORMATS`, in the calling thread.
 
     Args:
         library: the C kernels.
@@ -31,24 +30,24 @@ def retiled(library: Library, codec: GgufBlocks, blocks: torch.Tensor) -> dict[s
         blocks: uint8 [rows, bytes of a row], contiguous in RAM; rows are a multiple of 16.
 
     Returns:
-        "" -> words int32 [rows / 16, words of a row, 16]; SCALES -> [rows / 16, blocks of a row, 16].
+        plane -> tensor [rows / 16, entries of a row, 16], as `WeightFormat.planes` has them.
     """
     how = GGUF_FORMATS[codec.type]
     rows, per_row = blocks.shape[0], blocks.shape[1] // codec.block.nbytes
     assert blocks.is_contiguous()
-    assert rows % TILE_ROWS == 0
-    words = torch.empty((rows // TILE_ROWS, per_row * 4, TILE_ROWS), dtype=torch.int32)
-    scales = torch.empty((rows // TILE_ROWS, per_row, TILE_ROWS), dtype=how.scale_dtype)
+    tiles = {
+        plane: torch.empty(shape, dtype=dtype)
+        for plane, (dtype, shape) in how.params("", rows, per_row * codec.block.values, tiled=True).items()
+    }
     struct = RetilingStruct(
         blocks=blocks.data_ptr(),
-        words=words.data_ptr(),
-        scales=scales.data_ptr(),
+        **{plane.strip(".") or "words": part.data_ptr() for plane, part in tiles.items()},
         rows=rows,
         blocks_per_row=per_row,
         type=codec.type,
     )
     library.calls.offmoe_retile(ctypes.byref(struct))
-    return {"": words, SCALES: scales}
+    return tiles
 
 
 class GgufDecoder:

@@ -19,8 +19,8 @@ from offmoe.errors import CapacityError, ConfigError
 MAX_TOKENS = 64
 """Most tokens of one call (offmoe.h)."""
 
-KINDS = {"int4": 0, "mxfp4": 1, "int8": 2, "fp8": 3, "bf16": 4}
-SCALE_TYPES = {"bfloat16": 0, "float16": 1, "float32": 2, "uint8": 3}
+KINDS = {"int4": 0, "mxfp4": 1, "int8": 2, "fp8": 3, "bf16": 4, "int5": 5, "int6": 6, "int8 in groups": 7, "iq4": 8}
+SCALE_TYPES = {"bfloat16": 0, "float16": 1, "float32": 2, "uint8": 3, "int8": 4}
 
 
 def _fields(pointers: str, integers: str) -> tuple[tuple[str, type], ...]:
@@ -34,7 +34,7 @@ def _fields(pointers: str, integers: str) -> tuple[tuple[str, type], ...]:
 class WeightStruct(ctypes.Structure):
     """`struct weight` of offmoe.h."""
 
-    _fields_ = _fields("words scales zeros bias", "rows cols group kind scale_type")
+    _fields_ = _fields("words scales zeros bias minima high supers", "rows cols group kind scale_type")
 
 
 class EncodingStruct(ctypes.Structure):
@@ -60,7 +60,7 @@ class DecodingStruct(ctypes.Structure):
 class RetilingStruct(ctypes.Structure):
     """`struct retiling` of offmoe.h."""
 
-    _fields_ = _fields("blocks words scales", "rows blocks_per_row type")
+    _fields_ = _fields("blocks words scales minima high supers", "rows blocks_per_row type")
 
 
 class Library:

@@ -52,7 +52,7 @@ static void pack(const struct weight *w, int precision, const float *x, size_t s
             } else {
                 int8_t q[MAX_GROUP];
                 out->scale[(size_t)g * M + m] = quantize_group(v, group, q, (int32_t *)out->sum + (size_t)g * M + m);
-                if (w->kind == KIND_INT8) {
+                if (w->kind == KIND_INT8 || w->kind == KIND_INT8_GROUPS) {
                     int32_t *to = (int32_t *)out->data + (size_t)c / 4 * M + m;
                     for (int j = 0; j < group / 4; j++) memcpy(to + j * M, q + 4 * j, 4);
                 } else {

@@ -44,7 +44,8 @@ REQUIRED = {
     "portable.c": ("-O2", "-Wno-psabi"),
     "encode_portable.c": ("-O2", "-Wno-psabi", *EXACT_FLAGS),
     "encode.c": ("-O2",),
-    "decode.c": ("-O3",),
+    "decode.c": ("-O2",),
+    "retile.c": ("-O3",),
     "decode_portable.c": ("-O2", *EXACT_FLAGS),
     "pool.c": ("-O2",),
 }

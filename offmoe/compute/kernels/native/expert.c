@@ -105,7 +105,8 @@ static size_t place_blocks(const struct job *j, const struct weight *w, struct b
 static int run(struct pool *pool, struct job *j, const float *x) {
     const int T = j->k->max_block;
     const struct weight *in = j->up ? j->up : j->down;
-    const int kind = j->down->kind, per_two = kind == KIND_BF16 ? 1 : kind == KIND_INT8 || kind == KIND_FP8 ? 2 : 4;
+    const int kind = j->down->kind, octets = kind == KIND_INT8 || kind == KIND_INT8_GROUPS || kind == KIND_FP8;
+    const int per_two = kind == KIND_BF16 ? 1 : octets ? 2 : 4;
     const size_t tile_bytes = (size_t)j->down->cols * TILE / per_two;
     if (j->tokens < 1 || j->tokens > MAX_TOKENS) return 1;
     j->blocks = (j->tokens + T - 1) / T;

@@ -16,24 +16,38 @@
 
 enum { TILE = 16, MAX_BLOCK = 8, MAX_TOKENS = 64 };
 
-enum kind { KIND_INT4, KIND_MXFP4, KIND_INT8, KIND_FP8, KIND_BF16, KINDS };
-enum scale_type { SCALE_BF16, SCALE_FP16, SCALE_FP32, SCALE_E8M0 };
+enum kind {
+    KIND_INT4, KIND_MXFP4, KIND_INT8, KIND_FP8, KIND_BF16,
+    KIND_INT5, KIND_INT6, /* nibbles, and what exceeds them in a plane of its own */
+    KIND_INT8_GROUPS,     /* int8 with a scale per group */
+    KIND_IQ4,             /* nibbles that look up 16 levels of int8 */
+    KINDS
+};
+enum scale_type { SCALE_BF16, SCALE_FP16, SCALE_FP32, SCALE_E8M0, SCALE_TWO_LEVELS };
 enum precision { ACTIVATIONS_INT8, ACTIVATIONS_FLOAT };
 enum glu { GLU_SILU, GLU_GELU_TANH, GLU_CLAMPED };
 
 /* One weight [rows][cols]. group: columns per scale, and per scale of int8 activations; int8 weights have one scale per
  * row, and group says how activations are cut. scales: [rows / 16][cols / group][16], int8: [rows / 16][1][16]. zeros:
- * uint8 of the scales' shape, or null for 8. bias: float32 [rows] or null. Mirrored in offmoe/compute/kernels/library.py. */
+ * uint8 of the scales' shape, or null for 8 (int5: 16, int6: 32). bias: float32 [rows] or null.
+ * minima: of the scales' shape and type, subtracted from code * scale, or null; not with zeros, of int4 and int5 only.
+ * high: [rows / 16][words][16], the bits of a group's codes above their nibbles: byte b of a word has, from its lowest
+ * bits on, those of inputs 2b, 2b + 1, 8 + 2b, 8 + 2b + 1 and so on; int5 has a word per 32 inputs, int6 per 16.
+ * supers: float16 [rows / 16][cols / 256][1, or 2 with minima][16], which int8 scales and minima are multiples of
+ * (SCALE_TWO_LEVELS), in groups of 32, int6: 16. Mirrored in offmoe/compute/kernels/library.py. */
 struct weight {
     const uint8_t *words;
     const void *scales;
     const uint8_t *zeros;
     const float *bias;
+    const void *minima;
+    const uint8_t *high;
+    const uint16_t *supers;
     int32_t rows, cols, group, kind, scale_type;
 };
 
 /* Activations of `tokens` tokens (1, 2, 4 or 8), in the order of the kernel of `precision` and kind:
- *   int8, int4 or mxfp4 weights   data int32 [cols / 8][tokens][2]: inputs 0 2 4 6 and 1 3 5 7 of a word
+ *   int8, weights in nibbles      data int32 [cols / 8][tokens][2]: inputs 0 2 4 6 and 1 3 5 7 of a word
  *   int8, int8 weights            data int32 [cols / 4][tokens]
  *   float, or fp8 weights         data float [cols][tokens]
  *   float, bf16 weights           data float [cols / 32][tokens][2][16]: even inputs, odd inputs
@@ -86,12 +100,15 @@ struct decoding {
     void *out;
     int32_t count, block_bytes, type, out_type;
 };
-/* A GGUF matrix [rows][32 blocks_per_row] of type Q4_0 or MXFP4 that becomes tiles of words and scales, as `struct weight`
- * has them; rows are a multiple of 16. Mirrored in offmoe/compute/kernels/library.py. */
+/* A GGUF matrix of `rows` times `blocks_per_row` blocks that becomes tiles of words, scales and further planes, as
+ * `struct weight` has them; rows are a multiple of 16. Mirrored in offmoe/compute/kernels/library.py. */
 struct retiling {
     const uint8_t *blocks;
     uint32_t *words;
     void *scales;
+    void *minima;
+    uint32_t *high;
+    uint16_t *supers;
     int32_t rows, blocks_per_row, type;
 };
 

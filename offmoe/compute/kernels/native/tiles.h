@@ -11,23 +11,75 @@
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
-enum { AHEAD = 2048, BF16_AHEAD = 1024, SCALES_AHEAD = 512, BF16_ROWS = 4 };
+enum { AHEAD = 2048, BF16_AHEAD = 1024, SCALES_AHEAD = 512, HIGH_AHEAD = 512, SUPERS_AHEAD = 128, BF16_ROWS = 4 };
 
-/* Scales of one group, 16 rows. */
-INLINE floats scales_at(const struct weight *w, size_t index) {
+/* What follows from the kind alone, so that the compiler knows it. */
+INLINE int is_octets(int kind) { return kind == KIND_INT8 || kind == KIND_INT8_GROUPS || kind == KIND_FP8; }
+INLINE int largest_code(int kind) { return kind == KIND_INT6 ? 63 : kind == KIND_INT5 ? 31 : kind == KIND_MXFP4 ? 24 : 15; }
+INLINE int words_of_group(const struct weight *w, int kind) {
+    return kind == KIND_INT5 ? 4 : kind == KIND_INT6 ? 2 : w->group / (is_octets(kind) ? 4 : 8);
+}
+
+/* Where 16 rows of a plane with an entry per group begin, and their float16 of two levels. */
+struct place {
+    size_t group, super;
+};
+INLINE struct place place_of(const struct weight *w, int tile, int g, int groups, int kind) {
+    const int per_super = kind == KIND_INT6 ? 16 : 8, planes = w->minima ? 2 : 1;
+    const size_t supers = (size_t)tile * (groups / per_super) + g / per_super;
+    return (struct place){((size_t)tile * groups + g) * TILE, supers * planes * TILE};
+}
+
+INLINE floats scaled(const struct weight *w, const void *plane, size_t at, size_t super) {
     switch (w->scale_type) {
-    case SCALE_BF16: return floats_bf16((const uint16_t *)w->scales + index);
-    case SCALE_FP16: return floats_fp16((const uint16_t *)w->scales + index);
-    case SCALE_FP32: return floats_load((const float *)w->scales + index);
-    default: return floats_mul(floats_power2((const uint8_t *)w->scales + index), floats_set(0.5f)); /* doubled values */
+    case SCALE_BF16: return floats_bf16((const uint16_t *)plane + at);
+    case SCALE_FP16: return floats_fp16((const uint16_t *)plane + at);
+    case SCALE_FP32: return floats_load((const float *)plane + at);
+    case SCALE_TWO_LEVELS: return floats_mul(floats_s8((const int8_t *)plane + at), floats_fp16(w->supers + super));
+    default: return floats_mul(floats_power2((const uint8_t *)plane + at), floats_set(0.5f)); /* doubled values */
     }
+}
+INLINE floats scales_at(const struct weight *w, struct place p) { return scaled(w, w->scales, p.group, p.super); }
+INLINE floats minima_at(const struct weight *w, struct place p) { return scaled(w, w->minima, p.group, p.super + TILE); }
+
+INLINE void prefetch_scales(const struct weight *w, struct place p, int kind) {
+    const int two = w->scale_type == SCALE_TWO_LEVELS, octets = two || w->scale_type == SCALE_E8M0;
+    __builtin_prefetch((const uint8_t *)w->scales + p.group * (octets ? 1 : 2) + SCALES_AHEAD);
+    if ((kind == KIND_INT4 || kind == KIND_INT5) && w->minima)
+        __builtin_prefetch((const uint8_t *)w->minima + p.group * (two ? 1 : 2) + SCALES_AHEAD);
+    if (two) __builtin_prefetch(w->supers + p.super + SUPERS_AHEAD);
+}
+
+/* The codes of a word's inputs 0 2 4 6 and 1 3 5 7, as bytes; high: of word j of a group, its first bits lowest. */
+struct halves {
+    lanes even, odd;
+};
+INLINE struct halves codes_of(lanes v, lanes *high, int kind) {
+    struct halves c = {lanes_low(v), lanes_high(v)};
+    if (kind == KIND_MXFP4) c.even = lanes_e2m1(c.even), c.odd = lanes_e2m1(c.odd);
+    if (kind == KIND_IQ4) c.even = lanes_iq4(c.even), c.odd = lanes_iq4(c.odd);
+    if (kind == KIND_INT5) {
+        c.even = lanes_with(c.even, *high, 4, 16), c.odd = lanes_with(c.odd, *high, 3, 16);
+        *high = lanes_right(*high, 2);
+    }
+    if (kind == KIND_INT6) {
+        c.even = lanes_with(c.even, *high, 4, 48), c.odd = lanes_with(c.odd, *high, 2, 48);
+        *high = lanes_right(*high, 4);
+    }
+    return c;
+}
+INLINE lanes high_at(const struct weight *w, size_t group) { /* a word per group, so it is where 4-byte scales would be */
+    __builtin_prefetch(w->high + group * 4 + HIGH_AHEAD);
+    return lanes_load(w->high + group * 4);
 }
 
 /* Weights times int8 activations. */
 INLINE void int8_tiles(const struct weight *const *w, const int *tile, const struct block *x, float *const *y, const int M,
                        const int NT, const int kind) {
-    const int words = w[0]->group / (kind == KIND_INT8 ? 4 : 8), groups = w[0]->cols / w[0]->group;
-    const int run = run_words(words, kind == KIND_MXFP4), split = M <= 2; /* two sums hide the latency of few tokens */
+    const int words = words_of_group(w[0], kind), groups = w[0]->cols / w[0]->group;
+    const int run = run_words(words, largest_code(kind)), split = M <= 2; /* two sums hide the latency of few tokens */
+    const int is_signed = is_octets(kind) || kind == KIND_IQ4, has_high = kind == KIND_INT5 || kind == KIND_INT6;
+    const int minima = (kind == KIND_INT4 || kind == KIND_INT5) && w[0]->minima;
     const int32_t *a = x->data, *sums = x->sum;
     const float *sa = x->scale;
     const uint8_t *p[2];
@@ -38,15 +90,39 @@ INLINE void int8_tiles(const struct weight *const *w, const int *tile, const str
     }
     for (int g = 0; g < groups; g++, sums += M, sa += M) {
         lanes c[MAX_BLOCK][2];
-        const int zero = kind == KIND_INT8 ? S8_ZERO : kind == KIND_MXFP4 ? 12 : w[0]->zeros ? 0 : 8;
+        const int zero = is_signed            ? S8_ZERO
+                         : kind == KIND_MXFP4 ? 12
+                         : kind == KIND_INT6  ? 32
+                         : minima             ? 0
+                         : kind == KIND_INT5  ? 16
+                         : w[0]->zeros        ? 0
+                                              : 8;
+        lanes high[2];
+        struct place place[2];
+        UNROLL for (int t = 0; t < NT; t++) {
+            place[t] = place_of(w[t], tile[t], g, groups, kind);
+            if (has_high) high[t] = high_at(w[t], place[t].group);
+        }
         UNROLL for (int t = 0; t < NT; t++) UNROLL for (int m = 0; m < M; m++) c[m][t] = lanes_set(-zero * sums[m]);
-        if (kind == KIND_INT8) {
+        if (is_octets(kind)) {
             for (int j = 0; j < words; j++, a += M) {
                 UNROLL for (int t = 0; t < NT; t++) {
                     lanes v = lanes_load(p[t]);
                     __builtin_prefetch(p[t] + AHEAD);
                     p[t] += 64;
                     UNROLL for (int m = 0; m < M; m++) c[m][t] = lanes_dot_s8(c[m][t], v, a[m]);
+                }
+            }
+        } else if (is_signed) {
+            for (int j = 0; j < words; j++, a += 2 * M) {
+                UNROLL for (int t = 0; t < NT; t++) {
+                    const struct halves v = codes_of(lanes_load(p[t]), NULL, kind);
+                    __builtin_prefetch(p[t] + AHEAD);
+                    p[t] += 64;
+                    UNROLL for (int m = 0; m < M; m++) {
+                        c[m][t] = lanes_dot_s8(c[m][t], v.even, a[2 * m]);
+                        c[m][t] = lanes_dot_s8(c[m][t], v.odd, a[2 * m + 1]);
+                    }
                 }
             }
         } else {
@@ -58,13 +134,12 @@ INLINE void int8_tiles(const struct weight *const *w, const int *tile, const str
                 }
                 for (int j = 0; j < run; j++, a += 2 * M) {
                     UNROLL for (int t = 0; t < NT; t++) {
-                        lanes v = lanes_load(p[t]), even = lanes_low(v), odd = lanes_high(v);
+                        const struct halves v = codes_of(lanes_load(p[t]), &high[t], kind);
                         __builtin_prefetch(p[t] + AHEAD);
                         p[t] += 64;
-                        if (kind == KIND_MXFP4) even = lanes_e2m1(even), odd = lanes_e2m1(odd);
                         UNROLL for (int m = 0; m < M; m++) {
-                            r[m][t][0] = runs_dot(r[m][t][0], even, a[2 * m]);
-                            r[m][t][split] = runs_dot(r[m][t][split], odd, a[2 * m + 1]);
+                            r[m][t][0] = runs_dot(r[m][t][0], v.even, a[2 * m]);
+                            r[m][t][split] = runs_dot(r[m][t][split], v.odd, a[2 * m + 1]);
                         }
                     }
                 }
@@ -75,15 +150,20 @@ INLINE void int8_tiles(const struct weight *const *w, const int *tile, const str
             }
         }
         UNROLL for (int t = 0; t < NT; t++) {
-            const size_t at = ((size_t)tile[t] * groups + g) * TILE;
             if (kind == KIND_INT8) { /* one scale per row: below */
                 UNROLL for (int m = 0; m < M; m++) f[m][t] = floats_fma(floats_of(c[m][t]), floats_set(sa[m]), f[m][t]);
                 continue;
             }
-            floats s = scales_at(w[t], at);
-            __builtin_prefetch((const uint8_t *)w[t]->scales + 2 * at + SCALES_AHEAD);
-            if (kind == KIND_INT4 && w[t]->zeros) {
-                floats z = floats_of(lanes_u8(w[t]->zeros + at));
+            floats s = scales_at(w[t], place[t]);
+            prefetch_scales(w[t], place[t], kind);
+            if (minima) {
+                floats least = minima_at(w[t], place[t]);
+                UNROLL for (int m = 0; m < M; m++) {
+                    f[m][t] = floats_fma(floats_mul(floats_of(c[m][t]), floats_set(sa[m])), s, f[m][t]);
+                    f[m][t] = floats_fma(least, floats_set(-sa[m] * (float)sums[m]), f[m][t]);
+                }
+            } else if (kind == KIND_INT4 && w[t]->zeros) {
+                floats z = floats_of(lanes_u8(w[t]->zeros + place[t].group));
                 UNROLL for (int m = 0; m < M; m++) {
                     floats v = floats_fma(z, floats_set((float)-sums[m]), floats_of(c[m][t]));
                     f[m][t] = floats_fma(floats_mul(v, floats_set(sa[m])), s, f[m][t]);
@@ -95,7 +175,7 @@ INLINE void int8_tiles(const struct weight *const *w, const int *tile, const str
         }
     }
     UNROLL for (int t = 0; t < NT; t++) UNROLL for (int m = 0; m < M; m++) {
-        if (kind == KIND_INT8) f[m][t] = floats_mul(f[m][t], scales_at(w[t], (size_t)tile[t] * TILE));
+        if (kind == KIND_INT8) f[m][t] = floats_mul(f[m][t], scales_at(w[t], (struct place){(size_t)tile[t] * TILE, 0}));
         floats_store(y[t] + m * TILE, f[m][t]);
     }
 }
@@ -104,9 +184,10 @@ INLINE void int8_tiles(const struct weight *const *w, const int *tile, const str
  * number is only kept which rows have them. */
 INLINE void float_tiles(const struct weight *const *w, const int *tile, const struct block *x, float *const *y, const int M,
                         const int NT, const int kind) {
-    const int values = kind == KIND_INT8 || kind == KIND_FP8 ? 4 : 8; /* of a word */
-    const int words = w[0]->group / values, groups = w[0]->cols / w[0]->group;
-    const int split = M <= 2;
+    const int values = is_octets(kind) ? 4 : 8; /* of a word */
+    const int words = words_of_group(w[0], kind), groups = w[0]->cols / w[0]->group;
+    const int split = M <= 2, has_high = kind == KIND_INT5 || kind == KIND_INT6;
+    const int minima = (kind == KIND_INT4 || kind == KIND_INT5) && w[0]->minima;
     const float *a = x->data, *sums = x->sum;
     const uint8_t *p[2];
     lanes nan[2];
@@ -118,39 +199,50 @@ INLINE void float_tiles(const struct weight *const *w, const int *tile, const st
     }
     for (int g = 0; g < groups; g++, sums += M) {
         floats c[MAX_BLOCK][2][2];
-        UNROLL for (int t = 0; t < NT; t++) UNROLL for (int m = 0; m < M; m++) c[m][t][0] = c[m][t][1] = floats_zero();
+        lanes high[2];
+        struct place place[2];
+        UNROLL for (int t = 0; t < NT; t++) {
+            place[t] = place_of(w[t], tile[t], g, groups, kind);
+            if (has_high) high[t] = high_at(w[t], place[t].group);
+            UNROLL for (int m = 0; m < M; m++) c[m][t][0] = c[m][t][1] = floats_zero();
+        }
         for (int j = 0; j < words; j++, a += values * M) {
             UNROLL for (int t = 0; t < NT; t++) {
                 lanes v = lanes_load(p[t]);
                 __builtin_prefetch(p[t] + AHEAD);
                 p[t] += 64;
                 floats bytes[4];
+                struct halves both;
                 if (kind == KIND_FP8) nan[t] = floats_e4m3(bytes, v, nan[t]);
+                if (has_high || kind == KIND_IQ4) both = codes_of(v, &high[t], kind);
                 UNROLL for (int i = 0; i < values; i++) {
-                    floats q = kind == KIND_INT8    ? floats_byte(v, i)
-                               : kind == KIND_FP8   ? bytes[i]
+                    floats q = kind == KIND_FP8     ? bytes[i]
+                               : is_octets(kind)    ? floats_byte(v, i)
                                : kind == KIND_MXFP4 ? floats_e2m1(v, i)
-                                                    : floats_nibble(v, i);
+                               : kind == KIND_INT4  ? floats_nibble(v, i)
+                                                    : floats_byte(i & 1 ? both.odd : both.even, i / 2);
                     UNROLL for (int m = 0; m < M; m++)
                         c[m][t][split & i] = floats_fma(q, floats_set(a[i * M + m]), c[m][t][split & i]);
                 }
             }
         }
         UNROLL for (int t = 0; t < NT; t++) {
-            const size_t at = ((size_t)tile[t] * groups + g) * TILE;
-            floats s = kind == KIND_INT8 ? floats_set(1) : scales_at(w[t], at);
-            floats z = floats_zero();
+            const int zero = kind == KIND_INT6 ? 32 : minima ? 0 : kind == KIND_INT5 ? 16 : kind == KIND_INT4 ? 8 : 0;
+            floats s = kind == KIND_INT8 ? floats_set(1) : scales_at(w[t], place[t]);
+            floats z = floats_set((float)zero), least = floats_zero();
             if (kind == KIND_FP8) s = floats_mul(s, floats_set(256));
-            if (kind == KIND_INT4) z = w[t]->zeros ? floats_of(lanes_u8(w[t]->zeros + at)) : floats_set(8);
+            if (kind == KIND_INT4 && w[t]->zeros) z = floats_of(lanes_u8(w[t]->zeros + place[t].group));
+            if (minima) least = minima_at(w[t], place[t]);
             UNROLL for (int m = 0; m < M; m++) {
                 floats v = split ? floats_add(c[m][t][0], c[m][t][1]) : c[m][t][0];
-                if (kind == KIND_INT4) v = floats_fma(z, floats_set(-sums[m]), v);
+                if (kind == KIND_INT4 || has_high) v = floats_fma(z, floats_set(-sums[m]), v);
                 f[m][t] = floats_fma(v, s, f[m][t]);
+                if (minima) f[m][t] = floats_fma(least, floats_set(-sums[m]), f[m][t]);
             }
         }
     }
     UNROLL for (int t = 0; t < NT; t++) UNROLL for (int m = 0; m < M; m++) {
-        if (kind == KIND_INT8) f[m][t] = floats_mul(f[m][t], scales_at(w[t], (size_t)tile[t] * TILE));
+        if (kind == KIND_INT8) f[m][t] = floats_mul(f[m][t], scales_at(w[t], (struct place){(size_t)tile[t] * TILE, 0}));
         if (kind == KIND_FP8) f[m][t] = floats_or_nan(f[m][t], nan[t]);
         floats_store(y[t] + m * TILE, f[m][t]);
     }
@@ -197,13 +289,17 @@ INLINE void bf16_rows(const struct weight *w, int tile, const struct block *x, f
         bf16_rows(w[0], tile[0], x, y[0], M);                                                                          \
         bf16_rows(w[1], tile[1], x, y[1], M);                                                                          \
     }
+#define BOTH_PRECISIONS(name, kind, M)                                                                                  \
+    FUNCTIONS(int8_tiles, name##_a8, kind, M)                                                                          \
+    FUNCTIONS(float_tiles, name##_float, kind, M)
 #define ALL_KINDS(M)                                                                                                    \
-    FUNCTIONS(int8_tiles, int4_a8, KIND_INT4, M)                                                                        \
-    FUNCTIONS(int8_tiles, mxfp4_a8, KIND_MXFP4, M)                                                                      \
-    FUNCTIONS(int8_tiles, int8_a8, KIND_INT8, M)                                                                        \
-    FUNCTIONS(float_tiles, int4_float, KIND_INT4, M)                                                                    \
-    FUNCTIONS(float_tiles, mxfp4_float, KIND_MXFP4, M)                                                                  \
-    FUNCTIONS(float_tiles, int8_float, KIND_INT8, M)                                                                    \
+    BOTH_PRECISIONS(int4, KIND_INT4, M)                                                                                 \
+    BOTH_PRECISIONS(mxfp4, KIND_MXFP4, M)                                                                               \
+    BOTH_PRECISIONS(int8, KIND_INT8, M)                                                                                 \
+    BOTH_PRECISIONS(int5, KIND_INT5, M)                                                                                 \
+    BOTH_PRECISIONS(int6, KIND_INT6, M)                                                                                 \
+    BOTH_PRECISIONS(groups, KIND_INT8_GROUPS, M)                                                                        \
+    BOTH_PRECISIONS(iq4, KIND_IQ4, M)                                                                                   \
     FUNCTIONS(float_tiles, fp8_float, KIND_FP8, M)                                                                      \
     BF16_FUNCTIONS(M)
 ALL_KINDS(1)
@@ -216,11 +312,20 @@ ALL_KINDS(8)
 #define SIZES(name) {name##_1, name##_2, name##_4, NULL}
 #endif
 
-#define TILES                                                                                                \
-    {{SIZES(int4_a8), SIZES(int4_float)}, {SIZES(mxfp4_a8), SIZES(mxfp4_float)},                             \
-     {SIZES(int8_a8), SIZES(int8_float)}, {SIZES(fp8_float), SIZES(fp8_float)},                               \
-     {SIZES(bf16), SIZES(bf16)}}
-#define PAIRS                                                                                                \
-    {{SIZES(int4_a8_pair), SIZES(int4_float_pair)}, {SIZES(mxfp4_a8_pair), SIZES(mxfp4_float_pair)},         \
-     {SIZES(int8_a8_pair), SIZES(int8_float_pair)}, {SIZES(fp8_float_pair), SIZES(fp8_float_pair)},           \
-     {SIZES(bf16_pair), SIZES(bf16_pair)}}
+#define BY_PRECISION(name) {SIZES(name##_a8), SIZES(name##_float)}
+#define TILES                                                                                                        \
+    {                                                                                                                \
+        [KIND_INT4] = BY_PRECISION(int4), [KIND_MXFP4] = BY_PRECISION(mxfp4), [KIND_INT8] = BY_PRECISION(int8),      \
+        [KIND_INT5] = BY_PRECISION(int5), [KIND_INT6] = BY_PRECISION(int6), [KIND_IQ4] = BY_PRECISION(iq4),          \
+        [KIND_INT8_GROUPS] = BY_PRECISION(groups), [KIND_FP8] = {SIZES(fp8_float), SIZES(fp8_float)},                \
+        [KIND_BF16] = {SIZES(bf16), SIZES(bf16)}                                                                     \
+    }
+#define PAIR_BY_PRECISION(name) {SIZES(name##_a8_pair), SIZES(name##_float_pair)}
+#define PAIRS                                                                                                        \
+    {                                                                                                                \
+        [KIND_INT4] = PAIR_BY_PRECISION(int4), [KIND_MXFP4] = PAIR_BY_PRECISION(mxfp4),                              \
+        [KIND_INT8] = PAIR_BY_PRECISION(int8), [KIND_INT5] = PAIR_BY_PRECISION(int5),                                \
+        [KIND_INT6] = PAIR_BY_PRECISION(int6), [KIND_IQ4] = PAIR_BY_PRECISION(iq4),                                  \
+        [KIND_INT8_GROUPS] = PAIR_BY_PRECISION(groups), [KIND_FP8] = {SIZES(fp8_float_pair), SIZES(fp8_float_pair)}, \
+        [KIND_BF16] = {SIZES(bf16_pair), SIZES(bf16_pair)}                                                           \
+    }

@@ -22,6 +22,18 @@ static inline lanes lanes_e2m1(lanes v) {
     return LANES(_mm256_shuffle_epi8(e2m1_table(), v.a), _mm256_shuffle_epi8(e2m1_table(), v.b));
 }
 
+static inline __m256i iq4_table(void) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)IQ4_LEVELS)); }
+static inline lanes lanes_iq4(lanes v) {
+    return LANES(_mm256_shuffle_epi8(iq4_table(), v.a), _mm256_shuffle_epi8(iq4_table(), v.b));
+}
+static inline lanes lanes_right(lanes v, int n) { return LANES(_mm256_srli_epi32(v.a, n), _mm256_srli_epi32(v.b, n)); }
+static inline __m256i with_bits(__m256i v, __m256i bits, int n, int mask) {
+    return _mm256_or_si256(v, _mm256_and_si256(_mm256_slli_epi32(bits, n), _mm256_set1_epi8((char)mask)));
+}
+static inline lanes lanes_with(lanes v, lanes bits, int n, int mask) {
+    return LANES(with_bits(v.a, bits.a, n, mask), with_bits(v.b, bits.b, n, mask));
+}
+
 #if defined(__AVXVNNI__) || (defined(__AVX512VNNI__) && defined(__AVX512VL__))
 #ifdef __AVXVNNI__
 #define DPBUSD _mm256_dpbusd_avx_epi32
@@ -30,7 +42,7 @@ static inline lanes lanes_e2m1(lanes v) {
 #endif
 #define WIDE_RUNS 1
 enum { S8_ZERO = 128 };
-static inline int run_words(int words, int mxfp4) { (void)mxfp4; return words; }
+static inline int run_words(int words, int top) { (void)top; return words; }
 static inline runs runs_dot(runs sum, lanes w, int32_t x) {
     __m256i v = _mm256_set1_epi32(x);
     return LANES(DPBUSD(sum.a, w.a, v), DPBUSD(sum.b, w.b, v));
@@ -41,10 +53,10 @@ static inline lanes lanes_dot_s8(lanes sum, lanes w, int32_t x) {
     return runs_dot(sum, LANES(_mm256_xor_si256(w.a, flip), _mm256_xor_si256(w.b, flip)), x);
 }
 #else
-/* Products are summed in 16 bits as long as they fit: 2 * 15 * 127 eight times, 2 * 24 * 127 four times. */
+/* Products are summed in 16 bits as long as they fit: 2 * 15 * 127 eight times, 2 * 31 * 127 four, 2 * 63 * 127 twice. */
 #define WIDE_RUNS 0
 enum { S8_ZERO = 0 };
-static inline int run_words(int words, int mxfp4) { (void)words; return mxfp4 ? 2 : 4; }
+static inline int run_words(int words, int top) { (void)words; return top > 31 ? 1 : top > 15 ? 2 : 4; }
 static inline runs runs_dot(runs sum, lanes w, int32_t x) {
     __m256i v = _mm256_set1_epi32(x);
     return LANES(_mm256_add_epi16(sum.a, _mm256_maddubs_epi16(w.a, v)), _mm256_add_epi16(sum.b, _mm256_maddubs_epi16(w.b, v)));
@@ -136,6 +148,10 @@ static inline floats floats_fp16(const uint16_t *p) {
 static inline lanes lanes_u8(const uint8_t *p) {
     __m128i v = _mm_loadu_si128((const __m128i *)p);
     return LANES(_mm256_cvtepu8_epi32(v), _mm256_cvtepu8_epi32(_mm_srli_si128(v, 8)));
+}
+static inline floats floats_s8(const int8_t *p) {
+    __m128i v = _mm_loadu_si128((const __m128i *)p);
+    return floats_of(LANES(_mm256_cvtepi8_epi32(v), _mm256_cvtepi8_epi32(_mm_srli_si128(v, 8))));
 }
 static inline floats floats_power2(const uint8_t *p) {
     lanes v = lanes_u8(p);

@@ -8,7 +8,7 @@ typedef lanes runs;
 #define LARGEST_BLOCK 8
 #define WIDE_RUNS 1
 enum { S8_ZERO = 128 };
-static inline int run_words(int words, int mxfp4) { (void)mxfp4; return words; }
+static inline int run_words(int words, int top) { (void)top; return words; }
 
 static inline lanes lanes_load(const void *p) { return _mm512_loadu_si512(p); }
 static inline lanes lanes_set(int32_t x) { return _mm512_set1_epi32(x); }
@@ -16,6 +16,12 @@ static inline lanes lanes_low(lanes v) { return _mm512_and_si512(v, _mm512_set1_
 static inline lanes lanes_high(lanes v) { return lanes_low(_mm512_srli_epi16(v, 4)); }
 static inline __m512i e2m1_table(void) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)E2M1_PLUS_12)); }
 static inline lanes lanes_e2m1(lanes v) { return _mm512_shuffle_epi8(e2m1_table(), v); }
+static inline __m512i iq4_table(void) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)IQ4_LEVELS)); }
+static inline lanes lanes_iq4(lanes v) { return _mm512_shuffle_epi8(iq4_table(), v); }
+static inline lanes lanes_right(lanes v, int n) { return _mm512_srli_epi32(v, (unsigned)n); }
+static inline lanes lanes_with(lanes v, lanes bits, int n, int mask) {
+    return _mm512_or_si512(v, _mm512_and_si512(_mm512_slli_epi32(bits, (unsigned)n), _mm512_set1_epi8((char)mask)));
+}
 static inline runs runs_zero(void) { return _mm512_setzero_si512(); }
 static inline runs runs_dot(runs sum, lanes w, int32_t x) { return _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(x)); }
 static inline lanes runs_add(lanes sum, runs v) { return _mm512_add_epi32(sum, v); }
@@ -81,6 +87,9 @@ static inline floats floats_bf16(const uint16_t *p) {
 }
 static inline floats floats_fp16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 static inline lanes lanes_u8(const uint8_t *p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
+static inline floats floats_s8(const int8_t *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
 static inline floats floats_power2(const uint8_t *p) { return _mm512_castsi512_ps(_mm512_slli_epi32(lanes_u8(p), 23)); }
 
 /* For the encoder (encode.h). */

@@ -8,7 +8,7 @@ typedef lanes runs;
 #define LARGEST_BLOCK 4
 #define WIDE_RUNS 1
 enum { S8_ZERO = 0 };
-static inline int run_words(int words, int mxfp4) { (void)mxfp4; return words; }
+static inline int run_words(int words, int top) { (void)top; return words; }
 #define EACH for (int l = 0; l < TILE; l++)
 
 static inline lanes lanes_load(const void *p) { lanes a; memcpy(&a, p, sizeof a); return a; }
@@ -26,6 +26,14 @@ static inline lanes lanes_e2m1(lanes a) {
     for (int i = 0; i < 4; i++) out |= (e2m1(a >> 8 * i & 15) + 12) << 8 * i;
     return out;
 }
+static inline lanes lanes_iq4(lanes a) {
+    lanes out = {0};
+    for (int i = 0; i < 4; i++) EACH out[l] |= (int32_t)((uint32_t)(uint8_t)IQ4_LEVELS[a[l] >> 8 * i & 15] << 8 * i);
+    return out;
+}
+static inline lanes lanes_right(lanes a, int n) { return a >> n; }
+/* `a`, and of every byte of `bits` those that are in the mask once they are shifted to the left by n. */
+static inline lanes lanes_with(lanes a, lanes bits, int n, int mask) { return a | (bits << n & mask * 0x01010101); }
 static inline lanes lanes_dot_s8(lanes sum, lanes w, int32_t x) {
     for (int i = 0; i < 4; i++) sum += lanes_byte(w, i) * (int32_t)(int8_t)((uint32_t)x >> 8 * i);
     return sum;
@@ -88,6 +96,7 @@ static inline floats floats_fp16(const uint16_t *p) {
     return floats_bits((n & ~small) | (s & small) | (h & 0x8000) << 16);
 }
 static inline lanes lanes_u8(const uint8_t *p) { lanes a; EACH a[l] = p[l]; return a; }
+static inline floats floats_s8(const int8_t *p) { lanes a; EACH a[l] = p[l]; return floats_of(a); }
 static inline floats floats_power2(const uint8_t *p) { return floats_bits(lanes_u8(p) << 23); }
 
 /* For the encoder (encode.h). */
