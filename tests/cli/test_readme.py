@@ -25,6 +25,7 @@ LONG = {
     "calibrate": ("--seconds", "1"),
     "bench": ("--rounds", "1", "--new-tokens", "4", "--device-memory", "40MiB"),
     "chat": ("--max-new-tokens", "8"),
+    "verify": ("--new-tokens", "1", "--only", "stock,few-slots"),
 }
 """Per verb that would take long, options that make it short."""
 
