@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from offmoe.budget import resolve
 from offmoe.errors import CapacityError
 from offmoe.measure import verify
 from offmoe.measure.set_ups import NAMES
@@ -119,12 +120,11 @@ def test_set_ups_that_agree_with_each_other_but_not_with_stock(
 
 def test_what_does_not_fit_is_a_line(offmoe: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "LOADING", 1e9)
-    limit = verify.divide
 
     def divide(config: Any, *arguments: Any) -> Any:
         if config.slots_per_layer == (8, 8, 8):
             raise CapacityError("too large")
-        return limit(config, *arguments)
+        return resolve.divide(config, *arguments)
 
     monkeypatch.setattr(verify, "divide", divide)
     outcome = offmoe(
