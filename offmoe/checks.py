@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from offmoe.errors import ConfigError
 from offmoe.types import CacheShape
+
+LAG_ONE: dict[str, Any] = {"prefetch": 0, "on_miss": "fetch"}
+"""Options that lag=1 takes: every miss gets a slot that was named before, and nothing else gives slots to experts."""
 
 
 def check_counts(subject: str, counts: Sequence[Sequence[float]], shape: CacheShape) -> None:
@@ -21,6 +25,15 @@ def one_of(option: str, value: object, allowed: Sequence[str]) -> None:
     """ConfigError unless the value is one of those allowed."""
     if value not in allowed:
         raise ConfigError(f"{option}={value!r} is unknown. Use one of: {', '.join(allowed)}.")
+
+
+def check_lag(lag: object, **options: object) -> None:
+    """ConfigError unless the lag is 0, or 1 with the options that it takes. options: those of LAG_ONE."""
+    if type(lag) is not int or lag not in (0, 1):
+        raise ConfigError(f"lag={lag!r} must be 0 or 1.")
+    for name, value in LAG_ONE.items() if lag else ():
+        if options[name] != value:
+            raise ConfigError(f"lag=1 takes {name}={value!r}, not {options[name]!r}. Use that, or lag=0.")
 
 
 def per_layer(option: str, slots: int | tuple[int, ...], shape: CacheShape) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import os
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from offmoe.checks import check_counts, check_slots, one_of, per_layer
+from offmoe.checks import LAG_ONE, check_counts, check_lag, check_slots, one_of, per_layer
 from offmoe.errors import ConfigError
 from offmoe.eviction_names import EVICTIONS as EVICTIONS
 from offmoe.eviction_names import check_eviction
@@ -53,6 +53,7 @@ class CacheOptions:
     on_miss: str = "fetch"
     miss_costs: MissCosts | None = None
     warm_counts: tuple[tuple[float, ...], ...] | None = None
+    lag: int = 0
 
     def __post_init__(self) -> None:
         check_eviction(self.eviction)
@@ -64,6 +65,7 @@ class CacheOptions:
         check_slots(self.host_slots, "host_slots", least=0)
         if isinstance(self.half_life, bool) or not isinstance(self.half_life, (int, float)) or not self.half_life > 0:
             raise ConfigError(f"half_life={self.half_life!r} must be a positive number of accesses.")
+        check_lag(self.lag, prefetch=self.prefetch, on_miss=self.on_miss)
         if (self.eviction == "static") != (self.popularity is not None):
             raise ConfigError(
                 "eviction='static' and a popularity of experts belong together: use a profile, which "
@@ -116,7 +118,7 @@ class CacheOptions:
 
     def to_dict(self) -> dict[str, Any]:
         """Values for JSON, without the options that only some policies or machines set."""
-        unset = {"popularity": None, "host_slots": 0, "miss_costs": None, "warm_counts": None}
+        unset = {"popularity": None, "host_slots": 0, "miss_costs": None, "warm_counts": None, "lag": 0}
         return {name: value for name, value in asdict(self).items() if name not in unset or value != unset[name]}
 
     @classmethod
@@ -211,6 +213,9 @@ class OffloadConfig:
         fill: Whether experts are read into free slots and RAM in the background after loading: in the order of the
             state, else of popularity, else of the files. Reading pauses while a miss waits for the disk. Default: True
             with a state, else False; the verbs generate, chat and serve always fill.
+        lag: When victims are chosen: 0 = when experts are missed, 1 = one step before, as a device needs it to go on
+            without the host (steps of up to 8 tokens, layers with 2 top_k slots of their own or more). Default: 0; 1
+            sets prefetch=0 and on_miss="fetch". Errors: 1 with another prefetch or on_miss.
         miss_costs: Times to weigh a fetch against computing on the host. Not an option for users: loading sets it from
             the profile's costs or from assumed ones.
         warm_counts: Share of the tokens that each expert of each MoE layer served in an earlier run. Not an option for
@@ -239,6 +244,7 @@ class OffloadConfig:
     host_slots: int | tuple[int, ...] | None = None
     state: str | os.PathLike[str] | None = None
     fill: bool | None = None
+    lag: int = 0
     miss_costs: MissCosts | None = None
     warm_counts: tuple[tuple[float, ...], ...] | None = None
     explicit: frozenset[str] = field(init=False, repr=False, compare=False)
@@ -325,6 +331,7 @@ class OffloadConfig:
         for f in options:
             if getattr(self, f.name) is None:
                 value = tuned.get(f.name) if f.name in CACHE_OPTIONS else None
+                value = LAG_ONE.get(f.name, value) if self.lag == 1 else value
                 object.__setattr__(self, f.name, f.metadata.get("default") if value is None else value)
 
     def _check_exactness(self) -> None:

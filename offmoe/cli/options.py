@@ -56,6 +56,7 @@ def add_cache(parser: argparse.ArgumentParser, default: str | None = None) -> No
     _add(group, "scope", "SCOPE", default=default)
     _add(group, "prefetch", "N", number_or_text, default)
     _add(group, "on_miss", "HOW", default=default)
+    _add(group, "lag", "N", number_or_text, default)
     _add(group, "profile", "FILE")
 
 

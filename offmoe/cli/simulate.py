@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from rich.table import Table
 
+from offmoe.checks import LAG_ONE
 from offmoe.cli import options
 from offmoe.cli.output import Output, new_table
 from offmoe.config import CacheOptions
@@ -22,7 +23,7 @@ from offmoe.text import format_size, percent, plain, span
 from offmoe.trace.trace import Trace, read_trace
 from offmoe.types import CacheStats
 
-OVERRIDES = ("slots_per_layer", "eviction", "scope", "prefetch", "on_miss")
+OVERRIDES = ("slots_per_layer", "eviction", "scope", "prefetch", "on_miss", "lag")
 """Options that override the trace's header."""
 
 
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
     out.result(
         f"{args.trace}: {trace.model or 'unnamed model'}, {trace.tokens} tokens, {trace.shape.layers} MoE layers",
         f"{chosen.eviction}, {span(quotas)} slots per layer of {span(trace.shape.experts)}, scope {chosen.scope}, "
-        f"prefetch {chosen.prefetch}, on a miss {chosen.on_miss}",
+        f"prefetch {chosen.prefetch}, on a miss {chosen.on_miss}" + (f", lag {chosen.lag}" if chosen.lag else ""),
         _table(stats, bound, uniforms, uniform),
         _gap(stats.hit_rate, bound.hit_rate, uniform, chosen.prefetch != 0),
         *_fills(trace, stats),
@@ -101,7 +102,8 @@ def _options(args: argparse.Namespace, trace: Trace, profile: Profile) -> CacheO
     assert isinstance(default.slots_per_layer, int)
     base = trace.options or replace(default, slots_per_layer=max(default.slots_per_layer, *trace.shape.top_k))
     overrides = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
-    values = {**base.to_dict(), **profile.cache, **overrides}
+    implied = LAG_ONE if overrides.get("lag") == 1 else {}
+    values = {**base.to_dict(), **profile.cache, **implied, **overrides}
     if values["eviction"] != "static":
         values.pop("popularity", None)
     chosen = CacheOptions.from_dict(values)

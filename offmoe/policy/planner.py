@@ -15,6 +15,7 @@ experts to be demanded again is prefetched afterwards, while the link is idle.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import zip_longest
 from typing import NamedTuple
 
 from offmoe.config import CacheOptions
@@ -24,6 +25,7 @@ from offmoe.policy.host_split import best_refill, split_misses
 from offmoe.policy.layer_cache import LayerCache, MakePolicy, build_layers
 from offmoe.policy.prefetch import Candidate, PrefetchPolicy, build_prefetch
 from offmoe.policy.resize import resize_layers
+from offmoe.policy.victims import NamedVictims, Place
 from offmoe.profile import MissCosts
 from offmoe.types import Access, CacheShape, ExpertKey, Fetch, KeptSlots, Plan, Wave
 
@@ -75,6 +77,7 @@ class Planner:
         self.num_scratch = num_scratch(options, self.shape)
         self._scratch = range(self.num_slots, self.num_slots + self.num_scratch)
         self._costs = options.miss_costs
+        self._victims = NamedVictims(options, self.shape)
 
     def resize(self, options: CacheOptions) -> KeptSlots:
         """Go on with other numbers of slots; the policies keep what they know, and the best residents stay.
@@ -110,6 +113,7 @@ class Planner:
             self._read_ahead = ()
             experts = [demand.expert for demand in demands]
             self._prefetch.on_access(layer, experts, len(missing) - len(self._arriving))
+        named = self._victims.take(residency, access, missing, keys) if missing else ()
         cache.policy.on_access(keys, demands, access.tail)
         if cache.host_tier is not None:
             cache.host_tier.on_access(keys)
@@ -120,7 +124,7 @@ class Planner:
         waves: tuple[Wave, ...]
         on_host: tuple[Wave, ...]
         if cache.admission is None and len(keys) <= residency.capacity:
-            waves = (cache.wave(resident, self._admit(cache, missing, keys) if missing else ()),)
+            waves = (cache.wave(resident, self._admit(cache, missing, keys, named) if missing else ()),)
             num_slotless, on_host, refill = 0, (), None
         else:
             waves, num_slotless, on_host, refill = self._place(cache, _Need(access, keys, resident, missing))
@@ -231,13 +235,15 @@ class Planner:
             waves.append(cache.wave((), tuple([self._fetch(key, slot, None) for key, slot in pairs])))
         return waves
 
-    def _admit(self, cache: LayerCache, missing: Sequence[int], protected: Collection[int]) -> tuple[Fetch, ...]:
-        """Fetches that give missing keys slots of the pool."""
+    def _admit(
+        self, cache: LayerCache, missing: Sequence[int], protected: Collection[int], named: Sequence[int | None] = ()
+    ) -> tuple[Fetch, ...]:
+        """Fetches that give missing keys slots of the pool. named: by missing key, its victim; () chooses them now."""
         if len(protected) > 16:  # a list of up to 16 is as fast to search as a set
             protected = frozenset(protected)
         fetches = []
-        for key in missing:
-            admission = cache.residency.admit(key, protected)
+        for key, victim in zip_longest(missing, named):
+            admission = cache.residency.admit(key, protected, named=victim)
             assert admission is not None, "a wave is never larger than its pool"
             fetches.append(self._fetch(key, *admission))
         if cache.host_tier is not None:
@@ -301,6 +307,10 @@ class Planner:
         """As `fill`, for a free slot in RAM."""
         cache = self.layers[expert.layer]
         return cache.host_tier is not None and cache.host_tier.fill(cache.keys[expert.expert], slot)
+
+    def next_places(self, layer: int) -> tuple[Place, ...]:
+        """The slots that the misses of a layer's next access take, in order; () at lag 0. Changes nothing."""
+        return self._victims.places(layer, self.layers[layer].residency)
 
     def missing(self, layer: int, experts: Sequence[int]) -> list[int]:
         """The experts of a layer that have no slot now. Changes nothing."""

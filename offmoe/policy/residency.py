@@ -43,8 +43,15 @@ class Residency:
         """These keys are demanded: they are pending no more."""
         self._pending.difference_update(keys)
 
-    def admit(self, key: int, protected: Collection[int], *, pending: bool = False) -> tuple[int, int | None] | None:
+    def admit(
+        self, key: int, protected: Collection[int], *, pending: bool = False, named: int | None = None
+    ) -> tuple[int, int | None] | None:
         """Give a slot to a key that is not resident.
+
+        Args:
+            protected: keys that must keep their slots.
+            pending: whether the key is prefetched.
+            named: the resident key to evict if no slot is free; None: the policy chooses now.
 
         Returns:
             (slot, key that was evicted for it, None if the slot was free); None if every resident key is protected.
@@ -57,6 +64,8 @@ class Residency:
             evicted = self.victim(protected)
             if evicted is None:
                 return None
+            if named is not None:  # the policy was asked all the same: it may spend what its search passed over
+                evicted = named
             slot = slot_of.pop(evicted)
             self._pending.discard(evicted)
             policy.on_evict(evicted)
@@ -110,6 +119,10 @@ class Residency:
         if len(self.slot_of) <= len(protected) and self.slot_of.keys() <= set(protected):
             return None
         return self._policy.choose_victim(protected)
+
+    def rank_victims(self, count: int) -> list[int]:
+        """The `count` keys that the policy would evict next, in order; all keys if they are fewer. Changes nothing."""
+        return self._policy.rank_victims(min(count, len(self.slot_of)))
 
     @property
     def num_free(self) -> int:

@@ -80,6 +80,19 @@ def test_options_come_from_the_header_unless_given(offmoe: Run, tmp_path: Path) 
     assert [layer["uniform"] for layer in given["by_layer"]] == [0.5, 0.25]
 
 
+def test_lag_takes_what_goes_with_it(offmoe: Run, tmp_path: Path) -> None:
+    recorded = CacheOptions("sieve", "layer", 4, 2)
+    path = write(tmp_path / "t.npz", predicted=True, config=recorded.to_dict())
+    found = offmoe("simulate", path, "--lag", "1", "--json").json
+    lagged = CacheOptions("sieve", "layer", 4, 0, lag=1)
+    assert found["stats"] == replay(read_trace(path), lagged).stats.to_dict()
+    assert found["config"] == lagged.to_dict()
+    assert "lag 1" in offmoe("simulate", path, "--lag", "1").out
+    outcome = offmoe("simulate", path, "--lag", "1", "--prefetch", "2")
+    assert outcome.status == 2
+    assert "lag=1 takes prefetch=0" in outcome.err
+
+
 def test_defaults_work_for_every_top_k(offmoe: Run, tmp_path: Path) -> None:
     found = offmoe("simulate", write(tmp_path / "t.npz", top_k=6), "--json").json
     assert found["config"]["slots_per_layer"] == 6

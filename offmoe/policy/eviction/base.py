@@ -77,6 +77,19 @@ class EvictionPolicy(ABC):
             protected: keys that must not be chosen. At least one resident key is not among them.
         """
 
+    def rank_victims(self, count: int) -> list[int]:
+        """The keys that `choose_victim` gives one after the other, if each is protected from then on.
+
+        Asking changes nothing.
+
+        Args:
+            count: at most the number of resident keys.
+        """
+        chosen: dict[int, None] = {}
+        while len(chosen) < count:
+            chosen[self.choose_victim(chosen)] = None
+        return list(chosen)
+
     @abstractmethod
     def score(self, key: int) -> float:
         """The value of a key, resident or not; compared with scores of this policy only.
@@ -137,6 +150,21 @@ class ScoredPolicy(EvictionPolicy):
         for entry in passed_over:
             heapq.heappush(heap, entry)
         return key
+
+    def rank_victims(self, count: int) -> list[int]:
+        heap, scores = self._heap, self.scores
+        ranked: dict[int, tuple[float, int]] = {}  # by key, its entry
+        while len(ranked) < count:
+            score, key = heap[0]
+            if key not in self._residents or key in ranked:  # a key that came back may have two entries
+                heapq.heappop(heap)
+            elif scores[key] != score:
+                heapq.heapreplace(heap, (scores[key], key))
+            else:
+                ranked[key] = heapq.heappop(heap)
+        for entry in ranked.values():
+            heapq.heappush(heap, entry)
+        return list(ranked)
 
 
 class RecencyScore(EvictionPolicy):

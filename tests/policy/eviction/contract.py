@@ -52,6 +52,31 @@ class PolicyContract:
                     twin.on_insert(key)
                     resident.add(key)
 
+    def test_victims_are_ranked_as_they_are_chosen(self):
+        rng = random.Random(0)
+        policy, twin, resident = self.policy(12), self.policy(12), set()
+        for step in range(200):
+            keys = sorted(rng.sample(range(12), 3))
+            for each in (policy, twin):
+                each.on_access(keys, single(keys), 1)
+            for key in keys:
+                if key in resident:
+                    continue
+                if len(resident) == 7:
+                    ranked = policy.rank_victims(step % 8)
+                    chosen = []
+                    while len(chosen) < len(ranked):
+                        chosen.append(twin.choose_victim(chosen))
+                    assert ranked == chosen
+                    victim = policy.choose_victim(keys)  # ranking changes nothing: the twin chooses the same
+                    assert victim == twin.choose_victim(keys)
+                    resident.remove(victim)
+                    for each in (policy, twin):
+                        each.on_evict(victim)
+                for each in (policy, twin):
+                    each.on_insert(key)
+                resident.add(key)
+
     def test_a_key_can_be_forgotten_and_come_back(self):
         policy = self.policy(3)
         for _ in range(100):
