@@ -59,6 +59,7 @@ class Choice:
         refusal: why it does not fit; None if it does.
         resident: share of the experts that have a slot.
         predicted: its speed; None if it does not fit, or if no costs are known.
+        dropped: options that were asked for and that this way gives up.
     """
 
     experts: str
@@ -68,6 +69,7 @@ class Choice:
     refusal: CapacityError | None
     resident: float
     predicted: Prediction | None
+    dropped: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:

@@ -94,7 +94,7 @@ def plan_memory(
         CapacityError: the model does not fit; the message names the smallest budget that works.
     """
     budget = int(free * share) if config.device_memory == "auto" else min(int(config.device_memory), free)
-    division = _Division(config, shape, model, budget, host_free, scratch)
+    division = _Division(config, shape, model, budget, free, host_free, scratch)
     if config.scope != "auto":
         return division.plan(config.scope)
     if config.slots_per_layer is not None:
@@ -116,6 +116,7 @@ class _Division:
     shape: CacheShape
     model: ModelBytes
     budget: int
+    free: int
     host_free: int
     scratch: int
 
@@ -140,7 +141,7 @@ class _Division:
         smallest = model.min_dense + fixed + min_kv + _bytes(least, slot_bytes)
         num_offloaded = model.num_offloaded(budget - fixed - min_kv - min_slots)
         if num_offloaded is None:
-            raise _too_small(model.min_dense + fixed + min_kv + min_slots, budget, config, least, smallest)
+            raise self._too_small(model.min_dense + fixed + min_kv + min_slots, least, smallest)
         resident, in_flight = model.dense_with(num_offloaded)
         room = budget - resident - in_flight - fixed  # for slots and KV cache
         context = _context(config, model, room - min_slots, room - _bytes(_top_k(shape), slot_bytes))
@@ -165,6 +166,21 @@ class _Division:
             offloaded_layers=num_offloaded,
             offloaded_in=None if not num_offloaded else HOST if offloaded <= self.host_free else DISK,
             scope=scope,
+        )
+
+    def _too_small(self, needed: int, least: tuple[int, ...], smallest: int) -> CapacityError:
+        """Why the model does not fit, and what would. least: the slots that the smallest budget holds."""
+        slots, budget = self.config.slots_per_layer, self.budget
+        name = "device_memory" if budget == self.config.device_memory else "what is free"
+        asked = ""
+        if slots is not None:
+            asked = f" for slots_per_layer={slots}, which needs {needed} bytes ({format_size(needed)})"
+        remedy = f": --device-memory {size_option(smallest)}"
+        if smallest > self.free:  # the option cannot take what is not free
+            remedy = f"; {format_size(smallest - self.free)} more must be free for it"
+        return CapacityError(
+            f"{name}, {format_size(budget)}, is too small{asked}. The smallest device_memory that works for this model "
+            f"is {smallest} bytes ({format_size(smallest)}), with {sum(least)} expert slots in all{remedy}."
         )
 
 
@@ -221,16 +237,3 @@ def _spread(room: int, shape: CacheShape, slot_bytes: Sequence[int], least: Sequ
 def _bytes(quotas: Sequence[int], slot_bytes: Sequence[int]) -> int:
     """Bytes of `quotas` slots per layer."""
     return sum(n * size for n, size in zip(quotas, slot_bytes, strict=True))
-
-
-def _too_small(needed: int, budget: int, config: OffloadConfig, least: tuple[int, ...], smallest: int) -> CapacityError:
-    """least: the slots that the smallest budget holds."""
-    name = "device_memory" if budget == config.device_memory else "what is free"
-    asked = ""
-    if config.slots_per_layer is not None:
-        asked = f" for slots_per_layer={config.slots_per_layer}, which needs {needed} bytes ({format_size(needed)})"
-    return CapacityError(
-        f"{name}, {format_size(budget)}, is too small{asked}. The smallest device_memory that works for this model is "
-        f"{smallest} bytes ({format_size(smallest)}), with {sum(least)} expert slots in all: "
-        f"--device-memory {size_option(smallest)}."
-    )

@@ -225,12 +225,24 @@ def inspect(
         CapacityError: the model does not fit.
         OffmoeError: whatever else `from_pretrained` raises before it loads.
     """
-    asked = asked or ModelOptions()
-    with without_change(asked.change, lambda: _read_headers(model, config, dtype, ModelOptions(), **hub)):
-        inspected = _read_headers(model, config, dtype, asked, **hub)
+    inspected = inspect_or_refusal(model, config, dtype=dtype, asked=asked, **hub)
     if inspected.refusal is not None:
         raise CapacityError(f"{inspected.refusal} What would fit: offmoe inspect {shlex.quote(os.fspath(model))}")
     return inspected
+
+
+def inspect_or_refusal(
+    model: str | os.PathLike[str],
+    config: OffloadConfig,
+    *,
+    dtype: str | torch.dtype | None = None,
+    asked: ModelOptions | None = None,
+    **hub: Any,
+) -> Inspected:
+    """As `inspect`, but a model that does not fit is no error: the result has the refusal, and cannot be loaded."""
+    asked = asked or ModelOptions()
+    with without_change(asked.change, lambda: _read_headers(model, config, dtype, ModelOptions(), **hub)):
+        return _read_headers(model, config, dtype, asked, **hub)
 
 
 def _checked_backend(config: OffloadConfig, dtype: str | torch.dtype | None, backend: Backend | None = None) -> Backend:

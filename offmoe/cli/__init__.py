@@ -94,6 +94,7 @@ def _run(argv: list[str]) -> int:
         args = module.parser().parse_intermixed_args(rest)
     except SystemExit:  # argparse, after --help
         return 0
+    args.words = argv
     out = Output(json=args.json)
     with logging_to_stderr(args.verbose):
         module.run(args, out)

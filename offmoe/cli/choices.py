@@ -6,6 +6,7 @@ import argparse
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -30,6 +31,8 @@ MACHINE_HELP = (
 )
 FASTER = 1.3
 """How many times as fast another way must be predicted to be for `generate` to mention it."""
+LONG_WORD = 60
+"""Characters of a prompt that a message repeats at most."""
 ASKED_MEMORY = {"device", "device_memory", "host_memory", "max_context"}
 """Options after which `generate` still says what another form of the experts would give."""
 
@@ -96,8 +99,8 @@ class Ranking:
         from offmoe.budget.choices import choices
 
         self._args, self._asked, self._survey, self._machine = args, asked, survey, machine
-        costs_of, self._source, self._assumed = costs_for(asked, survey, machine)
-        self.ways: list[Choice] = choices(survey, asked, costs_of)
+        self._costs_of, self._source, self._assumed = costs_for(asked, survey, machine)
+        self.ways: list[Choice] = choices(survey, asked, self._costs_of)
 
     @property
     def same(self) -> Choice | None:
@@ -108,6 +111,13 @@ class Ranking:
     def fastest(self) -> Choice | None:
         """The best way of all; None if none fits."""
         return next((way for way in self.ways if way.fits), None)
+
+    @cached_property
+    def nearest(self) -> Choice | None:
+        """The way that is nearest to what was asked for and fits, if none of `ways` does; None if there is none."""
+        from offmoe.budget.nearest import nearest
+
+        return nearest(self._survey, self._asked, self._costs_of)
 
     def command(self, way: Choice) -> str:
         """The command that runs the model this way."""
@@ -136,9 +146,11 @@ class Ranking:
         said = [f"Results: {'; '.join(results)}."]
         same, fastest = self.same, self.fastest
         if fastest is None:
-            nearest = self.ways[0] if self.ways else None
-            if nearest is not None:
-                said.append(f"Nothing fits. The nearest way: {self.command(nearest)}")
+            if self.nearest is not None:
+                said.append(f"Nothing fits. The nearest way that does: {self.command(self.nearest)}")
+            elif self.ways:
+                more = format_size(self.ways[0].plan.smallest - self._survey.free)
+                said.append(f"Nothing fits. With {more} more free, the nearest way: {self.command(self.ways[0])}")
         else:
             if same is not None:
                 said.append(f"Best with the results of transformers{_speed(same)}: {self.command(same)}")
@@ -158,9 +170,12 @@ class Ranking:
         return said
 
     def instead_of(self, refusal: CapacityError) -> CapacityError:
-        """The refusal of what was asked for, with the command of what fits."""
-        best = self.same or self.fastest
-        return refusal if best is None else CapacityError(f"{refusal} What fits: {self.command(best)}")
+        """The refusal of what was asked for, with the command of the nearest way that fits."""
+        best = self.same or self.fastest or self.nearest
+        if best is None:
+            return refusal
+        fits = self.command(best) if self._args.words[0] == "inspect" else again(self._args, best)
+        return CapacityError(f"{refusal} What fits: {fits}")
 
     def to_dict(self) -> dict[str, object]:
         """The ranking for JSON."""
@@ -172,6 +187,7 @@ class Ranking:
             "choices": [self._facts(way) for way in self.ways],
             "best_command": None if fastest is None else self.command(fastest),
             "best_command_same_results": None if same is None else self.command(same),
+            "nearest_command": None if fastest is not None or self.nearest is None else self.command(self.nearest),
         }
 
     def _facts(self, way: Choice) -> dict[str, object]:
@@ -219,6 +235,7 @@ def command(args: argparse.Namespace, way: Choice, model: str) -> str:
     words = ["offmoe", "generate", shlex.quote(model), "PROMPT"]
     given = {name: getattr(args, name, None) for name in OffloadConfig.__dataclass_fields__}
     given |= {name: getattr(args, name, None) for name in ("dtype", "revision", "gguf_file")}
+    given |= dict.fromkeys(way.dropped)
     if way.refusal is not None:
         given["device_memory"] = size_option(way.plan.smallest)
     for name, value in {**given, **way.options}.items():
@@ -226,6 +243,24 @@ def command(args: argparse.Namespace, way: Choice, model: str) -> str:
             text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
             words += [flag(name), shlex.quote(text)]
     return " ".join(words)
+
+
+def again(args: argparse.Namespace, way: Choice) -> str:
+    """The command that was given, with the options that make one way in place of its own. A long prompt is PROMPT."""
+    changed = {flag(name) for name in (*way.dropped, *way.options)}
+    words: list[str] = []
+    given = iter(args.words)
+    for word in given:
+        name, has_value, _ = word.partition("=")
+        if name in changed:
+            if not has_value:
+                next(given, None)
+            continue
+        is_long = len(word) > LONG_WORD or " ".join(word.split()) != word
+        words.append("PROMPT" if is_long and word == getattr(args, "prompt", None) else shlex.quote(word))
+    more = [word for name, value in way.options.items() for word in (flag(name), shlex.quote(str(value)))]
+    end = words.index("--") if "--" in words else len(words)
+    return " ".join(["offmoe", *words[:end], *more, *words[end:]])
 
 
 def say_what_is_faster(args: argparse.Namespace, survey: Survey, out: Output) -> None:

@@ -282,9 +282,10 @@ def _advice(config: OffloadConfig, survey: Survey) -> str:
     plan, shape = survey.plan, survey.shape
     knee = tuple(min(KNEE * k, e) for k, e in zip(shape.top_k, shape.experts, strict=True))
     where = f"the knee of {KNEE} x top_k = {span(knee)} slots per layer"
-    if config.slots_per_layer is None:  # device memory that holds the plan's context and these slots
+    if config.slots_per_layer is None:  # device memory that holds the plan's context, all dense layers and these slots
         slots = sum(n * expert.slot for n, expert in zip(knee, survey.needs.experts, strict=True))
-        to_it = f"--device-memory {size_option(plan.used - plan.slots + slots)} --max-context {plan.max_context}"
+        others = plan.used - plan.slots - plan.in_flight + plan.offloaded
+        to_it = f"--device-memory {size_option(others + slots)} --max-context {plan.max_context}"
     else:
         to_it = f"--slots-per-layer {','.join(map(str, sorted(set(knee)) if len(set(knee)) == 1 else knee))}"
     if plan.slots_per_layer == shape.experts:

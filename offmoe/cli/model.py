@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offmoe.cli import options
+from offmoe.cli.choices import Ranking
 from offmoe.cli.output import Output
 from offmoe.cli.state_file import state_file
 from offmoe.config import OffloadConfig
@@ -36,13 +37,20 @@ class OpenModel:
         self.inspect()
 
     def inspect(self, **overrides: Any) -> None:
-        """Inspect the model, with these options in place of those that were asked for."""
-        from offmoe.budget.inspect import inspect
+        """Inspect the model, with these options in place of those that were asked for.
+
+        Raises:
+            CapacityError: the model does not fit; the message ends with the command of the nearest way that does.
+        """
+        from offmoe.budget.inspect import inspect_or_refusal
         from offmoe.hf.load.options import ModelOptions
 
         config, hub = replace(self.config, **overrides), options.hub_options(self._args)
         asked = ModelOptions(plain=getattr(self._args, "no_generation_config", False))
-        self.inspected: Inspected = inspect(self._args.model, config, dtype=self._args.dtype, asked=asked, **hub)
+        found = inspect_or_refusal(self._args.model, config, dtype=self._args.dtype, asked=asked, **hub)
+        if found.refusal is not None:
+            raise Ranking(self._args, config, found, None).instead_of(found.refusal)
+        self.inspected: Inspected = found
 
     def fetch(self) -> Inspected:
         """Download absent shards, and quantize the experts if the options ask for it."""

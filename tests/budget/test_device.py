@@ -53,6 +53,16 @@ def test_the_smallest_budget_named_works():
         plan_memory(OffloadConfig(device_memory=smallest - 1), SHAPE, MODEL, free=10**9)
 
 
+def test_a_refusal_names_the_option_only_where_it_helps():
+    asks = "--device-memory"
+    with pytest.raises(CapacityError, match=rf"what is free, .*: {asks} {SMALLEST}"):  # the share is what is too small
+        plan_memory(OffloadConfig(), SHAPE, MODEL, free=SMALLEST, share=0.9)
+    for asked in ("auto", 10**9):
+        with pytest.raises(CapacityError, match=r"what is free, .*; 1 B more must be free for it") as refused:
+            plan_memory(OffloadConfig(device_memory=asked), SHAPE, MODEL, free=SMALLEST - 1)
+        assert asks not in str(refused.value)
+
+
 def test_layers_of_their_own_have_a_slot_each_at_least():
     own = OffloadConfig(device_memory=2000, scope="layer")
     with pytest.raises(CapacityError, match="3 expert slots in all") as refused:

@@ -68,13 +68,58 @@ def test_what_does_not_fit_gets_the_command_of_what_does(offmoe: Run) -> None:
     argv = ("inspect", MIXTRAL, *MACHINE, "--device-memory", "1GiB", "--experts", "native", "--exactness", "bitwise")
     outcome = offmoe(*argv)
     assert outcome.status == 1
-    assert "Nothing fits. The nearest way: offmoe generate MODEL PROMPT" in outcome.out
-    nearest = offmoe(*argv, "--json").json["choices"][0]
+    found = offmoe(*argv, "--json").json
+    assert f"Nothing fits. The nearest way that does: {found['nearest_command']}" in outcome.out
+    assert outcome.err.endswith(f"What fits: {found['nearest_command']}\n")
+    more = shlex.split(found["nearest_command"])[4:]
+    assert offmoe("inspect", MIXTRAL, *MACHINE, *more).status == 0
+    nearest = found["choices"][0]
     assert not nearest["fits"]
     words = shlex.split(nearest["command"])
     assert words[:4] == ["offmoe", "generate", "MODEL", "PROMPT"]
     again = offmoe("inspect", MIXTRAL, "--machine", "rtx-a6000-48g", *words[4:], "--json")
     assert again.json["choices"][0]["fits"]
+
+
+def test_a_machine_that_is_too_small_for_any_way(offmoe: Run) -> None:
+    outcome = offmoe("inspect", QWEN.with_name("deepseek-v3.json"), "--machine", "ddr4-3200-4g", "--json")
+    assert outcome.status == 1
+    assert outcome.json["nearest_command"] is None
+    assert re.search(r"smallest device_memory .*; [\d.]+ GiB more must be free for it\.$", outcome.err.strip())
+
+
+@pytest.mark.parametrize(
+    ("asked", "changes"),
+    [
+        (("--device-memory", "5MiB", "--max-context", "100000"), (("--max-context", None),)),
+        (("--device-memory=5MiB", "--slots-per-layer", "8"), (("--slots-per-layer", None),)),
+        (("--device-memory", "100KiB"), (("--device-memory", "MiB"),)),
+    ],
+)
+def test_a_refused_verb_names_the_nearest_command_that_works(
+    offmoe: Run, big: Path, asked: tuple[str, ...], changes: tuple[tuple[str, str | None], ...]
+) -> None:
+    """The command is the one that was given, but for what has to change."""
+    argv = ("generate", big, "It's once", "--device", "cpu", "--experts", "native", "--exactness", "bitwise")
+    more = ("--max-new-tokens", "2", "--no-state", "--json", *asked)
+    refused = offmoe(*argv, *more)
+    assert (refused.status, refused.out) == (1, "")
+    command = refused.err.strip().partition(" What fits: ")[2]
+    words = shlex.split(command)
+    assert words[:4] == ["offmoe", "generate", str(big), "It's once"]
+    for option, value in changes:
+        assert (option in words) == (value is not None)
+        assert value is None or words[words.index(option) + 1].endswith(value)
+    assert {"--no-state", "--exactness"} < set(words)
+    ran = offmoe(*words[1:])
+    assert ran.status == 0, ran.err
+
+
+def test_a_refused_verb_leaves_out_a_long_prompt(offmoe: Run, big: Path) -> None:
+    refused = offmoe(
+        "generate", big, "once " * 50, "--device", "cpu", "--device-memory", "100KiB", "--exactness=bitwise"
+    )
+    assert f"What fits: offmoe generate {big} PROMPT --device cpu --exactness=bitwise --device-memory" in refused.err
 
 
 def test_the_commands_run(offmoe: Run, big: Path) -> None:

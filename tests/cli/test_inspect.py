@@ -111,6 +111,18 @@ def test_the_advice_reaches_the_knee(offmoe: Run, checkpoint: Path, memory: list
     assert sum(slots) <= 3 * 4 + 2
 
 
+def test_the_advice_reaches_the_knee_from_where_dense_layers_are_elsewhere(offmoe: Run, checkpoint: Path) -> None:
+    """They come back first when there is more memory."""
+    least = offmoe("inspect", checkpoint, "--json", "--device", "cpu", "--max-context", "128").json
+    memory = ("--device", "cpu", "--device-memory", least["smallest_device_memory"], "--max-context", "128")
+    advised = re.search(r"--device-memory (\S+) --max-context (\d+)", offmoe("inspect", checkpoint, *memory).out)
+    assert advised
+    more = ("--device-memory", advised[1], "--max-context", advised[2])
+    plan = offmoe("inspect", checkpoint, "--json", "--device", "cpu", *more).json["plan"]
+    assert plan["parked_layers"] == 0
+    assert min(plan["slots_per_layer"]) == 4
+
+
 @pytest.mark.parametrize(
     ("family", "predictable", "words"),
     [
