@@ -12,10 +12,11 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from offmoe.errors import ConfigError
 from offmoe.hf.catalog.build import COMPUTABLE
+from offmoe.hf.load.config_names import in_any_config
 from offmoe.hf.load.overrides import ConfigChange
 from offmoe.storage.checkpoint import Checkpoint
 
@@ -138,7 +139,7 @@ def sort_options(options: Mapping[str, Any], known: Iterable[str] = ()) -> Model
             forwarded[name] = value
         elif name not in WITHOUT_EFFECT and name not in ("config", "torch_dtype"):
             meant = get_close_matches(name, names, n=1, cutoff=MISSPELT)
-            if meant and not _in_any_config(name):
+            if meant and not in_any_config(name):
                 hint = f" (did you mean {meant[0]!r}?)"
                 raise ConfigError(f"{name!r} is no option of offmoe, nor of transformers' from_pretrained{hint}.")
             overrides[name] = value
@@ -167,15 +168,6 @@ def _refuse(name: str, value: object) -> None:
     why = "offmoe sets it itself" if name in OURS else "offmoe cannot honor it"
     remedy = OURS.get(name) or UNUSABLE[name]
     raise ConfigError(f"option {name!r} of transformers: {why}; {remedy}.")
-
-
-def _in_any_config(name: str) -> bool:
-    """Whether any model type of transformers has a value of that name. Imports all of them, which takes seconds."""
-    configs = (CONFIG_MAPPING[model_type] for model_type in CONFIG_MAPPING)
-    return any(
-        name in getattr(config, "__dataclass_fields__", ()) or name in config.attribute_map or hasattr(config, name)
-        for config in configs
-    )
 
 
 def _config(config: object) -> PreTrainedConfig | str | None:
