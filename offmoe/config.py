@@ -207,9 +207,10 @@ class OffloadConfig:
         host_slots: Most experts to hold in RAM between disk and device, per MoE layer: one number, or one per layer.
             After loading, how many are held. Default: the profile's, else as many as fit in host_memory.
         state: File of routing counts and residents that `model.offload.save_state` wrote in an earlier run. Experts are
-            read into free slots and RAM in the background, the most popular first, and eviction="aged-lfu" begins with
-            the counts. A file that does not exist yet, is damaged, or is of another model is ignored, which is logged.
-            Default: none; the verbs generate, chat and serve keep one per model in the user's cache folder.
+            read into free slots and RAM in the background, the most popular first, and the evictions aged-lfu, lru and
+            lru-2 begin with the counts. A file that does not exist yet, is damaged, or is of another model is ignored,
+            which is logged. Default: none; the verbs generate, chat and serve keep one per model in the user's cache
+            folder.
         fill: Whether experts are read into free slots and RAM in the background after loading: in the order of the
             state, else of popularity, else of the files. Reading pauses while a miss waits for the disk. Default: True
             with a state, else False; the verbs generate, chat and serve always fill.

@@ -56,6 +56,36 @@ class TestLRU2(ScoreContract):
         assert policy.choose_victim(()) == 1
 
 
+@pytest.mark.parametrize("kind", [LRU, LRU2])
+@pytest.mark.parametrize("layers", [1, 2])
+class TestWarm:
+    """With counts of an earlier run, recency policies know which of the filled experts was the more popular."""
+
+    def policy(self, kind, layers, counts):
+        options = CacheOptions(slots_per_layer=3, scope="model", warm_counts=(counts,) * layers)
+        shape = CacheShape((len(counts),) * layers, (1,) * layers, (1,) * layers)
+        policy = kind.for_pool(Pool(range(layers * len(counts)), layers, options, shape))
+        for key in range(len(counts)):
+            policy.on_insert(key)
+        return policy
+
+    def test_the_less_popular_goes_first(self, kind, layers):
+        policy = self.policy(kind, layers, (1.0, 0.25, 0.0, 0.5))
+        order = []
+        for _ in range(4):
+            order.append(policy.choose_victim(()))
+            policy.on_evict(order[-1])
+        assert order == [2, 1, 3, 0]
+
+    def test_what_is_accessed_stays_longer_and_no_score_falls(self, kind, layers):
+        policy = self.policy(kind, layers, (0.25, 0.5, 1.0))
+        before = [policy.score(key) for key in range(3)]
+        policy.on_access([0], single([0]), 1)
+        assert [policy.score(key) for key in range(3)] >= before
+        policy.on_access([0], single([0]), 1)
+        assert policy.choose_victim(()) == 1
+
+
 class TestStatic(ScoreContract):
     def policy(self, num_keys):
         return Static(dict.fromkeys(range(num_keys), 1.0))
