@@ -268,7 +268,7 @@ class OffloadConfig:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or not 1 <= value <= LARGEST):
                 raise ConfigError(f"{name}={value!r} must be a positive number of tokens.")
-        if not isinstance(self.state, str | os.PathLike | None):
+        if not isinstance(self.state, str | os.PathLike | None) or (self.state is not None and not str(self.state)):
             raise ConfigError(f"state={self.state!r} must be the path of a file; model.offload.save_state writes one.")
         if self.fill is not None and not isinstance(self.fill, bool):
             raise ConfigError(f"fill={self.fill!r} must be True or False.")

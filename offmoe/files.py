@@ -11,15 +11,19 @@ from offmoe.errors import ConfigError
 
 
 def check_folder(path: str | os.PathLike[str], option: str) -> None:
-    """Refuse a file whose folder does not exist, before the work that it is to hold.
+    """Refuse a path that cannot be a file because of its folder or its name, before the work that it is to hold.
 
     Args:
         path: The file that will be written.
         option: The option that names it, as the message begins: "-o out.json".
 
     Raises:
-        ConfigError: There is no such folder.
+        ConfigError: There is no such folder, or the path is a folder itself, or empty.
     """
+    if not os.fspath(path):
+        raise ConfigError(f"{option.strip()}: the name of a file is missing.")
+    if os.path.isdir(path):
+        raise ConfigError(f"{option} is a folder; give the name of a file.")
     folder = os.path.dirname(os.fspath(path)) or os.curdir
     if not os.path.isdir(folder):
         raise ConfigError(f"{option}: the folder {folder!r} does not exist; create it first.")

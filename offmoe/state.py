@@ -16,6 +16,7 @@ A state only makes a run faster, so a file that cannot be used never stops one.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -29,6 +30,8 @@ from offmoe.files import replacing
 from offmoe.types import ExpertKey
 
 FORMAT, VERSION = "offmoe-state", 1
+HEAD = f'{{"format":"{FORMAT}"'.encode()
+"""The beginning of a file, without spaces."""
 HALF_LIFE_TOKENS = 100_000
 """Tokens after which earlier counts weigh half: some hundred conversations, so that a state follows its user slowly."""
 
@@ -117,12 +120,24 @@ def write_state(path: str | os.PathLike[str], state: CacheState) -> None:
         OffmoeError: the file cannot be written.
     """
     try:
+        if not Path(path).name:
+            raise OSError(errno.EINVAL, "the name of a file is missing")
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(state.to_dict()), encoding="utf-8")
     except OSError as error:
         raise OffmoeError(
             f"the state {os.fspath(path)!r} cannot be written ({error.strerror}); choose another path or free space."
         ) from error
+
+
+def begins_like_a_state(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins as `write_state` writes it; also True without a file, and for one that ends early."""
+    try:
+        with open(path, "rb") as file:
+            head = b"".join(file.read(4 * len(HEAD)).split())[: len(HEAD)]
+    except OSError:  # it is refused, or said, where it is read or written
+        return True
+    return HEAD.startswith(head)
 
 
 class UnusableState(OffmoeError):

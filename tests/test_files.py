@@ -61,3 +61,13 @@ def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
     check_folder("out.json", "-o")
     with pytest.raises(ConfigError, match=r"^-o x: the folder '.*none' does not exist; create it first\.$"):
         check_folder(tmp_path / "none" / "out.json", "-o x")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("", "-o: the name of a file is missing"), (".", "is a folder"), ("d/", "is a folder")]
+)
+def test_what_names_no_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, says: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d").mkdir()
+    with pytest.raises(ConfigError, match=says):
+        check_folder(name, f"-o {name}")

@@ -81,6 +81,11 @@ def test_damage_is_never_another_error(tmp_path_factory, garbage, at):
     assert state.experts == EXPERTS
 
 
+def test_a_state_needs_the_name_of_a_file() -> None:
+    with pytest.raises(OffmoeError, match="the name of a file is missing"):
+        write_state("", run())
+
+
 def test_a_state_that_cannot_be_written_names_the_file(tmp_path):
     with pytest.raises(OffmoeError, match="cannot be written"):
         write_state(tmp_path / "no" / "s.json", run())

@@ -50,11 +50,10 @@ def _best(ways: list[Choice]) -> Choice | None:
 
 
 def _with_more_memory(survey: Survey, config: OffloadConfig, costs_of: CostsOf | None) -> Choice | None:
-    """The way that needs the least device_memory, if so much is free."""
-    needing = in_default_context(survey, config, None)
-    smallest = min((way.plan.smallest for way in needing), default=survey.free + 1)
-    if smallest > survey.free:
+    """The way that needs the least device_memory, one with unchanged results before all others, if so much is free."""
+    needing = [way for way in in_default_context(survey, config, None) if way.plan.smallest <= survey.free]
+    if not needing:
         return None
-    size = size_option(smallest)
+    size = size_option(min(needing, key=lambda way: (not way.unchanged, way.plan.smallest)).plan.smallest)
     way = _best(in_default_context(survey, config.overridden(device_memory=size), costs_of))
     return None if way is None else replace(way, options=way.options | {"device_memory": size})

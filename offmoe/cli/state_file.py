@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from offmoe.errors import ConfigError
 from offmoe.files import check_folder
+from offmoe.state import begins_like_a_state
 
 if TYPE_CHECKING:
     from offmoe.budget.inspect import Inspected
@@ -40,15 +41,16 @@ def check_state(args: argparse.Namespace) -> None:
     """Refuse --state where it cannot be used, before anything is loaded.
 
     Raises:
-        ConfigError: The folder of the file does not exist, or --no-state is given as well.
+        ConfigError: The path cannot be a file, or holds something that is no state and would be replaced; or --no-state
+            is given as well.
     """
     if args.state is None:
         return
     if args.no_state:
         raise ConfigError("--state and --no-state are both given; use one of them.")
     check_folder(args.state, f"--state {args.state}")
-    if os.path.isdir(args.state):
-        raise ConfigError(f"--state {args.state} is a folder; give the name of a file.")
+    if not begins_like_a_state(args.state):
+        raise ConfigError(f"--state {args.state} exists and is no state; choose another path, or remove it first.")
 
 
 def state_file(args: argparse.Namespace, inspected: Inspected) -> Path | None:

@@ -56,6 +56,15 @@ def test_a_context_that_nobody_asked_for_is_shorter_first() -> None:
     assert 0 < way.plan.max_context < 4096
 
 
+def test_more_memory_before_other_results() -> None:
+    """int4 would fit with less, but the memory for unchanged results is there."""
+    asked = OffloadConfig(device_memory="64MiB")
+    found = survey(QWEN, asked, dtype="bfloat16", backend=PlannedBackend(MACHINE))
+    way = nearest(found, asked, COSTS)
+    assert way is not None
+    assert (way.dropped, set(way.options), way.unchanged) == ((), {"device_memory"}, True)
+
+
 def test_no_way_where_the_machine_has_too_little() -> None:
     machine = parse_machine("ddr4-3200-1g")
     asked = OffloadConfig(exactness="bitwise")

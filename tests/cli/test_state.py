@@ -64,6 +64,7 @@ def test_another_file_may_hold_the_state(offmoe: Run, checkpoint: Path, tmp_path
     [
         (("--state", "/no/such/folder/s.json"), "does not exist"),
         (("--state", "."), "is a folder"),
+        (("--state", ""), "--state: the name of a file is missing"),
         (("--state", "s.json", "--no-state"), "use one of them"),
     ],
 )
@@ -80,6 +81,16 @@ def test_a_damaged_state_is_said_in_one_line_and_replaced(offmoe: Run, checkpoin
     assert outcome.status == 0
     assert outcome.err.count("is damaged") == 1
     assert json.loads(path.read_text())["version"] == 1
+
+
+def test_a_file_that_is_no_state_is_never_replaced(offmoe: Run, checkpoint: Path, tmp_path: Path) -> None:
+    for name, text in (("notes.txt", "hello"), ("other.json", '{"format": "something"}')):
+        path = tmp_path / name
+        path.write_text(text)
+        outcome = offmoe("generate", checkpoint, "Once", *CPU, "--state", path)
+        assert (outcome.status, outcome.out) == (2, "")
+        assert "exists and is no state" in outcome.err
+        assert path.read_text() == text
 
 
 def test_a_state_that_cannot_be_kept_is_only_said(offmoe: Run, checkpoint: Path, tmp_path: Path) -> None:
