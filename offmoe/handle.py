@@ -7,28 +7,26 @@ thread, open file or pinned page is left.
 from __future__ import annotations
 
 import logging
-import operator
 import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from torch import nn
 
 from offmoe.budget.memory_plan import MemoryPlan
-from offmoe.budget.pass_check import PassCheck
 from offmoe.budget.replan import Loaded
-from offmoe.budget.resolve import pass_room
 from offmoe.config import OffloadConfig
-from offmoe.errors import CapacityError, ConfigError, OffmoeError
-from offmoe.hf.load.attach import attach_handle, encoder_and_decoder
-from offmoe.hf.predict.next_layer import NextLayerPredictor
+from offmoe.errors import ConfigError, OffmoeError
+from offmoe.hf.load.attach import attach_handle
+from offmoe.rows.many import TokenIds, all_results, row_requests
+from offmoe.rows.row import RowRequest
+from offmoe.rows.session import Session
 from offmoe.runtime.executor import ExpertExecutor, Predictor, Slots
+from offmoe.steps import Steps
 from offmoe.trace.recorder import TraceWriter
 from offmoe.transfer.fill_queue import FillProgress
 from offmoe.transfer.reader import Reader
@@ -80,11 +78,9 @@ class Offload:
         self._calls = 0
         """Calls of the model that are under way, one inside the other."""
         self._baseline = CacheStats.for_layers(executor.shape.layers)
-        self._model, self._experts = weakref.ref(model), experts
-        self._prediction: NextLayerPredictor | None = None
-        self._encoded = False
-        """Whether the encoder has run for requests that the decoder has not begun yet."""
-        self._follow_plan(model)
+        self._model = weakref.ref(model)
+        self._steps = Steps(executor, experts)
+        self._steps.follow(model, loaded)
         # The finalizer must not hold the model, or the model would never be garbage-collected.
         callbacks = closing.pop_all()
         callbacks.callback(executor.end_trace)
@@ -161,8 +157,7 @@ class Offload:
 
     def predict_with(self, predictor: Predictor) -> None:
         """Predict the experts of the next layer with `predictor` in place of that layer's own router."""
-        self._prediction = None
-        self._executor.predictor = predictor
+        self._steps.predict_with(predictor)
 
     def memory(self) -> MemoryPlan:
         """The division of memory: bytes of every part, as planned before loading or by the last `resize`."""
@@ -210,18 +205,73 @@ class Offload:
             self._loaded.backend.trim()
             self._loaded = replace(self._loaded, config=config, plan=plan)
             if (model := self._model()) is not None:
-                self._follow_plan(model)
+                self._steps.follow(model, self._loaded)
         logger.info("resized: %s", plan.describe())
         return plan
 
-    def _follow_plan(self, model: PreTrainedModel) -> None:
-        """Check passes by the present division; let experts be predicted if some have no slot and nothing does it."""
-        config, plan = self._loaded.config, self._loaded.plan
-        self._passes = PassCheck(plan, pass_room(config, self._loaded.needs, plan), model.config, model.dtype)
-        short = any(map(operator.lt, plan.slots_per_layer, self._executor.shape.experts))
-        if short and config.prefetch != 0 and self._executor.predictor is None:
-            self._prediction = NextLayerPredictor(model, self._experts, encoder_and_decoder(model))
-            self._executor.predictor = self._prediction
+    def generate_many(
+        self,
+        prompts: Sequence[TokenIds],
+        *,
+        max_new_tokens: int | Sequence[int],
+        batch_size: int | None = None,
+        batch_invariant: bool | None = None,
+        seed: int | None = None,
+        on_done: Callable[[int], None] | None = None,
+        **options: Any,
+    ) -> list[Any]:
+        """Continue many prompts in step, so that each layer's experts are read once for all of them.
+
+        The result is that of `model.generate` for each prompt by itself: bit for bit if `batch_invariant`, else but for
+        the last bits of logits. A prompt that ends makes room for the next. Prompts enter as the KV cache
+        (`max_context`) and a step (`prefill_chunk`) have room.
+
+        Args:
+            prompts: Token ids of each prompt; lists of int, or tensors [n] or [1, n].
+            max_new_tokens: Tokens to generate at most: one number, or one per prompt.
+            batch_size: Prompts under way at the same time. Default: as many as pay, measured in the first steps.
+            batch_invariant: Compute each prompt's numbers by themselves, so that they do not depend on the others.
+                Experts are still read once for all. Default: with exactness="bitwise".
+            seed: Prompt i samples with `torch.manual_seed(seed + i)`. Default: by chance.
+            on_done: Called with the index of each prompt that ends.
+            options: Further arguments of transformers' `generate`, the same for all prompts.
+
+        Returns:
+            What `generate` returns for each prompt, in their order; an output object has no KV cache in it.
+
+        Raises:
+            CapacityError: A prompt does not fit the reserved context. Nothing was computed.
+            ConfigError: An option cannot be used.
+        """
+        requests = row_requests(prompts, max_new_tokens, options, seed)
+        return all_results(self.session(requests, batch_size, batch_invariant), on_done)
+
+    def session(
+        self, requests: Sequence[RowRequest], batch_size: int | None = None, batch_invariant: bool | None = None
+    ) -> Session:
+        """What `generate_many` runs, for callers that want each prompt's result or error as soon as it has ended."""
+        model, config = self._model(), self._loaded.config
+        assert model is not None
+        if batch_size is not None and batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size} must be at least 1.")
+        if model.config.is_encoder_decoder:
+            raise ConfigError("a model with an encoder continues one batch at a time; use generate.")
+        apart = not config.is_numeric if batch_invariant is None else batch_invariant
+        if apart and not self._executor.is_invariant:
+            raise ConfigError(
+                "batch_invariant: this device computes several experts in one launch, or leaves some to the host, in "
+                "bits that depend on the others. Load the model with exactness='bitwise', or leave the option out."
+            )
+        return Session(
+            model,
+            self._executor,
+            self._steps,
+            requests,
+            hold=self.in_use,
+            context=self.memory().max_context,
+            apart=apart,
+            batch_size=batch_size,
+        )
 
     def prefill_chunk(self, batch: int, length: int, past: int = 0) -> int:
         """Tokens of each sequence that pass at once when `generate` prefills; `length` if the prompt passes whole.
@@ -236,7 +286,7 @@ class Offload:
         Raises:
             CapacityError: The context is longer than the reserved one.
         """
-        return self._passes.chunk(batch, length, past)
+        return self._steps.checks.chunk(batch, length, past)
 
     def __reduce_ex__(self, protocol: object) -> Any:
         """Refuse to be copied or pickled."""
@@ -285,49 +335,9 @@ class Offload:
         with self._executor.user.lend(holds):
             yield
 
-    @contextmanager
-    def step(self, arguments: Mapping[str, Any], is_encoder: bool = False) -> Iterator[None]:
-        """Surround one forward pass of the model, or of its encoder or decoder.
-
-        The pass is checked against the reserved context (CapacityError), recorded, and watched for predictions.
-
-        Args:
-            arguments: Arguments of the forward pass, by name.
-            is_encoder: Whether the encoder of an encoder-decoder model runs.
-        """
-        ids = arguments.get("input_ids")  # [batch, length]
-        rows = ids if isinstance(ids, torch.Tensor) else arguments.get("inputs_embeds")  # [batch, length(, hidden)]
-        batch, length = (int(rows.shape[0]), int(rows.shape[1])) if isinstance(rows, torch.Tensor) else (1, 0)
-        past = self._passes.check(batch, length, arguments, is_encoder)
-        if self.trace is not None:
-            if past == 0 and (is_encoder or not self._encoded):
-                self.trace.next_requests()
-            request = np.repeat(np.arange(batch, dtype=np.int32), length)  # [batch * length]
-            token = ids.reshape(-1).cpu().numpy() if isinstance(ids, torch.Tensor) else None
-            self.trace.begin_step(batch * length, request, token)
-        self._encoded = is_encoder
-        try:
-            with self._watched(is_encoder):
-                yield
-        except torch.OutOfMemoryError as error:
-            raise CapacityError(
-                f"the device ran out of memory in a pass of {batch * length} tokens. Give fewer tokens at once, or "
-                "load the model with a smaller device_memory or slots_per_layer, which leaves more of the device free."
-            ) from error
-
-    @contextmanager
-    def _watched(self, is_encoder: bool) -> Iterator[None]:
-        """Surround a pass that predictions learn from."""
-        if self._prediction is None:
-            yield
-            return
-        self._prediction.begin()
-        complete = False
-        try:
-            yield
-            complete = not is_encoder
-        finally:
-            self._prediction.end(complete)
+    def step(self, arguments: Mapping[str, Any], is_encoder: bool = False) -> AbstractContextManager[None]:
+        """Surround one forward pass of the model, or of its encoder or decoder, as `Steps.step`."""
+        return self._steps.step(arguments, is_encoder)
 
 
 def _close_all(process: int, closing: ExitStack) -> None:

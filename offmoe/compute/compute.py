@@ -40,6 +40,9 @@ class LayerInput(NamedTuple):
 class ExpertCompute(ABC):
     """Computes experts of a model's MoE layers; one thread at a time."""
 
+    is_invariant = True
+    """Whether an expert's rows do not depend on the other experts of a wave."""
+
     @abstractmethod
     def expert(self, layer: ExpertLayer, slot: int, x: torch.Tensor) -> torch.Tensor:
         """One expert on its tokens.
@@ -85,6 +88,7 @@ class ComputeByLayer(ExpertCompute):
 
     def __init__(self, by_layer: Sequence[ExpertCompute]) -> None:
         self._by_layer = by_layer
+        self.is_invariant = all(compute.is_invariant for compute in by_layer)
 
     def expert(self, layer: ExpertLayer, slot: int, x: torch.Tensor) -> torch.Tensor:
         return self._by_layer[layer.index].expert(layer, slot, x)

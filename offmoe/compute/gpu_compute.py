@@ -38,6 +38,8 @@ class GpuCompute(ExpertCompute):
     The last bits of its numbers depend on which experts are computed together: rows are cut into blocks accordingly.
     """
 
+    is_invariant = False
+
     def __init__(self, kernels: Mapping[int, DeviceKernels], arena: SlotArena) -> None:
         """kernels: by index of the layer. arena: the slots that they read."""
         self._kernels, self._arena = kernels, arena

@@ -12,11 +12,8 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -25,10 +22,11 @@ from offmoe.compute.compute import ExpertCompute, LayerInput
 from offmoe.compute.expert_layer import ExpertLayer
 from offmoe.config import CacheOptions
 from offmoe.device.backend import Backend
-from offmoe.errors import OffmoeError, TraceError
+from offmoe.errors import TraceError
 from offmoe.policy.planner import Planner, build_planner
 from offmoe.runtime.fill import BackgroundFill
 from offmoe.runtime.host_experts import HostExperts
+from offmoe.runtime.one_user import OneUser
 from offmoe.runtime.rows import ExpertOutputs, layer_input
 from offmoe.storage.layout import ExpertLayout
 from offmoe.trace.recorder import TraceWriter
@@ -51,53 +49,17 @@ class Predictor(Protocol):
         """Expert ids int64 [T, p] that `layer` will probably want in this step; None if unknown."""
 
 
-class OneUser:
-    """A context manager that one thread may enter, and enter again; it raises OffmoeError for every other one.
+class LayerCall(NamedTuple):
+    """What one caller asks of a layer: rows to compute, where they go, and what the next layer will probably want.
 
-    A model serves one thread of one process at a time, because its cache has one state.
+    layer: the caller's. hidden: [T, H], or [T * k, H] an input for each (token, expert) pair. ids: int [T, k], as
+    routed. predicted: int [T, p], or None.
     """
 
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._process = os.getpid()
-        self._lent_to: Callable[[], bool] | None = None
-
-    def __enter__(self) -> None:
-        if os.getpid() != self._process:  # a fork has no reader threads: its first fetch would wait forever
-            raise OffmoeError(
-                f"the model was loaded by process {self._process} and cannot run in a fork of it. Load it in the "
-                "process that uses it, or start that one with 'spawn'."
-            )
-        lent_to = self._lent_to
-        if lent_to is not None and lent_to():
-            return
-        if lent_to is not None or not self._lock.acquire(blocking=False):
-            raise OffmoeError(
-                "the model is already generating in another thread. Wait for it, or load a second model: "
-                "one cache serves one user."
-            )
-
-    def __exit__(self, *error: object) -> None:
-        if self._lent_to is None:
-            self._lock.release()
-
-    @contextmanager
-    def lend(self, holds: Callable[[], bool]) -> Iterator[None]:
-        """Give the model to threads that take turns among themselves, until the block ends.
-
-        Args:
-            holds: Whether the calling thread has the turn. At most one thread may have it.
-
-        Raises:
-            OffmoeError: The model is in use.
-        """
-        with self:
-            pass
-        self._lent_to = holds
-        try:
-            yield
-        finally:
-            self._lent_to = None
+    layer: ExpertLayer
+    hidden: torch.Tensor
+    ids: torch.Tensor
+    predicted: torch.Tensor | None
 
 
 class ExpertExecutor:
@@ -123,6 +85,8 @@ class ExpertExecutor:
         self.predictor: Predictor | None = None
         self.trace: TraceWriter | None = None
         """The recording in progress."""
+        self.gather: Callable[[LayerCall], torch.Tensor] | None = None
+        """Takes calls of `run`, while several sequences are computed in step; it gives what `run` would."""
         self.routed = [[0] * count for count in self.shape.experts]
         """Tokens routed to each expert of each MoE layer since the model was loaded."""
         self._fill: BackgroundFill | None = None
@@ -163,24 +127,39 @@ class ExpertExecutor:
             Rows [T * k, H] in router order, unweighted.
         """
         with self.user:  # modules can be called past the model's forward, which takes this lock too
+            call = LayerCall(layer, hidden, ids, self._predicted(layer.index))
+            return self.run_together([call])[0] if self.gather is None else self.gather(call)
+
+    def run_together(self, calls: Sequence[LayerCall], *, apart: bool = False) -> list[torch.Tensor]:
+        """One layer for several callers, as one access: each expert is fetched once.
+
+        Args:
+            calls: All of one layer, at least one.
+            apart: Compute each caller's rows by themselves, in the bits that `run` gives. An expert's rows are
+                computed together otherwise, which is faster and changes last bits.
+        Returns:
+            Per caller, what `run` would give.
+        """
+        with self.user:
             if not self._sound:
                 self.forget()
             self._sound = False
             try:
-                rows = self._run(layer, hidden, ids)
+                rows = self._run(calls, apart)
             except BaseException:
                 self.forget()
                 raise
             self._sound = True
             return rows
 
-    def _run(self, layer: ExpertLayer, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        host_ids, predicted = self._route(layer.index, ids)
+    def _run(self, calls: Sequence[LayerCall], apart: bool) -> list[torch.Tensor]:
+        layer = calls[0].layer
+        host_ids, predicted = self._to_host(calls)
         if self.trace is not None:
             self.trace.record(layer.index, host_ids, predicted)
         demands, tail = count_demands(host_ids, self.shape.experts[layer.index])
         if not demands:
-            return hidden.new_zeros(ids.numel(), hidden.shape[-1])
+            return [call.hidden.new_zeros(call.ids.numel(), call.hidden.shape[-1]) for call in calls]
         ranked = () if predicted is None else rank_predictions(predicted, self.shape.experts[layer.index + 1])
         if self._fill is not None and not self._fill.is_over:
             self._settle_fills(self._fill, layer.index, demands)
@@ -190,10 +169,12 @@ class ExpertExecutor:
         for expert, tokens, _ in demands:
             routed[expert] += tokens
         self.stats.add(plan, self.shape)
-        inputs = layer_input(hidden, ids, demands, layer.order)
-        outputs = ExpertOutputs(inputs, host_ids)
-        self._carry_out(layer, plan, inputs, outputs)
-        return outputs.in_router_order()
+        if not apart or len(calls) == 1:
+            hidden, ids = _joined([call.hidden for call in calls]), _joined([call.ids for call in calls])
+            outputs = ExpertOutputs(layer_input(hidden, ids, demands, layer.order), host_ids)
+            self._carry_out(layer, plan, outputs)
+            return list(outputs.in_router_order().split([call.ids.numel() for call in calls]))
+        return self._carry_out_apart(plan, calls, host_ids)
 
     def _settle_fills(self, fill: BackgroundFill, layer: int, demands: Sequence[Demand]) -> None:
         """Let landed fills take effect before an access, and record them."""
@@ -253,6 +234,11 @@ class ExpertExecutor:
                 self._fill.start(planner)
 
     @property
+    def is_invariant(self) -> bool:
+        """Whether the rows of a token can be the same, bit for bit, whatever else a step computes."""
+        return self._host is None and self._compute.is_invariant
+
+    @property
     def computes_on_host(self) -> bool:
         """Whether plans may leave experts to the host."""
         return self._host is not None
@@ -263,26 +249,57 @@ class ExpertExecutor:
         if trace is not None:
             trace.close()
 
-    def _route(self, layer: int, ids: torch.Tensor) -> tuple[np.ndarray, np.ndarray | None]:
-        """Ids [T, k] on the host, and those predicted for the next layer [T, p] if a plan could use them."""
-        if self.predictor is not None and self._planner.wants_prediction(layer + 1):
-            predicted = self.predictor.predict(layer + 1)
-            if predicted is not None:
-                host_ids, host_predicted = self._backend.to_host([ids, predicted])
-                return host_ids, host_predicted
-        return self._backend.to_host([ids])[0], None
+    def _predicted(self, layer: int) -> torch.Tensor | None:
+        """Predictions for the layer after `layer`, int [T, p], if a plan could use them."""
+        if self.predictor is None or not self._planner.wants_prediction(layer + 1):
+            return None
+        return self.predictor.predict(layer + 1)
 
-    def _carry_out(self, layer: ExpertLayer, plan: Plan, inputs: LayerInput, outputs: ExpertOutputs) -> None:
+    def _to_host(self, calls: Sequence[LayerCall]) -> tuple[np.ndarray, np.ndarray | None]:
+        """Ids [T, k] of all callers on the host, and predictions [T, p] if all of them have some."""
+        ids, known = _joined([call.ids for call in calls]), [c.predicted for c in calls if c.predicted is not None]
+        if len(known) < len(calls):
+            return self._backend.to_host([ids])[0], None
+        host_ids, predicted = self._backend.to_host([ids, _joined(known)])
+        return host_ids, predicted
+
+    def _carry_out(self, layer: ExpertLayer, plan: Plan, outputs: ExpertOutputs) -> None:
+        inputs = outputs.inputs
         received = self._start(plan, inputs)
         is_only = len(plan.waves) == 1
         for wave in plan.waves:
-            self._compute_wave(layer, wave, inputs, outputs, is_only)
+            self._compute_wave(layer, wave, outputs, is_only)
             if received is not None and self._host is not None:  # while the device computes its first wave
                 for expert, rows in self._host.run(layer, plan.on_host, received, inputs):
                     outputs.add(expert, rows)
                 received = None
         if plan.prefetches:
             self._transfer.prefetch(plan.prefetches)
+
+    def _carry_out_apart(self, plan: Plan, calls: Sequence[LayerCall], host_ids: np.ndarray) -> list[torch.Tensor]:
+        """Compute one caller's rows after the other, expert by expert. host_ids: [T, k] of all callers."""
+        assert not plan.on_host, "rows that the host computes are computed together"
+        outputs, needs, start = [], [], 0
+        for call in calls:
+            ids = host_ids[start : start + len(call.ids)]  # [tokens of the caller, k]
+            start += len(ids)
+            demands, _ = count_demands(ids, self.shape.experts[call.layer.index])
+            outputs.append(ExpertOutputs(layer_input(call.hidden, call.ids, demands, call.layer.order), ids))
+            needs.append([demand.expert for demand in demands])
+        self._transfer.stream(plan.waves)
+        self._transfer.read_ahead(plan.read_ahead)
+        for expert, slot in [pair for wave in plan.waves for pair in wave.experts]:
+            for call, output, need in zip(calls, outputs, needs, strict=True):
+                if expert in need:
+                    for rows in self._compute.wave(call.layer, [(expert, slot)], output.inputs, self._transfer):
+                        output.add(expert, rows)
+            self._transfer.computed((slot,))
+        if plan.prefetches:
+            self._transfer.prefetch(plan.prefetches)
+        return [
+            output.in_router_order() if need else call.hidden.new_zeros(call.ids.numel(), call.hidden.shape[-1])
+            for call, output, need in zip(calls, outputs, needs, strict=True)
+        ]
 
     def _start(self, plan: Plan, inputs: LayerInput) -> torch.Tensor | None:
         """Start every fetch of the plan; gives the rows for the host's experts, in RAM."""
@@ -297,13 +314,16 @@ class ExpertExecutor:
         transfer.read_ahead(plan.read_ahead)
         return received
 
-    def _compute_wave(
-        self, layer: ExpertLayer, wave: Wave, inputs: LayerInput, outputs: ExpertOutputs, is_only: bool
-    ) -> None:
-        computed = self._compute.wave(layer, wave.experts, inputs, self._transfer)
+    def _compute_wave(self, layer: ExpertLayer, wave: Wave, outputs: ExpertOutputs, is_only: bool) -> None:
+        computed = self._compute.wave(layer, wave.experts, outputs.inputs, self._transfer)
         for (expert, slot), rows in zip(wave.experts, computed, strict=True):
             outputs.add(expert, rows)
             if not is_only:
                 self._transfer.computed((slot,))  # at once: an expert of a later wave may be waiting for this slot
         if is_only:
             self._transfer.computed([slot for _, slot in wave.experts])
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The rows of all parts. A single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

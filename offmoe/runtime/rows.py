@@ -51,13 +51,13 @@ class ExpertOutputs:
 
     def __init__(self, inputs: LayerInput, ids: np.ndarray) -> None:
         """ids: int [T, k], as routed."""
-        self._inputs, self._ids = inputs, ids
+        self.inputs, self._ids = inputs, ids
         self._by_expert: dict[int, torch.Tensor] = {}
         self._rows: torch.Tensor | None = None
 
     def add(self, expert: int, rows: torch.Tensor) -> None:
         """rows: [n, H], in the order of the expert's input."""
-        pairs = self._inputs.pairs
+        pairs = self.inputs.pairs
         if pairs is None:
             self._by_expert[expert] = rows
             return
@@ -76,4 +76,4 @@ class ExpertOutputs:
         parts = [by_expert[expert] for expert in ids]
         if autocast_enabled(parts[0]):
             return concatenate(parts)  # stock reduces rows of the experts' own dtype then
-        return torch.cat(parts).to(self._inputs.hidden.dtype)  # kernels may give float32, which is slower to reduce
+        return torch.cat(parts).to(self.inputs.hidden.dtype)  # kernels may give float32, which is slower to reduce

@@ -14,6 +14,7 @@ from types import TracebackType
 import torch
 
 from offmoe.device.openmp import release_threads
+from offmoe.device.random import RandomState
 
 SLICE = 8
 """Forward passes of a turn while others wait. A shorter slice mixes the experts of more answers in the cache: with
@@ -28,7 +29,7 @@ class Turns:
     """
 
     def __init__(self, device: torch.device):
-        self._device = device
+        self._numbers = RandomState(device)
         self._changed = threading.Condition()
         self._waiting: deque[int] = deque()
         self._holder: int | None = None
@@ -57,10 +58,10 @@ class Turns:
         if self._passes < SLICE or not self._waiting:
             return
         me = threading.get_ident()
-        self._random[me] = self._random_state()
+        self._random[me] = self._numbers.take()
         self._release()
         self._wait()
-        self._restore(self._random.pop(me))
+        self._numbers.put(self._random.pop(me))
 
     def _wait(self) -> None:
         me = threading.get_ident()
@@ -75,14 +76,3 @@ class Turns:
         with self._changed:
             self._holder = None
             self._changed.notify_all()
-
-    def _random_state(self) -> list[torch.Tensor]:
-        states = [torch.get_rng_state()]
-        if self._device.type != "cpu":
-            states.append(torch.get_device_module(self._device).get_rng_state(self._device))
-        return states
-
-    def _restore(self, states: list[torch.Tensor]) -> None:
-        torch.set_rng_state(states[0])
-        if len(states) > 1:
-            torch.get_device_module(self._device).set_rng_state(states[1], self._device)

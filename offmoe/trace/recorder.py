@@ -37,7 +37,8 @@ class TraceWriter:
         self._tokens_known = True
         self._any_predicted = False
         self._fills: tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]] = [], []
-        self._requests_before = 0
+        self._requests_before = self._requests_after = 0
+        """Requests recorded before those of the current generation, and with them."""
         self._recorded = self._shape.layers
         self._closed = False
         self.pieces: dict[int, str] = {}
@@ -61,13 +62,14 @@ class TraceWriter:
         self._experts.append(np.full(shape, NONE, np.int16))
         self._predicted.append(np.full(shape, NONE, np.int16))
         self._request.append(request.astype(np.int32) + self._requests_before)
+        if rows:
+            self._requests_after = max(self._requests_after, int(self._request[-1].max()) + 1)
         self._tokens_known &= token is not None
         self._token.append(np.zeros(rows, np.int32) if token is None else token.astype(np.int32))
 
     def next_requests(self) -> None:
         """The following steps belong to new requests."""
-        if self._request:
-            self._requests_before = int(self._request[-1].max()) + 1
+        self._requests_before = self._requests_after
 
     def record(self, layer: int, experts: np.ndarray, predicted: np.ndarray | None) -> None:
         """Record the routing of one layer in the current step.

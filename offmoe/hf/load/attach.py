@@ -197,6 +197,25 @@ def _surround(module: nn.Module, method: str, handle: Handle, step: Step, **defa
     object.__setattr__(module, method, call)
 
 
+def redirect_forward(
+    model: nn.Module, instead: Callable[[Callable[..., Any], Mapping[str, Any]], Any]
+) -> Callable[[], None]:
+    """Let `instead(forward, arguments)` take the calls of a model's forward. Arguments are by name.
+
+    Returns:
+        The function that undoes this.
+    """
+    forward = model.forward
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+
+    @functools.wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return instead(forward, {**dict(zip(names, args, strict=False)), **kwargs})
+
+    object.__setattr__(model, "forward", call)
+    return functools.partial(object.__setattr__, model, "forward", forward)
+
+
 def _refuse_move(model: nn.Module | None, convert: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
     """The model, if `convert` leaves device and dtype as they are; else ConfigError."""
     assert model is not None

@@ -28,6 +28,11 @@ class NextLayerPredictor:
         self._probe: RouterProbe | None = None
         self._residuals: dict[int, torch.Tensor] = {}  # only the latest: the residuals of a long prompt are large
 
+    @property
+    def watches(self) -> bool:
+        """Whether no pass was watched to its end yet."""
+        return self._recorder is not None
+
     def begin(self) -> None:
         """A forward pass begins."""
         if self._recorder is not None:

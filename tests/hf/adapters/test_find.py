@@ -189,8 +189,8 @@ def test_encoder_and_decoder_are_steps_of_one_request(tmp_path: Path, family: st
     assert (trace.experts[7 : 7 + decoded, 2] >= 0).any()
     assert (trace.experts[:7, 2] == -1).all()
     if family in PREDICTED:  # found although generate() runs the encoder without the model around it
-        assert model.offload._prediction is not None
-        probe = model.offload._prediction._probe
+        assert model.offload._steps._prediction is not None
+        probe = model.offload._steps._prediction._probe
         assert probe is not None
         assert [probe.can_predict(layer) for layer in range(3)] == [True] * 3
         assert trace.predicted is not None

@@ -1,0 +1,1 @@
+"""Several sequences decoded in step: each layer's experts are fetched once for all of them."""
