@@ -61,6 +61,7 @@ def test_rows_equal_each_prompt_alone_bit_for_bit(folder: Path, tmp_path: Path) 
             assert all(map(torch.equal, found.logits, expected.logits))
             assert len(found.logits) == limit
     trace = read_trace(path)
+    assert trace.options is not None
     assert replay(trace, trace.options).stats == stats
     assert trace.token is not None
     tokens = {n: trace.token[trace.request == n].tolist() for n in range(len(LENGTHS))}
