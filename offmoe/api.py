@@ -20,6 +20,7 @@ from offmoe.budget.memory_plan import MemoryPlan
 from offmoe.budget.replan import Loaded
 from offmoe.compute.compute import ExpertCompute
 from offmoe.compute.cpu_compute import host_compute, scratch_layers
+from offmoe.compute.dense_linear import DenseKernels
 from offmoe.compute.expert_layer import ExpertLayer
 from offmoe.compute.gpu_compute import device_compute
 from offmoe.config import OffloadConfig
@@ -31,6 +32,7 @@ from offmoe.hf.adapters.find import find_experts
 from offmoe.hf.load.attach import IMPLEMENTATION, attach, expert_layers
 from offmoe.hf.load.dense_layers import OffloadedLayers, dense_layers
 from offmoe.hf.load.generation import plain_generation
+from offmoe.hf.load.kernel_linears import attach_kernels
 from offmoe.hf.load.load import load_dense
 from offmoe.hf.load.options import sort_options
 from offmoe.pack.on_load import write
@@ -176,7 +178,7 @@ def load(inspected: Inspected, *, name: str = "", trace: str | os.PathLike[str] 
         warm = WarmStart(name, inspected.checkpoint, catalog, inspected.config)
         config = warm.config
         planner = build_planner(config.cache(), catalog.shape)
-        model = _load_dense(inspected, closing)
+        model, dense = _load_dense(inspected, closing)
         experts = find_experts(model)
         modules = [experts[layer.name] for layer in catalog.layers]
         layers = expert_layers(catalog.layers, modules)
@@ -184,7 +186,7 @@ def load(inspected: Inspected, *, name: str = "", trace: str | os.PathLike[str] 
         if planner.num_scratch > 0 and config.miss_costs is not None:
             on_host = scratch_layers(layers, [layer.records for layer in catalog.layers])
         slots = _slots(layers, on_host)
-        executor, config = _build_executor(inspected, config, layers, on_host, slots, planner, closing)
+        executor, config = _build_executor(inspected, config, layers, on_host, slots, planner, closing, dense)
         executor.trace = None if trace is None else TraceWriter(trace, name, catalog.shape, config.cache())
         for layer, module in zip(layers, modules, strict=True):
             attach(module, executor, layer)
@@ -202,8 +204,12 @@ def load(inspected: Inspected, *, name: str = "", trace: str | os.PathLike[str] 
     return cast("OffloadedModel", model)
 
 
-def _load_dense(inspected: Inspected, closing: ExitStack) -> PreTrainedModel:
-    """The model without its experts, on the device but for the decoder layers that the plan has no room for."""
+def _load_dense(inspected: Inspected, closing: ExitStack) -> tuple[PreTrainedModel, DenseKernels | None]:
+    """The model without its experts, on the device but for the decoder layers that the plan has no room for.
+
+    Returns:
+        The model, and the C kernels that compute its linear layers; None: torch computes them.
+    """
     offloaded = _offload_layers(inspected)
     if offloaded is not None:
         closing.callback(offloaded.close)
@@ -222,7 +228,13 @@ def _load_dense(inspected: Inspected, closing: ExitStack) -> PreTrainedModel:
         **_forwarded(inspected),
     )
     model.requires_grad_(False)
-    return model
+    backend = inspected.backend
+    if not inspected.config.is_numeric or not backend.unified_memory or backend.has_device_kernels:
+        return model, None
+    dense = attach_kernels(model, absent=offloaded.names if offloaded else ())
+    if dense is not None:
+        closing.callback(dense.close)
+    return model, dense
 
 
 def _forwarded(inspected: Inspected) -> dict[str, object]:
@@ -252,11 +264,13 @@ def _build_executor(
     slots: SlotsOf,
     planner: Planner,
     closing: ExitStack,
+    dense: DenseKernels | None,
 ) -> tuple[ExpertExecutor, OffloadConfig]:
     """Everything between the experts at rest and their rows. Closed from the compute back to the files.
 
     Args:
         on_host: the layers as they stand in scratch slots for which the host computes; None: it computes nothing.
+        dense: the C kernels of the dense part, whose threads those of the experts share.
 
     Returns:
         The executor, and the options with the host's times where these were measured now.
@@ -278,6 +292,7 @@ def _build_executor(
         inspected.dtype,
         config.activations == "int8",
         in_ram=backend.unified_memory and not backend.has_device_kernels,
+        sharing=None if dense is None else dense.kernels,
     )
     closing.callback(compute.close)
     host = None

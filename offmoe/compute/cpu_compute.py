@@ -18,7 +18,7 @@ import torch
 from offmoe.compute.compute import ComputeByLayer, ExpertCompute, LayerInput
 from offmoe.compute.cpu_slot import CpuSlot, cpu_slot
 from offmoe.compute.expert_layer import ExpertLayer
-from offmoe.compute.kernels.cpu import CpuKernels, Rows, physical_cores
+from offmoe.compute.kernels.cpu import CpuKernels, Rows, kernel_threads
 from offmoe.compute.kernels.gguf import GgufDecoder
 from offmoe.compute.kernels.library import status
 from offmoe.compute.torch_compute import TorchCompute
@@ -115,19 +115,23 @@ def scratch_layers(layers: Sequence[ExpertLayer], records: Sequence[Sequence[Exp
 
 
 def host_compute(
-    layers: Sequence[ExpertLayer], arena: SlotArena, dtype: torch.dtype, int8_activations: bool, *, in_ram: bool
+    layers: Sequence[ExpertLayer],
+    arena: SlotArena,
+    dtype: torch.dtype,
+    int8_activations: bool,
+    *,
+    in_ram: bool,
+    sharing: CpuKernels | None = None,
 ) -> ExpertCompute:
     """The C kernels for layers whose slots were made for them, torch's operators for the rest.
-
-    The kernels get as many threads as torch has now, but no more than there are physical cores: more do not read memory
-    faster.
 
     Args:
         dtype: the model's.
         int8_activations: whether the C kernels round activations to 8 bits.
         in_ram: whether all slots are in RAM, where C decoders can read them.
+        sharing: kernels whose threads the C kernels use too; None: they get threads of their own.
     """
-    threads, library = min(torch.get_num_threads(), physical_cores()), status().library
+    threads, library = kernel_threads(), status().library
     decoder = None
     if in_ram and library is not None and any(_holds_gguf(layer) for layer in layers):
         decoder = GgufDecoder(library, threads)
@@ -135,7 +139,7 @@ def host_compute(
     if all(layer.cpu_slot is None for layer in layers):
         return by_torch
     assert library is not None, "without the library, no layer has a cpu_slot"
-    by_kernels = CpuCompute(CpuKernels(library, threads, int8_activations=int8_activations), arena, by_torch)
+    by_kernels = CpuCompute(CpuKernels(library, sharing or threads, int8_activations=int8_activations), arena, by_torch)
     return ComputeByLayer([by_torch if layer.cpu_slot is None else by_kernels for layer in layers])
 
 

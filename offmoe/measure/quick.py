@@ -25,7 +25,7 @@ from offmoe.budget.predict import (
     STOCK_MOE_OPERATIONS,
     Rates,
 )
-from offmoe.compute.kernels.cpu import CpuKernels, physical_cores
+from offmoe.compute.kernels.cpu import CpuKernels, kernel_threads
 from offmoe.compute.kernels.library import status
 from offmoe.device.backend import Backend, CpuBackend
 from offmoe.device.machines import DEFAULT_DISK, parse_machine
@@ -134,7 +134,7 @@ def _kernels_gb_s() -> float | None:
     if library is None:
         return None
     memory = torch.ones(READ_BYTES, dtype=torch.uint8)
-    with CpuKernels(library, min(torch.get_num_threads(), physical_cores())) as kernels:
+    with CpuKernels(library, kernel_threads()) as kernels:
         return KERNEL_SHARE * READ_BYTES / 1e9 / median_s(lambda: kernels.read(memory), ROUNDS)
 
 

@@ -16,7 +16,7 @@ from offmoe.errors import CapacityError
 from offmoe.pack.pack import weight_format
 from offmoe.profile import Profile
 from tests.doubles import DeferredBackend
-from tools.bench.synthetic import mixtral_config, write_packed_mixtral, write_sparse_mixtral
+from tools.bench.synthetic import mixtral_config, write_packed, write_sparse
 
 TIB = 1 << 40
 
@@ -26,8 +26,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The checkpoint in bf16 and with int4 experts. Neither takes room on the disk."""
     root = tmp_path_factory.mktemp("mixtral")
     config = mixtral_config(4096, 14336, layers=32, experts=8, top_k=2, vocabulary=32000)
-    write_sparse_mixtral(root / "bf16", config)
-    write_packed_mixtral(root / "int4", config, weight_format("int4"), root, sparse=True)
+    write_sparse(root / "bf16", config)
+    write_packed(root / "int4", config, weight_format("int4"), root, sparse=True)
     return {"bf16": root / "bf16", "int4": root / "int4"}
 
 

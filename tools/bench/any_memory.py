@@ -31,7 +31,7 @@ from offmoe.config import OffloadConfig
 from offmoe.measure.probes import drop_page_cache
 from offmoe.pack.pack import weight_format
 from offmoe.text import format_size, parse_size
-from tools.bench.synthetic import mixtral_config, write_packed_mixtral
+from tools.bench.synthetic import mixtral_config, write_packed
 from tools.bench.tiers import RECORDED_TOKENS, record_demo
 
 HIDDEN, INTERMEDIATE, LAYERS, EXPERTS, TOP_K, VOCABULARY = 4096, 14336, 32, 8, 2, 32000
@@ -167,7 +167,7 @@ def prepared(args: argparse.Namespace, scratch: Path) -> Work:
         if free < nbytes + SPARE_BYTES:
             sys.exit(f"any_memory.py: {format_size(free)} free, {format_size(nbytes + SPARE_BYTES)} are needed: --work")
         print(f"writing {format_size(nbytes)} to {model}", file=sys.stderr, flush=True)
-        write_packed_mixtral(model, config, weight_format("int4"), scratch)
+        write_packed(model, config, weight_format("int4"), scratch)
     routing = args.routing
     if routing is None:
         routing = scratch / "demo.npz"

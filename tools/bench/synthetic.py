@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 EXPERTS_PER_SHARD = 2
 SPREAD = 65536
 MIXTRAL_EXPERT, MIXTRAL_PARTS = "block_sparse_moe.experts.{}.{}", ("w1", "w2", "w3")
+QWEN3_EXPERT, QWEN3_PARTS = "mlp.experts.{}.{}", ("gate_proj", "down_proj", "up_proj")
+NAMES = {"mixtral": (MIXTRAL_EXPERT, MIXTRAL_PARTS), "qwen3_moe": (QWEN3_EXPERT, QWEN3_PARTS)}
+"""Model type -> the name of an expert's weight in a layer, from its number and a part; the parts gate, down, up."""
 INT4_DEVIATION = 4.6
 """Standard deviation of evenly drawn int4 values."""
 
@@ -62,10 +65,18 @@ def write_qwen3(
     folder: Path, hidden: int, intermediate: int, *, layers: int, experts: int, top_k: int, vocabulary: int
 ) -> None:
     """As `write_mixtral`, with Qwen3's names. Every layer has experts."""
+    config = qwen3_config(hidden, intermediate, layers, experts, top_k, vocabulary)
+    _write(folder, config, hidden, intermediate, layers, experts, QWEN3_EXPERT, QWEN3_PARTS)
+
+
+def qwen3_config(
+    hidden: int, intermediate: int, layers: int, experts: int, top_k: int, vocabulary: int, heads: int | None = None
+) -> PretrainedConfig:
+    """A configuration of Qwen3's architecture: heads of 128, four query heads per key; heads: query heads."""
     from transformers import Qwen3MoeConfig
 
-    heads = max(2, hidden // 128)
-    config = Qwen3MoeConfig(
+    heads = heads or max(2, hidden // 128)
+    return Qwen3MoeConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=intermediate,
@@ -76,11 +87,10 @@ def write_qwen3(
         head_dim=128,  # type: ignore[call-arg]  # a field of the configuration, though not of its signature
         num_experts=experts,
         num_experts_per_tok=top_k,
+        norm_topk_prob=True,
         max_position_embeddings=4096,
         dtype=torch.bfloat16,
     )
-    parts = ("gate_proj", "down_proj", "up_proj")
-    _write(folder, config, hidden, intermediate, layers, experts, "mlp.experts.{}.{}", parts)
 
 
 def _write(
@@ -126,7 +136,7 @@ def _write(
     (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def write_sparse_mixtral(folder: Path, config: PretrainedConfig) -> None:
+def write_sparse(folder: Path, config: PretrainedConfig) -> None:
     """Write a bf16 checkpoint that has headers alone: its tensors are holes in the file, which read as zeros."""
     from transformers import AutoModelForCausalLM
 
@@ -136,16 +146,22 @@ def write_sparse_mixtral(folder: Path, config: PretrainedConfig) -> None:
         skeleton = AutoModelForCausalLM.from_config(config).state_dict()
     tensors = [NewTensor(name, torch.bfloat16, tuple(w.shape)) for name, w in skeleton.items() if "experts" not in name]
     wide, high = (config.intermediate_size, config.hidden_size), (config.hidden_size, config.intermediate_size)
+    expert_name, parts = NAMES[config.model_type]
     weight_map = dict.fromkeys((t.name for t in tensors), _save_hole(folder / "dense.safetensors", tensors))
     for layer in range(config.num_hidden_layers):
         tensors = [
-            NewTensor(f"model.layers.{layer}.{MIXTRAL_EXPERT.format(expert, part)}.weight", torch.bfloat16, shape)
-            for expert in range(config.num_local_experts)
-            for part, shape in zip(MIXTRAL_PARTS, (wide, high, wide), strict=True)
+            NewTensor(f"model.layers.{layer}.{expert_name.format(expert, part)}.weight", torch.bfloat16, shape)
+            for expert in range(num_experts(config))
+            for part, shape in zip(parts, (wide, high, wide), strict=True)
         ]
         file = _save_hole(folder / f"experts-{layer:03d}.safetensors", tensors)
         weight_map |= {tensor.name: file for tensor in tensors}
     (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def num_experts(config: PretrainedConfig) -> int:
+    """Experts per layer, by either name."""
+    return int(getattr(config, "num_local_experts", None) or config.num_experts)
 
 
 def _save_hole(file: Path, tensors: list[NewTensor]) -> str:
@@ -157,7 +173,7 @@ def _save_hole(file: Path, tensors: list[NewTensor]) -> str:
     return file.name
 
 
-def write_packed_mixtral(
+def write_packed(
     folder: Path, config: PretrainedConfig, how: WeightFormat, scratch: Path, *, sparse: bool = False
 ) -> None:
     """Write a checkpoint with quantized experts of random words, in the layout of `offmoe pack`.
@@ -166,10 +182,10 @@ def write_packed_mixtral(
 
     Args:
         folder: to write to.
-        config: of Mixtral's architecture.
+        config: of Mixtral's or Qwen3's architecture.
         how: the experts' format.
         scratch: a folder for the headers.
-        sparse: write headers alone, as `write_sparse_mixtral` does.
+        sparse: write headers alone, as `write_sparse` does.
     """
     from offmoe.hf.catalog.build import build_catalog
     from offmoe.hf.load.config import build_meta, model_class
@@ -177,7 +193,7 @@ def write_packed_mixtral(
     from offmoe.pack.plan import plan_shards, quantization_config
 
     source = scratch / "headers"
-    write_sparse_mixtral(source, config)
+    write_sparse(source, config)
     meta = build_meta(config, model_class(config))
     catalog = build_catalog(Checkpoint.open(source), meta)
     folder.mkdir(parents=True)
@@ -208,12 +224,18 @@ class _Windows:
         return self._drawn[start : start + math.prod(shape)].view(shape)
 
 
+def _words(count: int) -> torch.Tensor:
+    """Random int4 words without the value -8: with it the mean is not 0, and experts push every residual one way."""
+    pairs = torch.randint(1, 16, (count, 4, 2), dtype=torch.uint8)
+    return (pairs[..., 0] | pairs[..., 1] << 4).view(torch.int32).view(-1)
+
+
 class _Drawn:
     """Random weights of a packed checkpoint: words, scales that give them the usual deviation, dense weights."""
 
     def __init__(self, config: PretrainedConfig):
         matrix, deviation = config.intermediate_size * config.hidden_size, config.hidden_size**-0.5
-        self._words = _Windows(torch.randint(-(2**31), 2**31, (matrix // 8 + SPREAD,), dtype=torch.int32))
+        self._words = _Windows(_words(matrix // 8 + SPREAD))
         drawn = torch.rand(matrix // 16 + SPREAD) + 0.5
         self._scales = _Windows((drawn * deviation / INT4_DEVIATION).bfloat16())
         self._dense = _Windows((torch.randn(config.vocab_size * config.hidden_size + SPREAD) * deviation).bfloat16())

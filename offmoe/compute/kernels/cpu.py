@@ -81,19 +81,29 @@ class CpuKernels:
     """
 
     def __init__(
-        self, library: Library, threads: int | None = None, variant: str | None = None, int8_activations: bool = True
+        self,
+        library: Library,
+        threads: int | CpuKernels | None = None,
+        variant: str | None = None,
+        int8_activations: bool = True,
     ) -> None:
         """Start the threads.
 
         Args:
-            threads: their number; None: as many as there are physical cores.
+            threads: their number; None: as many as there are physical cores; or kernels whose threads these share, and
+                which are closed after them. Two pools would take cores from each other while they wait for work.
             variant: one of `library.variants`; None: the fastest.
             int8_activations: whether activations are rounded to 8 bits; otherwise they stay float32.
         """
         self._calls, self._variant = library.calls, library.variant(variant)
         self.int8_activations = int8_activations
         self._precision = 0 if int8_activations else 1
-        self._threads = Threads(library, physical_cores() if threads is None else threads)
+        self._owns_threads = not isinstance(threads, CpuKernels)
+        self._threads: Threads = (
+            threads._threads
+            if isinstance(threads, CpuKernels)
+            else Threads(library, physical_cores() if threads is None else threads)
+        )
 
     def expert(self, weights: GatedExpert, glu: Glu) -> Rows:
         """A function that computes down(glu(gate(x), up(x))). It keeps the weights' memory alive."""
@@ -127,8 +137,9 @@ class CpuKernels:
         self._calls.offmoe_read(self._threads.handle, self._variant, memory.data_ptr(), memory.nbytes)
 
     def close(self) -> None:
-        """End the threads; idempotent."""
-        self._threads.close()
+        """End the threads, unless they are others'; idempotent."""
+        if self._owns_threads:
+            self._threads.close()
 
     def __enter__(self) -> CpuKernels:
         return self
@@ -142,6 +153,11 @@ def physical_cores() -> int:
     cores = psutil.cpu_count(logical=False) or 1
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
     return max(1, min(cores, allowed))
+
+
+def kernel_threads() -> int:
+    """Threads for the kernels beside a model: as many as torch has now, but no more than there are physical cores."""
+    return min(torch.get_num_threads(), physical_cores())
 
 
 def _struct(weight: Weight, bias: torch.Tensor | None) -> WeightStruct:

@@ -6,6 +6,8 @@
 * A prompt that does not fit is prefilled in chunks (prefill.py).
 * `.to()` and `.half()`, copying, pickling, replicas, tracing and other experts implementations are refused.
 * The encoder and the decoder of a model that has both get a `forward` that is one step each.
+* With `exactness="numeric"` on a CPU, linear layers get a `forward` that the C kernels compute for a few rows
+  (kernel_linears.py).
 * `save_pretrained` copies the checkpoint (save.py).
 * Decoder layers get hooks that keep a residual for predictions (hf/predict) or stream offloaded weights
   (dense_layers.py).

@@ -39,7 +39,7 @@ def require_eager(x: object) -> None:
     Raises:
         ConfigError: a trace, an export or a transform of torch.func is under way.
     """
-    if isinstance(x, torch.Tensor) and not _is_recorded(x):
+    if isinstance(x, torch.Tensor) and not is_recorded(x):
         return
     raise ConfigError(
         f"the model cannot be traced, exported or transformed ({_what(x)}): which experts it needs depends on its "
@@ -52,7 +52,7 @@ def has_tangent(x: torch.Tensor) -> bool:
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
 
-def _is_recorded(x: torch.Tensor) -> bool:
+def is_recorded(x: torch.Tensor) -> bool:
     """Whether an operator on `x` does anything but run."""
     if torch._C._get_tracing_state() is not None or torch._C._functorch.maybe_current_level() is not None:
         return True

@@ -1,0 +1,122 @@
+"""Linear layers of the dense part on a CPU, by the C kernels, and by torch's operators where these are faster.
+
+torch reads bf16 weights for one row at less than half of the memory's rate. Sums run in another order than torch's, so
+this is for `exactness="numeric"` only.
+
+Moves: the bytes of one weight through the cores' caches, once per call.
+Bound: the host's memory bandwidth for one row, arithmetic for many.
+Must never: call a kernel after its threads were ended, or with a weight that was replaced since it was prepared.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import torch
+import torch.nn.functional as F
+
+from offmoe.compute.kernels.cpu import BF16_GROUP, CpuKernels, Rows
+from offmoe.compute.kernels.library import MAX_TOKENS
+from offmoe.quant.packed_weight import TILE_ROWS
+
+FEW_ROWS = 4
+"""Rows that the kernels compute faster than torch on every processor: one block, so that each weight is read once."""
+
+
+def max_rows() -> int | None:
+    """Rows up to which the kernels are faster than torch; None: always.
+
+    oneDNN multiplies bf16 matrices where the processor has AVX-512. With AVX2 alone, torch takes 1.3 to 4 times as long
+    as the kernels for 8 to 256 rows.
+    """
+    return None if torch.backends.cpu.get_cpu_capability() == "AVX2" else FEW_ROWS
+
+
+def fits_kernels(weight: torch.Tensor) -> bool:
+    """Whether the C kernels read a weight [rows, cols] in RAM where it stands."""
+    rows, cols = weight.shape
+    fits = rows % TILE_ROWS == 0 and cols % BF16_GROUP == 0
+    return fits and weight.dtype == torch.bfloat16 and not weight.is_meta and weight.is_contiguous()
+
+
+class DenseKernels:
+    """The C kernels for the dense part of one model, with a pool of threads."""
+
+    def __init__(self, kernels: CpuKernels) -> None:
+        """kernels: closed with this."""
+        self._kernels = kernels
+        self._calling = threading.Lock()
+        self._is_closed = False
+        self.max_rows = max_rows()
+        """Rows up to which the kernels compute; None: always."""
+
+    @property
+    def kernels(self) -> CpuKernels:
+        """The kernels, for others that compute in turn with these and share their threads."""
+        return self._kernels
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> KernelLinear:
+        """A linear layer, prepared. weight: bf16 [rows, cols] that `fits_kernels`; bias: [rows] or None."""
+        return KernelLinear(self, weight, self._kernels.linear(weight, None if bias is None else bias.float()))
+
+    def max_inputs(self, cols: int) -> float:
+        """Numbers of an input up to which the kernels compute a layer with `cols` inputs."""
+        return math.inf if self.max_rows is None else self.max_rows * cols
+
+    def run(self, rows: Rows, x: torch.Tensor) -> torch.Tensor | None:
+        """rows(x); None if the threads were ended, which another thread may do at any time."""
+        with self._calling:
+            return None if self._is_closed else rows(x)
+
+    def close(self) -> None:
+        """End the threads; idempotent."""
+        with self._calling:
+            self._is_closed = True
+            self._kernels.close()
+
+
+class KernelLinear:
+    """x w^T + bias for one weight. torch's operators compute whatever the kernels do not."""
+
+    def __init__(self, owner: DenseKernels, weight: torch.Tensor, rows: Rows) -> None:
+        self._owner, self._rows = owner, rows
+        self._address, self._cols = weight.data_ptr(), weight.shape[1]
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The layer's output.
+
+        Args:
+            x: [..., cols].
+            weight: [rows, cols]. If it is not the prepared one any more, torch computes with it.
+            bias: [rows] or None.
+        Returns:
+            [..., rows], of x's dtype.
+        """
+        if self._is_for_kernels(x, weight):
+            out = self._by_kernels(x.reshape(-1, self._cols), weight.shape[0])
+            if out is not None:
+                return out.view(*x.shape[:-1], -1)
+        return F.linear(x, weight, bias)
+
+    def _by_kernels(self, x: torch.Tensor, rows: int) -> torch.Tensor | None:
+        """[n, rows] of x [n, cols]; None if the threads were ended. At most MAX_TOKENS rows are float32 at once."""
+        if len(x) <= MAX_TOKENS:
+            return self._owner.run(self._rows, x)
+        out = torch.empty(len(x), rows, dtype=x.dtype)
+        for start in range(0, len(x), MAX_TOKENS):
+            part = self._owner.run(self._rows, x[start : start + MAX_TOKENS])
+            if part is None:
+                return None
+            out[start : start + MAX_TOKENS] = part
+        return out
+
+    def _is_for_kernels(self, x: torch.Tensor, weight: torch.Tensor) -> bool:
+        return (
+            x.dtype == torch.bfloat16
+            and x.shape[-1] == self._cols
+            and 0 < x.numel() <= self._owner.max_inputs(self._cols)
+            and weight.data_ptr() == self._address
+            and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+            and not torch.is_autocast_enabled("cpu")
+        )

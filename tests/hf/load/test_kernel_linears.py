@@ -1,0 +1,102 @@
+"""Which modules of a model the C kernels compute, and that nothing else of the model changes."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import offmoe
+from offmoe.compute.dense_linear import DenseKernels
+from offmoe.compute.kernels.cpu import Rows
+from offmoe.compute.kernels.library import status
+from offmoe.errors import ConfigError
+from offmoe.hf.load.kernel_linears import LinearForward
+from tests import tiny
+
+SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+ATTENTION = [f"self_attn.{name}_proj" for name in "qkvo"]
+
+
+@pytest.fixture(autouse=True)
+def kernels() -> None:
+    if status().library is None:
+        pytest.skip(status().message)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sizes = SIZES | {"head_dim": 32, "moe_intermediate_size": 64}
+    return tiny.save(tiny.build("qwen3_moe", torch.bfloat16, **sizes), tmp_path_factory.mktemp("qwen3") / "dense")
+
+
+def load(folder: Path, **options: Any) -> Any:
+    return offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3, **options)
+
+
+def computed(model: Any) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module.forward, LinearForward)]
+
+
+def test_projections_and_head_are_computed_by_kernels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, ...]] = []
+    run = DenseKernels.run
+
+    def counted(self: DenseKernels, rows: Rows, x: torch.Tensor) -> torch.Tensor | None:
+        calls.append(tuple(x.shape))
+        return run(self, rows, x)
+
+    monkeypatch.setattr(DenseKernels, "run", counted)
+    model = load(folder, exactness="numeric")
+    with model.offload, torch.no_grad():
+        names = computed(model)
+        assert {f"model.layers.{layer}.{name}" for layer in range(2) for name in ATTENTION} < set(names)
+        assert ("lm_head" in names) == (model.config.vocab_size % 16 == 0)
+        model(input_ids=torch.tensor([[3]]))
+        assert len(calls) == len(names)
+
+
+def test_bitwise_models_are_as_they_were(folder: Path) -> None:
+    model = load(folder)
+    with model.offload:
+        assert not computed(model)
+
+
+def test_logits_are_those_of_the_bitwise_mode_up_to_rounding(folder: Path) -> None:
+    """A tiny model's own rounding in bf16 is 1e-2 of the logits' norm."""
+    logits = {}
+    for exactness in ("bitwise", "numeric"):
+        model = load(folder, exactness=exactness)
+        with model.offload, torch.no_grad():
+            logits[exactness] = [model(input_ids=ids).logits.float() for ids in (tiny.prompt(), tiny.prompt()[:, :1])]
+    for right, got in zip(logits["bitwise"], logits["numeric"], strict=True):
+        assert ((got - right).norm() / right.norm()).item() < 3e-2
+
+
+def test_the_model_is_freed_and_its_layers_are_not_copied(folder: Path) -> None:
+    model = load(folder, exactness="numeric")
+    layer = model.model.layers[0].self_attn.q_proj
+    with pytest.raises(ConfigError, match="cannot be copied"):
+        copy.deepcopy(layer)
+    assert type(layer) is torch.nn.Linear
+    reference = weakref.ref(model)
+    model.offload.close()
+    del model, layer
+    gc.collect()
+    assert reference() is None
+
+
+def test_a_compiled_layer_is_torchs(folder: Path) -> None:
+    model = load(folder, exactness="numeric")
+    with model.offload, torch.no_grad():
+        layer = model.model.layers[0].self_attn.q_proj
+        x = torch.randn(1, 64).bfloat16()
+        compiled = torch.compile(layer, backend="eager")
+        assert torch.equal(compiled(x), torch.nn.functional.linear(x, layer.weight))
+        with pytest.raises(RuntimeError, match=r"shape|size"):
+            layer(torch.randn(1, 32).bfloat16())

@@ -1,0 +1,253 @@
+#!/usr/bin/env python3
+"""Measures decoding and prefill of whole models against what the machine's memory and disk allow.
+
+Two checkpoints with random int4 experts are written once (or reused from --work): Mixtral 8x7B's and Qwen3-30B-A3B's
+shape with 8 layers. Each round reads memory with the kernels' threads, decodes, and prefills, all in one process. The
+bound of a token is the time in which the weights that it needs (dense ones, and those of its experts) pass through
+memory at the rate of the same round. With --cap, only a share of the experts has slots and the files are cold; the
+bound is then reading the bytes of the misses, or computing, whichever takes longer.
+
+--profile adds where a token's time goes, by kind of module. --json prints one object as the last line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import checkout  # noqa: F401
+import torch
+
+import offmoe
+from offmoe.bench.scratch import ended_by_sigterm, scratch_folder
+from offmoe.budget.inspect import inspect
+from offmoe.compute.kernels.cpu import CpuKernels, kernel_threads
+from offmoe.compute.kernels.library import status
+from offmoe.config import OffloadConfig
+from offmoe.measure.probes import DiskProbe, drop_page_cache
+from offmoe.pack.pack import weight_format
+from offmoe.storage.checkpoint import Checkpoint
+from offmoe.storage.store import ExpertStore
+from offmoe.types import ExpertKey
+from tools.bench.synthetic import mixtral_config, qwen3_config, write_packed
+
+VOCABULARY, GROUP = 32000, 32
+READ_BYTES = 512 << 20
+DISK_S = 3.0
+MAX_CONTEXT = 1024
+KINDS = (
+    ("projections", ("q_proj", "k_proj", "v_proj", "o_proj")),
+    ("experts", ("experts",)),
+    ("router", ("gate",)),
+    ("norms", ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "norm")),
+    ("head", ("lm_head",)),
+)
+"""Kinds of modules, and the last part of their names."""
+
+
+def configs(layers: int) -> dict[str, Any]:
+    return {
+        "mixtral": mixtral_config(4096, 14336, layers, 8, 2, VOCABULARY),
+        "qwen3": qwen3_config(2048, 768, layers, 128, 8, VOCABULARY, heads=32),
+    }
+
+
+class Run:
+    """One loaded model, and its figures of each round."""
+
+    def __init__(self, folder: Path, options: dict[str, Any]) -> None:
+        self.model: Any = offmoe.from_pretrained(folder, device="cpu", max_context=MAX_CONTEXT, **options)
+        self._random = torch.Generator().manual_seed(0)
+        self.cache: Any = None
+
+    def tokens(self, count: int) -> torch.Tensor:
+        return torch.randint(0, VOCABULARY, (1, count), generator=self._random)
+
+    def prefill(self, count: int) -> float:
+        """Seconds of a prompt; decoding goes on from it."""
+        began = time.perf_counter()
+        self.cache = self.model(input_ids=self.tokens(count), use_cache=True, logits_to_keep=1).past_key_values
+        return time.perf_counter() - began
+
+    def decode(self, count: int) -> list[float]:
+        """Seconds of each of `count` tokens."""
+        times = []
+        for _ in range(count):
+            ids, began = self.tokens(1), time.perf_counter()
+            self.model(input_ids=ids, past_key_values=self.cache, use_cache=True)
+            times.append(time.perf_counter() - began)
+        return times
+
+    def token_bytes(self) -> tuple[int, int]:
+        """Bytes of the dense weights that a token reads, and of its experts."""
+        table = self.model.get_input_embeddings().weight
+        dense = sum(p.nbytes for p in self.model.parameters() if p is not table)
+        shape = self.model.offload.shape
+        return dense, sum(k * size for k, size in zip(shape.top_k, shape.expert_bytes, strict=True))
+
+    @contextmanager
+    def profiled(self) -> Iterator[Counter[str]]:
+        """Seconds by kind of module while the block runs."""
+        seconds, began, hooks = Counter[str](), dict[int, float](), []
+        kinds = {name: kind for kind, names in KINDS for name in names}
+
+        def before(module: torch.nn.Module, *_: object) -> None:
+            began[id(module)] = time.perf_counter()
+
+        def after(kind: str) -> Callable[..., None]:
+            def add(module: torch.nn.Module, *_: object) -> None:
+                seconds[kind] += time.perf_counter() - began[id(module)]
+
+            return add
+
+        for name, module in self.model.named_modules():
+            kind = kinds.get(name.rpartition(".")[2])
+            if kind is not None:
+                hooks += [module.register_forward_pre_hook(before), module.register_forward_hook(after(kind))]
+        yield seconds
+        for hook in hooks:
+            hook.remove()
+
+
+def resident(folder: Path, options: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Everything has a slot: decoding against the memory's rate."""
+    run = Run(folder, options)
+    dense, experts = run.token_bytes()
+    library = status().library
+    assert library is not None, status().message
+    memory = torch.ones(READ_BYTES, dtype=torch.uint8)
+    rounds = []
+    with run.model.offload, CpuKernels(library, kernel_threads()) as reader, torch.inference_mode():
+        for key in range(2):  # fills the slots
+            run.prefill(args.prompt if key else 512)
+        run.decode(3)
+        for _ in range(args.rounds):
+            rates = []
+            for _ in range(3):
+                began = time.perf_counter()
+                reader.read(memory)
+                rates.append(READ_BYTES / 1e9 / (time.perf_counter() - began))
+            prompt_s = run.prefill(args.prompt)
+            token_s = statistics.median(run.decode(args.tokens))
+            bound = (dense + experts) / 1e9 / max(rates)
+            rounds.append(
+                {
+                    "read_gb_s": max(rates),
+                    "tokens_per_s": 1 / token_s,
+                    "prefill_tokens_per_s": args.prompt / prompt_s,
+                    "of_bound": bound / token_s,
+                }
+            )
+        out = {"dense_bytes": dense, "expert_bytes": experts, **spread(rounds)}
+        if args.profile:
+            with run.profiled() as seconds:
+                total = sum(run.decode(args.tokens))
+            seconds["rest"] = total - sum(seconds.values())
+            out["profile_ms"] = {kind: round(s / args.tokens * 1e3, 3) for kind, s in seconds.items()}
+    return out
+
+
+def capped(folder: Path, share: float, options: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """A share of the experts has slots, and the files are cold: decoding against disk and computing."""
+    shards = Checkpoint.open(folder).shards
+    layers = args.layers
+    slots = {"mixtral": 8, "qwen3": 128}[args.shape_now]
+    total = max(2, round(share * slots * layers))
+    quotas = tuple(total // layers + (layer < total % layers) for layer in range(layers))
+    rounds = []
+    for _ in range(args.rounds):
+        drop_page_cache(shards)
+        run = Run(folder, {**options, "slots_per_layer": quotas, "scope": "model"})
+        with run.model.offload, torch.inference_mode():
+            run.prefill(args.prompt)
+            run.decode(args.tokens)
+            before = run.model.offload.stats()
+            seconds = sum(run.decode(args.tokens))
+            stats = run.model.offload.stats() - before
+            gb_s = disk_gb_s(folder, run.model)
+            compute_s = args.compute_s * args.tokens
+            missed = sum(
+                (layer.misses + layer.pending) * size
+                for layer, size in zip(stats.by_layer, run.model.offload.shape.expert_bytes, strict=True)
+            )
+        demands = stats.hits + stats.pending + stats.misses
+        rounds.append(
+            {
+                "tokens_per_s": args.tokens / seconds,
+                "disk_gb_s": gb_s,
+                "resident": stats.hits / demands,
+                "prefetched": stats.pending / demands,
+                "read": stats.misses / demands,
+                "times_bound": seconds / max(missed / 1e9 / gb_s, compute_s),
+            }
+        )
+    return spread(rounds)
+
+
+def disk_gb_s(folder: Path, model: Any) -> float:
+    """GB/s at which the runtime's readers read cold experts, nothing else running."""
+    found = inspect(folder, OffloadConfig(device="cpu", exactness="numeric"))
+    shards, shape = found.checkpoint.shards, model.offload.shape
+    keys = [ExpertKey(layer, expert) for layer, count in enumerate(shape.experts) for expert in range(count)]
+    with (
+        closing(ExpertStore(shards, found.catalog.records)) as store,
+        closing(DiskProbe(store, keys, shards)) as probe,
+    ):
+        return probe.gb_s(DISK_S)
+
+
+def spread(rounds: list[dict[str, float]]) -> dict[str, Any]:
+    """Per figure its median and range over the rounds."""
+    return {
+        name: {
+            "median": round(statistics.median(r[name] for r in rounds), 4),
+            "range": [round(edge(r[name] for r in rounds), 4) for edge in (min, max)],
+        }
+        for name in rounds[0]
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, help="a folder for the checkpoints, kept (default: temporary)")
+    parser.add_argument("--shape", choices=("mixtral", "qwen3"), action="append", help="default: both")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=24, help="decoded per round")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
+    parser.add_argument("--activations", default="int8", help="of experts: float or int8")
+    parser.add_argument("--cap", type=float, action="append", default=[], help="share of the experts that have slots")
+    parser.add_argument("--profile", action="store_true", help="where a token's time goes")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    args = parser.parse_args()
+    found: dict[str, Any] = {}
+    if args.work is not None:
+        args.work.mkdir(parents=True, exist_ok=True)
+    with ended_by_sigterm(), scratch_folder("offmoe-whole-", args.work) as scratch:
+        for shape in args.shape or ("mixtral", "qwen3"):
+            folder = (args.work or scratch) / f"{shape}-{args.layers}"
+            if not folder.exists():
+                write_packed(folder, configs(args.layers)[shape], weight_format("int4", GROUP), scratch)
+            options = {"exactness": "numeric", "activations": args.activations}
+            found[shape] = out = {"resident": resident(folder, options, args)}
+            args.shape_now, args.compute_s = shape, 1 / out["resident"]["tokens_per_s"]["median"]
+            for share in args.cap:
+                out[f"cap {share}"] = capped(folder, share, options, args)
+    for shape, parts in found.items():
+        for part, figures in parts.items():
+            print(f"{shape}, {part}")
+            for name, value in figures.items():
+                print(f"  {name:22} {value}")
+    if args.json:
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
