@@ -32,10 +32,11 @@ from offmoe.hf.adapters.find import find_experts
 from offmoe.hf.load.attach import IMPLEMENTATION, attach, expert_layers
 from offmoe.hf.load.dense_layers import OffloadedLayers, dense_layers
 from offmoe.hf.load.generation import plain_generation
-from offmoe.hf.load.kernel_linears import attach_kernels
+from offmoe.hf.load.kernel_linears import attach_kernels, dense_formats
 from offmoe.hf.load.load import load_dense
 from offmoe.hf.load.options import sort_options
 from offmoe.pack.on_load import write
+from offmoe.pack.quantizer import quantizer
 from offmoe.policy.planner import Planner, build_planner
 from offmoe.profile import Profile
 from offmoe.runtime.executor import ExpertExecutor, Slots
@@ -69,6 +70,7 @@ def from_pretrained(
     host_memory: int | str | None = None,
     slots_per_layer: int | tuple[int, ...] | None = None,
     experts: str | None = None,
+    dense: str | None = None,
     eviction: str | None = None,
     scope: str | None = None,
     max_context: int | None = None,
@@ -205,11 +207,7 @@ def load(inspected: Inspected, *, name: str = "", trace: str | os.PathLike[str] 
 
 
 def _load_dense(inspected: Inspected, closing: ExitStack) -> tuple[PreTrainedModel, DenseKernels | None]:
-    """The model without its experts, on the device but for the decoder layers that the plan has no room for.
-
-    Returns:
-        The model, and the C kernels that compute its linear layers; None: torch computes them.
-    """
+    """The model without its experts, and the C kernels that compute its linear layers; None: torch does."""
     offloaded = _offload_layers(inspected)
     if offloaded is not None:
         closing.callback(offloaded.close)
@@ -228,10 +226,13 @@ def _load_dense(inspected: Inspected, closing: ExitStack) -> tuple[PreTrainedMod
         **_forwarded(inspected),
     )
     model.requires_grad_(False)
-    backend = inspected.backend
-    if not inspected.config.is_numeric or not backend.unified_memory or backend.has_device_kernels:
+    backend, config = inspected.backend, inspected.config
+    if not config.is_numeric or not backend.unified_memory or backend.has_device_kernels:
         return model, None
-    dense = attach_kernels(model, absent=offloaded.names if offloaded else ())
+    absent, int8_activations = offloaded.names if offloaded else (), config.activations == "int8"
+    with quantizer() as quantize:
+        formats = dense_formats(inspected.meta, config.dense)
+        dense = attach_kernels(model, formats, quantize, int8_activations=int8_activations, absent=absent)
     if dense is not None:
         closing.callback(dense.close)
     return model, dense

@@ -25,6 +25,7 @@ MIN_SLOTS = 2
 ON_MISS = ("fetch", "cpu", "auto")
 CHOICES = {
     "experts": ("native", "int8", "int4"),
+    "dense": ("native", "int8", "int4"),
     "exactness": ("auto", "bitwise", "numeric"),
     "activations": ("float", "int8"),
 }
@@ -170,6 +171,9 @@ class OffloadConfig:
         experts: Form of the expert weights: "native" as stored in the checkpoint; "int8" or "int4" to quantize them
             into temporary files while loading. Default: "native". Errors: "int8" or "int4" for experts that are
             quantized already, or together with exactness="bitwise".
+        dense: Form of the dense weights (attention, shared experts, head) on a CPU: "native" as stored, "int8" or
+            "int4" to quantize them while loading (with "int4" the head to int8). Default: "native". Errors: "int8" or
+            "int4" on a GPU, without the C kernels, or with exactness="bitwise".
         eviction: Policy that chooses which expert gives up its slot: aged-lfu, lru, lru-2, s3-fifo, sieve, static, or
             a policy of your own (in Python by `register_eviction`, on the command line by MODULE:CLASS). Default: the
             profile's, else "aged-lfu". Errors: an unknown policy; "static" without the popularity that `offmoe tune`
@@ -193,7 +197,7 @@ class OffloadConfig:
         prefetch: Experts to fetch into slots before the next layer asks for them: at most this many per layer, 0 for
             none, or "auto" while it pays. Default: the profile's, else "auto".
         exactness: How equal results are to stock transformers: "bitwise" = equal bit for bit; "numeric" = same routing
-            and weights, sums in another order, faster; "auto" = "bitwise" unless experts are quantized. Default:
+            and weights, sums in another order, faster; "auto" = "bitwise" unless weights are quantized. Default:
             "auto".
         activations: Form of the inputs of quantized experts: "float", or "int8" to round them to 8 bits in groups,
             which is faster and changes an output by about 1 % of its norm. Default: "float". Errors: "int8" for native
@@ -231,6 +235,7 @@ class OffloadConfig:
     host_memory: int | str = "auto"
     slots_per_layer: int | tuple[int, ...] | None = None
     experts: str = "native"
+    dense: str = "native"
     eviction: str = _profiled("aged-lfu")
     scope: str = _profiled("auto")
     max_context: int | None = None
@@ -292,7 +297,8 @@ class OffloadConfig:
     @property
     def is_numeric(self) -> bool:
         """Whether results may differ from stock transformers by the order of sums."""
-        return self.exactness == "numeric" or (self.exactness == "auto" and self.experts != "native")
+        is_native = self.experts == self.dense == "native"
+        return self.exactness == "numeric" or (self.exactness == "auto" and not is_native)
 
     @property
     def fills(self) -> bool:
@@ -336,13 +342,14 @@ class OffloadConfig:
                 object.__setattr__(self, f.name, f.metadata.get("default") if value is None else value)
 
     def _check_exactness(self) -> None:
-        """ConfigError for combinations of experts, exactness and activations that contradict each other."""
-        if self.experts != "native" and self.exactness == "bitwise":
-            raise ConfigError(
-                f"exactness='bitwise' with experts={self.experts!r}: quantized experts have other weights than the "
-                "checkpoint's, so no result could be equal to stock's. Leave exactness out, or use experts='native' "
-                "(experts that 'offmoe pack' wrote are native to their folder)."
-            )
+        """ConfigError for combinations of forms, exactness and activations that contradict each other."""
+        for name in ("experts", "dense"):
+            if (form := getattr(self, name)) != "native" and self.exactness == "bitwise":
+                raise ConfigError(
+                    f"exactness='bitwise' with {name}={form!r}: quantized, the model has other weights than the "
+                    f"checkpoint's, so no result could be equal to stock's. Leave exactness out, or use "
+                    f"{name}='native' (what 'offmoe pack' wrote is native to its folder)."
+                )
         if self.activations == "int8" and self.experts == "native" and self.exactness != "numeric":
             raise ConfigError(
                 "activations='int8' rounds the inputs of experts, which is not bitwise: use exactness='numeric' with "

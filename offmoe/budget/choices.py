@@ -209,6 +209,7 @@ def _for_kernels(survey: Survey) -> Survey:
         return survey
     catalog = survey.catalog.for_kernels(survey.meta)
     needs = catalog_needs(catalog, survey.meta, survey.dtype, survey.stored, unified_memory=True)
+    needs = needs.with_dense(survey.meta, survey.config.dense, survey.dtype)
     return replace(survey, catalog=catalog, needs=needs)
 
 

@@ -138,10 +138,11 @@ class _Division:
         min_slots = _bytes(explicit or least, slot_bytes)
         fixed = model.staging + model.workspace + self.scratch
         min_kv = model.kv_per_token * _min_context(config, model)
-        smallest = model.min_dense + fixed + min_kv + _bytes(least, slot_bytes)
+        smallest = max(model.loading, model.min_dense + fixed + min_kv + _bytes(least, slot_bytes))
         num_offloaded = model.num_offloaded(budget - fixed - min_kv - min_slots)
-        if num_offloaded is None:
-            raise self._too_small(model.min_dense + fixed + min_kv + min_slots, least, smallest)
+        if num_offloaded is None or budget < model.loading:
+            needed = max(model.loading, model.min_dense + fixed + min_kv + min_slots)
+            raise self._too_small(needed, least, smallest)
         resident, in_flight = model.dense_with(num_offloaded)
         room = budget - resident - in_flight - fixed  # for slots and KV cache
         context = _context(config, model, room - min_slots, room - _bytes(_top_k(shape), slot_bytes))

@@ -18,6 +18,7 @@ from offmoe.errors import UnsupportedModelError
 from offmoe.hf.adapters.find import expert_parameters
 from offmoe.hf.catalog.catalog import CatalogLayer, ExpertCatalog
 from offmoe.hf.load.dense_layers import DenseLayer, dense_layers
+from offmoe.hf.load.kernel_linears import saved_bytes
 from offmoe.storage.layout import PARAM_ALIGNMENT, aligned
 from offmoe.storage.read_plan import plan_reads
 from offmoe.transfer.staging import staging_plan
@@ -76,6 +77,7 @@ class ModelBytes:
         staging: the staging buffers; 0 if they are not on the device.
         workspace: activations, logits and temporary bytes of one expert.
         layers: the decoder layers whose dense part may be kept outside the device.
+        loading: the dense part while it loads, before slots exist, if it is larger then.
     """
 
     dense: int
@@ -85,6 +87,7 @@ class ModelBytes:
     staging: int
     workspace: int
     layers: tuple[DenseLayerBytes, ...] = ()
+    loading: int = 0
 
     def dense_with(self, num_offloaded: int) -> tuple[int, int]:
         """(resident, in flight) bytes of the dense part if the last `num_offloaded` layers are not on the device."""
@@ -125,6 +128,14 @@ class ModelNeeds(NamedTuple):
         """The same with a workspace for prefill in chunks of `tokens` tokens; it may be larger anyway."""
         needed = self.forward.reserve(tokens, self.bytes.context_limit) + self.temporary
         return self._replace(bytes=replace(self.bytes, workspace=max(self.bytes.workspace, needed)))
+
+    def with_dense(self, meta: PreTrainedModel, form: str, dtype: torch.dtype) -> ModelNeeds:
+        """The same with the dense part as the option `dense` says. While it loads it is as large as before."""
+        saved = saved_bytes(meta, form, dtype)
+        if not saved:
+            return self
+        dense = self.bytes.dense
+        return self._replace(bytes=replace(self.bytes, dense=dense - saved, loading=dense, layers=()))
 
     @property
     def temporary(self) -> int:

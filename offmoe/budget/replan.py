@@ -69,7 +69,9 @@ class Loaded:
 
     def _divide(self, config: OffloadConfig) -> tuple[OffloadConfig, MemoryPlan]:
         old = self.plan
-        fixed = replace(self.needs.bytes, dense=old.dense + old.in_flight, layers=())  # dense weights cannot move
+        fixed = replace(
+            self.needs.bytes, dense=old.dense + old.in_flight, layers=(), loading=0
+        )  # dense weights cannot move
         held = old.dense + old.in_flight + old.slots + old.staging + old.scratch
         resolved, plan = divide(
             config,

@@ -13,6 +13,7 @@ from offmoe.budget.forward_pass import PassRoom
 from offmoe.budget.host import plan_host
 from offmoe.budget.memory_plan import MemoryPlan
 from offmoe.budget.needs import ModelNeeds
+from offmoe.compute.kernels.library import status
 from offmoe.config import OffloadConfig
 from offmoe.device.backend import Backend
 from offmoe.errors import CapacityError, ConfigError
@@ -30,8 +31,16 @@ def check_config(config: OffloadConfig, backend: Backend) -> None:
     """Refuse options that the device cannot honor, before anything about the model is known.
 
     Raises:
-        ConfigError: host_memory on a device whose memory is the host's, or on_miss="cpu" where results would differ.
+        ConfigError: host_memory on a device whose memory is the host's, on_miss="cpu" where results would differ, or
+            quantized dense weights where no kernels compute them.
     """
+    if config.dense != "native" and (not backend.unified_memory or backend.has_device_kernels):
+        raise ConfigError(
+            f"dense={config.dense!r} on {backend.device}: only the CPU's kernels compute quantized dense "
+            "weights. Leave it at 'native', or use device='cpu'."
+        )
+    if config.dense != "native" and status().library is None:
+        raise ConfigError(f"dense={config.dense!r} needs the CPU's kernels: {status().message}.")
     if backend.unified_memory:
         if config.host_memory not in ("auto", 0):
             raise ConfigError(

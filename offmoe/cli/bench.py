@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 NO_PREFETCH = "no-prefetch"
 AGAINST = (ACCELERATE, NO_PREFETCH)
-OTHER_OPTIONS = ("max_context", "experts", "exactness", "activations")
+OTHER_OPTIONS = ("max_context", "experts", "dense", "exactness", "activations")
 DEFAULT_ROUNDS, DEFAULT_TOKENS, RANDOM_PROMPT_TOKENS = 5, 32, 16
 PROBE_SECONDS = 0.5
 LIBRARIES_BYTES = 460 << 20

@@ -79,6 +79,7 @@ def add_loading(parser: argparse.ArgumentParser, *, required: bool = True) -> No
     _add(group, "prefill_chunk", "TOKENS", positive)
     group = parser.add_argument_group("computing")
     _add(group, "experts", "FORM")
+    _add(group, "dense", "FORM")
     _add(group, "exactness", "HOW")
     _add(group, "activations", "FORM")
     form = "compute in bfloat16, float16 or float32 (default: the checkpoint's dtype)"

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from offmoe.compute.kernels.cpu import BF16_GROUP, CpuKernels, Rows
 from offmoe.compute.kernels.library import MAX_TOKENS
-from offmoe.quant.packed_weight import TILE_ROWS
+from offmoe.quant.packed_weight import TILE_ROWS, PackedWeight
 
 FEW_ROWS = 4
 """Rows that the kernels compute faster than torch on every processor: one block, so that each weight is read once."""
@@ -34,7 +34,7 @@ def max_rows() -> int | None:
 
 
 def fits_kernels(weight: torch.Tensor) -> bool:
-    """Whether the C kernels read a weight [rows, cols] in RAM where it stands."""
+    """Whether the C kernels read a weight [rows, cols] where it stands."""
     rows, cols = weight.shape
     fits = rows % TILE_ROWS == 0 and cols % BF16_GROUP == 0
     return fits and weight.dtype == torch.bfloat16 and not weight.is_meta and weight.is_contiguous()
@@ -56,9 +56,17 @@ class DenseKernels:
         """The kernels, for others that compute in turn with these and share their threads."""
         return self._kernels
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> KernelLinear:
-        """A linear layer, prepared. weight: bf16 [rows, cols] that `fits_kernels`; bias: [rows] or None."""
-        return KernelLinear(self, weight, self._kernels.linear(weight, None if bias is None else bias.float()))
+    def linear(self, weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None) -> KernelLinear | PackedLinear:
+        """A linear layer, prepared.
+
+        Args:
+            weight: [rows, cols], bf16 that `fits_kernels`, or int4 or int8 in tiles.
+            bias: [rows] or None.
+        """
+        rows = self._kernels.linear(weight, None if bias is None else bias.float())
+        return (
+            PackedLinear(self, weight, rows) if isinstance(weight, PackedWeight) else KernelLinear(self, weight, rows)
+        )
 
     def max_inputs(self, cols: int) -> float:
         """Numbers of an input up to which the kernels compute a layer with `cols` inputs."""
@@ -76,12 +84,42 @@ class DenseKernels:
             self._kernels.close()
 
 
-class KernelLinear:
-    """x w^T + bias for one weight. torch's operators compute whatever the kernels do not."""
+class _Linear:
+    """What linear layers of either form share: a prepared weight, and the calls that kernels do not take."""
+
+    def __init__(self, owner: DenseKernels, rows: Rows, cols: int) -> None:
+        self._owner, self._rows, self._cols = owner, rows, cols
+
+    def _by_kernels(self, x: torch.Tensor, rows: int) -> torch.Tensor | None:
+        """[..., rows] of x [..., cols]; None if the threads were ended. At most MAX_TOKENS rows are float32 at once."""
+        inputs = x.reshape(-1, self._cols)  # [n, cols]
+        if len(inputs) <= MAX_TOKENS:
+            out = self._owner.run(self._rows, inputs)  # [n, rows]
+            return None if out is None else out.view(*x.shape[:-1], -1)
+        out = torch.empty(len(inputs), rows, dtype=x.dtype)
+        for start in range(0, len(inputs), MAX_TOKENS):
+            part = self._owner.run(self._rows, inputs[start : start + MAX_TOKENS])
+            if part is None:
+                return None
+            out[start : start + MAX_TOKENS] = part
+        return out.view(*x.shape[:-1], -1)
+
+    def _is_plain(self, x: torch.Tensor) -> bool:
+        """Whether kernels can take the input: there is one, of the layer's width, and nobody differentiates."""
+        return (
+            x.shape[-1] == self._cols
+            and x.numel() > 0
+            and not (torch.is_grad_enabled() and x.requires_grad)
+            and not torch.is_autocast_enabled("cpu")
+        )
+
+
+class KernelLinear(_Linear):
+    """x w^T + bias for one bf16 weight. torch's operators compute whatever the kernels do not."""
 
     def __init__(self, owner: DenseKernels, weight: torch.Tensor, rows: Rows) -> None:
-        self._owner, self._rows = owner, rows
-        self._address, self._cols = weight.data_ptr(), weight.shape[1]
+        super().__init__(owner, rows, weight.shape[1])
+        self._address = weight.data_ptr()
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The layer's output.
@@ -93,30 +131,30 @@ class KernelLinear:
         Returns:
             [..., rows], of x's dtype.
         """
-        if self._is_for_kernels(x, weight):
-            out = self._by_kernels(x.reshape(-1, self._cols), weight.shape[0])
+        if (
+            x.dtype == torch.bfloat16
+            and x.numel() <= self._owner.max_inputs(self._cols)
+            and weight.data_ptr() == self._address
+            and self._is_plain(x)
+            and not (torch.is_grad_enabled() and weight.requires_grad)
+        ):
+            out = self._by_kernels(x, weight.shape[0])
             if out is not None:
-                return out.view(*x.shape[:-1], -1)
+                return out
         return F.linear(x, weight, bias)
 
-    def _by_kernels(self, x: torch.Tensor, rows: int) -> torch.Tensor | None:
-        """[n, rows] of x [n, cols]; None if the threads were ended. At most MAX_TOKENS rows are float32 at once."""
-        if len(x) <= MAX_TOKENS:
-            return self._owner.run(self._rows, x)
-        out = torch.empty(len(x), rows, dtype=x.dtype)
-        for start in range(0, len(x), MAX_TOKENS):
-            part = self._owner.run(self._rows, x[start : start + MAX_TOKENS])
-            if part is None:
-                return None
-            out[start : start + MAX_TOKENS] = part
-        return out
 
-    def _is_for_kernels(self, x: torch.Tensor, weight: torch.Tensor) -> bool:
-        return (
-            x.dtype == torch.bfloat16
-            and x.shape[-1] == self._cols
-            and 0 < x.numel() <= self._owner.max_inputs(self._cols)
-            and weight.data_ptr() == self._address
-            and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-            and not torch.is_autocast_enabled("cpu")
-        )
+class PackedLinear(_Linear):
+    """x w^T + bias for one weight in int4 or int8, of which there is no other copy."""
+
+    def __init__(self, owner: DenseKernels, weight: PackedWeight, rows: Rows) -> None:
+        super().__init__(owner, rows, weight.cols)
+        self._weight = weight
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """As `KernelLinear`; weight stands for the packed one and is not read. What kernels do not take is decoded."""
+        if self._is_plain(x):
+            out = self._by_kernels(x, self._weight.rows)
+            if out is not None:
+                return out
+        return F.linear(x, self._weight.decoded(weight.dtype), bias)

@@ -103,6 +103,11 @@ class WeightFormat:
                 return "Use experts='int8', which fits it, or 'native'"
         return "Use experts='native'"
 
+    def nbytes(self, rows: int, cols: int) -> int:
+        """Bytes of a weight of this shape."""
+        per_group = self.scale_dtype.itemsize + self.zero_points
+        return rows * (cols * self.bits // 8 + self.groups(cols) * per_group)
+
     def params(self, name: str, rows: int, cols: int, tiled: bool) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """The tensors that hold one weight, as `ExpertLayout.of` takes them.
 
@@ -215,6 +220,24 @@ class PackedWeight:
             return self
         return PackedWeight.of(self.format, "", {plane: to_tiles(part) for plane, part in self.params("").items()})
 
+    def decoded(self, dtype: torch.dtype) -> torch.Tensor:
+        """The values [rows, cols] of int4 or int8: (q - zero) * scale in float32, rounded to `dtype`."""
+        assert self.format.kind in ("int4", "int8"), self.format
+        words, scales = (to_rows(part) if self.is_tiled else part for part in (self.words, self.scales))
+        if self.format.bits == 8:
+            q = words.view(torch.int8).float()
+        else:
+            shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+            q = (words.unsqueeze(-1) >> shifts & 15).view(self.rows, -1).float()
+            zeros = None if self.zeros is None else to_rows(self.zeros) if self.is_tiled else self.zeros
+            q -= SYMMETRIC_ZERO if zeros is None else zeros.repeat_interleave(self.cols // zeros.shape[1], 1)
+        return (q * scales.float().repeat_interleave(self.cols // scales.shape[1], 1)).to(dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of words, scales and zero points."""
+        return sum(part.nbytes for part in self.params("").values())
+
 
 def pack_words(q: torch.Tensor, how: WeightFormat) -> torch.Tensor:
     """Pack q [N, K] (uint8 nibbles, int8 or float8_e4m3fn) into words int32 [N, K / word_values]."""
@@ -228,3 +251,9 @@ def to_tiles(by_row: torch.Tensor) -> torch.Tensor:
     """Rows to tiles: [N, C] -> [N / 16, C, 16]."""
     rows, n = by_row.shape
     return by_row.view(rows // TILE_ROWS, TILE_ROWS, n).transpose(1, 2).contiguous()
+
+
+def to_rows(tiles: torch.Tensor) -> torch.Tensor:
+    """Tiles to rows: [N / 16, C, 16] -> [N, C]."""
+    count, n, _ = tiles.shape
+    return tiles.transpose(1, 2).reshape(count * TILE_ROWS, n)

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from offmoe.compute.dense_linear import FEW_ROWS, DenseKernels, fits_kernels, max_rows
 from offmoe.compute.kernels.cpu import CpuKernels
 from offmoe.compute.kernels.library import status
+from offmoe.pack.quantizer import quantizer
+from offmoe.quant.packed_weight import INT8, WeightFormat, int4
 
 ROUNDING = 2**-8
 """bf16 keeps 8 bits: an output is within one rounding of the exact one."""
@@ -21,7 +23,7 @@ def kernels() -> Iterator[DenseKernels]:
     library = status().library
     if library is None:
         pytest.skip(status().message)
-    dense = DenseKernels(CpuKernels(library, 2))
+    dense = DenseKernels(CpuKernels(library, 2, int8_activations=False))
     yield dense
     dense.close()
 
@@ -94,6 +96,30 @@ def test_torch_computes_what_kernels_do_not(kernels: DenseKernels) -> None:
     assert linear(x[:0], w, None).shape == (0, 48)
     with pytest.raises(RuntimeError):
         linear(x.float(), w, None)  # as torch refuses it
+
+
+@pytest.mark.parametrize("how", [INT8, int4(32), int4(32, zero_points=True)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_quantized_weight_is_computed_as_it_is_decoded(
+    kernels: DenseKernels, how: WeightFormat, dtype: torch.dtype
+) -> None:
+    w = weight()
+    with quantizer() as quantize:
+        packed = quantize(w, how)
+    decoded = packed.decoded(torch.float32)
+    assert torch.equal(decoded, packed.tiled().decoded(torch.float32))
+    assert packed.nbytes == how.nbytes(*w.shape)
+    assert ((decoded - w.float()).norm() / w.float().norm()).item() < (0.02 if how.kind == "int8" else 0.15)
+    linear, absent = kernels.linear(packed.tiled(), None), torch.empty(w.shape, dtype=dtype, device="meta")
+    for count in (1, FEW_ROWS + 1, 150):
+        x = rows_of(count).to(dtype)
+        out, exact = linear(x, absent, None), F.linear(x.double(), decoded.double())
+        assert out.dtype == dtype
+        assert (out.double() - exact).abs().max() <= ROUNDING * exact.abs().max()
+    x = rows_of(1).to(dtype).requires_grad_()
+    linear(x, absent, None).sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, F.linear(torch.ones(1, 48, dtype=dtype), packed.decoded(dtype).T))
 
 
 def test_after_closing_torch_computes(kernels: DenseKernels) -> None:

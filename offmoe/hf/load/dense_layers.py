@@ -65,7 +65,7 @@ def dense_layers(meta_model: PreTrainedModel) -> tuple[DenseLayer, ...]:
     """
     experts = find_experts(meta_model)
     uses = Counter(id(param) for _, param in meta_model.named_parameters(remove_duplicate=False))
-    stays = set(expert_parameters(meta_model)) | _routers(meta_model, experts)
+    stays = set(expert_parameters(meta_model)) | router_weights(meta_model, experts)
     out = []
     for path, layer in decoder_layers(meta_model).items():
         named = {f"{path}.{name}": param for name, param in layer.named_parameters()}
@@ -74,7 +74,7 @@ def dense_layers(meta_model: PreTrainedModel) -> tuple[DenseLayer, ...]:
     return tuple(layer for layer in out if layer.shapes)
 
 
-def _routers(model: nn.Module, experts: Mapping[str, nn.Module]) -> set[str]:
+def router_weights(model: nn.Module, experts: Mapping[str, nn.Module]) -> set[str]:
     """Full names of the matrices that have a row or a column per expert, in the block around each experts module."""
     out = set()
     for name, module in experts.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,16 @@ import pytest
 import torch
 
 import offmoe
+from offmoe.budget import resolve
+from offmoe.budget.inspect import inspect
+from offmoe.budget.resolve import divide
 from offmoe.compute.dense_linear import DenseKernels
 from offmoe.compute.kernels.cpu import Rows
-from offmoe.compute.kernels.library import status
-from offmoe.errors import ConfigError
-from offmoe.hf.load.kernel_linears import LinearForward
+from offmoe.compute.kernels.library import KernelStatus, status
+from offmoe.config import OffloadConfig
+from offmoe.device.backend import CpuBackend
+from offmoe.errors import CapacityError, ConfigError
+from offmoe.hf.load.kernel_linears import LinearForward, dense_formats, saved_bytes
 from tests import tiny
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -31,7 +37,7 @@ def kernels() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    sizes = SIZES | {"head_dim": 32, "moe_intermediate_size": 64}
+    sizes = SIZES | {"head_dim": 32, "moe_intermediate_size": 64, "vocab_size": 128}
     return tiny.save(tiny.build("qwen3_moe", torch.bfloat16, **sizes), tmp_path_factory.mktemp("qwen3") / "dense")
 
 
@@ -76,6 +82,59 @@ def test_logits_are_those_of_the_bitwise_mode_up_to_rounding(folder: Path) -> No
             logits[exactness] = [model(input_ids=ids).logits.float() for ids in (tiny.prompt(), tiny.prompt()[:, :1])]
     for right, got in zip(logits["bitwise"], logits["numeric"], strict=True):
         assert ((got - right).norm() / right.norm()).item() < 3e-2
+
+
+@pytest.mark.parametrize(("form", "head"), [("int8", "int8"), ("int4", "int8")])
+def test_quantized_dense_weights(folder: Path, form: str, head: str) -> None:
+    """Routers and embeddings stay; logits follow the bitwise ones as far as the format's error allows."""
+    found = inspect(folder, OffloadConfig(device="cpu", slots_per_layer=3, dense=form))
+    formats = dense_formats(found.meta, form)
+    assert formats["lm_head"].kind == head
+    assert {how.kind for name, how in formats.items() if name != "lm_head"} == {form}
+    assert not any(name.endswith(".gate") or "embed" in name for name in formats)
+    right = load(folder)
+    with right.offload, torch.no_grad():
+        expected = right(input_ids=tiny.prompt()).logits.float()
+    model = load(folder, dense=form)
+    with model.offload, torch.no_grad():
+        assert model.offload.config.exactness == "numeric"
+        assert set(computed(model)) == formats.keys()
+        absent = {name for name, parameter in model.named_parameters() if parameter.is_meta}
+        assert absent == {f"{name}.weight" for name in formats}
+        got = model(input_ids=tiny.prompt()).logits.float()
+    assert ((got - expected).norm() / expected.norm()).item() < (0.1 if form == "int8" else 0.5)
+
+
+def test_the_plan_counts_quantized_weights(folder: Path) -> None:
+    options: dict[str, Any] = {"device": "cpu", "slots_per_layer": 3, "exactness": "numeric"}
+    native, packed = (inspect(folder, OffloadConfig(**options, dense=form)) for form in ("native", "int4"))
+    saved = saved_bytes(native.meta, "int4", torch.bfloat16)
+    assert saved > 0
+    assert native.plan.dense - packed.plan.dense == saved
+    assert packed.needs.bytes.loading == native.plan.dense
+    model = load(folder, exactness="numeric", dense="int4")
+    with model.offload:
+        resident = sum(p.nbytes for p in [*model.parameters(), *model.buffers()] if not p.is_meta)
+        formats = dense_formats(packed.meta, "int4")
+        quantized = sum(how.nbytes(*model.get_submodule(n).weight.shape) for n, how in formats.items())
+        assert resident + quantized <= packed.plan.dense
+
+
+def test_memory_for_loading_is_asked_for(folder: Path) -> None:
+    needs = inspect(folder, OffloadConfig(device="cpu", slots_per_layer=3, dense="int4")).needs
+    large = needs._replace(bytes=replace(needs.bytes, loading=1 << 30))
+    config = OffloadConfig(device="cpu", dense="int4", device_memory=(1 << 30) - 1)
+    with pytest.raises(CapacityError, match=str(1 << 30)):
+        divide(config, large, CpuBackend(), 1 << 40)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_quantized_dense_weights_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    with pytest.raises(ConfigError, match=f"dense='{form}'"):
+        load(folder, dense=form, exactness="bitwise")
+    monkeypatch.setattr(resolve, "status", lambda: KernelStatus(None, "they were not built"))
+    with pytest.raises(ConfigError, match="they were not built"):
+        load(folder, dense=form)
 
 
 def test_the_model_is_freed_and_its_layers_are_not_copied(folder: Path) -> None:
