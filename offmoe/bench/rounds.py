@@ -118,8 +118,9 @@ class Record:
     def to_dict(self) -> dict[str, Any]:
         """The record for JSON, as medians over rounds.
 
-        Bytes and stall are per decoded token; `read_bytes_per_round` counts the prompt too. `foretold_rate` is the
-        share of demands that hit because of a prefetch.
+        Bytes and stall are per decoded token; `read_bytes_per_round` counts the prompt too. Of the demands,
+        `resident_rate` had a slot before anything was predicted, `foretold_rate` were prefetched or read ahead, and
+        `missed_rate` were neither; the first two make `hit_rate`.
         """
         token_s = self.token_s()
         return {
@@ -127,7 +128,9 @@ class Record:
             "ms_per_token": token_s * 1e3,
             "tokens_per_s": 1 / token_s,
             "hit_rate": self._counted(lambda stats, tokens: stats["hit_rate"]),
-            "foretold_rate": self._counted(_prefetched_rate),
+            "resident_rate": self._counted(_share_of("hits")),
+            "foretold_rate": self._counted(_share_of("pending")),
+            "missed_rate": self._counted(_share_of("misses")),
             "disk_bytes_per_token": self._counted(lambda stats, tokens: stats["disk_bytes"] / tokens),
             "h2d_bytes_per_token": self._counted(lambda stats, tokens: stats["h2d_bytes"] / tokens),
             "prefetched_per_token": self._counted(lambda stats, tokens: stats["prefetched"] / tokens),
@@ -147,9 +150,13 @@ class Record:
         return statistics.median(known) if known else None
 
 
-def _prefetched_rate(stats: Mapping[str, Any], tokens: int) -> float:
-    """Share of the demands that hit because of a prefetch."""
-    return float(stats["pending"] / max(1, stats["hits"] + stats["pending"] + stats["misses"]))
+def _share_of(kind: str) -> Callable[[Mapping[str, Any], int], float]:
+    """A figure: the share of the demands that are of this kind, of `CacheStats`."""
+
+    def share(stats: Mapping[str, Any], tokens: int) -> float:
+        return float(stats[kind] / max(1, stats["hits"] + stats["pending"] + stats["misses"]))
+
+    return share
 
 
 def mean_s(outcome: Outcome) -> float:

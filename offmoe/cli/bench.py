@@ -263,8 +263,9 @@ ROWS: dict[str, tuple[str, Callable[[float], str]]] = {
     "ms per token": ("ms_per_token", "{:.2f}".format),
     "tokens/s": ("tokens_per_s", "{:.2f}".format),
     "waiting for experts, ms per token": ("stall_ms_per_token", "{:.2f}".format),
-    "hit rate": ("hit_rate", percent),
-    "of which prefetched": ("foretold_rate", percent),
+    "experts resident": ("resident_rate", percent),
+    "prefetched or read ahead": ("foretold_rate", percent),
+    "read when demanded": ("missed_rate", percent),
     "experts from disk per token": ("disk_bytes_per_token", format_size),
     "read from disk per round": ("read_bytes_per_round", format_size),
 }

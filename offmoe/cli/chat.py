@@ -131,7 +131,8 @@ class Session:
         stats, memory = self.engine.offload.stats(), self.engine.offload.memory()
         filled = self.engine.offload.fill_progress().describe()
         lines = [
-            f"experts: hit rate {percent(stats.hit_rate)}, {stats.misses} misses, "
+            f"experts: hit rate {percent(stats.hit_rate)} ({stats.hits} resident, {stats.pending} prefetched), "
+            f"{stats.misses} misses, "
             f"{format_size(stats.disk_bytes)} read from disk, {stats.stall_s:.1f} s waited; "
             + (f"{filled}; " if filled else "")
             + memory.describe()

@@ -27,6 +27,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
 
+from offmoe.hf.load.kernel_linears import dense_formats
 from offmoe.measure.perplexity import WINDOW, scores, windows
 from offmoe.pack.fit import round_to_nearest
 from offmoe.pack.plan import encode
@@ -64,9 +65,21 @@ def changed_model(change: Quantizer | None) -> MixtralForCausalLM:
     return model
 
 
+def dense_model(form: str) -> MixtralForCausalLM:
+    """The model with dense weights as the option `dense` has them; its experts are native."""
+    model = changed_model(None)
+    quantize = TorchQuantizer()
+    with torch.no_grad():
+        for name, how in dense_formats(model, form).items():
+            weight = model.get_submodule(name).weight
+            weight.copy_(quantize(weight, how, name).decoded(torch.float32))
+    return model
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Perplexity of the demo model with quantized experts.")
     parser.add_argument("--all", action="store_true", help="also other groups, and zero points")
+    parser.add_argument("--dense", action="store_true", help="also dense weights in int8 and int4")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     arguments = parser.parse_args()
     rows: dict[str, Quantizer | None] = {
@@ -85,7 +98,10 @@ def main() -> None:
     tokens = AutoTokenizer.from_pretrained(MODEL)(TEXT.read_text("utf-8"), return_tensors="pt", verbose=False)
     ids = windows(tokens["input_ids"][0])
     print(f"{len(ids)} windows of {WINDOW} tokens, {len(ids) * WINDOW // 2} tokens scored")
-    found = scores({name: changed_model(change) for name, change in rows.items()}, ids)
+    models = {name: changed_model(change) for name, change in rows.items()}
+    if arguments.dense:
+        models |= {f"dense {form}": dense_model(form) for form in ("int8", "int4")}
+    found = scores(models, ids)
     native, rtn = found["native"], found["int4_rtn"]
     print("                         perplexity           divergence")
     for name, score in found.items():
