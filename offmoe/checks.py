@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from offmoe.errors import ConfigError
@@ -52,3 +52,22 @@ def check_slots(slots: object, option: str = "slots_per_layer", least: int = 1) 
         raise ConfigError(f"{option}={slots!r} must be an int or one int per MoE layer.")
     if min(values) < (0 if is_list else least):
         raise ConfigError(f"{option}={slots!r} must be a {'positive' if least else 'non-negative'} int.")
+
+
+def check_forms(forms: Mapping[str, str], exactness: str, activations: str) -> None:
+    """ConfigError for forms of weights, exactness and activations that contradict each other.
+
+    forms: "native", "int8" or "int4" of "experts" and of "dense".
+    """
+    for name, form in forms.items():
+        if form != "native" and exactness == "bitwise":
+            raise ConfigError(
+                f"exactness='bitwise' with {name}={form!r}: quantized, the model has other weights than the "
+                "checkpoint's, so no result could be equal to stock's. Leave exactness out, or use "
+                f"{name}='native' (what 'offmoe pack' wrote is native to its folder)."
+            )
+    if activations == "int8" and forms["experts"] == "native" and exactness != "numeric":
+        raise ConfigError(
+            "activations='int8' rounds the inputs of experts, which is not bitwise: use exactness='numeric' with "
+            "it, or experts='int4' or 'int8'."
+        )

@@ -11,7 +11,7 @@ import os
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from offmoe.checks import LAG_ONE, check_counts, check_lag, check_slots, one_of, per_layer
+from offmoe.checks import LAG_ONE, check_counts, check_forms, check_lag, check_slots, one_of, per_layer
 from offmoe.errors import ConfigError
 from offmoe.eviction_names import EVICTIONS as EVICTIONS
 from offmoe.eviction_names import check_eviction
@@ -261,7 +261,7 @@ class OffloadConfig:
         for name, allowed in CHOICES.items():
             one_of(name, getattr(self, name), allowed)
         one_of("scope", self.scope, (*SCOPES, "auto"))
-        self._check_exactness()
+        check_forms({"experts": self.experts, "dense": self.dense}, self.exactness, self.activations)
         for name in ("device_memory", "host_memory"):
             value = getattr(self, name)
             if value != "auto" and (name, value) != ("host_memory", 0):
@@ -340,18 +340,3 @@ class OffloadConfig:
                 value = tuned.get(f.name) if f.name in CACHE_OPTIONS else None
                 value = LAG_ONE.get(f.name, value) if self.lag == 1 else value
                 object.__setattr__(self, f.name, f.metadata.get("default") if value is None else value)
-
-    def _check_exactness(self) -> None:
-        """ConfigError for combinations of forms, exactness and activations that contradict each other."""
-        for name in ("experts", "dense"):
-            if (form := getattr(self, name)) != "native" and self.exactness == "bitwise":
-                raise ConfigError(
-                    f"exactness='bitwise' with {name}={form!r}: quantized, the model has other weights than the "
-                    f"checkpoint's, so no result could be equal to stock's. Leave exactness out, or use "
-                    f"{name}='native' (what 'offmoe pack' wrote is native to its folder)."
-                )
-        if self.activations == "int8" and self.experts == "native" and self.exactness != "numeric":
-            raise ConfigError(
-                "activations='int8' rounds the inputs of experts, which is not bitwise: use exactness='numeric' with "
-                "it, or experts='int4' or 'int8'."
-            )
