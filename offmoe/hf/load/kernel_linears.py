@@ -97,9 +97,11 @@ def dense_formats(meta_model: PreTrainedModel, form: str) -> dict[str, WeightFor
 
 def saved_bytes(meta_model: PreTrainedModel, form: str, dtype: torch.dtype) -> int:
     """Bytes by which `dense=form` makes the dense part smaller than it is in `dtype`."""
-    shapes = {name: meta_model.get_submodule(name).weight.shape for name in dense_formats(meta_model, form)}
-    formats = dense_formats(meta_model, form)
-    return sum(shape.numel() * dtype.itemsize - formats[name].nbytes(*shape) for name, shape in shapes.items())
+    modules = linears(meta_model)
+    return sum(
+        modules[name].weight.numel() * dtype.itemsize - how.nbytes(*modules[name].weight.shape)
+        for name, how in dense_formats(meta_model, form).items()
+    )
 
 
 def attach_kernels(
