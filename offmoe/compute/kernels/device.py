@@ -46,7 +46,7 @@ COMPILER = {"num_warps": 4, "enable_fp_fusion": True}
 """enable_fp_fusion: multiply and add in one instruction halve the instructions of decoding; Triton 3.10 does not use it
 by default."""
 
-Launch = Callable[[Any, tuple[int, int], tuple[object, ...], Mapping[str, int]], object]
+Launch = Callable[[Any, tuple[int, int], tuple[object, ...], Mapping[str, Any]], object]
 """launch(kernel, grid, arguments, options) starts a kernel. Tests compile or count instead."""
 
 
@@ -68,8 +68,9 @@ class Pairs(NamedTuple):
     """Consecutive positions in `order` that share a row of the inputs."""
 
 
-def _launch(kernel: Any, grid: tuple[int, int], arguments: tuple[object, ...], options: Mapping[str, int]) -> None:
-    kernel[grid](*arguments, **options)
+def launch_kernel(kernel: Any, grid: tuple[int, int], given: tuple[object, ...], options: Mapping[str, Any]) -> None:
+    """Start a kernel by Triton: a `Launch`."""
+    kernel[grid](*given, **options)
 
 
 class DeviceKernels:
@@ -82,7 +83,7 @@ class DeviceKernels:
         memory: torch.Tensor,
         starts: Sequence[int],
         full_grid: int = FULL_GRID,
-        launch: Launch = _launch,
+        launch: Launch = launch_kernel,
         upload: Upload | None = None,
     ) -> None:
         """Prepare; nothing is compiled before the first call.
@@ -121,7 +122,7 @@ class DeviceKernels:
         Returns:
             The number of variants. 0 if launches are not Triton's own.
         """
-        if self._launch is not _launch:
+        if self._launch is not launch_kernel:
             return 0
         seen: set[object] = set()
 

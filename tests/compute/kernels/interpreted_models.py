@@ -40,7 +40,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         method = getattr(DeviceKernels, name)
 
         def call(*given: Any, name: str = name, method: Any = method) -> torch.Tensor:
-            if given[0]._launch is device._launch:  # else kernels are compiled, not launched
+            if given[0]._launch is device.launch_kernel:  # else kernels are compiled, not launched
                 calls.append(name)
             return method(*given)
 

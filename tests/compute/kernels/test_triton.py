@@ -22,6 +22,7 @@ from offmoe.compute.gpu_compute import device_compute  # noqa: E402
 from offmoe.compute.kernels import device  # noqa: E402
 from offmoe.compute.kernels.cpu import Glu  # noqa: E402
 from offmoe.compute.kernels.device import DeviceKernels, Pairs  # noqa: E402
+from offmoe.compute.kernels.routed import RoutedLayer, RoutingLog  # noqa: E402
 from offmoe.compute.torch_compute import TorchCompute  # noqa: E402
 from offmoe.device.arena import SlotArena  # noqa: E402
 from offmoe.device.backend import CpuBackend  # noqa: E402
@@ -30,7 +31,10 @@ from tests.device_cases import FORMATS  # noqa: E402
 ROOT = Path(__file__).resolve().parents[3]
 
 
-@pytest.mark.parametrize("file", ["interpreted_triton.py", "interpreted_models.py"])
+@pytest.mark.parametrize(
+    "file",
+    ["interpreted_triton.py", "interpreted_models.py", pytest.param("interpreted_routed.py", marks=pytest.mark.slow)],
+)
 def test_in_the_interpreter(file: str) -> None:
     """Contract tests, in a process of their own: TRITON_INTERPRET has to be set before Triton is imported."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
@@ -121,6 +125,49 @@ def test_decoding_reads_16_bytes_at_a_time(name: str, hidden: int, inner: int) -
         assert ".ftz" not in found[kernel], "subnormals carry the values of FP8 and MXFP4"
         assert "fma.rn.f32" in found[kernel]
         assert spilled(found[kernel]) == 0
+
+
+def compiled_routed(name: str, rows: int, experts: int = 128, top_k: int = 8) -> dict[str, str]:
+    """PTX of the kernels of a layer without the host, by kernel."""
+    form, found = FORMATS[name](2048, 768), {}
+
+    def launch(kernel: Any, grid: tuple[int, int], given: tuple[object, ...], options: Mapping[str, Any]) -> None:
+        made = kernel.warmup(*given, grid=grid, **options)
+        assert made.metadata.shared <= 99 * 1024, "more shared memory than a desktop's GPU has"
+        found[kernel.__name__] = made.asm["ptx"]
+
+    log = RoutingLog(torch.zeros(64, 3 + rows * top_k, dtype=torch.int32), torch.zeros(2, dtype=torch.int32))
+    memory = torch.zeros(256, dtype=torch.uint8)
+    layer = RoutedLayer(0, experts, top_k, 2 * top_k, rows, memory, log, launch=launch)
+    ids = torch.zeros(rows, top_k, dtype=torch.int64)
+    layer.assign(ids)
+    layer.gather(torch.zeros(3, 3, dtype=torch.int64))
+    layer.compute(form.operands, Glu(), torch.zeros(rows, 2048, dtype=torch.bfloat16), ids, torch.zeros(rows, top_k))
+    return found
+
+
+ROUTED = {"assign", "gather", "gate_up_rows", "down_reduced"}
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(("gpu", "name"), [(80, "int4-g64"), (120, "bf16")], indirect=["gpu"])
+def test_layers_without_the_host_spill_nothing(name: str) -> None:
+    found = compiled_routed(name, rows=1)
+    assert {kernel: spilled(ptx) for kernel, ptx in found.items()} == dict.fromkeys(ROUTED, 0)
+    published = re.search(r"atom\.\S*exch\S*", found["assign"])
+    assert published is not None
+    assert {"release", "sys"} <= set(published[0].split(".")), "the host sees whole entries"
+    assert found["assign"].rfind("bar.sync", 0, published.start()) > 0, "of all threads"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("gpu", [80, 86, 89, 90, 120], indirect=True)
+def test_layers_without_the_host_spill_nothing_anywhere(name: str, rows: int) -> None:
+    found = compiled_routed(name, rows, experts=512 if rows == 1 else 128)
+    assert {kernel: spilled(ptx) for kernel, ptx in found.items()} == dict.fromkeys(ROUTED, 0)
 
 
 @pytest.mark.usefixtures("gpu")

@@ -44,6 +44,18 @@ def settled(part, total, slot, W: tl.constexpr, rows, groups):
 
 
 @triton.jit
+def place_of(places, ids, pair, EXPERTS: tl.constexpr):
+    """Where the slot of a pair's expert starts, in units of 256 bytes. places has one entry per pair; with `ids`, one
+    per expert: -1 is an expert without a slot, and the result is -2 if the pair's id is no expert's."""
+    if ids is None:
+        place = tl.load(places + pair)
+    else:
+        expert = tl.load(ids + pair)
+        place = tl.load(places + expert, mask=(expert >= 0) & (expert < EXPERTS), other=-2)
+    return place
+
+
+@triton.jit
 def gate_up_rows(
     slab,
     places,
@@ -56,15 +68,18 @@ def gate_up_rows(
     GLU: tl.constexpr,
     BN: tl.constexpr,
     BW: tl.constexpr,
+    ids=None,
+    EXPERTS: tl.constexpr = 0,
 ):
     """h [pairs, I] float32 = glu(gate, up) of x [n, H]. grid: (pairs, blocks of BN rows).
 
     places int32 [pairs]: where the slot of the pair's expert starts, in units of 256 bytes. order int64 [pairs]: its
-    input is row order // SHARING; None: row 0, for all.
+    input is row order // SHARING; None: row 0, for all. With ids int64 [pairs], places has one entry for each of
+    EXPERTS experts; a pair without a place is computed from the first slot, and `routed.down_reduced` ignores its row.
     """
     VALUES: tl.constexpr = GATE.values
     pair, block = tl.program_id(0), tl.program_id(1)
-    slot = slab + tl.load(places + pair).to(tl.int64) * 256
+    slot = slab + tl.maximum(place_of(places, ids, pair, EXPERTS), 0).to(tl.int64) * 256
     if order is not None:
         x += tl.load(order + pair) // SHARING * GATE.cols
     gate_rows, up_rows = row_numbers(block * BN, GATE, BN), row_numbers(block * BN, UP, BN)
@@ -92,12 +107,9 @@ def gate_up_rows(
 
 
 @triton.jit
-def down_rows(slab, places, h, out, DOWN: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
-    """out [pairs, H] = h [pairs, I] times down. grid: (pairs, blocks of BN rows)."""
+def down_block(slot, h, block, DOWN: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
+    """Rows block * BN + [0, BN) of h [I] times down, in float32 [BN]."""
     VALUES: tl.constexpr = DOWN.values
-    pair, block = tl.program_id(0), tl.program_id(1)
-    slot = slab + tl.load(places + pair).to(tl.int64) * 256
-    h += pair.to(tl.int64) * DOWN.cols
     rows = row_numbers(block * BN, DOWN, BN)
     sums = tl.zeros([BN, BW], dtype=tl.float32)
     for first in range(0, DOWN.width, BW):
@@ -110,6 +122,14 @@ def down_rows(slab, places, h, out, DOWN: tl.constexpr, BN: tl.constexpr, BW: tl
             part += lane(down, i, DOWN) * value[None, :]
             total += value
         sums += settled(part, total, slot, DOWN, rows, group_of(first, at, DOWN, BW))
+    return tl.sum(sums, axis=1) + bias(slot, DOWN, rows)
+
+
+@triton.jit
+def down_rows(slab, places, h, out, DOWN: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr):
+    """out [pairs, H] = h [pairs, I] times down. grid: (pairs, blocks of BN rows)."""
+    pair, block = tl.program_id(0), tl.program_id(1)
+    slot = slab + tl.load(places + pair).to(tl.int64) * 256
+    value = down_block(slot, h + pair.to(tl.int64) * DOWN.cols, block, DOWN, BN, BW)
     row = block * BN + tl.arange(0, BN)
-    value = tl.sum(sums, axis=1) + bias(slot, DOWN, rows)
     tl.store(out + pair.to(tl.int64) * DOWN.rows + row, value.to(out.dtype.element_ty), mask=row < DOWN.rows)
