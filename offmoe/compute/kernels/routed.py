@@ -150,9 +150,9 @@ class RoutedLayer:
             pieces: int64 [n, 3] on the device: (offset in RAM, offset in the slot, words of 4 bytes) of an expert's
                 parts, all offsets multiples of 4.
         """
-        given = self.moves, self.count, self.sources, self._memory, pieces
+        arguments = self.moves, self.count, self.sources, self._memory, pieces
         sizes = {"PIECES": len(pieces), "BLOCK": COPY_WORDS}
-        self._launch(self._kernels.gather, (len(self.moves), COPY_PROGRAMS), given, sizes | COMPILER)
+        self._launch(self._kernels.gather, (len(self.moves), COPY_PROGRAMS), arguments, sizes | COMPILER)
 
     def compute(
         self, operands: GatedOperands, glu: Glu, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
@@ -187,5 +187,5 @@ class RoutedLayer:
 def reduced_blocks(weight: Operand, rows: int, full_grid: int = FULL_GRID) -> dict[str, int]:
     """Rows and elements that a `down_reduced` program takes at a time. A program reads all experts of its token, so
     fewer rows than in `decode` fill the grid."""
-    block = next((n for n in (64, 32, 16, 8) if weight.rows % n == 0 and rows * weight.rows >= n * full_grid), 4)
+    block = next((n for n in (32, 16, 8) if weight.rows % n == 0 and rows * weight.rows >= n * full_grid), 4)
     return {"BN": block, "BW": STEP[weight.element], **COMPILER}

@@ -15,6 +15,27 @@ from offmoe.compute.kernels.triton.decode import down_block, place_of
 
 
 @triton.jit
+def is_routed(ids, experts, PAIRS: tl.constexpr):
+    """Whether each of `experts` is among the ids int64 [PAIRS]."""
+    found = experts != experts  # none yet
+    for pair in range(PAIRS):
+        found = found | (experts == tl.load(ids + pair))
+    return found
+
+
+@triton.jit
+def log_access(entry, ids, layer, verdict, misses, PAIRS: tl.constexpr, EXPERTS: tl.constexpr):
+    """Write an entry int32 [3 + PAIRS] of the ring: (layer, verdict, misses, ids); -1 for an id that is no expert's."""
+    tl.store(entry, layer)
+    tl.store(entry + 1, verdict)
+    tl.store(entry + 2, misses)
+    for pair in range(PAIRS):
+        routed = tl.load(ids + pair)
+        known = (routed >= 0) & (routed < EXPERTS)  # others may not fit in 32 bits
+        tl.store(entry + 3 + pair, tl.where(known, routed, -1).to(tl.int32))
+
+
+@triton.jit
 def assign(
     ids,
     places,
@@ -38,8 +59,8 @@ def assign(
     [EXPERTS]: the address of an expert in mapped RAM; 0: it is not there. moves int32 [PAIRS, 2]: (expert, place) of
     each miss, `count` int32 [1] of them. E, V: powers of two that hold all experts and all of the list.
 
-    In mapped RAM: ring int32 [ENTRIES, 3 + PAIRS], (layer, verdict, misses, ids) of each access, where an id that is no
-    expert's is -1; progress int32 [2], the entries written, and those that the host has read.
+    In mapped RAM: ring int32 [ENTRIES, 3 + PAIRS], an entry of `log_access` per access; progress int32 [2], the entries
+    written, and those that the host has read.
 
     The verdicts are those of `offmoe.compute.kernels.routed.Verdict`. Unless it is 0, nothing is assigned.
     """
@@ -47,11 +68,7 @@ def assign(
     inside = expert < EXPERTS
     place = tl.load(places + expert, mask=inside, other=0)
     slot, holder = tl.load(named + 2 * turn), tl.load(named + 2 * turn + 1)
-    demanded, needed = expert < 0, turn < 0  # nothing yet
-    for pair in range(PAIRS):
-        routed = tl.load(ids + pair)
-        demanded = demanded | (expert == routed)
-        needed = needed | ((holder == routed) & (holder >= 0))
+    demanded, needed = is_routed(ids, expert, PAIRS), is_routed(ids, holder, PAIRS) & (holder >= 0)
     missing = (demanded & inside & (place < 0)).to(tl.int32)
     left = ((slot >= 0) & (needed == 0)).to(tl.int32)
     misses = tl.sum(missing, axis=0)
@@ -75,13 +92,7 @@ def assign(
     tl.store(count, tl.where(verdict == 0, misses, 0))
     if full == 0:
         entry = ring + (written % ENTRIES) * (3 + PAIRS)
-        tl.store(entry, layer)
-        tl.store(entry + 1, verdict)
-        tl.store(entry + 2, misses)
-        for pair in range(PAIRS):
-            routed = tl.load(ids + pair)
-            known = (routed >= 0) & (routed < EXPERTS)  # others may not fit in 32 bits
-            tl.store(entry + 3 + pair, tl.where(known, routed, -1).to(tl.int32))
+        log_access(entry, ids, layer, verdict, misses, PAIRS, EXPERTS)
         tl.debug_barrier()
         tl.atomic_xchg(progress, written + 1, sem="release", scope="sys")
 
