@@ -63,13 +63,18 @@ def packed_experts(shape: Shape, how: WeightFormat) -> tuple[list[GatedExpert], 
     experts = []
     for record in _slots(layout, shape.experts):
         views = layout.views(record)
-        for name in sizes:
+        for name, (_, cols) in sizes.items():
             if how.kind == "fp8":
                 for codes in views[name].view(torch.float8_e4m3fn).split(16):  # torch's floats are 4 times as large
                     codes.copy_(torch.randn(codes.shape).mul_(100).clamp_(-448, 448))
             else:
                 views[name].random_(-(2**31), 2**31 - 1)
-            views[f"{name}.scales"].uniform_(1e-3, 2e-3)
+            for plane, (dtype, _) in how.planes(cols).items():
+                if dtype.is_floating_point:
+                    views[name + plane].uniform_(1e-3, 2e-3)
+                elif plane:
+                    low, high = (-(2**31), 2**31 - 1) if dtype == torch.int32 else (0, 64)
+                    views[name + plane].random_(low, high)
         experts.append(GatedExpert(*(PackedWeight.of(how, name, views) for name in sizes)))
     return experts, layout.nbytes
 

@@ -36,6 +36,9 @@ static float quantize_group(const float *x, int group, int8_t *q, int32_t *sum) 
 static void pack(const struct weight *w, int precision, const float *x, size_t stride, int valid, int start, int count,
                  struct block *out) {
     const int M = out->tokens, group = w->kind == KIND_BF16 ? 32 : w->group;
+    const int nibbles = w->kind == KIND_INT4, octets = w->kind == KIND_INT5 || w->kind == KIND_INT6;
+    float unit[8]; /* of the codes that an input is multiplied with */
+    for (int i = 0; i < 8; i++) unit[i] = nibbles ? nibble_unit(i) : octets ? octet_unit(i / 2) : 1.0f;
     for (int c = start; c < start + count; c += group, x += group) {
         const int g = c / group;
         for (int m = 0; m < M; m++) {
@@ -46,7 +49,8 @@ static void pack(const struct weight *w, int precision, const float *x, size_t s
                 for (int i = 0; i < 16; i++) to[i] = v[2 * i], to[16 + i] = v[2 * i + 1];
             } else if (precision == ACTIVATIONS_FLOAT || w->kind == KIND_FP8) {
                 float *to = (float *)out->data + (size_t)c * M + m, total = 0;
-                for (int i = 0; i < group; i++) to[i * M] = v[i];
+                for (int i = 0; i < group; i += 8)
+                    for (int j = 0; j < 8; j++) to[(i + j) * M] = v[i + j] * unit[j];
                 for (int i = 0; i < group; i++) total += v[i];
                 ((float *)out->sum)[(size_t)g * M + m] = total;
             } else {

@@ -49,7 +49,7 @@ struct weight {
 /* Activations of `tokens` tokens (1, 2, 4 or 8), in the order of the kernel of `precision` and kind:
  *   int8, weights in nibbles      data int32 [cols / 8][tokens][2]: inputs 0 2 4 6 and 1 3 5 7 of a word
  *   int8, int8 weights            data int32 [cols / 4][tokens]
- *   float, or fp8 weights         data float [cols][tokens]
+ *   float, or fp8 weights         data float [cols][tokens], in units that the variant's vectors name
  *   float, bf16 weights           data float [cols / 32][tokens][2][16]: even inputs, odd inputs
  * scale: float [cols / group][tokens]; sum: int32 or float of that shape, the sum of a group's (quantized) inputs. */
 struct block {

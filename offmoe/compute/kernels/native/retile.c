@@ -2,11 +2,15 @@
  *
  * What moves: the blocks once in, as many bytes once out (Q4_K: 3 % more), in the calling thread, which is a reader's.
  * Rows of a tile are taken one after the other, block by block, so what a tile's blocks become stays in the first cache.
- * Registers hold eight bytes at a time: 64-bit operations do what vectors would, on every processor.
+ * 64-bit operations do what vectors would, on every processor; what takes most of the time has SSE2, which every x86-64 has.
  */
 #include <string.h>
 
 #include "offmoe.h"
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -65,7 +69,74 @@ INLINE void swap_fields(uint32_t *a, uint32_t *b, int n, uint32_t mask) {
     *a ^= differing << n;
 }
 
-/* Words of 8 * n octets: low halves from `low` on, high halves from `high` on. */
+#if defined(__SSE2__)
+/* The even and the odd bytes of 32. */
+struct pairs {
+    __m128i even, odd;
+};
+INLINE struct pairs pairs_of(const uint8_t *p) {
+    const __m128i a = _mm_loadu_si128((const __m128i *)p), b = _mm_loadu_si128((const __m128i *)p + 1);
+    const __m128i low = _mm_set1_epi16(255);
+    return (struct pairs){_mm_packus_epi16(_mm_and_si128(a, low), _mm_and_si128(b, low)),
+                          _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8))};
+}
+
+/* Four words, `stride` words apart. */
+INLINE void put_lanes(__m128i x, uint32_t *to, const int stride) {
+    to[0] = (uint32_t)_mm_cvtsi128_si32(x);
+    to[stride] = (uint32_t)_mm_cvtsi128_si32(_mm_shuffle_epi32(x, 1));
+    to[2 * stride] = (uint32_t)_mm_cvtsi128_si32(_mm_shuffle_epi32(x, 2));
+    to[3 * stride] = (uint32_t)_mm_cvtsi128_si32(_mm_shuffle_epi32(x, 3));
+}
+
+/* Words of 32 octets: of low halves from `low` on, of high halves from `high` on. */
+INLINE void put_32(const uint8_t *octets, uint32_t *low, uint32_t *high) {
+    const __m128i mask = _mm_set1_epi8(15);
+    const struct pairs p = pairs_of(octets);
+    const __m128i odd_low = _mm_slli_epi16(_mm_and_si128(p.odd, mask), 4);
+    const __m128i even_high = _mm_and_si128(_mm_srli_epi16(p.even, 4), mask);
+    put_lanes(_mm_or_si128(_mm_and_si128(p.even, mask), odd_low), low, TILE);
+    put_lanes(_mm_or_si128(even_high, _mm_andnot_si128(mask, p.odd)), high, TILE);
+}
+
+INLINE void swap_lanes(__m128i *a, __m128i *b, const int n, int mask) { /* swap_fields, four times */
+    const __m128i differing = _mm_and_si128(_mm_xor_si128(_mm_srli_epi32(*a, n), *b), _mm_set1_epi8((char)mask));
+    *b = _mm_xor_si128(*b, differing);
+    *a = _mm_xor_si128(*a, _mm_slli_epi32(differing, n));
+}
+
+INLINE __m128i every_second(__m128i a, __m128i b, const int first) { /* words `first` and first + 2 of both */
+    const __m128 x = _mm_castsi128_ps(a), y = _mm_castsi128_ps(b);
+    return _mm_castps_si128(first ? _mm_shuffle_ps(x, y, 0xdd) : _mm_shuffle_ps(x, y, 0x88));
+}
+
+/* The pairs of Q6_K above its nibbles, 64 octets: a word per 16 inputs. Lanes are the halves of both 128 inputs. */
+INLINE void put_pairs_of_256(const uint8_t *octets, uint32_t *high) {
+    const struct pairs p = pairs_of(octets), q = pairs_of(octets + 32);
+    __m128i w[4] = {every_second(p.even, q.even, 0), every_second(p.odd, q.odd, 0), every_second(p.even, q.even, 1),
+                    every_second(p.odd, q.odd, 1)};
+    swap_lanes(w, w + 1, 2, 0x33);
+    swap_lanes(w + 2, w + 3, 2, 0x33);
+    swap_lanes(w, w + 2, 4, 0x0f);
+    swap_lanes(w + 1, w + 3, 4, 0x0f);
+    UNROLL for (int j = 0; j < 4; j++) {
+        uint32_t lanes[4];
+        put_lanes(w[j], lanes, 1);
+        UNROLL for (int half = 0; half < 4; half++) high[(8 * (half / 2) + 2 * j + half % 2) * TILE] = lanes[half];
+    }
+}
+
+/* A block of 32 nibbles: 16 octets whose low halves are inputs 0 .. 15 and whose high halves are inputs 16 .. 31. */
+INLINE void put_block(const uint8_t *octets, uint32_t *words) {
+    const __m128i a = _mm_loadu_si128((const __m128i *)octets), mask = _mm_set1_epi8(15);
+    const __m128i both = _mm_packus_epi16(_mm_and_si128(a, _mm_set1_epi16(255)), _mm_srli_epi16(a, 8));
+    const __m128i odd = _mm_shuffle_epi32(both, 0xee); /* even bytes are the first eight */
+    const __m128i low = _mm_or_si128(_mm_and_si128(both, mask), _mm_slli_epi16(_mm_and_si128(odd, mask), 4));
+    const __m128i high = _mm_or_si128(_mm_and_si128(_mm_srli_epi16(both, 4), mask), _mm_andnot_si128(mask, odd));
+    put_lanes(_mm_unpacklo_epi64(low, high), words, TILE);
+}
+#else
+/* Words of 8 * n octets: of low halves from `low` on, of high halves from `high` on. */
 INLINE void put_halves(const uint8_t *octets, int n, uint32_t *low, uint32_t *high) {
     UNROLL for (int i = 0; i < n; i++) {
         const uint64_t x = eight(octets + 8 * i);
@@ -74,8 +145,25 @@ INLINE void put_halves(const uint8_t *octets, int n, uint32_t *low, uint32_t *hi
     }
 }
 
+INLINE void put_32(const uint8_t *octets, uint32_t *low, uint32_t *high) { put_halves(octets, 4, low, high); }
+
 /* A block of 32 nibbles: 16 octets whose low halves are inputs 0 .. 15 and whose high halves are inputs 16 .. 31. */
 INLINE void put_block(const uint8_t *octets, uint32_t *words) { put_halves(octets, 2, words, words + 2 * TILE); }
+
+/* The pairs of Q6_K above its nibbles, 64 octets: a word per 16 inputs. */
+INLINE void put_pairs_of_256(const uint8_t *octets, uint32_t *high) {
+    UNROLL for (int half = 0; half < 4; half++) {
+        uint32_t w[4]; /* pairs of four groups, in each byte: of inputs 2b, 2b + 1, 8 + 2b, 8 + 2b + 1 */
+        put_pairs(octets + 16 * half, w);
+        put_pairs(octets + 16 * half + 8, w + 2);
+        swap_fields(w, w + 1, 2, 0x33333333);
+        swap_fields(w + 2, w + 3, 2, 0x33333333);
+        swap_fields(w, w + 2, 4, 0x0f0f0f0f);
+        swap_fields(w + 1, w + 3, 4, 0x0f0f0f0f);
+        UNROLL for (int j = 0; j < 4; j++) high[(8 * (half / 2) + 2 * j + half % 2) * TILE] = w[j];
+    }
+}
+#endif
 
 INLINE void put_half(const uint8_t *p, void *plane) { memcpy(plane, p, 2); }
 
@@ -144,7 +232,7 @@ INLINE void put_eighths(const uint8_t *b, const struct target *t) {
 }
 
 INLINE void put_nibbles_of_256(const uint8_t *octets, uint32_t *words) {
-    UNROLL for (int j = 0; j < 4; j++) put_halves(octets + 32 * j, 4, words + 8 * j * TILE, words + (8 * j + 4) * TILE);
+    UNROLL for (int j = 0; j < 4; j++) put_32(octets + 32 * j, words + 8 * j * TILE, words + (8 * j + 4) * TILE);
 }
 
 INLINE void q4_k(const uint8_t *b, const struct target *t) {
@@ -167,20 +255,11 @@ INLINE void q5_k(const uint8_t *b, const struct target *t) {
 INLINE void q6_k(const uint8_t *b, const struct target *t) {
     t->supers[0] = half_at(b + 208);
     UNROLL for (int j = 0; j < 4; j++) put_four(four(b + 192 + 4 * j), t->scales + 4 * j * TILE);
-    UNROLL for (int n = 0; n < 2; n++) { /* 128 inputs: 64 octets of nibbles, 32 of the pairs above them */
-        put_halves(b + 64 * n, 8, t->words + 16 * n * TILE, t->words + (16 * n + 8) * TILE);
-        UNROLL for (int half = 0; half < 2; half++) {
-            const uint8_t *octets = b + 128 + 32 * n + 16 * half;
-            uint32_t w[4]; /* pairs of four groups, in each byte: of inputs 2b, 2b + 1, 8 + 2b, 8 + 2b + 1 */
-            put_pairs(octets, w);
-            put_pairs(octets + 8, w + 2);
-            swap_fields(w, w + 1, 2, 0x33333333);
-            swap_fields(w + 2, w + 3, 2, 0x33333333);
-            swap_fields(w, w + 2, 4, 0x0f0f0f0f);
-            swap_fields(w + 1, w + 3, 4, 0x0f0f0f0f);
-            UNROLL for (int j = 0; j < 4; j++) t->high[(8 * n + 2 * j + half) * TILE] = w[j];
-        }
+    UNROLL for (int j = 0; j < 4; j++) { /* half of 128 inputs: low halves, and those 64 inputs later */
+        uint32_t *words = t->words + (16 * (j / 2) + 4 * (j % 2)) * TILE;
+        put_32(b + 32 * j, words, words + 8 * TILE);
     }
+    put_pairs_of_256(b + 128, t->high);
 }
 
 INLINE void iq4_xs(const uint8_t *b, const struct target *t) {

@@ -44,7 +44,7 @@ INLINE floats minima_at(const struct weight *w, struct place p) { return scaled(
 
 INLINE void prefetch_scales(const struct weight *w, struct place p, int kind) {
     const int two = w->scale_type == SCALE_TWO_LEVELS, octets = two || w->scale_type == SCALE_E8M0;
-    __builtin_prefetch((const uint8_t *)w->scales + p.group * (octets ? 1 : 2) + SCALES_AHEAD);
+    __builtin_prefetch((const uint8_t *)w->scales + p.group * (octets ? 1 : w->scale_type == SCALE_FP32 ? 4 : 2) + SCALES_AHEAD);
     if ((kind == KIND_INT4 || kind == KIND_INT5) && w->minima)
         __builtin_prefetch((const uint8_t *)w->minima + p.group * (two ? 1 : 2) + SCALES_AHEAD);
     if (two) __builtin_prefetch(w->supers + p.super + SUPERS_AHEAD);
@@ -220,7 +220,8 @@ INLINE void float_tiles(const struct weight *const *w, const int *tile, const st
                                : is_octets(kind)    ? floats_byte(v, i)
                                : kind == KIND_MXFP4 ? floats_e2m1(v, i)
                                : kind == KIND_INT4  ? floats_nibble(v, i)
-                                                    : floats_byte(i & 1 ? both.odd : both.even, i / 2);
+                               : kind == KIND_IQ4   ? floats_byte(i & 1 ? both.odd : both.even, i / 2)
+                                                    : floats_octet(i & 1 ? both.odd : both.even, i / 2);
                     UNROLL for (int m = 0; m < M; m++)
                         c[m][t][split & i] = floats_fma(q, floats_set(a[i * M + m]), c[m][t][split & i]);
                 }
@@ -231,6 +232,7 @@ INLINE void float_tiles(const struct weight *const *w, const int *tile, const st
             floats s = kind == KIND_INT8 ? floats_set(1) : scales_at(w[t], place[t]);
             floats z = floats_set((float)zero), least = floats_zero();
             if (kind == KIND_FP8) s = floats_mul(s, floats_set(256));
+            if (kind != KIND_INT8) prefetch_scales(w[t], place[t], kind);
             if (kind == KIND_INT4 && w[t]->zeros) z = floats_of(lanes_u8(w[t]->zeros + place[t].group));
             if (minima) least = minima_at(w[t], place[t]);
             UNROLL for (int m = 0; m < M; m++) {

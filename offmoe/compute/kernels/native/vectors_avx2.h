@@ -91,9 +91,16 @@ static inline float floats_sum(floats v) {
     t = _mm_add_ps(t, _mm_movehl_ps(t, t));
     return _mm_cvtss_f32(_mm_add_ss(t, _mm_movehdup_ps(t)));
 }
+/* Codes are converted where they stand, as multiples of a power of two, and pack divides activations by that: a shift less
+ * for each, a fifth of the operations of float kernels. Both are exact. The highest nibble would be a sign. */
+static inline float nibble_unit(int i) { return 1.0f / (float)(1 << 4 * (i < 7 ? i : 6)); }
+static inline float octet_unit(int i) { return 1.0f / (float)(1 << 8 * i); }
 static inline __m256 nibble(__m256i v, int i) {
-    return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(v, 4 * i), _mm256_set1_epi32(15)));
+    if (i == 7) v = _mm256_srli_epi32(v, 4), i = 6;
+    return _mm256_cvtepi32_ps(_mm256_and_si256(v, _mm256_set1_epi32(15 << 4 * i)));
 }
+static inline __m256 octet(__m256i v, int i) { return _mm256_cvtepi32_ps(_mm256_and_si256(v, _mm256_set1_epi32(127 << 8 * i))); }
+static inline floats floats_octet(lanes v, int i) { return FLOATS(octet(v.a, i), octet(v.b, i)); } /* below 128 */
 static inline floats floats_nibble(lanes v, int i) { return FLOATS(nibble(v.a, i), nibble(v.b, i)); }
 static inline __m256 signed_byte(__m256i v, int i) { return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(v, 24 - 8 * i), 24)); }
 static inline floats floats_byte(lanes v, int i) { return FLOATS(signed_byte(v.a, i), signed_byte(v.b, i)); }

@@ -48,6 +48,11 @@ static inline floats floats_nibble(lanes v, int i) {
     floats table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     return _mm512_permutexvar_ps(_mm512_srli_epi32(v, 4 * i), table);
 }
+static inline floats floats_octet(lanes v, int i) { /* below 128 */
+    return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(v, 8 * i), _mm512_set1_epi32(127)));
+}
+static inline float nibble_unit(int i) { (void)i; return 1; }
+static inline float octet_unit(int i) { (void)i; return 1; }
 static inline floats floats_e2m1(lanes v, int i) { /* doubled, as in E2M1_PLUS_12 */
     floats table = _mm512_setr_ps(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
     return _mm512_permutexvar_ps(_mm512_srli_epi32(v, 4 * i), table);

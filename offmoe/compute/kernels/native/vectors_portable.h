@@ -58,6 +58,10 @@ static inline float floats_sum(floats a) { /* halves, as everywhere */
 static inline floats floats_nibble(lanes a, int i) { return floats_of(a >> 4 * i & 15); }
 static inline floats floats_e2m1(lanes a, int i) { return floats_of(e2m1(a >> 4 * i & 15)); }
 static inline floats floats_byte(lanes a, int i) { return floats_of(lanes_byte(a, i)); }
+static inline floats floats_octet(lanes a, int i) { return floats_of(a >> 8 * i & 127); } /* below 128 */
+/* What activations are multiplied by in `pack`, where conversions give multiples of codes (vectors_avx2.h). */
+static inline float nibble_unit(int i) { (void)i; return 1; }
+static inline float octet_unit(int i) { (void)i; return 1; }
 static inline floats floats_bits(lanes a) { floats f; memcpy(&f, &a, sizeof f); return f; }
 /* E4M3, 2^-8 of it: its bits as those of a float with 112 added to the exponent (it is below 16, so `or` adds); then what
  * has exponent 0 has a leading one too many, which 2 v - 2^-14 takes away, and for all others that is not less than v. */
