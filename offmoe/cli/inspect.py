@@ -139,6 +139,9 @@ def _kernels(survey: Survey) -> tuple[int, list[str]] | None:
 
 
 def _computed(survey: Survey) -> str:
+    if survey.quantization == "gguf" and not str(survey.config.device).startswith("cpu"):
+        exact = ", bit for bit as transformers does" if survey.config.exactness == "bitwise" else ""
+        return f"by torch on decoded blocks{exact}; a GPU has no kernels for GGUF yet"
     if survey.config.exactness == "bitwise":
         return "as transformers does, bit for bit"
     kernels = _kernels(survey)

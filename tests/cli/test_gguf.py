@@ -48,6 +48,16 @@ def test_inspect_names_the_format(offmoe: Run, demo: gguf_models.Written) -> Non
     assert "gguf" in text.out
 
 
+def test_inspect_says_that_a_gpu_has_no_kernels_for_blocks(
+    offmoe: Run, demo: gguf_models.Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "240")
+    on_gpu = offmoe("inspect", demo.file, "--machine", "rtx-3060")
+    assert on_gpu.status == 0
+    assert "by torch on decoded blocks" in on_gpu.out
+    assert "a GPU has no kernels for GGUF yet" in on_gpu.out
+
+
 def test_trace_records_a_file(offmoe: Run, demo: gguf_models.Written, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text(f"{PROMPT}\n\nOnce more")
     traced = offmoe(

@@ -186,6 +186,16 @@ class TestBytes:
 
 
 class TestPlan:
+    @pytest.mark.parametrize("nbytes", [884_736, 1_290_240, 1_671_168], ids=["Q4_K", "Q6_K", "Q8_0"])
+    def test_an_expert_in_three_stacked_tensors_costs_one_percent_at_most(self, nbytes: int) -> None:
+        """The matrices of Qwen3-30B-A3B (768 x 2048) in a GGUF file: 128 experts of a tensor follow each other, and a
+        tensor begins at a multiple of 32 bytes."""
+        for start in range(0, ALIGNMENT, 32):
+            for expert in (0, 1, 127):
+                offsets = [start + tensor * 128 * nbytes + expert * nbytes for tensor in range(3)]
+                record = ExpertRecord(tuple(segment(0, offset, nbytes) for offset in offsets))
+                assert read_plan.plan_reads(record).nbytes <= 1.01 * 3 * nbytes
+
     def calls(self, shards: list[Path], record: ExpertRecord, buffers: HostBuffers) -> list[tuple[int, int]]:
         """(offset, length) of every system call that reading the record takes."""
         calls: list[tuple[int, int]] = []
