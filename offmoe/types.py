@@ -10,7 +10,7 @@ import copy
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
@@ -212,22 +212,22 @@ class CacheStats:
     def add(self, plan: Plan, shape: CacheShape) -> None:
         """Add one plan to the totals and to its layer. A prefetch counts for the layer of its expert."""
         layer = plan.layer
-        fetched = read = evicted = 0
+        self.hits += plan.hits
+        self.by_layer[layer].hits += plan.hits
         if plan.misses or plan.pending:  # else nothing moves, as in most layers of most steps
             fetches = [fetch for wave in plan.waves for fetch in wave.fetches]
             on_host = [fetch for wave in plan.on_host for fetch in wave.fetches]
             fetched, evicted = len(fetches), sum([fetch.evicted is not None for fetch in fetches])
             read = sum([fetch.read and not fetch.read_ahead for fetch in fetches + on_host])
-        nbytes = shape.expert_bytes[layer]
-        for stats in (self, self.by_layer[layer]):
-            stats.hits += plan.hits
-            stats.pending += plan.pending
-            stats.misses += plan.misses
-            stats.host_computed += plan.host_computed
-            stats.prefetched_used += plan.pending
-            stats.evictions += evicted
-            stats.h2d_bytes += fetched * nbytes
-            stats.disk_bytes += read * nbytes
+            nbytes = shape.expert_bytes[layer]
+            for stats in (self, self.by_layer[layer]):
+                stats.pending += plan.pending
+                stats.misses += plan.misses
+                stats.host_computed += plan.host_computed
+                stats.prefetched_used += plan.pending
+                stats.evictions += evicted
+                stats.h2d_bytes += fetched * nbytes
+                stats.disk_bytes += read * nbytes
         for fetch in plan.prefetches:
             target = fetch.key.layer
             for stats in (self, self.by_layer[target]):
@@ -305,7 +305,13 @@ def count_demands(experts: np.ndarray, num_experts: int) -> tuple[tuple[Demand, 
 
 def single_demands(experts: Sequence[int], num_experts: int) -> tuple[Demand, ...]:
     """Demands of one token."""
-    return tuple([Demand(e, 1, 1) for e in sorted({e for e in experts if 0 <= e < num_experts})])
+    return tuple([_single_demand(e) for e in sorted({e for e in experts if 0 <= e < num_experts})])
+
+
+@cache
+def _single_demand(expert: int) -> Demand:
+    """Kept, because creating one takes longer than finding it."""
+    return Demand(expert, 1, 1)
 
 
 def _tokens_per_expert(experts: np.ndarray, num_experts: int) -> np.ndarray:

@@ -17,6 +17,9 @@ import torch
 from offmoe.compute.expert_layer import ExpertLayer
 from offmoe.transfer.engine import TransferEngine
 
+Slotted = tuple[int, int]
+"""An expert's id and its slot."""
+
 
 class LayerInput(NamedTuple):
     """The input of one MoE layer in one step of T tokens, each routed to k experts."""
@@ -27,6 +30,8 @@ class LayerInput(NamedTuple):
     """Per expert, the positions of its pairs in the flattened [T * k]; None: there is one row, for all experts."""
     pairs_per_row: int
     """How many consecutive pairs share a row of `hidden`: k, or 1."""
+    routed: Sequence[int] = ()
+    """The experts of the only row, in router order; () if there are several rows."""
 
     def rows(self, expert: int) -> torch.Tensor:
         """The input of one expert, [n, H]."""
@@ -35,6 +40,42 @@ class LayerInput(NamedTuple):
     def num_rows(self, expert: int) -> int:
         """n of `rows`."""
         return 1 if self.pairs is None else len(self.pairs[expert])
+
+    def positions(self, experts: Sequence[Slotted]) -> torch.Tensor | None:
+        """`pairs` of these experts, one expert's after the other's; None if there is one row."""
+        if self.pairs is None:
+            return None
+        if len(experts) == 1:
+            return self.pairs[experts[0][0]]
+        return torch.cat([self.pairs[expert] for expert, _ in experts])
+
+    def in_router_order(self, experts: Sequence[Slotted]) -> Sequence[Slotted]:
+        """The experts in the order in which the only row was routed to them; as they are if there are several rows.
+
+        Rows that are computed in router order need not be put in order afterwards.
+        """
+        slots = dict(experts)
+        if len(self.routed) < len(slots):
+            return experts
+        return [(expert, slots.pop(expert)) for expert in self.routed if expert in slots]
+
+
+def groups(experts: Sequence[Slotted], inputs: LayerInput, most_rows: int) -> Iterator[Sequence[Slotted]]:
+    """The experts in groups of at most `most_rows` rows each, or of one expert."""
+    if inputs.pairs is None and len(experts) <= most_rows:
+        if experts:
+            yield experts
+        return
+    group, num_rows = list[Slotted](), 0
+    for pair in experts:
+        rows = inputs.num_rows(pair[0])
+        if group and num_rows + rows > most_rows:
+            yield group
+            group, num_rows = [], 0
+        group.append(pair)
+        num_rows += rows
+    if group:
+        yield group
 
 
 class ExpertCompute(ABC):
@@ -56,19 +97,20 @@ class ExpertCompute(ABC):
         """
 
     def wave(
-        self, layer: ExpertLayer, experts: Sequence[tuple[int, int]], inputs: LayerInput, transfer: TransferEngine
-    ) -> Iterator[torch.Tensor]:
+        self, layer: ExpertLayer, experts: Sequence[Slotted], inputs: LayerInput, transfer: TransferEngine
+    ) -> Iterator[tuple[Sequence[Slotted], torch.Tensor]]:
         """Several experts of one layer, each as soon as its slot is ready.
 
         Args:
-            experts: (expert id, slot) pairs.
+            experts: those of the wave.
             transfer: fills the slots.
         Yields:
-            Per expert, in order, its rows [n, H]. A slot may be reused as soon as the next rows are asked for. Rows
-            have the dtype of `inputs.hidden`, or a wider one if there is a single token: the caller casts these.
+            Experts that were computed at once, and their rows [n, H], one expert's after the other's. Every expert of
+            the wave comes once. Their slots may be reused as soon as the next ones are asked for. Rows have the dtype
+            of `inputs.hidden`, or a wider one: the caller casts them.
         """
         for expert, slot in experts:
-            yield self._when_ready(layer.of(expert), slot, inputs.rows(expert), transfer)
+            yield ((expert, slot),), self._when_ready(layer.of(expert), slot, inputs.rows(expert), transfer)
 
     def _when_ready(self, layer: ExpertLayer, slot: int, x: torch.Tensor, transfer: TransferEngine) -> torch.Tensor:
         transfer.ready(slot)
@@ -94,8 +136,8 @@ class ComputeByLayer(ExpertCompute):
         return self._by_layer[layer.index].expert(layer, slot, x)
 
     def wave(
-        self, layer: ExpertLayer, experts: Sequence[tuple[int, int]], inputs: LayerInput, transfer: TransferEngine
-    ) -> Iterator[torch.Tensor]:
+        self, layer: ExpertLayer, experts: Sequence[Slotted], inputs: LayerInput, transfer: TransferEngine
+    ) -> Iterator[tuple[Sequence[Slotted], torch.Tensor]]:
         return self._by_layer[layer.index].wave(layer, experts, inputs, transfer)
 
     def slots_moved(self) -> None:

@@ -15,12 +15,12 @@ from dataclasses import replace
 
 import torch
 
-from offmoe.compute.compute import ComputeByLayer, ExpertCompute, LayerInput
+from offmoe.compute.compute import ComputeByLayer, ExpertCompute, LayerInput, Slotted, groups
 from offmoe.compute.cpu_slot import CpuSlot, cpu_slot
 from offmoe.compute.expert_layer import ExpertLayer
-from offmoe.compute.kernels.cpu import CpuKernels, Rows, kernel_threads
+from offmoe.compute.kernels.cpu import CpuKernels, PreparedExpert, kernel_threads
 from offmoe.compute.kernels.gguf import GgufDecoder
-from offmoe.compute.kernels.library import status
+from offmoe.compute.kernels.library import MAX_TOKENS, status
 from offmoe.compute.torch_compute import TorchCompute
 from offmoe.device.arena import SlotArena
 from offmoe.errors import OffmoeError, UnsupportedModelError
@@ -41,9 +41,9 @@ class CpuCompute(ExpertCompute):
     def __init__(self, kernels: CpuKernels, arena: SlotArena, by_torch: TorchCompute) -> None:
         """kernels: closed with this."""
         self._kernels, self._arena, self._by_torch = kernels, arena, by_torch
-        self._prepared: dict[tuple[int, int], Rows] = {}
-        """By id of the CpuSlot and slot number. Layers share equal CpuSlots: a pool of all layers would otherwise hold
-        one entry per layer and slot."""
+        self._prepared: dict[int, _PreparedSlots] = {}
+        """By id of the CpuSlot. Layers share equal CpuSlots: a pool of all layers would otherwise hold one entry per
+        layer and slot."""
         self._calling = threading.Lock()
         self._closed = False
 
@@ -51,22 +51,46 @@ class CpuCompute(ExpertCompute):
         form = layer.cpu_slot
         if form is None:  # an expert unlike the others of its layer
             return self._by_torch.expert(layer, slot, x.to(self._by_torch.dtype)).to(x.dtype)
-        with self._calling:  # `close` may be called by another thread
-            if self._closed:
-                raise OffmoeError("the model was closed; load it again with from_pretrained.")
-            run = self._prepared.get((id(form), slot))
-            if run is None:
-                weights = form.expert(self._arena.views(slot, form.layout))
-                run = self._prepared[id(form), slot] = self._kernels.expert(weights, form.glu)
-            return run(x)
+        with self._calling:
+            return self._kernels.rows_of(self._slots_of(form)[slot])(x)
 
     def wave(
-        self, layer: ExpertLayer, experts: Sequence[tuple[int, int]], inputs: LayerInput, transfer: TransferEngine
-    ) -> Iterator[torch.Tensor]:
+        self, layer: ExpertLayer, experts: Sequence[Slotted], inputs: LayerInput, transfer: TransferEngine
+    ) -> Iterator[tuple[Sequence[Slotted], torch.Tensor]]:
         # Converted once, not by every expert: converting one row takes a tenth of the time of a small expert.
         dtype, inputs = inputs.hidden.dtype, inputs._replace(hidden=inputs.hidden.float())
-        for rows in super().wave(layer, experts, inputs, transfer):
-            yield rows if inputs.pairs is None else rows.to(dtype)
+        resident, coming = transfer.divide(experts)
+        for group in groups(inputs.in_router_order(resident), inputs, MAX_TOKENS):
+            rows = self._rows(layer, group, inputs)
+            yield group, rows if inputs.pairs is None else rows.to(dtype)
+        for pair in coming:
+            transfer.ready(pair[1])
+            rows = self._rows(layer, [pair], inputs)
+            yield (pair,), rows if inputs.pairs is None else rows.to(dtype)
+
+    def _rows(self, layer: ExpertLayer, experts: Sequence[Slotted], inputs: LayerInput) -> torch.Tensor:
+        """The rows of experts whose slots are ready, in one call of the kernels where that can be."""
+        positions = inputs.positions(experts)
+        if layer.unlike or (positions is not None and len(positions) > MAX_TOKENS):
+            return torch.cat([self.expert(layer.of(expert), slot, inputs.rows(expert)) for expert, slot in experts])
+        form = layer.cpu_slot
+        assert form is not None
+        with self._calling:
+            slots = self._slots_of(form)
+            prepared = [slots[slot] for _, slot in experts]
+            if positions is None:
+                return self._kernels.experts(prepared, inputs.hidden)
+            x = inputs.hidden[positions // inputs.pairs_per_row]  # [n, H]
+            return self._kernels.experts(prepared, x, [inputs.num_rows(expert) for expert, _ in experts])
+
+    def _slots_of(self, form: CpuSlot) -> _PreparedSlots:
+        """The slots for experts of this form. The lock is held: another thread may call `close`."""
+        if self._closed:
+            raise OffmoeError("the model was closed; load it again with from_pretrained.")
+        prepared = self._prepared.get(id(form))
+        if prepared is None:
+            prepared = self._prepared[id(form)] = _PreparedSlots(form, self._arena)
+        return prepared
 
     def slots_moved(self) -> None:
         with self._calling:
@@ -77,6 +101,19 @@ class CpuCompute(ExpertCompute):
             self._closed = True
             self._prepared.clear()
             self._kernels.close()
+
+
+class _PreparedSlots(dict[int, PreparedExpert]):
+    """By slot, whichever expert of one form stands there, prepared when it is first asked for."""
+
+    def __init__(self, form: CpuSlot, arena: SlotArena) -> None:
+        super().__init__()
+        self._form, self._arena = form, arena
+
+    def __missing__(self, slot: int) -> PreparedExpert:
+        weights = self._form.expert(self._arena.views(slot, self._form.layout))
+        expert = self[slot] = PreparedExpert(weights, self._form.glu)
+        return expert
 
 
 def scratch_layers(layers: Sequence[ExpertLayer], records: Sequence[Sequence[ExpertRecord]]) -> list[ExpertLayer]:

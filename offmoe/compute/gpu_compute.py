@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from offmoe.compute.compute import ComputeByLayer, ExpertCompute, LayerInput
+from offmoe.compute.compute import ComputeByLayer, ExpertCompute, LayerInput, Slotted, groups
 from offmoe.compute.expert_layer import ExpertLayer
 from offmoe.compute.gated import BIAS, MATRICES, GatedForm, gated_form, parameter_shapes, stored_tensors
 from offmoe.compute.kernels.cpu import Glu
@@ -49,31 +49,19 @@ class GpuCompute(ExpertCompute):
         return self._kernels[layer.index].compute(pairs, x)
 
     def wave(
-        self, layer: ExpertLayer, experts: Sequence[tuple[int, int]], inputs: LayerInput, transfer: TransferEngine
-    ) -> Iterator[torch.Tensor]:
-        if not experts:  # the first wave of a layer without a hit, if the host computes its misses
-            return
-        kernels, rows = self._kernels[layer.index], dict[int, torch.Tensor]()
-
-        def launch(launched: Sequence[tuple[int, int]]) -> None:
+        self, layer: ExpertLayer, experts: Sequence[Slotted], inputs: LayerInput, transfer: TransferEngine
+    ) -> Iterator[tuple[Sequence[Slotted], torch.Tensor]]:
+        kernels = self._kernels[layer.index]
+        resident, coming = transfer.divide(experts)
+        # What is here is computed while the rest arrives, in as few launches as intermediate rows allow.
+        for group in groups(inputs.in_router_order(resident), inputs, kernels.most_pairs):
+            yield group, kernels.compute(_pairs(group, inputs), inputs.hidden)
+        per_launch = max(1, len(coming)) if inputs.pairs is None else EXPERTS_PER_LAUNCH
+        for start in range(0, len(coming), per_launch):
+            launched = coming[start : start + per_launch]
             for _, slot in launched:
                 transfer.ready(slot)
-            pairs = _pairs(launched, inputs)
-            computed = kernels.compute(pairs, inputs.hidden).split(list(pairs.counts))
-            rows.update(zip([expert for expert, _ in launched], computed, strict=True))
-
-        is_resident = {expert: transfer.coming(slot) is None for expert, slot in experts}
-        resident = [(expert, slot) for expert, slot in experts if is_resident[expert]]
-        coming = [(expert, slot) for expert, slot in experts if not is_resident[expert]]
-        # What is here is computed while the rest arrives, in as few launches as intermediate rows allow.
-        for group in _groups(resident, inputs, kernels.most_pairs):
-            launch(group)
-        per_launch = len(coming) if inputs.pairs is None else EXPERTS_PER_LAUNCH
-        for expert, _ in experts:
-            if expert not in rows:
-                launch(coming[:per_launch])
-                coming = coming[per_launch:]
-            yield rows.pop(expert)
+            yield launched, kernels.compute(_pairs(launched, inputs), inputs.hidden)
 
     def slots_moved(self) -> None:
         for kernels in self._kernels.values():
@@ -83,26 +71,11 @@ class GpuCompute(ExpertCompute):
         self._kernels = {}  # they hold the slots' memory
 
 
-def _groups(experts: Sequence[tuple[int, int]], inputs: LayerInput, most_pairs: int) -> Iterator[list[tuple[int, int]]]:
-    """The experts in groups of at most `most_pairs` pairs each, or of one expert."""
-    group, num_pairs = list[tuple[int, int]](), 0
-    for expert, slot in experts:
-        rows = inputs.num_rows(expert)
-        if group and num_pairs + rows > most_pairs:
-            yield group
-            group, num_pairs = [], 0
-        group.append((expert, slot))
-        num_pairs += rows
-    if group:
-        yield group
-
-
-def _pairs(experts: Sequence[tuple[int, int]], inputs: LayerInput) -> Pairs:
-    slots = [slot for _, slot in experts]
-    if inputs.pairs is None:
+def _pairs(experts: Sequence[Slotted], inputs: LayerInput) -> Pairs:
+    slots, positions = [slot for _, slot in experts], inputs.positions(experts)
+    if positions is None:
         return Pairs(slots, [1] * len(slots))
-    positions = [inputs.pairs[expert] for expert, _ in experts]
-    return Pairs(slots, [len(p) for p in positions], torch.cat(positions), inputs.pairs_per_row)
+    return Pairs(slots, [inputs.num_rows(expert) for expert, _ in experts], positions, inputs.pairs_per_row)
 
 
 def device_compute(

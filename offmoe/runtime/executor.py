@@ -171,9 +171,10 @@ class ExpertExecutor:
         self.stats.add(plan, self.shape)
         if not apart or len(calls) == 1:
             hidden, ids = _joined([call.hidden for call in calls]), _joined([call.ids for call in calls])
-            outputs = ExpertOutputs(layer_input(hidden, ids, demands, layer.order), host_ids)
+            outputs = ExpertOutputs(layer_input(hidden, ids, host_ids, demands, layer.order), host_ids.size)
             self._carry_out(layer, plan, outputs)
-            return list(outputs.in_router_order().split([call.ids.numel() for call in calls]))
+            rows = outputs.in_router_order()
+            return [rows] if len(calls) == 1 else list(rows.split([call.ids.numel() for call in calls]))
         return self._carry_out_apart(plan, calls, host_ids)
 
     def _settle_fills(self, fill: BackgroundFill, layer: int, demands: Sequence[Demand]) -> None:
@@ -270,8 +271,8 @@ class ExpertExecutor:
         for wave in plan.waves:
             self._compute_wave(layer, wave, outputs, is_only)
             if received is not None and self._host is not None:  # while the device computes its first wave
-                for expert, rows in self._host.run(layer, plan.on_host, received, inputs):
-                    outputs.add(expert, rows)
+                for pair, rows in self._host.run(layer, plan.on_host, received, inputs):
+                    outputs.add((pair,), rows)
                 received = None
         if plan.prefetches:
             self._transfer.prefetch(plan.prefetches)
@@ -279,23 +280,25 @@ class ExpertExecutor:
     def _carry_out_apart(self, plan: Plan, calls: Sequence[LayerCall], host_ids: np.ndarray) -> list[torch.Tensor]:
         """Compute one caller's rows after the other, expert by expert. host_ids: [T, k] of all callers."""
         assert not plan.on_host, "rows that the host computes are computed together"
+        transfer = self._transfer
         outputs, needs, start = [], [], 0
         for call in calls:
             ids = host_ids[start : start + len(call.ids)]  # [tokens of the caller, k]
             start += len(ids)
             demands, _ = count_demands(ids, self.shape.experts[call.layer.index])
-            outputs.append(ExpertOutputs(layer_input(call.hidden, call.ids, demands, call.layer.order), ids))
+            inputs = layer_input(call.hidden, call.ids, ids, demands, call.layer.order)
+            outputs.append(ExpertOutputs(inputs, ids.size))
             needs.append([demand.expert for demand in demands])
-        self._transfer.stream(plan.waves)
-        self._transfer.read_ahead(plan.read_ahead)
+        transfer.stream(plan.waves)
+        transfer.read_ahead(plan.read_ahead)
         for expert, slot in [pair for wave in plan.waves for pair in wave.experts]:
             for call, output, need in zip(calls, outputs, needs, strict=True):
                 if expert in need:
-                    for rows in self._compute.wave(call.layer, [(expert, slot)], output.inputs, self._transfer):
-                        output.add(expert, rows)
-            self._transfer.computed((slot,))
+                    for computed, rows in self._compute.wave(call.layer, [(expert, slot)], output.inputs, transfer):
+                        output.add(computed, rows)
+            transfer.computed((slot,))
         if plan.prefetches:
-            self._transfer.prefetch(plan.prefetches)
+            transfer.prefetch(plan.prefetches)
         return [
             output.in_router_order() if need else call.hidden.new_zeros(call.ids.numel(), call.hidden.shape[-1])
             for call, output, need in zip(calls, outputs, needs, strict=True)
@@ -315,11 +318,10 @@ class ExpertExecutor:
         return received
 
     def _compute_wave(self, layer: ExpertLayer, wave: Wave, outputs: ExpertOutputs, is_only: bool) -> None:
-        computed = self._compute.wave(layer, wave.experts, outputs.inputs, self._transfer)
-        for (expert, slot), rows in zip(wave.experts, computed, strict=True):
-            outputs.add(expert, rows)
-            if not is_only:
-                self._transfer.computed((slot,))  # at once: an expert of a later wave may be waiting for this slot
+        for computed, rows in self._compute.wave(layer, wave.experts, outputs.inputs, self._transfer):
+            outputs.add(computed, rows)
+            if not is_only:  # at once: experts of a later wave may be waiting for these slots
+                self._transfer.computed([slot for _, slot in computed])
         if is_only:
             self._transfer.computed([slot for _, slot in wave.experts])
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from offmoe.compute.compute import ExpertCompute, LayerInput
+from offmoe.compute.compute import ExpertCompute, LayerInput, Slotted
 from offmoe.compute.expert_layer import ExpertLayer
 from offmoe.compute.kernels.torch_ffn import concatenate
 from offmoe.transfer.engine import TransferEngine
@@ -51,13 +51,13 @@ class HostExperts:
 
     def run(
         self, layer: ExpertLayer, waves: Sequence[Wave], received: torch.Tensor, inputs: LayerInput
-    ) -> Iterator[tuple[int, torch.Tensor]]:
+    ) -> Iterator[tuple[Slotted, torch.Tensor]]:
         """Compute the experts of `waves`.
 
         Args:
             received: the rows that `receive` gave for these waves.
         Returns:
-            Per expert, its id and its rows [n, H] on the device.
+            Per expert, its id and slot, and its rows [n, H] on the device.
         """
         experts = [pair for wave in waves for pair in wave.experts]
         sizes = [inputs.num_rows(expert) for expert, _ in experts]
@@ -68,4 +68,4 @@ class HostExperts:
             rows.copy_(self._compute.expert(self._layers[layer.index].of(expert), slot, x))
             self._transfer.computed((slot,))
         on_device = self._exchange.to_device(results)
-        return zip([expert for expert, _ in experts], on_device.split(sizes), strict=True)
+        return zip(experts, on_device.split(sizes), strict=True)

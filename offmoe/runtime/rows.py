@@ -7,23 +7,27 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from offmoe.compute.compute import LayerInput
+from offmoe.compute.compute import LayerInput, Slotted
 from offmoe.compute.expert_layer import TokenOrder
 from offmoe.compute.kernels.torch_ffn import autocast_enabled, concatenate
 from offmoe.types import Demand
 
 
-def layer_input(hidden: torch.Tensor, ids: torch.Tensor, demands: Sequence[Demand], order: TokenOrder) -> LayerInput:
+def layer_input(
+    hidden: torch.Tensor, ids: torch.Tensor, host_ids: np.ndarray, demands: Sequence[Demand], order: TokenOrder
+) -> LayerInput:
     """The input of one layer, divided among its demanded experts.
 
     Args:
         hidden: [T, H], or [T * k, H] a row for each (token, expert) pair.
         ids: int [T, k] on the device. An id that is no expert's belongs to no demand.
+        host_ids: the same on the host.
         demands: of this layer and step, ascending by expert id.
         order: in which an expert sees its tokens.
     """
-    pairs = None if len(hidden) == 1 else _pairs_by_expert(ids, demands, order)
-    return LayerInput(hidden, pairs, ids.numel() // len(hidden))
+    if len(hidden) == 1:
+        return LayerInput(hidden, None, host_ids.size, host_ids[0].tolist())
+    return LayerInput(hidden, _pairs_by_expert(ids, demands, order), host_ids.size // len(hidden))
 
 
 def _pairs_by_expert(ids: torch.Tensor, demands: Sequence[Demand], order: TokenOrder) -> dict[int, torch.Tensor]:
@@ -49,31 +53,33 @@ def _pairs_by_expert(ids: torch.Tensor, demands: Sequence[Demand], order: TokenO
 class ExpertOutputs:
     """Collects the output rows of a layer's experts."""
 
-    def __init__(self, inputs: LayerInput, ids: np.ndarray) -> None:
-        """ids: int [T, k], as routed."""
-        self.inputs, self._ids = inputs, ids
-        self._by_expert: dict[int, torch.Tensor] = {}
+    def __init__(self, inputs: LayerInput, num_pairs: int) -> None:
+        """num_pairs: T * k, the (token, expert) pairs of the step, with ids that are no expert's."""
+        self.inputs, self._num_pairs = inputs, num_pairs
+        self._parts: list[tuple[list[int], torch.Tensor]] = []
+        """If there is one token: experts, and their rows."""
         self._rows: torch.Tensor | None = None
 
-    def add(self, expert: int, rows: torch.Tensor) -> None:
-        """rows: [n, H], in the order of the expert's input."""
-        pairs = self.inputs.pairs
-        if pairs is None:
-            self._by_expert[expert] = rows
+    def add(self, experts: Sequence[Slotted], rows: torch.Tensor) -> None:
+        """rows: [n, H], one expert's after the other's, each in the order of the expert's input."""
+        positions = self.inputs.positions(experts)
+        if positions is None:
+            self._parts.append(([expert for expert, _ in experts], rows))
             return
         if self._rows is None:
-            self._rows = rows.new_zeros(self._ids.size, rows.shape[-1])
-        self._rows[pairs[expert]] = rows.to(self._rows.dtype)
+            self._rows = rows.new_zeros(self._num_pairs, rows.shape[-1])
+        self._rows[positions] = rows.to(self._rows.dtype)
 
     def in_router_order(self) -> torch.Tensor:
         """All rows [T * k, H]; those of ids that are no expert's are zero."""
         if self._rows is not None:
             return self._rows
-        by_expert, ids = self._by_expert, self._ids[0].tolist()
-        if len(by_expert) < len(ids):
-            zeros = torch.zeros_like(next(iter(by_expert.values())))
-            by_expert |= {expert: zeros for expert in ids if expert not in by_expert}
-        parts = [by_expert[expert] for expert in ids]
-        if autocast_enabled(parts[0]):
-            return concatenate(parts)  # stock reduces rows of the experts' own dtype then
-        return torch.cat(parts).to(self.inputs.hidden.dtype)  # kernels may give float32, which is slower to reduce
+        rows, routed = self._parts[0][1], self.inputs.routed
+        if self._parts[0][0] != routed:
+            by_expert = {e: row for experts, part in self._parts for e, row in zip(experts, part.split(1), strict=True)}
+            no_experts = set(routed) - by_expert.keys()
+            if no_experts:
+                by_expert |= dict.fromkeys(no_experts, torch.zeros_like(rows[:1]))
+            rows = concatenate([by_expert[expert] for expert in routed])
+        # Kernels may give float32, which is slower to reduce. Under autocast, stock reduces rows of the experts' dtype.
+        return rows if autocast_enabled(rows) else rows.to(self.inputs.hidden.dtype)

@@ -170,6 +170,7 @@ class Assembly:
         views: Mapping[str, torch.Tensor],
         copy: Copy,
         skip: Collection[int] = (),
+        runs: Sequence[torch.Tensor | None] | None = None,
     ) -> None:
         """Copy one expert into a slot.
 
@@ -179,12 +180,14 @@ class Assembly:
             views: the slot's parameters, from `ExpertLayout.views`.
             copy: copies one tensor.
             skip: indices of segments that the slot holds already.
+            runs: the result of `runs`, if the caller has it.
         """
         if self.convert is not None:
             for name, tensor in self.convert([typed(d, s) for d, s in zip(data, segments, strict=True)]).items():
                 copy(views[name], tensor)
             return
-        for i, (run, segment, raw) in enumerate(zip(self.runs(segments, views), segments, data, strict=True)):
+        runs = self.runs(segments, views) if runs is None else runs
+        for i, (run, segment, raw) in enumerate(zip(runs, segments, data, strict=True)):
             if i in skip:
                 continue
             if run is not None:

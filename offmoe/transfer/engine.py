@@ -1,6 +1,7 @@
 """What the computing thread asks for: start fetches, wait for them, say which slots have been computed with.
 
-Moves: nothing itself. Reader threads (reader.py) carry out the tickets that are queued here.
+Moves: nothing itself. Reader threads (reader.py) carry out the tickets that are queued here; copies out of pinned RAM
+are queued at once (ram_slots.py).
 Bound: some microseconds per fetch; waits are bound by the disk, then by the link to the device.
 Must never: leave a slot with an expert that nothing has asked for. After any failure the caller forgets all residency.
 
@@ -24,6 +25,7 @@ from offmoe.io_limits import READERS
 from offmoe.transfer.arrival import Arriving
 from offmoe.transfer.fill_queue import FillProgress, fill_batches
 from offmoe.transfer.queue import TicketQueue
+from offmoe.transfer.ram_slots import RamSlots
 from offmoe.transfer.reader import Reader
 from offmoe.transfer.slot_writer import NewSlots, SlotWriter
 from offmoe.transfer.staging import HostMemory
@@ -62,8 +64,7 @@ class TransferEngine:
         """Per slot the next ticket to land in it; tickets of later waves follow by `Ticket.next`."""
         self._num_uses = [0] * len(writer.arena)
         """Per slot, how many times it has been computed with."""
-        self._last_in_ram: list[Ticket | None] = [None] * host_slots
-        """Per RAM slot, the last ticket that was queued for it."""
+        self._ram = RamSlots(self._queue, writer, self._host, waits, host_slots)
         self._read_aheads: dict[ExpertKey, Ticket] = {}
         """The read-aheads of the last access, for the next one to adopt."""
         self.computed(range(len(writer.arena)))  # the first copies wait for whatever used this memory before
@@ -103,6 +104,7 @@ class TransferEngine:
             with self._queue.lock:
                 for fetch in fetches:
                     self._start(fetch, DEMAND)
+            self._ram.copy()
 
     def prefetch(self, fetches: Sequence[Fetch]) -> None:
         """Start fetches for the next layer. They go before earlier prefetches that have not begun."""
@@ -139,6 +141,16 @@ class TransferEngine:
         """The ticket that the next computation with `slot` has to wait for; None if its expert is resident."""
         ticket = self._tickets.get(slot)
         return None if ticket is None or ticket.lands_after > self._num_uses[slot] else ticket
+
+    def divide(self, experts: Sequence[tuple[int, int]]) -> tuple[Sequence[tuple[int, int]], Sequence[tuple[int, int]]]:
+        """(expert, slot) pairs: those that are resident, and those for which `ready` has to be called."""
+        if not self._tickets:
+            return experts, ()
+        waits = [self.coming(slot) is not None for _, slot in experts]
+        return (
+            [pair for pair, comes in zip(experts, waits, strict=True) if not comes],
+            [pair for pair, comes in zip(experts, waits, strict=True) if comes],
+        )
 
     def arriving(self, slot: int) -> Arriving | None:
         """The expert on its way into `slot`, to compute with while it arrives; None if it does not part by part."""
@@ -201,12 +213,11 @@ class TransferEngine:
         with queue.lock:
             tickets = queue.fills.settle(frozenset(demanded))
             for ticket in tickets:
-                slot, host = ticket.fetch.slot, ticket.fetch.host
+                slot = ticket.fetch.slot
                 if slot != NO_SLOT:
                     ticket.lands_after = self._num_uses[slot]
                     self._tickets[slot] = ticket
-                if host is not None:
-                    self._last_in_ram[host] = ticket
+                self._ram.used_by(ticket)
             queue.lock.notify_all()
         return [ticket.fetch for ticket in tickets]
 
@@ -226,6 +237,9 @@ class TransferEngine:
             self.writer.computed(slots)
         for slot in slots:
             self._num_uses[slot] += 1
+        if not self._tickets:
+            return
+        for slot in slots:
             ticket = self._tickets.get(slot)
             if ticket is not None and ticket.turn is not None and ticket.lands_after == self._num_uses[slot]:
                 ticket.turn.set()
@@ -241,11 +255,11 @@ class TransferEngine:
             self._read_aheads.clear()
             running = self._queue.clear()  # more than `_tickets` had: a slot may have been given to another expert
             batches = self._queue.fills.clear()
+        self._ram.forget()
         for issued in [ticket.issued for ticket in running] + [batch.issued for batch in batches]:
             issued.wait()
         self.writer.drain()
         self._queue.reclaim()
-        self._last_in_ram = [None] * len(self._last_in_ram)
 
     def settle(self) -> None:
         """Carry out everything that is under way, but for fills, and wait until all copies have landed.
@@ -255,7 +269,7 @@ class TransferEngine:
         """
         self.read_ahead(())
         self._queue.finish()
-        for ticket in (*self._tickets.values(), *filter(None, self._last_in_ram)):
+        for ticket in (*self._tickets.values(), *self._ram.last):
             ticket.check()
         self._tickets.clear()
         self.writer.settle()
@@ -268,7 +282,7 @@ class TransferEngine:
             for change in changes:
                 change()
             self._num_uses = [0] * len(self.writer.arena)
-            self._last_in_ram = [None] * slots.num_in_host
+            self._ram.forget(slots.num_in_host)
             self.computed(range(len(self.writer.arena)))  # the moves are before the first copies
 
         return commit
@@ -284,6 +298,7 @@ class TransferEngine:
         for reader in self._readers:
             reader.join()
         self.forget()
+        self.writer.release()
         self._host.close()
 
     def _start(self, fetch: Fetch, priority: int, num_uses: int = 0) -> None:
@@ -292,13 +307,12 @@ class TransferEngine:
             raise TransferError("the model was closed; load it again with from_pretrained.")
         slot = fetch.slot
         filled, filled_in_ram = self._queue.fills.displace(fetch) if self._queue.fills.is_open else (None, None)
-        if filled_in_ram is not None and fetch.host is not None:
-            self._last_in_ram[fetch.host] = filled_in_ram
-        ticket = self._adopt(fetch, priority) if fetch.read_ahead else None
-        if ticket is None:
-            ticket = Ticket(fetch, priority)
-            self._follow_in_ram(ticket)
-            self._queue.push(ticket)
+        if filled_in_ram is not None:
+            self._ram.used_by(filled_in_ram)
+        adopted = self._adopt(fetch, priority) if fetch.read_ahead else None
+        ticket = adopted or Ticket(fetch, priority)
+        if adopted is None:
+            self._ram.follow(ticket)
         ticket.lands_after = self._num_uses[slot] + num_uses
         if num_uses:
             ticket.turn = threading.Event()
@@ -314,6 +328,8 @@ class TransferEngine:
         if before is not None and not num_uses:
             self._queue.drop(before)
             ticket.superseded = ticket.superseded or (before if before.landing else before.superseded)
+        if adopted is None and not self._ram.takes(ticket):
+            self._queue.push(ticket)
 
     def _adopt(self, fetch: Fetch, priority: int) -> Ticket | None:
         """Turn the read-ahead of this expert into the fetch.
@@ -327,23 +343,6 @@ class TransferEngine:
             self._queue.remove(ticket)
             return None
         ticket.fetch = fetch
-        self._follow_in_ram(ticket)
+        self._ram.follow(ticket)
         self._queue.resume(ticket, priority)
         return ticket
-
-    def _follow_in_ram(self, ticket: Ticket) -> None:
-        """Order a ticket behind the last one that uses its RAM slot, if it has one."""
-        fetch = ticket.fetch
-        if fetch.host is None:
-            return
-        before = self._last_in_ram[fetch.host]
-        if before is not None and fetch.read and before.fetch.read and self._queue.is_waiting(before):
-            # `before` has not begun and loses its RAM slot to this ticket: it is read past RAM, if it is still wanted.
-            ticket.after_in_ram, before.after_in_ram = before.after_in_ram, None
-            before.fetch = before.fetch._replace(host=None)
-            if before.dropped:
-                self._queue.remove(before)
-        elif before is not None:
-            ticket.after_in_ram = before
-            self._queue.promote([before], ticket.priority)
-        self._last_in_ram[fetch.host] = ticket

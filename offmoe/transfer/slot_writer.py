@@ -89,7 +89,9 @@ class SlotWriter:
         """Per slot: marks computation with it, and with slots that were computed with at once."""
         self.last_read: list[Event] = []
         """Per slot: marks the last computation with it, and sometimes later work of the compute stream."""
-        self._forget_events()
+        self._runs: dict[tuple[int, int], Sequence[torch.Tensor | None]] = {}
+        """By (slot, id of the layer), the result of `runs`: working it out takes longer than to queue the copies."""
+        self._forget_slots()
         self._pieces = deque(backend.event(blocking=True) for _ in range(PIECES_IN_FLIGHT))
         self._pieces_lock = threading.Lock()
 
@@ -98,8 +100,13 @@ class SlotWriter:
         layers = self._layers if fetch.slot < self.arena.num_on_device else self._in_ram
         return layers[fetch.key.layer].of(fetch.key.expert)
 
-    def _forget_events(self) -> None:
+    def release(self) -> None:
+        """Hold no reference to the memory of slots."""
+        self._runs.clear()
+
+    def _forget_slots(self) -> None:
         """Begin anew with the arena's slots: nothing has been copied into them or computed with them."""
+        self.release()
         self.landed = [self.backend.event() for _ in range(len(self.arena))]
         self._reads = [self.backend.event() for _ in range(len(self.arena))]
         self.last_read = list(self._reads)
@@ -116,7 +123,7 @@ class SlotWriter:
 
         def commit() -> None:
             change()
-            self._forget_events()
+            self._forget_slots()
 
         return commit
 
@@ -126,7 +133,12 @@ class SlotWriter:
 
     def runs(self, fetch: Fetch) -> Sequence[torch.Tensor | None]:
         """Per segment of the expert, the bytes of the slot that it fills unchanged; None for other segments."""
-        return self._layer(fetch).assembly.runs(self.store.record(fetch.key).segments, self._views(fetch))
+        layer = self._layer(fetch)
+        runs = self._runs.get((fetch.slot, id(layer)))
+        if runs is None:
+            runs = layer.assembly.runs(self.store.record(fetch.key).segments, self._views(fetch))
+            self._runs[fetch.slot, id(layer)] = runs
+        return runs
 
     def arriving(self, ticket: Ticket) -> Arriving | None:
         """The expert of a ticket as something to compute with while it arrives.
@@ -184,7 +196,8 @@ class SlotWriter:
             assembly.place(segments, data, views, copy_in_ram)
             return
         present = () if early is None else [i for i, run in enumerate(early) if run is not None]
-        assembly.place(segments, data, views, functools.partial(self._copy, ticket), present)
+        copy = functools.partial(self._copy, ticket)
+        assembly.place(segments, data, views, copy, present, self.runs(fetch))
         copies = self.backend.copies
         self.landed[fetch.slot].record(copies)
         copied.record(copies)

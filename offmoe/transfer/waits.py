@@ -4,8 +4,9 @@ Moves: nothing.
 Bound: a wait ends with the work that it names.
 Must never: be left out. tests/transfer replaces one method at a time by nothing and shows what becomes wrong.
 
-The engine (engine.py) calls W1 in the computing thread. Readers (reader.py) call W2 to W7. The
-exchange of rows (host_exchange.py) calls W8 and W9 in the computing thread.
+The engine (engine.py) calls W1 in the computing thread. Readers (reader.py) call W2 to W7; where the computing thread
+queues a copy itself (ram_slots.py), it calls W2. The exchange of rows (host_exchange.py) calls W8 and W9 in the
+computing thread.
 
 Two waits need no method, because the order of calls cannot be changed without them: `TransferEngine.ready` waits until
 a copy has been queued, since its event marks nothing before; an expert that is computed with while it arrives is

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from offmoe.compute.compute import LayerInput
+from offmoe.compute.compute import LayerInput, Slotted
 from offmoe.compute.expert_layer import ExpertLayer
 from offmoe.compute.gpu_compute import GpuCompute
 from offmoe.compute.kernels import torch_ffn
@@ -33,7 +33,12 @@ SCALED = ExpertLayer(0, LAYOUT, Assembly(), scaled)
 
 def filling(fill: Callable[[int], object], arriving: Mapping[int, Any] | None = None) -> Any:
     """A transfer engine whose slots `fill` fills when they are waited for. arriving: by slot, the expert on its way."""
-    return SimpleNamespace(ready=fill, arriving=(arriving or {}).get)
+    coming = arriving or {}
+
+    def divide(experts: Sequence[Slotted]) -> tuple[list[Slotted], list[Slotted]]:
+        return [pair for pair in experts if pair[1] not in coming], [pair for pair in experts if pair[1] in coming]
+
+    return SimpleNamespace(ready=fill, arriving=coming.get, divide=divide)
 
 
 def test_an_expert_is_read_once_its_slot_is_ready() -> None:
@@ -46,10 +51,12 @@ def test_an_expert_is_read_once_its_slot_is_ready() -> None:
     hidden = torch.tensor([[1.0], [10.0], [100.0]])
     pairs = {4: torch.tensor([0, 5]), 2: torch.tensor([3])}  # of [3 * 2]
     made = list(compute.wave(SCALED, [(4, 2), (2, 0)], LayerInput(hidden, pairs, 2), filling(ready)))
-    assert made[0].tolist() == [[3.0], [300.0]]
-    assert made[1].tolist() == [[10.0]]
+    assert [(list(experts), rows.tolist()) for experts, rows in made] == [
+        ([(4, 2)], [[3.0], [300.0]]),
+        ([(2, 0)], [[10.0]]),
+    ]
     alone = list(compute.wave(SCALED, [(4, 1)], LayerInput(hidden[:1], None, 2), filling(ready)))
-    assert alone[0].tolist() == [[2.0]]
+    assert alone[0][1].tolist() == [[2.0]]
 
 
 WIDE, INNER = 96, 160
@@ -91,7 +98,7 @@ def test_an_expert_is_computed_with_as_it_arrives(monkeypatch, dtype, biased, th
             x = torch.randn(1, WIDE).to(dtype)
             coming = Trickling(views, weights)
             done: list[int] = []
-            (rows,) = compute.wave(layer, [(5, 0)], LayerInput(x, None, 2), filling(done.append, {0: coming}))
+            ((_, rows),) = compute.wave(layer, [(5, 0)], LayerInput(x, None, 2), filling(done.append, {0: coming}))
             assert torch.equal(rows, math(weights, x))
             assert done, "it is asked at the end whether something went wrong"
             blocks = [-(-size // 64) for size in (2 * INNER, WIDE)]
@@ -120,7 +127,7 @@ def test_what_does_not_have_the_same_bits_by_blocks_is_computed_whole() -> None:
 
     for turn in range(2):
         coming = Trickling(views, weights)
-        (rows,) = compute.wave(layer, [(5, 0)], LayerInput(x, None, 2), filling(fill, {0: coming}))
+        ((_, rows),) = compute.wave(layer, [(5, 0)], LayerInput(x, None, 2), filling(fill, {0: coming}))
         assert torch.equal(rows, F.relu(x @ weights["up"].T) @ weights["down"].T)
         assert bool(coming.waited) is (turn == 0)
 
@@ -129,8 +136,8 @@ def test_a_wave_without_experts_gives_no_rows() -> None:
     """The first wave of a layer without a hit is empty if the host computes its misses; GPU kernels must accept it."""
     arena = SlotArena(CpuBackend().allocate, [LAYOUT])
     by_torch = TorchCompute(arena, torch.float32)
-    kernels = DeviceKernels.__new__(DeviceKernels)  # which launch nothing here
-    for compute in (by_torch, GpuCompute({0: kernels}, arena)):
+    kernels = SimpleNamespace(most_pairs=1)  # which launch nothing here
+    for compute in (by_torch, GpuCompute({0: cast("DeviceKernels", kernels)}, arena)):
         either: tuple[Any, ...] = (None, {})
         for pairs in either:
             assert not list(compute.wave(SCALED, [], LayerInput(torch.ones(1, 1), pairs, 1), filling(print)))

@@ -3,8 +3,8 @@
 Sums run in another order than torch's, so this is for `exactness="numeric"` only. With int8 activations, every group
 of inputs is rounded to 8 bits first, which changes the output by about 1 % of its norm in int4.
 
-Moves: the bytes of one expert through the cores' caches, once per call of up to 64 tokens.
-Bound: memory bandwidth for one token, arithmetic for many.
+Moves: the bytes of the experts of a call through the cores' caches, once per call of up to 64 rows.
+Bound: memory bandwidth for one token, arithmetic for many. A call takes some microseconds besides.
 Must never: read weights that change. They are read where they stand, in RAM, pinned or mapped; a function that was
 prepared for one slot serves no other.
 """
@@ -13,14 +13,22 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import psutil
 import torch
 import torch.nn.functional as F
 
-from offmoe.compute.kernels.library import KINDS, MAX_TOKENS, SCALE_TYPES, Library, Threads, WeightStruct
+from offmoe.compute.kernels.library import (
+    KINDS,
+    MAX_TOKENS,
+    SCALE_TYPES,
+    ExpertStruct,
+    Library,
+    Threads,
+    WeightStruct,
+)
 from offmoe.errors import CapacityError
 from offmoe.quant.packed_weight import TILE_ROWS, PackedWeight
 
@@ -35,6 +43,9 @@ NativeCall = Callable[[int, int, int], int]
 
 ACTIVATION_GROUPS = (128, 64, 32, 16)
 """Inputs that share a scale, for the activations of int8 weights: the largest number that divides a row."""
+
+TOO_MANY = 1
+"""Error number of expert.c for more rows or experts than a call takes."""
 
 BF16_GROUP = 32
 """A row of bf16 weights is a multiple of so many columns."""
@@ -74,6 +85,22 @@ class GatedExpert:
     down_bias: torch.Tensor | None = None
 
 
+class PreparedExpert:
+    """An expert as the C kernels are given it. It keeps the memory of its weights alive."""
+
+    def __init__(self, weights: GatedExpert, glu: Glu) -> None:
+        gate = _struct(weights.gate, weights.gate_bias)
+        up = _struct(weights.up, weights.up_bias)
+        down = _struct(weights.down, weights.down_bias)
+        assert (gate.kind, gate.rows, gate.cols) == (up.kind, up.rows, up.cols), "gate and up differ"
+        assert (down.rows, down.cols) == (up.cols, up.rows), "down does not take what up gives"
+        self._struct = ExpertStruct(gate, up, down, Glu.KINDS.index(glu.kind), glu.limit, glu.alpha)
+        self._weights = weights
+        self.hidden: int = down.rows
+        """Numbers of an input row and of an output row."""
+        self.address = ctypes.addressof(self._struct)
+
+
 class CpuKernels:
     """The C kernels, with a pool of threads of their own; a context manager.
 
@@ -105,21 +132,56 @@ class CpuKernels:
             else Threads(library, physical_cores() if threads is None else threads)
         )
 
+    def experts(
+        self, experts: Sequence[PreparedExpert], x: torch.Tensor, counts: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Experts of one width on their inputs, all in one call.
+
+        Args:
+            experts: 1 to MAX_TOKENS of them.
+            x: float32 [n, H], the inputs of one expert behind those of the other, at most MAX_TOKENS. Without counts
+                it is one row, which every expert gets.
+            counts: per expert, the number of its inputs, 1 or more.
+
+        Returns:
+            float32 [n, H], in the order of the inputs; without counts a row per expert.
+
+        Raises:
+            CapacityError: There is no memory for the activations.
+        """
+        hidden, num_experts = experts[0].hidden, len(experts)
+        assert x.dtype == torch.float32
+        assert x.shape == (1 if counts is None else sum(counts), hidden), (x.shape, counts)
+        x = x.contiguous()
+        out = torch.empty(num_experts if counts is None else len(x), hidden)
+        code = self._calls.offmoe_experts(
+            self._threads.handle,
+            self._variant,
+            (ctypes.c_void_p * num_experts)(*[expert.address for expert in experts]),
+            None if counts is None else (ctypes.c_int32 * num_experts)(*counts),
+            num_experts,
+            self._precision,
+            x.data_ptr(),
+            out.data_ptr(),
+        )
+        assert code != TOO_MANY, (num_experts, counts)
+        if code:
+            raise CapacityError("no memory for the activations of a layer's experts; run fewer tokens at once")
+        return out
+
     def expert(self, weights: GatedExpert, glu: Glu) -> Rows:
         """A function that computes down(glu(gate(x), up(x))). It keeps the weights' memory alive."""
-        gate = _struct(weights.gate, weights.gate_bias)
-        up = _struct(weights.up, weights.up_bias)
-        down = _struct(weights.down, weights.down_bias)
-        assert (gate.kind, gate.rows, gate.cols) == (up.kind, up.rows, up.cols), "gate and up differ"
-        assert (down.rows, down.cols) == (up.cols, up.rows), "down does not take what up gives"
-        pointers = tuple(map(ctypes.byref, (gate, up, down)))
-        options = (self._precision, Glu.KINDS.index(glu.kind), glu.limit, glu.alpha)
-        native, variant = self._calls.offmoe_expert, self._variant
+        return self.rows_of(PreparedExpert(weights, glu))
+
+    def rows_of(self, expert: PreparedExpert) -> Rows:
+        """A function that computes one expert on any number of inputs."""
+        experts, native, variant = (ctypes.c_void_p * 1)(expert.address), self._calls.offmoe_experts, self._variant
 
         def call(x: int, tokens: int, out: int) -> int:
-            return native(self._threads.handle, variant, *pointers, *options, x, tokens, out)  # type: ignore[no-any-return]
+            count = ctypes.byref(ctypes.c_int32(tokens))
+            return native(self._threads.handle, variant, experts, count, 1, self._precision, x, out)  # type: ignore[no-any-return]
 
-        return _rows(call, up.cols, down.rows, weights)
+        return _rows(call, expert.hidden, expert.hidden, expert)
 
     def linear(self, weight: Weight, bias: torch.Tensor | None = None) -> Rows:
         """A function that computes x w^T + bias. It keeps the weight's memory alive."""

@@ -103,6 +103,8 @@ class DeviceKernels:
         self._full_grid, self._launch = full_grid, launch
         self._upload: Upload = upload or (lambda table: torch.from_numpy(table).to(memory.device))
         self._decode, self._grouped = decode, grouped
+        self._sizes: dict[int, tuple[dict[str, int], dict[str, int]]] = {}
+        """By number of pairs, the blocks of the `decode` kernels."""
 
     def read_from(self, memory: torch.Tensor, starts: Sequence[int]) -> None:
         """Read slots from here on at these addresses. Arguments as of the constructor."""
@@ -173,18 +175,24 @@ class DeviceKernels:
     def by_pair(self, pairs: Pairs, hidden: torch.Tensor) -> torch.Tensor:
         """`compute` by the kernels for few tokens."""
         n, o = sum(pairs.counts), self._operands
-        starts = self._starts[np.array(pairs.slots, dtype=np.int64)]
-        places = self._upload(np.repeat(starts, pairs.counts))  # int32 [n]
+        starts = self._starts.take(pairs.slots)
+        places = self._upload(starts if pairs.order is None else np.repeat(starts, pairs.counts))  # int32 [n]
+        up_sizes, down_sizes = self._decode_sizes(n)
         h = torch.empty(n, o.inner, dtype=torch.float32, device=hidden.device)
         out = hidden.new_empty(n, o.hidden)
-        sizes = decode_blocks(o.gate, n, self._full_grid)
         up = self._memory, places, pairs.order, hidden, h, pairs.sharing, o.gate, o.up, self._glu
-        self._launch(self._decode.gate_up_rows, (n, -(-o.inner // sizes["BN"])), up, sizes)
-        sizes = decode_blocks(o.down, n, self._full_grid)
-        self._launch(
-            self._decode.down_rows, (n, -(-o.hidden // sizes["BN"])), (self._memory, places, h, out, o.down), sizes
-        )
+        self._launch(self._decode.gate_up_rows, (n, -(-o.inner // up_sizes["BN"])), up, up_sizes)
+        down = self._memory, places, h, out, o.down
+        self._launch(self._decode.down_rows, (n, -(-o.hidden // down_sizes["BN"])), down, down_sizes)
         return out
+
+    def _decode_sizes(self, pairs: int) -> tuple[dict[str, int], dict[str, int]]:
+        """The blocks of the two `decode` kernels."""
+        sizes = self._sizes.get(pairs)
+        if sizes is None:
+            o, full = self._operands, self._full_grid
+            sizes = self._sizes[pairs] = decode_blocks(o.gate, pairs, full), decode_blocks(o.down, pairs, full)
+        return sizes
 
     def by_group(self, pairs: Pairs, hidden: torch.Tensor) -> torch.Tensor:
         """`compute` by the kernels for many tokens."""

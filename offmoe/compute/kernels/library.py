@@ -17,7 +17,7 @@ from offmoe.compute.kernels.native.build import LIBRARY, sources_digest
 from offmoe.errors import CapacityError, ConfigError
 
 MAX_TOKENS = 64
-"""Most tokens of one call (offmoe.h)."""
+"""Most rows of one call, of all its experts together (offmoe.h)."""
 
 KINDS = {"int4": 0, "mxfp4": 1, "int8": 2, "fp8": 3, "bf16": 4, "int5": 5, "int6": 6, "int8 in groups": 7, "iq4": 8}
 SCALE_TYPES = {"bfloat16": 0, "float16": 1, "float32": 2, "uint8": 3, "int8": 4}
@@ -35,6 +35,16 @@ class WeightStruct(ctypes.Structure):
     """`struct weight` of offmoe.h."""
 
     _fields_ = _fields("words scales zeros bias minima high supers", "rows cols group kind scale_type")
+
+
+class ExpertStruct(ctypes.Structure):
+    """`struct expert` of offmoe.h."""
+
+    _fields_ = (
+        *((name, WeightStruct) for name in ("gate", "up", "down")),
+        ("glu", ctypes.c_int32),
+        *((name, ctypes.c_float) for name in ("limit", "alpha")),
+    )
 
 
 class EncodingStruct(ctypes.Structure):
@@ -77,10 +87,7 @@ class Library:
         c.offmoe_pool_free.argtypes = (ctypes.c_void_p,)
         c.offmoe_pool_free.restype = None
         weight, pointer, integer = ctypes.POINTER(WeightStruct), ctypes.c_void_p, ctypes.c_int
-        number = ctypes.c_float
-        c.offmoe_expert.argtypes = (
-            *(pointer, pointer, weight, weight, weight, integer, integer, number, number, pointer, integer, pointer),
-        )
+        c.offmoe_experts.argtypes = (pointer, pointer, pointer, pointer, integer, integer, pointer, pointer)
         c.offmoe_linear.argtypes = (pointer, pointer, weight, integer, pointer, integer, pointer)
         c.offmoe_read.argtypes = (pointer, pointer, pointer, ctypes.c_size_t)
         c.offmoe_read.restype = ctypes.c_uint64

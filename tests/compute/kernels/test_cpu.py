@@ -13,6 +13,7 @@ from offmoe.compute.kernels.cpu import (
     CpuKernels,
     GatedExpert,
     Glu,
+    PreparedExpert,
     Weight,
     physical_cores,
 )
@@ -61,9 +62,9 @@ def random_weight(how: Format, rows: int, cols: int, seed: int = 0) -> Weight:
 
 
 @cache
-def random_expert(how: Format, hidden: int, ff: int) -> GatedExpert:
-    gate, up = random_weight(how, ff, hidden, 1), random_weight(how, ff, hidden, 2)
-    return GatedExpert(gate, up, random_weight(how, hidden, ff, 3))
+def random_expert(how: Format, hidden: int, ff: int, seed: int = 0) -> GatedExpert:
+    gate, up = random_weight(how, ff, hidden, 3 * seed + 1), random_weight(how, ff, hidden, 3 * seed + 2)
+    return GatedExpert(gate, up, random_weight(how, hidden, ff, 3 * seed + 3))
 
 
 def inputs(tokens: int, cols: int) -> torch.Tensor:
@@ -129,6 +130,36 @@ class TestEveryFormat:
         x = inputs(5, 128)
         for glu in (Glu("gelu_tanh"), Glu("clamped", limit=1.0, alpha=1.702)):
             assert error(kernels.expert(expert, glu)(x), reference(expert, glu, x)) < allowed(kernels, how), glu
+
+    def test_experts_of_one_call_have_the_bits_of_calls_of_their_own(self, kernels: CpuKernels, how: Format) -> None:
+        experts = [random_expert(how, 256, 384, seed) for seed in range(5)]
+        prepared = [PreparedExpert(expert, Glu()) for expert in experts]
+        alone = [kernels.expert(expert, Glu()) for expert in experts]
+        counts = (1, 9, 3, 1, MAX_TOKENS - 14)
+        x = inputs(MAX_TOKENS, 256)
+        rows = [run(part) for run, part in zip(alone, x.split(counts), strict=True)]
+        assert torch.equal(kernels.experts(prepared, x, counts), torch.cat(rows))
+        one = kernels.experts(prepared, x[:1])
+        assert torch.equal(one, torch.cat([run(x[:1]) for run in alone]))
+
+
+def test_experts_of_one_call_may_differ(kernels: CpuKernels) -> None:
+    """In format, in width and in activation; what they share is laid out once."""
+    hows = [int4(), int4(32), INT8, int4(), None]
+    glus = [Glu(), Glu("gelu_tanh"), Glu("clamped", 1.0), Glu(), Glu()]
+    experts = [random_expert(how, 128, 128 * (1 + i % 3)) for i, how in enumerate(hows)]
+    prepared = [PreparedExpert(expert, glu) for expert, glu in zip(experts, glus, strict=True)]
+    x = inputs(1, 128)
+    alone = [kernels.expert(expert, glu)(x) for expert, glu in zip(experts, glus, strict=True)]
+    assert torch.equal(kernels.experts(prepared, x), torch.cat(alone))
+
+
+def test_most_experts_of_one_call(kernels: CpuKernels) -> None:
+    expert = random_expert(int4(), 128, 128)
+    x = inputs(MAX_TOKENS, 128)
+    prepared = [PreparedExpert(expert, Glu())] * MAX_TOKENS
+    alone = [kernels.expert(expert, Glu())(row) for row in x.split(1)]
+    assert torch.equal(kernels.experts(prepared, x, [1] * MAX_TOKENS), torch.cat(alone))
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32])

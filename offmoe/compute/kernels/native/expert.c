@@ -1,8 +1,9 @@
-/* One expert on a few tokens, or one weight on them: what is called from Python.
+/* Experts on a few tokens each, or one weight on them: what is called from Python.
  *
- * What moves: every byte of the expert once per call of up to 64 tokens. The first tasks each compute some rows of gate
- * and up for all tokens, activate them and lay them out for the second weight; the last tasks compute rows of down. No
- * function keeps a pointer after it returned.
+ * What moves: every byte of each expert once per call of up to 64 rows. The first tasks each compute some rows of gate
+ * and up of one expert for all its tokens, activate them and lay them out for the second weight; the last tasks compute
+ * rows of down. All experts of a call share one description of the work, so threads are woken once, and wait once
+ * between its two halves. No function keeps a pointer after it returned.
  */
 #include <string.h>
 #if defined(__x86_64__)
@@ -11,34 +12,47 @@
 
 #include "offmoe.h"
 
-enum { TASK_BYTES = 1 << 18, GATE_ROWS = 64, MAX_BLOCKS = MAX_TOKENS };
+enum { TASK_BYTES = 1 << 18, GATE_ROWS = 64 };
 
+/* One expert of a call, or one weight, which is `down` then. */
 struct job {
-    const struct kernels *k;
     const struct weight *gate, *up, *down;
-    int precision, glu, tokens, blocks, gate_rows, down_tiles;
+    int glu, tokens, blocks, gate_rows, down_tiles;
+    int first_gate, first_down; /* tasks of gate and up, and of down, that earlier jobs have */
     float limit, alpha;
-    float *out, *scratch;
+    const float *in;
+    float *out;
+    struct block *x, *h; /* activations of the first weight and of the second; x may be the job's before */
+    int shares_x;
+};
+
+struct call {
+    const struct kernels *k;
+    int precision, count, gate_tasks, down_tasks;
+    float *scratch;
     size_t worker_floats;
-    struct block x[MAX_BLOCKS], h[MAX_BLOCKS];
+    struct job jobs[MAX_TOKENS];
+    struct block blocks[2 * MAX_TOKENS];
 };
 
 static int log2_of(int n) { return n == 1 ? 0 : n == 2 ? 1 : n == 4 ? 2 : 3; }
 static int least(int a, int b) { return a < b ? a : b; }
 
 /* Tokens of block b that are real; all blocks but the last are full. */
-static int valid_tokens(const struct job *j, int b) { return least(j->k->max_block, j->tokens - b * j->k->max_block); }
+static int valid_tokens(const struct call *c, const struct job *j, int b) {
+    return least(c->k->max_block, j->tokens - b * c->k->max_block);
+}
 
-static void gate_up_task(struct job *j, int task, int worker) {
-    const int start = task * j->gate_rows, rows = least(j->gate_rows, j->up->rows - start), T = j->k->max_block;
-    float *gate = j->scratch + worker * j->worker_floats, *up = gate + (size_t)j->gate_rows * j->tokens;
+static void gate_up_task(const struct call *c, const struct job *j, int task, int worker) {
+    const int start = task * j->gate_rows, rows = least(j->gate_rows, j->up->rows - start), T = c->k->max_block;
+    float *gate = c->scratch + worker * c->worker_floats, *up = gate + (size_t)j->gate_rows * j->tokens;
     float tile_y[2][TILE * MAX_BLOCK], *y[2] = {tile_y[0], tile_y[1]};
     const struct weight *both[2] = {j->gate, j->up};
     for (int tile = 0; tile < rows / TILE; tile++) {
         const int at = start / TILE + tile, tiles[2] = {at, at};
         for (int b = 0; b < j->blocks; b++) {
-            j->k->pair[j->up->kind][j->precision][log2_of(j->x[b].tokens)](both, tiles, &j->x[b], y);
-            for (int m = 0; m < valid_tokens(j, b); m++)
+            c->k->pair[j->up->kind][c->precision][log2_of(j->x[b].tokens)](both, tiles, &j->x[b], y);
+            for (int m = 0; m < valid_tokens(c, j, b); m++)
                 for (int r = 0; r < TILE; r++) {
                     const size_t to = (size_t)(b * T + m) * rows + tile * TILE + r;
                     const int row = at * TILE + r;
@@ -47,14 +61,14 @@ static void gate_up_task(struct job *j, int task, int worker) {
                 }
         }
     }
-    j->k->activate(j->glu, j->limit, j->alpha, gate, up, (size_t)rows * j->tokens);
+    c->k->activate(j->glu, j->limit, j->alpha, gate, up, (size_t)rows * j->tokens);
     for (int b = 0; b < j->blocks; b++)
-        j->k->pack(j->down, j->precision, gate + (size_t)b * T * rows, rows, valid_tokens(j, b), start, rows, &j->h[b]);
+        c->k->pack(j->down, c->precision, gate + (size_t)b * T * rows, rows, valid_tokens(c, j, b), start, rows, &j->h[b]);
 }
 
-static void down_task(struct job *j, int task) {
+static void down_task(const struct call *c, const struct job *j, int task) {
     const int tiles = j->down->rows / TILE, start = task * j->down_tiles, end = least(start + j->down_tiles, tiles);
-    const int T = j->k->max_block, kind = j->down->kind;
+    const int T = c->k->max_block, kind = j->down->kind;
     float tile_y[2][TILE * MAX_BLOCK], *y[2] = {tile_y[0], tile_y[1]};
     const struct weight *both[2] = {j->down, j->down};
     for (int tile = start; tile < end; tile += 2) {
@@ -62,11 +76,11 @@ static void down_task(struct job *j, int task) {
         for (int b = 0; b < j->blocks; b++) {
             const int size = log2_of(j->h[b].tokens);
             if (pair)
-                j->k->pair[kind][j->precision][size](both, two, &j->h[b], y);
+                c->k->pair[kind][c->precision][size](both, two, &j->h[b], y);
             else
-                j->k->tile[kind][j->precision][size](j->down, tile, &j->h[b], y[0]);
+                c->k->tile[kind][c->precision][size](j->down, tile, &j->h[b], y[0]);
             for (int t = 0; t <= pair; t++)
-                for (int m = 0; m < valid_tokens(j, b); m++)
+                for (int m = 0; m < valid_tokens(c, j, b); m++)
                     for (int r = 0; r < TILE; r++) {
                         const int row = (tile + t) * TILE + r;
                         j->out[(size_t)(b * T + m) * j->down->rows + row] =
@@ -76,24 +90,33 @@ static void down_task(struct job *j, int task) {
     }
 }
 
-static int gate_up_tasks(const struct job *j) { return j->up ? (j->up->rows + j->gate_rows - 1) / j->gate_rows : 0; }
-
-static void run_task(void *job, int task, int worker) {
-    struct job *j = job;
-    const int first = gate_up_tasks(j);
-    if (task < first)
-        gate_up_task(j, task, worker);
+static void run_task(void *call, int task, int worker) {
+    const struct call *c = call;
+    const int of_gate = task < c->gate_tasks;
+    if (!of_gate) task -= c->gate_tasks;
+    int low = 0; /* the last job that begins at this task or before it */
+    for (int high = c->count; high - low > 1;) {
+        const int middle = (low + high) / 2;
+        if (task < (of_gate ? c->jobs[middle].first_gate : c->jobs[middle].first_down))
+            high = middle;
+        else
+            low = middle;
+    }
+    const struct job *j = &c->jobs[low];
+    if (of_gate)
+        gate_up_task(c, j, task - j->first_gate, worker);
     else
-        down_task(j, task - first);
+        down_task(c, j, task - j->first_down);
 }
 
-/* Memory of the blocks that feed a weight, from `at` on; returns the end. With at = 0 only that is asked for. */
-static size_t place_blocks(const struct job *j, const struct weight *w, struct block *blocks, uint8_t *base, size_t at) {
+/* Memory of the blocks that feed a weight, from `at` on; returns the end. Without a base only that is asked for. */
+static size_t place_blocks(const struct call *c, const struct job *j, const struct weight *w, struct block *blocks,
+                           uint8_t *base, size_t at) {
     const size_t groups = (size_t)w->cols / (w->kind == KIND_BF16 ? 32 : w->group);
-    const size_t value = w->kind == KIND_BF16 || w->kind == KIND_FP8 || j->precision == ACTIVATIONS_FLOAT ? 4 : 1;
+    const size_t value = w->kind == KIND_BF16 || w->kind == KIND_FP8 || c->precision == ACTIVATIONS_FLOAT ? 4 : 1;
     for (int b = 0; b < j->blocks; b++) {
         int tokens = 1;
-        while (tokens < valid_tokens(j, b)) tokens *= 2;
+        while (tokens < valid_tokens(c, j, b)) tokens *= 2;
         const size_t data = ((size_t)w->cols * value * tokens + 63) / 64 * 64, scale = (groups * 4 * tokens + 63) / 64 * 64;
         if (base)
             blocks[b] = (struct block){tokens, base + at, (float *)(base + at + data), base + at + data + scale};
@@ -102,59 +125,118 @@ static size_t place_blocks(const struct job *j, const struct weight *w, struct b
     return at;
 }
 
-static int run(struct pool *pool, struct job *j, const float *x) {
-    const int T = j->k->max_block;
-    const struct weight *in = j->up ? j->up : j->down;
-    const int kind = j->down->kind, octets = kind == KIND_INT8 || kind == KIND_INT8_GROUPS || kind == KIND_FP8;
+static const struct weight *first_of(const struct job *j) { return j->up ? j->up : j->down; }
+
+static size_t place(const struct call *c, uint8_t *base) {
+    size_t at = 0;
+    for (int i = 0; i < c->count; i++) {
+        const struct job *j = &c->jobs[i];
+        if (!j->shares_x) at = place_blocks(c, j, first_of(j), j->x, base, at);
+        if (j->up) at = place_blocks(c, j, j->down, j->h, base, at);
+    }
+    return at;
+}
+
+/* Whether the first weights of two jobs read the same activations: then these are laid out once. */
+static int same_input(const struct job *a, const struct job *b) {
+    const struct weight *u = first_of(a), *v = first_of(b);
+    return a->in == b->in && a->tokens == b->tokens && u->kind == v->kind && u->group == v->group;
+}
+
+/* Add a job, whose weights, input and output are set. */
+static void add(struct call *c, struct block **blocks, int tokens) {
+    struct job *j = &c->jobs[c->count];
+    const int T = c->k->max_block, kind = j->down->kind;
+    const int octets = kind == KIND_INT8 || kind == KIND_INT8_GROUPS || kind == KIND_FP8;
     const int per_two = kind == KIND_BF16 ? 1 : octets ? 2 : 4;
     const size_t tile_bytes = (size_t)j->down->cols * TILE / per_two;
-    if (j->tokens < 1 || j->tokens > MAX_TOKENS) return 1;
-    j->blocks = (j->tokens + T - 1) / T;
+    const int tiles = j->down->rows / TILE;
+    j->tokens = tokens;
+    j->blocks = (tokens + T - 1) / T;
     j->down_tiles = 2 * (int)(TASK_BYTES / (4 * tile_bytes) + 1);
-    j->worker_floats = 0;
+    j->shares_x = c->count && same_input(j, j - 1);
+    j->x = j->shares_x ? (j - 1)->x : *blocks;
+    if (!j->shares_x) *blocks += j->blocks;
+    j->first_gate = c->gate_tasks;
+    j->first_down = c->down_tasks;
+    c->down_tasks += (tiles + j->down_tiles - 1) / j->down_tiles;
     if (j->up) { /* whole groups of the second weight's activations */
-        const int unit = j->down->kind == KIND_BF16 ? 32 : j->down->group;
+        const int unit = kind == KIND_BF16 ? 32 : j->down->group;
         j->gate_rows = (GATE_ROWS + unit - 1) / unit * unit;
-        j->worker_floats = (size_t)2 * j->gate_rows * j->tokens + 16;
+        j->h = *blocks;
+        *blocks += j->blocks;
+        c->gate_tasks += (j->up->rows + j->gate_rows - 1) / j->gate_rows;
+        const size_t floats = (size_t)2 * j->gate_rows * tokens + 16;
+        if (floats > c->worker_floats) c->worker_floats = floats;
+    } else {
+        j->h = j->x;
     }
+    c->count++;
+}
+
+static int run(struct pool *pool, struct call *c) {
     pool_lock(pool);
-    size_t end = place_blocks(j, in, j->x, NULL, 0);
-    if (j->up) end = place_blocks(j, j->down, j->h, NULL, end);
-    uint8_t *memory = pool_scratch(pool, end + j->worker_floats * 4 * pool_threads(pool));
+    const size_t end = place(c, NULL);
+    uint8_t *memory = pool_scratch(pool, end + c->worker_floats * 4 * pool_threads(pool));
     if (memory) {
-        size_t at = place_blocks(j, in, j->x, memory, 0);
-        if (j->up)
-            place_blocks(j, j->down, j->h, memory, at);
-        else
-            memcpy(j->h, j->x, j->blocks * sizeof *j->x);
-        j->scratch = (float *)(memory + end);
-        for (int b = 0; b < j->blocks; b++)
-            j->k->pack(in, j->precision, x + (size_t)b * T * in->cols, in->cols, valid_tokens(j, b), 0, in->cols, &j->x[b]);
-        const int first = gate_up_tasks(j), tiles = j->down->rows / TILE;
-        pool_run(pool, run_task, j, first, first + (tiles + j->down_tiles - 1) / j->down_tiles);
+        place(c, memory);
+        c->scratch = (float *)(memory + end);
+        for (int i = 0; i < c->count; i++) {
+            const struct job *j = &c->jobs[i];
+            const struct weight *in = first_of(j);
+            for (int b = 0; b < j->blocks && !j->shares_x; b++)
+                c->k->pack(in, c->precision, j->in + (size_t)b * c->k->max_block * in->cols, in->cols, valid_tokens(c, j, b),
+                           0, in->cols, &j->x[b]);
+        }
+        pool_run(pool, run_task, c, c->gate_tasks, c->gate_tasks + c->down_tasks);
     }
     pool_unlock(pool);
     return memory ? 0 : 2;
 }
 
-/* out = down(glu(gate(x), up(x))): x float [tokens][gate.cols], out float [tokens][down.rows]. 0, 1 for a number of tokens
- * outside 1 .. 64, 2 if memory ran out. The caller has checked shapes and that gate and up have one format. */
-EXPORT int offmoe_expert(struct pool *pool, const struct kernels *k, const struct weight *gate, const struct weight *up,
-                  const struct weight *down, int precision, int glu, float limit, float alpha, const float *x, int tokens,
-                  float *out) {
-    struct job j; /* its blocks stay unset until `run` places them */
-    j.k = k, j.gate = gate, j.up = up, j.down = down;
-    j.precision = precision, j.glu = glu, j.limit = limit, j.alpha = alpha, j.tokens = tokens, j.out = out;
-    return run(pool, &j, x);
+static void begin(struct call *c, const struct kernels *k, int precision) {
+    c->k = k, c->precision = precision; /* jobs and blocks stay unset until they are added and placed */
+    c->count = c->gate_tasks = c->down_tasks = 0;
+    c->worker_floats = 0;
 }
 
-/* out = x w^T + bias: x float [tokens][cols], out float [tokens][rows]. Returns as offmoe_expert. */
+/* out = down(glu(gate(x), up(x))) of `count` experts: x float [rows][gate.cols], out float [rows][down.rows], the rows of
+ * one expert behind those of the other, rows[i] of expert i. rows null: x is one row, which every expert gets. 0, 1 for
+ * numbers outside 1 .. 64, 2 if memory ran out. The caller has checked shapes, that they are those of all experts, and
+ * that gate and up have one format. */
+EXPORT int offmoe_experts(struct pool *pool, const struct kernels *k, const struct expert *const *experts, const int32_t *rows,
+                   int count, int precision, const float *x, float *out) {
+    struct call c;
+    struct block *blocks = c.blocks;
+    int before = 0;
+    if (count < 1 || count > MAX_TOKENS) return 1;
+    begin(&c, k, precision);
+    for (int i = 0; i < count; i++) {
+        const struct expert *e = experts[i];
+        const int tokens = rows ? rows[i] : 1;
+        if (tokens < 1 || tokens > MAX_TOKENS - before) return 1;
+        struct job *j = &c.jobs[i];
+        j->gate = &e->gate, j->up = &e->up, j->down = &e->down;
+        j->glu = e->glu, j->limit = e->limit, j->alpha = e->alpha;
+        j->in = x + (rows ? (size_t)before * e->gate.cols : 0);
+        j->out = out + (size_t)before * e->down.rows;
+        add(&c, &blocks, tokens);
+        before += tokens;
+    }
+    return run(pool, &c);
+}
+
+/* out = x w^T + bias: x float [tokens][cols], out float [tokens][rows]. Returns as offmoe_experts. */
 EXPORT int offmoe_linear(struct pool *pool, const struct kernels *k, const struct weight *w, int precision, const float *x,
                   int tokens, float *out) {
-    struct job j;
-    j.k = k, j.gate = j.up = NULL, j.down = w;
-    j.precision = precision, j.tokens = tokens, j.out = out;
-    return run(pool, &j, x);
+    struct call c;
+    struct block *blocks = c.blocks;
+    if (tokens < 1 || tokens > MAX_TOKENS) return 1;
+    begin(&c, k, precision);
+    c.jobs[0].gate = c.jobs[0].up = NULL, c.jobs[0].down = w;
+    c.jobs[0].in = x, c.jobs[0].out = out;
+    add(&c, &blocks, tokens);
+    return run(pool, &c);
 }
 
 struct reading {

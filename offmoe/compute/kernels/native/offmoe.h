@@ -46,6 +46,14 @@ struct weight {
     int32_t rows, cols, group, kind, scale_type;
 };
 
+/* One expert: gate and up [inner][hidden] of one format, down [hidden][inner], and the function between them (enum glu).
+ * Mirrored in offmoe/compute/kernels/library.py. */
+struct expert {
+    struct weight gate, up, down;
+    int32_t glu;
+    float limit, alpha;
+};
+
 /* Activations of `tokens` tokens (1, 2, 4 or 8), in the order of the kernel of `precision` and kind:
  *   int8, weights in nibbles      data int32 [cols / 8][tokens][2]: inputs 0 2 4 6 and 1 3 5 7 of a word
  *   int8, int8 weights            data int32 [cols / 4][tokens]
