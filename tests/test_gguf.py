@@ -418,13 +418,20 @@ def test_the_documentation_lists_what_runs() -> None:
     assert all(block.name in listed[0] for block in BLOCK_TYPES.values())
 
 
-@pytest.mark.parametrize("family", ["mixtral", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
-def test_damaged_metadata_give_a_model_or_an_error(tmp_path: Path, family: str) -> None:
-    """One bit is changed, 40 times: from headers to the catalog nothing but an `OffmoeError` is raised."""
+@pytest.mark.parametrize(
+    ("family", "times"),
+    [
+        ("mixtral", 12),
+        pytest.param("mixtral", 100, marks=pytest.mark.slow),
+        pytest.param("deepseek_v3", 40, marks=pytest.mark.slow),
+    ],
+)
+def test_damaged_metadata_give_a_model_or_an_error(tmp_path: Path, family: str, times: int) -> None:
+    """One bit is changed, many times: from headers to the catalog nothing but an `OffmoeError` is raised."""
     written = gguf_models.save(tmp_path, family)
     raw, rng, end = written.file.read_bytes(), random.Random(0), read_gguf(written.file).header_bytes
     refused = 0
-    for _ in range(40):
+    for _ in range(times):
         damaged = bytearray(raw)
         damaged[rng.randrange(end)] ^= 1 << rng.randrange(8)
         (tmp_path / "damaged.gguf").write_bytes(bytes(damaged))
@@ -432,7 +439,7 @@ def test_damaged_metadata_give_a_model_or_an_error(tmp_path: Path, family: str) 
             inspect(tmp_path / "damaged.gguf", OffloadConfig(device="cpu"))
         except OffmoeError:
             refused += 1
-    assert refused > 15
+    assert refused > times * 3 // 8
 
 
 KERNEL_CASES = [

@@ -145,8 +145,8 @@ def test_the_test_tools_are_added_to_what_is_there_and_serve_offmoe_too(machine:
 @pytest.mark.parametrize(
     ("gpu", "arguments", "passed_on"),
     [
-        (False, [], "<-m> <not slow and not gpu> <-n> <2>"),
-        (True, [], "<-m> <not slow and not gpu> <-n> <2>"),
+        (False, [], "<-m> <not slow and not gpu> <-n> <2> <--dist> <worksteal>"),
+        (True, [], "<-m> <not slow and not gpu> <-n> <2> <--dist> <worksteal>"),
         (False, ["--all"], "<-m> <not gpu> <-n> <0>"),
         (True, ["tests/a b.py", "--all", "-x"], "<-m> <> <-n> <0> <tests/a b.py> <-x>"),
     ],

@@ -24,8 +24,8 @@ PLACEHOLDERS = {"MODEL": "demo", "PROMPT": "And the LORD", "FILE": "prompts.txt"
 LONG = {
     "calibrate": ("--seconds", "1"),
     "bench": ("--rounds", "1", "--new-tokens", "4", "--device-memory", "40MiB"),
-    "chat": ("--max-new-tokens", "8"),
     "verify": ("--new-tokens", "1", "--only", "stock,few-slots"),
+    **dict.fromkeys(("chat", "generate", "trace"), ("--max-new-tokens", "8")),
 }
 """Per verb that would take long, options that make it short."""
 

@@ -13,6 +13,13 @@ from tests.late_device import extension
 from tests.late_device.extension import LateKind
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _modules_are_no_garbage() -> None:
+    """`settle` collects twice per test. It does not look again at what was imported since the session began."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def kind(monkeypatch: pytest.MonkeyPatch) -> Iterator[LateKind]:
     """The late device, selectable as device="late". A race that a test does not take with `races` is its failure."""
