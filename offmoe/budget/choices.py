@@ -59,6 +59,8 @@ class Choice:
         refusal: why it does not fit; None if it does.
         resident: share of the experts that have a slot.
         predicted: its speed; None if it does not fit, or if no costs are known.
+        shape: experts, top_k and bytes of each MoE layer in this way.
+        form: what its time depends on, besides the machine.
         dropped: options that were asked for and that this way gives up.
     """
 
@@ -69,6 +71,8 @@ class Choice:
     refusal: CapacityError | None
     resident: float
     predicted: Prediction | None
+    shape: CacheShape
+    form: ExpertForm
     dropped: tuple[str, ...] = ()
 
     @property
@@ -165,7 +169,7 @@ def plan_choice(
             hit_rate = _recorded_hit_rate(asked, resolved, needs.shape)
             predicted = predict(needs.shape, resolved, plan, costs, hit_rate=hit_rate)
     resident = sum(plan.slots_per_layer) / needs.shape.num_keys
-    return Choice(config.experts, options, resolved, plan, refusal, resident, predicted)
+    return Choice(config.experts, options, resolved, plan, refusal, resident, predicted, needs.shape, form)
 
 
 def _recorded_hit_rate(asked: OffloadConfig, config: OffloadConfig, shape: CacheShape) -> float | None:

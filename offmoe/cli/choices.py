@@ -22,6 +22,7 @@ from offmoe.text import format_size, percent, size_option, span
 
 if TYPE_CHECKING:
     from offmoe.budget.choices import Choice, CostsOf
+    from offmoe.budget.decode_paths import DecodePaths
     from offmoe.budget.inspect import Survey
 
 LIST = "list"
@@ -119,6 +120,17 @@ class Ranking:
 
         return nearest(self._survey, self._asked, self._costs_of)
 
+    @cached_property
+    def paths(self) -> DecodePaths | None:
+        """What the fastest way would decode without waiting for the host, on a machine by name with a GPU."""
+        from offmoe.budget.decode_paths import decode_paths
+        from offmoe.budget.predict import Rates
+
+        way = self.fastest
+        if self._machine is None or way is None:
+            return None
+        return decode_paths(way.shape, way.config, way.plan, way.form, Rates.of_machine(self._machine))
+
     def command(self, way: Choice) -> str:
         """The command that runs the model this way."""
         return command(self._args, way, "MODEL" if self._survey.catalog is None else self._args.model)
@@ -161,6 +173,12 @@ class Ranking:
                 said.append(
                     f"That quantizes at every load; once is enough: offmoe pack {model} OUT --experts {fastest.experts}"
                 )
+        if self.paths is not None:
+            eager, lag_1, captured = self.paths
+            said.append(
+                f"If the GPU did not wait for the host, the fastest would decode {lag_1:.3g} tokens/s (launched) or "
+                f"{captured:.3g} (captured in a graph) in place of {eager:.3g}: predicted, and not built into runs yet."
+            )
         if any(way.predicted for way in self.ways):
             assumed = f", assuming {' and '.join(self._assumed)}" if self._assumed else ""
             said.append(
@@ -187,6 +205,7 @@ class Ranking:
             "choices": [self._facts(way) for way in self.ways],
             "best_command": None if fastest is None else self.command(fastest),
             "best_command_same_results": None if same is None else self.command(same),
+            "decode_paths": None if self.paths is None else self.paths.to_dict(),
             "nearest_command": None if fastest is not None or self.nearest is None else self.command(self.nearest),
         }
 

@@ -45,6 +45,11 @@ class NamedVictims:
         quotas = options.quotas(shape) if options.lag == 1 and options.scope == "layer" else (0,) * shape.layers
         self._counts = [NAMED * k if n >= NAMED * k else 0 for n, k in zip(quotas, shape.top_k, strict=True)]
 
+    @property
+    def holds_everywhere(self) -> bool:
+        """Whether victims are named in every layer."""
+        return all(self._counts)
+
     def places(self, layer: int, residency: Residency) -> tuple[Place, ...]:
         """The places that the layer's next access may take, in order; () where the rule does not hold.
 

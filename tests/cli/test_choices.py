@@ -43,6 +43,8 @@ def test_a_ranked_table_for_a_machine_by_name(offmoe: Run) -> None:
     assert "native: equal to transformers, bit for bit" in words
     assert re.search(r"Best with the results of transformers \(predicted [\d.]+ tokens/s\): offmoe generate", words)
     assert "offmoe pack MODEL OUT --experts int4" in words
+    assert re.search(r"would decode [\d.]+ tokens/s \(launched\) or [\d.]+ \(captured in a graph\)", words)
+    assert "predicted, and not built into runs yet" in words
     assert "calibrate" not in words, "nobody can measure a machine that is not here"
 
 
@@ -62,6 +64,14 @@ def test_json_marks_what_is_predicted(offmoe: Run) -> None:
     assert found["best_command"] == ways[0]["command"]
     same = next(way for way in ways if way["experts"] == "native" and way["exactness"] == "bitwise")
     assert found["best_command_same_results"] == same["command"]
+
+
+def test_what_a_gpu_would_do_without_the_host_is_marked_as_predicted(offmoe: Run) -> None:
+    prices = offmoe("inspect", QWEN, *MACHINE, "--json").json["decode_paths"]
+    assert set(prices) == {f"predicted_{name}_tokens_per_s" for name in ("eager", "lag_1", "captured")}
+    eager, lag_1, captured = prices.values()
+    assert 0 < eager < lag_1 <= captured
+    assert offmoe("inspect", QWEN, "--machine", "ddr5-4800-96g", "--json").json["decode_paths"] is None
 
 
 def test_what_does_not_fit_gets_the_command_of_what_does(offmoe: Run) -> None:
