@@ -1,4 +1,4 @@
-"""Several prompts in one padded batch: an expert that is read serves all of them."""
+"""Several prompts in step: an expert that is read serves all of them, and each answer is the one it is alone."""
 
 from __future__ import annotations
 
@@ -19,15 +19,12 @@ def main() -> None:
     args = parser.parse_args()
 
     model = offmoe.from_pretrained(args.model, slots_per_layer=args.slots)
-    tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, padding_side="left")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    batch = tokenizer(PROMPTS, return_tensors="pt", padding=True).to(model.device)
+    tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
     with model.offload:  # ends the reader threads and frees the slots, whatever happens
-        out = model.generate(**batch, max_new_tokens=args.new_tokens, pad_token_id=tokenizer.pad_token_id)
+        out = model.offload.generate_many(tokenizer(PROMPTS)["input_ids"], max_new_tokens=args.new_tokens)
         stats = model.offload.stats()
-    for text in tokenizer.batch_decode(out, skip_special_tokens=True):
-        print(text.replace("\n", " "))
+    for ids in out:
+        print(tokenizer.decode(ids[0], skip_special_tokens=True).replace("\n", " "))
     print(f"{stats.misses} misses for {len(PROMPTS)} prompts, {stats.disk_bytes / 1e6:.1f} MB read")
 
 

@@ -25,12 +25,16 @@ class RowRequest:
         new_tokens: Tokens to generate at most.
         options: Further arguments of transformers' `generate`, the row's own.
         seed: Seed of its random numbers; None: by chance.
+        run: Generates, in place of `generate` with the options.
+        count: How many tokens `run` has generated so far.
     """
 
     ids: Sequence[int]
     new_tokens: int
     options: Mapping[str, Any] = field(default_factory=dict)
     seed: int | None = None
+    run: Callable[[], Any] | None = None
+    count: Callable[[], int] | None = None
 
     def settings(self, model: PreTrainedModel) -> GenerationConfig:
         """The settings of generate: those of the request, else the model's."""
@@ -64,11 +68,15 @@ class Row:
     def __init__(self, model: PreTrainedModel, request: RowRequest, index: int, number: int):
         self.request, self.index = request, index
         self.sequences, self.context = request.sequences(model), request.context(model)
-        self.new_tokens = 0
-        """Tokens generated so far, per sequence."""
+        self._counted = 0
         self._model = model
         self.strand = Strand(self._generate, samples=bool(request.option(model, "do_sample")))
         self._number = number
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens generated so far, per sequence."""
+        return self._counted if self.request.count is None else self.request.count()
 
     @property
     def is_prefilling(self) -> bool:
@@ -86,11 +94,13 @@ class Row:
 
     def _generate(self) -> Any:
         request = self.request
-        if self.strand.samples:
+        if self.strand.samples:  # numbers of its own, whatever the other rows draw
             if request.seed is None:
                 torch.seed()
             else:
                 torch.manual_seed(request.seed)
+        if request.run is not None:
+            return request.run()
         ids = torch.tensor([list(request.ids)], device=self._model.device)  # [1, n]
         options = dict(request.options)
         options["stopping_criteria"] = [*options.get("stopping_criteria", ()), _Counts(self._count, ids.shape[1])]
@@ -103,7 +113,7 @@ class Row:
         return output
 
     def _count(self, new_tokens: int) -> None:
-        self.new_tokens = new_tokens
+        self._counted = new_tokens
 
 
 class _Counts(StoppingCriteria):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 FIRST = 16
 """Sequences to begin with. Prompts that begin together are prefilled together, which reads each expert once."""
@@ -19,8 +19,7 @@ GAIN = 1.05
 """Throughput that twice as many sequences must reach. Steps of one width differ by up to 4 %."""
 
 
-@dataclass(frozen=True)
-class WidthRate:
+class WidthRate(NamedTuple):
     """What steps of one width gave: tokens per second, and experts demanded per token over all layers."""
 
     tokens_per_s: float

@@ -116,6 +116,11 @@ async def chat(service: Service, http: HttpRequest, body: Any) -> Response:
     if asked.stream:
         return event_stream(_Stream(service, asked).events(asking), asked.ignored)
     answers = await asking.whole(http)
+    return JSONResponse(whole(service, asked, answers), headers=ignored_header(asked.ignored))
+
+
+def whole(service: Service, asked: Asked, answers: Sequence[Answer]) -> dict[str, Any]:
+    """The body of a reply with whole answers, one for each request of `asked`."""
     completion = {
         "id": _id(),
         "object": "chat.completion",
@@ -124,8 +129,7 @@ async def chat(service: Service, http: HttpRequest, body: Any) -> Response:
         "choices": [_choice_of(index, answer) for index, answer in enumerate(answers)],
         "usage": usage_of(total([answer.usage for answer in answers])),
     }
-    checked = ChatCompletion.model_validate(completion).model_dump(exclude_unset=True)
-    return JSONResponse(checked, headers=ignored_header(asked.ignored))
+    return ChatCompletion.model_validate(completion).model_dump(exclude_unset=True)
 
 
 class _Stream:

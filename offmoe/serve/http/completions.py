@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from offmoe.dialogue.answer import Text, TokenScore
 from offmoe.dialogue.errors import RequestError
 from offmoe.dialogue.render import Prompt
-from offmoe.serve.http.asking import Asking, as_request_error
+from offmoe.serve.http.asking import Answer, Asking, as_request_error
 from offmoe.serve.http.chat import Asked, repeated, usage_of
 from offmoe.serve.http.errors import openai_error
 from offmoe.serve.http.events import DONE, PING, data, event_stream, ignored_header
@@ -81,19 +81,27 @@ async def completions(service: Service, http: HttpRequest, body: Any) -> Respons
     """POST /v1/completions."""
     asked = read(service, body)
     asking = Asking(service.engine, asked.requests)
-    head = {
+    if asked.stream:
+        return event_stream(_events(asking, _head(service), asked), asked.ignored)
+    answers = await asking.whole(http)
+    return JSONResponse(whole(service, asked, answers), headers=ignored_header(asked.ignored))
+
+
+def whole(service: Service, asked: Asked, answers: Sequence[Answer]) -> dict[str, Any]:
+    """The body of a reply with whole answers, one for each request of `asked`."""
+    choices_ = [_choice(i, answer.text, answer.finish, answer.scores) for i, answer in enumerate(answers)]
+    usage = usage_of(_total(asked, [answer.usage for answer in answers]))
+    completion = {**_head(service), "choices": choices_, "usage": usage}
+    return Completion.model_validate(completion).model_dump(exclude_unset=True)
+
+
+def _head(service: Service) -> dict[str, Any]:
+    return {
         "id": f"cmpl-{uuid.uuid4().hex}",
         "object": "text_completion",
         "created": int(time.time()),
         "model": service.id,
     }
-    if asked.stream:
-        return event_stream(_events(asking, head, asked), asked.ignored)
-    answers = await asking.whole(http)
-    choices_ = [_choice(i, answer.text, answer.finish, answer.scores) for i, answer in enumerate(answers)]
-    completion = {**head, "choices": choices_, "usage": usage_of(_total(asked, [answer.usage for answer in answers]))}
-    checked = Completion.model_validate(completion).model_dump(exclude_unset=True)
-    return JSONResponse(checked, headers=ignored_header(asked.ignored))
 
 
 async def _events(asking: Asking, head: dict[str, Any], asked: Asked) -> AsyncIterator[str]:

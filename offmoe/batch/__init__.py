@@ -1,0 +1,1 @@
+"""Files of prompts: OpenAI's batch format in, results in the same order out."""
