@@ -76,10 +76,13 @@ def plan_host(
     if config.host_memory != "auto":
         budget = min(int(config.host_memory), budget) or needed  # 0: no slots, but experts still pass through staging
     if budget < needed:
+        remedy = f": --host-memory {size_option(needed)}"
+        if needed > free - taken:  # the option cannot take what is not free
+            remedy = f"; {format_size(needed - max(0, free - taken))} more RAM must be free for it"
         raise CapacityError(
             f"host_memory, {format_size(budget)}, is too small: experts pass through {format_size(needed)} of staging "
-            f"buffers ({needed} bytes), the smallest host_memory that works: --host-memory {size_option(needed)}. "
-            f"{format_size(free)} of RAM can be had."
+            f"buffers ({needed} bytes), the smallest host_memory that works{remedy}. {format_size(free)} of RAM can be "
+            "had."
         )
     wanted = [
         0 if n >= e else m for n, e, m in zip(device_slots, shape.experts, config.most_in_ram(shape), strict=True)

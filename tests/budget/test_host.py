@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from offmoe.budget.host import share_out
+from offmoe.budget.host import plan_host, share_out
+from offmoe.config import OffloadConfig
+from offmoe.errors import CapacityError
+from offmoe.types import CacheShape
 
 
 @pytest.mark.parametrize(
@@ -19,3 +22,18 @@ from offmoe.budget.host import share_out
 )
 def test_slots_are_shared_out_equally(slots, wanted, shares):
     assert share_out(slots, wanted) == shares
+
+
+def test_a_refusal_names_the_option_only_where_it_helps():
+    shape = CacheShape((8,), (2,), (4096,))
+
+    def plan(free, **options):
+        return plan_host(OffloadConfig(**options), shape, (2,), read_bytes=4096, free=free, taken=0)
+
+    least = plan(1 << 30, host_memory=0).staging
+    with pytest.raises(CapacityError, match="works: --host-memory"):
+        plan(least, host_memory=1)
+    for options in ({}, {"host_memory": 1 << 30}):
+        with pytest.raises(CapacityError, match="works; 1 B more RAM must be free for it") as refused:
+            plan(least - 1, **options)
+        assert "--host-memory" not in str(refused.value)
