@@ -6,7 +6,6 @@ This module parses, shows and writes; `offmoe.simulate.search` decides which con
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from offmoe.cli import options
 from offmoe.cli.output import Output, new_table
 from offmoe.cli.plot import Curve, Figure, check_plot, write_plot
 from offmoe.config import EVICTIONS, ON_MISS, SCOPES, CacheOptions
+from offmoe.device.cores import usable_cpus
 from offmoe.errors import ConfigError
 from offmoe.files import check_folder
 from offmoe.profile import Profile, read_profile
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
     if not trace.tokens:
         raise ConfigError(f"{args.trace}: the trace is empty; record one with 'offmoe generate MODEL PROMPT --trace'.")
     settings = sweep.Settings(costs, args.clear_between_requests, sweep.split_requests(trace))
-    jobs = args.jobs or _cores()
+    jobs = args.jobs or usable_cpus()
 
     def replayed(candidates: Sequence[CacheOptions], bounds: Sequence[CacheOptions]) -> Results:
         with out.progress("replaying", len(candidates) + len(bounds), "configurations") as advance:
@@ -303,8 +303,3 @@ def _figure(result: SearchResult) -> Figure:
         "Belady knows the future; uniform routing has neither skew nor memory, shuffled tokens have skew only."
     )
     return Figure("Expert cache: hit rate over slots per layer", note, curves, result.slots)
-
-
-def _cores() -> int:
-    """Cores that this process may use, if the system tells, else all."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -27,6 +27,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from offmoe.device.cgroup import cgroup_free_bytes, memory_limit
+from offmoe.device.cores import usable_cpus
 from offmoe.text import format_size
 
 Verdict = Literal["ok", "warn", "fail"]
@@ -128,7 +129,7 @@ def libraries() -> Check:
 
 def processor() -> Check:
     """Report the cores that this process may use, and the instruction sets that matrix products use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cpus()
     facts: dict[str, str] = {}
     with suppress(OSError), open("/proc/cpuinfo") as file:
         facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in file)}

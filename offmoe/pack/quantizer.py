@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from offmoe.compute.kernels.cpu import physical_cores
 from offmoe.compute.kernels.library import SCALE_TYPES, EncodedStruct, EncodingStruct, Library, Threads, status
+from offmoe.device.cores import usable_cores
 from offmoe.errors import CapacityError, CheckpointError
 from offmoe.pack.fit import FACTORS, INT8_FACTORS, REFITS, Fitting, fit_asymmetric, fit_symmetric
 from offmoe.quant.int_formats import PackedInt
@@ -120,7 +120,7 @@ class NativeQuantizer(Quantizer):
 
     def __init__(self, library: Library, threads: int | None = None, variant: str | None = None) -> None:
         self._calls, self._variant = library.calls, library.variant(variant)
-        self._threads = Threads(library, physical_cores() if threads is None else threads)
+        self._threads = Threads(library, usable_cores() if threads is None else threads)
 
     def __call__(self, weight: torch.Tensor, how: WeightFormat, name: str = "weight") -> PackedWeight:
         out, weight = _empty(weight, how, name), _readable(weight)

@@ -25,9 +25,10 @@ from collections.abc import Callable, Iterator
 import checkout  # noqa: F401
 import torch
 
-from offmoe.compute.kernels.cpu import CpuKernels, Glu, Rows, physical_cores
+from offmoe.compute.kernels.cpu import CpuKernels, Glu, Rows
 from offmoe.compute.kernels.gguf import GgufDecoder, retiled
 from offmoe.compute.kernels.library import Library, status
+from offmoe.device.cores import usable_cores
 from offmoe.quant.gguf_formats import BLOCKS, GgufBlocks
 from offmoe.quant.kernel_words import GGUF_FORMATS
 from offmoe.storage.gguf_types import BLOCK_TYPES
@@ -93,7 +94,7 @@ def measure_kernels(library: Library, types: list[str], seconds: float, figures:
         x = torch.randn(1, shape.hidden, generator=torch.Generator().manual_seed(0))
         for name in types:
             experts, nbytes = packed_experts(shape, GGUF_FORMATS[TYPES[name]])
-            for threads in dict.fromkeys((1, physical_cores())):
+            for threads in dict.fromkeys((1, usable_cores())):
                 for activations in ("float", "int8"):
                     with CpuKernels(library, threads, int8_activations=activations == "int8") as kernels:
                         runs = [kernels.expert(expert, Glu()) for expert in experts]

@@ -35,7 +35,7 @@ from offmoe.compute.cpu_compute import CpuCompute
 from offmoe.compute.cpu_slot import cpu_slot
 from offmoe.compute.expert_layer import ExpertLayer
 from offmoe.compute.gpu_compute import GpuCompute
-from offmoe.compute.kernels.cpu import CpuKernels, Glu, physical_cores
+from offmoe.compute.kernels.cpu import CpuKernels, Glu
 from offmoe.compute.kernels.device import DeviceKernels
 from offmoe.compute.kernels.library import status
 from offmoe.compute.kernels.operands import GatedOperands, float_operand
@@ -44,6 +44,7 @@ from offmoe.compute.torch_compute import TorchCompute
 from offmoe.config import CacheOptions
 from offmoe.device.arena import SlotArena
 from offmoe.device.backend import Backend, CpuBackend
+from offmoe.device.cores import usable_cores
 from offmoe.policy.planner import build_planner
 from offmoe.runtime.executor import ExpertExecutor
 from offmoe.storage.checkpoint import Checkpoint
@@ -267,7 +268,7 @@ def measured(rounds: int, threads: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--threads", type=int, default=physical_cores(), help="of the C kernels (default: the cores)")
+    parser.add_argument("--threads", type=int, default=usable_cores(), help="of the C kernels (default: the cores)")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -29,9 +29,10 @@ import checkout  # noqa: F401
 import torch
 import torch.nn.functional as F
 
-from offmoe.compute.kernels.cpu import CpuKernels, GatedExpert, Glu, Rows, physical_cores
+from offmoe.compute.kernels.cpu import CpuKernels, GatedExpert, Glu, Rows
 from offmoe.compute.kernels.library import status
 from offmoe.device.arena import SlotArena, map_pages
+from offmoe.device.cores import usable_cores, usable_cpus
 from offmoe.quant.packed_weight import PackedWeight, WeightFormat, fp8, int4
 from offmoe.storage.layout import ExpertLayout
 
@@ -166,7 +167,7 @@ def against_torch(runs: list[Rows], theirs: list[Rows], x: torch.Tensor, budget_
 @contextmanager
 def busy_cores() -> Iterator[None]:
     """Another process spins on every core."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cpus()
     spin = "import sys\nprint(flush=True)\nwhile True: pass"
     processes = [subprocess.Popen([sys.executable, "-c", spin], stdout=subprocess.PIPE) for _ in range(cores)]
     try:
@@ -240,7 +241,7 @@ def main() -> None:
         experts, _ = packed_experts(MIXTRAL, int4(GROUP))
         runs = [kernels.expert(expert, Glu()) for expert in experts]
         report("vs_torch_int4", against_torch(runs, torch_int4_experts(MIXTRAL), x, arguments.seconds))
-    with CpuKernels(found.library, physical_cores(), arguments.variant) as kernels:
+    with CpuKernels(found.library, usable_cores(), arguments.variant) as kernels:
         runs = [kernels.expert(expert, Glu()) for expert in experts]
         report("shared_core_slowdown", shared_cores(runs, x, 2 * arguments.seconds))
     print(

@@ -26,8 +26,8 @@ from typing import NamedTuple
 import checkout  # noqa: F401
 import torch
 
-from offmoe.compute.kernels.cpu import physical_cores
 from offmoe.device.arena import HostBuffers
+from offmoe.device.cores import usable_cores
 from offmoe.measure.probes import drop_page_cache
 from offmoe.pack.pack import pack, weight_format
 from offmoe.pack.quantizer import quantizer
@@ -108,7 +108,7 @@ def main() -> None:
     experts = 3 * 2 * HIDDEN * FF * LAYERS * EXPERTS
     if shutil.disk_usage(arguments.folder).free < 3 * experts:
         sys.exit(f"pack.py: {arguments.folder} has not the {3 * experts / 1e9:.1f} GB that are needed")
-    cores, rounds = physical_cores(), []
+    cores, rounds = usable_cores(), []
     with tempfile.TemporaryDirectory(prefix="offmoe-bench-", dir=arguments.folder) as folder:
         model, out, scratch = Path(folder, "model"), Path(folder, "out"), Path(folder, "scratch")
         write_mixtral(model, HIDDEN, FF, layers=LAYERS, experts=EXPERTS, top_k=2, vocabulary=4096)

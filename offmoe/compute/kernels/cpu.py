@@ -12,11 +12,9 @@ prepared for one slot serves no other.
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import psutil
 import torch
 import torch.nn.functional as F
 
@@ -29,6 +27,7 @@ from offmoe.compute.kernels.library import (
     Threads,
     WeightStruct,
 )
+from offmoe.device.cores import usable_cores
 from offmoe.errors import CapacityError
 from offmoe.quant.packed_weight import TILE_ROWS, PackedWeight
 
@@ -117,7 +116,7 @@ class CpuKernels:
         """Start the threads.
 
         Args:
-            threads: their number; None: as many as there are physical cores; or kernels whose threads these share, and
+            threads: their number; None: as many as there are cores; or kernels whose threads these share, and
                 which are closed after them. Two pools would take cores from each other while they wait for work.
             variant: one of `library.variants`; None: the fastest.
             int8_activations: whether activations are rounded to 8 bits; otherwise they stay float32.
@@ -129,7 +128,7 @@ class CpuKernels:
         self._threads: Threads = (
             threads._threads
             if isinstance(threads, CpuKernels)
-            else Threads(library, physical_cores() if threads is None else threads)
+            else Threads(library, usable_cores() if threads is None else threads)
         )
 
     def experts(
@@ -210,16 +209,9 @@ class CpuKernels:
         self.close()
 
 
-def physical_cores() -> int:
-    """Cores that this process may use, without hyper-threads: more threads do not read memory faster."""
-    cores = psutil.cpu_count(logical=False) or 1
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-    return max(1, min(cores, allowed))
-
-
 def kernel_threads() -> int:
-    """Threads for the kernels beside a model: as many as torch has now, but no more than there are physical cores."""
-    return min(torch.get_num_threads(), physical_cores())
+    """Threads for the kernels beside a model: as many as torch has now, but no more than there are cores."""
+    return min(torch.get_num_threads(), usable_cores())
 
 
 def _struct(weight: Weight, bias: torch.Tensor | None) -> WeightStruct:

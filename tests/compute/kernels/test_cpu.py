@@ -15,9 +15,10 @@ from offmoe.compute.kernels.cpu import (
     Glu,
     PreparedExpert,
     Weight,
-    physical_cores,
+    kernel_threads,
 )
 from offmoe.compute.kernels.library import MAX_TOKENS
+from offmoe.device.cores import usable_cores
 from offmoe.errors import ConfigError
 from offmoe.pack.quantizer import TorchQuantizer
 from offmoe.quant.packed_weight import INT8, MXFP4, PackedWeight, WeightFormat, fp8, int4, pack_words
@@ -316,4 +317,4 @@ def test_reading_memory() -> None:
 
 
 def test_threads() -> None:
-    assert 1 <= physical_cores() <= 4096
+    assert 1 <= kernel_threads() <= usable_cores() <= 4096
