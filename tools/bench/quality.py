@@ -80,6 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Perplexity of the demo model with quantized experts.")
     parser.add_argument("--all", action="store_true", help="also other groups, and zero points")
     parser.add_argument("--dense", action="store_true", help="also dense weights in int8 and int4")
+    parser.add_argument("--every", type=int, default=1, help="score every Nth window")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     arguments = parser.parse_args()
     rows: dict[str, Quantizer | None] = {
@@ -96,7 +97,7 @@ def main() -> None:
         }
     transformers.logging.disable_progress_bar()
     tokens = AutoTokenizer.from_pretrained(MODEL)(TEXT.read_text("utf-8"), return_tensors="pt", verbose=False)
-    ids = windows(tokens["input_ids"][0])
+    ids = windows(tokens["input_ids"][0])[:: arguments.every]
     print(f"{len(ids)} windows of {WINDOW} tokens, {len(ids) * WINDOW // 2} tokens scored")
     models = {name: changed_model(change) for name, change in rows.items()}
     if arguments.dense:

@@ -4,8 +4,9 @@
 Two checkpoints with random int4 experts are written once (or reused from --work): Mixtral 8x7B's and Qwen3-30B-A3B's
 shape with 8 layers. Each round reads memory with the kernels' threads, decodes, and prefills, all in one process. The
 bound of a token is the time in which the weights that it needs (dense ones, and those of its experts) pass through
-memory at the rate of the same round. With --cap, only a share of the experts has slots and the files are cold; the
-bound is then reading the bytes of the misses, or computing, whichever takes longer.
+memory at the rate of the same round. Each round also runs with torch's operators for the dense part. With --cap, only
+a share of the experts has slots and the files are cold; the bound is then reading the bytes of the misses, or
+computing, whichever takes longer.
 
 --profile adds where a token's time goes, by kind of module. --json prints one object as the last line.
 """
@@ -31,6 +32,7 @@ from offmoe.budget.inspect import inspect
 from offmoe.compute.kernels.cpu import CpuKernels, kernel_threads
 from offmoe.compute.kernels.library import status
 from offmoe.config import OffloadConfig
+from offmoe.hf.load.kernel_linears import LinearForward
 from offmoe.measure.probes import DiskProbe, drop_page_cache
 from offmoe.pack.pack import weight_format
 from offmoe.storage.checkpoint import Checkpoint
@@ -93,6 +95,17 @@ class Run:
         return dense, sum(k * size for k, size in zip(shape.top_k, shape.expert_bytes, strict=True))
 
     @contextmanager
+    def dense_by_torch(self) -> Iterator[None]:
+        """The linear layers of the dense part as stock transformers computes them, while the block runs."""
+        own = {module: module.__dict__.get("forward") for module in self.model.modules()}
+        forwards = {module: forward for module, forward in own.items() if isinstance(forward, LinearForward)}
+        for module in forwards:
+            del module.__dict__["forward"]
+        yield
+        for module, forward in forwards.items():
+            object.__setattr__(module, "forward", forward)
+
+    @contextmanager
     def profiled(self) -> Iterator[Counter[str]]:
         """Seconds by kind of module while the block runs."""
         seconds, began, hooks = Counter[str](), dict[int, float](), []
@@ -134,6 +147,9 @@ def resident(folder: Path, options: dict[str, Any], args: argparse.Namespace) ->
                 began = time.perf_counter()
                 reader.read(memory)
                 rates.append(READ_BYTES / 1e9 / (time.perf_counter() - began))
+            with run.dense_by_torch():
+                torch_prompt_s = run.prefill(args.prompt)
+                torch_token_s = statistics.median(run.decode(args.tokens))
             prompt_s = run.prefill(args.prompt)
             token_s = statistics.median(run.decode(args.tokens))
             bound = (dense + experts) / 1e9 / max(rates)
@@ -143,6 +159,8 @@ def resident(folder: Path, options: dict[str, Any], args: argparse.Namespace) ->
                     "tokens_per_s": 1 / token_s,
                     "prefill_tokens_per_s": args.prompt / prompt_s,
                     "of_bound": bound / token_s,
+                    "decode_vs_torch_dense": torch_token_s / token_s,
+                    "prefill_vs_torch_dense": torch_prompt_s / prompt_s,
                 }
             )
         out = {"dense_bytes": dense, "expert_bytes": experts, **spread(rounds)}
