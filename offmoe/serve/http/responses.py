@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from openai.types.responses import Response as OpenAIResponse
+from pydantic import ValidationError
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
@@ -100,7 +101,7 @@ def read(service: Service, body: Any) -> Asked:
         "temperature": body.get("temperature"),
         "top_p": body.get("top_p"),
         "top_logprobs": alternatives or 0,
-        "text": {"format": form or {"type": "text"}},
+        "text": {"format": _echoed_format(form)},
         "tool_choice": body.get("tool_choice") or AUTO,
         "tools": [],
         "reasoning": {"effort": effort, "summary": None},
@@ -114,8 +115,9 @@ def read(service: Service, body: Any) -> Asked:
 async def responses(service: Service, http: HttpRequest, body: Any) -> Response:
     """POST /v1/responses."""
     asked = read(service, body)
-    asking = Asking(service.engine, [asked.request])
     output = Output(service.id, asked)
+    output.check()
+    asking = Asking(service.engine, [asked.request])
     if asked.stream:
         return event_stream(_events(asking, output), asked.ignored)
     answer = (await asking.whole(http))[0]
@@ -191,6 +193,15 @@ class Output:
                 "total_tokens": usage.prompt + usage.completion,
             },
         }
+
+    def check(self) -> None:
+        """RequestError for a field that a response repeats and that is of no kind of the API's, such as `metadata`."""
+        try:
+            OpenAIResponse.model_validate(self.response())
+        except ValidationError as error:
+            first = error.errors()[0]
+            field_name = str(first["loc"][0])
+            raise RequestError(f"{field_name}: {first['msg']}.", field_name) from error
 
     def begin(self) -> Iterator[str]:
         """The events before the answer."""
@@ -297,6 +308,13 @@ class Output:
 
 def _part(kind: str, text: str) -> dict[str, Any]:
     return {"type": kind, "text": text} | ({"annotations": [], "logprobs": []} if kind == "output_text" else {})
+
+
+def _echoed_format(form: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`text.format` as a response repeats it. A schema has a name there, whether or not the request gave it one."""
+    if form is None:
+        return {"type": "text"}
+    return {"name": "answer", **form} if form.get("type") == "json_schema" else dict(form)
 
 
 def _choice(service: Service, fields: Fields, offered: Mapping[str, Offered]) -> tuple[list[Tool], str | None]:

@@ -207,3 +207,23 @@ def test_a_strict_server_refuses_what_no_api_defines(running: Any) -> None:
     client = TestClient(build_app(Service(running, ["demo"], strict=True), Access()), base_url="http://localhost")
     reply = send(client, CASES["field frobnicate"])
     refused(param="frobnicate", words="--strict")(reply)
+
+
+def test_a_schema_without_a_name_is_enforced(client: TestClient) -> None:
+    """It was a 500 after the answer had been computed: a response repeats the format, and the API's has a name."""
+    body = {"input": "hi", "max_output_tokens": 40, "text": {"format": {"type": "json_schema", "schema": SCHEMA}}}
+    reply = client.post("/v1/responses", json=body)
+    assert reply.status_code == 200
+    assert reply.json()["text"]["format"]["name"] == "answer"
+    assert isinstance(json.loads(reply.json()["output"][0]["content"][0]["text"])["a"], int)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_field_that_a_response_repeats_is_checked_before_anything_is_computed(
+    client: TestClient, stream: bool
+) -> None:
+    reply = client.post("/v1/responses", json={"input": "hi", "metadata": {"a": 1}, "stream": stream})
+    refused(param="metadata")(reply)
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer", "maximum": 9}}, "required": ["a"]}
