@@ -17,7 +17,7 @@ from offmoe.budget.inspect import inspect
 from offmoe.compute.cpu_compute import CpuCompute
 from offmoe.compute.cpu_slot import CpuSlot
 from offmoe.compute.expert_layer import ExpertLayer
-from offmoe.compute.kernels.cpu import CpuKernels, GatedExpert, Glu, Rows
+from offmoe.compute.kernels.cpu import CpuKernels, GatedExpert, Glu, PreparedExpert, Rows
 from offmoe.compute.kernels.library import KernelStatus, status
 from offmoe.compute.torch_compute import TorchCompute
 from offmoe.config import OffloadConfig
@@ -134,14 +134,13 @@ def test_published_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind
     right, tokens = run(folder)
     computed: set[str] = set()
 
-    def expert(self: CpuKernels, weights: GatedExpert, glu: Glu) -> Rows:
+    def prepared(weights: GatedExpert, glu: Glu) -> PreparedExpert:
         for weight in (weights.gate, weights.up, weights.down):
             assert isinstance(weight, PackedWeight)
             computed.add(weight.format.kind)
-        return prepare(self, weights, glu)
+        return PreparedExpert(weights, glu)
 
-    prepare = CpuKernels.expert
-    monkeypatch.setattr(CpuKernels, "expert", expert)
+    monkeypatch.setattr("offmoe.compute.cpu_compute.PreparedExpert", prepared)
     got, same_tokens = run(folder, exactness="numeric")
     assert computed == {kind[:3] if kind.startswith("fp8") else kind if kind == "mxfp4" else "int4"}
     allowed = SAME if kind.startswith("fp8") else 5e-3
@@ -292,7 +291,7 @@ def test_closing_waits_for_the_call_under_way() -> None:
         def __init__(self) -> None:
             """No threads."""
 
-        def expert(self, weights: GatedExpert, glu: Glu) -> Rows:
+        def rows_of(self, expert: PreparedExpert) -> Rows:
             def rows(x: torch.Tensor) -> torch.Tensor:
                 inside.set()
                 assert go_on.wait(30)
@@ -306,7 +305,7 @@ def test_closing_waits_for_the_call_under_way() -> None:
 
     class Slot(CpuSlot):
         def expert(self, views: object) -> GatedExpert:
-            return GatedExpert(*[torch.zeros(16, 32)] * 3)
+            return GatedExpert(*[torch.zeros(32, 32, dtype=torch.bfloat16)] * 3)
 
     slot = Slot(layout, Assembly(), (), Glu(), False)
     kernels = Kernels()
