@@ -97,6 +97,7 @@ class TransferEngine:
                 for fetch in wave.fetches:
                     self._start(fetch, DEMAND, num_uses[fetch.slot])
                 num_uses.update(slot for _, slot in wave.experts)
+        self._ram.copy()
 
     def fetch(self, fetches: Sequence[Fetch]) -> None:
         """Start fetches that computation is about to wait for."""

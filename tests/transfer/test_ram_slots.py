@@ -18,7 +18,7 @@ from offmoe.storage.layout import Assembly, Destination, ExpertLayout, ExpertRec
 from offmoe.storage.store import ExpertStore
 from offmoe.transfer.engine import TransferEngine
 from offmoe.transfer.slot_writer import SlotWriter
-from offmoe.types import ExpertKey, Fetch
+from offmoe.types import ExpertKey, Fetch, Wave
 from tests.doubles import Layer, PinningBackend
 
 EXPERTS = 4
@@ -108,6 +108,16 @@ def test_what_has_to_wait_is_left_to_readers(rig: Rig) -> None:
         rig.engine.fetch([Fetch(key, 1, None, host=0), Fetch(key, 2, None, host=0, read=False)])
         rig.use((0, 1), (0, 2))
     assert threading.current_thread() not in rig.threads
+
+
+def test_a_later_wave_may_have_a_slot_of_its_own(rig: Rig) -> None:
+    """It waits for no earlier wave, so its copy is queued with theirs."""
+    rig.read(0, 1)
+    fetches = [Fetch(ExpertKey(0, e), 2 + e, None, host=e, read=False) for e in (0, 1)]
+    rig.engine.stream([Wave(((fetch.key.expert, fetch.slot),), (fetch,)) for fetch in fetches])
+    assert rig.threads == [threading.current_thread()] * 2
+    rig.use((0, 2))
+    rig.use((1, 3))
 
 
 @pytest.mark.parametrize("pins", [10**9, 0])
