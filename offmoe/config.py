@@ -197,8 +197,9 @@ class OffloadConfig:
         prefetch: Experts to fetch into slots before the next layer asks for them: at most this many per layer, 0 for
             none, or "auto" while it pays. Default: the profile's, else "auto".
         exactness: How equal results are to stock transformers: "bitwise" = equal bit for bit; "numeric" = same routing
-            and weights, sums in another order, faster; "auto" = "bitwise" unless weights are quantized. Default:
-            "auto".
+            and weights, sums in another order, faster; "auto" = "numeric" if weights are quantized while loading, and
+            for experts that are quantized already if kernels compute with them as they are stored; else "bitwise".
+            Default: "auto".
         activations: Form of the inputs of quantized experts: "float", or "int8" to round them to 8 bits in groups,
             which is faster and changes an output by about 1 % of its norm. Default: "float". Errors: "int8" for native
             experts, unless exactness="numeric".
@@ -281,10 +282,11 @@ class OffloadConfig:
     def resolved(self, **values: Any) -> OffloadConfig:
         """A copy with "auto" values replaced.
 
-        `prefill_chunk` is explicit in it only if it was before: what follows from a plan asks nothing of another one.
+        `prefill_chunk` and `exactness` are explicit in it only if they were before: what follows from a plan or from a
+        checkpoint asks nothing of another one.
         """
         copy = replace(self, **values)
-        object.__setattr__(copy, "explicit", copy.explicit - ({"prefill_chunk"} - self.explicit))
+        object.__setattr__(copy, "explicit", copy.explicit - ({"prefill_chunk", "exactness"} - self.explicit))
         return copy
 
     def overridden(self, **options: Any) -> OffloadConfig:

@@ -57,7 +57,9 @@ def test_logits_and_tokens_are_those_of_the_dequantized_model(
 ) -> None:
     folder, dense = quantized.save(tmp_path, family, kind, **OVERRIDES.get(kind, {}))
     wanted = run(AutoModelForCausalLM.from_pretrained(dense, dtype=dtype).eval())
-    ours = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3, dtype=dtype, trace=tmp_path / "run.npz")
+    ours = offmoe.from_pretrained(
+        folder, device="cpu", exactness="bitwise", slots_per_layer=3, dtype=dtype, trace=tmp_path / "run.npz"
+    )
     with ours.offload:
         logits, tokens = run(ours)
         stats = ours.offload.stats()
@@ -76,7 +78,7 @@ def test_fp8_equals_stock_on_the_same_file(tmp_path: Path, family: str) -> None:
     """
     folder, _ = quantized.save(tmp_path, family, "fp8")
     wanted = run(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval())
-    ours = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=2)
+    ours = offmoe.from_pretrained(folder, device="cpu", exactness="bitwise", slots_per_layer=2)
     with ours.offload:
         assert ours.offload.config.exactness == "bitwise"
         got = run(ours)
@@ -89,7 +91,7 @@ def test_mxfp4_equals_stock_on_the_same_file(tmp_path: Path) -> None:
     config = Mxfp4Config(dequantize=True)
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=config)
     wanted = run(stock.eval())
-    ours = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=2)
+    ours = offmoe.from_pretrained(folder, device="cpu", exactness="bitwise", slots_per_layer=2)
     with ours.offload:
         got = run(ours)
     assert torch.equal(got[0], wanted[0])
@@ -105,7 +107,7 @@ def test_compressed_tensors_equals_stock_on_the_same_file(tmp_path: Path, kind: 
     config = CompressedTensorsConfig(dequantize=True)
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=config)
     wanted = run(stock.eval())
-    ours = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3)
+    ours = offmoe.from_pretrained(folder, device="cpu", exactness="bitwise", slots_per_layer=3)
     with ours.offload:
         got = run(ours)
     assert torch.equal(got[0], wanted[0])
@@ -116,7 +118,9 @@ def test_only_raw_bytes_move_and_stand_in_slots(tmp_path: Path) -> None:
     folder, dense = quantized.save(tmp_path, "mixtral", "ct-int4", hidden_size=128, intermediate_size=256)
     sizes = {}
     for path in (folder, dense):
-        model = offmoe.from_pretrained(path, device="cpu", slots_per_layer=3, dtype=torch.bfloat16, prefetch=0)
+        model = offmoe.from_pretrained(
+            path, device="cpu", exactness="bitwise", slots_per_layer=3, dtype=torch.bfloat16, prefetch=0
+        )
         with model.offload:
             run(model)
             stats = model.offload.stats()
@@ -144,7 +148,7 @@ def test_workspace_holds_the_expert_that_is_decoded(tmp_path: Path) -> None:
     folder, dense = quantized.save(tmp_path, "mixtral", "fp8", hidden_size=128, intermediate_size=256)
     workspaces = []
     for path in (folder, dense):
-        model = offmoe.from_pretrained(path, device="cpu", slots_per_layer=3, dtype=torch.float32)
+        model = offmoe.from_pretrained(path, device="cpu", exactness="bitwise", slots_per_layer=3, dtype=torch.float32)
         with model.offload as offload:
             workspaces.append(offload.memory().workspace)
     assert workspaces[0] - workspaces[1] >= 3 * 128 * 256 * 4
@@ -154,7 +158,7 @@ def test_a_model_is_what_the_class_says_and_saves_its_source(tmp_path: Path) -> 
     folder, dense = quantized.save(tmp_path, "qwen3_moe", "fp8")
     (folder / "generation_config.json").write_text(json.dumps({"max_new_tokens": 3, "eos_token_id": [2, 7]}))
     stock: tiny.Model = AutoModelForCausalLM.from_pretrained(dense)
-    model: tiny.Model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=2)
+    model: tiny.Model = offmoe.from_pretrained(folder, device="cpu", exactness="bitwise", slots_per_layer=2)
     with model.offload:
         assert type(model) is type(stock)
         assert not getattr(model, "is_quantized", False)
@@ -174,11 +178,11 @@ def test_dense_layers_that_do_not_fit_come_decoded(tmp_path: Path) -> None:
     folder, dense = quantized.save(tmp_path, "mixtral", "fp8", num_hidden_layers=4)
     wanted = run(AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16).eval())
     with pytest.raises(CapacityError) as raised:
-        offmoe.from_pretrained(folder, device="cpu", device_memory=1, max_context=64)
+        offmoe.from_pretrained(folder, device="cpu", exactness="bitwise", device_memory=1, max_context=64)
     needed = re.search(r"model is (\d+) bytes", str(raised.value))
     assert needed is not None
     smallest = int(needed[1])
-    model = offmoe.from_pretrained(folder, device="cpu", device_memory=smallest, max_context=64)
+    model = offmoe.from_pretrained(folder, device="cpu", exactness="bitwise", device_memory=smallest, max_context=64)
     with model.offload:
         assert model.offload.memory().offloaded_layers > 0
         got = run(model)
@@ -191,7 +195,7 @@ def test_tied_embeddings_and_biases_stay_as_they_are(tmp_path: Path) -> None:
         tmp_path, "qwen2_moe", "gptq", tie_word_embeddings=True, qkv_bias=True, shared_expert_intermediate_size=24
     )
     wanted = run(AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16).eval())
-    ours = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=2)
+    ours = offmoe.from_pretrained(folder, device="cpu", exactness="bitwise", slots_per_layer=2)
     with ours.offload:
         assert ours.lm_head.weight is ours.model.embed_tokens.weight
         got = run(ours)
@@ -204,4 +208,4 @@ def test_a_dense_weight_that_is_gone_is_named(tmp_path: Path) -> None:
     stem = "model.layers.1.self_attn.v_proj"
     tiny.edit(folder, {f"{stem}.{part}": None for part in ("qweight", "qzeros", "scales")})
     with pytest.raises(MissingTensorError, match=stem):
-        offmoe.from_pretrained(folder, device="cpu", slots_per_layer=2)
+        offmoe.from_pretrained(folder, device="cpu", exactness="bitwise", slots_per_layer=2)

@@ -116,6 +116,11 @@ class _PreparedSlots(dict[int, PreparedExpert]):
         return expert
 
 
+def has_cpu_kernels(layer: ExpertLayer) -> bool:
+    """Whether the C kernels compute a layer whose slots were laid out for them where that can be."""
+    return layer.cpu_slot is not None
+
+
 def scratch_layers(layers: Sequence[ExpertLayer], records: Sequence[Sequence[ExpertRecord]]) -> list[ExpertLayer]:
     """The layers as they stand in scratch slots in RAM, for which the host computes beside a device.
 

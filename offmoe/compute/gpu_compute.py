@@ -115,6 +115,17 @@ def device_compute(
     return ComputeByLayer([by_kernels if layer.index in kernels else otherwise for layer in layers])
 
 
+def has_gpu_kernels(layer: ExpertLayer) -> bool:
+    """Whether the GPU kernels compute a layer from its slots. They may still not compile for a device."""
+    if not available():
+        return False
+    try:
+        _operands(layer)
+    except UnsupportedModelError:
+        return False
+    return True
+
+
 def _compile(
     kernels: dict[int, DeviceKernels], dtype: torch.dtype, top_k: Sequence[int], reasons: Counter[str]
 ) -> None:

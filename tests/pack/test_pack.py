@@ -101,7 +101,7 @@ def test_a_packed_model_computes_what_the_quantized_weights_do(
     # stock transformers on a checkpoint of the values
     tiny.edit(source, {name: values.to(dtype) for name, values in wanted.items()})
     stock = run(AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval())
-    ours = offmoe.from_pretrained(out, device="cpu", slots_per_layer=3)
+    ours = offmoe.from_pretrained(out, device="cpu", slots_per_layer=3, exactness="bitwise")
     with ours.offload:
         logits, tokens = run(ours)
     assert torch.equal(logits, stock[0])
@@ -117,7 +117,7 @@ def test_fused_experts_are_cut_into_the_same_matrices(tmp_path: Path, family: st
         source, out = tmp_path / f"source{original}", tmp_path / f"out{original}"
         tiny.save(model, source, original_format=original)
         done = pack(source, out, INT4)
-        ours = offmoe.from_pretrained(out, device="cpu", slots_per_layer=3)
+        ours = offmoe.from_pretrained(out, device="cpu", slots_per_layer=3, exactness="bitwise")
         with ours.offload:
             packed.append((done.bytes_in, done.layers, *run(ours)))
     (size, losses, logits, tokens), other = packed
