@@ -305,9 +305,10 @@ def test_headers_and_indexes(folders: list[Path], layout: int, capfd: pytest.Cap
                 else:
                     check_bytes(checkpoint, catalog)
                     outcomes["read"] += 1
-    assert outcomes["read"] > 50, outcomes
+    # An index that names the wrong shard is no loss: the tensor is found where it is, as stock finds it.
+    assert outcomes["read"] > 150, outcomes
     assert outcomes["CheckpointError"] > 300, outcomes
-    assert outcomes["MissingTensorError"] > 50, outcomes
+    assert outcomes["MissingTensorError"] >= 10, outcomes
     check_bytes(Checkpoint.open(folder), build_catalog(Checkpoint.open(folder), meta))  # all is as it was
 
 
