@@ -32,6 +32,10 @@ class DeviceKind(ABC):
     def count(self) -> int:
         """Number of devices of this kind that torch can use."""
 
+    def has_bfloat16(self, device: torch.device) -> bool:
+        """Whether a device computes bfloat16 itself."""
+        return True
+
     @abstractmethod
     def blocking_event(self, device: torch.device) -> Event:
         """A new event; a host thread that waits for it sleeps."""
@@ -91,6 +95,7 @@ class AcceleratorBackend(Backend):
         index = torch.accelerator.current_device_index() if device.index is None else device.index
         self.device = torch.device(kind.name, index)
         self.has_device_kernels = kind.has_kernels
+        self.emulates_bfloat16 = not kind.has_bfloat16(self.device)
         self._kind = kind
         self.copies: Stream = DeviceStream(torch.Stream(self.device))
 

@@ -63,6 +63,8 @@ class Backend(ABC):
     """
     has_device_kernels: bool
     """Whether the Triton kernels run on this device."""
+    emulates_bfloat16: bool = False
+    """Whether the device has no bfloat16 of its own, so that torch computes it in float32 with conversions."""
 
     @property
     @abstractmethod

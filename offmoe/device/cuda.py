@@ -27,6 +27,10 @@ class CudaKind(DeviceKind):
     def count(self) -> int:
         return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
+    def has_bfloat16(self, device: torch.device) -> bool:
+        """From compute capability 8.0 on (CUDA C++ Programming Guide, "Arithmetic Instructions"); on every ROCm."""
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
     def blocking_event(self, device: torch.device) -> Event:
         return _BlockingEvent(device)
 

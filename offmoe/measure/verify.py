@@ -87,6 +87,7 @@ def verify(
     prompt: torch.Tensor | None = None,
     only: Sequence[str] = NAMES,
     numeric: bool = True,
+    implementation: str | None = None,
     begins: Callable[[str], object] = lambda name: None,
 ) -> Iterator[Outcome]:
     """Run the model in every set-up and compare it with the reference.
@@ -97,6 +98,7 @@ def verify(
         prompt: token ids int64 [1, n] to begin with; None: random ones.
         only: names of the set-ups to run.
         numeric: whether set-ups with sums in another order run as well.
+        implementation: experts implementation of stock transformers; None: its default.
         begins: called with the name of each set-up before it loads.
 
     Yields:
@@ -109,7 +111,7 @@ def verify(
     unknown = [name for name in only if name not in NAMES]
     if unknown:
         raise ConfigError(f"there is no set-up {unknown[0]!r}; use some of: {', '.join(NAMES)}.")
-    comparison = _Comparison(fetched, _requests(fetched, tokens, prompt))
+    comparison = _Comparison(fetched, _requests(fetched, tokens, prompt), implementation)
     if STOCK in only:
         begins(STOCK)
         yield comparison.stock()
@@ -154,8 +156,8 @@ def _requests(fetched: Inspected, tokens: int, prompt: torch.Tensor | None) -> l
 class _Comparison:
     """The set-ups of one model, one after the other, against the first that ran."""
 
-    def __init__(self, fetched: Inspected, requests: list[Request]) -> None:
-        self._fetched, self._requests = fetched, requests
+    def __init__(self, fetched: Inspected, requests: list[Request], implementation: str | None) -> None:
+        self._fetched, self._requests, self._implementation = fetched, requests, implementation
         self._layers = tuple(decoder_layers(fetched.meta))
         self._hf_config = copy.deepcopy(fetched.hf_config)  # before anything of offmoe is attached
         self._reference: Run | None = None
@@ -272,6 +274,7 @@ class _Comparison:
             config=copy.deepcopy(self._hf_config),
             dtype=fetched.dtype,
             generation_config=plain_generation(fetched.generation_folder, fetched.hf_config),
+            **({} if self._implementation is None else {"experts_implementation": self._implementation}),
         )
         # As offmoe does. On a CPU, torch takes another kernel with other last bits for a weight that could have a
         # gradient, and for one at an odd address of a mapped file.

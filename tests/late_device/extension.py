@@ -232,9 +232,14 @@ class LateKind(DeviceKind):
         """Per registration, the current device."""
         self.refuses_after = 1 << 30
         """Registrations that succeed before the system refuses."""
+        self.bfloat16 = True
+        """Whether the device says that it computes bfloat16 itself."""
 
     def count(self) -> int:
         return 2
+
+    def has_bfloat16(self, device: torch.device) -> bool:
+        return self.bfloat16
 
     def blocking_event(self, device: torch.device) -> Event:
         return DeviceEvent(device)

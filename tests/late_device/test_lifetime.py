@@ -128,6 +128,23 @@ def test_a_driver_that_refuses_registration(
     assert extension.registered() == 0
 
 
+def test_a_card_without_bfloat16(folder: Path, kind: LateKind, caplog: pytest.LogCaptureFixture) -> None:
+    """Turing and older: torch emulates it, so results are the same, and the log says what would be faster."""
+    model = load(folder, dtype=torch.bfloat16)
+    with model.offload:
+        want = logits(model)
+    assert "bfloat16" not in caplog.text
+    kind.bfloat16 = False
+    model = load(folder, dtype=torch.float32)
+    model.offload.close()
+    assert "bfloat16" not in caplog.text
+    model = load(folder, dtype=torch.bfloat16)
+    with model.offload:
+        assert all(torch.equal(a, b) for a, b in zip(logits(model), want, strict=True))
+    assert "late:0 has no bfloat16 of its own: torch emulates it" in caplog.text
+    assert "--dtype float16" in caplog.text
+
+
 def test_devices_that_are_not_there(kind: LateKind) -> None:
     with pytest.raises(ConfigError, match="there are 2 LATE devices"):
         select_backend("late:2")

@@ -1,7 +1,8 @@
 """Each wait of transfer/waits.py taken out: a race, or weights and rows that are wrong.
 
-W9 is not here: results return on the stream that computes with them, whose own order is enough on every device with
-streams. tests/transfer/test_host_exchange.py shows what happens on one that is later than that.
+W4 and W6 order threads of the host, which no device sees: test_host_order.py holds one thread until the other has gone
+ahead. W9 is not here: results return on the stream that computes with them, whose own order is enough on every device
+with streams. tests/transfer/test_host_exchange.py shows what happens on one that is later than that.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 """The measurements of tools/gpu_check, one section per process: a section that breaks the device breaks only itself.
 
 Bytes go from the disk to host buffers and from there to the device, and weights through the device's memory. Each is
-measured alone; gpu_decode.py measures them together. A section writes its figures into WORK/SECTION.json after each
-one, so that a section that is stopped has reported something. transformers is imported only where it is needed:
-otherwise each process would spend most of its time on that.
+measured alone; gpu_models.py and gpu_decode.py measure them together. A section writes each figure at once, into
+WORK/SECTION.json and as a line of the file of results, so that a section that is stopped has reported something.
+transformers is imported only where it is needed: otherwise each process would spend most of its time on that.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import time
 import traceback
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +31,7 @@ from offmoe.device.arena import HostBuffers
 from offmoe.device.select import select_backend
 from tools.bench import read
 from tools.bench.gpu_decode import decode
+from tools.bench.gpu_hooks import CudaHooks, Hooks
 from tools.bench.gpu_kernels import kernels
 from tools.bench.gpu_section import MIB, SPARE_BYTES, WRITE_BYTES_PER_S, Section, copy_gb_s, reads_directly
 
@@ -54,22 +56,16 @@ def machine(section: Section) -> None:
         section.note(nvidia_smi=(done.stdout or done.stderr).strip().splitlines())
     backend = select_backend(section.device)  # raises where there is no such device
     section.note(device_free_gb=round(backend.free_bytes() / 1e9, 2), backend=str(backend.device))
-    if section.cuda:
-        about = torch.cuda.get_device_properties(backend.device)
-        section.note(
-            gpu=about.name, compute_capability=f"{about.major}.{about.minor}", gpu_bytes=int(about.total_memory)
-        )
-        values = (torch.ones(4, device=backend.device) * 2).sum().item()
-        assert values == 8, "the device computes nonsense"
+    section.note(**section.hooks.about(backend.device))
+    values = (torch.ones(4, device=backend.device) * 2).sum().item()
+    assert values == 8, "the device computes nonsense"
 
 
 def copies(section: Section) -> None:
     """Copies to the device, from pageable memory and from torch's own pinned memory."""
     rates: dict[str, dict[str, float]] = {}
-    kinds = ("pageable", "pinned") if section.cuda else ("pageable",)
-    if not section.cuda:
-        section.skip("pinned memory: there is none without a GPU")
-    for size in (1, 8) if section.quick else (1, 8, 64, 256):
+    kinds = ("pageable", "pinned")
+    for size in (1, 2) if section.tiny else (1, 8, 64, 256):
         if section.left() < 3:
             section.skip(f"{size} MiB and larger: out of time")
             break
@@ -84,7 +80,7 @@ def copies(section: Section) -> None:
 def pinning(section: Section) -> None:
     """Check whether the staging buffers can be pinned, how long that takes, and how much faster copies are."""
     backend = select_backend(section.device)
-    count, size = (2, 8 * MIB) if section.quick else (4, 256 * MIB)
+    count, size = (2, MIB) if section.tiny else (4, 256 * MIB)
     spent: list[float] = []
 
     def timed_pin(address: int, nbytes: int) -> bool:
@@ -103,7 +99,7 @@ def pinning(section: Section) -> None:
             section.note(register_s_per_gb=round(sum(spent) / (sum(pinned) * size / 1e9), 4))
         destination = torch.empty(size, dtype=torch.uint8, device=section.device)
         section.note(
-            torch_says_pinned=section.cuda and buffers.tensor(0).is_pinned(),
+            torch_says_pinned=buffers.tensor(0).is_pinned(),
             gb_s=round(copy_gb_s(section, buffers.tensor(0), destination), 2),
         )
         section.wait()
@@ -119,18 +115,18 @@ def disk(section: Section) -> None:
     if not section.found.setdefault("direct_io", reads_directly(section.work)):
         section.note(hint="unbuffered reads are refused in the work folder: give --dir on a local disk")
     models = [read.SMALL, read.BIG]
-    if section.quick:
-        models = [read.Model("5 MB", layers=1, experts=16, hidden=2048, ff=416)]
+    if section.tiny:
+        models = [read.Model("5 MB", layers=1, experts=4, hidden=2048, ff=416)]
     limits: list[float] = []
     for model in models:
         name = "cold_ratio_" + model.name.replace(" ", "").lower()
         if shutil.disk_usage(section.work).free < model.nbytes + SPARE_BYTES:
             section.skip(f"{model.name} experts: no room for {model.nbytes / 1e9:.1f} GB in the work folder")
             continue
-        if not section.quick and section.left() < 5 + model.nbytes / WRITE_BYTES_PER_S:
+        if not section.tiny and section.left() < 5 + model.nbytes / WRITE_BYTES_PER_S:
             section.skip(f"{model.name} experts: {section.left():.0f} s are too few to write and read them")
             continue
-        ratio, found = read.measure(model, section.work / name, 0 if section.quick else min(8, section.left() / 3))
+        ratio, found = read.measure(model, section.work / name, 0 if section.tiny else min(8, section.left() / 3))
         limits += found
         section.note(**{name: round(ratio, 3), "limit_gb_s": round(statistics.median(limits), 3)})
 
@@ -146,30 +142,36 @@ def resident(section: Section) -> None:
     folder = locate("demo").folder
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     inputs = {k: v.to(section.device) for k, v in tokenizer(PROMPT, return_tensors="pt").items()}
+    tokens, rounds = (2, 2) if section.tiny else (64, 7)
     models: dict[str, Any] = {}  # offmoe's has more attributes than its class
     for name in ("eager", "grouped_mm"):
         stock = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", experts_implementation=name)
-        models[name] = stock.eval().to(section.device)
+        stock = stock.eval().to(section.device)
+        try:
+            seconds_per_token(stock, inputs, tokens)
+            models[name] = stock
+        except (RuntimeError, NotImplementedError) as error:  # a kernel that this device does not have
+            section.skip(f"stock, {name}: {str(error).splitlines()[0][:100]}")
     models["offmoe"] = offmoe.from_pretrained("demo", device=section.device, slots_per_layer=8)
-    tokens, rounds = (8, 2) if section.quick else (64, 7)
     times: dict[str, list[float]] = {name: [] for name in models}
     try:
-        for model in models.values():
-            seconds_per_token(model, inputs, tokens)
+        seconds_per_token(models["offmoe"], inputs, tokens)
         for i in range(rounds):
             if i > 1 and section.left() < 10:
                 section.skip(f"rounds {i + 1} to {rounds}: out of time")
                 break
-            for name in list(models)[i % 3 :] + list(models)[: i % 3]:
+            first = i % len(models)
+            for name in list(models)[first:] + list(models)[:first]:
                 times[name].append(seconds_per_token(models[name], inputs, tokens))
     finally:
         models["offmoe"].offload.close()
     layers = models["offmoe"].config.num_hidden_layers
     ms = {name: statistics.median(found) * 1e3 for name, found in times.items()}
-    pairs = zip(times["eager"], times["grouped_mm"], times["offmoe"], strict=True)
-    more = [(ours - min(a, b), ours / min(a, b)) for a, b, ours in pairs]
+    stocks = zip(*(found for name, found in times.items() if name != "offmoe"), strict=True)
+    more = [(ours - min(stock), ours / min(stock)) for stock, ours in zip(stocks, times["offmoe"], strict=True)]
     section.note(
         ms_per_token={name: round(value, 3) for name, value in ms.items()},
+        tokens_per_s={name: round(1e3 / value, 1) for name, value in ms.items()},
         ratio_vs_stock=round(statistics.median(ratio for _, ratio in more), 3),
         overhead_us_per_layer=round(statistics.median(extra for extra, _ in more) * 1e6 / layers, 1),
         rounds=len(more),
@@ -188,23 +190,44 @@ def _version(package: str) -> str | None:
         return None
 
 
-SECTIONS = {s.__name__: s for s in (machine, copies, pinning, kernels, resident, decode, disk)}
+def whole_models(name: str) -> Callable[[Section], None]:
+    """A section of gpu_models.py, which imports transformers."""
+
+    def section(given: Section) -> None:
+        from tools.bench import gpu_models
+
+        getattr(gpu_models, name)(given)
+
+    return section
+
+
+SECTIONS: dict[str, Callable[[Section], None]] = {
+    **{s.__name__: s for s in (machine, copies, pinning, kernels, resident, decode, disk)},
+    **{name: whole_models(name) for name in ("parity", "verify", "budget", "prefill", "soak")},
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("section", choices=SECTIONS)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--device", default="cuda", help="a CUDA device; or late, the device of tests")
     parser.add_argument("--work", type=Path, required=True, help="an existing folder for files and results")
+    parser.add_argument("--out", type=Path, required=True, help="append figures to this file, a line of JSON each")
     parser.add_argument("--seconds", type=float, default=60.0)
     args = parser.parse_args()
-    if torch.device(args.device).type == "cpu":
+    is_dry = args.device == "late"
+    hooks: Hooks = CudaHooks()
+    if is_dry:
+        from tests.late_device import dry_run
+
+        hooks = dry_run.prepare()
         torch.set_num_threads(1)  # small matrices are faster so, and the machine may be busy
-    section = Section(args.section, args.device, args.quick, args.work, time.monotonic() + args.seconds)
+    section = Section(args.section, args.device, is_dry, args.work, time.monotonic() + args.seconds, hooks, args.out)
     error = None
     try:
         SECTIONS[args.section](section)
+        if is_dry:
+            assert not dry_run.races(), dry_run.races()[0]
     except (Exception, KeyboardInterrupt, SystemExit) as failure:  # whatever it is, it is this section's result
         traceback.print_exc()
         error = f"{type(failure).__name__}: {failure}"

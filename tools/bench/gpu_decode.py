@@ -59,7 +59,7 @@ def decode(section: Section) -> None:
     rows: list[dict[str, Any]] = []
     resident_ms = 0.0
     for slots, prefetch in ((8, 0), (4, 0), (2, 0), (4, "auto")):
-        if rows and section.left() < (2 if section.quick else 12):
+        if rows and section.left() < (2 if section.tiny else 12):
             section.skip(f"{slots} slots, prefetch {prefetch}: out of time")
             continue
         row = _decode_once(section, folder, slots, prefetch)
@@ -103,7 +103,7 @@ def _decode_once(section: Section, folder: Path, slots: int, prefetch: int | str
             model(input_ids=torch.arange(256, device=section.device)[None])
         run(8, 0)
         per_token = run(4, 1) / 4
-        tokens = 8 if section.quick else int(max(8, min(128, section.left() / 6 / per_token)))
+        tokens = 8 if section.tiny else int(max(8, min(128, section.left() / 6 / per_token)))
         model.offload.reset_stats()
         wall = run(tokens, 2)
         stats = model.offload.stats()
@@ -131,7 +131,7 @@ def _largest(section: Section, backend: Backend) -> tuple[int, int]:
                 ("disk", free_disk < nbytes + SPARE_BYTES),
                 ("device memory", free_device * backend.auto_share < 1.2 * nbytes + 10**9),
                 ("time", section.left() / 2.5 < nbytes / WRITE_BYTES_PER_S),
-                ("--quick", section.quick),
+                ("a dry run", section.tiny),
             )
             if short
         ]
@@ -166,5 +166,5 @@ def _disk_gb_s(folder: Path) -> tuple[float, str]:
 
 
 def _link_gb_s(section: Section) -> float:
-    source = torch.ones(8 * MIB, dtype=torch.uint8, pin_memory=section.cuda)
+    source = torch.ones(8 * MIB, dtype=torch.uint8, pin_memory=True)
     return copy_gb_s(section, source, torch.empty(8 * MIB, dtype=torch.uint8, device=section.device))

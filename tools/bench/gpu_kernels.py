@@ -13,20 +13,23 @@ from typing import Any, NamedTuple
 import torch
 
 from offmoe.compute.kernels.cpu import Glu
-from offmoe.compute.kernels.device import DECODE_PAIRS, DeviceKernels, Pairs, available
+from offmoe.compute.kernels.device import DECODE_PAIRS, FULL_GRID, DeviceKernels, Pairs, available
 from offmoe.compute.kernels.operands import GatedOperands, Operand, coded_operand, float_operand
 from offmoe.device.arena import SlotArena
 from offmoe.device.select import select_backend
 from offmoe.quant.float_formats import Mxfp4, ScaledFloat
 from offmoe.quant.int_formats import PackedInt
 from offmoe.storage.layout import ExpertLayout
-from tools.bench.gpu_section import MIB, Section, seconds
+from tools.bench.gpu_section import MIB, Section
 
 SHAPES = {"mixtral": (4096, 14336, 2), "qwen3": (2048, 768, 8)}
 """Hidden and intermediate size, experts per token."""
-SMALL = (256, 384, 2)
+TINY_SHAPES = {"tiny": (128, 128, 2)}
+SMALL, TINY_SMALL = (256, 384, 2), (128, 128, 2)
 SLAB_BYTES = 4 * 10**9
-TOKENS = (1, 2, 4, 8, 16, 64, 512)
+TINY_TIMED = ("int4_g64",)
+"""Formats that a dry run times: Triton's interpreter takes seconds for each."""
+TOKENS, TINY_TOKENS = (1, 2, 4, 8, 16, 64, 512), (1, 2)
 ALLOWED = 5e-3
 """Largest relative L2 error against float32 with dequantized weights."""
 FORMATS: dict[str, PackedInt | Mxfp4 | ScaledFloat | None] = {
@@ -45,25 +48,22 @@ class Form(NamedTuple):
 
 def kernels(section: Section) -> None:
     """Triton's kernels against float32, against the memory's bandwidth, and against torch."""
-    forms = {name: form(name, *SMALL[:2]) for name in FORMATS}
+    forms = {name: form(name, *small(section)) for name in FORMATS}
     section.note(formats=list(forms), expert_bytes={name: weight_bytes(f.operands) for name, f in forms.items()})
     if not available():
         section.skip("everything: Triton is not installed")
         return
-    if not section.cuda:
-        section.skip("running them: needs a GPU; only their operands were made")
-        return
     errors = {}
-    for name, small in forms.items():
-        errors[name] = {str(tokens): error(section, name, small, tokens) for tokens in (1, 40)}
+    for name, each in forms.items():
+        errors[name] = {str(tokens): error(section, name, each, tokens) for tokens in (1, 40)}
         section.note(errors=errors)
         print(f"  {name:16s} relative error {errors[name]}")
     bandwidth = bandwidth_gb_s(section)
     section.note(memory_gb_s=round(bandwidth, 1), gemlite="not timed: its layers hold their own copy of an expert")
     print(f"  memory {bandwidth:.0f} GB/s, read and written")
     rows: list[dict[str, Any]] = []
-    for shape, (hidden, inner, top_k) in SHAPES.items():
-        for name in FORMATS:
+    for shape, (hidden, inner, top_k) in (TINY_SHAPES if section.tiny else SHAPES).items():
+        for name in TINY_TIMED if section.tiny else FORMATS:
             if section.left() < 5:
                 section.skip(f"{name}, {shape}: out of time")
                 continue
@@ -72,6 +72,11 @@ def kernels(section: Section) -> None:
             print("  " + ", ".join(f"{key} {value}" for key, value in rows[-1].items()))
     wrong = [name for name, found in errors.items() if max(found.values()) > ALLOWED]
     assert not wrong, f"not within {ALLOWED} of float32: {', '.join(wrong)}"
+
+
+def small(section: Section) -> tuple[int, int]:
+    """Hidden and intermediate size for results, where times do not count."""
+    return (TINY_SMALL if section.tiny else SMALL)[:2]
 
 
 def form(name: str, hidden: int, inner: int) -> Form:
@@ -148,12 +153,14 @@ def _random(codec: PackedInt | Mxfp4 | ScaledFloat, component: str, like: torch.
     return torch.rand(like.shape) * 1e-3 + 2e-4
 
 
-def error(section: Section, name: str, small: Form, tokens: int) -> float:
+def error(section: Section, name: str, form: Form, tokens: int) -> float:
     """Relative L2 error of two experts on bf16 inputs."""
-    arena = SlotArena(select_backend(section.device).allocate, [small.layout] * 2)
-    experts = [fill(name, arena.views(slot, small.layout)) for slot in (0, 1)]
-    made = DeviceKernels(small.operands, Glu(), arena.memory, arena.starts)
-    x = torch.randn(tokens, SMALL[0]).bfloat16()
+    arena = SlotArena(select_backend(section.device).allocate, [form.layout] * 2)
+    experts = [fill(name, arena.views(slot, form.layout)) for slot in (0, 1)]
+    made = DeviceKernels(
+        form.operands, Glu(), arena.memory, arena.starts, full_grid=full_grid(section), launch=section.hooks.launch
+    )
+    x = torch.randn(tokens, form.operands.hidden).to(inputs(section))
     order = None if tokens == 1 else torch.arange(tokens).repeat(2).to(section.device)
     got = made.compute(Pairs([1, 0], [tokens, tokens], order), x.to(section.device)).float().cpu()
     right = []
@@ -165,30 +172,32 @@ def error(section: Section, name: str, small: Form, tokens: int) -> float:
 
 def bandwidth_gb_s(section: Section) -> float:
     """GB/s that a copy within the device reads and writes."""
-    source = torch.ones(1024 * MIB, dtype=torch.uint8, device=section.device)
+    source = torch.ones((1 if section.tiny else 1024) * MIB, dtype=torch.uint8, device=section.device)
     destination = torch.empty_like(source)
     destination.copy_(source)
-    return 2 * source.nbytes / 1e9 / min(seconds(section, lambda: destination.copy_(source)) for _ in range(5))
+    return 2 * source.nbytes / 1e9 / min(section.hooks.seconds(lambda: destination.copy_(source)) for _ in range(5))
 
 
 def timed(section: Section, form: Form, top_k: int, bandwidth: float) -> dict[str, Any]:
     """Microseconds for every number of tokens; for one token also the share of memory speed, and torch on bf16."""
-    count = max(2 * top_k, min(64, SLAB_BYTES // form.layout.nbytes)) // top_k * top_k
+    most = 2 * top_k if section.tiny else 64
+    count = max(2 * top_k, min(most, SLAB_BYTES // form.layout.nbytes)) // top_k * top_k
     arena = SlotArena(select_backend(section.device).allocate, [form.layout] * count)
-    arena.memory.random_(0, 120)  # no format has anything but finite numbers in such bytes
+    arena.memory.random_(0, 56)  # no format has anything but small finite numbers in such bytes
     recorded: list[tuple[Any, ...]] = []
-    made = DeviceKernels(form.operands, Glu(), arena.memory, arena.starts, launch=lambda *given: recorded.append(given))
+    launch, grid = lambda *given: recorded.append(given), full_grid(section)
+    made = DeviceKernels(form.operands, Glu(), arena.memory, arena.starts, full_grid=grid, launch=launch)
     hidden, out = form.operands.hidden, {}
-    for tokens in TOKENS:
+    for tokens in TINY_TOKENS if section.tiny else TOKENS:
         ways = [made.by_pair] if tokens * top_k <= 8 * DECODE_PAIRS else []
         for compute in ways if tokens == 1 else [*ways, made.by_group]:
             recorded.clear()
-            x = torch.randn(tokens, hidden, dtype=torch.bfloat16, device=section.device)
+            x = torch.randn(tokens, hidden, dtype=inputs(section), device=section.device)
             order = torch.arange(tokens * top_k, device=section.device)
             for first in range(0, count, top_k):
                 compute(Pairs(range(first, first + top_k), [tokens] * top_k, order, top_k), x)
             calls = count // top_k
-            us = graph_s(section, lambda: start(recorded)) / calls * 1e6
+            us = graph_s(section, lambda: start(section, recorded)) / calls * 1e6
             out[f"{compute.__name__}_{tokens}_us"] = round(us, 1)
             if tokens == 1:
                 out["share_of_memory"] = round(top_k * weight_bytes(form.operands) / us / 1e3 / bandwidth, 3)
@@ -206,17 +215,24 @@ def timed(section: Section, form: Form, top_k: int, bandwidth: float) -> dict[st
     return out
 
 
-def start(recorded: list[tuple[Any, ...]]) -> None:
+def full_grid(section: Section) -> int:
+    """Programs of a launch at least. Triton's interpreter runs one after the other."""
+    return 1 if section.tiny else FULL_GRID
+
+
+def inputs(section: Section) -> torch.dtype:
+    """The dtype of inputs. Triton's interpreter, which the dry run takes, multiplies no bfloat16."""
+    return torch.float16 if section.tiny else torch.bfloat16
+
+
+def start(section: Section, recorded: list[tuple[Any, ...]]) -> None:
     for kernel, grid, given, sizes in recorded:
-        kernel[grid](*given, **sizes)
+        section.hooks.launch(kernel, grid, given, sizes)
 
 
 def graph_s(section: Section, work: Callable[[], object]) -> float:
     """Seconds of `work` without the time to start its kernels; the best of some rounds."""
     work()  # compiles
-    section.wait()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    graph.replay()
-    return min(seconds(section, graph.replay) for _ in range(5))
+    replay = section.hooks.repeatable(work)
+    replay()
+    return min(section.hooks.seconds(replay) for _ in range(1 if section.tiny else 5))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from tools.bench.gpu_hooks import Hooks
 
 MIB = 2**20
 SPARE_BYTES = 2 * 10**9
@@ -21,13 +22,25 @@ WRITE_BYTES_PER_S = 0.4e9
 
 @dataclass
 class Section:
-    """The state of a section: its limits, its figures, and what it skipped."""
+    """The state of a section: its limits, its figures, and what it skipped.
+
+    Args:
+        name: of the section.
+        device: as torch names it.
+        tiny: whether sizes are those of the dry run.
+        work: a folder for files and results.
+        deadline: `time.monotonic()` by which it should be done.
+        hooks: what the kind of device offers.
+        out: a file that gets a line of JSON for every figure.
+    """
 
     name: str
     device: str
-    quick: bool
+    tiny: bool
     work: Path
     deadline: float
+    hooks: Hooks
+    out: Path
     found: dict[str, Any] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
 
@@ -36,11 +49,14 @@ class Section:
         return self.deadline - time.monotonic()
 
     def note(self, **figures: object) -> None:
-        """Store figures, so that they are kept if the section is stopped later."""
+        """Store figures at once: in the section's state and in the file of results, which outlive the process."""
         self.found.update(figures)
+        with open(self.out, "a", encoding="utf-8") as out:
+            out.write(json.dumps({"section": self.name, **figures}) + "\n")
         self.save()
 
     def skip(self, what: str) -> None:
+        """Say that a part is not measured, and why."""
         print(f"  left out: {what}")
         self.skipped.append(what)
         self.save()
@@ -58,29 +74,9 @@ class Section:
         assert isinstance(found, dict)
         return found
 
-    @property
-    def cuda(self) -> bool:
-        return torch.device(self.device).type == "cuda"
-
     def wait(self) -> None:
         """Wait until the device is idle."""
-        if self.cuda:
-            torch.cuda.synchronize()
-
-
-def seconds(section: Section, work: Callable[[], object]) -> float:
-    """Device time of the work that `work` queues on the current stream (CUDA events); wall time on a CPU."""
-    if not section.cuda:
-        began = time.perf_counter()
-        work()
-        return time.perf_counter() - began
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    begin.record()
-    work()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) / 1e3
+        torch.accelerator.synchronize()
 
 
 def copy_gb_s(section: Section, source: torch.Tensor, destination: torch.Tensor) -> float:
@@ -92,7 +88,7 @@ def copy_gb_s(section: Section, source: torch.Tensor, destination: torch.Tensor)
             destination.copy_(source, non_blocking=True)
 
     copies()
-    return repeats * source.numel() / 1e9 / min(seconds(section, copies) for _ in range(3))
+    return repeats * source.numel() / 1e9 / min(section.hooks.seconds(copies) for _ in range(3))
 
 
 def reads_directly(folder: Path) -> bool:

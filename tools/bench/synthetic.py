@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -162,6 +162,43 @@ def write_sparse(folder: Path, config: PretrainedConfig) -> None:
 def num_experts(config: PretrainedConfig) -> int:
     """Experts per layer, by either name."""
     return int(getattr(config, "num_local_experts", None) or config.num_experts)
+
+
+class Qwen3Shape(NamedTuple):
+    """A model of Qwen3's architecture in bf16."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    experts: int
+    top_k: int
+    vocabulary: int
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert."""
+        return 6 * self.hidden * self.intermediate
+
+
+def write_sparse_qwen3(folder: Path, shape: Qwen3Shape) -> None:
+    """Write a bf16 checkpoint of Qwen3's names whose experts are holes in files, which read as zeros.
+
+    Nothing but headers and the dense part is written, so a model of any size takes seconds. Embeddings and routers are
+    random, so tokens are routed to different experts; all other matrices are zeros too.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = qwen3_config(*shape)
+    write_sparse(folder, config)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config).state_dict()
+    dense = {}
+    for name, weight in skeleton.items():
+        if "experts" not in name:
+            is_random = any(part in name for part in ("embed_tokens", "lm_head", "mlp.gate"))
+            fill = torch.randn if is_random else torch.ones if weight.ndim == 1 else torch.zeros
+            dense[name] = (fill(weight.shape) * (shape.hidden**-0.5 if is_random else 1.0)).bfloat16()
+    _save(dense, folder / "dense.safetensors")
 
 
 def _save_hole(file: Path, tensors: list[NewTensor]) -> str:
