@@ -103,8 +103,8 @@ def test_at_most_five_minutes_and_the_most_valuable_first(tool: ModuleType) -> N
 
 
 @pytest.mark.parametrize("ignores", [False, True], ids=["interrupted", "killed"])
-def test_a_section_that_hangs_is_ended(tool: ModuleType, capfd: pytest.CaptureFixture[str], ignores: bool) -> None:
-    tool.GRACE_S = 0.2 if ignores else 60
+def test_a_section_that_hangs_is_ended(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, ignores: bool) -> None:
+    monkeypatch.setattr(tool, "GRACE_S", 0.2 if ignores else 60)
     before = signal.getsignal(signal.SIGINT)
     if ignores:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a process inherits

@@ -34,8 +34,12 @@ def results(outcome: Outcome) -> dict[str, Any]:
     return {each["name"]: each for each in outcome.json["set_ups"]}
 
 
-def test_every_set_up_of_a_cpu(offmoe: Run, checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    outcome = offmoe("verify", checkpoint, *SHORT, "--dtype", "bfloat16", "--verbose")
+@pytest.mark.parametrize("names", [QUICK, pytest.param(ON_CPU, marks=pytest.mark.slow)], ids=["quick", "all"])
+def test_set_ups_of_a_cpu(
+    offmoe: Run, checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, names: list[str]
+) -> None:
+    only = () if names is ON_CPU else ("--only", ",".join(names))
+    outcome = offmoe("verify", checkpoint, *SHORT, "--dtype", "bfloat16", "--verbose", *only)
     found = results(outcome)
     assert outcome.status == 0
     assert list(found) == ON_CPU

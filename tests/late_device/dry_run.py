@@ -26,7 +26,7 @@ def prepare() -> LateHooks:
     kind = LateKind()
     kind.has_kernels = True
     select.KINDS["late"] = kind
-    gpu_compute.DeviceKernels = LateKernels  # type: ignore[misc]  # as tests replace it, for all of this process
+    vars(gpu_compute)["DeviceKernels"] = LateKernels  # as tests replace it, for all of this process
     interpret_quickly()
     return LateHooks()
 

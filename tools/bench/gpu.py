@@ -116,7 +116,7 @@ def disk(section: Section) -> None:
         section.note(hint="unbuffered reads are refused in the work folder: give --dir on a local disk")
     models = [read.SMALL, read.BIG]
     if section.tiny:
-        models = [read.Model("5 MB", layers=1, experts=4, hidden=2048, ff=416)]
+        models = [read.Model("5 MB", layers=1, experts=16, hidden=2048, ff=416)]
     limits: list[float] = []
     for model in models:
         name = "cold_ratio_" + model.name.replace(" ", "").lower()
