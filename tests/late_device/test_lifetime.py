@@ -128,6 +128,20 @@ def test_a_driver_that_refuses_registration(
     assert extension.registered() == 0
 
 
+@pytest.mark.parametrize(("rows", "copies"), [(64, 1), (512, 2), (600, 3)])
+def test_copies_into_transposed_memory_are_bounded(kind: LateKind, rows: int, copies: int) -> None:
+    """D1b: torch copies into temporary device memory as large as the copy, which no plan counts."""
+    source = torch.arange(rows * 1024, dtype=torch.float32).view(rows, 1024).pin_memory()
+    memory = torch.zeros(1024, rows, device="late")
+    stream, before = DeviceStream(torch.accelerator.current_stream()), extension.counts()
+    stream.copy(memory.T, source)
+    assert extension.since(before).async_copies == copies
+    assert torch.equal(memory.cpu(), source.T)
+    before = extension.counts()
+    stream.copy(memory.view(rows, 1024), source)  # contiguous: no temporary memory, so in one piece
+    assert extension.since(before).async_copies == 1
+
+
 def test_a_card_without_bfloat16(folder: Path, kind: LateKind, caplog: pytest.LogCaptureFixture) -> None:
     """Turing and older: torch emulates it, so results are the same, and the log says what would be faster."""
     model = load(folder, dtype=torch.bfloat16)
