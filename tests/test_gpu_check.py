@@ -66,7 +66,18 @@ def lines_of(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+def test_without_a_gpu_it_says_so(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tool, "has_gpu", lambda: False)
+    assert call(tool, monkeypatch) == 3
+    assert "no GPU that torch can use; --dry-run" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_torch_is_asked_for_a_gpu(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(TOOL)],
         cwd=tmp_path,

@@ -122,6 +122,7 @@ def test_set_ups_that_agree_with_each_other_but_not_with_stock(
     assert "they all differ from stock" in outcome.json["problems"][-1]
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_a_line(offmoe: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "LOADING", 1e9)
 
@@ -144,6 +145,7 @@ def test_what_does_not_fit_is_a_line(offmoe: Run, checkpoint: Path, monkeypatch:
         assert words in outcome.out
 
 
+@pytest.mark.slow
 def test_nothing_to_compare(offmoe: Run, checkpoint: Path) -> None:
     outcome = offmoe("verify", checkpoint, *SHORT, "--only", "few-slots")
     assert outcome.status == 1
