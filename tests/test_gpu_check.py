@@ -117,8 +117,8 @@ def test_at_most_five_minutes_and_the_most_valuable_first(tool: ModuleType) -> N
 def test_a_section_that_hangs_is_ended(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, ignores: bool) -> None:
     monkeypatch.setattr(tool, "GRACE_S", 0.2 if ignores else 60)
     before = signal.getsignal(signal.SIGINT)
-    if ignores:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a process inherits
+    # A process inherits that a signal is ignored, as in the background of a shell; with a handler it begins anew.
+    signal.signal(signal.SIGINT, signal.SIG_IGN if ignores else signal.default_int_handler)
     try:
         status, stopped = tool.run(["-c", "import threading; threading.Event().wait()"], 0.2)
     finally:
