@@ -48,7 +48,7 @@ def decode(section: Section) -> None:
         write_s=round(time.perf_counter() - began, 1),
         routing="of random weights: not that of a trained model, so hit rates here are not real",
     )
-    link = float(section.earlier("copies").get("link_gb_s") or _link_gb_s(section))
+    link = _link_gb_s(section)
     limit, how = _disk_gb_s(folder)
     section.note(link_gb_s=link, disk_gb_s=round(limit, 2), disk_gb_s_by=how)
     print(

@@ -67,13 +67,6 @@ class Section:
         file.with_suffix(".part").write_text(json.dumps(state))
         os.replace(file.with_suffix(".part"), file)
 
-    def earlier(self, section: str) -> dict[str, Any]:
-        """The figures of another section; {} if it did not run."""
-        file = self.work / f"{section}.json"
-        found = json.loads(file.read_text())["found"] if file.exists() else {}
-        assert isinstance(found, dict)
-        return found
-
     def wait(self) -> None:
         """Wait until the device is idle."""
         torch.accelerator.synchronize()
