@@ -6,7 +6,6 @@ decided before what fits.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from offmoe.budget.announce import announce
 from offmoe.budget.inspect import Inspected, inspect
 from offmoe.budget.memory_plan import MemoryPlan
 from offmoe.budget.replan import Loaded
@@ -43,7 +43,6 @@ from offmoe.runtime.executor import ExpertExecutor, Slots
 from offmoe.runtime.host_experts import HostExperts
 from offmoe.runtime.host_probe import probed_costs
 from offmoe.storage.store import ExpertStore
-from offmoe.text import format_size
 from offmoe.trace.recorder import TraceWriter, check_writable
 from offmoe.transfer.engine import TransferEngine
 from offmoe.transfer.host_exchange import HostExchange
@@ -55,8 +54,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from offmoe.handle import OffloadedModel
-
-logger = logging.getLogger(__name__)
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download", "gguf_file")
 
@@ -124,28 +121,8 @@ def from_pretrained(
     if trace is not None:
         check_writable(trace)
     inspected = inspect(model, config, dtype=asked.dtype if dtype is None else dtype, asked=asked, **hub)
-    _log_plan(inspected)
+    announce(inspected)
     return load(inspected, name=str(model), trace=trace)
-
-
-def _log_plan(inspected: Inspected) -> None:
-    plan = inspected.plan
-    logger.info("%s on %s", plan.describe(), inspected.config.device)
-    logger.info("a prompt of up to %d tokens is prefilled in one piece", inspected.config.prefill_chunk)
-    if inspected.backend.emulates_bfloat16 and inspected.dtype == torch.bfloat16:
-        logger.warning(
-            "%s has no bfloat16 of its own: torch emulates it, with the same results and several times slower. "
-            "dtype='float16' (--dtype float16) runs at full speed where the model's values stay below 65,504.",
-            inspected.config.device,
-        )
-    if plan.offloaded_layers:
-        logger.warning(
-            "the dense part does not fit: %d decoder layers (%s) come from %s in every pass; device_memory=%d holds it",
-            plan.offloaded_layers,
-            format_size(plan.offloaded),
-            plan.offloaded_in,
-            plan.smallest_dense,
-        )
 
 
 def fetch(inspected: Inspected) -> Inspected:
