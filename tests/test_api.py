@@ -57,7 +57,7 @@ WRONG = [
     ({"dtype": "int8"}, "not one to compute in"),
     ({"torch_dtype": "float7"}, "dtype='float7' is unknown"),
     ({"trace": "/no/such/folder/t.npz"}, "does not exist; create it first"),
-    ({"trace": "/"}, "a folder or a device"),
+    ({"trace": "/"}, "is a folder; give the name of a file"),
     ({"trace": __file__}, "is no trace"),
     ({"slot_per_layer": 3}, r"'slot_per_layer' is no option .*\(did you mean 'slots_per_layer'\?\)"),
     ({"devise": "cpu"}, r"did you mean 'device'\?"),

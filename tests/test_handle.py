@@ -342,7 +342,7 @@ def test_a_budget_below_the_smallest_is_named(folder):
         ({"dtype": "float7"}, "dtype='float7'"),
         ({"dtype": "int8"}, "dtype='int8' is not one to compute in"),
         ({"trace": "/dev/null"}, "a folder or a device"),
-        ({"trace": "/"}, "a folder or a device"),
+        ({"trace": "/"}, "is a folder; give"),
         ({"trace": "x" * 300}, "cannot be written"),
         ({"profile": "/no/such/p.json"}, "cannot be read"),
         ({"device_map": "auto"}, "device_map"),

@@ -42,6 +42,7 @@ LIBRARIES = {
     "packaging": (">= 23", None),
     "psutil": (">= 5.9", None),
     "rich": (">= 13.7", None),
+    "greenlet": (">= 3.1", None),
 }
 """The versions that work, and the highest minor version that was tested if that matters."""
 PROBE_BYTES = 128 << 20

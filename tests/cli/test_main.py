@@ -47,7 +47,7 @@ def test_version_is_that_of_the_package(offmoe: Run) -> None:
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        ([], "available: bench, calibrate"),
+        ([], "available: batch, bench, calibrate"),
         (["generat", "x"], "did you mean 'generate'?"),
         (["--json", "generate"], "'--json' before the verb"),
         (["generate", "m", "p", "--slots", "3"], "did you mean '--slots-per-layer'?"),

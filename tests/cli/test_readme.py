@@ -25,7 +25,7 @@ LONG = {
     "calibrate": ("--seconds", "1"),
     "bench": ("--rounds", "1", "--new-tokens", "4", "--device-memory", "40MiB"),
     "verify": ("--new-tokens", "1", "--only", "stock,few-slots"),
-    **dict.fromkeys(("chat", "generate", "trace"), ("--max-new-tokens", "8")),
+    **dict.fromkeys(("batch", "chat", "generate", "trace"), ("--max-new-tokens", "8")),
 }
 """Per verb that would take long, options that make it short."""
 
@@ -49,6 +49,7 @@ def test_commands_run_one_after_the_other(offmoe: Run, tmp_path: Path, monkeypat
     """In one folder, since later ones read what earlier ones write."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("And the LORD said unto\n")
+    (tmp_path / "IN.jsonl").write_text('{"prompt": "And the LORD"}\n')
     (tmp_path / "tests").symlink_to(ROOT / "tests")
     for call in calls():
         if call[0] == "serve":  # does not end; tests/cli/test_serve.py runs it
