@@ -169,7 +169,7 @@ def test_tied_embeddings_and_a_bare_head(tmp_path: Path) -> None:
 def test_decoder_layers_that_do_not_fit_are_decoded_once_and_streamed(tmp_path: Path) -> None:
     """The rebuilt weights of offloaded layers are written in the dtype to compute in, and read from there."""
     written = gguf_models.save(tmp_path, "mixtral", q4_k_m, wide=True)
-    roomy = inspect(written.file, OffloadConfig(device="cpu", max_context=64))
+    roomy = inspect(written.file, OffloadConfig(device="cpu", max_context=64, exactness="bitwise"))
     config = OffloadConfig(device="cpu", device_memory=roomy.plan.smallest, max_context=64, exactness="bitwise")
     small = inspect(written.file, config)
     assert small.plan.offloaded_layers

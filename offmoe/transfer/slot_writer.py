@@ -89,8 +89,8 @@ class SlotWriter:
         """Per slot: marks computation with it, and with slots that were computed with at once."""
         self.last_read: list[Event] = []
         """Per slot: marks the last computation with it, and sometimes later work of the compute stream."""
-        self._runs: dict[tuple[int, int], Sequence[torch.Tensor | None]] = {}
-        """By (slot, id of the layer), the result of `runs`: working it out takes longer than to queue the copies."""
+        self._runs: dict[int, tuple[StoredLayer, Sequence[torch.Tensor | None]]] = {}
+        """Per slot, its last layer and the result of `runs`: working it out takes longer than to queue the copies."""
         self._forget_slots()
         self._pieces = deque(backend.event(blocking=True) for _ in range(PIECES_IN_FLIGHT))
         self._pieces_lock = threading.Lock()
@@ -134,10 +134,11 @@ class SlotWriter:
     def runs(self, fetch: Fetch) -> Sequence[torch.Tensor | None]:
         """Per segment of the expert, the bytes of the slot that it fills unchanged; None for other segments."""
         layer = self._layer(fetch)
-        runs = self._runs.get((fetch.slot, id(layer)))
-        if runs is None:
-            runs = layer.assembly.runs(self.store.record(fetch.key).segments, self._views(fetch))
-            self._runs[fetch.slot, id(layer)] = runs
+        known = self._runs.get(fetch.slot)
+        if known is not None and known[0] is layer:
+            return known[1]
+        runs = layer.assembly.runs(self.store.record(fetch.key).segments, self._views(fetch))
+        self._runs[fetch.slot] = layer, runs
         return runs
 
     def arriving(self, ticket: Ticket) -> Arriving | None:
