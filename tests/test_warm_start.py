@@ -297,7 +297,7 @@ def test_closing_while_it_fills(folder, state, monkeypatch):
     generate(model, 2)
     began = time.monotonic()
     model.offload.close()
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < PATIENCE_S, "the fill would rest for 30 years"
     assert threading.active_count() == before
     model.offload.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 import offmoe
 from offmoe.budget.inspect import inspect
+from offmoe.device import accelerator
 from offmoe.device.accelerator import DeviceStream
 from offmoe.device.select import select_backend
 from offmoe.errors import CapacityError, ConfigError, OffmoeError
@@ -101,6 +103,46 @@ def test_the_second_device(folder: Path, kind: LateKind, right: list[torch.Tenso
     assert set(kind.registered_on) == {1}
     assert torch.accelerator.current_device_index() == 0
     assert extension.registered() == 0
+
+
+def test_two_threads_that_copy_on_one_stream_keep_their_own_device(
+    kind: LateKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader's copy and the computing thread's overlap: the reader begins first and ends first."""
+    stream = DeviceStream(torch.Stream(torch.device("late", 1)))
+    slots, host = torch.zeros(2, 4, device="late:1"), torch.ones(2, 4, pin_memory=True)
+    torch.accelerator.synchronize(1)
+    reads, issues, reader_is_done = threading.Event(), threading.Event(), threading.Event()
+    pieces, seen = accelerator._pieces, []
+
+    def slowly(destination: torch.Tensor, source: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        if threading.current_thread() is reader:
+            reads.set()
+            issues.wait(60)
+        else:
+            issues.set()
+            reader_is_done.wait(60)
+        yield from pieces(destination, source)
+
+    def read() -> None:
+        torch.accelerator.set_device_index(1)
+        stream.copy(slots[0], host[0])
+        seen.append((torch.accelerator.current_device_index(), torch.accelerator.current_stream(1)))
+        reader_is_done.set()
+
+    monkeypatch.setattr(accelerator, "_pieces", slowly)
+    mine = torch.Stream(torch.device("late", 0))
+    reader = threading.Thread(target=read)
+    usual = torch.accelerator.current_stream(1)
+    reader.start()
+    assert reads.wait(60)
+    with mine:
+        stream.copy(slots[1], host[1])
+        assert (torch.accelerator.current_device_index(), torch.accelerator.current_stream()) == (0, mine)
+    reader.join()
+    assert seen == [(1, usual)]
+    torch.accelerator.synchronize(1)
+    assert torch.equal(slots.cpu(), host)
 
 
 def test_devices_of_different_size(folder: Path, kind: LateKind) -> None:
