@@ -40,6 +40,14 @@ def values(weight: PackedWeight) -> torch.Tensor:
     return (out if minima is None else out - minima[..., None]).view(rows, cols)
 
 
+def empty_tiles(how: WeightFormat, rows: int, cols: int) -> PackedWeight:
+    """Memory for a weight in tiles."""
+    params = how.params("", rows, cols, tiled=True)
+    return PackedWeight.of(
+        how, "", {plane: torch.empty(shape, dtype=dtype) for plane, (dtype, shape) in params.items()}
+    )
+
+
 def by_row(weight: PackedWeight) -> PackedWeight:
     """The same weight row by row, as it is on the disk."""
     if not weight.is_tiled:

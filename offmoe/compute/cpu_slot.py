@@ -1,6 +1,7 @@
 """Slots for the C kernels: an expert's stored words, reordered into tiles of 16 rows while they are placed.
 
 Moves: every weight's words once, from the buffer that they were read into to the slot, transposed by the reader thread.
+GGUF's blocks are put into the slot by C, without memory in between; everything else is views that are copied.
 A slot has as many bytes as without kernels, up to padding; with GGUF's Q4_K and Q5_K, 3 % more. GPTQ keeps words along
 columns, so tiles are the same transposition; AWQ's nibbles run across rows and are put together anew. Biases become
 float32, which is exact.
@@ -28,7 +29,7 @@ from offmoe.compute.gated import (
     stored_tensors,
 )
 from offmoe.compute.kernels.cpu import BF16_GROUP, GatedExpert, Glu, Weight
-from offmoe.compute.kernels.gguf import retiled
+from offmoe.compute.kernels.gguf import retile
 from offmoe.compute.kernels.library import MAX_TOKENS, status
 from offmoe.compute.kernels.torch_ffn import ExpertMath
 from offmoe.errors import UnsupportedModelError
@@ -36,7 +37,7 @@ from offmoe.quant.decode import ExpertDecoding
 from offmoe.quant.gguf_formats import BLOCKS, GgufBlocks
 from offmoe.quant.kernel_words import format_of, is_rows_first, rows_of
 from offmoe.quant.packed_weight import TILE_ROWS, PackedWeight, WeightFormat
-from offmoe.storage.layout import Assembly, ExpertLayout, Segment
+from offmoe.storage.layout import Assembly, Copy, ExpertLayout, Segment
 
 
 class SlotWeight(NamedTuple):
@@ -108,7 +109,7 @@ def cpu_slot(
     shapes = tuple(tensor.shape for tensor in raw)
     return CpuSlot(
         layout=_tiled_layout(form, formats),
-        assembly=Assembly(convert=TilePlacement(form, formats, shapes, before)),
+        assembly=Assembly(write=TilePlacement(form, formats, shapes, before)),
         weights=tuple(SlotWeight(name, *form.shape(name), formats[name]) for name in MATRICES),
         glu=form.glu,
         biased=form.biased,
@@ -174,7 +175,7 @@ def _format(form: GatedForm, name: str) -> WeightFormat | None:
 
 @dataclass(frozen=True)
 class TilePlacement:
-    """An `Assembly.convert`: the parameters of a CpuSlot from the tensors of one expert, as views where possible."""
+    """An `Assembly.write`: the parameters of a CpuSlot from the tensors of one expert."""
 
     form: GatedForm
     formats: Mapping[str, WeightFormat | None]
@@ -184,7 +185,7 @@ class TilePlacement:
     before: Assembly | None = None
     """Makes the experts module's parameters of the tensors first; the tensors of `form` are these parameters then."""
 
-    def __call__(self, tensors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    def __call__(self, tensors: list[torch.Tensor], views: Mapping[str, torch.Tensor], copy: Copy) -> None:
         if self.before is not None:
             assert self.before.convert is not None
             params = self.before.convert(tensors)
@@ -196,21 +197,21 @@ class TilePlacement:
             for rows in self.form.rows.values()
             if self._takes_turns(rows)
         }
-        out: dict[str, torch.Tensor] = {}
         for name, rows in self.form.rows.items():
             codec = self.form.tensors[rows.tensor].codec
             if isinstance(codec, GgufBlocks):
-                out |= {name + suffix: part for suffix, part in _gguf_tiles(codec, self._blocks(tensors, rows)).items()}
+                how = self.formats[name]
+                assert how is not None
+                _put_tiles(codec, self._blocks(tensors, rows), PackedWeight.of(how, name, views))
             elif rows.tensor in words:
                 for suffix, part in words[rows.tensor].items():
                     tiles = rows.of(part).unflatten(0, (-1, TILE_ROWS))  # [N / 16, 16, C]
-                    out[name + suffix] = tiles.transpose(1, 2)
+                    copy(views[name + suffix], tiles.transpose(1, 2))
             elif rows.tensor in halves:
-                out[name] = _half(halves[rows.tensor], rows.first)
+                copy(views[name], _half(halves[rows.tensor], rows.first))
             else:
                 weight = self._weight(tensors, rows)
-                out[name] = rows.of(weight.mT if rows.tensor in self.form.inputs_first else weight)
-        return out
+                copy(views[name], rows.of(weight.mT if rows.tensor in self.form.inputs_first else weight))
 
     def _words(self, tensors: Sequence[torch.Tensor]) -> dict[int, dict[str, torch.Tensor]]:
         """Words, scales and zero points of each quantized tensor, row by row."""
@@ -236,10 +237,10 @@ class TilePlacement:
         return tensors[self.form.tensors[rows.tensor].components["weight"]]
 
 
-def _gguf_tiles(codec: GgufBlocks, blocks: torch.Tensor) -> dict[str, torch.Tensor]:
+def _put_tiles(codec: GgufBlocks, blocks: torch.Tensor, into: PackedWeight) -> None:
     library = status().library
     assert library is not None, "without the library, no layer has a cpu_slot"
-    return retiled(library, codec, blocks.contiguous())
+    retile(library, codec, blocks.contiguous(), into)
 
 
 def _transposed_pairs(both: torch.Tensor) -> torch.Tensor:

@@ -145,12 +145,17 @@ class Assembly:
     """How the segments of an expert become the parameters in its slot. All experts of a layer share one.
 
     Args:
-        destinations: where each segment goes, in the order of the record. Empty if `convert` is set.
+        destinations: where each segment goes, in the order of the record. Empty if one of the others is set.
         convert: maps the segments' tensors to parameters by name, in host memory; it only permutes values.
+        write: write(tensors, views, copy) fills the slot itself. For slots in host memory only, into which it may write
+            without `copy`.
     """
 
     destinations: tuple[Destination, ...] = ()
     convert: Callable[[list[torch.Tensor]], dict[str, torch.Tensor]] | None = field(default=None, compare=False)
+    write: Callable[[list[torch.Tensor], Mapping[str, torch.Tensor], Copy], None] | None = field(
+        default=None, compare=False
+    )
 
     def runs(self, segments: Sequence[Segment], views: Mapping[str, torch.Tensor]) -> list[torch.Tensor | None]:
         """The slot bytes that each segment fills without change, so that pieces can be copied while others are read.
@@ -158,7 +163,7 @@ class Assembly:
         Returns:
             Per segment uint8 [nbytes], or None where the segment's values do not stay together.
         """
-        if self.convert is not None:
+        if self.convert is not None or self.write is not None:
             return [None] * len(segments)
         blocks = [to.block(views, segment.shape) for to, segment in zip(self.destinations, segments, strict=True)]
         return [block.reshape(-1).view(torch.uint8) if block.is_contiguous() else None for block in blocks]
@@ -182,8 +187,13 @@ class Assembly:
             skip: indices of segments that the slot holds already.
             runs: the result of `runs`, if the caller has it.
         """
-        if self.convert is not None:
-            for name, tensor in self.convert([typed(d, s) for d, s in zip(data, segments, strict=True)]).items():
+        if self.convert is not None or self.write is not None:
+            tensors = [typed(d, s) for d, s in zip(data, segments, strict=True)]
+            if self.write is not None:
+                self.write(tensors, views, copy)
+                return
+            assert self.convert is not None
+            for name, tensor in self.convert(tensors).items():
                 copy(views[name], tensor)
             return
         runs = self.runs(segments, views) if runs is None else runs

@@ -26,12 +26,14 @@ import checkout  # noqa: F401
 import torch
 
 from offmoe.compute.kernels.cpu import CpuKernels, Glu, Rows
-from offmoe.compute.kernels.gguf import GgufDecoder, retiled
+from offmoe.compute.kernels.gguf import GgufDecoder, retile
 from offmoe.compute.kernels.library import Library, status
 from offmoe.device.cores import usable_cores
 from offmoe.quant.gguf_formats import BLOCKS, GgufBlocks
 from offmoe.quant.kernel_words import GGUF_FORMATS
+from offmoe.quant.packed_weight import PackedWeight, WeightFormat
 from offmoe.storage.gguf_types import BLOCK_TYPES
+from offmoe.storage.layout import ExpertLayout
 from tools.bench.kernels import MIN_ROUNDS, MIXTRAL, PROBE_BYTES, QWEN3, Probe, packed_experts
 
 TYPES = {block.name: number for number, block in BLOCK_TYPES.items()}
@@ -77,6 +79,11 @@ def random_blocks(number: int) -> torch.Tensor:
     return torch.randint(0, 256, (ROWS, COLS // block.values * block.nbytes), dtype=torch.uint8, generator=generator)
 
 
+def empty_tiles(how: WeightFormat) -> PackedWeight:
+    layout = ExpertLayout.of(how.params("", ROWS, COLS, tiled=True))
+    return PackedWeight.of(how, "", layout.views(torch.zeros(layout.nbytes, dtype=torch.uint8)))
+
+
 class Figures:
     """Prints a line per figure, and keeps it."""
 
@@ -111,7 +118,8 @@ def measure_blocks(library: Library, types: list[str], seconds: float, figures: 
         copy = torch.empty_like(blocks)
         figures.add(f"{name} copied GB/s", gb_s(blocks.nbytes, lambda: copy.copy_(blocks), seconds / 4))  # noqa: B023
         if TYPES[name] in GGUF_FORMATS:
-            rates = gb_s(blocks.nbytes, lambda: retiled(library, codec, blocks), seconds / 2)  # noqa: B023
+            tiles = empty_tiles(GGUF_FORMATS[TYPES[name]])
+            rates = gb_s(blocks.nbytes, lambda: retile(library, codec, blocks, tiles), seconds / 2)  # noqa: B023
             figures.add(f"{name} into tiles GB/s", rates)
         rates = gb_s(blocks.nbytes, lambda: decoder(codec, {BLOCKS: blocks}, out), seconds / 2)  # noqa: B023
         figures.add(f"{name} decoded GB/s", rates)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from offmoe.compute.kernels.cpu import CpuKernels, GatedExpert, Glu
-from offmoe.compute.kernels.gguf import GgufDecoder, retiled
+from offmoe.compute.kernels.gguf import GgufDecoder, retile
 from offmoe.compute.kernels.library import MAX_TOKENS
 from offmoe.quant.float_formats import Mxfp4
 from offmoe.quant.gguf_formats import BLOCKS, GgufBlocks
@@ -17,7 +17,7 @@ from offmoe.quant.kernel_words import GGUF_FORMATS
 from offmoe.quant.packed_weight import PackedWeight
 from offmoe.storage.gguf_types import BLOCK_TYPES
 from tests import native
-from tests.packed import values
+from tests.packed import empty_tiles, values
 from tests.quant.test_gguf_formats import HALVES, random_blocks, same_bits
 
 
@@ -75,7 +75,10 @@ def model_blocks(kind: int, rows: int, per_row: int, seed: int = 0) -> torch.Ten
 
 
 def tiled(kind: int, blocks: torch.Tensor) -> PackedWeight:
-    return PackedWeight.of(GGUF_FORMATS[kind], "", retiled(native.library(), GgufBlocks(kind), blocks))
+    block = BLOCK_TYPES[kind]
+    tiles = empty_tiles(GGUF_FORMATS[kind], blocks.shape[0], blocks.shape[1] // block.nbytes * block.values)
+    retile(native.library(), GgufBlocks(kind), blocks, tiles)
+    return tiles
 
 
 def decoded(kind: int, blocks: torch.Tensor) -> torch.Tensor:
