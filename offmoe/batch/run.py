@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 from offmoe.batch.lines import CHAT, Line
 from offmoe.batch.results import Results
-from offmoe.dialogue.constraint import GrammarCompiler
+from offmoe.dialogue.constraint import GrammarSource
 from offmoe.dialogue.errors import RequestError
-from offmoe.dialogue.sampling import COLDEST, end_tokens
+from offmoe.dialogue.sampling import COLDEST
 from offmoe.dialogue.templates import response_format
 from offmoe.errors import OffmoeError
 from offmoe.rows.row import RowRequest
@@ -55,31 +54,19 @@ class _Asked:
     error: OffmoeError | None = None
 
 
-class Speaker:
+class Speaker(GrammarSource):
     """What reading requests and writing answers needs of a model: the part of the engine that computes nothing."""
 
     reuse_kind = NOTHING
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
-        self.model, self.tokenizer = model, tokenizer
+        super().__init__(model, tokenizer)
         self.offload = cast("Offload", model.offload)
         self.max_context = self.offload.memory().max_context
         self.answers = response_format(tokenizer, model.config.model_type)
-        self.end_tokens = end_tokens(model)
         self.meters = Meters()
         self.chunk = self.offload.prefill_chunk(1, self.max_context)
         self.kept = KeptCaches(self.max_context, self.chunk, OFF, NOTHING)
-
-    @cached_property
-    def grammars(self) -> GrammarCompiler:
-        """Compiles what answers have to look like. ConfigError without llguidance."""
-        return GrammarCompiler(self.tokenizer, self.vocabulary, sorted(self.end_tokens))
-
-    @cached_property
-    def vocabulary(self) -> int:
-        """Token ids that the model knows."""
-        embeddings: Any = self.model.get_input_embeddings()
-        return int(embeddings.weight.shape[0])
 
 
 @dataclass

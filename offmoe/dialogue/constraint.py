@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,11 +17,12 @@ from transformers import LogitsProcessor
 
 from offmoe.dialogue.errors import RequestError
 from offmoe.dialogue.messages import Tool
+from offmoe.dialogue.sampling import end_tokens
 from offmoe.dialogue.templates import CallSyntax
 from offmoe.errors import ConfigError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ANY_OBJECT = {"type": "object"}
 _STRICT_SPACE: Any = {"whitespace_flexible": False}
@@ -108,6 +110,30 @@ class GrammarCompiler:
             reason = matcher.get_error().strip().splitlines()[0]
             raise RequestError(f"{param}: this cannot be enforced: {reason}", param)
         return grammar
+
+
+class GrammarSource:
+    """Base of what answers with one model: it compiles the model's grammars when the first one is asked for.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        self.model, self.tokenizer = model, tokenizer
+        self.end_tokens = end_tokens(model)
+
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        """Compiles what answers have to look like. ConfigError without llguidance."""
+        return GrammarCompiler(self.tokenizer, self.vocabulary, sorted(self.end_tokens))
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """Token ids that the model knows."""
+        embeddings: Any = self.model.get_input_embeddings()
+        return int(embeddings.weight.shape[0])
 
 
 class GrammarProcessor(LogitsProcessor):

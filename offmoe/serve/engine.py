@@ -10,13 +10,11 @@ import logging
 import threading
 from collections import deque
 from contextlib import ExitStack, suppress
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 from offmoe.device.openmp import release_threads
-from offmoe.dialogue.constraint import GrammarCompiler
+from offmoe.dialogue.constraint import GrammarSource
 from offmoe.dialogue.errors import RequestError
-from offmoe.dialogue.sampling import end_tokens
 from offmoe.dialogue.templates import ResponseFormat, response_format
 from offmoe.errors import ConfigError, OffmoeError
 from offmoe.hf.adapters.find import decoder_layers
@@ -47,7 +45,7 @@ class QueueFullError(RequestError):
         self.retry_s = retry_s
 
 
-class Engine:
+class Engine(GrammarSource):
     """Answers requests with one model. A context manager; `close` ends it and leaves the model open.
 
     While it is open it alone may use the model: `generate` of anybody else is refused.
@@ -80,11 +78,10 @@ class Engine:
             raise ConfigError(f"prefix_reuse={prefix_reuse!r} must be one of {', '.join(MODES)}, auto.")
         if model.config.is_encoder_decoder:
             raise ConfigError("a model with an encoder does not go on with a conversation; use offmoe generate.")
-        self.model, self.tokenizer = model, tokenizer
+        super().__init__(model, tokenizer)
         self.offload = cast("Offload", model.offload)
         self.max_context: int = self.offload.memory().max_context
         self.answers: ResponseFormat | None = response_format(tokenizer, model.config.model_type)
-        self.end_tokens = end_tokens(model)
         self.meters = Meters()
         mode = prefix_reuse
         if mode == "auto":
@@ -185,17 +182,6 @@ class Engine:
         in_ram = slots + (0 if plan.host is None else sum(plan.host.slots_per_layer))
         chunk = RESIDENT_CHUNK if slots >= experts else RAM_CHUNK if in_ram >= experts else DISK_CHUNK
         return min(chunk, self.offload.prefill_chunk(1, self.max_context))
-
-    @cached_property
-    def grammars(self) -> GrammarCompiler:
-        """Compiles what answers have to look like. ConfigError without llguidance."""
-        return GrammarCompiler(self.tokenizer, self.vocabulary, sorted(self.end_tokens))
-
-    @cached_property
-    def vocabulary(self) -> int:
-        """Token ids that the model knows."""
-        embeddings: Any = self.model.get_input_embeddings()
-        return int(embeddings.weight.shape[0])
 
     def _install_hooks(self) -> None:
         """Look for cancellation before every decoder layer, and change turns before every forward pass."""
