@@ -274,7 +274,10 @@ def test_ram_keeps_what_the_device_does_not_have():
     assert reads == [False, True], "four experts in two slots and two in RAM: what has no copy there was on the device"
 
 
-@pytest.mark.parametrize(("slots", "host_slots", "most"), [(8, 8, 0.55), (6, 12, 0.36), (8, 24, 0.1)])
+@pytest.mark.parametrize(
+    ("slots", "host_slots", "most"),
+    [(8, 8, 0.55), pytest.param(6, 12, 0.36, marks=pytest.mark.slow), pytest.param(8, 24, 0.1, marks=pytest.mark.slow)],
+)
 def test_ram_on_real_routing(slots, host_slots, most):
     """Share of gpt-oss-20b's misses that go to the disk; the best that could write back would need 0.30 at 8 and 8."""
     trace = read_trace(Path(__file__).parents[1] / "data" / "gptoss20b_6req.npz")
@@ -313,7 +316,10 @@ def test_a_wide_step_keeps_the_best_without_waves_through_slots():
     assert planner.plan(access(0, [6, 7])).misses == 0
 
 
-@pytest.mark.parametrize(("slots", "least"), [(6, 0.007), (8, 0.002), (16, -0.001)])
+@pytest.mark.parametrize(
+    ("slots", "least"),
+    [pytest.param(6, 0.007, marks=pytest.mark.slow), (8, 0.002), pytest.param(16, -0.001, marks=pytest.mark.slow)],
+)
 def test_choosing_who_gets_a_slot_on_real_routing(slots, least):
     """Points of hit rate over giving everything a slot, on gpt-oss-20b."""
     trace = Recording(read_trace(Path(__file__).parents[1] / "data" / "gptoss20b_6req.npz"))

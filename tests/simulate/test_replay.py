@@ -99,7 +99,9 @@ def test_prefetch_uses_the_recorded_predictions():
     assert with_them.prefetched_used == with_them.prefetched == 40
 
 
-@pytest.mark.parametrize("slots", ["4", "8", "16"])
+@pytest.mark.parametrize(
+    "slots", [pytest.param("4", marks=pytest.mark.slow), "8", pytest.param("16", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("policy", ["lru", "aged-lfu", "belady"])
 def test_real_routing_agrees_with_an_independent_simulator(real_trace, policy, slots):
     """Per layer to 0.3 point, on 2,636 tokens of gpt-oss-20b. Ties between equal scores are what may differ."""
@@ -109,7 +111,7 @@ def test_real_routing_agrees_with_an_independent_simulator(real_trace, policy, s
     assert [layer.hit_rate for layer in stats.by_layer] == pytest.approx(want, abs=0.003)
 
 
-@pytest.mark.parametrize("slots", [6, 12])
+@pytest.mark.parametrize("slots", [pytest.param(6, marks=pytest.mark.slow), 12])
 def test_aged_lfu_is_never_below_lru_on_real_routing(real_trace, slots):
     rates = {p: replay(real_trace, CacheOptions(p, slots_per_layer=slots)).stats.hit_rate for p in ("lru", "aged-lfu")}
     assert rates["aged-lfu"] >= rates["lru"]
