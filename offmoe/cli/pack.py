@@ -39,6 +39,8 @@ def parser() -> options.Parser:
     scales = "int4: weights per scale, 32, 64 (default) or 128"
     options.add_option(parser, "--group", "N", scales, options.positive)
     parser.add_argument("--zero-points", action="store_true", help="int4: store a zero point with every scale")
+    order = "rows (default) as compressed-tensors reads them, or tiles as the CPU's kernels do, for offmoe alone"
+    options.add_option(parser, "--layout", "ORDER", order, default="rows")
     measured = "measure the perplexity of the model before and after on this text (UTF-8); loads both in turn"
     options.add_option(parser, "--perplexity", "FILE", measured)
     options.add_hub(parser)
@@ -53,7 +55,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
     quiet(args.verbose, args.json)
     ids = None if args.perplexity is None else _windows(args)
     with out.transfer("packing") as progress:
-        done = pack(args.model, args.output, how, progress=progress, **options.hub_options(args))
+        done = pack(args.model, args.output, how, layout=args.layout, progress=progress, **options.hub_options(args))
     out.result(_table(done, str(how)))
     if done.kept:
         out.note(f"finished by an earlier run: {done.kept} of {done.shards} shards")

@@ -35,9 +35,10 @@ from offmoe.compute.kernels.torch_ffn import ExpertMath
 from offmoe.errors import UnsupportedModelError
 from offmoe.quant.decode import ExpertDecoding
 from offmoe.quant.gguf_formats import BLOCKS, GgufBlocks
+from offmoe.quant.int_formats import TiledInt
 from offmoe.quant.kernel_words import format_of, is_rows_first, rows_of
-from offmoe.quant.packed_weight import TILE_ROWS, PackedWeight, WeightFormat
-from offmoe.storage.layout import Assembly, Copy, ExpertLayout, Segment
+from offmoe.quant.packed_weight import TILE_ROWS, TILES, PackedWeight, WeightFormat
+from offmoe.storage.layout import Assembly, Copy, Destination, ExpertLayout, Segment
 
 
 class SlotWeight(NamedTuple):
@@ -104,16 +105,23 @@ def cpu_slot(
         raise UnsupportedModelError("gate and up are quantized differently")
     if decode is None and not (any(formats.values()) or form.biased or form.transposed or form.interleaved):
         return CpuSlot(layout, assembly, _unmoved(form), form.glu, False)  # bf16: bytes are copied as they arrive
+    stored = tuple(sorted({tensor.codec.name for tensor in tensors if tensor.codec}))
+    weights = tuple(SlotWeight(name, *form.shape(name), formats[name]) for name in MATRICES)
+    if _stands_in_tiles(form):
+        params = _names_of_tiles(form)
+        as_stored = {params[i]: (param.dtype, param.shape) for i, param in enumerate(layout.params)}
+        destinations = tuple(Destination(name, 0, 0) for name in as_stored)
+        return CpuSlot(ExpertLayout.of(as_stored), Assembly(destinations), weights, form.glu, False, stored)
     before = assembly if decode is None and assembly.convert is not None else None
     raw = tensors if decode is None and before is None else layout.params
     shapes = tuple(tensor.shape for tensor in raw)
     return CpuSlot(
         layout=_tiled_layout(form, formats),
         assembly=Assembly(write=TilePlacement(form, formats, shapes, before)),
-        weights=tuple(SlotWeight(name, *form.shape(name), formats[name]) for name in MATRICES),
+        weights=weights,
         glu=form.glu,
         biased=form.biased,
-        stored=tuple(sorted({tensor.codec.name for tensor in tensors if tensor.codec})),
+        stored=stored,
     )
 
 
@@ -141,6 +149,23 @@ def _unmoved(form: GatedForm) -> tuple[SlotWeight, ...]:
     )
 
 
+def _stands_in_tiles(form: GatedForm) -> bool:
+    """Whether each matrix is stored for itself in the kernels' own order, so that bytes are copied as they arrive."""
+    whole = [form.rows[name] == (form.rows[name].tensor, 0, 1, form.shape(name)[0]) for name in MATRICES]
+    apart = len({form.rows[name].tensor for name in MATRICES}) == len(form.tensors) == len(MATRICES)
+    return all(whole) and apart and all(isinstance(tensor.codec, TiledInt) for tensor in form.tensors)
+
+
+def _names_of_tiles(form: GatedForm) -> dict[int, str]:
+    """By index of a raw tensor, the name of the parameter of a CpuSlot that has its bytes."""
+    planes = {component: plane for plane, component in TILES.items()}
+    return {
+        index: name + planes[component]
+        for name in MATRICES
+        for component, index in form.tensors[form.rows[name].tensor].components.items()
+    }
+
+
 def _tiled_layout(form: GatedForm, formats: Mapping[str, WeightFormat | None]) -> ExpertLayout:
     params: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name, how in formats.items():
@@ -163,6 +188,9 @@ def _format(form: GatedForm, name: str) -> WeightFormat | None:
         return None
     if (form.rows[name].tensor in form.inputs_first) == is_rows_first(tensor.codec):
         raise UnsupportedModelError("quantized weights are stored transposed")
+    first, step = form.rows[name].first, form.rows[name].step
+    if isinstance(tensor.codec, TiledInt) and (first % TILE_ROWS or step != 1):
+        raise UnsupportedModelError("rows of gate and up share tiles")
     how = format_of(tensor.codec, cols, tensor.dtype)
     if isinstance(how, str):
         raise UnsupportedModelError(how)
@@ -203,6 +231,12 @@ class TilePlacement:
                 how = self.formats[name]
                 assert how is not None
                 _put_tiles(codec, self._blocks(tensors, rows), PackedWeight.of(how, name, views))
+            elif isinstance(codec, TiledInt):
+                tiles = slice(rows.first // TILE_ROWS, (rows.first + rows.size) // TILE_ROWS)
+                parts = self.form.tensors[rows.tensor].components
+                for plane, part in TILES.items():
+                    if part in parts:
+                        copy(views[name + plane], tensors[parts[part]][tiles])
             elif rows.tensor in words:
                 for suffix, part in words[rows.tensor].items():
                     tiles = rows.of(part).unflatten(0, (-1, TILE_ROWS))  # [N / 16, 16, C]
@@ -220,7 +254,7 @@ class TilePlacement:
         for i, how in formats.items():
             tensor = self.form.tensors[i]
             assert tensor.codec is not None
-            if isinstance(tensor.codec, GgufBlocks):
+            if isinstance(tensor.codec, (GgufBlocks, TiledInt)):
                 continue
             words[i] = rows_of(tensor.codec, {c: tensors[j] for c, j in tensor.components.items()}, how)
         return words

@@ -19,6 +19,7 @@ from offmoe.compute.kernels.torch_ffn import ExpertMath, GatedFFN
 from offmoe.errors import UnsupportedModelError
 from offmoe.quant.codec import Codec
 from offmoe.quant.decode import ExpertDecoding
+from offmoe.quant.packed_weight import SCALES, TILES
 from offmoe.storage.layout import Destination, ExpertLayout
 
 MATRICES = ("gate", "up", "down")
@@ -32,6 +33,9 @@ NEAR, FAR = 4.0, 60.0
 TOLERANCE = 1e-5
 """Largest difference of equal functions in float32, relative to the largest product. gelu and its tanh form differ by
 1e-3."""
+
+DTYPE_OF = ("weight", "scale", "scales", TILES[SCALES])
+"""Components that have the dtype of a stored tensor."""
 
 NOT_THREE = "gate, up and down are stored in parts that kernels cannot take"
 
@@ -112,7 +116,7 @@ def stored_tensors(layout: ExpertLayout, decode: ExpertDecoding | None) -> tuple
     tensors = []
     for leaf, to in zip(decode.leaves, decode.assembly.destinations, strict=True):
         components = {component: index[name] for component, name in leaf.params.items()}
-        main = next((c for c in ("weight", "scale", "scales") if c in components), next(iter(components)))
+        main = next((c for c in DTYPE_OF if c in components), next(iter(components)))
         shape = leaf.shape[-len(decode.shapes[to.param]) :]
         tensors.append(StoredTensor(components, leaf.codec, shape, layout.params[components[main]].dtype, to))
     return tuple(tensors)

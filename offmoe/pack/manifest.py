@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from offmoe.errors import ConfigError
@@ -49,7 +51,14 @@ class Manifest:
     is_new: bool = False
 
     @classmethod
-    def of(cls, folder: Path, checkpoint: Checkpoint, how: WeightFormat, shard_bytes: int) -> Manifest:
+    def of(
+        cls,
+        folder: Path,
+        checkpoint: Checkpoint,
+        how: WeightFormat,
+        shard_bytes: int,
+        more: Mapping[str, object] = MappingProxyType({}),
+    ) -> Manifest:
         """Read the manifest of a folder, or begin one in an empty folder.
 
         Args:
@@ -57,12 +66,18 @@ class Manifest:
             checkpoint: the model that is packed.
             how: the experts' format.
             shard_bytes: the most bytes of tensors in a shard.
+            more: options that are not the default, which manifests of older versions do not name.
 
         Raises:
             ConfigError: the folder cannot be used, holds other files, or was packed from something else.
         """
         options = {"experts": how.kind, "group": how.group, "zero_points": how.zero_points, "shard_bytes": shard_bytes}
-        plan = {"format": "offmoe-pack", "version": VERSION, "source": _identity(checkpoint), "options": options}
+        plan = {
+            "format": "offmoe-pack",
+            "version": VERSION,
+            "source": _identity(checkpoint),
+            "options": {**options, **more},
+        }
         path, is_new = folder / PACK_MANIFEST, not folder.exists()
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ from offmoe.hf.hub.model_files import side_files
 from offmoe.hf.load.config import CONFIG_FILE, PACK_MANIFEST, build_meta, model_class, read_config
 from offmoe.hf.load.load import require_index
 from offmoe.pack.manifest import Finished, Manifest
-from offmoe.pack.plan import Item, NewShard, check_loads, encode, plan_shards, quantization_config
+from offmoe.pack.plan import Item, NewShard, check_loads, plan_shards, quantization_config
 from offmoe.pack.quantizer import Loss, Quantizer, quantizer
 from offmoe.quant.packed_weight import INT8, WeightFormat, int4
 from offmoe.storage.checkpoint import INDEX_FILE, Checkpoint
@@ -45,6 +45,9 @@ T = TypeVar("T")
 
 SHARD_BYTES = 1 << 29
 """The most bytes of tensors in a shard. An interrupted run repeats at most AT_ONCE shards."""
+ROWS, TILED = "rows", "tiles"
+LAYOUTS = (ROWS, TILED)
+"""How experts may stand on the disk."""
 AT_ONCE = 3
 """Shards in work at the same time."""
 DEFAULT_GROUP = 64
@@ -104,6 +107,7 @@ def pack(
     out: str | os.PathLike[str],
     how: WeightFormat,
     *,
+    layout: str = ROWS,
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int, int], object] = lambda done, total: None,
     **hub: Any,
@@ -116,6 +120,7 @@ def pack(
         model: a folder, a Hub id, or "demo".
         out: the folder to write; empty, absent, or one that an interrupted run began.
         how: the experts' format, from `weight_format`.
+        layout: "rows": as compressed-tensors reads them; "tiles": as the CPU's kernels do, for offmoe alone.
         shard_bytes: the most bytes of tensors in a shard.
         progress: progress(done, total) in bytes of the dense checkpoint; called from several threads, one at a time.
         hub: options of the Hub: revision, token, cache_dir, local_files_only.
@@ -123,12 +128,14 @@ def pack(
     Raises:
         UnsupportedModelError: the model is quantized already, its experts are not stored one by one, or the format
             cannot hold their shapes.
-        ConfigError: `out` holds something else.
+        ConfigError: `out` holds something else, or there is no such layout.
         CapacityError: the disk is too small or full, or there is no memory for one matrix.
         CheckpointError: an expert's weight holds NaN or infinity.
         TransferError: the disk failed.
     """
     started = time.perf_counter()
+    if layout not in LAYOUTS:
+        raise ConfigError(f"layout={layout!r} does not exist; use {' or '.join(map(repr, LAYOUTS))}")
     source = locate(model, **hub)
     folder = Path(os.path.expanduser(os.fspath(out))).absolute()
     if source.file is not None:
@@ -147,12 +154,13 @@ def pack(
     require_index(checkpoint)
     meta = build_meta(hf_config, model_class(hf_config))
     catalog = build_catalog(checkpoint, meta)
-    shards = plan_shards(catalog, meta, how, shard_bytes)
-    quantization = quantization_config(catalog, meta, how)
+    tiles = layout == TILED
+    shards = plan_shards(catalog, meta, how, shard_bytes, tiles)
+    quantization = quantization_config(catalog, meta, how, tiles)
     planned = check_loads(folder, shards, hf_config, quantization)
     checkpoint = source.fetch(checkpoint)
     job = _Job(folder, checkpoint, shards, tuple(layer.name for layer in catalog.layers), progress)
-    manifest = Manifest.of(folder, checkpoint, how, shard_bytes)
+    manifest = Manifest.of(folder, checkpoint, how, shard_bytes, {} if layout == ROWS else {"layout": layout})
     kept = job.run(manifest)
     _write_rest(checkpoint.folder, folder, shards, quantization)
     assert Checkpoint.open(folder).tensors == planned.view.checkpoint.tensors
@@ -264,8 +272,8 @@ class _Job:
                 for _ in self._until_stopped(fill(path, source.offset, octets(data))):
                     pass
                 weight = data.view(source.dtype).view(source.shape)
-                tensors = encode(quantize(weight, item.how, f"{path}: {source.name}"))
-                loss = quantize.loss(weight, item.how, tensors)
+                tensors = item.encode(quantize(weight, item.how, f"{path}: {source.name}"))
+                loss = quantize.loss(weight, item.how, item.decode(tensors))
                 losses[item.layer] = losses.get(item.layer, Loss()) + loss
                 yield from map(octets, tensors.values())
             self._advance((item,))

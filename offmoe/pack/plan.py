@@ -4,7 +4,8 @@ The layout is compressed-tensors' pack-quantized. Each expert matrix gets the na
 published checkpoints, and everything else is copied, so whatever loads the dense checkpoint loads the packed one:
 offmoe through transformers' renamings, other programs through compressed-tensors. The plan follows from headers alone,
 with all sizes and offsets, and a catalog is built from it before a byte is written. On disk an expert is one run of
-bytes, one matrix after the other.
+bytes, one matrix after the other; with `tiles` that run is in the order of the CPU's kernels (tiles.py), which only
+offmoe reads.
 """
 
 from __future__ import annotations
@@ -24,18 +25,21 @@ from offmoe.hf.catalog.build import build_catalog
 from offmoe.hf.catalog.catalog import CatalogLayer, ExpertCatalog
 from offmoe.hf.load.config import build_meta, model_class
 from offmoe.hf.upstream import expert_names
+from offmoe.pack.tiles import decode_tiles, encode_tiles, end_on_page, tile_tensors
+from offmoe.quant.int_formats import SIGN_BITS, TILES_FORMAT
 from offmoe.quant.packed_weight import PackedWeight, WeightFormat
 from offmoe.storage.checkpoint import Checkpoint
 from offmoe.storage.layout import Destination, Segment, TensorInfo
+from offmoe.storage.read_plan import ALIGNMENT
 from offmoe.storage.shard_writer import NewTensor, head_of
 
 SCALE_DTYPES = {torch.float64: torch.float32}
 """Weights' dtypes whose scales get another dtype. Decoding computes in the scales' dtype, and no reader takes float64.
 """
 
-FLIPPED = {4: 0, 8: -0x7F7F7F80}
+FLIPPED = {4: 0, 8: SIGN_BITS}
 """What a word is xored with by its bits. Codes at rest have 2**(bits - 1) added, which `PackedWeight` has for int4 but
-not for int8 (0x80808080 flips four sign bits)."""
+not for int8."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Item:
         tensors: the tensors of the packed checkpoint.
         how: the format to quantize to; None if the bytes are copied.
         layer: index of the expert's MoE layer in the catalog; None if the bytes are copied.
+        tiles: whether the new tensors are in the order of the kernels.
     """
 
     name: str
@@ -55,11 +60,21 @@ class Item:
     tensors: tuple[NewTensor, ...]
     how: WeightFormat | None = None
     layer: int | None = None
+    tiles: bool = False
 
     @property
     def nbytes(self) -> int:
         """Bytes of the new tensors."""
         return sum(tensor.nbytes for tensor in self.tensors)
+
+    def encode(self, packed: PackedWeight) -> dict[str, torch.Tensor]:
+        """The new tensors, in their order. packed: the item's weight, row by row."""
+        return encode_tiles(packed, self.name, self.tensors) if self.tiles else encode(packed)
+
+    def decode(self, written: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What `encode` gave, by the names and in the order of compressed-tensors, for the loss to be measured on."""
+        assert self.how is not None
+        return encode(decode_tiles(written, self.name, self.how)) if self.tiles else written
 
 
 @dataclass(frozen=True)
@@ -75,8 +90,8 @@ class NewShard:
 
     @property
     def head(self) -> bytes:
-        """The file's bytes up to its first tensor."""
-        return head_of(self.tensors)
+        """The file's bytes up to its first tensor, which stands on a page if it is of an extent."""
+        return head_of(self.tensors, ALIGNMENT if any(item.tiles for item in self.items) else 8)
 
     @property
     def nbytes(self) -> int:
@@ -85,7 +100,7 @@ class NewShard:
 
 
 def plan_shards(
-    catalog: ExpertCatalog, meta: PreTrainedModel, how: WeightFormat, shard_bytes: int
+    catalog: ExpertCatalog, meta: PreTrainedModel, how: WeightFormat, shard_bytes: int, tiles: bool = False
 ) -> tuple[NewShard, ...]:
     """The shards of the packed checkpoint: first what is copied, then the experts.
 
@@ -94,6 +109,7 @@ def plan_shards(
         meta: its model on the meta device.
         how: the experts' format. Scales get the dtype of the weights.
         shard_bytes: the most bytes of tensors in a shard; a shard of one larger expert exceeds it.
+        tiles: whether experts stand in the order of the kernels.
 
     Raises:
         UnsupportedModelError: experts cannot be cut into matrices of linear layers, or the format cannot hold them.
@@ -102,7 +118,7 @@ def plan_shards(
     experts: list[list[Item]] = []
     names: set[str] = set()
     for number, layer in enumerate(catalog.layers):
-        for items in _Cut(checkpoint, meta, layer, number, how).experts():
+        for items in _Cut(checkpoint, meta, layer, number, how, tiles).experts():
             new = [item for item in items if item.name not in names]  # modules may share one list of experts
             experts.append(new)
             names.update(item.name for item in new)
@@ -156,9 +172,18 @@ class _Cut:
     layer: CatalogLayer
     number: int
     how: WeightFormat
+    tiles: bool = False
 
     def experts(self) -> list[list[Item]]:
         """The matrices of each expert."""
+        experts = self._experts()
+        if self.tiles:
+            for items in experts:
+                tensors = end_on_page(items[-1].tensors, sum(item.nbytes for item in items))
+                items[-1] = replace(items[-1], tensors=tensors)
+        return experts
+
+    def _experts(self) -> list[list[Item]]:
         destinations = self.layer.assembly.destinations
         if self.layer.assembly.convert is not None:
             raise self._refusal("rearranges the rows of their matrices when it is loaded")
@@ -196,6 +221,8 @@ class _Cut:
         how = replace(self.how, scale_dtype=SCALE_DTYPES.get(source.dtype, source.dtype))
         rows, cols = source.shape
         how.check(f"{self.checkpoint.folder}: {name}", rows, cols)
+        if self.tiles:
+            return Item(name, source, tile_tensors(name, rows, cols, how), how, self.number, tiles=True)
         groups = how.groups(cols)
         tensors = [
             NewTensor(f"{name}_packed", torch.int32, (rows, cols // how.word_values)),
@@ -215,7 +242,7 @@ class _Cut:
 
 
 def encode(packed: PackedWeight) -> dict[str, torch.Tensor]:
-    """The tensors of an `Item`, in its order, by the names that the codec has for them.
+    """The tensors of an `Item` in rows, in its order, by the names that the codec has for them.
 
     packed: the item's weight, row by row.
     """
@@ -227,7 +254,9 @@ def encode(packed: PackedWeight) -> dict[str, torch.Tensor]:
     return {**out, "shape": torch.tensor([packed.rows, packed.cols])}
 
 
-def quantization_config(catalog: ExpertCatalog, meta: PreTrainedModel, how: WeightFormat) -> dict[str, object]:
+def quantization_config(
+    catalog: ExpertCatalog, meta: PreTrainedModel, how: WeightFormat, tiles: bool = False
+) -> dict[str, object]:
     """The `quantization_config` of the packed checkpoint's config.json.
 
     Its list "ignore" names every linear layer that is not an expert's, by its names in the checkpoint and in the model.
@@ -251,7 +280,7 @@ def quantization_config(catalog: ExpertCatalog, meta: PreTrainedModel, how: Weig
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": TILES_FORMAT if tiles else "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
         "ignore": sorted(matrices | {name for name in linear if not name.startswith(inside)}),

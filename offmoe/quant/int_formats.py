@@ -15,9 +15,16 @@ from dataclasses import dataclass
 import torch
 
 from offmoe.quant.codec import Spec, codes_of_words, expect
+from offmoe.quant.packed_weight import SCALES as SCALE_PLANE
+from offmoe.quant.packed_weight import TILE_ROWS, TILES, ZEROS, to_rows
 
 SCALES = (torch.float16, torch.bfloat16, torch.float32)
 """The dtypes that scales may have."""
+TILES_FORMAT = "offmoe-tiles-v1"
+"""The `format` of a compressed-tensors config whose weights are `TiledInt`. compressed-tensors itself, and an offmoe
+that does not know it, refuse the name."""
+SIGN_BITS = -0x7F7F7F80
+"""0x80808080 as int32. Bytes at rest have 128 added; kernels read signed ones."""
 
 
 def _apply(
@@ -112,6 +119,55 @@ class PackedInt:
     def zeros(self, raw: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The zero points of a format that has them, uint8 [out, groups]."""
         return codes_of_words(raw["zero"].mT, self.bits).mT[: len(raw["packed"])]
+
+
+@dataclass(frozen=True)
+class TiledInt:
+    """What `offmoe pack --layout tiles` writes: the codes of `PackedInt` in the order that kernels read. [out, in].
+
+    Components: tiles int32 [out / 16, words of a row, 16]; tiles_scale [out / 16, groups, 16]; unless symmetric,
+    tiles_zero uint8 [out / 16, groups, 16]. Codes of 4 bits have 8 added, those of 8 bits are signed.
+
+    Args:
+        bits: 4 or 8.
+        group: columns per scale; None: one scale per row.
+        symmetric: whether the format has no zero points.
+    """
+
+    bits: int
+    group: int | None
+    symmetric: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"offmoe tiles int{self.bits}"
+
+    @property
+    def required(self) -> frozenset[str]:
+        return frozenset(TILES.values()) - (frozenset({TILES[ZEROS]}) if self.symmetric else frozenset())
+
+    def shape(self, specs: Mapping[str, Spec]) -> tuple[int, ...]:
+        words, scale = specs[TILES[""]], specs[TILES[SCALE_PLANE]]
+        expect(words.dtype == torch.int32 and len(words.shape) == 3, f"its words are {words}")
+        expect(scale.dtype in SCALES and len(scale.shape) == 3, f"its scale is {scale}")
+        count, width, lanes = words.shape
+        rows, cols, groups = count * TILE_ROWS, width * (32 // self.bits), scale.shape[1]
+        expect(
+            lanes == TILE_ROWS and scale.shape == (count, groups, lanes) and groups * (self.group or cols) == cols,
+            f"tiles {list(words.shape)} with scales {list(scale.shape)} are no groups of {self.group or cols} columns",
+        )
+        if not self.symmetric:
+            zero = specs[TILES[ZEROS]]
+            expect(zero == (scale.shape, torch.uint8), f"its zero points are {zero}, not {scale.shape} uint8")
+        return rows, cols
+
+    def decode(self, raw: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        words, scale = to_rows(raw[TILES[""]]), to_rows(raw[TILES[SCALE_PLANE]])  # [out, words], [out, groups]
+        codes = codes_of_words(words if self.bits == 4 else words ^ SIGN_BITS, self.bits)
+        zeros: torch.Tensor | int = 1 << (self.bits - 1)
+        if not self.symmetric:
+            zeros = to_rows(raw[TILES[ZEROS]]).to(scale.dtype)
+        return _apply(codes, zeros, scale, None).to(dtype)
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,8 @@ from offmoe.errors import CheckpointError
 from offmoe.quant.codec import Codec
 from offmoe.quant.float_formats import Mxfp4, ScaledFloat
 from offmoe.quant.gguf_formats import GgufBlocks
-from offmoe.quant.int_formats import Awq, Gptq, PackedInt, in_order
+from offmoe.quant.int_formats import SIGN_BITS, Awq, Gptq, PackedInt, TiledInt, in_order
 from offmoe.quant.packed_weight import INT4_GROUPS, MXFP4, SCALES, ZEROS, WeightFormat, fp8
-
-SIGN_BITS = -0x7F7F7F80
-"""0x80808080 as int32. Bytes at rest have 128 added; kernels read signed ones."""
 
 
 def is_rows_first(codec: Codec) -> bool:
@@ -46,6 +43,8 @@ def format_of(codec: Codec, cols: int, dtype: torch.dtype) -> WeightFormat | str
         return GGUF_FORMATS.get(codec.type, f"kernels have no {codec.name}")
     if isinstance(codec, ScaledFloat):
         return _fp8_format(codec, cols, dtype)
+    if isinstance(codec, TiledInt):
+        return WeightFormat(f"int{codec.bits}", codec.group, not codec.symmetric, dtype)
     if not isinstance(codec, (PackedInt, Gptq, Awq)):
         return f"kernels have no {codec.name}"
     bits = 4 if isinstance(codec, Awq) else codec.bits

@@ -31,6 +31,9 @@ SCALES, ZEROS, MINIMA, HIGH, SUPERS = ".scales", ".zeros", ".minima", ".high", "
 PLANES = (SCALES, ZEROS, MINIMA, HIGH, SUPERS)
 """What the names of a weight's further planes add to the weight's own name."""
 
+TILES = {"": "tiles", SCALES: "tiles_scale", ZEROS: "tiles_zero"}
+"""By plane, what it is called in a checkpoint that stores tiles. In this order the planes follow each other there."""
+
 SUPER_VALUES = 256
 """Inputs per float16 of scales of two levels: a block of GGUF's k-quants."""
 

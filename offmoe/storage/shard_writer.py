@@ -45,11 +45,12 @@ class NewTensor(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def head_of(tensors: Sequence[NewTensor]) -> bytes:
+def head_of(tensors: Sequence[NewTensor], alignment: int = 8) -> bytes:
     """A shard's bytes up to its first tensor.
 
     Args:
         tensors: the shard's tensors in the order in which they follow. That order must keep each aligned to its dtype.
+        alignment: the first tensor's place in the file is a multiple of it, a multiple of 8 itself.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
@@ -61,7 +62,7 @@ def head_of(tensors: Sequence[NewTensor]) -> bytes:
         }
         at += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (aligned(len(text), 8) - len(text))
+    text += b" " * (aligned(8 + len(text), alignment) - 8 - len(text))
     return len(text).to_bytes(8, "little") + text
 
 

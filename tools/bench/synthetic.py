@@ -211,7 +211,13 @@ def _save_hole(file: Path, tensors: list[NewTensor]) -> str:
 
 
 def write_packed(
-    folder: Path, config: PretrainedConfig, how: WeightFormat, scratch: Path, *, sparse: bool = False
+    folder: Path,
+    config: PretrainedConfig,
+    how: WeightFormat,
+    scratch: Path,
+    *,
+    sparse: bool = False,
+    tiles: bool = False,
 ) -> None:
     """Write a checkpoint with quantized experts of random words, in the layout of `offmoe pack`.
 
@@ -223,6 +229,7 @@ def write_packed(
         how: the experts' format.
         scratch: a folder for the headers.
         sparse: write headers alone, as `write_sparse` does.
+        tiles: with experts in the order of the kernels, as `offmoe pack --layout tiles`.
     """
     from offmoe.hf.catalog.build import build_catalog
     from offmoe.hf.load.config import build_meta, model_class
@@ -234,7 +241,7 @@ def write_packed(
     meta = build_meta(config, model_class(config))
     catalog = build_catalog(Checkpoint.open(source), meta)
     folder.mkdir(parents=True)
-    shards = plan_shards(catalog, meta, how, SHARD_BYTES)
+    shards = plan_shards(catalog, meta, how, SHARD_BYTES, tiles)
     drawn = None if sparse else _Drawn(config)
     for shard in shards:
         if drawn is None:
@@ -245,7 +252,7 @@ def write_packed(
     weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
     (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     values = json.loads((source / "config.json").read_text())
-    values["quantization_config"] = quantization_config(catalog, meta, how)
+    values["quantization_config"] = quantization_config(catalog, meta, how, tiles)
     (folder / "config.json").write_text(json.dumps(values, indent=2))
 
 
@@ -286,10 +293,15 @@ class _Drawn:
                 is_norm = len(tensor.shape) == 1
                 yield octets(torch.ones(tensor.shape).bfloat16() if is_norm else self._dense.next(tensor.shape))
                 continue
-            packed, scale, _ = item.tensors
-            yield octets(self._words.next(packed.shape))
-            yield octets(self._scales.next(scale.shape))
-            yield octets(torch.tensor(item.source.shape))
+            for tensor in item.tensors:
+                if tensor.dtype == torch.int32:
+                    yield octets(self._words.next(tensor.shape))
+                elif tensor.dtype == torch.bfloat16:
+                    yield octets(self._scales.next(tensor.shape))
+                elif tensor.dtype == torch.int64:
+                    yield octets(torch.tensor(item.source.shape))
+                else:
+                    yield bytes(tensor.nbytes)  # what aligns tiles
 
 
 def _drop(file: Path) -> None:

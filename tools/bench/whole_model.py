@@ -34,7 +34,7 @@ from offmoe.compute.kernels.library import status
 from offmoe.config import OffloadConfig
 from offmoe.hf.load.kernel_linears import LinearForward
 from offmoe.measure.probes import DiskProbe, drop_page_cache
-from offmoe.pack.pack import weight_format
+from offmoe.pack.pack import LAYOUTS, ROWS, TILED, weight_format
 from offmoe.storage.checkpoint import Checkpoint
 from offmoe.storage.store import ExpertStore
 from offmoe.types import ExpertKey
@@ -241,6 +241,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24, help="decoded per round")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--activations", default="int8", help="of experts: float or int8")
+    parser.add_argument("--dense", choices=("native", "int8", "int4"), default="native", help="of the dense weights")
+    parser.add_argument("--layout", choices=LAYOUTS, default=ROWS, help="how experts stand on the disk (offmoe pack)")
     parser.add_argument("--cap", type=float, action="append", default=[], help="share of the experts that have slots")
     parser.add_argument("--profile", action="store_true", help="where a token's time goes")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
@@ -250,10 +252,11 @@ def main() -> None:
         args.work.mkdir(parents=True, exist_ok=True)
     with ended_by_sigterm(), scratch_folder("offmoe-whole-", args.work) as scratch:
         for shape in args.shape or ("mixtral", "qwen3"):
-            folder = (args.work or scratch) / f"{shape}-{args.layers}"
+            tiles = args.layout == TILED
+            folder = (args.work or scratch) / f"{shape}-{args.layers}{'-tiles' if tiles else ''}"
             if not folder.exists():
-                write_packed(folder, configs(args.layers)[shape], weight_format("int4", GROUP), scratch)
-            options = {"exactness": "numeric", "activations": args.activations}
+                write_packed(folder, configs(args.layers)[shape], weight_format("int4", GROUP), scratch, tiles=tiles)
+            options = {"exactness": "numeric", "activations": args.activations, "dense": args.dense}
             found[shape] = out = {"resident": resident(folder, options, args)}
             args.shape_now, args.compute_s = shape, 1 / out["resident"]["tokens_per_s"]["median"]
             for share in args.cap:

@@ -19,7 +19,8 @@ from offmoe.errors import CheckpointError, UnsupportedModelError
 from offmoe.quant.bitsandbytes import read_state
 from offmoe.quant.codec import Codec, Spec
 from offmoe.quant.float_formats import Mxfp4, ScaledFloat
-from offmoe.quant.int_formats import Awq, Gptq, PackedInt
+from offmoe.quant.int_formats import TILES_FORMAT, Awq, Gptq, PackedInt, TiledInt
+from offmoe.quant.packed_weight import TILES
 from offmoe.quant.raw_slot import STATE
 
 logger = logging.getLogger(__name__)
@@ -84,9 +85,12 @@ COMPRESSED_TENSORS: Endings = {
     ".weight_zero_point": (".weight", "zero"),
     ".weight_g_idx": (".weight", "g_idx"),
     ".weight_shape": (".weight", ""),  # follows from the others
+    **{f".weight_{part}": (".weight", part) for part in TILES.values()},
+    **{f".weight_{part}_pad": (".weight", "") for part in TILES.values()},
     **NOT_NEEDED,
 }
-"""compressed-tensors: `x.weight_packed` or an FP8 `x.weight`, with `x.weight_scale`, `_zero_point`, `_g_idx`."""
+"""compressed-tensors: `x.weight_packed` or an FP8 `x.weight`, with `x.weight_scale`, `_zero_point`, `_g_idx`. offmoe's
+tiles: `x.weight_tiles`, `x.weight_tiles_scale`, `_zero`, with bytes behind them that align what follows."""
 
 
 def read_method(source: object, config: object) -> Method | None:
@@ -225,7 +229,7 @@ class Scheme:
 
     targets: tuple[str, ...]
     """Class names, module names or "re:" patterns of the modules in the group."""
-    codec: ScaledFloat | PackedInt
+    codec: ScaledFloat | PackedInt | TiledInt
     ordered: bool
     """Whether the columns are reordered."""
 
@@ -253,7 +257,7 @@ def _scheme(group: Mapping[str, Any], values: Mapping[str, Any]) -> Scheme:
     bits, kind, strategy = int(weights["num_bits"]), weights.get("type", "int"), weights.get("strategy")
     group_size = _group(weights.get("group_size"))
     strategy = strategy or ("group" if group_size else "tensor" if weights.get("group_size") is None else "channel")
-    packed = layout == "pack-quantized" and kind == "int" and bits in (4, 8)
+    packed = layout in ("pack-quantized", TILES_FORMAT) and kind == "int" and bits in (4, 8)
     scaled = layout in ("float-quantized", "naive-quantized") and kind == "float" and bits == 8
     strategies = ("group", "channel", "tensor") if packed else ("tensor", "channel", "block")
     if not (packed or scaled) or strategy not in strategies:
@@ -265,7 +269,9 @@ def _scheme(group: Mapping[str, Any], values: Mapping[str, Any]) -> Scheme:
         block = _pair(weights.get("block_structure")) if strategy == "block" else None
         return Scheme(targets, ScaledFloat(block), ordered=False)
     symmetric = bool(weights.get("symmetric", True))
-    codec = PackedInt(bits, group_size if strategy == "group" else None, symmetric)
+    codec = (TiledInt if layout == TILES_FORMAT else PackedInt)(
+        bits, group_size if strategy == "group" else None, symmetric
+    )
     return Scheme(targets, codec, ordered=weights.get("actorder") in ("group", "dynamic", True))
 
 
