@@ -74,6 +74,7 @@ def test_an_expert_is_one_extent_with_the_bytes_of_a_slot(
     for layer in catalog.layers:
         assert layer.cpu_slot is not None
         assert layer.assembly.convert is None
+        assert layer.assembly.write is None
         for record in layer.records:
             first = record.segments[0].offset
             assert first % ALIGNMENT == 0
