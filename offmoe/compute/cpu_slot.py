@@ -234,9 +234,9 @@ class TilePlacement:
             elif isinstance(codec, TiledInt):
                 tiles = slice(rows.first // TILE_ROWS, (rows.first + rows.size) // TILE_ROWS)
                 parts = self.form.tensors[rows.tensor].components
-                for plane, part in TILES.items():
-                    if part in parts:
-                        copy(views[name + plane], tensors[parts[part]][tiles])
+                for plane, component in TILES.items():
+                    if component in parts:
+                        copy(views[name + plane], tensors[parts[component]][tiles])
             elif rows.tensor in words:
                 for suffix, part in words[rows.tensor].items():
                     tiles = rows.of(part).unflatten(0, (-1, TILE_ROWS))  # [N / 16, 16, C]
