@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from offmoe.budget.forward_pass import FEW_TOKENS, PassBytes, pass_bytes
-from offmoe.device.arena import PAGE_BYTES
+from offmoe.device.pages import PAGE_BYTES
 from offmoe.errors import UnsupportedModelError
 from offmoe.hf.adapters.find import expert_parameters
 from offmoe.hf.catalog.catalog import CatalogLayer, ExpertCatalog

@@ -2,29 +2,24 @@
 
 Moves: nothing.
 Bound: both are allocated when the model is loaded or resized. Slots are the only device memory of experts, so their
-number is the cap, and nothing is fragmented or freed in between. Host buffers are on pages of 2 MiB where the platform
-has them: an unbuffered read of 50 MB then pins 25 pages instead of 12,000, which gave two to three times the throughput
-on a virtual disk at an eighth of the CPU time. Buffers are touched before the first read, not during it.
+number is the cap, and nothing is fragmented or freed in between. Host buffers (pages.py) are touched before the first
+read, not during it.
 Must never: know which expert is where (policy/residency.py does), or unmap memory that a tensor still refers to.
 """
 
 from __future__ import annotations
 
-import mmap
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from typing import NamedTuple
 
 import torch
 
 from offmoe.device.backend import Backend
 from offmoe.device.blocks import Place, rearrange
-from offmoe.errors import CapacityError, OffmoeError
+from offmoe.device.pages import PAGE_BYTES, map_pages
+from offmoe.errors import OffmoeError
 from offmoe.storage.layout import PARAM_ALIGNMENT, ExpertLayout, aligned
-
-PAGE_BYTES = 4096
-HUGE_PAGE_BYTES = 2 * 1024 * 1024
 
 
 class SlotArena:
@@ -301,33 +296,3 @@ class HostBuffers:
                 assert self._pinning is not None
                 self._pinned.remove(address)
                 self._pinning.unpin(address)
-
-
-def map_pages(nbytes: int) -> memoryview:
-    """Map zeroed, touched memory of `nbytes` bytes, aligned to 2 MiB. It is unmapped when nothing refers to it.
-
-    On Linux it is private, on huge pages if the kernel grants them, and not inherited by forks, because an unbuffered
-    read into memory that a fork shares is undefined.
-
-    Raises:
-        CapacityError: The system does not give the memory.
-    """
-    size = nbytes + HUGE_PAGE_BYTES
-    try:
-        if hasattr(mmap, "MAP_PRIVATE") and hasattr(mmap, "MAP_ANONYMOUS"):
-            mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        else:
-            mapping = mmap.mmap(-1, size)
-    except (OSError, MemoryError, OverflowError, ValueError) as error:
-        raise CapacityError(
-            f"the system does not give {nbytes / 2**30:.2f} GiB of memory for staging ({error}); lower --host-memory"
-        ) from error
-    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
-        value = getattr(mmap, advice, None)
-        if value is not None and hasattr(mapping, "madvise"):
-            with suppress(OSError):  # a kernel built without it; only speed, or forks, depend on it
-                mapping.madvise(value)
-    start = -torch.frombuffer(mapping, dtype=torch.uint8).data_ptr() % HUGE_PAGE_BYTES
-    pages = memoryview(mapping)[start : start + nbytes]
-    torch.frombuffer(pages, dtype=torch.uint8)[::PAGE_BYTES] = 0
-    return pages

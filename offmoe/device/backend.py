@@ -20,6 +20,7 @@ import torch
 
 from offmoe.device.cgroup import cgroup_free_bytes
 from offmoe.device.machines import RAM_AUTO_SHARE
+from offmoe.device.pages import map_pages
 from offmoe.errors import CapacityError
 from offmoe.storage.layout import PARAM_ALIGNMENT
 
@@ -117,10 +118,13 @@ class Backend(ABC):
             memory = torch.empty(nbytes + PARAM_ALIGNMENT, dtype=torch.uint8, device=self.device)
             return memory[-memory.data_ptr() % PARAM_ALIGNMENT :][:nbytes]
         except RuntimeError as error:  # torch.OutOfMemoryError is one
-            raise CapacityError(
-                f"{self.device} cannot hold {nbytes} bytes of expert slots; {self.free_bytes()} are free. "
-                "Lower --slots-per-layer or --device-memory."
-            ) from error
+            raise self._no_room(nbytes) from error
+
+    def _no_room(self, nbytes: int) -> CapacityError:
+        return CapacityError(
+            f"{self.device} cannot hold {nbytes} bytes of expert slots; {self.free_bytes()} are free. "
+            "Lower --slots-per-layer or --device-memory."
+        )
 
     def to_host(self, tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
         """Copy small integer tensors [rows, n_i] to the host, all in one copy.
@@ -181,6 +185,13 @@ class CpuBackend(Backend):
 
     def free_bytes(self) -> int:
         return available_memory()
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        try:
+            pages = map_pages(max(1, nbytes), touch=False)  # experts may be read into slots unbuffered
+        except CapacityError as error:
+            raise self._no_room(nbytes) from error
+        return torch.frombuffer(pages, dtype=torch.uint8)[:nbytes]
 
     def pin(self, address: int, nbytes: int) -> bool:
         return False

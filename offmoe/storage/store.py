@@ -189,6 +189,14 @@ class ExpertStore:
         """
         return self._plans[key].segments(buffer)
 
+    def stands_as(self, key: ExpertKey, places: Sequence[tuple[int, int]]) -> bool:
+        """Whether the segments of one expert stand in a buffer at these places (first byte, nbytes), in their order."""
+        return self._plans[key].places == places
+
+    def read_bytes(self, key: ExpertKey) -> int:
+        """Bytes that are read of one expert: those of its segments, and what stands between and around them."""
+        return self._plans[key].nbytes
+
     def arrived(self, key: ExpertKey, part: int) -> list[tuple[int, int, int]]:
         """The pieces of segments that one part holds.
 

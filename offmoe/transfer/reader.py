@@ -1,7 +1,8 @@
 """What a reader thread does with one ticket: shard -> staging buffer or RAM slot -> device slot.
 
 Moves: experts, in parts of a few MB. All readers without a ticket help with the parts of another. The expert of a
-demand is copied into its slot while the rest of it is read.
+demand is copied into its slot while the rest of it is read. If it stands there as on the disk, it is read into the
+slot itself.
 Bound: the disk, then the link to the device.
 Must never: write to a slot before its turn, or go on with a read that nobody needs. W2 to W7 of waits.py are called
 here.
@@ -113,15 +114,29 @@ class Reader(threading.Thread):
         """
         ticket.arrival.begun = True
         in_staging, stop = ticket.buffer is not None, _Stop(ticket, self._queue.stopping)
+        slot = self._slot_to_read_into(ticket)
 
         def read(part: int) -> None:
             step = None if ticket.priority == DEMAND else AHEAD_BYTES
-            self._writer.store.read_part(ticket.fetch.key, part, memory, stop, step)
+            self._writer.store.read_part(ticket.fetch.key, part, memory if slot is None else slot, stop, step)
+            if slot is not None:
+                ticket.arrival.part_landed(part)
+                return
             ticket.arrival.part_read(part)
             if not in_staging or ticket.fetch.host is None:  # else it is copied to its RAM slot first
                 self._copy_read_parts(ticket, buffer)
 
         self._by_parts(ticket, read)
+
+    def _slot_to_read_into(self, ticket: Ticket) -> memoryview | None:
+        """The memory of a ticket's slot, claimed, if the expert may land there now and needs no copy."""
+        if ticket.fetch.host is not None:
+            return None
+        slot = self._writer.slot_as_stored(ticket.fetch)
+        if slot is None or not self._queue.lands_early(ticket) or not self._claim_slot(ticket):
+            return None
+        ticket.arrival.runs = self._writer.runs(ticket.fetch)
+        return slot
 
     def _by_parts(self, ticket: Ticket, do: Callable[[int], None]) -> None:
         """do(part) for each part of an expert, by as many readers as are free."""

@@ -18,6 +18,7 @@ import torch
 from offmoe.device.arena import SlotArena
 from offmoe.device.backend import Backend, Event, copy_in_ram
 from offmoe.storage.layout import Assembly, ExpertLayout
+from offmoe.storage.read_plan import ALIGNMENT
 from offmoe.storage.store import ExpertStore
 from offmoe.transfer.arrival import Arriving
 from offmoe.transfer.ticket import DEMAND, Ticket
@@ -140,6 +141,21 @@ class SlotWriter:
         runs = layer.assembly.runs(self.store.record(fetch.key).segments, self._views(fetch))
         self._runs[fetch.slot] = layer, runs
         return runs
+
+    def slot_as_stored(self, fetch: Fetch) -> memoryview | None:
+        """The memory of the fetch's slot, if the expert can be read there itself: it stands in the slot as on the disk.
+
+        None for slots that the host cannot write, for slots in RAM, and for a read-ahead, which has none.
+        """
+        if not self.backend.unified_memory or not 0 <= fetch.slot < self.arena.num_on_device:
+            return None
+        slot, layout = self.arena.bytes(fetch.slot), self._layer(fetch).layout
+        places = tuple((param.offset, param.nbytes) for param in layout.params)
+        if slot.data_ptr() % ALIGNMENT or not self.store.stands_as(fetch.key, places):
+            return None
+        if self.store.read_bytes(fetch.key) > slot.numel() or None in self.runs(fetch):
+            return None
+        return memoryview(slot.numpy())  # type: ignore[arg-type]
 
     def arriving(self, ticket: Ticket) -> Arriving | None:
         """The expert of a ticket as something to compute with while it arrives.

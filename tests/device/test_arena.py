@@ -1,6 +1,4 @@
 import gc
-import mmap
-import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,9 +6,10 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from offmoe.device.arena import HUGE_PAGE_BYTES, HostBuffers, SlotArena, map_pages
+from offmoe.device.arena import HostBuffers, SlotArena
 from offmoe.device.backend import CpuBackend
-from offmoe.errors import CapacityError, OffmoeError
+from offmoe.device.pages import map_pages
+from offmoe.errors import OffmoeError
 from offmoe.storage.layout import PARAM_ALIGNMENT, ExpertLayout
 
 SMALL = ExpertLayout.of({"up": (torch.bfloat16, (5, 3)), "down": (torch.bfloat16, (3, 5))})
@@ -152,55 +151,6 @@ class TestHostBuffers:
         buffers.close()
         gc.collect()
         assert tensor.fill_(3).eq(3).all()
-
-
-class TestMapPages:
-    def test_aligned_and_zero(self) -> None:
-        pages = map_pages(3 * HUGE_PAGE_BYTES + 1)
-        tensor = torch.frombuffer(pages, dtype=torch.uint8)
-        assert tensor.numel() == 3 * HUGE_PAGE_BYTES + 1
-        assert tensor.data_ptr() % HUGE_PAGE_BYTES == 0
-        assert not tensor.any()
-
-    @pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="looks into /proc")
-    def test_touched_huge_and_not_inherited(self) -> None:
-        pages = map_pages(2 * HUGE_PAGE_BYTES)
-        address = torch.frombuffer(pages, dtype=torch.uint8).data_ptr()
-        region = smaps_region(address)
-        assert int(region["Rss"].split()[0]) * 1024 >= 2 * HUGE_PAGE_BYTES
-        assert {"dc", "hg"} <= set(region["VmFlags"].split())  # dc: MADV_DONTFORK, hg: MADV_HUGEPAGE
-
-    def test_without_what_only_linux_has(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name in ("MAP_PRIVATE", "MAP_ANONYMOUS", "MADV_HUGEPAGE", "MADV_DONTFORK"):
-            monkeypatch.delattr(mmap, name)
-        pages = map_pages(10_000)
-        pages[:] = bytes([7]) * 10_000
-        assert bytes(pages[-2:]) == b"\x07\x07"
-
-    def test_advice_that_the_kernel_refuses_is_optional(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 10_000)  # EINVAL
-        assert len(map_pages(4096)) == 4096
-
-    def test_no_memory_is_a_capacity_error(self) -> None:
-        with pytest.raises(CapacityError, match="lower --host-memory"):
-            map_pages(2**62)
-
-
-def smaps_region(address: int) -> dict[str, str]:
-    """Fields of the mapping in /proc/self/smaps that holds the address."""
-    inside, fields = False, {}
-    with open("/proc/self/smaps") as lines:
-        for line in lines:
-            first = line.split()[0]
-            if not first.endswith(":"):
-                if inside:
-                    break
-                low, high = (int(end, 16) for end in first.split("-"))
-                inside = low <= address < high
-            elif inside:
-                name, _, value = line.partition(":")
-                fields[name] = value
-    return fields
 
 
 def test_a_closed_arena_holds_nothing_and_says_so() -> None:

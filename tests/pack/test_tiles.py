@@ -20,6 +20,7 @@ from offmoe.quant.int_formats import TILES_FORMAT
 from offmoe.storage.checkpoint import Checkpoint
 from offmoe.storage.layout import Assembly
 from offmoe.storage.read_plan import ALIGNMENT, plan_reads
+from tests import tiny
 from tests.pack.test_pack import run, save
 
 FORMATS = [("int4", 64, False), ("int4", 32, True), ("int8", None, False)]
@@ -40,8 +41,8 @@ def both(folder: Path, how: tuple[str, int | None, bool], family: str = "mixtral
     return packed
 
 
-def results(folder: Path, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3, **options)
+def results(folder: Path, slots: int = 3, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=slots, **options)
     with model.offload:
         return run(model)
 
@@ -113,3 +114,19 @@ def test_a_reader_that_does_not_know_the_format_refuses_it(tmp_path: Path) -> No
     config.quantization_config = values | {"format": "offmoe-tiles-v2"}
     with pytest.raises(UnsupportedModelError, match="'offmoe-tiles-v2'"):
         read_method(folder, config)
+
+
+def test_experts_that_computation_waits_for_are_read_into_their_slots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # planes and extents of whole pages, as experts of real models have them
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4}
+    folders = both(tmp_path, ("int4", 32, False), **sizes)
+    options: dict[str, Any] = {"exactness": "numeric", "slots": tiny.NUM_EXPERTS}  # so that none waits for its slot
+    wanted = results(folders[0], **options)
+    copied: list[int] = []
+    monkeypatch.setattr("offmoe.device.backend.copy_in_ram", lambda into, data: copied.append(data.nbytes))
+    got = results(folders[1], **options)
+    assert copied == []
+    assert torch.equal(got[0], wanted[0])
+    assert torch.equal(got[1], wanted[1])

@@ -31,8 +31,9 @@ import torch.nn.functional as F
 
 from offmoe.compute.kernels.cpu import CpuKernels, GatedExpert, Glu, Rows
 from offmoe.compute.kernels.library import status
-from offmoe.device.arena import SlotArena, map_pages
+from offmoe.device.arena import SlotArena
 from offmoe.device.cores import usable_cores, usable_cpus
+from offmoe.device.pages import map_pages
 from offmoe.quant.packed_weight import PackedWeight, WeightFormat, fp8, int4
 from offmoe.storage.layout import ExpertLayout
 
