@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from offmoe.quant.codec import Codec
-from offmoe.storage.layout import Assembly
+from offmoe.storage.layout import Assembly, ExpertLayout
 
 WORKING_BYTES = 10
 """Temporary bytes per weight while a matrix is decoded: its codes as bytes and as indices, its products in float32."""
@@ -79,7 +79,11 @@ class ExpertDecoding:
     shapes: Mapping[str, tuple[int, ...]]
 
     def __call__(
-        self, views: Mapping[str, torch.Tensor], dtype: torch.dtype, decoder: Decoder | None = None
+        self,
+        views: Mapping[str, torch.Tensor],
+        dtype: torch.dtype,
+        decoder: Decoder | None = None,
+        memory: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Decode one expert.
 
@@ -87,6 +91,8 @@ class ExpertDecoding:
             views: the slot's parameters, from `ExpertLayout.views`.
             dtype: dtype of the result.
             decoder: tried before each codec; only for slots in RAM.
+            memory: uint8 [n], n at least the bytes of `layout(dtype)`, aligned to PARAM_ALIGNMENT: the result may stand
+                in it. None: in new memory.
 
         Returns:
             The expert's parameters by name, contiguous.
@@ -94,11 +100,18 @@ class ExpertDecoding:
         if self.assembly.convert is not None:
             params = self.assembly.convert([leaf.decode(views, dtype, decoder) for leaf in self.leaves])
             return {name: tensor.to(dtype).contiguous() for name, tensor in params.items()}
-        device = next(iter(views.values())).device
-        out = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in self.shapes.items()}
+        if memory is None:
+            device = next(iter(views.values())).device
+            out = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in self.shapes.items()}
+        else:
+            out = self.layout(dtype).views(memory)
         for leaf, part in zip(self.leaves, self.assembly.destinations, strict=True):
             leaf.decode_into(views, part.block(out, leaf.shape), decoder)
         return out
+
+    def layout(self, dtype: torch.dtype) -> ExpertLayout:
+        """The parameters of an expert that is decoded into memory of the caller's."""
+        return ExpertLayout.of({name: (dtype, shape) for name, shape in self.shapes.items()})
 
     def nbytes(self, dtype: torch.dtype) -> int:
         """The most bytes that a call holds at a time: the parameters, and the largest tensor while it is decoded."""

@@ -15,11 +15,16 @@ from offmoe.compute.expert_layer import ExpertLayer
 from offmoe.compute.gpu_compute import GpuCompute
 from offmoe.compute.kernels import torch_ffn
 from offmoe.compute.kernels.device import DeviceKernels
+from offmoe.compute.kernels.gguf import GgufDecoder
 from offmoe.compute.kernels.torch_ffn import GatedFFN, concatenate
 from offmoe.compute.torch_compute import TorchCompute
 from offmoe.device.arena import SlotArena
 from offmoe.device.backend import CpuBackend
-from offmoe.storage.layout import Assembly, ExpertLayout
+from offmoe.quant.decode import ExpertDecoding, Leaf
+from offmoe.quant.gguf_formats import GgufBlocks
+from offmoe.storage.layout import PARAM_ALIGNMENT, Assembly, Destination, ExpertLayout
+from tests import native
+from tests.quant.test_gguf_formats import random_blocks
 
 LAYOUT = ExpertLayout.of({"w": (torch.float32, (1,))})
 
@@ -151,3 +156,30 @@ def test_rows_of_any_dtype_are_put_together_under_autocast(dtype: torch.dtype, a
         rows = concatenate(list(parts))
     assert rows.dtype == dtype
     assert torch.equal(rows, parts.flatten(0, 1))
+
+
+@native.installed
+def test_experts_of_a_gguf_file_are_decoded_into_memory_that_is_kept() -> None:
+    blocks = ExpertLayout.of({"0.blocks": (torch.uint8, (4, 34)), "1.blocks": (torch.uint8, (6, 34))})
+    leaves = tuple(Leaf(GgufBlocks(8), {"blocks": p.name}, (p.shape[0], 32)) for p in blocks.params)
+    destinations = (Destination("w", 0, 0), Destination("v", 0, 0))
+    decode = ExpertDecoding(leaves, Assembly(destinations), {"w": (4, 32), "v": (6, 32)})
+    seen = []
+
+    def math(weights: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        seen.append({name: w.data_ptr() for name, w in weights.items()})
+        return F.linear(F.linear(x, weights["w"]), weights["v"][:, :4])
+
+    arena = SlotArena(CpuBackend().allocate, [blocks] * 2)
+    layer = ExpertLayer(0, blocks, Assembly(), math, decode=decode)
+    compute = TorchCompute(arena, torch.bfloat16, GgufDecoder(native.library(), 1))
+    x = torch.ones(1, 32, dtype=torch.bfloat16)
+    for slot in (0, 1, 0):
+        views = arena.views(slot, blocks)
+        for i, view in enumerate(views.values()):
+            view.copy_(random_blocks(8, len(view), 1, seed=slot + 2 * i))
+        assert torch.equal(compute.expert(layer, slot, x), math(decode(views, torch.bfloat16), x))
+    kept = seen[::2]
+    assert kept[0] == kept[1] == kept[2]
+    assert all(address % PARAM_ALIGNMENT == 0 for address in kept[0].values())
+    compute.close()

@@ -64,7 +64,7 @@ class EncodedStruct(ctypes.Structure):
 class DecodingStruct(ctypes.Structure):
     """`struct decoding` of offmoe.h."""
 
-    _fields_ = _fields("blocks out", "count block_bytes type out_type")
+    _fields_ = _fields("blocks out", "count block_bytes type out_type streams")
 
 
 class RetilingStruct(ctypes.Structure):

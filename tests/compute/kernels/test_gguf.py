@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from offmoe.compute.kernels import gguf
 from offmoe.compute.kernels.cpu import CpuKernels, GatedExpert, Glu
 from offmoe.compute.kernels.gguf import GgufDecoder, retile
 from offmoe.compute.kernels.library import MAX_TOKENS
@@ -38,6 +39,19 @@ def test_bits_are_those_of_the_definition(decoder: GgufDecoder, kind: int, dtype
     out = torch.full(wanted.shape, 7, dtype=dtype)
     assert decoder(codec, {BLOCKS: blocks}, out)
     assert same_bits(out.float(), wanted.float())
+
+
+@pytest.mark.parametrize("kind", BLOCK_TYPES, ids=lambda kind: BLOCK_TYPES[kind].name)
+def test_bits_written_past_the_caches(decoder: GgufDecoder, monkeypatch: pytest.MonkeyPatch, kind: int) -> None:
+    """At any address, also with blocks that vectors leave to the definition."""
+    monkeypatch.setattr(gguf, "CACHED_BYTES", 0)
+    blocks = random_blocks(kind, rows=5, per_row=4, seed=kind, tame=False)
+    codec = GgufBlocks(kind)
+    wanted = codec.decode({BLOCKS: blocks}, torch.bfloat16)
+    memory = torch.full((wanted.numel() + 32,), 7, dtype=torch.bfloat16)
+    for start in (0, 1, 8, 16):
+        assert decoder(codec, {BLOCKS: blocks}, memory[start : start + wanted.numel()].view(wanted.shape))
+        assert same_bits(memory[start : start + wanted.numel()].float(), wanted.flatten().float())
 
 
 @pytest.mark.parametrize("kind", [8, 12, 39], ids=lambda kind: BLOCK_TYPES[kind].name)

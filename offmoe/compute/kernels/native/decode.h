@@ -2,13 +2,14 @@
  *
  * What moves: the blocks once in, bf16 or float32 once out. Every value is formed by the same float32 operations in the
  * same order as in torch's definition, so products and sums must not become one operation (-ffp-contract=off). A type
- * of 4 bits has only 16 values per scale: they are formed once, and nibbles look them up.
+ * of 4 bits has only 16 values per scale: they are formed once, and nibbles look them up. decode_vectors.h does the same
+ * with vectors, for blocks whose scales are finite.
  */
 #include <stdint.h>
 #include <string.h>
 
 #include "half.h"
-#if defined(__AVX2__)
+#if defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -31,10 +32,10 @@ INLINE uint16_t bf16_of(float x) {
     return (uint16_t)((b & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
 }
 
-/* Where values go: bf16 or float32. */
+/* Where values go: bf16 or float32. streams: vectors are written past the caches; only bf16 at a multiple of 32 bytes. */
 struct sink {
     void *out;
-    int is_bf16;
+    int is_bf16, streams;
 };
 
 INLINE void put(const struct sink *s, int at, const float *values, int n) {
@@ -46,96 +47,6 @@ INLINE void put(const struct sink *s, int at, const float *values, int n) {
 }
 
 /* The 16 values of one scale, looked up by the low (shift 0) or high (shift 4) halves of 16 octets. */
-#if defined(__AVX512BW__)
-struct table {
-    __m512 values;
-    __m256i rounded;
-};
-
-INLINE struct table table_of(__m512 values, int is_bf16) {
-    struct table t = {values, _mm256_setzero_si256()};
-    if (is_bf16) {
-        const __m512i b = _mm512_castps_si512(values);
-        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
-        __m512i r = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(b, _mm512_set1_epi32(0x7fff)), odd), 16);
-        const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
-        r = _mm512_mask_mov_epi32(r, nan, _mm512_set1_epi32(0x7fc0));
-        t.rounded = _mm512_cvtepi32_epi16(r);
-    }
-    return t;
-}
-
-INLINE struct table scaled(const float *levels, float step, int is_bf16) {
-    return table_of(_mm512_mul_ps(_mm512_loadu_ps(levels), _mm512_set1_ps(step)), is_bf16);
-}
-
-/* levels * step + shift; a difference is a sum with the negated minimum, which rounds alike. */
-INLINE struct table shifted(const float *levels, float step, float shift, int is_bf16) {
-    const __m512 product = _mm512_mul_ps(_mm512_loadu_ps(levels), _mm512_set1_ps(step));
-    return table_of(_mm512_add_ps(product, _mm512_set1_ps(shift)), is_bf16);
-}
-
-INLINE void put_nibbles(const struct sink *s, int at, const struct table *t, const uint8_t *octets, int shift) {
-    const __m128i raw = _mm_loadu_si128((const __m128i *)octets);
-    if (s->is_bf16) {
-        const __m256i words = _mm256_srli_epi16(_mm256_cvtepu8_epi16(raw), shift); /* vpermw reads four bits */
-        _mm256_storeu_si256((__m256i *)((uint16_t *)s->out + at), _mm256_permutexvar_epi16(words, t->rounded));
-    } else {
-        const __m512i words = _mm512_srli_epi32(_mm512_cvtepu8_epi32(raw), shift);
-        _mm512_storeu_ps((float *)s->out + at, _mm512_permutexvar_ps(words, t->values));
-    }
-}
-#elif defined(__AVX2__)
-struct table {
-    __m256 values[2];
-    __m128i low, high; /* the bytes of the rounded values */
-};
-
-INLINE __m256i round_eight(__m256 values) {
-    const __m256i b = _mm256_castps_si256(values);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(b, 16), _mm256_set1_epi32(1));
-    const __m256i r = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(b, _mm256_set1_epi32(0x7fff)), odd), 16);
-    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(values, values, _CMP_UNORD_Q));
-    return _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc0), nan);
-}
-
-INLINE struct table table_of(__m256 first, __m256 second, int is_bf16) {
-    struct table t = {{first, second}, _mm_setzero_si128(), _mm_setzero_si128()};
-    if (is_bf16) {
-        __m256i r = _mm256_packus_epi32(round_eight(first), round_eight(second));
-        r = _mm256_permute4x64_epi64(r, 0xd8); /* 16 words in order */
-        const __m256i low = _mm256_and_si256(r, _mm256_set1_epi16(0xff)), high = _mm256_srli_epi16(r, 8);
-        t.low = _mm_packus_epi16(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
-        t.high = _mm_packus_epi16(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
-    }
-    return t;
-}
-
-INLINE struct table scaled(const float *levels, float step, int is_bf16) {
-    const __m256 each = _mm256_set1_ps(step);
-    return table_of(_mm256_mul_ps(_mm256_loadu_ps(levels), each), _mm256_mul_ps(_mm256_loadu_ps(levels + 8), each),
-                    is_bf16);
-}
-
-/* levels * step + shift; a difference is a sum with the negated minimum, which rounds alike. */
-INLINE struct table shifted(const float *levels, float step, float shift, int is_bf16) {
-    const __m256 each = _mm256_set1_ps(step), more = _mm256_set1_ps(shift);
-    return table_of(_mm256_add_ps(_mm256_mul_ps(_mm256_loadu_ps(levels), each), more),
-                    _mm256_add_ps(_mm256_mul_ps(_mm256_loadu_ps(levels + 8), each), more), is_bf16);
-}
-
-INLINE void put_nibbles(const struct sink *s, int at, const struct table *t, const uint8_t *octets, int shift) {
-    if (s->is_bf16) {
-        __m128i q = _mm_loadu_si128((const __m128i *)octets);
-        q = _mm_and_si128(shift ? _mm_srli_epi16(q, 4) : q, _mm_set1_epi8(15));
-        const __m128i low = _mm_shuffle_epi8(t->low, q), high = _mm_shuffle_epi8(t->high, q);
-        __m128i *out = (__m128i *)((uint16_t *)s->out + at);
-        _mm_storeu_si128(out, _mm_unpacklo_epi8(low, high));
-        _mm_storeu_si128(out + 1, _mm_unpackhi_epi8(low, high));
-    } else
-        for (int i = 0; i < 16; i++) ((float *)s->out)[at + i] = ((const float *)t->values)[octets[i] >> shift & 15];
-}
-#else
 struct table {
     float values[16];
     uint16_t rounded[16];
@@ -162,7 +73,6 @@ INLINE void put_nibbles(const struct sink *s, int at, const struct table *t, con
     else
         for (int i = 0; i < 16; i++) ((float *)s->out)[at + i] = t->values[octets[i] >> shift & 15];
 }
-#endif
 
 static const float CODES[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 static const float CENTERED[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
@@ -187,20 +97,27 @@ INLINE void iq4_nl(const uint8_t *b, const struct sink *s, int at) {
     put_block(s, at, scaled(IQ4_LEVELS, half_at(b), s->is_bf16), b + 2);
 }
 
+/* Half of 2^(e - 127). */
+INLINE float half_of_power(uint8_t e) {
+    const uint32_t bits = e < 2 ? 0x200000u << e : (uint32_t)(e - 1) << 23;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
 INLINE void mxfp4(const uint8_t *b, const struct sink *s, int at) {
-    const uint32_t bits = b[0] < 2 ? 0x200000u << b[0] : (uint32_t)(b[0] - 1) << 23; /* half of 2^(e - 127) */
-    float scale;
-    memcpy(&scale, &bits, 4);
-    put_block(s, at, scaled(E2M1_TWICE, scale, s->is_bf16), b + 1);
+    put_block(s, at, scaled(E2M1_TWICE, half_of_power(b[0]), s->is_bf16), b + 1);
+}
+
+INLINE float iq4_xs_scale(const uint8_t *b, int j) {
+    const int low = b[4 + j / 2] >> 4 * (j & 1) & 15, high = b[2 + j / 4] >> 2 * (j & 3) & 3;
+    return (float)((low | high << 4) - 32);
 }
 
 INLINE void iq4_xs(const uint8_t *b, const struct sink *s, int at) {
     const float d = half_at(b);
-    for (int j = 0; j < 8; j++) {
-        const int low = b[4 + j / 2] >> 4 * (j & 1) & 15, high = b[2 + j / 4] >> 2 * (j & 3) & 3;
-        const float step = d * (float)((low | high << 4) - 32);
-        put_block(s, at + 32 * j, scaled(IQ4_LEVELS, step, s->is_bf16), b + 8 + 16 * j);
-    }
+    for (int j = 0; j < 8; j++)
+        put_block(s, at + 32 * j, scaled(IQ4_LEVELS, d * iq4_xs_scale(b, j), s->is_bf16), b + 8 + 16 * j);
 }
 
 /* The eight steps and negated minima of Q4_K and Q5_K: two float16, then 12 bytes that hold 6 bits of each. */
@@ -324,35 +241,50 @@ INLINE void q6_k(const uint8_t *b, const struct sink *s, int at) {
     }
 }
 
-#define EACH(function, nbytes, count)                                                                                \
+#if defined(__AVX2__)
+#include "decode_vectors.h"
+#define VECTORS(function, finite) ((finite) ? (v_##function(b, &s), 1) : 0)
+#else
+#define VECTORS(function, finite) 0
+#endif
+
+/* Per type: bytes and values of a block, and when its scales are finite. */
+#define EACH(function, nbytes, count, finite)                                                                        \
     for (int i = first; i < last; i++) {                                                                             \
-        const struct sink s = {(uint8_t *)d->out + (size_t)i * count * (is_bf16 ? 2 : 4), is_bf16};                  \
-        function(d->blocks + (size_t)i * nbytes, &s, 0);                                                             \
+        const struct sink s = {(uint8_t *)d->out + (size_t)i * count * (is_bf16 ? 2 : 4), is_bf16, streams};         \
+        const uint8_t *b = d->blocks + (size_t)i * nbytes;                                                           \
+        if (!VECTORS(function, finite)) function(b, &s, 0);                                                          \
     }                                                                                                                \
     break;
 
-INLINE void decode_range(const struct decoding *d, int first, int last, const int is_bf16) {
+INLINE void decode_range(const struct decoding *d, int first, int last, const int is_bf16, const int streams) {
     switch (d->type) {
-    case 2: EACH(q4_0, 18, 32)
-    case 3: EACH(q4_1, 20, 32)
-    case 6: EACH(q5_0, 22, 32)
-    case 7: EACH(q5_1, 24, 32)
-    case 8: EACH(q8_0, 34, 32)
-    case 10: EACH(q2_k, 84, 256)
-    case 11: EACH(q3_k, 110, 256)
-    case 12: EACH(q4_k, 144, 256)
-    case 13: EACH(q5_k, 176, 256)
-    case 14: EACH(q6_k, 210, 256)
-    case 20: EACH(iq4_nl, 18, 32)
-    case 23: EACH(iq4_xs, 136, 256)
-    case 39: EACH(mxfp4, 17, 32)
+    case 2: EACH(q4_0, 18, 32, is_finite(b))
+    case 3: EACH(q4_1, 20, 32, is_finite(b) && is_finite(b + 2))
+    case 6: EACH(q5_0, 22, 32, is_finite(b))
+    case 7: EACH(q5_1, 24, 32, is_finite(b) && is_finite(b + 2))
+    case 8: EACH(q8_0, 34, 32, is_finite(b))
+    case 10: EACH(q2_k, 84, 256, is_finite(b + 80) && is_finite(b + 82))
+    case 11: EACH(q3_k, 110, 256, is_finite(b + 108))
+    case 12: EACH(q4_k, 144, 256, is_finite(b) && is_finite(b + 2))
+    case 13: EACH(q5_k, 176, 256, is_finite(b) && is_finite(b + 2))
+    case 14: EACH(q6_k, 210, 256, is_finite(b + 208))
+    case 20: EACH(iq4_nl, 18, 32, is_finite(b))
+    case 23: EACH(iq4_xs, 136, 256, is_finite(b))
+    case 39: EACH(mxfp4, 17, 32, 1)
     }
 }
 
-/* Decode blocks first .. last - 1. The output's type is a constant for the compiler in each of the two. */
+/* Decode blocks first .. last - 1. What is written, and how, are constants for the compiler in each of the three. */
 void DECODE(const struct decoding *d, int first, int last) {
-    if (d->out_type == SCALE_BF16)
-        decode_range(d, first, last, 1);
-    else
-        decode_range(d, first, last, 0);
+    if (d->out_type != SCALE_BF16) {
+        decode_range(d, first, last, 0, 0);
+#if defined(__AVX2__)
+    } else if (d->streams && (uintptr_t)d->out % 32 == 0) {
+        decode_range(d, first, last, 1, 1);
+        _mm_sfence();
+#endif
+    } else {
+        decode_range(d, first, last, 1, 0);
+    }
 }

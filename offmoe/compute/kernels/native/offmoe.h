@@ -102,11 +102,11 @@ typedef void compare_function(const struct encoded *e, int row);
 compare_function compare_portable, compare_avx2, compare_avx512;
 
 /* `count` GGUF blocks of a type (a number of enum ggml_type) and their size, that become bf16 or float32 (out_type).
- * Mirrored in offmoe/compute/kernels/library.py. */
+ * streams: whether bf16 is written past the caches, which pays where the output exceeds them. Mirrored in offmoe/compute/kernels/library.py. */
 struct decoding {
     const uint8_t *blocks;
     void *out;
-    int32_t count, block_bytes, type, out_type;
+    int32_t count, block_bytes, type, out_type, streams;
 };
 /* A GGUF matrix of `rows` times `blocks_per_row` blocks that becomes tiles of words, scales and further planes, as
  * `struct weight` has them; rows are a multiple of 16. Mirrored in offmoe/compute/kernels/library.py. */
