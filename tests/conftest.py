@@ -53,6 +53,7 @@ FOUND = pytest.StashKey[families_table.Found]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-families", action="store_true", help="write docs/families.md from what the tests find")
+    parser.addoption("--openapi-seconds", type=float, default=60.0, help="seconds of the slow fuzz of the server's API")
 
 
 def pytest_configure(config: pytest.Config) -> None:

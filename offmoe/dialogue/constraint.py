@@ -7,6 +7,7 @@ cannot enforce is refused in its words, before anything is computed.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from transformers import LogitsProcessor
 from offmoe.dialogue.errors import RequestError
 from offmoe.dialogue.messages import Tool
 from offmoe.dialogue.sampling import end_tokens
-from offmoe.dialogue.templates import CallSyntax
+from offmoe.dialogue.templates import CallSyntax, Channels
 from offmoe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -59,13 +60,17 @@ class GrammarCompiler:
         except Exception as error:  # tokenizers that are not of the library "tokenizers"
             raise ConfigError(f"this model's tokenizer cannot be used with grammars ({error}).") from error
         self.vocabulary = vocabulary
+        added: dict[int, Any] = tokenizer.added_tokens_decoder
+        self._special = {str(token.content): index for index, token in added.items() if token.special}
+        self._ends = frozenset(end_tokens)
 
-    def json(self, schema: dict[str, Any], param: str) -> str:
+    def json(self, schema: dict[str, Any], param: str, channels: Channels | None = None) -> str:
         """The grammar of JSON by a schema.
 
         Args:
             schema: A JSON schema.
             param: The request's field that holds it, for messages.
+            channels: The channels that the model answers in.
 
         Raises:
             RequestError: The schema has something that cannot be enforced.
@@ -74,9 +79,14 @@ class GrammarCompiler:
             grammar = str(self._matcher.grammar_from_json_schema(schema, overrides=_STRICT_SPACE))
         except Exception as error:  # llguidance raises what serde and Python give it
             raise RequestError(f"{param}: the schema cannot be read: {error}", param) from error
-        return self._checked(grammar, param)
+        if channels is None:
+            return self._checked(grammar, param)
+        answer = json.dumps({**schema, "x-guidance": _STRICT_SPACE})
+        return self._lark([f"answer: {self._literal(channels.content)} json", f"json: %json {answer}"], channels, param)
 
-    def calls(self, tools: Sequence[Tool], syntax: CallSyntax, param: str, several: bool) -> str:
+    def calls(
+        self, tools: Sequence[Tool], syntax: CallSyntax, param: str, several: bool, channels: Channels | None = None
+    ) -> str:
         """The grammar of one call, or with `several` of one or more calls, of these tools.
 
         Raises:
@@ -86,15 +96,15 @@ class GrammarCompiler:
         for number, tool in enumerate(tools):
             schema = {**tool.parameters, "x-guidance": _STRICT_SPACE}
             schema.setdefault("type", "object")
-            opening = json.dumps(f"{syntax.opening}{tool.name}{syntax.between}")
-            closing = f" {json.dumps(syntax.closing)}" if syntax.closing else ""
+            opening = f"{self._literal(syntax.opening)} {json.dumps(tool.name)} {self._literal(syntax.between)}"
+            closing = f" {self._literal(syntax.closing)}"
             options.append((f"call_{number}", f"{opening} args_{number}{closing}", json.dumps(schema)))
         one = " | ".join(name for name, _, _ in options)
         more = f' ("\\n" ({one}))*' if several and syntax.closing else ""
-        lines = ["%llguidance {}", f"start: ({one}){more}"]
+        lines = [f"answer: ({one}){more}"]
         for number, (name, rule, schema_text) in enumerate(options):
             lines += [f"{name}: {rule}", f"args_{number}: %json {schema_text}"]
-        return self._checked(str(self._matcher.grammar_from_lark("\n".join(lines))), param)
+        return self._lark(lines, channels, param)
 
     def processor(self, grammar: str, waits: Callable[[], bool]) -> GrammarProcessor:
         """The processor that enforces a grammar in one answer. waits: whether the grammar has not begun yet."""
@@ -103,6 +113,29 @@ class GrammarCompiler:
     def matcher(self, grammar: str) -> Any:
         """llguidance's state of a grammar, before the first token."""
         return self._matcher(self._tokenizer, grammar)
+
+    def _lark(self, lines: Sequence[str], channels: Channels | None, param: str) -> str:
+        """The grammar of rules, of which "answer" is what follows the reasoning."""
+        before: list[str] = []
+        if channels is not None:
+            around = [self._literal(text) for text in (channels.reasoning, channels.closing)]
+            before = [f"reasoning: {around[0]} THOUGHTS {around[1]}", "THOUGHTS: /(.|\\n)*/"]
+        start = f"start: {'reasoning? ' if before else ''}answer"
+        grammar = "\n".join(["%llguidance {}", start, *before, *lines])
+        return self._checked(str(self._matcher.grammar_from_lark(grammar)), param)
+
+    def _literal(self, text: str) -> str:
+        """A text in Lark's words. Special tokens stand by id; one that ends an answer is left out, since it may follow
+        every complete answer."""
+        marks = "|".join(map(re.escape, sorted(self._special, key=len, reverse=True)))
+        words = []
+        for piece in re.split(f"({marks})", text) if marks else [text]:
+            token = self._special.get(piece)
+            if token is None and piece:
+                words.append(json.dumps(piece))
+            elif token is not None and token not in self._ends:
+                words.append(f"<[{token}]>")
+        return " ".join(words)
 
     def _checked(self, grammar: str, param: str) -> str:
         matcher = self.matcher(grammar)

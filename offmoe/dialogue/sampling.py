@@ -18,6 +18,18 @@ if TYPE_CHECKING:
 
 COLDEST = 1e-6
 """Lowest temperature that is sampled. Below it sampling equals greedy decoding, and far below it logits overflow."""
+RANGES: Mapping[str, tuple[float, float]] = {
+    "temperature": (0.0, 100.0),
+    "top_p": (0.0, 1.0),
+    "top_k": (-1, 1 << 31),
+    "min_p": (0.0, 1.0),
+    "seed": (-(1 << 63), (1 << 63) - 1),
+    "repetition_penalty": (1e-3, 100.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "presence_penalty": (-2.0, 2.0),
+    "logprobs": (0, 20),
+}
+"""From which to which value an option may go."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +64,7 @@ class Sampling:
 
     def check(self) -> None:
         """RequestError that names the field, for a value that cannot be used."""
-        ranges: dict[str, tuple[float, float]] = {
-            "temperature": (0.0, 100.0),
-            "top_p": (0.0, 1.0),
-            "top_k": (-1, 1 << 31),
-            "min_p": (0.0, 1.0),
-            "seed": (-(1 << 63), (1 << 63) - 1),
-            "repetition_penalty": (1e-3, 100.0),
-            "frequency_penalty": (-2.0, 2.0),
-            "presence_penalty": (-2.0, 2.0),
-            "logprobs": (0, 20),
-        }
-        for name, (low, high) in ranges.items():
+        for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise RequestError(f"{name} is {value}; it has to be from {low:g} to {high:g}.", name)

@@ -34,17 +34,31 @@ class CallSyntax:
 
 
 @dataclass(frozen=True)
+class Channels:
+    """What a model that answers in channels writes around them.
+
+    reasoning: text before its reasoning, if it reasons.
+    closing: text between the reasoning and the next channel.
+    content: text before the content.
+    """
+
+    reasoning: str
+    closing: str
+    content: str
+
+
+@dataclass(frozen=True)
 class ResponseFormat:
     """How a family writes its answers.
 
     template: for the response parser.
     calls: how a tool call is written; None: no grammar can ask for one.
-    begins_with_content: whether an answer without reasoning begins with its content, so that a grammar can begin there.
+    channels: what a grammar begins with; None: an answer without reasoning begins with its content.
     """
 
     template: dict[str, Any]
     calls: CallSyntax | None = None
-    begins_with_content: bool = True
+    channels: Channels | None = None
 
 
 _HERMES_CALLS = CallSyntax('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>")
@@ -115,7 +129,8 @@ HARMONY = ResponseFormat(
             },
         },
     },
-    begins_with_content=False,
+    CallSyntax("<|channel|>commentary to=functions.", " <|constrain|>json<|message|>", "<|call|>"),
+    Channels("<|channel|>analysis<|message|>", "<|end|><|start|>assistant", "<|channel|>final<|message|>"),
 )
 """gpt-oss: channels. Source: the Harmony response format's page of OpenAI's cookbook."""
 GLM = ResponseFormat(
@@ -181,7 +196,12 @@ DEEPSEEK = ResponseFormat(
                 "content": "text",
             },
         },
-    }
+    },
+    CallSyntax(
+        f"<{_BAR}tool▁calls▁begin{_BAR}><{_BAR}tool▁call▁begin{_BAR}>",
+        f"<{_BAR}tool▁sep{_BAR}>",
+        f"<{_BAR}tool▁call▁end{_BAR}><{_BAR}tool▁calls▁end{_BAR}>",
+    ),
 )
 """DeepSeek V3.1 and later."""
 

@@ -11,13 +11,14 @@ from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
 
 from offmoe.dialogue.answer import AnswerReader, TokenScore
 from offmoe.serve.job import CANCELLED, LENGTH, STOP, Ended, Job, Usage
-from offmoe.serve.kept import CROP, EXACT, NOTHING, Kept, KeptCaches, crop
+from offmoe.serve.kept import CROP, EXACT, NOTHING, NUMERIC, Kept, KeptCaches, crop
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from offmoe.dialogue.constraint import GrammarCompiler
     from offmoe.dialogue.templates import ResponseFormat
+    from offmoe.handle import Offload
     from offmoe.serve.meters import Meters
 
 
@@ -26,6 +27,7 @@ class Served(Protocol):
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    offload: Offload
     answers: ResponseFormat | None
     end_tokens: frozenset[int]
     chunk: int
@@ -80,7 +82,7 @@ class Answering:
         config = sampling.generation_config(model, self.new_tokens)
         inputs: dict[str, Any] = {}
         if self._engine.reuse_kind != NOTHING:
-            config.prefill_chunk_size = self._engine.chunk
+            config.prefill_chunk_size = self._piece()
             if self._cache is None:
                 self._cache = DynamicCache(config=model.config.get_text_config(decoder=True))
             inputs["past_key_values"] = self._cache
@@ -100,6 +102,13 @@ class Answering:
             **inputs,
         )
         self._send(self._reader.finish())
+
+    def _piece(self) -> int:
+        """Tokens of the prompt that pass at once. In the mode "numeric" they change last bits only, so all that fit."""
+        engine = self._engine
+        if engine.kept.mode == NUMERIC and engine.reuse_kind == CROP:
+            return engine.offload.prefill_chunk(1, self.prompt_tokens - self.cached, self.cached)
+        return engine.chunk
 
     def put(self, tokens: torch.Tensor) -> None:
         """Called by `generate` with the prompt, then with every new token."""

@@ -56,7 +56,8 @@ class Engine(GrammarSource):
         parallel: Answers that are computed in turns; further ones wait.
         queue: Answers that may wait.
         prefix_reuse: "exact", "numeric", "off", or "auto": as the model's `exactness`.
-        prefill_chunk: Tokens per piece of a prompt; None: by where experts come from.
+        prefill_chunk: Tokens per piece of a prompt; None: by where experts come from. With "numeric" reuse all of a
+            prompt that fits passes at once.
 
     Raises:
         ConfigError: An option cannot be used, or the model is no decoder that chats.

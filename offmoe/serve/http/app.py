@@ -18,11 +18,13 @@ from starlette.types import ASGIApp
 from offmoe.dialogue.errors import RequestError
 from offmoe.errors import OffmoeError
 from offmoe.serve.http.asking import as_request_error
+from offmoe.serve.http.bodies.chat import TOKENIZE
 from offmoe.serve.http.chat import chat
 from offmoe.serve.http.completions import completions
 from offmoe.serve.http.fields import Fields
 from offmoe.serve.http.guard import Access, Guard
 from offmoe.serve.http.messages import count_tokens, messages
+from offmoe.serve.http.openapi import PATH, Document
 from offmoe.serve.http.reply import error_response, read_json
 from offmoe.serve.http.responses import responses
 from offmoe.serve.http.service import Service, chat_messages
@@ -54,12 +56,12 @@ def build_app(service: Service, access: Access, origins: Sequence[str] = (), mor
 
     async def tokenize(service: Service, http: HttpRequest, body: Any) -> Response:
         """POST /v1/tokenize: the token ids of a text, or of a conversation as the model sees it."""
-        fields = Fields(body)
+        fields = Fields.checked(body, TOKENIZE)
         service.check_model(fields)
         if "messages" in fields:
             ids = list(service.renderer.render(chat_messages(fields.any("messages"))).ids)
         else:
-            name = next((name for name in ("prompt", "content", "text") if name in fields), "prompt")
+            name = next(name for name in ("prompt", "content", "text") if name in fields)
             ids = service.renderer.encode(fields.need(name, str))
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": service.engine.max_context})
 
@@ -71,6 +73,8 @@ def build_app(service: Service, access: Access, origins: Sequence[str] = (), mor
         Route("/health", lambda _: JSONResponse({"status": "ok"})),
         *more,
     ]
+    paths = [*(route.path for route in routes), PATH]
+    routes.append(Document(service.names, paths, access.api_key is not None).route())
     app: ASGIApp = Starlette(routes=routes, exception_handlers={HTTPException: _no_such_address, Exception: _failed})
     if origins:
         app = CORSMiddleware(
@@ -141,7 +145,9 @@ async def _no_such_address(http: HttpRequest, error: Exception) -> Response:
     elif error.status_code == 405:
         message = f"{http.method} is not what {path} answers."
     refused = RequestError(message, code="not_found" if error.status_code == 404 else None, status=error.status_code)
-    return error_response(path, refused, http.scope.get("request_id"))
+    reply = error_response(path, refused, http.scope.get("request_id"))
+    reply.headers.update(error.headers or {})  # of 405: what is allowed
+    return reply
 
 
 async def _failed(http: HttpRequest, error: Exception) -> Response:

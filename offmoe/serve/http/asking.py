@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from starlette.requests import Request as HttpRequest
@@ -19,7 +20,8 @@ from offmoe.serve.job import CANCELLED, LENGTH, Began, Broke, Ended, Job, Reques
 PING_S = 10.0
 """Seconds of silence after which a stream says that it lives. Some clients give up after 20 s."""
 GATHER_S = 0.015
-"""Seconds for which a stream gathers tokens. Every event costs the computing thread the interpreter for a moment."""
+"""Seconds for which a stream gathers tokens, unless an answer ends. Every event costs the computing thread the
+interpreter for a moment."""
 DISCONNECT_S = 0.05
 """Seconds between two looks at whether the client of a whole answer is still there."""
 
@@ -37,7 +39,7 @@ class Asking:
 
     def __init__(self, engine: Engine, requests: Sequence[Request]):
         self._loop = asyncio.get_running_loop()
-        self._arrived = asyncio.Event()
+        self._arrived, self._ended = asyncio.Event(), asyncio.Event()
         self._updates: deque[tuple[int, Update]] = deque()
         self._signaled = False
         self._is_cancelled = False
@@ -56,10 +58,13 @@ class Asking:
         for job in self._jobs:
             job.cancel()
 
-    async def batches(self) -> AsyncIterator[list[tuple[int, Update]]]:
+    async def batches(self, gather_s: float = GATHER_S) -> AsyncIterator[list[tuple[int, Update]]]:
         """Updates of all answers, as (index, update), until all have ended; [] after a while of silence.
 
         Ending the iteration early cancels the answers.
+
+        Args:
+            gather_s: Seconds for which updates are gathered, unless an answer ends.
         """
         try:
             while self._open:
@@ -69,6 +74,7 @@ class Asking:
                     yield []
                     continue
                 self._arrived.clear()
+                self._ended.clear()
                 self._signaled = False
                 batch = []
                 while self._updates:
@@ -76,7 +82,8 @@ class Asking:
                 self._open -= sum(isinstance(update, Ended | Broke) for _, update in batch)
                 yield _merged(batch)
                 if self._open:
-                    await asyncio.sleep(GATHER_S)
+                    with suppress(asyncio.TimeoutError):
+                        await asyncio.wait_for(self._ended.wait(), gather_s)
         finally:
             self.cancel()
 
@@ -89,7 +96,7 @@ class Asking:
         answers = [Answer() for _ in self._jobs]
         watch = asyncio.create_task(self._cancel_without(http))
         try:
-            async for batch in self.batches():
+            async for batch in self.batches(gather_s=PING_S):
                 for index, update in batch:
                     answers[index].add(update)
         finally:
@@ -112,12 +119,14 @@ class Asking:
 
         def sink(update: Update) -> None:
             self._updates.append((index, update))
-            if not self._signaled:
-                self._signaled = True
-                try:
+            try:
+                if not self._signaled:
+                    self._signaled = True
                     self._loop.call_soon_threadsafe(self._arrived.set)
-                except RuntimeError:  # the loop has ended
-                    self.cancel()
+                if isinstance(update, Ended | Broke):
+                    self._loop.call_soon_threadsafe(self._ended.set)
+            except RuntimeError:  # the loop has ended
+                self.cancel()
 
         return sink
 

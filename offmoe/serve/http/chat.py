@@ -17,35 +17,20 @@ from offmoe.dialogue.answer import Call, Reasoning, Text, TokenScore
 from offmoe.dialogue.errors import RequestError
 from offmoe.dialogue.messages import Tool, ToolCall
 from offmoe.serve.http.asking import Answer, Asking, as_request_error, total
+from offmoe.serve.http.bodies.chat import BODY
+from offmoe.serve.http.bodies.common import AUTO, NONE
 from offmoe.serve.http.errors import openai_error
 from offmoe.serve.http.events import DONE, PING, data, event_stream, ignored_header
 from offmoe.serve.http.fields import Fields, strings
 from offmoe.serve.http.service import (
-    AUTO,
-    NONE,
-    REQUIRED,
     Service,
     chat_messages,
-    choices,
     function_tool,
     pick,
     sampling,
     wanted_schema,
 )
 from offmoe.serve.job import STOP, Broke, Ended, Request, Usage
-
-HARMLESS = (
-    *("user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier"),
-    *("cache_prompt", "verbosity"),
-)
-"""Fields that cannot change the answer of this server."""
-REFUSED = {
-    "functions": "is out of use; send 'tools'.",
-    "function_call": "is out of use; send 'tool_choice'.",
-    "audio": "this model writes text only.",
-    "prediction": "predicted outputs are not used here; leave it out.",
-    "web_search_options": "this server searches nothing; leave it out.",
-}
 
 
 @dataclass(frozen=True)
@@ -60,17 +45,11 @@ class Asked:
 
 def read(service: Service, body: Any) -> Asked:
     """Read a request's body. RequestError that names the field, for what cannot be honored."""
-    fields = Fields(body)
+    fields = Fields.checked(body, BODY)
     service.check_model(fields)
-    count = choices(fields)
     stream = bool(fields.get("stream", bool))
-    options = Fields(fields.get("stream_options", dict) or {}, "stream_options")
+    options = fields.inner("stream_options")
     wants_usage = bool(options.get("include_usage", bool))
-    options.harmless("include_obfuscation")
-    fields.refuse(REFUSED)
-    if fields.any("modalities") not in (None, ["text"]):
-        raise RequestError("modalities: this model writes text only.", "modalities")
-    fields.harmless(*HARMLESS)
     alternatives = fields.get("top_logprobs", int)
     logprobs = (alternatives or 0) if fields.get("logprobs", bool) else None
     if alternatives and logprobs is None:
@@ -78,8 +57,7 @@ def read(service: Service, body: Any) -> Asked:
     chosen = sampling(fields, "max_completion_tokens", "max_tokens", logprobs=logprobs)
     tools, hosted = _tools(fields)
     offered, grammar = _choice(service, fields, tools)
-    form = fields.get("response_format", dict)
-    schema = wanted_schema(None if form is None else Fields(form, "response_format"), "json_schema")
+    schema = wanted_schema(fields, "response_format", "json_schema")
     if schema is not None:
         if grammar is not None or offered:
             raise RequestError("response_format with tools needs tool_choice 'none'.", "response_format")
@@ -99,7 +77,7 @@ def read(service: Service, body: Any) -> Asked:
     )
     ignored = [*hosted, *fields.ignored(), *options.ignored()]
     service.check_ignored(ignored)
-    return Asked(repeated(request, count), stream, wants_usage, ignored)
+    return Asked(repeated(request, fields.need("n", int, 1)), stream, wants_usage, ignored)
 
 
 def repeated(request: Request, count: int) -> list[Request]:
@@ -187,9 +165,8 @@ def _tools(fields: Fields) -> tuple[list[Tool], list[str]]:
     tools, hosted = [], []
     for index, value in enumerate(fields.get("tools", list) or []):
         where = f"tools[{index}]"
-        tool = Fields(value, where)
-        if tool.need("type", str) == "function":
-            tools.append(function_tool(tool.need("function", dict), f"{where}.function"))
+        if value["type"] == "function":
+            tools.append(function_tool(value["function"]))
         else:
             hosted.append(where)
     return tools, hosted
@@ -204,13 +181,7 @@ def _choice(service: Service, fields: Fields, tools: list[Tool]) -> tuple[list[T
         return [], None
     wanted = tools
     if isinstance(choice, dict):
-        inner = Fields(choice, "tool_choice")
-        if inner.get("type", str) != "function":
-            raise RequestError("tool_choice: only functions can be chosen.", "tool_choice")
-        name = Fields(inner.need("function", dict), "tool_choice.function").need("name", str)
-        wanted = pick(tools, name, "tool_choice")
-    elif choice != REQUIRED:
-        raise RequestError("tool_choice has to be 'auto', 'none', 'required' or a function.", "tool_choice")
+        wanted = pick(tools, choice["function"]["name"], "tool_choice")
     if not wanted:
         raise RequestError("tool_choice demands a call, and there are no tools.", "tool_choice")
     return tools, service.calls_grammar(wanted, several=False, param="tool_choice")

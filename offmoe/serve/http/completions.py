@@ -15,34 +15,26 @@ from offmoe.dialogue.answer import Text, TokenScore
 from offmoe.dialogue.errors import RequestError
 from offmoe.dialogue.render import Prompt
 from offmoe.serve.http.asking import Answer, Asking, as_request_error
+from offmoe.serve.http.bodies.completions import BODY
 from offmoe.serve.http.chat import Asked, repeated, usage_of
 from offmoe.serve.http.errors import openai_error
 from offmoe.serve.http.events import DONE, PING, data, event_stream, ignored_header
 from offmoe.serve.http.fields import Fields, strings
-from offmoe.serve.http.service import Service, choices, sampling
+from offmoe.serve.http.service import Service, sampling
 from offmoe.serve.job import Broke, Ended, Request, Usage
-
-PROMPTS = 64
-"""Prompts of one request at most."""
-REFUSED = {
-    "suffix": "this model was not trained to fill in; send what comes before only.",
-    "echo": "the prompt is not repeated; put it before the answer yourself.",
-}
 
 
 def read(service: Service, body: Any) -> Asked:
     """Read a request's body. RequestError that names the field, for what cannot be honored."""
-    fields = Fields(body)
+    fields = Fields.checked(body, BODY)
     service.check_model(fields)
-    count = choices(fields)
-    best_of = choices(fields, "best_of")
+    count = fields.need("n", int, 1)
+    best_of = fields.need("best_of", int, 1)
     if best_of not in (1, count):
         raise RequestError("best_of is not ranked here; ask for n answers.", "best_of")
     stream = bool(fields.get("stream", bool))
-    options = Fields(fields.get("stream_options", dict) or {}, "stream_options")
+    options = fields.inner("stream_options")
     wants_usage = bool(options.get("include_usage", bool))
-    fields.refuse(REFUSED)
-    fields.harmless("user", "metadata", "store", "service_tier", "cache_prompt", "prompt_cache_key")
     logprobs = fields.get("logprobs", int)
     chosen = sampling(fields, "max_tokens", "max_completion_tokens", logprobs=logprobs)
     stops = strings(fields, "stop")
@@ -58,23 +50,19 @@ def read(service: Service, body: Any) -> Asked:
 
 def _prompts(service: Service, fields: Fields) -> list[Prompt]:
     """The prompts: a text, token ids, or an array of either."""
-    value: Any = fields.need("prompt", (str, list))
-    if isinstance(value, list) and not value:
-        raise RequestError("prompt is empty; there is nothing to continue.", "prompt")
-    is_one = isinstance(value, str) or all(isinstance(item, int) and not isinstance(item, bool) for item in value)
-    items: list[Any] = [value] if is_one else value
-    if len(items) > PROMPTS:
-        raise RequestError(f"prompt has {len(items)} prompts; send at most {PROMPTS}.", "prompt")
-    return [_prompt(service, item) for item in items]
+    value: Any = fields.any("prompt")
+    is_one = isinstance(value, str) or isinstance(value[0], int | float)
+    return [_prompt(service, item) for item in ([value] if is_one else value)]
 
 
 def _prompt(service: Service, value: Any) -> Prompt:
     if isinstance(value, str):
         return Prompt(value, tuple(service.renderer.encode(value)))
     size = service.engine.vocabulary
-    if not isinstance(value, list) or not all(isinstance(t, int) and 0 <= t < size for t in value):
+    ids = tuple(map(int, value))
+    if max(ids) >= size:
         raise RequestError(f"prompt has to be text, or token ids from 0 to {size - 1}.", "prompt")
-    return Prompt(str(service.engine.tokenizer.decode(value)), tuple(value))
+    return Prompt(str(service.engine.tokenizer.decode(list(ids))), ids)
 
 
 async def completions(service: Service, http: HttpRequest, body: Any) -> Response:

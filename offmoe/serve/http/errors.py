@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from offmoe.dialogue.errors import RequestError
+from offmoe.serve.http.shape import STRING, members, one_of
 
 _ANTHROPIC_TYPES = {
     400: "invalid_request_error",
@@ -17,6 +18,16 @@ _ANTHROPIC_TYPES = {
 }
 OVERLOADED = 529
 """Anthropic's status of a server that is too busy."""
+
+
+OPENAI_ERROR = members(
+    {"error": members({"message": STRING, "type": STRING}, param=STRING, code=STRING)},
+)
+"""What `openai_error` gives."""
+ANTHROPIC_ERROR = members(
+    {"type": one_of("error"), "error": members({"type": STRING, "message": STRING})}, request_id=STRING
+)
+"""What `anthropic_error` gives."""
 
 
 def openai_error(error: RequestError) -> dict[str, Any]:

@@ -1,29 +1,42 @@
-"""The fields of a request: each is read, harmless, or refused by name. What no API defines is ignored and named."""
+"""The members of a request's body, once the body has been checked. What no API defines is ignored and named."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar, cast
 
-from offmoe.dialogue.errors import RequestError
+from offmoe.serve.http.shape import Schema, check
 
 Kind = TypeVar("Kind")
 
 
 class Fields:
-    """The members of a JSON object, taken one after the other.
+    """A JSON object of a body.
 
     Args:
         values: The object.
         where: Path of the object in the request, for messages; "" for the request itself.
+        shape: What it may hold; None: the body that it is a part of has been checked.
     """
 
-    def __init__(self, values: Any, where: str = ""):
-        if not isinstance(values, dict):
-            raise RequestError(f"{where or 'the body'} has to be a JSON object.", where or None)
-        self._values: dict[str, Any] = values
-        self._left = dict.fromkeys(values)
-        self._where = where
+    def __init__(self, values: Mapping[str, Any], where: str = "", shape: Schema | None = None):
+        self._values, self._where = values, where
+        self._shape: Schema = {} if shape is None else shape
+
+    @classmethod
+    def checked(cls, body: Any, shape: Schema, dotted: bool = False) -> Fields:
+        """The members of a whole body.
+
+        Args:
+            body: The body.
+            shape: What it may be.
+            dotted: Whether messages write a path as Anthropic does.
+
+        Raises:
+            RequestError: It is something else. The message names the first member that is wrong.
+        """
+        check(shape, body, dotted)
+        return cls(body, "", shape)
 
     def path(self, name: str) -> str:
         """Path of a member, as messages name it."""
@@ -34,76 +47,44 @@ class Fields:
 
     def any(self, name: str) -> Any:
         """A member of any type; None if it is absent or null."""
-        self._left.pop(name, None)
         return self._values.get(name)
 
-    def get(self, name: str, kind: type[Kind] | tuple[type[Kind], ...], default: Kind | None = None) -> Kind | None:
-        """A member of a type; `default` if it is absent or null. RequestError if it has another type."""
-        value = self.any(name)
+    def get(self, name: str, kind: type[Kind], default: Kind | None = None) -> Kind | None:
+        """A member of a type; `default` if it is absent or null. 3.0 becomes 3 where an integer is due."""
+        value = self._values.get(name)
         if value is None:
             return default
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        is_bool = isinstance(value, bool)
-        if (is_bool and bool not in kinds) or not isinstance(value, kinds):
-            raise RequestError(f"{self.path(name)} has to be {_names(kinds)}.", self.path(name))
+        if kind is int and isinstance(value, float):
+            value = int(value)
+        assert isinstance(value, kind), self.path(name)
         return value
 
     def number(self, name: str) -> float | None:
         """A number."""
-        value: Any = self.get(name, (int, float))
+        value = self._values.get(name)
         return None if value is None else float(value)
 
-    def need(self, name: str, kind: type[Kind] | tuple[type[Kind], ...]) -> Kind:
-        """A member that has to be there."""
-        value = self.get(name, kind)
-        if value is None:
-            raise RequestError(f"{self.path(name)} is missing.", self.path(name))
-        return value
+    def need(self, name: str, kind: type[Kind], default: Kind | None = None) -> Kind:
+        """A member that has to be there, or has a default."""
+        return cast("Kind", self.get(name, kind, default))
 
-    def harmless(self, *names: str) -> None:
-        """Accept members that cannot change the answer."""
-        for name in names:
-            self._left.pop(name, None)
-
-    def refuse(self, reasons: Mapping[str, str], unless: Iterable[Any] = (None, False, [], {}, "")) -> None:
-        """RequestError for a member that cannot be honored, unless its value asks for nothing.
-
-        Args:
-            reasons: Name of the member -> what to do instead.
-            unless: Values that ask for nothing.
-        """
-        for name, reason in reasons.items():
-            value = self.any(name)
-            if not any(value is free or value == free for free in unless):
-                raise RequestError(f"{self.path(name)}: {reason}", self.path(name))
+    def inner(self, name: str) -> Fields:
+        """The members of an object; none if it is absent or null."""
+        return Fields(self._values.get(name) or {}, self.path(name), self._shape.get("properties", {}).get(name))
 
     def ignored(self) -> list[str]:
-        """Names of members that nothing has read."""
-        return [self.path(name) for name in self._left]
-
-
-def _names(kinds: tuple[type, ...]) -> str:
-    words = {str: "a string", int: "an integer", float: "a number", bool: "true or false", list: "an array"}
-    return " or ".join(dict.fromkeys(words.get(kind, "an object") for kind in kinds))
+        """Names of members that the shape does not know."""
+        known = self._shape.get("properties", {})
+        return [self.path(name) for name in self._values if name not in known]
 
 
 def tokens_limit(fields: Fields, *names: str) -> int | None:
     """The most tokens of an answer, by the first of these members that is there; null and -1: no limit of its own."""
-    found = None
-    for name in names:
-        value = fields.get(name, int)
-        if value is not None and found is None:
-            if value != -1 and value < 1:
-                raise RequestError(f"{fields.path(name)} is {value}; it has to be at least 1.", fields.path(name))
-            found = value
+    found = next((fields.get(name, int) for name in names if name in fields), None)
     return None if found == -1 else found
 
 
 def strings(fields: Fields, name: str) -> tuple[str, ...]:
     """A string or an array of strings; () if it is absent."""
-    value: Any = fields.get(name, (str, list))
-    if isinstance(value, str):
-        value = [value]
-    if any(not isinstance(item, str) for item in value or ()):
-        raise RequestError(f"{fields.path(name)} has to be a string or an array of strings.", fields.path(name))
-    return tuple(value or ())
+    value: Any = fields.any(name)
+    return (value,) if isinstance(value, str) else tuple(value or ())

@@ -17,18 +17,13 @@ from offmoe.dialogue.errors import RequestError
 from offmoe.dialogue.messages import Message, Tool, ToolCall
 from offmoe.dialogue.render import Prompt
 from offmoe.serve.http.asking import Asking, as_request_error
+from offmoe.serve.http.bodies.messages import BODY
 from offmoe.serve.http.errors import anthropic_error
 from offmoe.serve.http.events import event_stream, ignored_header, named
 from offmoe.serve.http.fields import Fields, strings
 from offmoe.serve.http.service import Service, arguments, pick, sampling, text_parts, wanted_schema
 from offmoe.serve.job import LENGTH, Began, Broke, Ended, Request, Update, Usage
 
-HARMLESS = ("metadata", "service_tier", "cache_control", "inference_geo", "speed")
-"""Fields that cannot change the answer of this server."""
-REFUSED = {
-    "mcp_servers": "this server calls no other server; run the tools yourself.",
-    "container": "this server runs no code.",
-}
 BILLING = "x-anthropic-billing-header"
 """A system text of some clients that changes with every request and says nothing to the model. It is left out, or no
 prompt would begin like the one before."""
@@ -52,27 +47,22 @@ def read(service: Service, body: Any, counting: bool = False) -> Asked:
         body: The request.
         counting: Whether tokens are to be counted only.
     """
-    fields = Fields(body)
+    fields = Fields.checked(body, BODY, dotted=True)
     service.check_model(fields)
-    fields.refuse(REFUSED)
-    fields.harmless(*HARMLESS)
     stream = bool(fields.get("stream", bool))
     chosen = sampling(fields, "max_tokens")
     tools, hosted = _tools(fields.get("tools", list) or [])
     offered, grammar, one_call = _choice(service, fields, tools, counting)
-    output = Fields(fields.get("output_config", dict) or {}, "output_config")
-    form = output.get("format", dict) or fields.get("output_format", dict)
-    schema = wanted_schema(None if form is None else Fields(form, "output_config.format"), None)
+    output = fields.inner("output_config")
+    schema = wanted_schema(output, "format") or wanted_schema(fields, "output_format")
     if schema is not None and not counting:
         if grammar is not None or offered:
             raise RequestError("output_config.format with tools needs tool_choice none.", "output_config.format")
         grammar = service.schema_grammar(*schema)
     effort = output.get("effort", str)
     template = {} if effort is None else service.effort(effort, "output_config.effort")
-    thinking = fields.get("thinking", dict)
-    if thinking is not None:
-        kind = Fields(thinking, "thinking").need("type", str)
-        template |= service.thinking(kind != "disabled", "thinking")
+    if "thinking" in fields:
+        template |= service.thinking(fields.inner("thinking").need("type", str) != "disabled", "thinking")
     messages = [*_system(fields.any("system")), *_messages(fields.need("messages", list))]
     request = Request(
         service.renderer.render(messages, offered, template),
@@ -217,7 +207,7 @@ def _system(value: Any) -> list[Message]:
         return []
     if isinstance(value, list):
         value = [part for part in value if not (isinstance(part, dict) and _is_billing(part.get("text")))]
-    text = "" if _is_billing(value) else text_parts(value, "system")
+    text = "" if _is_billing(value) else text_parts(value)
     return [Message("system", text)] if text else []
 
 
@@ -228,18 +218,11 @@ def _is_billing(text: Any) -> bool:
 def _messages(values: Sequence[Any]) -> list[Message]:
     found: list[Message] = []
     for index, value in enumerate(values):
-        fields = Fields(value, f"messages.{index}")
-        role = fields.need("role", str)
-        if role not in ("user", "assistant", "system"):
-            raise RequestError(f"{fields.path('role')}: unknown role {role!r}.", fields.path("role"))
-        content: Any = fields.any("content")
-        where = fields.path("content")
-        if isinstance(content, str) or content is None:
-            found.append(Message(role, content or ""))
-        elif isinstance(content, list):
-            found += _turn(role, content, where)
+        role, content = value["role"], value.get("content")
+        if isinstance(content, list):
+            found += _turn(role, content, f"messages.{index}.content")
         else:
-            raise RequestError(f"{where} has to be a string or an array of blocks.", where)
+            found.append(Message(role, content or ""))
     return found
 
 
@@ -252,21 +235,17 @@ def _turn(role: str, blocks: Sequence[Any], where: str) -> list[Message]:
         kind = fields.need("type", str)
         if kind == "text":
             rest = replace(rest, text=rest.text + fields.need("text", str))
-        elif kind == "thinking" and role == "assistant":
+        elif kind == "thinking":
             rest = replace(rest, reasoning=rest.reasoning + (fields.get("thinking", str) or ""))
-        elif kind == "redacted_thinking" and role == "assistant":
-            pass  # encrypted by another model's server
-        elif kind == "tool_use" and role == "assistant":
+        elif kind == "tool_use":
             given = arguments(fields.any("input"), fields.path("input"))
             call = ToolCall(fields.need("id", str), fields.need("name", str), given)
             rest = replace(rest, calls=(*rest.calls, call))
-        elif kind == "tool_result" and role == "user":
-            text = text_parts(fields.any("content"), fields.path("content"))
+        elif kind == "tool_result":
+            text = text_parts(fields.any("content"))
             if fields.get("is_error", bool):
                 text = f"Error: {text}"
             results.append(Message("tool", text, call_id=fields.need("tool_use_id", str)))
-        else:
-            raise RequestError(f"{where}.{index}: this model reads text only, not {kind!r}.", f"{where}.{index}")
     is_empty = not (rest.text or rest.calls or rest.reasoning)
     return results if results and is_empty else [*results, rest]
 
@@ -275,31 +254,26 @@ def _tools(values: Sequence[Any]) -> tuple[list[Tool], list[str]]:
     """(functions that can be offered, paths of tools that this server does not have)."""
     tools, hosted = [], []
     for index, value in enumerate(values):
-        where = f"tools.{index}"
-        fields = Fields(value, where)
-        if "input_schema" not in fields or fields.get("type", str) not in (None, "custom"):
-            hosted.append(where)
+        if value.get("type") not in (None, "custom"):
+            hosted.append(f"tools.{index}")
             continue
-        name = fields.need("name", str)
-        definition = {"name": name, "description": fields.get("description", str) or ""}
-        tools.append(Tool(name, {**definition, "parameters": fields.need("input_schema", dict)}))
+        name = value["name"]
+        definition = {"name": name, "description": value.get("description") or ""}
+        tools.append(Tool(name, {**definition, "parameters": value["input_schema"]}))
     return tools, hosted
 
 
 def _choice(service: Service, fields: Fields, tools: list[Tool], counting: bool) -> tuple[list[Tool], str | None, bool]:
     """(tools to offer, grammar of the calls that are demanded, whether one call ends the answer)."""
-    value = fields.get("tool_choice", dict)
-    if value is None:
+    if "tool_choice" not in fields:
         return tools, None, False
-    choice = Fields(value, "tool_choice")
+    choice = fields.inner("tool_choice")
     kind = choice.need("type", str)
     one_call = bool(choice.get("disable_parallel_tool_use", bool))
     if kind == "auto":
         return tools, None, one_call
     if kind == "none":
         return [], None, False
-    if kind not in ("any", "tool"):
-        raise RequestError("tool_choice.type has to be auto, any, tool or none.", "tool_choice.type")
     wanted = pick(tools, choice.need("name", str), "tool_choice") if kind == "tool" else tools
     if not wanted:
         raise RequestError("tool_choice demands a call, and there are no tools.", "tool_choice")

@@ -28,6 +28,11 @@ def error_response(path: str, error: RequestError, request_id: str | None) -> JS
     return JSONResponse(openai_error(error), error.status, headers)
 
 
+def _refuse_constant(name: str) -> None:
+    """Python's parser takes NaN and Infinity, which are no JSON."""
+    raise ValueError(f"{name} is no JSON value")
+
+
 async def read_json(http: HttpRequest) -> Any:
     """The JSON value of a request's body.
 
@@ -50,7 +55,7 @@ async def read_json(http: HttpRequest) -> Any:
         pieces.append(piece)
     raw = b"".join(pieces)
     try:
-        value = json.loads(raw)
+        value = json.loads(raw, parse_constant=_refuse_constant)
         if b"\\u" in raw:  # an escaped half of a surrogate pair is no text
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,8 +10,6 @@ from offmoe.dialogue.errors import RequestError
 from offmoe.dialogue.messages import Message, Tool, ToolCall
 from offmoe.serve.http.fields import Fields
 from offmoe.serve.http.service import arguments, function_tool, text_parts
-
-TEXTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
 
 
 @dataclass(frozen=True)
@@ -33,15 +31,15 @@ def read_tools(values: Sequence[Any]) -> tuple[dict[str, Offered], list[str]]:
     hosted = []
     for index, value in enumerate(values):
         where = f"tools[{index}]"
-        kind = Fields(value, where).need("type", str)
+        kind = value["type"]
         found = []
         if kind == "function":
-            tool = function_tool(value, where)
+            tool = function_tool(value)
             found = [Offered(tool, tool.name)]
         elif kind == "custom":
-            found = [_custom(value, where)]
+            found = [_custom(value)]
         elif kind == "namespace":
-            found = _namespace(value, where)
+            found = _namespace(value)
         else:
             hosted.append(where)
         for tool_offered in found:
@@ -51,20 +49,19 @@ def read_tools(values: Sequence[Any]) -> tuple[dict[str, Offered], list[str]]:
     return offered, hosted
 
 
-def _custom(value: dict[str, Any], where: str) -> Offered:
+def _custom(value: Mapping[str, Any]) -> Offered:
     """A tool that takes a text: offered as a function with one string. Its own grammar is not enforced."""
-    name = Fields(value, where).need("name", str)
+    name = value["name"]
     parameters = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
     definition = {"name": name, "description": value.get("description") or "", "parameters": parameters}
     return Offered(Tool(name, definition), name, is_custom=True)
 
 
-def _namespace(value: dict[str, Any], where: str) -> list[Offered]:
-    fields = Fields(value, where)
-    namespace = fields.need("name", str)
+def _namespace(value: Mapping[str, Any]) -> list[Offered]:
+    namespace = value["name"]
     found = []
-    for index, inner in enumerate(fields.get("tools", list) or []):
-        tool = function_tool(inner, f"{where}.tools[{index}]")
+    for inner in value.get("tools") or []:
+        tool = function_tool(inner)
         unique = f"{namespace}__{tool.name}"
         found.append(Offered(Tool(unique, {**tool.definition, "name": unique}), tool.name, namespace))
     return found
@@ -74,7 +71,7 @@ def read_conversation(fields: Fields) -> tuple[list[Message], list[str]]:
     """(the conversation, paths of items that say nothing to the model)."""
     instructions = fields.get("instructions", str)
     messages = [Message("system", instructions)] if instructions else []
-    value: Any = fields.need("input", (str, list))
+    value: Any = fields.any("input")
     if isinstance(value, str):
         return [*messages, Message("user", value)], []
     unread = []
@@ -104,13 +101,10 @@ def _item(fields: Fields, where: str) -> Message | None:
     """One item of the input; None: it says nothing to the model."""
     kind = fields.get("type", str, "message")
     if kind == "message":
-        role = fields.need("role", str)
-        if role not in ("system", "developer", "user", "assistant"):
-            raise RequestError(f"{where}.role: unknown role {role!r}.", f"{where}.role")
-        return Message(role, text_parts(fields.any("content"), f"{where}.content", TEXTS))
+        return Message(fields.need("role", str), text_parts(fields.any("content")))
     if kind == "reasoning":
-        parts = fields.any("content") or []
-        return Message("assistant", reasoning=text_parts(parts, f"{where}.content", TEXTS)) if parts else None
+        text = text_parts(fields.any("content"))
+        return Message("assistant", reasoning=text) if text else None
     if kind in ("function_call", "custom_tool_call"):
         name, call_id = fields.need("name", str), fields.need("call_id", str)
         namespace = fields.get("namespace", str)
@@ -121,8 +115,5 @@ def _item(fields: Fields, where: str) -> Message | None:
         full = name if namespace is None else f"{namespace}__{name}"
         return Message("assistant", calls=(ToolCall(call_id, full, found),))
     if kind in ("function_call_output", "custom_tool_call_output"):
-        text = text_parts(fields.any("output"), f"{where}.output", TEXTS)
-        return Message("tool", text, call_id=fields.need("call_id", str))
-    if kind == "item_reference":
-        raise RequestError(f"{where}: answers are not stored here; send the item itself.", where)
+        return Message("tool", text_parts(fields.any("output")), call_id=fields.need("call_id", str))
     return None

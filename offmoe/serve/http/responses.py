@@ -18,15 +18,14 @@ from offmoe.dialogue.answer import Call, Reasoning, Text
 from offmoe.dialogue.errors import RequestError
 from offmoe.dialogue.messages import Tool, ToolCall
 from offmoe.serve.http.asking import Asking, as_request_error
+from offmoe.serve.http.bodies.common import AUTO, NONE
+from offmoe.serve.http.bodies.responses import BODY
 from offmoe.serve.http.chat import logprobs_of
 from offmoe.serve.http.errors import openai_error
 from offmoe.serve.http.events import PING, event_stream, ignored_header, named
 from offmoe.serve.http.fields import Fields
 from offmoe.serve.http.response_items import Offered, read_conversation, read_tools
 from offmoe.serve.http.service import (
-    AUTO,
-    NONE,
-    REQUIRED,
     Service,
     pick,
     sampling,
@@ -34,19 +33,8 @@ from offmoe.serve.http.service import (
 )
 from offmoe.serve.job import LENGTH, Broke, Ended, Request, Update, Usage
 
-HARMLESS = (
-    *("user", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention", "safety_identifier"),
-    *("truncation", "max_tool_calls", "stream_options", "client_metadata"),
-)
-"""Fields that cannot change the answer of this server."""
 LOGPROBS = "message.output_text.logprobs"
 """The value of `include` that asks for log-probabilities."""
-REFUSED = {
-    "previous_response_id": "answers are not stored here; send the whole conversation as 'input'.",
-    "conversation": "conversations are not stored here; send the whole conversation as 'input'.",
-    "background": "answers are not stored here; stream it.",
-    "prompt": "prompts are not stored here; send 'instructions' and 'input'.",
-}
 
 
 @dataclass(frozen=True)
@@ -62,11 +50,9 @@ class Asked:
 
 def read(service: Service, body: Any) -> Asked:
     """Read a request's body. RequestError that names the field, for what cannot be honored."""
-    fields = Fields(body)
+    fields = Fields.checked(body, BODY)
     service.check_model(fields)
-    fields.refuse(REFUSED)
     stream = bool(fields.get("stream", bool))
-    fields.harmless(*HARMLESS)
     alternatives = fields.get("top_logprobs", int)
     logprobs = (alternatives or 0) if LOGPROBS in (fields.get("include", list) or []) else None
     if alternatives and logprobs is None:
@@ -74,16 +60,13 @@ def read(service: Service, body: Any) -> Asked:
     chosen = sampling(fields, "max_output_tokens", logprobs=logprobs)
     offered, hosted = read_tools(fields.get("tools", list) or [])
     tools, grammar = _choice(service, fields, offered)
-    text = Fields(fields.get("text", dict) or {}, "text")
-    text.harmless("verbosity")
-    form = text.get("format", dict)
-    schema = wanted_schema(None if form is None else Fields(form, "text.format"), None)
+    text = fields.inner("text")
+    schema = wanted_schema(text, "format")
     if schema is not None:
         if grammar is not None or tools:
             raise RequestError("text.format with tools needs tool_choice 'none'.", "text.format")
         grammar = service.schema_grammar(*schema)
-    reasoning = Fields(fields.get("reasoning", dict) or {}, "reasoning")
-    reasoning.harmless("summary", "generate_summary")
+    reasoning = fields.inner("reasoning")
     effort = reasoning.get("effort", str)
     template = {} if effort is None else service.effort(effort, "reasoning.effort")
     messages, unread = read_conversation(fields)
@@ -95,13 +78,13 @@ def read(service: Service, body: Any) -> Asked:
     service.check_ignored(ignored)
     echo = {
         "instructions": body.get("instructions"),
-        "max_output_tokens": body.get("max_output_tokens"),
+        "max_output_tokens": fields.get("max_output_tokens", int),
         "metadata": body.get("metadata") or {},
         "parallel_tool_calls": not one_call,
         "temperature": body.get("temperature"),
         "top_p": body.get("top_p"),
         "top_logprobs": alternatives or 0,
-        "text": {"format": _echoed_format(form)},
+        "text": {"format": _echoed_format(text.get("format", dict))},
         "tool_choice": body.get("tool_choice") or AUTO,
         "tools": [],
         "reasoning": {"effort": effort, "summary": None},
@@ -314,7 +297,8 @@ def _echoed_format(form: Mapping[str, Any] | None) -> dict[str, Any]:
     """`text.format` as a response repeats it. A schema has a name there, whether or not the request gave it one."""
     if form is None:
         return {"type": "text"}
-    return {"name": "answer", **form} if form.get("type") == "json_schema" else dict(form)
+    written = {name: value for name, value in form.items() if value is not None}
+    return {"name": "answer", **written} if form["type"] == "json_schema" else written
 
 
 def _choice(service: Service, fields: Fields, offered: Mapping[str, Offered]) -> tuple[list[Tool], str | None]:
@@ -327,12 +311,7 @@ def _choice(service: Service, fields: Fields, offered: Mapping[str, Offered]) ->
         return [], None
     wanted = tools
     if isinstance(choice, dict):
-        inner = Fields(choice, "tool_choice")
-        if inner.get("type", str) not in ("function", "custom"):
-            raise RequestError("tool_choice: only functions can be chosen.", "tool_choice")
-        wanted = pick(tools, inner.need("name", str), "tool_choice")
-    elif choice != REQUIRED:
-        raise RequestError("tool_choice has to be 'auto', 'none', 'required' or a function.", "tool_choice")
+        wanted = pick(tools, choice["name"], "tool_choice")
     if not wanted:
         raise RequestError("tool_choice demands a call, and there are no tools.", "tool_choice")
     return tools, service.calls_grammar(wanted, several=False, param="tool_choice")

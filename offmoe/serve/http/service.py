@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +15,8 @@ from offmoe.dialogue.render import ChatRenderer
 from offmoe.dialogue.sampling import Sampling
 from offmoe.errors import ConfigError
 from offmoe.serve.engine import Engine
+from offmoe.serve.http.bodies.common import FUNCTION
 from offmoe.serve.http.fields import Fields, tokens_limit
-
-CHOICES = 4
-"""Answers to one request at most."""
-AUTO, NONE, REQUIRED = "auto", "none", "required"
 
 
 @dataclass
@@ -59,16 +56,14 @@ class Service:
     def schema_grammar(self, schema: dict[str, Any], param: str) -> str:
         """The grammar of answers that are JSON by a schema."""
         answers = self.engine.answers
-        if answers is not None and not answers.begins_with_content:
-            raise RequestError(f"{param}: this model's answers begin with a channel; no form can be enforced.", param)
-        return self._grammars(param).json(schema, param)
+        return self._grammars(param).json(schema, param, None if answers is None else answers.channels)
 
     def calls_grammar(self, tools: Sequence[Tool], several: bool, param: str) -> str:
         """The grammar of answers that are calls of these tools."""
         answers = self.engine.answers
-        if answers is None or answers.calls is None or not answers.begins_with_content:
+        if answers is None or answers.calls is None:
             raise RequestError(f"{param}: how this model writes calls is not known to a grammar; use 'auto'.", param)
-        return self._grammars(param).calls(tools, answers.calls, param, several)
+        return self._grammars(param).calls(tools, answers.calls, param, several, answers.channels)
 
     def _grammars(self, param: str) -> GrammarCompiler:
         try:
@@ -94,10 +89,8 @@ def sampling(fields: Fields, *limit_names: str, logprobs: int | None = None) -> 
     """How to choose tokens, from the fields that OpenAI's APIs share. limit_names: the fields of the most tokens."""
     biases: dict[int, float] = {}
     for token, bias in (fields.get("logit_bias", dict) or {}).items():
-        if not str(token).isdecimal() or isinstance(bias, bool) or not isinstance(bias, int | float):
-            raise RequestError("logit_bias has to map token ids to numbers.", fields.path("logit_bias"))
         biases[int(token)] = float(bias)
-    chosen = Sampling(
+    return Sampling(
         temperature=fields.number("temperature"),
         top_p=fields.number("top_p"),
         top_k=fields.get("top_k", int),
@@ -110,36 +103,13 @@ def sampling(fields: Fields, *limit_names: str, logprobs: int | None = None) -> 
         max_tokens=tokens_limit(fields, *limit_names),
         logprobs=logprobs,
     )
-    chosen.check()
-    return chosen
 
 
-def choices(fields: Fields, name: str = "n") -> int:
-    """How many answers are asked for."""
-    count = fields.get(name, int, 1)
-    assert count is not None
-    if not 1 <= count <= CHOICES:
-        raise RequestError(f"{name} is {count}; it has to be from 1 to {CHOICES}.", name)
-    return count
-
-
-def text_parts(content: Any, where: str, kinds: Sequence[str] = ("text",)) -> str:
-    """The text of a message's content: a string, null, or an array of text parts. No other kind is ever dropped."""
+def text_parts(content: Any) -> str:
+    """The text of a message's content: a string, null, or an array of text parts and refusals."""
     if content is None or isinstance(content, str):
         return content or ""
-    if not isinstance(content, list):
-        raise RequestError(f"{where} has to be a string or an array of parts.", where)
-    texts = []
-    for index, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if isinstance(part, str):
-            texts.append(part)
-        elif kind == "refusal":
-            texts.append(str(part.get("refusal") or ""))
-        elif kind in kinds and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        else:
-            raise RequestError(f"{where}[{index}]: this model reads text only, not {kind!r}.", f"{where}[{index}]")
+    texts = [part if isinstance(part, str) else part.get("text") or part.get("refusal") or "" for part in content]
     return "".join(texts)
 
 
@@ -154,17 +124,13 @@ def arguments(value: Any, where: str) -> dict[str, Any]:
     return found
 
 
-def chat_messages(values: Any, where: str = "messages") -> list[Message]:
+def chat_messages(values: Sequence[Any], where: str = "messages") -> list[Message]:
     """The conversation of a chat request. Unknown members of messages change nothing and are accepted."""
-    if not isinstance(values, list):
-        raise RequestError(f"{where} has to be an array.", where)
     return [_chat_message(Fields(value, f"{where}[{i}]")) for i, value in enumerate(values)]
 
 
 def _chat_message(fields: Fields) -> Message:
     role = fields.need("role", str)
-    if role not in ("system", "developer", "user", "assistant", "tool"):
-        raise RequestError(f"{fields.path('role')}: unknown role {role!r}.", fields.path("role"))
     calls = []
     for index, call in enumerate(fields.get("tool_calls", list) or []):
         inner = Fields(call, f"{fields.path('tool_calls')}[{index}]")
@@ -176,25 +142,21 @@ def _chat_message(fields: Fields) -> Message:
                 arguments(function.any("arguments"), function.path("arguments")),
             )
         )
-    reasoning = fields.any("reasoning_content") or fields.any("reasoning") or ""
     return Message(
         role,
-        text_parts(fields.any("content"), fields.path("content")),
-        reasoning if isinstance(reasoning, str) else "",
+        text_parts(fields.any("content")),
+        fields.any("reasoning_content") or fields.any("reasoning") or "",
         tuple(calls),
         fields.get("tool_call_id", str),
         fields.get("name", str),
     )
 
 
-def function_tool(definition: Any, where: str) -> Tool:
+def function_tool(definition: Mapping[str, Any]) -> Tool:
     """A tool from the object that defines its function."""
-    fields = Fields(definition, where)
-    name = fields.need("name", str)
-    fields.get("description", str)
-    fields.get("parameters", dict)
-    kept = ("name", "description", "parameters", "strict")
-    return Tool(name, {key: value for key, value in definition.items() if key in kept and value is not None})
+    kept = FUNCTION["properties"]
+    known = {key: value for key, value in definition.items() if key in kept and value is not None}
+    return Tool(definition["name"], known)
 
 
 def pick(tools: Sequence[Tool], name: str, param: str) -> list[Tool]:
@@ -205,21 +167,21 @@ def pick(tools: Sequence[Tool], name: str, param: str) -> list[Tool]:
     return found
 
 
-def wanted_schema(form: Fields | None, nested: str | None) -> tuple[dict[str, Any], str] | None:
+def wanted_schema(fields: Fields, name: str, nested: str | None = None) -> tuple[dict[str, Any], str] | None:
     """(schema, path) of the JSON that an answer has to be; None: any text will do.
 
     Args:
-        form: The object with "type".
-        nested: Its member that holds the schema; None: it holds it itself.
+        fields: The object that has the form.
+        name: Its member with the form.
+        nested: The form's member that holds the schema; None: it holds it itself.
     """
-    if form is None:
+    if name not in fields:
         return None
+    form = fields.inner(name)
     kind = form.need("type", str)
     if kind == "text":
         return None
     if kind == "json_object":
         return ANY_OBJECT, form.path("type")
-    if kind != "json_schema":
-        raise RequestError(f"{form.path('type')}: unknown format {kind!r}.", form.path("type"))
-    inner = form if nested is None else Fields(form.need(nested, dict), form.path(nested))
+    inner = form if nested is None else form.inner(nested)
     return inner.need("schema", dict), inner.path("schema")

@@ -161,7 +161,7 @@ WANTED: dict[str, Check] = {
     "tool_choice required": a_call,
     "tool_choice none": answered(tool_calls=None),
     "rebinding": refused(code="invalid_host", words="evil.example"),
-    "tool_result with image": refused(param="messages.2.content.0.content[0]", words="not 'image'"),
+    "tool_result with image": refused(param="messages.2.content.0.content.0", words="not 'image'"),
     "thinking blocks in history": message,
     "field n": two_choices,
     "field functions": refused(param="functions"),
@@ -223,7 +223,7 @@ def test_a_field_that_a_response_repeats_is_checked_before_anything_is_computed(
     client: TestClient, stream: bool
 ) -> None:
     reply = client.post("/v1/responses", json={"input": "hi", "metadata": {"a": 1}, "stream": stream})
-    refused(param="metadata")(reply)
+    refused(param="metadata.a")(reply)
 
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer", "maximum": 9}}, "required": ["a"]}
