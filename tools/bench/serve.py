@@ -43,6 +43,7 @@ from offmoe.serve.http.guard import Access
 from offmoe.serve.http.service import Service
 from offmoe.serve.run import bind
 
+PARTS = ("decode", "turns", "leaving", "masks")
 PROMPT = "In the beginning God created the heaven and the earth. And the earth was without form, and"
 NO_END = {"logit_bias": {"0": -100}, "temperature": 0}
 """Fields that keep the demo from ending an answer: token 0 ends it."""
@@ -168,13 +169,13 @@ def mask_us(vocabulary: int) -> dict[str, float]:
     }
 
 
-def soak(model: Any, tokenizer: Any, requests: int) -> dict[str, float]:
+def soak(model: Any, tokenizer: Any, requests: int, parallel: int) -> dict[str, float]:
     """Many requests at once; counts answers that differ from the same answer alone, and what is left afterwards."""
     rng = random.Random(0)
     prompts = [f"{PROMPT} {word}" for word in ("light", "darkness", "waters", "firmament", "evening", "morning", "day")]
     kinds = rng.choices(["whole", "cut", "malformed"], [57, 33, 10], k=requests)
     process = psutil.Process()
-    with Engine(model, tokenizer, parallel=2, queue=64) as engine, server(engine) as url:
+    with Engine(model, tokenizer, parallel=parallel, queue=64) as engine, server(engine) as url:
         body = {"max_tokens": 12, **NO_END}
         expected = {p: post(f"{url}/v1/completions", {**body, "prompt": p})["choices"][0]["text"] for p in prompts}
         threads, rss = threading.active_count(), process.memory_info().rss
@@ -208,6 +209,7 @@ def soak(model: Any, tokenizer: Any, requests: int) -> dict[str, float]:
         time.sleep(0.5)
         return {
             "requests": requests,
+            "parallel": parallel,
             "wrong_answers": wrong["answers"],
             "wrong_statuses": wrong["statuses"],
             "threads_left": threading.active_count() - threads,
@@ -226,15 +228,32 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=64)
     parser.add_argument("--max-context", type=int, default=2048)
     parser.add_argument("--soak", type=int, default=0, metavar="N")
+    parser.add_argument("--parallel", type=int, default=2, help="answers in turns while soaking")
+    parser.add_argument("--only", choices=PARTS, nargs="*", default=PARTS, help="what to measure (default: all)")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     options = {"device": "cpu", "slots_per_layer": args.slots_per_layer, "max_context": args.max_context}
-    model: Any = offmoe.from_pretrained(args.model, **options)
-    tokenizer: Any = AutoTokenizer.from_pretrained(model.name_or_path)
-    with model.offload:
-        ratios = decode(model, tokenizer, args.tokens, args.rounds)
+    figures: dict[str, Any] = {}
+    if set(args.only) - {"masks"} or args.soak:
+        model: Any = offmoe.from_pretrained(args.model, **options)
+        tokenizer: Any = AutoTokenizer.from_pretrained(model.name_or_path)
+        with model.offload:
+            figures = with_model(model, tokenizer, args)
+    if "masks" in args.only:
+        masks = figures["masks_us"] = mask_us(150_000)
+        print(f"masks at {masks['vocabulary']} tokens: {masks['median']:.0f} us, at most {masks['largest']:.0f}")
+    if args.json:
+        print(json.dumps(figures))
+
+
+def with_model(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """The figures that need a model, by name. Prints each."""
+    figures: dict[str, Any] = {}
+    if "decode" in args.only:
+        ratios = figures["decode"] = decode(model, tokenizer, args.tokens, args.rounds)
         print(f"decode, server / generate: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
-        firsts = first_tokens(model, tokenizer, args.turns, args.chunk)
+    if "turns" in args.only:
+        firsts = figures["first_tokens"] = first_tokens(model, tokenizer, args.turns, args.chunk)
         for mode, rows in firsts.items():
             last = rows[-1]
             share = last["ttft_s"] / firsts["off"][-1]["ttft_s"]
@@ -242,18 +261,15 @@ def main() -> None:
                 f"turn {args.turns}, {last['prompt']} tokens, {mode}: {1e3 * last['ttft_s']:.0f} ms, {share:.2f}; "
                 f"{last['cached']} tokens reused, {last['disk_bytes'] / 1e6:.1f} MB of experts read"
             )
-        left = leaving(model, tokenizer, args.rounds)
+    if "leaving" in args.only:
+        left = figures["leaving_s"] = leaving(model, tokenizer, args.rounds)
         for when, times in left.items():
             median, most = 1e3 * statistics.median(times), 1e3 * max(times)
             print(f"idle after a client left, {when}: {median:.0f} ms, at most {most:.0f}")
-        soaked = soak(model, tokenizer, args.soak) if args.soak else None
-        if soaked:
-            print(f"soak: {soaked}")
-    masks = mask_us(150_000)
-    print(f"masks at {masks['vocabulary']} tokens: {masks['median']:.0f} us, at most {masks['largest']:.0f}")
-    if args.json:
-        figures = {"decode": ratios, "first_tokens": firsts, "leaving_s": left, "masks_us": masks, "soak": soaked}
-        print(json.dumps(figures))
+    if args.soak:
+        figures["soak"] = soak(model, tokenizer, args.soak, args.parallel)
+        print(f"soak: {figures['soak']}")
+    return figures
 
 
 if __name__ == "__main__":
