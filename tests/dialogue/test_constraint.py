@@ -62,7 +62,7 @@ def test_logits_of_allowed_tokens_stay_and_others_are_excluded(
     for token in tokenizer('{"city":"day')["input_ids"]:
         allowed = torch.tensor([bias > 0 for bias in matcher.compute_logit_bias()])[:logits]
         scores: Any = torch.randn(1, logits, generator=torch.Generator().manual_seed(len(ids)))
-        found = processor(torch.tensor([ids]), scores)  # type: ignore[arg-type]
+        found = processor(torch.tensor([ids]), scores.clone())  # type: ignore[arg-type]
         assert torch.equal(found[0], scores[0].where(allowed, -torch.inf))
         sizes.add(int(allowed.sum()))
         matcher.consume_token(token)
