@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 CALLS_FIELD = "tool_calls"
+_FAULTS = (ValueError, TypeError, AttributeError, KeyError, IndexError)
+"""What transformers' parser raises: ValueError for a call that it cannot read, the others for a tool's schema."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ class AnswerReader:
             parser, self._parser = self._parser, None
             try:
                 events += self._read(parser.finalize()[1])
-            except ValueError:  # a region that cannot be parsed
+            except _FAULTS:  # a region that cannot be parsed
                 if self._region == CALLS_FIELD:
                     events += self._show(self._raw)
         rest = self._stops.finish()
@@ -186,7 +188,7 @@ class AnswerReader:
             return self._show(piece)
         try:
             return self._read(self._parser.feed(piece))
-        except ValueError:  # a tool call that is no JSON: the rest is text, since the parser cannot go on
+        except _FAULTS:  # a tool call that is no JSON: the rest is text, since the parser cannot go on
             self._parser, self._region = None, None
             return self._show(self._raw)
 
