@@ -69,8 +69,9 @@ def document(client: TestClient) -> Any:
 
 def check(client: TestClient, case: Any, validator: Any) -> None:
     """Send a request that schemathesis has made."""
-    has_body = case.body is not NOT_SET
-    reply = client.post(case.formatted_path, **({"json": case.body} if has_body else {}))
+    has_body = case.body is not NOT_SET and not isinstance(case.body, bytes)
+    sent = {"json": case.body} if has_body else {"content": case.body} if isinstance(case.body, bytes) else {}
+    reply = client.post(case.formatted_path, **sent)
     case.validate_response(reply, checks=CHECKS)
     if has_body and validator.is_valid(case.body):
         if reply.status_code != 200:
