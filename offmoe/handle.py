@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -20,6 +19,7 @@ from torch import nn
 from offmoe.budget.memory_plan import MemoryPlan
 from offmoe.budget.replan import Loaded
 from offmoe.config import OffloadConfig
+from offmoe.device.pinning import PinProgress
 from offmoe.errors import ConfigError, OffmoeError
 from offmoe.hf.load.attach import attach_handle
 from offmoe.rows.many import TokenIds, all_results, row_requests
@@ -28,8 +28,8 @@ from offmoe.rows.session import Session
 from offmoe.runtime.executor import ExpertExecutor, Predictor, Slots
 from offmoe.steps import Steps
 from offmoe.trace.recorder import TraceWriter
+from offmoe.transfer.closing import close_all
 from offmoe.transfer.fill_queue import FillProgress
-from offmoe.transfer.reader import Reader
 from offmoe.types import CacheShape, CacheStats
 from offmoe.warm_start import WarmStart
 
@@ -75,6 +75,8 @@ class Offload:
         warm: WarmStart,
     ):
         self._loaded, self._slots, self._executor, self._warm = loaded, slots, executor, warm
+        self.backend = loaded.backend
+        """The device."""
         self._calls = 0
         """Calls of the model that are under way, one inside the other."""
         self._baseline = CacheStats.for_layers(executor.shape.layers)
@@ -84,7 +86,7 @@ class Offload:
         # The finalizer must not hold the model, or the model would never be garbage-collected.
         callbacks = closing.pop_all()
         callbacks.callback(executor.end_trace)
-        self._finalizer = weakref.finalize(model, _close_all, os.getpid(), callbacks)
+        self._finalizer = weakref.finalize(model, close_all, os.getpid(), callbacks)
         attach_handle(model, self)
 
     @property
@@ -141,6 +143,10 @@ class Offload:
         All of it is zero for a model that was loaded without `state` and `fill`.
         """
         return self._executor.fill_progress
+
+    def pin_progress(self) -> PinProgress:
+        """How many RAM slots are pinned by now; experts in the others take longer to the device. Any thread may ask."""
+        return self._executor.host_memory.pin_progress
 
     def expert_map(self) -> tuple[list[list[int]], list[list[int]]]:
         """What each expert of each MoE layer has done, and where it is. Any thread may ask.
@@ -200,6 +206,7 @@ class Offload:
                 host_memory=host_memory,
                 max_context=max_context,
                 slots_per_layer=slots_per_layer,
+                host_untouched=self._executor.host_memory.untouched_bytes,
             )
             self._executor.resize(config.cache(), lambda num_scratch: self._slots(config, plan, num_scratch))
             self._loaded.backend.trim()
@@ -338,13 +345,3 @@ class Offload:
     def step(self, arguments: Mapping[str, Any], is_encoder: bool = False) -> AbstractContextManager[None]:
         """Surround one forward pass of the model, or of its encoder or decoder, as `Steps.step`."""
         return self._steps.step(arguments, is_encoder)
-
-
-def _close_all(process: int, closing: ExitStack) -> None:
-    """Run the callbacks, but not in a fork of the process, which would overwrite the recording with half of it."""
-    if os.getpid() != process:
-        return
-    if isinstance(threading.current_thread(), Reader):
-        threading.Thread(target=_close_all, args=(process, closing), name="offmoe-closing").start()
-        return
-    closing.close()

@@ -6,8 +6,7 @@ import json
 import queue
 import shutil
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -24,6 +23,7 @@ from offmoe.dialogue.templates import QWEN
 from offmoe.hf.hub.locate import locate
 from offmoe.serve.engine import Engine
 from offmoe.serve.job import Broke, Ended, Job, Request, Update
+from tests.doubles import wait_until
 
 CHAT_TEMPLATE = """\
 {%- if tools %}<|im_start|>system
@@ -124,14 +124,6 @@ def held_until_cancelled(engine: Engine, passes: int = 3) -> Iterator[threading.
         yield stopped
     finally:
         hook.remove()
-
-
-def wait_until(is_true: Callable[[], bool], seconds: float = 60.0) -> None:
-    """Wait for what another thread does. AssertionError if it never does."""
-    end = time.monotonic() + seconds
-    while not is_true():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.002)
 
 
 @contextmanager

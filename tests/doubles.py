@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -169,3 +170,11 @@ def without(wait: str) -> Waits:
     assert callable(getattr(waits, wait))
     setattr(waits, wait, lambda *_: None)
     return waits
+
+
+def wait_until(is_true: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Wait for what another thread does. AssertionError if it never does."""
+    end = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.002)

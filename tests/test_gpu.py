@@ -323,7 +323,7 @@ def test_one_wait_of_the_host_per_layer(demo_prompts, record_property, prefetch)
 def test_staging_is_pinned_until_closed(wide):
     model = offmoe.from_pretrained(wide, device=DEVICE, slots_per_layer=2)
     with model.offload:
-        staging = model.offload._executor._transfer._host.staging
+        staging = model.offload._executor._transfer.host.staging
         buffers = [staging.tensor(i) for i in range(len(staging))]
         assert all(staging.pinned(i) for i in range(len(staging)))
         assert all(buffer.is_pinned() for buffer in buffers)

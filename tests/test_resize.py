@@ -165,7 +165,7 @@ def test_a_device_of_its_own_with_its_ram(
     with (model := offmoe.from_pretrained(folder, slots_per_layer=3, **options)).offload:
         writer = model.offload._executor._transfer.writer
         staging = ram(model).staging
-        slot = staging // len(model.offload._executor._transfer._host.staging)
+        slot = staging // len(model.offload._executor._transfer.host.staging)
         for slots, in_ram in ((3, 9), (2, 4), (4, 4), (2, 12), (5, 0), (3, 6), (8, 6), (2, 15)):
             before = copies(model)
             model.offload.resize(slots_per_layer=slots, host_memory=staging + in_ram * slot)

@@ -309,7 +309,7 @@ def test_the_memory_of_windows_is_small(folder, monkeypatch):
     assert staging_module.window_bytes(4096) == 16 * 4096
     with load(folder, fill=True).offload as offload:
         filled(offload)
-        assert offload._executor._transfer._host.windows is None
+        assert offload._executor._transfer.host.windows is None
 
 
 def test_save_state_is_refused_while_another_thread_generates(folder, tmp_path):

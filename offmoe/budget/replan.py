@@ -39,10 +39,14 @@ class Loaded:
         host_memory: int | str | None = None,
         max_context: int | None = None,
         slots_per_layer: int | tuple[int, ...] | None = None,
+        host_untouched: int = 0,
     ) -> tuple[OffloadConfig, MemoryPlan]:
         """The division with other options; one that is None stays as it is.
 
         With another device_memory, slots_per_layer follows from it unless it is given too.
+
+        Args:
+            host_untouched: bytes of RAM that the division that holds has, and that the system still counts as free.
 
         Raises:
             CapacityError: it does not fit; the message names what would.
@@ -63,11 +67,11 @@ class Loaded:
         )
         check_config(config, self.backend)
         try:
-            return self._divide(config)
+            return self._divide(config, host_untouched)
         except CapacityError as refusal:
-            raise CapacityError(f"{refusal}{self._longest_context(config)}") from None
+            raise CapacityError(f"{refusal}{self._longest_context(config, host_untouched)}") from None
 
-    def _divide(self, config: OffloadConfig) -> tuple[OffloadConfig, MemoryPlan]:
+    def _divide(self, config: OffloadConfig, host_untouched: int) -> tuple[OffloadConfig, MemoryPlan]:
         old = self.plan
         fixed = replace(
             self.needs.bytes, dense=old.dense + old.in_flight, layers=(), loading=0
@@ -78,7 +82,7 @@ class Loaded:
             self.needs._replace(bytes=fixed),
             self.backend,
             self.backend.free_bytes() + held,
-            host_held=0 if old.host is None else old.host.staging + old.host.slots + old.host.scratch,
+            host_held=0 if old.host is None else old.host.staging + old.host.slots + old.host.scratch - host_untouched,
         )
         if resolved.miss_costs is not None and self.config.miss_costs is not None:
             resolved = resolved.resolved(miss_costs=self.config.miss_costs)  # the host's time may have been measured
@@ -102,13 +106,13 @@ class Loaded:
         on_device = self.backend.unified_memory or not self.requested.is_numeric
         return self.requested.on_miss if on_device or self.computes_on_host else "fetch"
 
-    def _longest_context(self, config: OffloadConfig) -> str:
+    def _longest_context(self, config: OffloadConfig, host_untouched: int) -> str:
         """A sentence that names the largest max_context that fits with the other options; "" if none does."""
         low, high = 0, int(config.max_context or 0)
         while low + 1 < high:
             middle = (low + high) // 2
             try:
-                self._divide(replace(config, max_context=middle))
+                self._divide(replace(config, max_context=middle), host_untouched)
             except (CapacityError, ConfigError):
                 high = middle
             else:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+    from offmoe.device.pinning import PinProgress
     from offmoe.handle import Offload
     from offmoe.transfer.fill_queue import FillProgress
     from offmoe.types import CacheStats
@@ -64,10 +65,10 @@ def run(args: argparse.Namespace, out: Output) -> None:
             clock = TextStream(tokenizer, out, end_bar) if decoding.streams else StepClock()
             sequences = decoding.generate(model, ids, new_tokens, clock)
         texts = [clock.text] if isinstance(clock, TextStream) else _show_texts(sequences, tokenizer, out)
-        stats, fill = offload.stats(), offload.fill_progress()
+        stats, fill, pinned = offload.stats(), offload.fill_progress(), offload.pin_progress()
         if offload.trace is not None:
             offload.trace.pieces.update(prompts.pieces(tokenizer, offload.trace.tokens_seen()))
-    _show(args, out, clock, ids.shape[1], offload, stats, fill)
+    _show(args, out, clock, ids.shape[1], offload, stats, fill, pinned)
     out.json(
         {
             "text": texts[0],
@@ -78,6 +79,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
             "tokens_per_s": clock.tokens_per_s,
             "stats": stats.to_dict(),
             "fill": fill._asdict(),
+            "pinned": pinned._asdict(),
             "memory": offload.memory().to_dict(),
         }
     )
@@ -98,6 +100,7 @@ def _show(
     offload: Offload,
     stats: CacheStats,
     fill: FillProgress,
+    pinned: PinProgress,
 ) -> None:
     waited = f", {stats.stall_s:.2f} s of it waiting for experts" if stats.stall_s >= 0.005 else ""
     out.details(
@@ -106,7 +109,8 @@ def _show(
         f"{or_dash(stream.first_s, '{:.2f} s'.format)}, "
         f"then {or_dash(stream.tokens_per_s, '{:.1f} tokens/s'.format, dash='no more')}{waited}",
         f"read from disk {format_size(stats.disk_bytes)}, moved into slots {format_size(stats.h2d_bytes)}"
-        + (f"; {fill.describe()}" if fill.total_experts else ""),
+        + (f"; {fill.describe()}" if fill.total_experts else "")
+        + (f"; {pinned.describe()}" if pinned.pinned < pinned.total else ""),
         f"memory on {offload.config.device}: {offload.memory().describe()}",
     )
     if args.trace is not None:

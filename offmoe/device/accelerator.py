@@ -14,7 +14,7 @@ Must never: run under another current device than its own. The current device be
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -138,6 +138,13 @@ class AcceleratorBackend(Backend):
 
     def peak_bytes(self) -> int | None:
         return int(torch.accelerator.max_memory_reserved(self.device.index))
+
+    def random_state(self) -> list[torch.Tensor]:
+        return [*super().random_state(), torch.get_device_module(self.device).get_rng_state(self.device)]
+
+    def set_random_state(self, states: Sequence[torch.Tensor]) -> None:
+        super().set_random_state(states)
+        torch.get_device_module(self.device).set_rng_state(states[1], self.device)
 
     def pin(self, address: int, nbytes: int) -> bool:
         with torch.accelerator.device_index(self.device.index):

@@ -1,23 +1,20 @@
-"""The memory that experts land in: fixed slots, and page-aligned buffers on the host.
+"""The memory that experts land in: fixed slots.
 
 Moves: nothing.
-Bound: both are allocated when the model is loaded or resized. Slots are the only device memory of experts, so their
-number is the cap, and nothing is fragmented or freed in between. Host buffers (pages.py) are touched before the first
-read, not during it.
-Must never: know which expert is where (policy/residency.py does), or unmap memory that a tensor still refers to.
+Bound: slots are allocated when the model is loaded or resized. They are the only device memory of experts, so their
+number is the cap, and nothing is fragmented or freed in between.
+Must never: know which expert is where (policy/residency.py does).
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from offmoe.device.backend import Backend
 from offmoe.device.blocks import Place, rearrange
-from offmoe.device.pages import PAGE_BYTES, map_pages
+from offmoe.device.pages import map_pages
 from offmoe.errors import OffmoeError
 from offmoe.storage.layout import PARAM_ALIGNMENT, ExpertLayout, aligned
 
@@ -110,7 +107,8 @@ class SlotArena:
                 self._layouts.clear()
                 if on_device:
                     self.memory = _whole(min(blocks, key=lambda block: block[0].data_ptr()))
-                    self.starts = [slot.data_ptr() - self.memory.data_ptr() for slot in on_device]
+                    base = self.memory.data_ptr()
+                    self.starts = [slot.data_ptr() - base for slot in on_device]
 
         return commit
 
@@ -178,121 +176,3 @@ def slot_layouts(layouts: Sequence[ExpertLayout], slots_per_layer: Sequence[int]
     if scope == "model":
         return [max(layouts, key=lambda layout: layout.nbytes)] * sum(slots_per_layer)
     return [layout for layout, quota in zip(layouts, slots_per_layer, strict=True) for _ in range(quota)]
-
-
-class Buffer(NamedTuple):
-    """One host buffer: as memory to read into, and as a tensor uint8 [nbytes]."""
-
-    memory: memoryview
-    tensor: torch.Tensor
-
-
-class HostBuffers:
-    """Host buffers of equal size: page-aligned, touched, not inherited by forks, and pinned if possible."""
-
-    def __init__(self, count: int, nbytes: int, *, pinning: Backend | None = None) -> None:
-        """Map and pin the buffers.
-
-        Args:
-            count: Number of buffers.
-            nbytes: Bytes of each; rounded up to whole pages.
-            pinning: The device to pin them for; None leaves them pageable. After the first refusal the remaining
-                buffers stay pageable, because a refusal is a limit of the machine and each further attempt costs time.
-
-        Raises:
-            CapacityError: The system does not give the memory.
-        """
-        assert count > 0
-        assert nbytes > 0
-        self.nbytes = aligned(nbytes, PAGE_BYTES)
-        """Bytes of one buffer."""
-        self._pinning = pinning
-        self._pinned: set[int] = set()
-        """Addresses of the pinned buffers."""
-        self._blocks: list[list[Buffer]] = []
-        """By block, its buffers."""
-        self._places: tuple[Place, ...] = ()
-        """By buffer, where it is."""
-        self._buffers: list[Buffer] = []
-        self.prepare(count, {})()
-
-    def prepare(self, count: int, keep: Mapping[int, int]) -> Callable[[], None]:
-        """Map and pin what another number of buffers needs, and change nothing yet.
-
-        Args:
-            count: New number of buffers.
-            keep: By new buffer, the buffer whose bytes it is to hold.
-
-        Returns:
-            A function that changes to the new buffers and gives back what they do not need. No copy may be under way.
-
-        Raises:
-            CapacityError: The system does not give the memory.
-        """
-        change = rearrange([[self.nbytes] * len(b) for b in self._blocks], self._places, [self.nbytes] * count, keep)
-        new = [self._map_block(len(block)) for block in change.new]
-        blocks = [self._blocks[block] for block in change.kept] + new
-        pinned = self._pin([buffer for block in new for buffer in block])
-
-        def commit() -> None:
-            for before, after in change.moves:
-                blocks[after.block][after.position].tensor.copy_(self._blocks[before.block][before.position].tensor)
-            self._unpin(buffer for i, block in enumerate(self._blocks) if i not in change.kept for buffer in block)
-            self._pinned |= pinned
-            self._blocks, self._places = blocks, change.places
-            self._buffers = [blocks[place.block][place.position] for place in change.places]
-
-        return commit
-
-    def __len__(self) -> int:
-        return len(self._buffers)
-
-    def tensor(self, i: int) -> torch.Tensor:
-        """Buffer i for copies: uint8 [nbytes], page-aligned, with a storage of its own."""
-        return self._buffers[i].tensor
-
-    def memory(self, i: int) -> memoryview:
-        """Buffer i for `ExpertStore.read_into`."""
-        return self._buffers[i].memory
-
-    def pinned(self, i: int) -> bool:
-        """Whether buffer i is pinned, so that copies from it are asynchronous."""
-        return self._buffers[i].tensor.data_ptr() in self._pinned
-
-    def close(self) -> None:
-        """Unpin the buffers and release the memory; idempotent. No copy may be under way.
-
-        The memory is unmapped with the last tensor that refers to it.
-        """
-        self._unpin(self._buffers)
-        self._buffers, self._blocks = [], []
-
-    def _map_block(self, count: int) -> list[Buffer]:
-        pages = map_pages(count * self.nbytes)
-        memory = [pages[start : start + self.nbytes] for start in range(0, count * self.nbytes, self.nbytes)]
-        # A storage per buffer: torch looks at the storage's address, not the view's, to see whether memory is pinned.
-        return [Buffer(part, torch.frombuffer(part, dtype=torch.uint8)) for part in memory]
-
-    def _pin(self, buffers: Sequence[Buffer]) -> set[int]:
-        """Pin buffers, up to the first refusal; the addresses of those that are pinned now."""
-        done: set[int] = set()
-        if self._pinning is None or len(self._pinned) < len(self._buffers):
-            return done
-        try:
-            for buffer in buffers:
-                if not self._pinning.pin(buffer.tensor.data_ptr(), self.nbytes):
-                    break
-                done.add(buffer.tensor.data_ptr())
-        except BaseException:
-            for address in done:
-                self._pinning.unpin(address)
-            raise
-        return done
-
-    def _unpin(self, buffers: Iterable[Buffer]) -> None:
-        for buffer in buffers:
-            address = buffer.tensor.data_ptr()
-            if address in self._pinned:
-                assert self._pinning is not None
-                self._pinned.remove(address)
-                self._pinning.unpin(address)

@@ -108,6 +108,14 @@ class Backend(ABC):
         """The most bytes that torch has held on the device so far; None with unified memory."""
         return None
 
+    def random_state(self) -> list[torch.Tensor]:
+        """The state of every default generator of torch that computing draws from: the CPU's, then the device's."""
+        return [torch.get_rng_state()]
+
+    def set_random_state(self, states: Sequence[torch.Tensor]) -> None:
+        """Go on from a state that `random_state` gave."""
+        torch.set_rng_state(states[0])
+
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Allocate device memory: uint8 [nbytes], aligned to PARAM_ALIGNMENT.
 
@@ -174,14 +182,15 @@ class CpuBackend(Backend):
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
-        self.copies: Stream = _Immediate()
+        self._immediate = _Immediate()
+        self.copies: Stream = self._immediate
 
     @property
     def compute(self) -> Stream:
         return self.copies
 
     def event(self, *, blocking: bool = False) -> Event:
-        return _Immediate()
+        return self._immediate
 
     def free_bytes(self) -> int:
         return available_memory()

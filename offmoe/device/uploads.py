@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from offmoe.device.arena import HostBuffers
 from offmoe.device.backend import Backend
+from offmoe.device.host_buffers import HostBuffers
 
 BUFFER_BYTES = 64 << 10
 """Bytes of one buffer: the table of 5,000 blocks of a prompt. Larger ones are copied from pageable memory."""

@@ -286,8 +286,8 @@ def kernels() -> Check:
 
 def pinning() -> Check:
     """Check how much memory the driver pins, up to 2 GiB. Copies to a GPU are fastest from pinned memory."""
-    from offmoe.device.arena import HostBuffers
     from offmoe.device.cuda import cuda_devices
+    from offmoe.device.host_buffers import HostBuffers
     from offmoe.device.select import select_backend
 
     if not cuda_devices():

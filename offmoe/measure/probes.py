@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from offmoe.device.arena import HostBuffers
 from offmoe.device.backend import Backend
+from offmoe.device.host_buffers import HostBuffers
 from offmoe.io_limits import READERS
 from offmoe.storage.layout import ExpertLayout
 from offmoe.storage.store import ExpertStore

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
-from offmoe.device.random import RandomState
 from offmoe.errors import CapacityError, ConfigError
 from offmoe.hf.load.attach import redirect_forward
 from offmoe.rows.merged import Merged, can_merge, is_decoding
@@ -66,7 +65,7 @@ class Session:
         self._hold, self._clock = hold, clock
         self._step_tokens = steps.checks.chunk(1, context, 0)
         """Tokens of prompts in one step: what one long prompt may take, for which the workspace is planned."""
-        self._lockstep = Lockstep(executor, RandomState(model.device), apart)
+        self._lockstep = Lockstep(executor, apart)
         self._merged = None if apart or not can_merge(model) else Merged(model)
         self._merging: list[Row] | None = None
         """The rows of the merged pass, while it runs."""

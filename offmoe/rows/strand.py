@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 
-from offmoe.device.random import RandomState
 from offmoe.errors import OffmoeError
 from offmoe.runtime.executor import ExpertExecutor, LayerCall
 
@@ -60,12 +59,11 @@ class Lockstep:
 
     Args:
         executor: The runtime of the experts; its `gather` is taken while the lockstep is open.
-        random: Hands on random numbers.
         apart: Whether each strand's rows are computed by themselves.
     """
 
-    def __init__(self, executor: ExpertExecutor, random: RandomState, apart: bool):
-        self._executor, self._random, self._apart = executor, random, apart
+    def __init__(self, executor: ExpertExecutor, apart: bool):
+        self._executor, self._backend, self._apart = executor, executor.backend, apart
         self._main = getcurrent()
         self.current: Strand | None = None
         """The strand that runs."""
@@ -84,9 +82,9 @@ class Lockstep:
 
     def resume(self, strand: Strand, value: Any = None) -> None:
         """Let a strand run until it waits or ends. value: what it has waited for."""
-        before = self._random.take() if strand.samples else None
+        before = self._backend.random_state() if strand.samples else None
         if strand.random is not None:
-            self._random.put(strand.random)
+            self._backend.set_random_state(strand.random)
         strand.call = strand.awaited = None
         self.current = strand
         try:
@@ -94,8 +92,8 @@ class Lockstep:
         finally:
             self.current = None
             if before is not None:
-                strand.random = self._random.take()
-                self._random.put(before)
+                strand.random = self._backend.random_state()
+                self._backend.set_random_state(before)
         if isinstance(strand.error, KeyboardInterrupt | SystemExit):
             raise strand.error
 

@@ -33,6 +33,7 @@ from offmoe.trace.recorder import TraceWriter
 from offmoe.transfer.engine import TransferEngine
 from offmoe.transfer.fill_queue import FillProgress
 from offmoe.transfer.slot_writer import NewSlots
+from offmoe.transfer.staging import HostMemory
 from offmoe.types import Access, CacheStats, Demand, ExpertKey, Plan, Wave, count_demands, rank_predictions
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class ExpertExecutor:
         host: HostExperts | None = None,
     ) -> None:
         """host: computes what plans leave to the host; None: they leave nothing to it."""
-        self._planner, self._transfer, self._compute, self._backend = planner, transfer, compute, backend
+        self._planner, self._transfer, self._compute, self.backend = planner, transfer, compute, backend
         self._host = host
         self.shape = planner.shape
         self.stats = stats
@@ -116,6 +117,11 @@ class ExpertExecutor:
     def fill_progress(self) -> FillProgress:
         """How far the background fill has come. Any thread may ask."""
         return self._transfer.fill_progress
+
+    @property
+    def host_memory(self) -> HostMemory:
+        """Staging buffers and RAM slots."""
+        return self._transfer.host
 
     def run(self, layer: ExpertLayer, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """The experts of one layer on the tokens routed to them.
@@ -260,8 +266,8 @@ class ExpertExecutor:
         """Ids [T, k] of all callers on the host, and predictions [T, p] if all of them have some."""
         ids, known = _joined([call.ids for call in calls]), [c.predicted for c in calls if c.predicted is not None]
         if len(known) < len(calls):
-            return self._backend.to_host([ids])[0], None
-        host_ids, predicted = self._backend.to_host([ids, _joined(known)])
+            return self.backend.to_host([ids])[0], None
+        host_ids, predicted = self.backend.to_host([ids, _joined(known)])
         return host_ids, predicted
 
     def _carry_out(self, layer: ExpertLayer, plan: Plan, outputs: ExpertOutputs) -> None:

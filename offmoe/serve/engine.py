@@ -91,7 +91,7 @@ class Engine(GrammarSource):
         self.reuse_kind = reuse_kind(model)
         self.kept = KeptCaches(self.max_context, self.chunk, mode, self.reuse_kind)
         self._default_tokens = self.max_context // parallel
-        self._turns = Turns(model.device)
+        self._turns = Turns(self.offload.backend)
         self._changed = threading.Condition()
         self._queue: deque[tuple[Job, int]] = deque()
         self._queue_limit = queue

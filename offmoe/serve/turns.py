@@ -13,8 +13,8 @@ from types import TracebackType
 
 import torch
 
+from offmoe.device.backend import Backend
 from offmoe.device.openmp import release_threads
-from offmoe.device.random import RandomState
 
 SLICE = 8
 """Forward passes of a turn while others wait. A shorter slice mixes the experts of more answers in the cache: with
@@ -25,11 +25,11 @@ class Turns:
     """A lock that is handed on in the order of asking.
 
     Args:
-        device: The device whose random generator belongs to a turn, besides the CPU's.
+        backend: The device whose random generators belong to a turn.
     """
 
-    def __init__(self, device: torch.device):
-        self._numbers = RandomState(device)
+    def __init__(self, backend: Backend):
+        self._backend = backend
         self._changed = threading.Condition()
         self._waiting: deque[int] = deque()
         self._holder: int | None = None
@@ -58,10 +58,10 @@ class Turns:
         if self._passes < SLICE or not self._waiting:
             return
         me = threading.get_ident()
-        self._random[me] = self._numbers.take()
+        self._random[me] = self._backend.random_state()
         self._release()
         self._wait()
-        self._numbers.put(self._random.pop(me))
+        self._backend.set_random_state(self._random.pop(me))
 
     def _wait(self) -> None:
         me = threading.get_ident()

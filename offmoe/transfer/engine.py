@@ -58,21 +58,21 @@ class TransferEngine:
         """
         self.writer = writer
         self._on_stall, self._waits = on_stall, waits
-        self._host = HostMemory(writer.backend, writer.store.buffer_bytes, host_slots)
-        self._queue = TicketQueue(READERS, self._host.plan, self._host.needs_staging)
+        self.host = HostMemory(writer.backend, writer.store.buffer_bytes, host_slots)
+        self._queue = TicketQueue(READERS, self.host.plan, self.host.needs_staging)
         self._tickets: dict[int, Ticket] = {}
         """Per slot the next ticket to land in it; tickets of later waves follow by `Ticket.next`."""
         self._num_uses = [0] * len(writer.arena)
         """Per slot, how many times it has been computed with."""
-        self._ram = RamSlots(self._queue, writer, self._host, waits, host_slots)
+        self._ram = RamSlots(self._queue, writer, self.host, waits, host_slots)
         self._read_aheads: dict[ExpertKey, Ticket] = {}
         """The read-aheads of the last access, for the next one to adopt."""
-        self.computed(range(len(writer.arena)))  # the first copies wait for whatever used this memory before
         self._closed = False
         self._readers: list[Reader] = []
         try:
+            self.computed(range(len(writer.arena)))  # the first copies wait for whatever used this memory before
             for i in range(READERS):
-                reader = Reader(i, self._queue, writer, self._host, waits)
+                reader = Reader(i, self._queue, writer, self.host, waits)
                 reader.start()
                 self._readers.append(reader)
         except BaseException:  # the system gives no more threads, or Ctrl-C
@@ -191,12 +191,12 @@ class TransferEngine:
         Raises:
             CapacityError: The system does not give the memory for the windows of small experts.
         """
-        batches = fill_batches(self.writer.store, fills, self._host)
+        batches = fill_batches(self.writer.store, fills, self.host)
         with self._queue.lock:
             if self._closed or not batches:
                 return
-            if any(batch.windowed for batch in batches) and self._host.windows is None:
-                self._queue.fills.idle_windows = [*range(self._host.open_windows())]
+            if any(batch.windowed for batch in batches) and self.host.windows is None:
+                self._queue.fills.idle_windows = [*range(self.host.open_windows())]
             self._queue.fills.add(batches, lambda key: self.writer.store.record(key).nbytes)
             self._queue.lock.notify_all()
 
@@ -277,7 +277,7 @@ class TransferEngine:
 
     def prepare(self, slots: NewSlots) -> Callable[[], None]:
         """Allocate what other slots need, and change nothing yet; as `SlotArena.prepare`, behind `settle`."""
-        changes = self._host.prepare(slots.num_in_host, slots.kept.in_ram), self.writer.prepare(slots)
+        changes = self.host.prepare(slots.num_in_host, slots.kept.in_ram), self.writer.prepare(slots)
 
         def commit() -> None:
             for change in changes:
@@ -300,7 +300,7 @@ class TransferEngine:
             reader.join()
         self.forget()
         self.writer.release()
-        self._host.close()
+        self.host.close()
 
     def _start(self, fetch: Fetch, priority: int, num_uses: int = 0) -> None:
         """Queue a fetch that lands when its slot has been computed with `num_uses` more times. The lock is held."""

@@ -108,6 +108,8 @@ class FillReader:
             places = writer.store.segments(fetch.key, self._host.slots.tensor(fetch.host))
             for into, segment in zip(places, data, strict=True):
                 copy_in_ram(into, segment)
+        if fetch.host is not None:
+            self._host.filled(fetch.host)
         if fetch.slot != NO_SLOT:
             if fetch.slot < writer.arena.num_on_device:
                 self._waits.slot_last_read(writer.backend.copies, writer.last_read[fetch.slot])

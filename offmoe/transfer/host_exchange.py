@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import torch
 
-from offmoe.device.arena import HostBuffers
 from offmoe.device.backend import Backend, Event
+from offmoe.device.host_buffers import HostBuffers
 from offmoe.transfer.waits import WAITS, Waits
 
 

@@ -75,6 +75,7 @@ class Reader(threading.Thread):
             assert self._host.slots is not None
             self._wait_for_host_slot(ticket, ticket.fetch.host)
             copy_in_ram(self._host.slots.tensor(ticket.fetch.host), buffer)
+            self._host.filled(ticket.fetch.host)
         self._land(ticket, buffer, copied)
         return True
 
@@ -87,11 +88,13 @@ class Reader(threading.Thread):
         if i is None:  # the RAM slot is pinned, or nothing is
             if ticket.fetch.read:
                 self._read(ticket, memory, tensor)
+                self._host.filled(host_slot)
             self._land(ticket, tensor, self._host.slots_copied[host_slot])
             return
         if ticket.fetch.read:
             key, store = ticket.fetch.key, self._writer.store
             self._by_parts(ticket, lambda part: store.read_part(key, part, memory, self._queue.stopping))
+            self._host.filled(host_slot)
         buffer, copied = self._host.staging.tensor(i), self._host.staging_copied[i]
         self._waits.staging_copied(copied)
         copy_in_ram(buffer, tensor)

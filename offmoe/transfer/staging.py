@@ -11,8 +11,9 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from offmoe.device.arena import HostBuffers
 from offmoe.device.backend import Backend, Event
+from offmoe.device.host_buffers import HostBuffers
+from offmoe.device.pinning import PinProgress
 from offmoe.io_limits import READERS
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class HostMemory:
     """
 
     def __init__(self, backend: Backend, buffer_bytes: int, num_slots: int) -> None:
-        """Allocate and pin everything.
+        """Allocate everything, pin staging, and begin to pin RAM slots in the background.
 
         Args:
             backend: The device that pins the memory.
@@ -80,6 +81,8 @@ class HostMemory:
             CapacityError: The system does not give the memory.
         """
         self._backend, self._buffer_bytes = backend, buffer_bytes
+        self._is_said = False
+        """Whether it was said that RAM slots could not be pinned."""
         self.windows: HostBuffers | None = None
         """The windows of the background fill; None while they are closed."""
         self.windows_copied: list[Event] = []
@@ -92,25 +95,49 @@ class HostMemory:
         """The RAM slots; None without a host tier."""
         try:  # staging comes first: where little can be pinned, everything passes through that little
             if num_slots:
-                self.slots = HostBuffers(num_slots, buffer_bytes, pinning=backend)
+                self.slots = self._new_slots(num_slots, num_slots)
         except BaseException:
             self.staging.close()
             raise
         self.slots_copied = [backend.event(blocking=True) for _ in range(num_slots)]
         """Per RAM slot: marks the last copy out of it."""
-        pinned = 0 if self.slots is None else sum(self.slots.pinned(i) for i in range(num_slots))
-        if pinned < num_slots:
+
+    def _new_slots(self, count: int, wanted: int) -> HostBuffers:
+        """RAM slots where there were none; they are pinned in the background, unless the system refused staging.
+
+        wanted: how many there will be.
+        """
+        if self.staging.pin_progress.refused:
+            if wanted:
+                self._say_pinned(0, wanted)
+            return HostBuffers(count, self._buffer_bytes)
+        return HostBuffers(count, self._buffer_bytes, pinning=self._backend, later=True, on_refusal=self._say_pinned)
+
+    def _say_pinned(self, pinned: int, count: int) -> None:
+        """Say, once, that the system pins no more RAM slots."""
+        if not self._is_said:
+            self._is_said = True
             logger.warning(
                 "only %d of %d expert slots in RAM could be pinned for %s: experts in the other slots are copied once "
                 "more on their way to it, and more slowly. A lower host_memory, or a higher limit of the system, "
                 "avoids it.",
                 pinned,
-                num_slots,
-                backend.device,
+                count,
+                self._backend.device,
             )
 
+    @property
+    def pin_progress(self) -> PinProgress:
+        """How many RAM slots are pinned. Any thread may ask."""
+        return PinProgress() if (slots := self.slots) is None else slots.pin_progress
+
+    @property
+    def untouched_bytes(self) -> int:
+        """Bytes of RAM slots that still count as free memory, because nothing has been written there."""
+        return 0 if self.slots is None else self.slots.untouched_bytes
+
     def prepare(self, num_slots: int, keep: Mapping[int, int]) -> Callable[[], None]:
-        """Allocate and pin what another number of RAM slots needs, and change nothing yet.
+        """Allocate what another number of RAM slots needs, and change nothing yet.
 
         Args:
             num_slots: new number of RAM slots.
@@ -120,19 +147,16 @@ class HostMemory:
         Raises:
             CapacityError: The system does not give the memory.
         """
-        slots = self.slots
-        if slots is None:
-            created = HostBuffers(num_slots, self._buffer_bytes, pinning=self._backend) if num_slots else None
-        change = None if slots is None else slots.prepare(num_slots, keep)
+        slots = self._new_slots(0, num_slots) if self.slots is None else self.slots
+        change = slots.prepare(num_slots, keep)
 
         def commit() -> None:
             for event in self.slots_copied:
                 event.synchronize()
-            if change is None:
-                self.slots = created
-            else:
-                change()
-                self.slots = slots if num_slots else None
+            change()
+            if not num_slots:
+                slots.close()
+            self.slots = slots if num_slots else None
             self.slots_copied = [self._backend.event(blocking=True) for _ in range(num_slots)]
 
         return commit
@@ -146,6 +170,11 @@ class HostMemory:
         if host_slot is None or self.slots is None:
             return True
         return self.staging.pinned(0) and not self.slots.pinned(host_slot)
+
+    def filled(self, host_slot: int) -> None:
+        """Note that a RAM slot holds an expert: it is pinned before empty ones."""
+        assert self.slots is not None
+        self.slots.filled(host_slot)
 
     def open_windows(self) -> int:
         """Allocate the windows of the background fill, if they are not; returns how many there are.

@@ -21,7 +21,7 @@ from tests.cli.conftest import TEMPLATE, Outcome, byte_tokenizer
 
 Run = Callable[..., Outcome]
 
-KEYS = {"text", "prompt_tokens", "new_tokens", "ttft_s", "tokens_per_s", "stats", "fill", "memory"}
+KEYS = {"text", "prompt_tokens", "new_tokens", "ttft_s", "tokens_per_s", "stats", "fill", "pinned", "memory"}
 CPU = ("--device", "cpu", "--slots-per-layer", "3")
 
 

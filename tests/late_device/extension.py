@@ -98,6 +98,7 @@ def library() -> ctypes.CDLL:
     loaded.late_real.restype = ctypes.c_size_t
     loaded.late_registered.restype = ctypes.c_size_t
     module = types.ModuleType("torch.late")
+    numbers = [torch.zeros(16, dtype=torch.uint8) for _ in range(2)]  # nothing draws from them on the device
     vars(module).update(
         is_available=lambda: True,
         device_count=lambda: 2,
@@ -105,6 +106,8 @@ def library() -> ctypes.CDLL:
         set_device=torch.accelerator.set_device_index,
         synchronize=torch.accelerator.synchronize,
         manual_seed_all=lambda seed: None,
+        get_rng_state=lambda device: numbers[device.index].clone(),
+        set_rng_state=lambda state, device: numbers[device.index].copy_(state),
         get_amp_supported_dtype=lambda: [torch.bfloat16],
         _is_in_bad_fork=lambda: False,
     )
@@ -132,6 +135,30 @@ def since(before: Counts) -> Counts:
 def schedule(when: int) -> None:
     """LATEST, EARLIEST or EARLY_COPIES."""
     library().late_schedule(when)
+
+
+def threads_apart(apart: bool) -> None:
+    """Whether threads of the host are told apart: else what one has done is before what another does next.
+
+    Whatever orders them must then be told by `acquired` and `releases`; threads.py does.
+    """
+    library().late_threads(int(apart))
+
+
+def acquired(number: int) -> None:
+    """The calling thread has acquired a lock: what those did that released it before is done."""
+    library().late_acquired(size(number))
+
+
+def releases(number: int) -> None:
+    """The calling thread is about to release a lock."""
+    library().late_releases(size(number))
+
+
+def copies_leave_streams(leave: bool) -> None:
+    """Whether copies from the host leave the order of their stream, as on a queue that keeps none: work that is queued
+    behind them is behind them only if it waits for an event that was recorded after them."""
+    library().late_loose(int(leave))
 
 
 def limit(device: int, nbytes: int) -> None:
@@ -232,6 +259,8 @@ class LateKind(DeviceKind):
         """Per registration, the current device."""
         self.refuses_after = 1 << 30
         """Registrations that succeed before the system refuses."""
+        self.before_register: Callable[[], None] = lambda: None
+        """Called before each registration, which takes as long as this does."""
         self.bfloat16 = True
         """Whether the device says that it computes bfloat16 itself."""
 
@@ -245,6 +274,7 @@ class LateKind(DeviceKind):
         return DeviceEvent(device)
 
     def register(self, address: int, nbytes: int) -> bool:
+        self.before_register()
         if len(self.registered_on) >= self.refuses_after:
             return False
         self.registered_on.append(torch.accelerator.current_device_index())

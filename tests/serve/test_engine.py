@@ -29,8 +29,8 @@ from tests.chat_demo import (
     reasoning_of,
     saying,
     text_of,
-    wait_until,
 )
+from tests.doubles import wait_until
 
 TURNS = ("And the LORD said unto Moses, " * 10, "Who is he? " * 9, "Tell me of the people of Israel.", "Of the land?")
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 24}

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from offmoe.device.arena import HostBuffers
+from offmoe.device.host_buffers import HostBuffers
 from offmoe.errors import CheckpointError, MissingTensorError, ShardChangedError, TransferError
 from offmoe.storage import open_shards
 from offmoe.storage.layout import ExpertRecord, Segment

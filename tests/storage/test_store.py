@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from offmoe.device.arena import HostBuffers
+from offmoe.device.host_buffers import HostBuffers
 from offmoe.errors import CheckpointError, MissingTensorError, ShardChangedError, TransferError
 from offmoe.storage import read_plan
 from offmoe.storage import store as store_module

@@ -280,7 +280,7 @@ def test_windows_are_released_when_it_ends(checkpoint):
     rig = FillingRig(checkpoint, CpuBackend(), CacheOptions(slots_per_layer=12))
     try:
         rig.filled_all()
-        assert rig.engine._host.windows is None
+        assert rig.engine.host.windows is None
     finally:
         rig.close()
 

@@ -19,7 +19,7 @@ from offmoe.storage.store import ExpertStore
 from offmoe.transfer.engine import TransferEngine
 from offmoe.transfer.slot_writer import SlotWriter
 from offmoe.types import ExpertKey, Fetch, Wave
-from tests.doubles import Layer, PinningBackend
+from tests.doubles import Layer, PinningBackend, wait_until
 
 EXPERTS = 4
 LAYOUT = ExpertLayout.of({"w": (torch.float32, (4, 8))})
@@ -38,6 +38,7 @@ class Rig:
         self.arena = SlotArena(self.backend.allocate, [LAYOUT] * EXPERTS)
         writer = SlotWriter(self.store, self.arena, self.backend, [Layer(LAYOUT, Assembly((Destination("w", 0, 0),)))])
         self.engine = TransferEngine(writer, host_slots=EXPERTS)
+        wait_until(lambda: not self.engine.host.pin_progress.running)
         self.backend.guard(writer)
         copies, self.threads = self.backend.copies, list[threading.Thread]()
         copy = copies.copy

@@ -27,7 +27,7 @@ import checkout  # noqa: F401
 import torch
 
 import offmoe
-from offmoe.device.arena import HostBuffers
+from offmoe.device.host_buffers import HostBuffers
 from offmoe.device.select import select_backend
 from tools.bench import read
 from tools.bench.gpu_decode import decode

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 import offmoe
-from offmoe.device.arena import HostBuffers
 from offmoe.device.backend import Backend
+from offmoe.device.host_buffers import HostBuffers
 from offmoe.device.select import select_backend
 from offmoe.storage.checkpoint import Checkpoint
 from tools.bench import read

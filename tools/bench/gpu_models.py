@@ -110,6 +110,7 @@ def budget(section: Section) -> None:
         model: Any = offmoe.from_pretrained(folder, prefetch=prefetch, **options(section, folder, 512))
         with model.offload:
             filled_s = wait_for_fill(section, model)
+            pinned = model.offload.pin_progress()
             began_with = model.offload.fill_progress()
             per_token = decode_s(section, model, 4, seed=1) / 4
             tokens = 4 if section.tiny else int(max(4, min(64, section.left() / 4 / per_token)))
@@ -122,6 +123,8 @@ def budget(section: Section) -> None:
                 "slots": sum(slots),
                 "filled_experts": began_with.experts,
                 "filled_s": round(filled_s, 2),
+                "pinned_slots": pinned.pinned,
+                "pinnable_slots": pinned.total,
                 "tokens_per_s": round(tokens / wall, 3),
                 "hit_rate": round(stats.hit_rate, 4),
                 "h2d_gb_s": round(stats.h2d_bytes / wall / 1e9, 3),
@@ -233,9 +236,9 @@ def options(section: Section, folder: Path, max_context: int) -> dict[str, Any]:
 
 
 def wait_for_fill(section: Section, model: Any) -> float:
-    """Seconds until the background fill has ended, at most a third of what is left."""
+    """Seconds until the background fill has ended and RAM is pinned, at most a third of what is left."""
     began, limit = time.monotonic(), section.left() / 3
-    while (progress := model.offload.fill_progress()).running:
+    while (progress := model.offload.fill_progress()).running or model.offload.pin_progress().running:
         if time.monotonic() - began > limit:
             section.skip(f"filling RAM: {progress.experts} of {progress.total_experts} experts in {limit:.0f} s")
             break

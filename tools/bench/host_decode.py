@@ -196,6 +196,8 @@ def asks(rig: Rig, count: int) -> Callable[[int], float]:
     arena = SlotArena(backend.allocate, [rig.layout] * (2 * count))
     engine = TransferEngine(SlotWriter(rig.store, arena, backend, rig.layers(for_c=False)), host_slots=2 * count)
     rig.closing.append(engine.close)
+    while engine.host.pin_progress.running:  # else readers would copy through staging
+        time.sleep(0.001)
 
     def fetch(i: int, read: bool) -> float:
         slots = range(count * (i % 2), count * (i % 2 + 1))

@@ -26,8 +26,8 @@ from typing import NamedTuple
 import checkout  # noqa: F401
 import torch
 
-from offmoe.device.arena import HostBuffers
 from offmoe.device.cores import usable_cores
+from offmoe.device.host_buffers import HostBuffers
 from offmoe.measure.probes import drop_page_cache
 from offmoe.pack.pack import pack, weight_format
 from offmoe.pack.quantizer import quantizer

@@ -32,7 +32,7 @@ import checkout  # noqa: F401
 import torch
 from safetensors.torch import save_file
 
-from offmoe.device.arena import HostBuffers
+from offmoe.device.host_buffers import HostBuffers
 from offmoe.storage.checkpoint import INDEX_FILE, Checkpoint
 from offmoe.storage.layout import ExpertRecord
 from offmoe.storage.store import ExpertStore

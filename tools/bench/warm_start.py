@@ -38,7 +38,7 @@ from offmoe.api import load
 from offmoe.bench.scratch import ended_by_sigterm, scratch_folder
 from offmoe.budget.inspect import inspect
 from offmoe.config import OffloadConfig
-from offmoe.device.arena import HostBuffers
+from offmoe.device.host_buffers import HostBuffers
 from offmoe.hf.adapters.find import find_experts
 from offmoe.hf.quiet import hide_bars
 from offmoe.hf.replay import ReplayedRouting

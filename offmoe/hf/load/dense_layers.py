@@ -14,6 +14,7 @@ A layer whose forward failed keeps no weights in the buffer, and no two layers u
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import threading
@@ -28,14 +29,16 @@ from accelerate.hooks import remove_hook_from_module
 from torch import nn
 from transformers import PreTrainedModel
 
-from offmoe.device.arena import HostBuffers
 from offmoe.device.backend import Backend
+from offmoe.device.host_buffers import HostBuffers
 from offmoe.errors import MissingTensorError, OffmoeError
 from offmoe.hf.adapters.find import decoder_layers, expert_parameters, find_experts, require_adapter
 from offmoe.storage.checkpoint import Checkpoint
 from offmoe.storage.layout import ExpertLayout, ExpertRecord, Segment, typed
 from offmoe.storage.store import ExpertStore
 from offmoe.types import DISK, HOST, ExpertKey
+
+logger = logging.getLogger(__name__)
 
 PLACES = {HOST: "cpu", DISK: "disk"}
 """Place in a memory plan -> its name in transformers' device_map."""
@@ -231,8 +234,8 @@ def _weight(model: nn.Module, name: str, view: torch.Tensor) -> _Weight:
 class HostImages:
     """Layers, counted from 0, in host memory, each laid out as on the device: one copy per fetch, bound by the link.
 
-    The memory is pinned if the backend can pin. When a fetch returns, the bytes are safe to use on the device's current
-    stream.
+    The memory is pinned in the background if the backend can pin. When a fetch returns, the bytes are safe to use on
+    the device's current stream.
     """
 
     def __init__(
@@ -243,19 +246,40 @@ class HostImages:
         Raises:
             CapacityError: there is not enough host memory.
         """
+        self._backend, self._copied = backend, backend.event()
         self._sizes = [layout.nbytes for layout in layouts]
-        self._images = HostBuffers(len(layouts), max(self._sizes), pinning=backend)
-        for i, (layout, tensors) in enumerate(zip(layouts, weights, strict=True)):
-            for name, view in layout.views(self._images.tensor(i)[: layout.nbytes]).items():
-                view.copy_(tensors[name])
+        self._images = HostBuffers(
+            len(layouts), max(self._sizes), pinning=backend, later=True, on_refusal=self._say_pinned
+        )
+        try:
+            for i, (layout, tensors) in enumerate(zip(layouts, weights, strict=True)):
+                for name, view in layout.views(self._images.tensor(i)[: layout.nbytes]).items():
+                    view.copy_(tensors[name])
+                self._images.filled(i)
+        except BaseException:
+            self._images.close()
+            raise
 
     def fetch(self, layer: int, memory: torch.Tensor, views: Mapping[str, torch.Tensor]) -> None:
         """Copy a layer to device memory, uint8 [bytes of its layout]. views: its weights in that memory, by name."""
-        # the image never changes, so only the device has to wait for the copy
-        memory.copy_(self._images.tensor(layer)[: self._sizes[layer]], non_blocking=self._images.pinned(layer))
+        try:  # the image never changes, so only the device has to wait for the copy
+            memory.copy_(self._images.tensor(layer)[: self._sizes[layer]], non_blocking=self._images.pinned(layer))
+        finally:  # Ctrl-C may come in between, and `close` waits for the event
+            self._copied.record(self._backend.compute)
 
     def close(self) -> None:
+        """Wait for the last copy and release the memory; idempotent."""
+        self._copied.synchronize()
         self._images.close()
+
+    def _say_pinned(self, pinned: int, total: int) -> None:
+        logger.warning(
+            "only %d of %d offloaded dense layers in RAM could be pinned for %s: copies of the others are slower and "
+            "hold computing up. A higher limit of the system avoids it.",
+            pinned,
+            total,
+            self._backend.device,
+        )
 
 
 class ShardTensors:

@@ -13,7 +13,8 @@ from openai.types.responses import ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 
 from offmoe.serve.engine import Engine
-from tests.chat_demo import held_until_cancelled, saying, wait_until
+from tests.chat_demo import held_until_cancelled, saying
+from tests.doubles import wait_until
 
 USER: Any = [{"role": "user", "content": "hi"}]
 FUNCTION = {
