@@ -1,4 +1,4 @@
-"""What a KV cache takes while a model runs, layer by layer: the bytes that a forward pass leaves allocated.
+"""What a KV cache takes while a model runs, layer by layer: what a forward pass leaves, and takes while it grows.
 
 Memory is reserved for `max_context` tokens in every layer (needs.py), because a batch of short sequences fills them
 all. A long sequence needs less where a layer keeps a window or a state, so a pass is refused by the bytes it needs.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig
 
-from offmoe.budget.needs import cached_elements, kv_bytes_per_token
+from offmoe.budget.needs import cached_elements, kv_bytes_per_token, kv_growth_per_token
 from offmoe.hf.upstream import cache_layer_types
 
 STATE_WIDTHS = (
@@ -45,21 +45,24 @@ class KvBytes:
         per_token: bytes per token of the layers that keep every token.
         windows: (tokens, bytes per token) of each layer that keeps a window of them.
         per_sequence: bytes of the states that do not grow, at most.
+        growing: bytes per token that are there twice while the cache grows.
     """
 
     per_token: int
     windows: tuple[tuple[int, int], ...] = ()
     per_sequence: int = 0
+    growing: int = 0
 
     @classmethod
     def of(cls, config: PreTrainedConfig, dtype: torch.dtype) -> KvBytes:
         """The cache that `generate` and a plain forward make. dtype: the model's."""
         if config.is_encoder_decoder:
-            return cls(kv_bytes_per_token(config, dtype))
+            return cls(kv_bytes_per_token(config, dtype), growing=kv_growth_per_token(config, dtype))
         text = config.get_text_config(decoder=True)
-        per_token, windows, per_sequence = 0, [], 0
+        per_token, windows, per_sequence, growing = 0, [], 0, 0
         for (kind, window), layer in zip(cache_layer_types(text), text.per_layer_config, strict=True):
-            nbytes = cached_elements(layer) * dtype.itemsize
+            keys, values = cached_elements(layer)
+            nbytes = (keys + values) * dtype.itemsize
             is_linear, has_keys = kind in ("linear_attention", "conv"), kind != "dummy"
             if is_linear or kind.startswith("hybrid"):
                 per_sequence += _state_bytes(layer)
@@ -67,7 +70,8 @@ class KvBytes:
                 windows.append((window, WINDOW_HEADS * nbytes))
             elif has_keys and not is_linear:
                 per_token += nbytes
-        return cls(per_token, tuple(windows), per_sequence)
+                growing = max(growing, max(keys, values) * dtype.itemsize)
+        return cls(per_token, tuple(windows), per_sequence, growing)
 
     def after(self, sequences: int, past: int, length: int) -> int:
         """Bytes after a forward pass.
@@ -79,6 +83,11 @@ class KvBytes:
         """
         each = self.per_token * (past + length) + self.per_sequence
         return sequences * (each + sum(size * (min(past, window) + length) for window, size in self.windows))
+
+    def peak(self, sequences: int, past: int, length: int) -> int:
+        """The most bytes during a forward pass, as `after`: one layer's old keys are there beside the joined ones."""
+        twice = max(self.growing * past, *(size * min(past, window) for window, size in self.windows), 0)
+        return self.after(sequences, past, length) + sequences * twice
 
 
 def _state_bytes(layer: PreTrainedConfig) -> int:

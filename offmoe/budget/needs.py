@@ -71,7 +71,7 @@ class ModelBytes:
 
     Args:
         dense: the dense part, `layers` included.
-        kv_per_token: the KV cache of one token.
+        kv_per_token: the KV cache of one token, and its share of what is there twice while the cache grows.
         context_limit: the longest sequence in tokens.
         slot_bytes: a slot of each MoE layer.
         staging: the staging buffers; 0 if they are not on the device.
@@ -188,7 +188,7 @@ def model_needs(
     layers = dense_layers(meta)
     needed = ModelBytes(
         dense=dense_bytes(meta, dtype),
-        kv_per_token=kv_bytes_per_token(meta.config, dtype),
+        kv_per_token=kv_bytes_per_token(meta.config, dtype) + kv_growth_per_token(meta.config, dtype),
         context_limit=limit if limit > 0 else UNLIMITED_CONTEXT,
         slot_bytes=tuple(expert.slot for expert in experts),
         staging=staging,
@@ -239,21 +239,29 @@ def kv_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     attention, the encoder's.
     """
     if config.is_encoder_decoder:
+        return _layers_of(config, "decoder") * 2 * kv_growth_per_token(config, dtype)
+    return sum(sum(cached_elements(layer)) for layer in config.get_text_config().per_layer_config) * dtype.itemsize
+
+
+def kv_growth_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes per token that are there twice while a cache grows: transformers joins the old and the new keys of a layer
+    in new memory, then its values.
+    """
+    if config.is_encoder_decoder:
         heads = int(getattr(config, "decoder_attention_heads", None) or config.num_attention_heads)
-        head = int(getattr(config, "d_kv", None) or config.hidden_size // heads)
-        return _layers_of(config, "decoder") * 2 * heads * head * dtype.itemsize
-    return sum(cached_elements(layer) for layer in config.get_text_config().per_layer_config) * dtype.itemsize
+        return heads * int(getattr(config, "d_kv", None) or config.hidden_size // heads) * dtype.itemsize
+    return max(max(cached_elements(layer)) for layer in config.get_text_config().per_layer_config) * dtype.itemsize
 
 
-def cached_elements(layer: PreTrainedConfig) -> int:
-    """Elements that one decoder layer caches per token."""
+def cached_elements(layer: PreTrainedConfig) -> tuple[int, int]:
+    """Elements of the keys and of the values that one decoder layer caches per token."""
     heads = int(layer.num_attention_heads)
     head = int(getattr(layer, "head_dim", None) or layer.hidden_size // heads)
     if getattr(layer, "kv_lora_rank", None):  # multi-head latent attention; transformers caches expanded keys
         key = int(layer.qk_nope_head_dim) + int(layer.qk_rope_head_dim)
-        return heads * (key + int(layer.v_head_dim))
+        return heads * key, heads * int(layer.v_head_dim)
     kv_heads = int(getattr(layer, "num_key_value_heads", None) or heads)
-    return kv_heads * (head + int(getattr(layer, "v_head_dim", None) or head))
+    return kv_heads * head, kv_heads * int(getattr(layer, "v_head_dim", None) or head)
 
 
 def num_layers(config: PreTrainedConfig) -> int:

@@ -84,7 +84,7 @@ class PassCheck:
             length: New tokens of each.
         """
         tokens = batch * (past + length)
-        if tokens > self._plan.max_context and self._kv.after(batch, past, length) > self._plan.kv:
+        if tokens > self._plan.max_context and self._kv.peak(batch, past, length) > self._plan.kv:
             raise CapacityError(
                 f"{batch} x {past + length} tokens of context do not fit the {self._plan.max_context} that memory is "
                 f"reserved for. Load the model with max_context={tokens} or more; a pass that only scores its input "

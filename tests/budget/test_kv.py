@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig
 
 from offmoe.budget.kv import KvBytes
-from offmoe.budget.needs import kv_bytes_per_token
+from offmoe.budget.needs import kv_bytes_per_token, kv_growth_per_token
 from offmoe.hf.upstream import cache_layer_types
 from tests import families, tiny
 
@@ -48,11 +48,14 @@ def test_no_cache_holds_more(family: str) -> None:
 
 def test_full_attention_needs_what_is_reserved_per_token() -> None:
     config = AutoConfig.for_model("mixtral", **tiny.COMMON, **tiny.CONFIGS["mixtral"], sliding_window=None)
-    assert KvBytes.of(config, torch.float32) == KvBytes(kv_bytes_per_token(config, torch.float32))
+    growing = kv_growth_per_token(config, torch.float32)
+    assert KvBytes.of(config, torch.float32) == KvBytes(kv_bytes_per_token(config, torch.float32), growing=growing)
     assert KvBytes(10).after(3, 5, 2) == 3 * 7 * 10
+    assert KvBytes(10, growing=4).peak(3, 5, 2) == 3 * (7 * 10 + 5 * 4)
 
 
 def test_a_window_holds_its_tokens_and_those_of_the_pass() -> None:
     kv = KvBytes(per_token=10, windows=((4, 100),), per_sequence=1000)
     assert kv.after(1, 0, 50) == 10 * 50 + 100 * 50 + 1000
     assert kv.after(2, 50, 1) == 2 * (10 * 51 + 100 * 5 + 1000)
+    assert kv.peak(2, 50, 1) == kv.after(2, 50, 1) + 2 * 4 * 100
