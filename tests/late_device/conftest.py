@@ -11,6 +11,7 @@ import torch
 from offmoe.device import select
 from tests.late_device import extension
 from tests.late_device.extension import LateKind
+from tests.late_device.threads import watch
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,6 +25,8 @@ def _modules_are_no_garbage() -> None:
 def kind(monkeypatch: pytest.MonkeyPatch) -> Iterator[LateKind]:
     """The late device, selectable as device="late". A race that a test does not take with `races` is its failure."""
     extension.library()
+    watch(monkeypatch)
+    extension.threads_apart(True)
     made = LateKind()
     monkeypatch.setitem(select.KINDS, "late", made)
     extension.schedule(extension.LATEST)
@@ -33,6 +36,8 @@ def kind(monkeypatch: pytest.MonkeyPatch) -> Iterator[LateKind]:
     extension.schedule(extension.LATEST)
     settle()
     found = extension.races()
+    extension.threads_apart(False)
+    extension.copies_leave_streams(False)
     extension.forget()
     assert not found
 

@@ -69,11 +69,26 @@ struct Item {
   size_t on = 0;  // or: wait for item `seq` of this entity
   Time seq = 0;
 };
+struct Entry {  // what a piece of work, or the record of an event, knows; `at`: the time of the thread that queued it
+  Time at = 0;
+  Clock clock;
+};
+struct Thread {  // of the host
+  size_t entity = 0;
+  Time now = 0;
+  Clock clock;
+};
+struct Lane {  // what one thread has queued on one stream
+  size_t thread = 0;  // its entity
+  size_t entity = 0;
+  Time issued = 0;
+  std::deque<Entry> entries;
+};
 struct Queue {
   int device = 0;
   std::deque<Item> items;
   Time issued = 0, done = 0;
-  Clock clock;
+  std::deque<Lane> lanes;
   std::string error;
 };
 struct Block {
@@ -95,23 +110,30 @@ struct Pinned {
 
 std::mutex state;
 std::recursive_mutex running;  // held while work runs. Order: running before state, never the other way round
-std::vector<Queue*> queues;    // by entity; 0 is the host
-Clock host;
+std::vector<Queue*> queues;    // by stream, from 1; behind the streams, one engine per device for loose copies
+std::deque<Thread> threads;
+std::map<size_t, Clock> locks;  // by number of a lock of Python's: what the threads that released it knew
+size_t epoch = 1;               // what was noted in an earlier one is forgotten
+bool threads_apart = false;     // else all threads of the host are one
+std::atomic<bool> loose{false};  // copies from the host leave the order of their stream
 History history;
 Memory memories[kDevices];
 std::map<uintptr_t, Pinned> pinned;
 std::vector<std::string> races;
 size_t next_stream[kDevices] = {};
+thread_local size_t my_epoch = 0, my_thread = 0;
 thread_local int current_device = 0;
 thread_local size_t current_stream[kDevices] = {1, 2};
 
 size_t default_stream(int device) { return 1 + device; }
 size_t pool_stream(int device, size_t i) { return 1 + kDevices + device * kPool + i % kPool; }
+size_t engine(int device) { return 1 + kDevices + kDevices * kPool + device; }
 
 void start() {
-  for (size_t i = 0; i < 1 + kDevices + kDevices * kPool; i++) {
-    queues.push_back(new Queue);
-    queues.back()->device = i <= kDevices ? std::max<int>(0, int(i) - 1) : int((i - 1 - kDevices) / kPool);
+  for (size_t i = 0; i <= engine(kDevices - 1); i++) queues.push_back(new Queue);
+  for (int device = 0; device < kDevices; device++) {
+    queues[default_stream(device)]->device = queues[engine(device)]->device = device;
+    for (size_t i = 0; i < kPool; i++) queues[pool_stream(device, i)]->device = device;
   }
   for (auto& memory : memories) {
     int file = memfd_create("late", 0);
@@ -150,6 +172,67 @@ bool is_pinned(const void* p) {
   if (i == pinned.begin()) return false;
   --i;
   return (uintptr_t)p < i->first + i->second.bytes;
+}
+
+// --- what is known to be before. `state` is held
+
+constexpr size_t kEntries = 4096, kRecords = 64;  // older ones are forgotten; what asks for them may see a race too many
+
+size_t new_entity(const std::string& label) {
+  labels.push_back(label);
+  return labels.size() - 1;
+}
+
+Thread& me() {
+  if (my_epoch != epoch || (!threads_apart && my_thread != 0)) {
+    my_epoch = epoch;
+    if (threads_apart || threads.empty()) {
+      threads.push_back(Thread{new_entity(threads.empty() ? "the host" : "thread " + std::to_string(threads.size())), 0, {}});
+      my_thread = threads.size() - 1;
+    } else {
+      my_thread = 0;
+    }
+  }
+  return threads[my_thread];
+}
+
+Thread& acts() {  // the calling thread, which does something now
+  Thread& thread = me();
+  thread.clock.set(thread.entity, ++thread.now);
+  return thread;
+}
+
+// The last entry that `thread` knows of, by an order of the threads; nullptr if there is none.
+const Entry* known(const std::deque<Entry>& entries, size_t by, const Thread& thread) {
+  auto i = std::upper_bound(entries.begin(), entries.end(), thread.clock.of(by), [](Time t, const Entry& e) { return t < e.at; });
+  return i == entries.begin() ? nullptr : &*std::prev(i);
+}
+
+// What is done once the work of a stream is done that `thread` knows of.
+Clock after_stream(const Queue& q, const Thread& thread) {
+  Clock clock = thread.clock;
+  for (const Lane& lane : q.lanes)
+    if (const Entry* entry = known(lane.entries, lane.thread, thread)) clock.join(entry->clock);
+  return clock;
+}
+
+Lane& lane_of(size_t stream, const Thread& thread) {
+  Queue& q = *queues[stream];
+  for (Lane& lane : q.lanes)
+    if (lane.thread == thread.entity) return lane;
+  std::string label = "stream " + std::to_string(stream);
+  if (thread.entity != threads[0].entity) label += " by " + labels[thread.entity];
+  q.lanes.push_back(Lane{thread.entity, new_entity(label), 0, {}});
+  return q.lanes.back();
+}
+
+void forget_order() {
+  epoch++;
+  threads.clear();
+  locks.clear();
+  labels.resize(1);
+  for (Queue* q : queues) q->lanes.clear();
+  history = History();
 }
 
 std::string note(const Access& access, size_t entity, Time time, const Clock& clock, const char* name) {
@@ -193,7 +276,7 @@ void raise_error(size_t entity) {
   TORCH_CHECK(error.empty(), "late: work of stream ", entity, " failed: ", error);
 }
 
-// The host waits for item `seq`, of which it knows `clock`.
+// The host waits for item `seq`, after which what is in `clock` is done.
 void host_waits(size_t entity, Time seq, const Clock& clock) {
   {
     std::lock_guard<std::recursive_mutex> r(running);
@@ -201,7 +284,7 @@ void host_waits(size_t entity, Time seq, const Clock& clock) {
   }
   {
     std::lock_guard<std::mutex> l(state);
-    host.join(clock);
+    me().clock.join(clock);
   }
   raise_error(entity);
 }
@@ -212,7 +295,7 @@ void host_waits_for_stream(size_t entity) {
   {
     std::lock_guard<std::mutex> l(state);
     seq = queues[entity]->issued;
-    clock = queues[entity]->clock;
+    clock = after_stream(*queues[entity], acts());
   }
   host_waits(entity, seq, clock);
 }
@@ -241,13 +324,18 @@ std::string queue(size_t entity, const char* name, const std::vector<Access>& ac
   {
     std::lock_guard<std::mutex> l(state);
     Queue& q = *queues[entity];
-    q.clock.join(host);
-    if (clock) q.clock.join(*clock);
-    q.clock.set(entity, ++q.issued);
+    const Thread& thread = acts();
+    Clock knows = after_stream(q, thread);
+    if (clock) knows.join(*clock);
+    Lane& lane = lane_of(entity, thread);
+    knows.set(lane.entity, ++lane.issued);
     for (const Access& access : accesses) {
-      std::string found = note(access, entity, q.issued, q.clock, name);
+      std::string found = note(access, lane.entity, lane.issued, knows, name);
       if (race.empty()) race = found;
     }
+    lane.entries.push_back(Entry{thread.now, std::move(knows)});
+    if (lane.entries.size() > kEntries) lane.entries.pop_front();
+    q.issued++;
     q.items.push_back(Item{std::move(work), on, seq});
   }
   return race;
@@ -263,7 +351,7 @@ void wait_on_all_of(size_t entity, size_t other) {
   {
     std::lock_guard<std::mutex> l(state);
     seq = queues[other]->issued;
-    clock = queues[other]->clock;
+    clock = after_stream(*queues[other], acts());
   }
   if (other != entity) wait_on_stream(entity, other, seq, clock);
 }
@@ -359,11 +447,13 @@ void release(void* p) {
   }
   for (size_t user : block.users) wait_on_all_of(block.entity, user);
   std::lock_guard<std::mutex> l(state);
-  Queue& q = *queues[block.entity];
-  Clock clock = q.clock;
-  clock.join(host);
+  const Thread& thread = acts();
+  Clock clock = thread.clock;  // whoever used it on its own stream had a reference to it, so all of that is before
+  for (const Lane& lane : queues[block.entity]->lanes)
+    if (!lane.entries.empty()) clock.join(lane.entries.back().clock);
   // Its stream may use the memory again from here on, so whatever other streams do with it must be done by then.
-  note(Access{(uintptr_t)p, (uintptr_t)p + block.bytes, true}, block.entity, q.issued, clock, "free");
+  const Lane& lane = lane_of(block.entity, thread);
+  note(Access{(uintptr_t)p, (uintptr_t)p + block.bytes, true}, lane.entity, lane.issued, clock, "free");
   history.forget((uintptr_t)p, (uintptr_t)p + block.bytes);
   memory.live.erase((uintptr_t)p);
   memory.cached[block.entity].emplace(block.bytes, (uintptr_t)p);
@@ -430,8 +520,8 @@ REGISTER_ALLOCATOR(kType, &device_memory);
 // Says that the host touches pinned memory. Gives the race, or "".
 std::string host_touches(uintptr_t at, size_t bytes, bool writes, const char* name) {
   std::lock_guard<std::mutex> l(state);
-  host.set(0, host.of(0) + 1);
-  return note(Access{at, at + bytes, writes}, 0, host.of(0), host, name);
+  const Thread& thread = acts();
+  return note(Access{at, at + bytes, writes}, thread.entity, thread.now, thread.clock, name);
 }
 
 void unpin(uintptr_t at, const char* name) {
@@ -475,8 +565,18 @@ struct PinnedMemory final : c10::Allocator {
 struct Event {
   int device = 0;
   size_t entity = 0;
-  Time seq = 0;
-  Clock clock;
+  Time seq = 0, engine_seq = 0;
+  size_t epoch = 0;
+  std::deque<std::pair<size_t, Entry>> records;  // (entity of the thread that recorded it, what is done then)
+
+  // What is done once the last record is done that the calling thread knows of. `state` is held.
+  Clock after() {
+    const Thread& thread = acts();
+    if (epoch == late::epoch)
+      for (auto i = records.rbegin(); i != records.rend(); ++i)
+        if (i->second.at <= thread.clock.of(i->first)) return i->second.clock;
+    return thread.clock;
+  }
 };
 
 struct Guard final : c10::impl::DeviceGuardImplInterface {
@@ -518,16 +618,30 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     auto* e = (Event*)*event;
     TORCH_CHECK(e->device == s.device_index(), "late: an event of device ", e->device, " is recorded on another device");
     std::lock_guard<std::mutex> l(state);
-    Queue& q = *queues[s.id()];
-    q.clock.join(host);
+    const Queue &q = *queues[s.id()], &copies = *queues[engine(e->device)];
+    const Thread& thread = acts();
+    Clock clock = after_stream(q, thread);
+    clock.join(after_stream(copies, thread));
+    if (e->epoch != late::epoch) e->records.clear();
+    e->epoch = late::epoch;
+    e->records.emplace_back(thread.entity, Entry{thread.now, std::move(clock)});
+    if (e->records.size() > kRecords) e->records.pop_front();
     e->entity = size_t(s.id());
     e->seq = q.issued;
-    e->clock = q.clock;
+    e->engine_seq = copies.issued;
   }
   void block(void* event, const Stream& s) const override {
     if (!event) return;
     auto* e = (Event*)event;
-    if (e->entity && e->entity != size_t(s.id())) wait_on_stream(size_t(s.id()), e->entity, e->seq, e->clock);
+    size_t entity = size_t(s.id());
+    if (!e->entity || (e->entity == entity && !loose)) return;
+    Clock clock;
+    {
+      std::lock_guard<std::mutex> l(state);
+      clock = e->after();
+    }
+    if (loose) wait_on_stream(entity, engine(e->device), e->engine_seq, clock);
+    if (e->entity != entity) wait_on_stream(entity, e->entity, e->seq, clock);
   }
   bool queryEvent(void* event) const override {
     auto* e = (Event*)event;
@@ -537,7 +651,14 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     if (!event) return;
     auto* e = (Event*)event;
     counts[EVENT_WAITS]++;
-    if (e->entity) host_waits(e->entity, e->seq, e->clock);
+    if (!e->entity) return;
+    Clock clock;
+    {
+      std::lock_guard<std::mutex> l(state);
+      clock = e->after();
+    }
+    host_waits(engine(e->device), e->engine_seq, clock);
+    host_waits(e->entity, e->seq, clock);
   }
   bool queryStream(const Stream& s) const override {
     Time seq;
@@ -668,18 +789,21 @@ at::Tensor copy_from(const at::Tensor& source, const at::Tensor& destination, bo
   const char* name = from_host ? "copy from the host" : to_host ? "copy to the host" : "copy";
   if (!async) {
     counts[to_host ? BLOCKING_D2H : BLOCKING_H2D]++;
-    submit(entity, name, accesses, [from, to] {
+    std::string race = queue(entity, name, accesses, [from, to] {
       Bare bare;
       to.copy_(from);
     });
-    host_waits_for_stream(entity);
+    host_waits_for_stream(entity);  // also where there is a race: the memory may be gone afterwards
+    TORCH_CHECK(race.empty(), race);
     return destination;
   }
   if (from_host || to_host) counts[ASYNC_COPIES]++;
   uint64_t before = from_host ? digest(from) : 0;
   if (to_host && schedule == 0 && to.is_contiguous()) std::memset(to.data_ptr(), 0xFF, span(to));
+  size_t where = entity;
+  if (from_host && loose) wait_on_all_of(where = engine(device), entity);
   submit(
-      entity, name, accesses,
+      where, name, accesses,
       [from, to, from_host, before] {
         Bare bare;
         TORCH_CHECK(!from_host || digest(from) == before, "late: the host has changed the source of a copy that was under way");
@@ -1008,8 +1132,24 @@ void late_texts(int which, char* to, size_t bytes) {
   }
   copy_text(text, to, bytes);
 }
+// Whether threads of the host are told apart; `late_acquired` and `late_releases` must then be called for every lock.
+void late_threads(int apart) {
+  std::lock_guard<std::mutex> l(state);
+  threads_apart = apart != 0;
+  forget_order();
+}
+void late_loose(int is_loose) { loose = is_loose != 0; }
+void late_acquired(size_t lock) {
+  std::lock_guard<std::mutex> l(state);
+  me().clock.join(locks[lock]);
+}
+void late_releases(size_t lock) {
+  std::lock_guard<std::mutex> l(state);
+  locks[lock].join(me().clock);
+}
 void late_forget() {
   std::lock_guard<std::mutex> l(state);
+  forget_order();
   races.clear();
   for (Queue* q : queues) q->error.clear();
 }

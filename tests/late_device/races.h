@@ -1,9 +1,13 @@
-// Which accesses of memory are ordered: vector clocks per stream, event and host, with byte ranges.
+// Which accesses of memory are ordered: vector clocks per host thread, stream and event, with byte ranges.
 //
-// An entity is the host or a stream. Its work is numbered from 1. A clock holds, per entity, the last work that is known
-// to be done before. Two accesses of one byte, one of them a write, race unless one is before the other by these clocks.
-// What actually ran first does not matter, so a race is found whatever the timing. The threads of the host are one
-// entity: what orders them among themselves are Python's locks, which no device sees.
+// An entity is a thread of the host, or a lane: what one thread has queued on one stream. Its work is numbered from 1. A
+// clock holds, per entity, the last work that is known to be done before. Two accesses of one byte, one of them a write,
+// race unless one is before the other by these clocks. What actually ran first does not matter, so a race is found
+// whatever the timing.
+//
+// A stream orders the work of two threads only if something orders the threads when they queue it: else which is first is
+// luck. The same holds for an event that one thread records and another waits for. What orders threads are Python's
+// locks, conditions, starts and joins; threads.py tells of them. Without it all threads count as one.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -29,6 +33,8 @@ struct Clock {
     for (size_t i = 0; i < other.at.size(); i++) at[i] = std::max(at[i], other.at[i]);
   }
 };
+
+inline std::vector<std::string> labels{"nobody"};  // per entity, what messages call it
 
 struct Access {
   uintptr_t begin = 0, end = 0;
@@ -101,11 +107,10 @@ class History {
     cells.emplace(at, std::move(rest));
   }
 
-  static std::string who(size_t entity) { return entity ? "stream " + std::to_string(entity) : "the host"; }
   static std::string told(const Access& a, size_t entity, const char* name, const Mark& other, const char* does) {
     std::ostringstream out;
-    out << "race: " << name << " on " << who(entity) << (a.writes ? " writes " : " reads ") << a.end - a.begin
-        << " bytes at 0x" << std::hex << a.begin << ", which " << other.name << " on " << who(other.entity) << " " << does
+    out << "race: " << name << " on " << labels[entity] << (a.writes ? " writes " : " reads ") << a.end - a.begin
+        << " bytes at 0x" << std::hex << a.begin << ", which " << other.name << " on " << labels[other.entity] << " " << does
         << ", and nothing orders the two";
     return out.str();
   }

@@ -145,6 +145,17 @@ def test_two_threads_that_copy_on_one_stream_keep_their_own_device(
     assert torch.equal(slots.cpu(), host)
 
 
+def test_random_states_are_of_one_device(kind: LateKind) -> None:
+    backend, other = select_backend("late:1"), select_backend("late:0")
+    states, others = backend.random_state(), other.random_state()
+    drawn = torch.rand(3)
+    backend.set_random_state([states[0], states[1] + 5])
+    assert torch.equal(torch.rand(3), drawn)
+    assert torch.equal(backend.random_state()[1], states[1] + 5)
+    assert torch.equal(other.random_state()[1], others[1])
+    backend.set_random_state(states)
+
+
 def test_devices_of_different_size(folder: Path, kind: LateKind) -> None:
     small = 48 << 20
     extension.limit(1, small)

@@ -1,8 +1,8 @@
 """Each wait of transfer/waits.py taken out: a race, or weights and rows that are wrong.
 
-W4 and W6 order threads of the host, which no device sees: test_host_order.py holds one thread until the other has gone
-ahead. W9 is not here: results return on the stream that computes with them, whose own order is enough on every device
-with streams. tests/transfer/test_host_exchange.py shows what happens on one that is later than that.
+W4 and W6 order threads of the host: test_host_order.py holds one thread until the other has gone ahead. W9 orders what
+every stream orders by itself, because results return on the stream that computes with them. So it is taken out on a
+device whose copies leave the order of their stream, as queues may that are not CUDA's.
 """
 
 from __future__ import annotations
@@ -71,8 +71,12 @@ SCENES: dict[str, dict[str, Any]] = {
     "staging_copied": {"prefetch": 0, "host_memory": 0},
     "host_slot_copied": {"prefetch": 0, "ram": 1},
     "rows_on_host": {"prefetch": 0, "exactness": "numeric", "on_miss": "cpu"},
+    "rows_on_device": {"prefetch": 0, "exactness": "numeric", "on_miss": "cpu"},
+    "slot_turn": {"prefetch": 0, "host_memory": 0},
 }
 """By wait: options of a run that needs it."""
+LEAVE_STREAMS = {"rows_on_device"}
+"""Waits that are needed only where copies leave the order of their stream."""
 
 
 @pytest.mark.parametrize("when", [extension.LATEST, extension.EARLIEST])
@@ -82,6 +86,7 @@ def test_without_the_wait_there_is_a_race(folder: Path, wait: str, when: int, mo
     if "ram" in options:
         options["host_memory"] = ram_for(folder, options.pop("ram"))
     extension.schedule(when)
+    extension.copies_leave_streams(wait in LEAVE_STREAMS)
     logits(folder, **options)
     assert not extension.races()
     monkeypatch.setattr(Waits, wait, lambda *_: None)
