@@ -84,6 +84,22 @@ def test_numeric_reuse_keeps_the_answer_too(loaded: tuple[Any, Any]) -> None:
     assert all(more > fewer for more, fewer in zip(numeric[1:], exact[1:], strict=True))
 
 
+@pytest.mark.parametrize(("mode", "largest"), [("numeric", 1000), ("exact", 8)])
+def test_a_prompt_passes_whole_where_only_last_bits_depend_on_it(
+    loaded: tuple[Any, Any], mode: str, largest: int
+) -> None:
+    prompt = prompt_of(loaded[1], TURNS[0])
+    sizes = []
+    with Engine(*loaded, prefix_reuse=mode, prefill_chunk=8) as engine:
+        hook = engine.model.register_forward_pre_hook(
+            lambda _, args, kwargs: sizes.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        )
+        ask(engine, prompt, **{**GREEDY, "max_tokens": 1})
+        hook.remove()
+    assert sum(sizes) == len(prompt.ids)
+    assert sizes[0] == min(largest, len(prompt.ids))
+
+
 def test_a_title_request_between_turns_does_not_evict(engine: Engine) -> None:
     first = prompt_of(engine.tokenizer, TURNS[0])
     ask(engine, first, **GREEDY)
