@@ -143,7 +143,7 @@ async def _no_such_address(http: HttpRequest, error: Exception) -> Response:
         hint = f"send it to {right}." if right in known else f"addresses: {', '.join(sorted(known))}."
         message = f"nothing is at {path}; {hint}"
     elif error.status_code == 405:
-        message = f"{http.method} is not what {path} answers."
+        message = f"{http.method} is not what {path} answers; send {(error.headers or {}).get('Allow')}."
     refused = RequestError(message, code="not_found" if error.status_code == 404 else None, status=error.status_code)
     reply = error_response(path, refused, http.scope.get("request_id"))
     reply.headers.update(error.headers or {})  # of 405: what is allowed

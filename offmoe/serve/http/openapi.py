@@ -15,16 +15,17 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 import offmoe
-from offmoe.serve.http import bodies
 from offmoe.serve.http.bodies import chat, completions, messages, responses
 from offmoe.serve.http.errors import ANTHROPIC_ERROR, OPENAI_ERROR, OVERLOADED
 from offmoe.serve.http.shape import ANY, OBJECT, STRING, Schema, array, integer, members
 
 PATH = "/openapi.json"
+ABOUT = "One model behind the HTTP APIs of OpenAI and Anthropic. What no API defines is accepted and named in a header."
 _MODEL = members(
     {"id": STRING, "object": STRING, "created": integer(0), "owned_by": STRING, "max_model_len": integer(1)}
 )
 _IGNORED = {"x-offmoe-ignored": {"description": "Fields that no API defines.", "schema": STRING}}
+_EVENT = members({"data": STRING}, event=STRING)
 _STATUSES = {
     400: "The request cannot be answered as asked.",
     404: "Another model is served here.",
@@ -113,7 +114,7 @@ class Document:
         paths |= {path: {"post": self._post(path, post)} for path, post in POSTS.items() if path in self._paths}
         found: dict[str, Any] = {
             "openapi": "3.1.0",
-            "info": {"title": "offmoe serve", "version": offmoe.__version__, "description": bodies.__doc__},
+            "info": {"title": "offmoe serve", "version": offmoe.__version__, "description": ABOUT},
             "paths": paths,
             "components": {"schemas": _classes()},
         }
@@ -134,7 +135,7 @@ class Document:
         schema = {"$ref": f"#/components/schemas/{post.answer}"} if isinstance(post.answer, str) else post.answer
         kinds: dict[str, Any] = {"application/json": {"schema": schema}}
         if post.streams:
-            kinds["text/event-stream"] = {"schema": STRING}
+            kinds["text/event-stream"] = {"schema": _EVENT}
         errors = {status: words for status, words in _STATUSES.items() if post.streams or status not in (429, 503)}
         shape = ANTHROPIC_ERROR if path.startswith("/v1/messages") else OPENAI_ERROR
         if shape is ANTHROPIC_ERROR and 429 in errors:
