@@ -185,7 +185,8 @@ def _wrong_size(schema: Schema, value: Any, path: Path) -> Iterator[_Fault]:
         least, most = schema.get("minItems", 0), schema.get("maxItems", len(value))
         if not least <= len(value) <= most:
             span = f"at least {least}" if len(value) < least else f"at most {most}"
-            yield _Fault(path, sentence=f" has {len(value)} items; send {span}.")
+            found = f"has {len(value)} items" if value else "is empty"
+            yield _Fault(path, sentence=f" {found}; send {span}.")
 
 
 def _wrong_part(schema: Schema, value: Any, path: Path) -> Iterator[_Fault]:

@@ -20,7 +20,7 @@ from tests.serve.http.test_fuzz import BODIES, damaged
     [
         (3, "the body has to be a JSON object."),
         ({}, "messages is missing."),
-        ({"messages": []}, "messages has 0 items; send at least 1."),
+        ({"messages": []}, "messages is empty; send at least 1."),
         ({"messages": [{"role": "tuba"}]}, "messages[0].role has to be 'system', 'developer', 'user', 'assistant'"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content has to be a string or an array."),
         ({"messages": [{"role": "user", "content": [{"type": "x"}]}]}, "messages[0].content[0]: this model reads text"),
