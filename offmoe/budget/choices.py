@@ -231,7 +231,16 @@ def _form(survey: Survey, needs: ModelNeeds, experts: str, numeric: bool, laid_o
         dense_bytes=needs.bytes.dense - _lookup_bytes(survey),
         layers=num_layers(survey.hf_config),
         moe_layers=needs.shape.layers,
+        dense_by_kernels=numeric and _has_dense_kernels(survey),
     )
+
+
+def _has_dense_kernels(survey: Survey) -> bool:
+    """Whether the CPU's kernels compute the dense part in numeric mode."""
+    if survey.backend.has_device_kernels or not survey.backend.unified_memory:
+        return False
+    readable = survey.config.dense != "native" or str(survey.dtype) == "torch.bfloat16"
+    return readable and (status().library is not None or isinstance(survey.backend, PlannedBackend))
 
 
 def _on_cpu_kernels(survey: Survey, experts: str) -> bool:

@@ -65,6 +65,7 @@ class ExpertForm(NamedTuple):
         dense_bytes: dense weights that every token reads.
         layers: decoder layers.
         moe_layers: those of them that have experts.
+        dense_by_kernels: whether kernels of offmoe read the dense weights too.
     """
 
     nbytes: int
@@ -75,6 +76,7 @@ class ExpertForm(NamedTuple):
     dense_bytes: int
     layers: int
     moe_layers: int
+    dense_by_kernels: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Rates:
         source: where the figures come from, in words.
         dense_gb_s: dense weights read by a product of torch with one row, on the device.
         torch_gb_s: the same of experts.
-        kernel_gb_s: experts read by offmoe's own kernels.
+        kernel_gb_s: experts, and dense weights on a CPU, read by offmoe's own kernels.
         disk_gb_s: experts read from disk.
         link_gb_s: copies to the device; None if its memory is the host's.
         host_gb_s: weights read by the CPU's kernels beside a device; None without one.
@@ -134,6 +136,7 @@ class Rates:
             decoded_us = form.weights * form.itemsize / self.torch_gb_s / 1e3
             computing_us = form.weights * self.decode_ns / 1e3 + decoded_us
         early = on_cpu and not form.by_kernels and not form.is_decoded
+        dense_gb_s = self.kernel_gb_s if form.dense_by_kernels else self.dense_gb_s
         operations = OPERATIONS_PER_TOKEN + form.layers * OPERATIONS_PER_LAYER
         operations += form.moe_layers * OPERATIONS_PER_MOE_LAYER
         host_us = None
@@ -142,7 +145,7 @@ class Rates:
         return CostModel(
             disk_gb_s=self.disk_gb_s,
             expert_us_device=computing_us + overhead_us,
-            dense_us_per_token=form.dense_bytes / self.dense_gb_s / 1e3 + operations * self.operation_us,
+            dense_us_per_token=form.dense_bytes / dense_gb_s / 1e3 + operations * self.operation_us,
             h2d_gb_s=self.link_gb_s,
             read_latency_us=READ_LATENCY_US,
             ram_gb_s=self.copy_gb_s,

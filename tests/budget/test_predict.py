@@ -159,6 +159,8 @@ def test_costs_of_a_form() -> None:
     assert costs.expert_us_landed < costs.expert_us_device
     by_kernels = RATES.costs(FORM._replace(by_kernels=True, is_decoded=True))
     assert by_kernels.expert_us_device == pytest.approx(5e3 + OPERATIONS_PER_EXPERT)
+    dense = RATES.costs(FORM._replace(dense_by_kernels=True))
+    assert dense.dense_us_per_token == pytest.approx(5e4 + operations)
     decoded = RATES.costs(FORM._replace(is_decoded=True))
     assert decoded.expert_us_device == pytest.approx(5e7 * 2e-3 + 2e4 + OPERATIONS_PER_EXPERT)
     assert decoded.expert_us_landed is None

@@ -20,12 +20,12 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import checkout  # noqa: F401
 import torch
 
-from offmoe.compute.kernels.cpu import CpuKernels, Glu, Rows
+from offmoe.compute.kernels.cpu import CpuKernels, Glu
 from offmoe.compute.kernels.gguf import GgufDecoder, retile
 from offmoe.compute.kernels.library import Library, status
 from offmoe.device.cores import usable_cores
@@ -34,43 +34,21 @@ from offmoe.quant.kernel_words import GGUF_FORMATS
 from offmoe.quant.packed_weight import PackedWeight, WeightFormat
 from offmoe.storage.gguf_types import BLOCK_TYPES
 from offmoe.storage.layout import ExpertLayout
-from tools.bench.kernels import MIN_ROUNDS, MIXTRAL, PROBE_BYTES, QWEN3, Probe, packed_experts
+from tools.bench.kernels import MIXTRAL, QWEN3, Probe, against_probe, packed_experts, rounds
+from tools.bench.kernels import seconds as cpu_s
 
 TYPES = {block.name: number for number, block in BLOCK_TYPES.items()}
 ROWS, COLS = 768, 2048
 REPEATS = 20
 
 
-def cpu_s(work: Callable[[], object]) -> float:
-    """CPU seconds of all threads: other work on the machine matters only by the memory and the caches that it uses."""
-    began = time.process_time()
-    work()
-    return time.process_time() - began
-
-
-def rounds(seconds: float) -> Iterator[None]:
-    """MIN_ROUNDS rounds, and more for so many seconds."""
-    end, done = time.perf_counter() + seconds, 0
-    while done < MIN_ROUNDS or time.perf_counter() < end:
-        yield
-        done += 1
-
-
-def against_probe(runs: list[Rows], nbytes: int, x: torch.Tensor, probe: Probe, seconds: float) -> list[float]:
-    """Per round: bytes of experts per second, relative to the probe before and after them."""
-    ratios = []
-    runs[0](x)
-    for _ in rounds(seconds):
-        reads = cpu_s(probe)
-        ours = sum(cpu_s(lambda run=run: run(x)) for run in runs)  # type: ignore[misc]
-        reads += cpu_s(probe)
-        ratios.append(nbytes * len(runs) / ours / (2 * PROBE_BYTES / reads))
-    return ratios
-
-
 def gb_s(nbytes: int, work: Callable[[], object], seconds: float) -> list[float]:
+    def repeated() -> None:
+        for _ in range(REPEATS):
+            work()
+
     work()
-    return [nbytes * REPEATS / cpu_s(lambda: [work() for _ in range(REPEATS)]) / 1e9 for _ in rounds(seconds)]
+    return [nbytes * REPEATS / cpu_s(repeated, time.process_time) / 1e9 for _ in rounds(seconds)]
 
 
 def random_blocks(number: int) -> torch.Tensor:
@@ -105,7 +83,7 @@ def measure_kernels(library: Library, types: list[str], seconds: float, figures:
                 for activations in ("float", "int8"):
                     with CpuKernels(library, threads, int8_activations=activations == "int8") as kernels:
                         runs = [kernels.expert(expert, Glu()) for expert in experts]
-                        ratios = against_probe(runs, nbytes, x, Probe(kernels), seconds)
+                        ratios = against_probe(runs, nbytes, x, Probe(kernels), seconds, time.process_time)
                     figures.add(f"{name} {shape.name} {activations} {threads} threads", ratios)
             del experts
 

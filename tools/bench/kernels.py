@@ -140,15 +140,32 @@ def seconds(work: Callable[[], object], clock: Callable[[], float]) -> float:
     return clock() - began
 
 
-def against_probe(runs: list[Rows], nbytes: int, x: torch.Tensor, probe: Probe, budget_s: float) -> list[float]:
-    """For each round: bytes per CPU second of experts, relative to the probe before and after them."""
+def rounds(budget_s: float) -> Iterator[None]:
+    """MIN_ROUNDS rounds, and more for so many seconds."""
+    end, done = time.perf_counter() + budget_s, 0
+    while done < MIN_ROUNDS or time.perf_counter() < end:
+        yield
+        done += 1
+
+
+def against_probe(
+    runs: list[Rows],
+    nbytes: int,
+    x: torch.Tensor,
+    probe: Probe,
+    budget_s: float,
+    clock: Callable[[], float] = time.thread_time,
+) -> list[float]:
+    """For each round: bytes per CPU second of experts, relative to the probe before and after them.
+
+    clock: CPU seconds, of this thread or of all.
+    """
     ratios: list[float] = []
-    end = time.perf_counter() + budget_s
     runs[0](x)
-    while len(ratios) < MIN_ROUNDS or time.perf_counter() < end:
-        reads = seconds(probe, time.thread_time)
-        ours = sum(seconds(lambda run=run: run(x), time.thread_time) for run in runs)  # type: ignore[misc]
-        reads += seconds(probe, time.thread_time)
+    for _ in rounds(budget_s):
+        reads = seconds(probe, clock)
+        ours = sum(seconds(lambda run=run: run(x), clock) for run in runs)  # type: ignore[misc]
+        reads += seconds(probe, clock)
         ratios.append(nbytes * len(runs) / ours / (2 * PROBE_BYTES / reads))
     return ratios
 
@@ -156,9 +173,8 @@ def against_probe(runs: list[Rows], nbytes: int, x: torch.Tensor, probe: Probe, 
 def against_torch(runs: list[Rows], theirs: list[Rows], x: torch.Tensor, budget_s: float) -> list[float]:
     """For each round: CPU seconds of torch's experts relative to ours, on the same tokens."""
     ratios: list[float] = []
-    end = time.perf_counter() + budget_s
     runs[0](x), theirs[0](x)
-    while len(ratios) < MIN_ROUNDS or time.perf_counter() < end:
+    for _ in rounds(budget_s):
         ours = sum(seconds(lambda run=run: run(x), time.thread_time) for run in runs)  # type: ignore[misc]
         other = sum(seconds(lambda run=run: run(x), time.thread_time) for run in theirs)  # type: ignore[misc]
         ratios.append(other / ours)

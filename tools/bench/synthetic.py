@@ -201,9 +201,9 @@ def write_sparse_qwen3(folder: Path, shape: Qwen3Shape) -> None:
     _save(dense, folder / "dense.safetensors")
 
 
-def _save_hole(file: Path, tensors: list[NewTensor]) -> str:
-    """A shard without bytes behind its header. Returns its name."""
-    head = head_of(tensors)
+def _save_hole(file: Path, tensors: list[NewTensor], head: bytes | None = None) -> str:
+    """A shard without bytes behind its header, which is `head` if that is given. Returns its name."""
+    head = head_of(tensors) if head is None else head
     with open(file, "wb") as out:
         out.write(head)
         out.truncate(len(head) + sum(tensor.nbytes for tensor in tensors))
@@ -236,7 +236,7 @@ def write_packed(
     from offmoe.pack.pack import SHARD_BYTES
     from offmoe.pack.plan import plan_shards, quantization_config
 
-    source = scratch / "headers"
+    source = scratch / f"{folder.name}-headers"
     write_sparse(source, config)
     meta = build_meta(config, model_class(config))
     catalog = build_catalog(Checkpoint.open(source), meta)
@@ -245,7 +245,7 @@ def write_packed(
     drawn = None if sparse else _Drawn(config)
     for shard in shards:
         if drawn is None:
-            _save_hole(folder / shard.file, shard.tensors)
+            _save_hole(folder / shard.file, shard.tensors, shard.head)
         else:
             write_file(folder / shard.file, drawn.pieces(shard))
             _drop(folder / shard.file)

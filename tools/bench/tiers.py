@@ -30,7 +30,7 @@ from offmoe.text import parse_size
 from tools.bench.synthetic import write_mixtral
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, VOCABULARY = 7, 8, 2, 2048, 5632, 32000
-TINY = (256, 352)
+TINY = (256, 384)
 SPARE_BYTES = 2 * 10**9
 RECORDED_TOKENS = 96
 
