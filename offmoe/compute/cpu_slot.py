@@ -1,11 +1,11 @@
 """Slots for the C kernels: an expert's stored words, reordered into tiles of 16 rows while they are placed.
 
 Moves: every weight's words once, from the buffer that they were read into to the slot, transposed by the reader thread.
-GGUF's blocks are put into the slot by C, without memory in between; everything else is views that are copied.
-A slot has as many bytes as without kernels, up to padding; with GGUF's Q4_K and Q5_K, 3 % more. GPTQ keeps words along
+C puts GGUF's blocks and rows of words there without memory in between; everything else is views that are copied. A slot
+has as many bytes as without kernels, up to padding; with GGUF's Q4_K and Q5_K, 3 % more. GPTQ keeps words along
 columns, so tiles are the same transposition; AWQ's nibbles run across rows and are put together anew. Biases become
 float32, which is exact.
-Bound: the transposition, 3 GB/s of int32 per core with torch's copy; a disk gives one core less.
+Bound: the transposition (kernels/tile.py); a disk gives one core less.
 Must never: change a value, or guess. An index that contradicts the order of the columns' groups is an error, and is
 looked for in every expert.
 """
@@ -31,11 +31,12 @@ from offmoe.compute.gated import (
 from offmoe.compute.kernels.cpu import BF16_GROUP, GatedExpert, Glu, Weight
 from offmoe.compute.kernels.gguf import retile
 from offmoe.compute.kernels.library import MAX_TOKENS, status
+from offmoe.compute.kernels.tile import tile
 from offmoe.compute.kernels.torch_ffn import ExpertMath
 from offmoe.errors import UnsupportedModelError
 from offmoe.quant.decode import ExpertDecoding
 from offmoe.quant.gguf_formats import BLOCKS, GgufBlocks
-from offmoe.quant.int_formats import TiledInt
+from offmoe.quant.int_formats import PackedInt, TiledInt
 from offmoe.quant.kernel_words import format_of, is_rows_first, rows_of
 from offmoe.quant.packed_weight import TILE_ROWS, TILES, PackedWeight, WeightFormat
 from offmoe.storage.layout import Assembly, Copy, Destination, ExpertLayout, Segment
@@ -239,8 +240,8 @@ class TilePlacement:
                         copy(views[name + plane], tensors[parts[component]][tiles])
             elif rows.tensor in words:
                 for suffix, part in words[rows.tensor].items():
-                    tiles = rows.of(part).unflatten(0, (-1, TILE_ROWS))  # [N / 16, 16, C]
-                    copy(views[name + suffix], tiles.transpose(1, 2))
+                    flip = codec.flip if isinstance(codec, PackedInt) and not suffix else 0
+                    _tile(rows.of(part), views[name + suffix], flip, copy)
             elif rows.tensor in halves:
                 copy(views[name], _half(halves[rows.tensor], rows.first))
             else:
@@ -269,6 +270,15 @@ class TilePlacement:
 
     def _weight(self, tensors: Sequence[torch.Tensor], rows: RowRange) -> torch.Tensor:
         return tensors[self.form.tensors[rows.tensor].components["weight"]]
+
+
+def _tile(rows: torch.Tensor, into: torch.Tensor, flip: int, copy: Copy) -> None:
+    """Put [N, C] into tiles [N / 16, C, 16], by C where rows are contiguous. flip: what words are xored with."""
+    library = status().library
+    if library is not None and tile(library, rows, into, flip):
+        return
+    tiles = (rows ^ flip if flip else rows).unflatten(0, (-1, TILE_ROWS))  # [N / 16, 16, C]
+    copy(into, tiles.transpose(1, 2))
 
 
 def _put_tiles(codec: GgufBlocks, blocks: torch.Tensor, into: PackedWeight) -> None:

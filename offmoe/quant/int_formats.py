@@ -111,6 +111,11 @@ class PackedInt:
             groups = torch.where(groups < 0, in_turn, groups)  # an index of -1 means that columns are in order
         return _apply(codes.contiguous(), zeros, scale, groups).to(dtype)
 
+    @property
+    def flip(self) -> int:
+        """What words at rest are xored with to be those of `PackedWeight`, as int32."""
+        return SIGN_BITS if self.bits == 8 else 0
+
     def scales(self, raw: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The scales, [out, groups]."""
         rows, scale = len(raw["packed"]), raw["scale"]

@@ -16,7 +16,7 @@ from offmoe.errors import CheckpointError
 from offmoe.quant.codec import Codec
 from offmoe.quant.float_formats import Mxfp4, ScaledFloat
 from offmoe.quant.gguf_formats import GgufBlocks
-from offmoe.quant.int_formats import SIGN_BITS, Awq, Gptq, PackedInt, TiledInt, in_order
+from offmoe.quant.int_formats import Awq, Gptq, PackedInt, TiledInt, in_order
 from offmoe.quant.packed_weight import INT4_GROUPS, MXFP4, SCALES, ZEROS, WeightFormat, fp8
 
 
@@ -63,7 +63,7 @@ def format_of(codec: Codec, cols: int, dtype: torch.dtype) -> WeightFormat | str
 
 
 def rows_of(codec: Codec, raw: Mapping[str, torch.Tensor], how: WeightFormat) -> dict[str, torch.Tensor]:
-    """The words, scales and zero points of one matrix, row by row.
+    """The words, scales and zero points of one matrix, row by row. Words of `PackedInt` still lack its `flip`.
 
     Args:
         codec: the matrix's codec; not one of GGUF.
@@ -87,8 +87,6 @@ def rows_of(codec: Codec, raw: Mapping[str, torch.Tensor], how: WeightFormat) ->
         words, scales = raw["packed"], codec.scales(raw)
         if not codec.symmetric:
             zeros = codec.zeros(raw)
-        if codec.bits == 8:
-            words = words ^ SIGN_BITS
     elif isinstance(codec, Awq):
         words, scales, zeros = _words_of_awq(raw["qweight"]).mT, raw["scales"].mT, in_order(raw["qzeros"]).mT
     else:

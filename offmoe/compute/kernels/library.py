@@ -73,6 +73,17 @@ class RetilingStruct(ctypes.Structure):
     _fields_ = _fields("blocks words scales minima high supers", "rows blocks_per_row type")
 
 
+class TilingStruct(ctypes.Structure):
+    """`struct tiling` of offmoe.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("rows", "tiles")),
+        ("stride", ctypes.c_size_t),
+        *((name, ctypes.c_int32) for name in ("count", "width", "entry_bytes")),
+        ("flip", ctypes.c_uint32),
+    )
+
+
 class Library:
     """A loaded library of kernels, in several variants for processors with different instruction sets."""
 
@@ -98,6 +109,8 @@ class Library:
         c.offmoe_decode.restype = None
         c.offmoe_retile.argtypes = (ctypes.POINTER(RetilingStruct),)
         c.offmoe_retile.restype = None
+        c.offmoe_tile.argtypes = (ctypes.POINTER(TilingStruct),)
+        c.offmoe_tile.restype = None
         self.calls = c
         self._variants: dict[str, int] = {}
         while handle := c.offmoe_variant(len(self._variants)):

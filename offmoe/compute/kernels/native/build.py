@@ -46,6 +46,7 @@ REQUIRED = {
     "encode.c": ("-O2",),
     "decode.c": ("-O2",),
     "retile.c": ("-O3",),
+    "tile.c": ("-O3",),
     "decode_portable.c": ("-O2", *EXACT_FLAGS),
     "pool.c": ("-O2",),
 }

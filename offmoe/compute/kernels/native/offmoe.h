@@ -120,6 +120,16 @@ struct retiling {
     int32_t rows, blocks_per_row, type;
 };
 
+/* `count` rows, a multiple of 16, of `width` entries, `stride` bytes apart, that become tiles. Words of four bytes are
+ * xored with `flip`. Mirrored in offmoe/compute/kernels/library.py. */
+struct tiling {
+    const uint8_t *rows;
+    uint8_t *tiles;
+    size_t stride;
+    int32_t count, width, entry_bytes;
+    uint32_t flip;
+};
+
 typedef void decode_function(const struct decoding *d, int first, int last);
 decode_function decode_portable, decode_avx2, decode_avx512;
 
