@@ -98,6 +98,9 @@ class Llama:
         if not self._context:
             sys.exit(f"llama_cpp.py: llama.cpp does not load {model}")
 
+    def begin(self) -> None:
+        """What follows counts. llama.cpp counts nothing."""
+
     def clear(self) -> None:
         """Forget the context."""
         self._c.llama_memory_clear(self._c.llama_get_memory(self._context), True)
@@ -121,6 +124,10 @@ class Offmoe:
         torch.set_num_threads(threads)
         self._torch, self._cache = torch, None
         self._model: Any = offmoe.from_pretrained(model, device="cpu", max_context=CONTEXT, **options)
+        self._before = self._model.offload.stats()
+
+    def begin(self) -> None:
+        self._before = self._model.offload.stats()
 
     def clear(self) -> None:
         self._cache = None
@@ -133,8 +140,8 @@ class Offmoe:
         self._cache = out.past_key_values
 
     def more(self) -> dict[str, Any]:
-        """What it tells besides speed."""
-        stats = self._model.offload.stats()
+        """What it tells of the decoding besides its speed."""
+        stats = self._model.offload.stats() - self._before
         return {"hit_rate": stats.hit_rate, "disk_gb": stats.disk_bytes / 1e9}
 
 
@@ -156,6 +163,7 @@ def measured(program: Llama | Offmoe, task: dict[str, Any]) -> dict[str, Any]:
     prompt_s = seconds(lambda: program.run(ids(task["prompt"])))
     for _ in range(task["warm"]):
         program.run(ids(1))
+    program.begin()
     decode_s = sum(seconds(lambda: program.run(ids(1))) for _ in range(task["tokens"]))
     return {"prefill_tokens_per_s": task["prompt"] / prompt_s, "tokens_per_s": task["tokens"] / decode_s}
 
