@@ -18,15 +18,32 @@ def check_folder(path: str | os.PathLike[str], option: str) -> None:
         option: The option that names it, as the message begins: "-o out.json".
 
     Raises:
-        ConfigError: There is no such folder, or the path is a folder itself, or empty.
+        ConfigError: There is no such folder, or the path is a folder or a device itself, or empty.
     """
     if not os.fspath(path):
         raise ConfigError(f"{option.strip()}: the name of a file is missing.")
     if os.path.isdir(path):
         raise ConfigError(f"{option} is a folder; give the name of a file.")
+    if os.path.exists(path) and not os.path.isfile(path):  # `replacing` would put a file in its place
+        raise ConfigError(f"{option} is a device; give the name of a file.")
     folder = os.path.dirname(os.fspath(path)) or os.curdir
     if not os.path.isdir(folder):
         raise ConfigError(f"{option}: the folder {folder!r} does not exist; create it first.")
+
+
+def check_writable(path: str | os.PathLike[str], option: str) -> None:
+    """As `check_folder`; refuses a folder in which no file can be made as well, by making one.
+
+    Raises:
+        ConfigError: The path cannot be a file, or cannot be written.
+    """
+    check_folder(path, option)
+    temporary = temporary_path(Path(path))
+    try:
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise ConfigError(f"{option}: cannot be written ({error.strerror}); choose another path.") from error
 
 
 def temporary_path(path: Path) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from offmoe.errors import ConfigError
-from offmoe.files import check_folder, replacing, temporary_path
+from offmoe.files import check_folder, check_writable, replacing, temporary_path
 
 
 def test_a_file_gets_its_name_when_it_is_whole(tmp_path: Path) -> None:
@@ -71,3 +71,22 @@ def test_what_names_no_file_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "d").mkdir()
     with pytest.raises(ConfigError, match=says):
         check_folder(name, f"-o {name}")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_device_or_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").touch()
+    check_folder(tmp_path / "file", "-o")
+    for path in (tmp_path / "pipe", os.devnull):
+        with pytest.raises(ConfigError, match=r"^-o is a device; give the name of a file\.$"):
+            check_folder(path, "-o")
+
+
+def test_a_folder_in_which_nothing_can_be_made(tmp_path: Path) -> None:
+    check_writable(tmp_path / "out", "-o")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match=r"^-o x: cannot be written \(File name too long\); choose another path\.$"):
+        check_writable(tmp_path / ("x" * 250), "-o x")
+    with pytest.raises(ConfigError, match="is a folder"):
+        check_writable(tmp_path, "-o")

@@ -341,7 +341,7 @@ def test_a_budget_below_the_smallest_is_named(folder):
         ({"device": "tpu"}, "device='tpu'"),
         ({"dtype": "float7"}, "dtype='float7'"),
         ({"dtype": "int8"}, "dtype='int8' is not one to compute in"),
-        ({"trace": "/dev/null"}, "a folder or a device"),
+        ({"trace": "/dev/null"}, "is a device; give the name of a file"),
         ({"trace": "/"}, "is a folder; give"),
         ({"trace": "x" * 300}, "cannot be written"),
         ({"profile": "/no/such/p.json"}, "cannot be read"),

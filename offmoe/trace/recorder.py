@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from offmoe import files
 from offmoe.config import CacheOptions
 from offmoe.errors import ConfigError
-from offmoe.files import check_folder, temporary_path
 from offmoe.trace.fills import Fills
 from offmoe.trace.trace import NONE, Parameters, Trace, write_trace
 from offmoe.types import CacheShape, ExpertKey
@@ -139,16 +139,11 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         ConfigError: The path cannot be written, or holds something that is no trace.
     """
     path = Path(path)
-    check_folder(path, f"trace={str(path)!r}")
-    if os.path.exists(path) and not path.is_file():
-        raise ConfigError(f"trace={str(path)!r} is a folder or a device; give the name of a file to write.")
+    files.check_writable(path, f"trace={str(path)!r}")
     try:
-        temporary = temporary_path(path)
-        temporary.touch()
-        temporary.unlink()
         foreign = os.path.exists(path) and not _begins_like_a_trace(path)
     except OSError as error:
-        raise ConfigError(f"trace={str(path)!r}: cannot be written ({error.strerror}); choose another path.") from error
+        raise ConfigError(f"trace={str(path)!r}: cannot be read ({error.strerror}); choose another path.") from error
     if foreign:
         raise ConfigError(f"trace={str(path)!r} exists and is no trace; choose another path, or remove it first.")
 

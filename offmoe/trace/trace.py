@@ -20,7 +20,7 @@ import json
 import os
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,29 @@ class Trace:
         pairs = np.stack([self.step, self.request], axis=1)  # [T, 2]
         _, index, rows = np.unique(pairs, axis=0, return_inverse=True, return_counts=True)
         return np.asarray(rows[index.reshape(-1)] > 1)
+
+    def select(self, rows: np.ndarray, step: np.ndarray | None = None) -> Trace:
+        """The trace of some tokens. What belongs to the whole run, `options` and `fills`, is left out.
+
+        Args:
+            rows: Numbers of tokens in their new order, or bool [T].
+            step: Ascending int [number of rows]; None: as recorded.
+        """
+
+        def of(array: np.ndarray | None) -> np.ndarray | None:
+            return None if array is None else array[rows]
+
+        return replace(
+            self,
+            experts=self.experts[rows],
+            request=self.request[rows],
+            step=self.step[rows] if step is None else step.astype(np.int32),
+            token=of(self.token),
+            probs=of(self.probs),
+            predicted=of(self.predicted),
+            options=None,
+            fills=None,
+        )
 
     def steps(self) -> Iterator[slice]:
         """The rows of each step, in order."""

@@ -211,3 +211,14 @@ def test_warm_counts_of_another_model_are_refused(tmp_path):
     write_arrays(tmp_path / "t.npz", {**HEADER, "config": options}, arrays())
     with pytest.raises(TraceError, match="warm_counts were counted on another model"):
         read_trace(tmp_path / "t.npz")
+
+
+def test_some_tokens_of_a_trace():
+    content = arrays()
+    whole = Trace("m", SHAPE, **content, token=np.arange(4, dtype=np.int32), options=CacheOptions(slots_per_layer=2))
+    part = whole.select(np.array([3, 1]), np.array([0, 1]))
+    assert part.token is not None
+    assert (part.token.tolist(), part.step.tolist(), part.tokens) == ([3, 1], [0, 1], 2)
+    assert (part.experts == content["experts"][[3, 1]]).all()
+    assert (part.options, part.probs, part.predicted) == (None, None, None)
+    assert whole.select(whole.step >= 2).step.tolist() == [2, 3]

@@ -13,6 +13,7 @@ import argparse
 import json
 import tempfile
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,19 +42,8 @@ def interleaved(trace: Trace, width: int) -> Trace:
         for row in active:
             rows.append(row.popleft())
             step.append(len(rows) if row is active[0] else step[-1])
-    order = np.array(rows)
-    numbers = np.unique(np.array(step), return_inverse=True)[1].astype(np.int32)
-    return replace(
-        trace,
-        experts=trace.experts[order],
-        request=trace.request[order],
-        step=numbers,
-        token=None,
-        probs=None,
-        predicted=None,
-        fills=None,
-        options=None,
-    )
+    numbers = np.unique(np.array(step), return_inverse=True)[1]
+    return replace(trace.select(np.array(rows), numbers), predicted=None)
 
 
 def record_demo(path: Path, requests: int, tokens: int) -> None:
@@ -73,7 +63,9 @@ def record_demo(path: Path, requests: int, tokens: int) -> None:
         offload.generate_many(ids, max_new_tokens=tokens, do_sample=True, seed=0, eos_token_id=None)
 
 
-def measure(trace: Trace, widths: list[int], capacities: list[int]) -> dict[str, dict[str, dict[str, float]]]:
+def measure(
+    trace: Trace, widths: list[int], capacities: list[int], policies: Sequence[str]
+) -> dict[str, dict[str, dict[str, float]]]:
     """Experts read per token by rows, slots per layer and policy."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for width in widths:
@@ -81,7 +73,7 @@ def measure(trace: Trace, widths: list[int], capacities: list[int]) -> dict[str,
         tokens = recording.trace.tokens
         for slots in capacities:
             options = CacheOptions(slots_per_layer=slots, prefetch=0)
-            counts = {policy: replay(recording, replace(options, eviction=policy)).stats.misses for policy in POLICIES}
+            counts = {policy: replay(recording, replace(options, eviction=policy)).stats.misses for policy in policies}
             counts["belady"] = belady(recording, options).misses
             counts["none"] = sum(len(access.demands) for access in recording.accesses())
             found.setdefault(str(width), {})[str(slots)] = {name: count / tokens for name, count in counts.items()}
@@ -91,7 +83,8 @@ def measure(trace: Trace, widths: list[int], capacities: list[int]) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trace", type=Path, help="a recording (default: of the demo model, made now)")
-    parser.add_argument("--widths", default="1,2,4,6", help="rows at the same time")
+    parser.add_argument("--widths", default="1,4,16,64", help="rows at the same time")
+    parser.add_argument("--policies", default=",".join(POLICIES), help="eviction policies to compare")
     parser.add_argument("--slots", default="", help="slots per layer (default: a quarter, a half, three quarters)")
     parser.add_argument("--requests", type=int, default=128, help="of the demo model")
     parser.add_argument("--tokens", type=int, default=24, help="of each request of the demo model")
@@ -105,9 +98,13 @@ def main() -> None:
     experts = max(trace.shape.experts)
     capacities = [int(n) for n in args.slots.split(",") if n] or [experts // 4, experts // 2, 3 * experts // 4]
     widths = [int(width) for width in args.widths.split(",")]
-    found = measure(trace, widths, capacities)
-    names = [*POLICIES, "belady", "none"]
-    print("experts read per token\nrows slots " + "".join(f"{name:>10}" for name in names))
+    policies = args.policies.split(",")
+    found = measure(trace, widths, capacities, policies)
+    names = [*policies, "belady", "none"]
+    print(
+        f"experts read per token, of {max(trace.shape.expert_bytes)} bytes\nrows slots "
+        + "".join(f"{name:>10}" for name in names)
+    )
     for width, by_slots in found.items():
         for slots, counts in by_slots.items():
             print(f"{width:>4} {slots:>5} " + "".join(f"{counts[name]:10.3f}" for name in names))

@@ -209,15 +209,7 @@ def set_ups(scratch: Path, quick: bool) -> Iterator[tuple[SetUp, Callable[[int],
 def complete(trace: Trace) -> Trace:
     """The tokens of a trace that have all of their experts."""
     whole = (trace.experts >= 0).all(axis=(1, 2))
-    return replace(
-        trace,
-        experts=trace.experts[whole],
-        request=trace.request[whole],
-        step=np.arange(int(whole.sum()), dtype=np.int32),
-        token=None,
-        probs=None,
-        predicted=None,
-    )
+    return replace(trace.select(whole, np.arange(int(whole.sum()))), predicted=None)
 
 
 def table(found: Sequence[dict[str, Any]]) -> None:

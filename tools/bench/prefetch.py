@@ -60,10 +60,7 @@ def record_demo(prompts: int = 8, tokens: int = 150) -> Trace:
 def real_routing(requests: int = 2) -> Trace:
     """Requests of the test data, predicted by the transition counts of the first request, which flatters that one."""
     trace = read_trace(FIXTURE)
-    rows = trace.request < requests
-    trace = replace(
-        trace, experts=trace.experts[rows], request=trace.request[rows], step=trace.step[rows], token=None, probs=None
-    )
+    trace = trace.select(trace.request < requests)
     return replace(trace, predicted=transition_predictions(trace, frozenset(range(1, requests))))
 
 

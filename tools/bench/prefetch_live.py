@@ -73,15 +73,7 @@ def of_fixture() -> Trace:
     trace = read_trace(FIXTURE)
     tested = trace.request >= TRAINED_REQUESTS
     predicted = transition_predictions(trace, frozenset(np.unique(trace.request[tested]).tolist()))
-    return replace(
-        trace,
-        experts=trace.experts[tested],
-        request=trace.request[tested],
-        step=trace.step[tested],
-        predicted=predicted[tested],
-        token=None,
-        probs=None,
-    )
+    return replace(trace, predicted=predicted).select(tested)
 
 
 class Side:
