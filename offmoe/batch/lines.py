@@ -11,9 +11,12 @@ from typing import Any
 
 from offmoe.dialogue.errors import RequestError
 from offmoe.errors import ConfigError
+from offmoe.serve.http.fields import refuse_constant
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 ENDPOINTS = (CHAT, COMPLETIONS)
+NEW_TOKENS = 256
+"""Tokens of an answer whose request does not say, unless another number is given."""
 _ENVELOPE = frozenset(("custom_id", "method", "url", "body"))
 
 
@@ -48,7 +51,7 @@ def read_lines(path: str | os.PathLike[str]) -> list[Line]:
         raw = Path(path).read_bytes()
     except OSError as error:
         raise ConfigError(f"{os.fspath(path)}: cannot be read ({error.strerror}).") from error
-    lines = [_line(number, text) for number, text in enumerate(raw.split(b"\n"), 1) if text.strip()]
+    lines = [parse_line(number, text) for number, text in enumerate(raw.split(b"\n"), 1) if text.strip()]
     if not lines:
         raise ConfigError(f"{os.fspath(path)} has no lines; there is nothing to do.")
     seen: dict[str, int] = {}
@@ -62,14 +65,20 @@ def read_lines(path: str | os.PathLike[str]) -> list[Line]:
     return lines
 
 
-def _line(number: int, text: bytes) -> Line:
-    custom_id = f"line-{number}"
+def parse_line(number: int, text: bytes | str) -> Line:
+    """The request of a line of JSON, or its error. number: of the line, from 1."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=refuse_constant)
         json.dumps(value, ensure_ascii=False).encode()  # an escaped half of a surrogate pair is no text
     except (ValueError, RecursionError) as error:
         reason = RequestError(f"not JSON: {error or type(error).__name__}", code="invalid_json")
-        return Line(number, custom_id, error=reason)
+        return Line(number, f"line-{number}", error=reason)
+    return line_of(number, value)
+
+
+def line_of(number: int, value: Any) -> Line:
+    """The request that a value of JSON holds, or its error."""
+    custom_id = f"line-{number}"
     try:
         if not isinstance(value, dict):
             raise RequestError("the line has to be a JSON object.", code="invalid_json")
@@ -84,7 +93,7 @@ def _line(number: int, text: bytes) -> Line:
 def _custom_id(value: dict[str, Any], default: str) -> str:
     custom_id = value.get("custom_id", default)
     if not isinstance(custom_id, str) or not custom_id:
-        raise RequestError("custom_id has to be a text.", "custom_id")
+        raise RequestError("custom_id has to be a text, and not an empty one.", "custom_id")
     return custom_id
 
 

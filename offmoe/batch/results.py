@@ -10,14 +10,25 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from io import BufferedRandom
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from offmoe.batch.lines import Line
-from offmoe.errors import ConfigError
-from offmoe.files import check_folder, replacing
+from offmoe.errors import ConfigError, OffmoeError
+from offmoe.files import check_writable, replacing
+
+
+class Sink(Protocol):
+    """Where the results of lines go."""
+
+    def is_done(self, line: Line) -> bool:
+        """Whether a line has an answer and needs no other."""
+
+    def add(self, line: Line, result: Mapping[str, Any], *, failed: bool) -> None:
+        """Take the result of a line. failed: it is an error."""
 
 
 class Results:
@@ -34,9 +45,7 @@ class Results:
 
     def __init__(self, path: str | os.PathLike[str], lines: Sequence[Line], fingerprint: str):
         self._path, self._lines, self._fingerprint = Path(path), lines, fingerprint
-        check_folder(self._path, f"-o {self._path}")
-        if self._path.exists() and not self._path.is_file():
-            raise ConfigError(f"-o {self._path} is a folder or a device; give the name of a file.")
+        check_writable(self._path, f"-o {self._path}")
         self._done: dict[str, bytes] = {}
         self._by_id = {line.custom_id: line for line in lines}
         self._failed: set[str] = set()
@@ -66,21 +75,37 @@ class Results:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # the end of a line that could not be written
+                self._file.close()
 
     def add(self, line: Line, result: Mapping[str, Any], *, failed: bool) -> None:
-        """Append the result of a line."""
+        """Append the result of a line.
+
+        Raises:
+            OffmoeError: The file cannot be written; what it has stays.
+        """
         assert self._file is not None
         raw = json.dumps(result, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        self._file.write(raw)
-        self._file.flush()
+        try:
+            self._file.write(raw)
+            self._file.flush()
+        except OSError as error:
+            raise self._full(error) from error
         self._done[line.custom_id] = raw
         if failed:
             self._failed.add(line.custom_id)
 
     def finish(self) -> None:
-        """Write all results in the order of the requests."""
-        self._rewrite([self._done[line.custom_id] for line in self._lines if line.custom_id in self._done])
+        """Write all results in the order of the requests. OffmoeError if they cannot be written."""
+        try:
+            self._rewrite([self._done[line.custom_id] for line in self._lines if line.custom_id in self._done])
+        except OSError as error:
+            raise self._full(error) from error
+
+    def _full(self, error: OSError) -> OffmoeError:
+        return OffmoeError(
+            f"-o {self._path}: cannot be written ({error.strerror}); free space and give the command again, it goes on."
+        )
 
     def _rewrite(self, results: Sequence[bytes]) -> None:
         with replacing(self._path) as temporary, open(temporary, "wb") as file:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from offmoe.batch.lines import CHAT, Line
-from offmoe.batch.results import Results
+from offmoe.batch.results import Sink
 from offmoe.dialogue.constraint import GrammarSource
 from offmoe.dialogue.errors import RequestError
 from offmoe.dialogue.sampling import COLDEST
@@ -98,9 +98,9 @@ class Batch:
     def __post_init__(self) -> None:
         self._speaker = Speaker(self.model, self.tokenizer)
         # Reading bodies asks an engine for its tokenizer, formats and grammars only.
-        self._service = Service(cast("Engine", self._speaker), self.names, strict=True)
+        self._service = Service(cast("Engine", self._speaker), self.names, strict=True, strict_by="")
 
-    def run(self, lines: Sequence[Line], results: Results, tell: Callable[[Progress], None]) -> None:
+    def run(self, lines: Sequence[Line], results: Sink, tell: Callable[[Progress], None]) -> None:
         """Answer the lines that have no result yet. Their errors become results.
 
         Args:
@@ -116,7 +116,7 @@ class Batch:
             try:
                 rows += self._rows(line)
             except RequestError as error:
-                results.add(line, self._failed(line, error), failed=True)
+                results.add(line, failed_result(line, error), failed=True)
                 ended += 1
                 tell(Progress(ended, 0))
         requests = [self._row_request(answering) for _, _, answering in rows]
@@ -182,10 +182,10 @@ class Batch:
             raise error
         return asked.open == 0
 
-    def _write(self, asked: _Asked, results: Results) -> None:
+    def _write(self, asked: _Asked, results: Sink) -> None:
         line = asked.line
         if asked.error is not None:
-            results.add(line, self._failed(line, asked.error), failed=True)
+            results.add(line, failed_result(line, asked.error), failed=True)
             return
         whole = chat.whole if line.url == CHAT else completions.whole
         body = {
@@ -197,11 +197,13 @@ class Batch:
         response = {"status_code": 200, "request_id": line.digest, "body": body}
         results.add(line, {**_head(line), "response": response, "error": None}, failed=False)
 
-    def _failed(self, line: Line, error: OffmoeError) -> dict[str, Any]:
-        known = error if isinstance(error, RequestError) else RequestError(str(error), code="server_error", status=500)
-        response = {"status_code": known.status, "request_id": line.digest, "body": openai_error(known)}
-        reason = {"code": known.code or "invalid_request", "message": str(known), "line": line.number}
-        return {**_head(line), "response": response, "error": reason}
+
+def failed_result(line: Line, error: OffmoeError) -> dict[str, Any]:
+    """The result of a line that cannot be answered."""
+    known = error if isinstance(error, RequestError) else RequestError(str(error), code="server_error", status=500)
+    response = {"status_code": known.status, "request_id": line.digest, "body": openai_error(known)}
+    reason = {"code": known.code or "invalid_request", "message": str(known), "line": line.number}
+    return {**_head(line), "response": response, "error": reason}
 
 
 def _head(line: Line) -> dict[str, Any]:

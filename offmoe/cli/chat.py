@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from offmoe.cli import extras, options, prompts
+from offmoe.cli import options, prompts
 from offmoe.cli.choices import say_what_is_faster
 from offmoe.cli.interrupt import interrupts
 from offmoe.cli.model import open_model
 from offmoe.cli.output import Output
 from offmoe.cli.state_file import check_state
 from offmoe.errors import ConfigError, OffmoeError
+from offmoe.extras import require
 from offmoe.text import format_size, percent
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
     check_state(args)
     interactive = sys.stdin is not None and sys.stdin.isatty() and not args.json
     if interactive:
-        extras.require("chat", "offmoe chat on a terminal", "prompt_toolkit")
+        require("chat", "offmoe chat on a terminal", "prompt_toolkit")
     text = None if interactive else prompts.read_text("-", "stdin").strip()
     if text == "":
         raise ConfigError("stdin has no prompt; pipe a text into offmoe chat, or run it on a terminal.")

@@ -84,10 +84,11 @@ def run(args: argparse.Namespace, out: Output) -> None:
 def _windows(args: argparse.Namespace) -> Tensor:
     """The text as windows of token ids. ConfigError for a file that is not text or too short, before packing begins."""
     from offmoe.hf.hub.locate import locate
+    from offmoe.hf.load.tokenizer import load_tokenizer
     from offmoe.measure.perplexity import windows
 
     text = prompts.read_text(args.perplexity, "--perplexity")
-    tokenizer = prompts.load_tokenizer(locate(args.model, **options.hub_options(args)).model)
+    tokenizer = load_tokenizer(locate(args.model, **options.hub_options(args)).model)
     return windows(tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0])
 
 

@@ -149,29 +149,9 @@ def tokenizer_of(inspected: Inspected) -> PreTrainedTokenizerBase:
     source = inspected.source
     if source.file is not None and not source.file.exists():
         source.fetch(inspected.checkpoint)
+    from offmoe.hf.load.tokenizer import load_tokenizer
+
     return load_tokenizer(source.model)
-
-
-def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model: a folder, or a GGUF file. Tokenizer files beside a GGUF file win over its metadata."""
-    from transformers import AutoTokenizer
-
-    from offmoe.hf.gguf.tokenizer import gguf_tokenizer
-
-    is_file = model.is_file()
-    folder = model.parent if is_file else model
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "tokenizer_config.json")
-    present = [name for name in names if (folder / name).is_file()]
-    if not present and not is_file:
-        raise CheckpointError(f"{folder}: has no tokenizer; add the model's tokenizer.json and tokenizer_config.json.")
-    try:
-        return AutoTokenizer.from_pretrained(folder) if present else gguf_tokenizer(model)
-    except Exception as error:  # tokenizers raises bare Exception for a file that it cannot parse
-        raise CheckpointError(
-            f"{model}: the tokenizer ({', '.join(present) or 'metadata'}) cannot be loaded: "
-            f"{str(error).strip().split(chr(10))[0]}. Download tokenizer.json and tokenizer_config.json of the model"
-            f"{', and put them beside the file.' if is_file else ' again.'}"
-        ) from error
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]], chat: bool | None) -> Tensor:

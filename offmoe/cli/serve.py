@@ -9,11 +9,12 @@ import argparse
 import logging
 from typing import TYPE_CHECKING, Any
 
-from offmoe.cli import extras, options
+from offmoe.cli import options
 from offmoe.cli.model import open_model
 from offmoe.cli.output import Output
 from offmoe.cli.state_file import check_state
 from offmoe.errors import ConfigError
+from offmoe.extras import require
 
 if TYPE_CHECKING:
     from offmoe.serve.engine import Engine
@@ -48,7 +49,7 @@ def parser() -> options.Parser:
 def run(args: argparse.Namespace, out: Output) -> None:
     if args.log_format not in ("text", "json"):
         raise ConfigError(f"--log-format {args.log_format} must be text or json.")
-    extras.require("serve", "offmoe serve", "openai", "starlette", "uvicorn", python=" on Python 3.11 or later")
+    require("serve", "offmoe serve", "openai", "starlette", "uvicorn", python=" on Python 3.11 or later")
     check_state(args)
     from offmoe.cli import prompts
     from offmoe.serve.engine import Engine

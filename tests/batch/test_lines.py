@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 
 from offmoe.batch.lines import CHAT, COMPLETIONS, Line, read_lines
 from offmoe.batch.results import Results
-from offmoe.errors import ConfigError
+from offmoe.errors import ConfigError, OffmoeError
 
 
 def write(path: Path, *lines: object) -> Path:
@@ -36,6 +38,16 @@ def test_both_forms_of_lines_are_read(tmp_path: Path) -> None:
     assert len({line.digest for line in lines}) == 3
 
 
+def test_files_of_other_editors_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "x"}\r\n\r\n{"prompt": "\xe2\x80\xa8"}')  # a mark, CRLF, no last newline
+    assert [(line.number, line.body) for line in read_lines(path)] == [(1, {"prompt": "x"}), (3, {"prompt": "\u2028"})]
+    path.write_bytes(b'{"prompt": "\xff"}\n' + json.dumps({"prompt": "x" * 10**7}).encode())
+    bad, huge = read_lines(path)
+    assert bad.error is not None
+    assert len(huge.body["prompt"]) == 10**7
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
@@ -43,6 +55,9 @@ def test_both_forms_of_lines_are_read(tmp_path: Path) -> None:
         ('{"prompt": "\\ud800"}', "not JSON"),
         ("[1]", "has to be a JSON object"),
         ({"custom_id": 5, "prompt": "x"}, "custom_id has to be a text"),
+        ({"custom_id": "", "prompt": "x"}, "not an empty one"),
+        ("[" * 100_000, "not JSON"),
+        ('{"prompt": "x"} {"prompt": "y"}', "not JSON"),
         ({"text": "x"}, "neither url and body, nor a prompt"),
         ({"url": "/v1/embeddings", "body": {}}, "/v1/chat/completions or /v1/completions"),
         ({"url": CHAT, "method": "GET", "body": {}}, "has to be POST"),
@@ -109,4 +124,38 @@ def test_results_of_something_else_are_refused_and_stay(tmp_path: Path, line: ob
     before = path.read_bytes()
     with pytest.raises(ConfigError, match=words):
         Results(path, LINES, "f")
+    assert path.read_bytes() == before
+
+
+@contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """A file cannot become longer than `room` bytes while the block runs."""
+    resource = pytest.importorskip("resource", reason="this system has no limit of a file's size")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_loses_no_result_that_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    room = len(json.dumps(result(LINES[0]))) + 20  # the second result fits in part
+    with full_disk(room), Results(path, LINES, "f") as results:
+        results.add(LINES[0], result(LINES[0]), failed=False)
+        with pytest.raises(OffmoeError, match=r"cannot be written .*; free space and give the command again"):
+            results.add(LINES[1], result(LINES[1]), failed=False)
+    assert path.stat().st_size == room
+    with Results(path, LINES, "f") as results:
+        assert [results.is_done(line) for line in LINES] == [True, False, False]
+        for line in LINES[1:]:
+            results.add(line, result(line), failed=False)
+        before = path.read_bytes()
+        with full_disk(room), pytest.raises(OffmoeError, match="cannot be written"):
+            results.finish()
+    assert path.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+    with full_disk(room), pytest.raises(ConfigError, match="cannot be written"):
+        Results(path, LINES, "f").__enter__()
     assert path.read_bytes() == before

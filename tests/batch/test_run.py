@@ -65,6 +65,10 @@ def test_every_line_gets_its_answer_or_its_error(loaded: tuple[Any, Any], tmp_pa
         {"prompt": "x", "nonsense": 1},
         {"prompt": "x", "model": "other"},
         {"prompt": "x", "max_tokens": "many"},
+        {"prompt": "x", "logit_bias": {"5": float("nan")}},
+        {"prompt": "x", "logit_bias": {"5": 101}},
+        {"prompt": "x", "logprobs": 2},
+        {"messages": [{"role": "user", "content": "Hello"}], "logprobs": True, "top_logprobs": 2},
     ]
     results, tokens = run(loaded, tmp_path, bodies)
     answers = [result["response"]["body"] for result in results[:4]]
@@ -80,7 +84,11 @@ def test_every_line_gets_its_answer_or_its_error(loaded: tuple[Any, Any], tmp_pa
     assert codes[0] == (400, "context_length_exceeded")
     assert codes[3] == (404, "model_not_found")
     assert {status for status, _ in codes} == {400, 404}
-    assert "nonsense" in results[6]["error"]["message"]
+    assert results[6]["error"]["message"] == "unknown fields: nonsense; leave them out."
+    assert results[9]["error"]["message"] == "not JSON: NaN is no JSON value"
+    assert results[10]["error"]["message"].startswith("logit_bias")
+    for result in results[11:]:
+        assert result["error"]["message"] == "logprobs: a batch does not give them; leave them out."
 
 
 def test_a_run_that_was_killed_goes_on_and_gives_the_same_file(loaded: tuple[Any, Any], tmp_path: Path) -> None:

@@ -46,7 +46,9 @@ def test_files_that_cannot_be_used_are_refused_before_the_model_is_loaded(
     tmp_path: Path, offmoe: Callable[..., Outcome]
 ) -> None:
     source = write(tmp_path / "in.jsonl", {"prompt": "x"})
+    os.link(source, tmp_path / "linked")
     for options, words in (
+        ((source, "-o", tmp_path / "linked"), "the same file"),
         ((tmp_path / "absent", "-o", tmp_path / "out"), "cannot be read"),
         ((source, "-o", source), "the same file"),
         ((source, "-o", tmp_path / "no" / "out"), "does not exist"),

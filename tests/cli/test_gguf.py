@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from offmoe.cli.prompts import load_tokenizer
+from offmoe.hf.load.tokenizer import load_tokenizer
 from offmoe.trace.trace import read_trace
 from tests import gguf_models, tiny
 from tests.cli.conftest import Outcome

@@ -7,6 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -155,3 +156,20 @@ def test_a_session_that_is_given_up_leaves_the_model_as_it_was(model: Any) -> No
         next(ended)
     again = model.offload.generate_many(prompts(), max_new_tokens=4, eos_token_id=None)
     assert torch.equal(again[0], alone(model, 0, max_new_tokens=4, eos_token_id=None))
+
+
+@pytest.mark.parametrize(("chunk", "together"), [(64, 2), (40, 1)])
+def test_rows_under_way_have_room_in_the_kv_cache_and_in_a_step(tmp_path: Path, chunk: int, together: int) -> None:
+    """Without a number of rows: contexts of 33 tokens leave room for 3 in 100, and a step for `together` prompts."""
+    folder, path = tiny.save(tiny.build("mixtral"), tmp_path / "model"), tmp_path / "run.npz"
+    model: Any = offmoe.from_pretrained(
+        folder, device="cpu", slots_per_layer=3, max_context=100, prefill_chunk=chunk, trace=path
+    )
+    with model.offload:
+        ids = [tiny.prompt(1, 30, seed=i)[0].tolist() for i in range(8)]
+        many = model.offload.generate_many(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert [output.shape[1] for output in many] == [34] * 8
+    trace = read_trace(path)
+    of_prompts = trace.prefill
+    assert max(len(np.unique(trace.request[rows])) for rows in trace.steps()) == 3
+    assert max(int(of_prompts[rows].sum()) for rows in trace.steps()) == 30 * together

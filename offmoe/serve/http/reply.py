@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse
 from offmoe.dialogue.errors import RequestError
 from offmoe.serve.engine import QueueFullError
 from offmoe.serve.http.errors import OVERLOADED, anthropic_error, openai_error
+from offmoe.serve.http.fields import refuse_constant
 
 BODY_BYTES = 32 << 20
 """Largest body that is read. A prompt of a million tokens has about 4 MB; images are refused later, by name."""
@@ -26,11 +27,6 @@ def error_response(path: str, error: RequestError, request_id: str | None) -> JS
         status = OVERLOADED if error.status == 429 else error.status
         return JSONResponse(anthropic_error(error, request_id), status, headers)
     return JSONResponse(openai_error(error), error.status, headers)
-
-
-def _refuse_constant(name: str) -> None:
-    """Python's parser takes NaN and Infinity, which are no JSON."""
-    raise ValueError(f"{name} is no JSON value")
 
 
 async def read_json(http: HttpRequest) -> Any:
@@ -55,7 +51,7 @@ async def read_json(http: HttpRequest) -> Any:
         pieces.append(piece)
     raw = b"".join(pieces)
     try:
-        value = json.loads(raw, parse_constant=_refuse_constant)
+        value = json.loads(raw, parse_constant=refuse_constant)
         if b"\\u" in raw:  # an escaped half of a surrogate pair is no text
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:

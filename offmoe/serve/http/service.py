@@ -26,11 +26,13 @@ class Service:
     engine: its engine.
     names: names that it answers to, its id first.
     strict: whether a field that no API defines is refused.
+    strict_by: the option that made it so, for messages; "" if it is always so.
     """
 
     engine: Engine
     names: Sequence[str]
     strict: bool = False
+    strict_by: str = "--strict"
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -51,7 +53,8 @@ class Service:
     def check_ignored(self, ignored: Sequence[str]) -> None:
         """RequestError for fields that no API defines, if the server is strict."""
         if self.strict and ignored:
-            raise RequestError(f"unknown fields: {', '.join(ignored)} (--strict).", ignored[0])
+            why = f" ({self.strict_by})" if self.strict_by else "; leave them out"
+            raise RequestError(f"unknown fields: {', '.join(ignored)}{why}.", ignored[0])
 
     def schema_grammar(self, schema: dict[str, Any], param: str) -> str:
         """The grammar of answers that are JSON by a schema."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from offmoe.cli.extras import require
 from offmoe.errors import ConfigError
+from offmoe.extras import require
 
 
 def test_what_is_missing_is_named_with_the_command() -> None:
