@@ -39,8 +39,12 @@ SETUPS: dict[str, dict[str, Any]] = {
     "bf16 numeric": {"exactness": "numeric"},
     "int4": {"experts": "native"},
 }
-PROMPT_TOKENS = 16
+ACCELERATE = "accelerate"
+"""The set-up of transformers with accelerate's offload, bf16, with the same prompts as one padded batch."""
+PROMPT_TOKENS = 8
 TINY = (256, 384)
+QUICK_BYTES = 24 << 20
+"""Memory of accelerate's weights with --quick: some of them are on the disk."""
 
 
 def prompts(count: int, low: int = PROMPT_TOKENS, high: int = PROMPT_TOKENS) -> list[list[int]]:
@@ -77,6 +81,40 @@ def measure(model: Path, widths: list[int], tokens: int, options: dict[str, Any]
     return found
 
 
+def measure_accelerate(model: Path, widths: list[int], tokens: int, memory: int | None, folder: str) -> dict[str, Any]:
+    """Tokens per second of stock transformers with accelerate's offload at each width.
+
+    Args:
+        model: The checkpoint.
+        widths: Numbers of rows.
+        tokens: New ones per row.
+        memory: Bytes for weights; the rest is read from the disk at every use. None: as much as there is.
+        folder: Where accelerate writes the weights that it reads.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    load: Any = AutoModelForCausalLM.from_pretrained
+    limit = {} if memory is None else {"max_memory": {"cpu": memory}}
+    stock: Any = load(model, dtype="auto", device_map="auto", offload_folder=folder, **limit)
+    stock.requires_grad_(False)
+
+    def rate(ids: list[list[int]], new_tokens: int) -> float:
+        batch = torch.tensor(ids)
+        began = time.perf_counter()
+        out = stock.generate(
+            input_ids=batch,
+            attention_mask=torch.ones_like(batch),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=None,
+        )
+        return (out.numel() - batch.numel()) / (time.perf_counter() - began)
+
+    rate(prompts(1), 2)
+    return {"tokens_per_s": {width: rate(prompts(width), tokens) for width in widths}}
+
+
 def in_cgroup(command: list[str], cap: int | None) -> dict[str, Any]:
     """Run a child of this script under a memory limit."""
     with ExitStack() as closing:
@@ -89,8 +127,8 @@ def in_cgroup(command: list[str], cap: int | None) -> dict[str, Any]:
             if limit is not None:
                 limit.add(process.pid)
             said = process.communicate("go\n")[0]
-        if process.returncode:
-            sys.exit(f"batch.py: a set-up ended with status {process.returncode}")
+        if process.returncode:  # the other set-ups are worth running all the same
+            return {"failed": process.returncode}
         found: dict[str, Any] = json.loads(said.splitlines()[-1])
         if limit is not None:
             found["peak_bytes"] = limit.peak_bytes
@@ -138,58 +176,95 @@ def compare(count: int, tokens: int) -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> None:
     for name, values in found.items():
+        if "failed" in values:
+            print(f"{name:13} ended with status {values['failed']}")
+            continue
         rates = values["tokens_per_s"]
         one = rates[min(rates, key=int)]
         for width, rate in rates.items():
-            shared = values["experts_per_token"][width]
-            print(f"{name:13} {width:>3} rows: {rate:7.2f} tokens/s, {rate / one:5.2f} x, {shared:6.2f} experts/token")
+            line = f"{name:13} {width:>3} rows: {rate:7.2f} tokens/s, {rate / one:5.2f} x"
+            if "experts_per_token" in values:
+                line += f", {values['experts_per_token'][width]:6.2f} experts/token"
+            if width in values.get("vs_accelerate", {}):
+                line += f", {values['vs_accelerate'][width]:5.2f} x accelerate"
+            print(line)
         if "refill" in values:
             print(f"{name:13} prompts and answers of very different length / equal ones: {values['refill']:.3f}")
+
+
+def child(setup: dict[str, Any], widths: list[int], tokens: int) -> dict[str, Any]:
+    """What a process of its own measures."""
+    model, options = Path(setup["model"]), setup["options"]
+    if setup["name"] == ACCELERATE:
+        return measure_accelerate(model, widths, tokens, options.get("device_memory"), setup["scratch"])
+    return measure(model, widths, tokens, options, setup["refill"])
+
+
+def all_setups(args: argparse.Namespace, scratch: str) -> dict[str, Any]:
+    """The figures of each set-up; those that are in bf16 come before the checkpoint becomes int4."""
+    cap = parse_size(args.cap, "--cap")
+    hidden, intermediate = TINY if args.quick else (tiers.HIDDEN, tiers.INTERMEDIATE)
+    model, packed = Path(scratch, "model"), Path(scratch, "packed")
+    shape = {"layers": tiers.LAYERS, "experts": tiers.EXPERTS, "top_k": tiers.TOP_K}
+    write_mixtral(model, hidden, intermediate, vocabulary=tiers.VOCABULARY, **shape)
+    found: dict[str, Any] = {}
+    for name in sorted(args.setups.split(","), key=lambda name: name == "int4"):
+        options = dict(SETUPS.get(name, {}))
+        if name == "int4":
+            pack(model, packed, weight_format("int4"))
+            shutil.rmtree(model)
+        if not args.quick:
+            options["device_memory"] = cap - LIBRARIES_BYTES
+        elif name == ACCELERATE:
+            options["device_memory"] = QUICK_BYTES
+        folder = os.fspath(packed if name == "int4" else model)
+        refill = args.refill and name in ("bf16 numeric", "int4")
+        setup = {"name": name, "model": folder, "options": options, "refill": refill, "scratch": f"{scratch}/offload"}
+        widths = args.accelerate_widths if name == ACCELERATE else args.widths
+        common = ["--child", json.dumps(setup), "--widths", widths, "--tokens", str(args.tokens)]
+        began = time.monotonic()
+        try:
+            found[name] = in_cgroup(common, None if args.quick else cap)
+        except CapacityError as error:
+            sys.exit(f"batch.py: {error}")
+        found[name]["seconds"] = round(time.monotonic() - began, 1)
+        shutil.rmtree(setup["scratch"], ignore_errors=True)
+    theirs = found.get(ACCELERATE, {}).get("tokens_per_s", {})
+    for name, values in found.items():
+        if theirs and name != ACCELERATE:
+            rates = values.get("tokens_per_s", {})
+            values["vs_accelerate"] = {width: rates[width] / theirs[width] for width in rates if width in theirs}
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, help="a folder with 8 GB of room for a few minutes (default: temporary)")
     parser.add_argument("--cap", default="2.5GB", help="memory of each set-up, page cache included")
-    parser.add_argument("--widths", default="1,4,16", help="rows at the same time")
-    parser.add_argument("--tokens", type=int, default=6, help="new ones per row")
-    parser.add_argument("--setups", default=",".join(SETUPS), help="which of the set-ups")
+    parser.add_argument("--widths", default="1,4,16,64", help="rows at the same time")
+    parser.add_argument("--accelerate-widths", default="1,16", help="those that accelerate runs")
+    parser.add_argument("--no-refill", dest="refill", action="store_false", help="leave out prompts of other lengths")
+    parser.add_argument("--tokens", type=int, default=8, help="new ones per row")
+    parser.add_argument("--setups", default=",".join([*SETUPS, ACCELERATE]), help="which of the set-ups")
     parser.add_argument("--compare", type=int, metavar="N", help="only compare N rows of the demo model with stock")
     parser.add_argument("--quick", action="store_true", help="tiny experts and no cap: does everything run?")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     widths = [int(width) for width in args.widths.split(",")]
+    unknown = set(args.setups.split(",")) - {*SETUPS, ACCELERATE}
+    if unknown:
+        parser.error(f"--setups: no set-up is called {min(unknown)!r}")
     if args.child:
         sys.stdin.readline()  # until this process is in its cgroup
-        setup = json.loads(args.child)
-        print(json.dumps(measure(Path(setup["model"]), widths, args.tokens, setup["options"], setup["refill"])))
+        print(json.dumps(child(json.loads(args.child), widths, args.tokens)))
         return
     if args.compare:
         found = compare(args.compare, args.tokens)
         print(json.dumps(found, indent=None if args.json else 1))
         return
-    cap = parse_size(args.cap, "--cap")
-    hidden, intermediate = TINY if args.quick else (tiers.HIDDEN, tiers.INTERMEDIATE)
     with ended_by_sigterm(), scratch_folder("offmoe-batch-", args.work) as scratch:
-        model, packed = Path(scratch, "model"), Path(scratch, "packed")
-        shape = {"layers": tiers.LAYERS, "experts": tiers.EXPERTS, "top_k": tiers.TOP_K}
-        write_mixtral(model, hidden, intermediate, vocabulary=tiers.VOCABULARY, **shape)
-        found = {}
-        for name in args.setups.split(","):
-            options = dict(SETUPS[name])
-            if name == "int4":
-                pack(model, packed, weight_format("int4"))
-                shutil.rmtree(model)
-            if not args.quick:
-                options["device_memory"] = cap - LIBRARIES_BYTES
-            setup = {"model": os.fspath(packed if name == "int4" else model), "options": options}
-            child = json.dumps({**setup, "refill": name != "bf16 bitwise"})
-            common = ["--child", child, "--widths", args.widths, "--tokens", str(args.tokens)]
-            try:
-                found[name] = in_cgroup(common, None if args.quick else cap)
-            except CapacityError as error:
-                sys.exit(f"batch.py: {error}")
+        found = all_setups(args, scratch)
     table(found)
     if args.json:
         print(json.dumps(found))
