@@ -71,6 +71,9 @@ def run(app: ASGIApp, engine: Engine, bound: socket.socket, on_start: Callable[[
     """
     config = uvicorn.Config(
         app,
+        loop="asyncio",  # what is installed besides, such as by Ray, chooses no other parser with other limits
+        http="h11",
+        ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
