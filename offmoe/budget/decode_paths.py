@@ -9,38 +9,13 @@ nothing is launched from the host, and each small kernel costs what the device t
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
 
 from offmoe.budget.memory_plan import MemoryPlan
-from offmoe.budget.predict import (
-    OPERATIONS_PER_LAYER,
-    OPERATIONS_PER_TOKEN,
-    STOCK_MOE_OPERATIONS,
-    ExpertForm,
-    Rates,
-    predict,
-)
+from offmoe.budget.predict import ExpertForm, Rates, predict
 from offmoe.config import OffloadConfig
 from offmoe.policy.victims import NamedVictims
+from offmoe.simulate.decode_prices import SMALL_KERNEL_US, DecodePaths, kernels_per_token
 from offmoe.types import CacheShape
-
-ROUTED_LAUNCHES = 4
-"""Kernels of a MoE layer's experts: `assign`, `gather`, `gate_up_rows`, `down_reduced` (compute/kernels/routed.py)."""
-SMALL_KERNEL_US = 1.6
-"""Microseconds of the device for a kernel that has next to nothing to do, launched in a graph. Assumed: 0.1 ms for the
-some 60 kernels of a layer; no graph of ours has run on a GPU."""
-
-
-class DecodePaths(NamedTuple):
-    """Predicted tokens/s of three ways of decoding, with the same misses."""
-
-    eager: float
-    lag_1: float
-    captured: float
-
-    def to_dict(self) -> dict[str, object]:
-        """The prices for JSON; every key says that they are predicted."""
-        return {f"predicted_{name}_tokens_per_s": value for name, value in self._asdict().items()}
 
 
 def decode_paths(
@@ -66,8 +41,7 @@ def decode_paths(
         return None
     fetching = config.resolved(on_miss="fetch", miss_costs=None)
 
-    kernels = OPERATIONS_PER_TOKEN + form.layers * OPERATIONS_PER_LAYER
-    kernels += form.moe_layers * (STOCK_MOE_OPERATIONS + ROUTED_LAUNCHES)
+    kernels = kernels_per_token(form.layers, form.moe_layers)
     costs = replace(rates, operation_us=0.0).costs(form)
     costs = replace(costs, dense_us_per_token=costs.dense_us_per_token + kernels * SMALL_KERNEL_US)
     eager = predict(shape, fetching, plan, rates.costs(form)).tokens_per_s

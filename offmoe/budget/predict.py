@@ -30,20 +30,17 @@ from offmoe.config import OffloadConfig
 from offmoe.device.machines import Machine
 from offmoe.io_limits import WHOLE_BYTES, last_share
 from offmoe.profile import CostModel, MissCosts
+from offmoe.simulate.decode_prices import (
+    OPERATION_US,
+    OPERATIONS_PER_LAUNCHED,
+    OPERATIONS_PER_LAYER,
+    OPERATIONS_PER_MOE_LAYER,
+    OPERATIONS_PER_TOKEN,
+)
 from offmoe.types import DISK, CacheShape
 
-OPERATIONS_PER_TOKEN, OPERATIONS_PER_LAYER, OPERATIONS_PER_EXPERT = 50, 46, 8
-"""Operations of torch, besides those inside of others: of one token without its layers, of a decoder layer without
-experts, and of one expert. torch's profiler counts 556 per token of the demo model, which has 6 layers and top-2."""
-STOCK_MOE_OPERATIONS, OPERATIONS_PER_MOE_LAYER = 22, 60
-"""The same of a MoE layer besides its experts: in stock transformers, and in offmoe, whose plans and bookkeeping in
-Python take as long as some forty operations more."""
-OPERATIONS_PER_LAUNCHED = 2
-"""Operations of one expert of several that kernels compute in one launch."""
-OPERATION_US = 6.0
-"""Microseconds that one of them takes, Python included, where nothing was measured. The demo model takes 8.7 ms, 11 us
-for each, on one thread of a 2.5 GHz Xeon (docs/measurements.md, "Overhead"); a desktop is assumed to be twice as fast.
-"""
+OPERATIONS_PER_EXPERT = 8
+"""Operations of torch of one expert, as `OPERATIONS_PER_LAYER` counts those of a layer."""
 DECODE_BYTES = 20
 """Bytes of device memory that decoding one quantized weight moves, in a handful of passes: codes, int32 and floating
 point intermediates, the result. Assumed."""

@@ -22,8 +22,8 @@ from offmoe.text import format_size, percent, size_option, span
 
 if TYPE_CHECKING:
     from offmoe.budget.choices import Choice, CostsOf
-    from offmoe.budget.decode_paths import DecodePaths
     from offmoe.budget.inspect import Survey
+    from offmoe.simulate.decode_prices import DecodePaths
 
 LIST = "list"
 MACHINE_HELP = (

@@ -17,6 +17,7 @@ from offmoe.cli.output import Output, new_table
 from offmoe.config import CacheOptions
 from offmoe.errors import ConfigError
 from offmoe.profile import Profile, read_profile
+from offmoe.simulate.decode_prices import DecodePaths, decode_prices
 from offmoe.simulate.replay import Recording, belady, uniform_hit_rate
 from offmoe.simulate.sweep import Settings, Totals, evaluate
 from offmoe.text import format_size, percent, plain, span
@@ -45,6 +46,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
     quotas = chosen.quotas(trace.shape)
     outcome = evaluate(Recording(trace), chosen, Settings(profile.costs, fills=True)).whole
     stats = outcome.stats
+    paths = decode_prices(Recording(trace), chosen, profile.costs)
     bound = belady(trace, chosen)
     uniform = uniform_hit_rate(trace, chosen)
     uniforms = [n / e for n, e in zip(quotas, trace.shape.experts, strict=True)]
@@ -62,6 +64,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
         _gap(stats.hit_rate, bound.hit_rate, uniform, chosen.prefetch != 0),
         *_fills(trace, stats),
         f"fetched {format_size(stats.h2d_bytes)}; {_speed(outcome)}",
+        *_paths(paths),
     )
     out.json(
         {
@@ -70,6 +73,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
             "uniform": uniform,
             "by_layer": by_layer,
             "tokens_per_s": outcome.tokens_per_s,
+            "decode_paths": None if paths is None else paths.to_dict(),
             "tokens": trace.tokens,
             "stats": stats.to_dict(),
             "config": {**chosen.to_dict(), "slots_per_layer": plain(quotas)},
@@ -92,6 +96,17 @@ def _speed(outcome: Totals) -> str:
     if outcome.tokens_per_s is None:
         return 'tokens/s needs the costs of a machine: --profile FILE with "costs"'
     return f"{outcome.tokens_per_s:.1f} tokens/s at the profile's costs, {outcome.stats.stall_s:.2f} s of stall"
+
+
+def _paths(paths: DecodePaths | None) -> list[str]:
+    """A line about decoding without the host in its way, where there is a price for it."""
+    if paths is None:
+        return []
+    return [
+        f"Predicted for a GPU that decodes: {paths.eager:.3g} tokens/s where each layer waits for the host, "
+        f"{paths.lag_1:.3g} where none does (lag 1), {paths.captured:.3g} captured in a graph; neither is built into "
+        "runs yet."
+    ]
 
 
 def _options(args: argparse.Namespace, trace: Trace, profile: Profile) -> CacheOptions:

@@ -21,8 +21,6 @@ from offmoe.budget.predict import (
     DECODE_BYTES,
     DECODE_NS,
     OPERATIONS_PER_EXPERT,
-    OPERATIONS_PER_LAYER,
-    STOCK_MOE_OPERATIONS,
     Rates,
 )
 from offmoe.compute.kernels.cpu import CpuKernels, kernel_threads
@@ -31,6 +29,7 @@ from offmoe.device.backend import Backend, CpuBackend
 from offmoe.device.machines import DEFAULT_DISK, parse_machine
 from offmoe.hf.adapters.find import find_experts, require_adapter
 from offmoe.measure.probes import DiskProbe, copy_gb_s, median_s
+from offmoe.simulate.decode_prices import OPERATIONS_PER_LAYER, STOCK_MOE_OPERATIONS
 from offmoe.storage.store import ExpertStore
 
 LEAST_BYTES, MOST_BYTES = 1 << 20, 32 << 20

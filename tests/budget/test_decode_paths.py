@@ -6,15 +6,16 @@ from dataclasses import replace
 
 import pytest
 
-from offmoe.budget.decode_paths import ROUTED_LAUNCHES, SMALL_KERNEL_US, decode_paths
-from offmoe.budget.predict import (
+from offmoe.budget.decode_paths import decode_paths
+from offmoe.budget.predict import ExpertForm, Rates
+from offmoe.simulate.decode_prices import (
     OPERATIONS_PER_LAUNCHED,
     OPERATIONS_PER_LAYER,
     OPERATIONS_PER_MOE_LAYER,
     OPERATIONS_PER_TOKEN,
+    ROUTED_LAUNCHES,
+    SMALL_KERNEL_US,
     STOCK_MOE_OPERATIONS,
-    ExpertForm,
-    Rates,
 )
 from offmoe.types import CacheShape
 from tests.budget.test_predict import config, plan

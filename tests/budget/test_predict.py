@@ -10,9 +10,6 @@ from offmoe.budget.host import HostPlan
 from offmoe.budget.memory_plan import MemoryPlan
 from offmoe.budget.predict import (
     OPERATIONS_PER_EXPERT,
-    OPERATIONS_PER_LAYER,
-    OPERATIONS_PER_MOE_LAYER,
-    OPERATIONS_PER_TOKEN,
     READ_LATENCY_US,
     ExpertForm,
     Rates,
@@ -22,6 +19,7 @@ from offmoe.budget.predict import (
 from offmoe.config import OffloadConfig
 from offmoe.device.machines import parse_machine
 from offmoe.profile import CostModel, Profile
+from offmoe.simulate.decode_prices import OPERATIONS_PER_LAYER, OPERATIONS_PER_MOE_LAYER, OPERATIONS_PER_TOKEN
 from offmoe.simulate.expect import expect
 from offmoe.types import DISK, HOST, CacheShape
 

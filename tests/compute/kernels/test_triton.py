@@ -22,7 +22,7 @@ from offmoe.compute.gpu_compute import device_compute  # noqa: E402
 from offmoe.compute.kernels import device  # noqa: E402
 from offmoe.compute.kernels.cpu import Glu  # noqa: E402
 from offmoe.compute.kernels.device import DeviceKernels, Pairs  # noqa: E402
-from offmoe.compute.kernels.routed import RoutedLayer, RoutingLog  # noqa: E402
+from offmoe.compute.kernels.routed import LayerSizes, RoutedLayer, RoutedState  # noqa: E402
 from offmoe.compute.torch_compute import TorchCompute  # noqa: E402
 from offmoe.device.arena import SlotArena  # noqa: E402
 from offmoe.device.backend import CpuBackend  # noqa: E402
@@ -136,13 +136,14 @@ def compiled_routed(name: str, rows: int, experts: int = 128, top_k: int = 8) ->
         assert made.metadata.shared <= 99 * 1024, "more shared memory than a desktop's GPU has"
         found[kernel.__name__] = made.asm["ptx"]
 
-    log = RoutingLog(torch.zeros(64, 3 + rows * top_k, dtype=torch.int32), torch.zeros(2, dtype=torch.int32))
     memory = torch.zeros(256, dtype=torch.uint8)
-    layer = RoutedLayer(0, experts, top_k, 2 * top_k, rows, memory, log, launch=launch)
+    sizes = [LayerSizes(experts, top_k, 2 * top_k, pieces=3)]
+    state = RoutedState(sizes, rows, memory.device, lambda n: torch.empty(n, dtype=torch.uint8), entries=64)
+    layer = RoutedLayer(0, state, memory, form.operands, Glu(), launch=launch)
     ids = torch.zeros(rows, top_k, dtype=torch.int64)
     layer.assign(ids)
-    layer.gather(torch.zeros(3, 3, dtype=torch.int64))
-    layer.compute(form.operands, Glu(), torch.zeros(rows, 2048, dtype=torch.bfloat16), ids, torch.zeros(rows, top_k))
+    layer.gather()
+    layer.compute(torch.zeros(rows, 2048, dtype=torch.bfloat16), ids, torch.zeros(rows, top_k))
     return found
 
 
@@ -150,7 +151,9 @@ ROUTED = {"assign", "gather", "gate_up_rows", "down_reduced"}
 
 
 @pytest.mark.usefixtures("gpu")
-@pytest.mark.parametrize(("gpu", "name"), [(80, "int4-g64"), (120, "bf16")], indirect=["gpu"])
+@pytest.mark.parametrize(
+    ("gpu", "name"), [(80, "int4-g64"), (89, "bf16"), (90, "int4-g64"), (120, "bf16")], indirect=["gpu"]
+)
 def test_layers_without_the_host_spill_nothing(name: str) -> None:
     found = compiled_routed(name, rows=1)
     assert {kernel: spilled(ptx) for kernel, ptx in found.items()} == dict.fromkeys(ROUTED, 0)
