@@ -172,7 +172,7 @@ class RoutedLayer:
         self._list: Sequence[tuple[int, int]] = ()
         """What `leave` left last."""
         self.number = 0
-        """Of the layer's next access that the host has not seen."""
+        """The number of the layer's next access that the host has not seen."""
 
     def compile(self, dtype: torch.dtype) -> None:
         """Compile all kernels for inputs of this dtype, so that none is compiled in the middle of a generation.
