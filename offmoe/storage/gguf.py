@@ -45,6 +45,8 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 """The value types that are numbers, as letters of `struct`; 7 is a boolean."""
 SIZES = {kind: struct.calcsize(f"<{letter}") for kind, letter in SCALARS.items()}
 COUNT, PAIR, TYPE_AND_COUNT, TYPE_AND_OFFSET = map(struct.Struct, ("<Q", "<QQ", "<IQ", "<IQ"))
+OLD_MAGICS = (b"lmgg", b"fmgg", b"tjgg", b"algg")
+"""ggml, ggmf, ggjt and ggla, little-endian: llama.cpp's files until August 2023."""
 LFS = b"version https://git-lfs"
 REMEDY = "use a file of the model in Q4_K_M, Q5_K_M, Q6_K, Q8_0, MXFP4 or BF16"
 
@@ -220,12 +222,9 @@ def _check_magic(cursor: _Cursor) -> None:
     path = cursor.path
     if cursor.size < 8:
         raise CheckpointError(f"{path}: its {cursor.size} bytes are not a GGUF file; download it again")
-    magic = cursor.take(4)
-    if magic != MAGIC:
+    if (magic := cursor.take(4)) != MAGIC:
         cursor.at = 0
-        if cursor.size < 1024 and cursor.take(min(cursor.size, len(LFS))) == LFS:
-            raise CheckpointError(f"{path}: a git-lfs pointer, not the weights; fetch them with `git lfs pull`")
-        raise CheckpointError(f"{path}: not a GGUF file (it begins with {magic!r}); download it again")
+        raise CheckpointError(f"{path}: {_other_file(magic, cursor.take(min(cursor.size, 80)), cursor.size)}")
     version = cursor.number(4)
     if version in VERSIONS:
         return
@@ -235,6 +234,25 @@ def _check_magic(cursor: _Cursor) -> None:
         f"{path}: GGUF version {version}, and offmoe reads {VERSIONS[0]} and {VERSIONS[1]}; use a newer file of the "
         "model"
     )
+
+
+def _other_file(magic: bytes, start: bytes, size: int) -> str:
+    """What a file that is no GGUF file is instead, and what to do. start: its first bytes."""
+    if size < 1024 and start.startswith(LFS):
+        return "a git-lfs pointer, not the weights; fetch them with `git lfs pull`"
+    if magic in OLD_MAGICS:
+        return f"a file of llama.cpp from before GGUF ({magic[::-1].decode()}); {REMEDY}"
+    if not start.strip(b"\0"):
+        return "it begins with zeros, so its download has not finished; download it again"
+    text = start.decode("utf-8", "ignore").strip()
+    if text.startswith("<"):
+        return (
+            "a web page, not the file that was asked for; download it again, from an address with /resolve/ and not "
+            "/blob/ in it on the Hub, and with a token if the repository is gated"
+        )
+    if len(text) > 8 and (line := text.splitlines()[0]).isprintable():
+        return f"text, not a GGUF file: {line!r}; download it again"
+    return f"not a GGUF file (it begins with {magic!r}); download it again"
 
 
 def _value(cursor: _Cursor, kind: int, depth: int = 0) -> Any:

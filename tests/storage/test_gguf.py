@@ -169,6 +169,11 @@ def nested(depth: int) -> bytes:
         (b"GGUF", "not a GGUF file"),
         (b"", "not a GGUF file"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "git lfs pull"),
+        (b"\n<!DOCTYPE html>\n<html><title>Not found", "a web page, not the file.*/resolve/.*a token"),
+        (b"Invalid username or password.\n", "text, not a GGUF file: 'Invalid username or password.'; download"),
+        (b'{"error":"Repository not found"}', "text, not a GGUF file: '{\"error"),
+        (bytes(4096), "begins with zeros, so its download has not finished"),
+        (b"tjgg\3\0\0\0" + bytes(64), r"from before GGUF \(ggjt\); use a file of the model in Q4_K_M"),
     ],
 )
 def test_a_damaged_header_is_an_error_that_says_what_is_wrong(built: Built | bytes, what: str) -> None:

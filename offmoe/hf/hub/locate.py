@@ -38,7 +38,7 @@ from offmoe.hf.hub.gguf_repo import Wanted, chosen_model, existing, gguf_in, spl
 from offmoe.hf.hub.model_files import JUNK, SMALL_FILES
 from offmoe.hf.hub.remote_header import TIMEOUT_S, read_remote_gguf, read_remote_head
 from offmoe.storage.checkpoint import INDEX_FILE, PICKLES, SINGLE_FILE, Checkpoint, indexed_files
-from offmoe.storage.gguf import GgufHead
+from offmoe.storage.gguf import MAGIC, GgufHead
 from offmoe.storage.gguf_set import SUFFIX, part_names
 from offmoe.storage.header import ShardHead
 from offmoe.text import format_size
@@ -234,11 +234,11 @@ def locate(
     if name and os.path.exists(path):
         if path.suffix == SUFFIX:
             return Source(path.absolute().parent, file=path.absolute().with_name(part_names(path.name)[0]))
-        raise CheckpointError(
-            f"{path}: a file, not a model; give the folder that holds config.json and the shards, or a .gguf file"
-        )
+        raise CheckpointError(f"{path}: {_no_model(path)}")
     name, tag = split_tag(name)
     if not isinstance(model, str) or not NAME.fullmatch(name) or name.startswith("."):
+        if name.endswith(SUFFIX):
+            raise ConfigError(f"model {name!r}: there is no such file; check the path, or complete the download")
         raise ConfigError(f"model {name!r}: there is no such folder, and a Hub id looks like 'owner/name'")
     if force_download:
         raise ConfigError(f"force_download: delete the copy first, then load it again: hf cache rm model/{name}")
@@ -246,6 +246,18 @@ def locate(
     if local_files_only:
         return _cached(name, revision, inside, options, Wanted(tag, gguf_file), "local_files_only forbids the network")
     return _on_hub(name, revision, inside, options, Wanted(tag, gguf_file))
+
+
+def _no_model(path: Path) -> str:
+    """Why a file that is not called .gguf is no model, and what to do."""
+    try:
+        with open(path, "rb") as file:
+            is_gguf = file.read(len(MAGIC)) == MAGIC
+    except OSError:  # a folder's name with a slash behind it, or no permission
+        is_gguf = False
+    if is_gguf:
+        return f"a GGUF file under another name; once its download is complete, give it one that ends in {SUFFIX}"
+    return "a file, not a model; give the folder that holds config.json and the shards, or a .gguf file"
 
 
 def _check_text(**options: object) -> None:

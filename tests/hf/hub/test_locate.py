@@ -103,6 +103,15 @@ def test_file_is_not_a_folder(tmp_path: Path) -> None:
         locate(tmp_path / "model.onnx")
 
 
+def test_a_gguf_file_that_is_not_there_or_has_another_name_is_called_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"there is no such file; check the path, or complete the download"):
+        locate(tmp_path / "model-00002-of-00003.gguf")
+    for name in ("MODEL.GGUF", "sha256-0123", "model.gguf.part"):
+        (tmp_path / name).write_bytes(b"GGUF" + bytes(60))
+        with pytest.raises(CheckpointError, match=r"a GGUF file under another name; once .* ends in \.gguf"):
+            locate(tmp_path / name)
+
+
 def test_hub_id_that_is_not_in_the_cache_is_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"owner/nothing.*local_files_only"):
         locate("owner/nothing", cache_dir=tmp_path, local_files_only=True)

@@ -1,0 +1,120 @@
+"""Measures how fast experts of a GGUF file get from the disk into slots for the C kernels, against the disk's own rate.
+
+Every expert is read in random order and put into tiles, by 4 threads with a buffer and a slot each: while one tiles,
+the others read. The control reads the same file from end to end with O_DIRECT, in large requests, with as many threads.
+Each round runs experts, control, control, experts, with the page cache dropped before each. Prints per round both rates
+and their ratio, and the bytes that experts take of the file's; --json prints one object as the last line. Without a
+file, one is written into --dir (`gguf_model.py`) and removed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import closing
+from pathlib import Path
+
+import checkout  # noqa: F401
+import torch
+
+from offmoe.budget.inspect import inspect
+from offmoe.config import OffloadConfig
+from offmoe.device.arena import HostBuffers
+from offmoe.device.backend import copy_in_ram
+from offmoe.hf.catalog.catalog import CatalogLayer
+from offmoe.storage.store import ExpertStore
+from offmoe.types import ExpertKey
+from tools.bench.gguf_model import write_model
+from tools.bench.read import MIN_ROUNDS, REQUEST_BYTES, THREADS, Pass, drop_cache, files_in_order, timed
+
+Layers = tuple[CatalogLayer, ...]
+
+
+def into_slots(store: ExpertStore, layers: Layers, buffers: HostBuffers, slots: HostBuffers) -> Pass:
+    """Read every expert once, in random order, into a slot of the thread's. Only the experts' own bytes count."""
+    keys = expert_keys(layers)
+    turn = iter(random.sample(keys, len(keys)))
+
+    def work(thread: int) -> int:
+        done = 0
+        for key in turn:
+            slot, segments = layers[key.layer].cpu_slot, store.record(key).segments
+            assert slot is not None
+            store.read_into(key, buffers.memory(thread))
+            views = slot.layout.views(slots.tensor(thread)[: slot.layout.nbytes])
+            slot.assembly.place(segments, store.segments(key, buffers.tensor(thread)), views, copy_in_ram)
+            done += store.record(key).nbytes
+        return done
+
+    return timed(work)
+
+
+def expert_keys(layers: Layers) -> list[ExpertKey]:
+    return [ExpertKey(i, expert) for i, layer in enumerate(layers) for expert in range(layer.num_experts)]
+
+
+def measure(file: Path, seconds: float) -> dict[str, float]:
+    """The figures by name."""
+    found = inspect(file, OffloadConfig(device="cpu", exactness="numeric"))
+    layers, checkpoint = found.catalog.layers, found.checkpoint
+    if any(layer.cpu_slot is None for layer in layers):
+        sys.exit(f"gguf_read.py: {next(layer.without_kernel for layer in layers if layer.cpu_slot is None)}")
+    largest = max(layer.cpu_slot.layout.nbytes for layer in layers if layer.cpu_slot is not None)
+    ratios, ours, theirs = [], [], []
+    with closing(ExpertStore(checkpoint.shards, found.catalog.records)) as store:
+        buffers = HostBuffers(THREADS, max(store.buffer_bytes, REQUEST_BYTES))
+        with closing(buffers), closing(HostBuffers(THREADS, largest)) as slots:
+            print("experts into slots GB/s   control GB/s   ratio")
+            deadline = time.perf_counter() + seconds
+            while time.perf_counter() < deadline or len(ratios) < MIN_ROUNDS:
+                runs: dict[str, list[Pass]] = {"experts": [], "control": []}
+                for which in ("experts", "control", "control", "experts"):
+                    drop_cache(checkpoint)
+                    if which == "experts":
+                        runs[which].append(into_slots(store, layers, buffers, slots))
+                    else:
+                        runs[which].append(files_in_order(checkpoint, buffers))
+                rates = {
+                    which: sum(run.gigabytes for run in done) / sum(run.wall_s for run in done)
+                    for which, done in runs.items()
+                }
+                ours.append(rates["experts"])
+                theirs.append(rates["control"])
+                ratios.append(ours[-1] / theirs[-1])
+                print(f"{ours[-1]:23.2f}   {theirs[-1]:12.2f}   {ratios[-1]:5.3f}", flush=True)
+        windows = sum(store.read_bytes(key) for key in expert_keys(layers))
+    own = sum(record.nbytes for record in found.catalog.records.values())
+    return {
+        "ratio": round(statistics.median(ratios), 3),
+        "experts_gb_s": round(statistics.median(ours), 3),
+        "control_gb_s": round(statistics.median(theirs), 3),
+        "read_per_expert_byte": round(windows / own, 4),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Cold reads of a GGUF file's experts into slots, against the disk.")
+    parser.add_argument("file", type=Path, nargs="?", help="a GGUF model (default: a random one of 1.4 GB)")
+    parser.add_argument("--dir", type=Path, default=Path.cwd(), help="where to write it (default: here)")
+    parser.add_argument("--layers", type=int, default=4, help="of the random model")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of measuring (default: 60)")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="offmoe-gguf-", dir=arguments.dir) as folder:
+        file = arguments.file
+        if file is None:
+            write_model(file := Path(folder, "model.gguf"), arguments.layers)
+        figures = measure(file, arguments.seconds)
+    print(f"{figures}; targets: ratio at least 0.95, bytes read at most 1.01 of the experts'")
+    if arguments.json:
+        print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
