@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from offmoe.quant.codec import codes_of_words
@@ -25,6 +27,8 @@ def values(weight: PackedWeight) -> torch.Tensor:
         powers = torch.ldexp(torch.ones(weight.scales.shape), weight.scales.int() - 127)  # [N, K / G]
         return (levels[grouped.long()] * powers[..., None]).view(rows, cols)
     q = torch.tensor(IQ4)[grouped.long()].float() if how.kind == "iq4" else grouped.float()
+    if how.kind == "int2":
+        weight = replace(weight, scales=weight.scales & 15, minima=weight.scales.view(torch.uint8) >> 4)
     if weight.zeros is not None:
         q -= weight.zeros.float()[..., None]
     elif weight.minima is None:
@@ -57,14 +61,23 @@ def by_row(weight: PackedWeight) -> PackedWeight:
 
 def codes(weight: PackedWeight) -> torch.Tensor:
     """The codes of a weight that stands row by row: uint8, int8 or float8_e4m3fn [N, K]."""
-    low = unpack_words(weight.words, weight.format)
+    bits = weight.format.bits
+    low = by_pairs(weight.words, 2) if bits in (2, 3) else unpack_words(weight.words, weight.format)
     if weight.high is None:
         return low
-    bits = weight.format.bits - 4
-    octets = torch.stack([weight.high >> at & 255 for at in (0, 8, 16, 24)], dim=2)  # [N, n, 4]
+    held = 2 if bits == 3 else 4
+    return low | by_pairs(weight.high, bits - held) << held
+
+
+def by_pairs(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Words int32 [N, n] with fields of so many bits into uint8 [N, n * 32 / bits].
+
+    Byte b of a word has, from its lowest bits on, inputs 2b, 2b + 1, 8 + 2b, 8 + 2b + 1, and so on.
+    """
+    octets = torch.stack([words >> at & 255 for at in (0, 8, 16, 24)], dim=2)  # [N, n, 4]
     fields = torch.stack([octets >> at & (1 << bits) - 1 for at in range(0, 8, bits)], dim=2)  # [N, n, 8 / bits, 4]
-    pairs = fields.view(weight.rows, -1, 2, 4).transpose(2, 3)  # [N, n * 4 / bits, 4, 2]: of inputs 2b and 2b + 1
-    return low | (pairs.reshape(weight.rows, -1) << 4).to(torch.uint8)
+    pairs = fields.view(len(words), -1, 2, 4).transpose(2, 3)  # [N, n * 4 / bits, 4, 2]: of inputs 2b and 2b + 1
+    return pairs.reshape(len(words), -1).to(torch.uint8)
 
 
 def unpack_words(words: torch.Tensor, how: WeightFormat) -> torch.Tensor:

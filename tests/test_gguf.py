@@ -449,6 +449,8 @@ KERNEL_CASES = [
     pytest.param("Q5_0", "qwen3_moe", False, marks=pytest.mark.slow),
     pytest.param("Q5_K", "mixtral", True, marks=pytest.mark.slow),
     pytest.param("IQ4_XS", "mixtral", False, marks=pytest.mark.slow),
+    pytest.param("Q2_K", "mixtral", False, marks=pytest.mark.slow),
+    pytest.param("Q3_K", "mixtral", True, marks=pytest.mark.slow),
 ]
 
 

@@ -2,9 +2,9 @@
 
 Moves: every weight's words once, from the buffer that they were read into to the slot, transposed by the reader thread.
 C puts GGUF's blocks and rows of words there without memory in between; everything else is views that are copied. A slot
-has as many bytes as without kernels, up to padding; with GGUF's Q4_K and Q5_K, 3 % more. GPTQ keeps words along
-columns, so tiles are the same transposition; AWQ's nibbles run across rows and are put together anew. Biases become
-float32, which is exact.
+has as many bytes as without kernels, up to padding; with GGUF's Q3_K, Q4_K and Q5_K, 3 or 4 % more. GPTQ keeps words
+along columns, so tiles are the same transposition; AWQ's nibbles run across rows and are put together anew. Biases
+become float32, which is exact.
 Bound: the transposition (kernels/tile.py); a disk gives one core less.
 Must never: change a value, or guess. An index that contradicts the order of the columns' groups is an error, and is
 looked for in every expert.

@@ -132,6 +132,8 @@ GGUF_FORMATS: Mapping[int, WeightFormat] = {
     6: _gguf("int5"),
     7: _gguf("int5", minima=True),
     8: _gguf("int8"),
+    10: _gguf("int2", group=16, scale_dtype=torch.int8, minima=True),
+    11: _gguf("int3", group=16, scale_dtype=torch.int8),
     12: _gguf("int4", scale_dtype=torch.int8, minima=True),
     13: _gguf("int5", scale_dtype=torch.int8, minima=True),
     14: _gguf("int6", group=16, scale_dtype=torch.int8),

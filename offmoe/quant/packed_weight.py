@@ -8,8 +8,9 @@ Scales and zero points stand in the same order. Both orders take the same bytes 
 on the instruction set. A value is (q - zero) * scale in both.
 
 The formats of GGUF's blocks add three planes. Codes of 5 or 6 bits keep what exceeds a nibble in words of their own
-("high"). A minimum per group is subtracted from q * scale. Scales of two levels are an int8 code per group times a
-float16 per 256 inputs; minima are then codes too, with a float16 of their own.
+("high"); those of 2 and 3 bits have words of pairs, and third bits above them. A minimum per group is subtracted from
+q * scale. Scales of two levels are an int8 code per group times a float16 per 256 inputs; minima are then codes too,
+with a float16 of their own.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ TILES = {"": "tiles", SCALES: "tiles_scale", ZEROS: "tiles_zero"}
 SUPER_VALUES = 256
 """Inputs per float16 of scales of two levels: a block of GGUF's k-quants."""
 
-CODE_BITS = {"int4": 4, "int5": 5, "int6": 6, "int8": 8, "mxfp4": 4, "iq4": 4, "fp8": 8}
+CODE_BITS = {"int2": 2, "int3": 3, "int4": 4, "int5": 5, "int6": 6, "int8": 8, "mxfp4": 4, "iq4": 4, "fp8": 8}
 """Bits of a weight by kind."""
-CENTER = {"int4": SYMMETRIC_ZERO, "int5": 16, "int6": 32}
+CENTER = {"int3": 4, "int4": SYMMETRIC_ZERO, "int5": 16, "int6": 32}
 """By kind, the zero point of codes without zero points and minima."""
 
 
@@ -48,11 +49,12 @@ class WeightFormat:
     """The format of a packed weight.
 
     Args:
-        kind: "int4", "int5", "int6", "int8", "mxfp4", "fp8" (E4M3) or "iq4" (the 16 levels of GGUF's IQ4).
+        kind: "int2" to "int6", "int8", "mxfp4", "fp8" (E4M3) or "iq4" (the 16 levels of GGUF's IQ4).
         group: consecutive inputs of a row that share a scale; None: the whole row.
         zero_points: int4 only: each group has a zero point, uint8. Without, the zero point is that of `CENTER`.
         scale_dtype: dtype of the scales; uint8 (exponents of two, bias 127) for mxfp4; int8 for two levels.
-        minima: int4 and int5 only: each group has a minimum, of the scales' dtype, and zero points are 0.
+        minima: int4 and int5: each group has a minimum, of the scales' dtype, and zero points are 0. int2: always, in
+            the upper half of the scale's byte.
     """
 
     kind: str
@@ -68,7 +70,7 @@ class WeightFormat:
     @property
     def word_values(self) -> int:
         """Weights per int32 word."""
-        return 4 if self.bits == 8 else 8
+        return {8: 4, 2: 16, 3: 16}.get(self.bits, 8)
 
     @property
     def two_levels(self) -> bool:
@@ -138,10 +140,10 @@ class WeightFormat:
         out = {"": (torch.int32, cols // self.word_values), SCALES: (self.scale_dtype, groups)}
         if self.zero_points:
             out[ZEROS] = (torch.uint8, groups)
-        if self.minima:
+        if self.minima and self.bits != 2:
             out[MINIMA] = (self.scale_dtype, groups)
-        if self.bits in (5, 6):
-            out[HIGH] = (torch.int32, cols * (self.bits - 4) // 32)
+        if above := self.bits - 32 // self.word_values:  # bits of a code that its word does not hold
+            out[HIGH] = (torch.int32, cols * above // 32)
         if self.two_levels:  # of scales and, behind each, of minima
             out[SUPERS] = (torch.float16, cols // SUPER_VALUES * (2 if self.minima else 1))
         return out
@@ -182,8 +184,9 @@ class PackedWeight:
         scales: in the format's scale dtype, in the same order as the words.
         zeros: uint8, in the same order; None if the format has no zero points.
         minima: in the scale dtype; None if the format has none.
-        high: int32: the bits of codes above their nibbles; None if there are none. A word holds one group: byte b has,
-            from its lowest bits on, those of inputs 2b, 2b + 1, 8 + 2b, 8 + 2b + 1, and so on.
+        high: int32: the bits of codes above their nibbles or pairs; None if there are none. A word holds one group, of
+            int3 two: byte b has, from its lowest bits on, those of inputs 2b, 2b + 1, 8 + 2b, 8 + 2b + 1, and so on.
+            Words of pairs have that order too.
         supers: float16; None if scales have one level.
     """
 

@@ -24,7 +24,7 @@ from tests.packed import IQ4, by_row, to_rows, unpack_words, values
 
 FORMATS = [
     *(INT8, int4(32), int4(64), int4(128), int4(32, zero_points=True), MXFP4, fp8(128)),
-    *(GGUF_FORMATS[kind] for kind in (3, 6, 8, 12, 14, 20)),
+    *(GGUF_FORMATS[kind] for kind in (3, 6, 8, 10, 11, 12, 14, 20)),
 ]
 
 
@@ -45,11 +45,18 @@ def random_weight(how: WeightFormat, rows: int, cols: int) -> PackedWeight:
     return PackedWeight.of(how, "", planes)
 
 
+def in_turns(words: torch.Tensor, row: int, k: int, bits: int) -> int:
+    """The field of input k in words whose bytes have those of inputs 2b, 2b + 1, 8 + 2b, 8 + 2b + 1, and so on."""
+    inputs = 32 // bits  # of a word
+    at = 8 * (k % 8 // 2) + bits * (k % inputs // 8 * 2 + k % 2)
+    return (int(words[row, k // inputs].item()) >> at) % 2**bits
+
+
 def one_by_one(weight: PackedWeight) -> torch.Tensor:
     """The weight by definition, value by value in plain integers."""
     how, out = weight.format, torch.empty(weight.rows, weight.cols)
     e2m1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
-    zeros = {"int4": 8, "int5": 16, "int6": 32}
+    zeros = {"int2": 0, "int3": 4, "int4": 8, "int5": 16, "int6": 32}
     for n in range(weight.rows):
         for k in range(weight.cols):
             bits = int(weight.words[n, k // how.word_values].item()) >> 32 // how.word_values * (k % how.word_values)
@@ -63,21 +70,23 @@ def one_by_one(weight: PackedWeight) -> torch.Tensor:
             elif how.kind == "iq4":
                 out[n, k] = IQ4[bits % 16] * weight.scales[n, g].float()
             elif how.kind in zeros:
-                code = bits % 16
+                held = 2 if how.bits < 4 else 4  # bits of a code in its word
+                code = bits % 16 if held == 4 else in_turns(weight.words, n, k, 2)
                 if weight.high is not None:
-                    field, inputs = how.bits - 4, 32 // (how.bits - 4)  # of a word
-                    at = 8 * (k % 8 // 2) + field * (k % inputs // 8 * 2 + k % 2)
-                    code += 16 * ((int(weight.high[n, k // inputs].item()) >> at) % 2**field)
+                    code += 2**held * in_turns(weight.high, n, k, how.bits - held)
                 scale, least = weight.scales[n, g].float(), torch.zeros(())
                 if weight.minima is not None:
                     least = weight.minima[n, g].float()
+                if how.kind == "int2":  # the halves of a byte
+                    both = int(weight.scales[n, g].item()) % 256
+                    scale, least = torch.tensor(both % 16.0), torch.tensor(both // 16.0)
                 if weight.supers is not None:
-                    per = 1 if weight.minima is None else 2
+                    per = 2 if how.minima else 1
                     scale, least = (
                         scale * weight.supers[n, k // 256 * per],
                         least * weight.supers[n, (k // 256 + 1) * per - 1],
                     )
-                zero = 0 if weight.minima is not None else zeros[how.kind]
+                zero = 0 if how.minima else zeros[how.kind]
                 zero = zero if weight.zeros is None else int(weight.zeros[n, g].item())
                 out[n, k] = (code - zero) * scale - least
             else:

@@ -19,7 +19,8 @@ from offmoe.errors import CapacityError, ConfigError
 MAX_TOKENS = 64
 """Most rows of one call, of all its experts together (offmoe.h)."""
 
-KINDS = {"int4": 0, "mxfp4": 1, "int8": 2, "fp8": 3, "bf16": 4, "int5": 5, "int6": 6, "int8 in groups": 7, "iq4": 8}
+KINDS = {"int4": 0, "mxfp4": 1, "int8": 2, "fp8": 3, "bf16": 4, "int5": 5, "int6": 6, "int2": 7, "int3": 8}
+KINDS |= {"int8 in groups": 9, "iq4": 10}
 SCALE_TYPES = {"bfloat16": 0, "float16": 1, "float32": 2, "uint8": 3, "int8": 4}
 
 

@@ -36,7 +36,7 @@ static float quantize_group(const float *x, int group, int8_t *q, int32_t *sum) 
 static void pack(const struct weight *w, int precision, const float *x, size_t stride, int valid, int start, int count,
                  struct block *out) {
     const int M = out->tokens, group = w->kind == KIND_BF16 ? 32 : w->group;
-    const int nibbles = w->kind == KIND_INT4, octets = w->kind == KIND_INT5 || w->kind == KIND_INT6;
+    const int nibbles = w->kind == KIND_INT4, octets = w->kind == KIND_INT2 || w->kind == KIND_INT3 || w->kind == KIND_INT5 || w->kind == KIND_INT6;
     float unit[8]; /* of the codes that an input is multiplied with */
     for (int i = 0; i < 8; i++) unit[i] = nibbles ? nibble_unit(i) : octets ? octet_unit(i / 2) : 1.0f;
     for (int c = start; c < start + count; c += group, x += group) {

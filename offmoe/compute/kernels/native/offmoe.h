@@ -19,6 +19,8 @@ enum { TILE = 16, MAX_BLOCK = 8, MAX_TOKENS = 64 };
 enum kind {
     KIND_INT4, KIND_MXFP4, KIND_INT8, KIND_FP8, KIND_BF16,
     KIND_INT5, KIND_INT6, /* nibbles, and what exceeds them in a plane of its own */
+    KIND_INT2,            /* pairs of bits; the scale and the minimum of a group are the halves of a byte */
+    KIND_INT3,            /* pairs, and third bits in a plane of their own */
     KIND_INT8_GROUPS,     /* int8 with a scale per group */
     KIND_IQ4,             /* nibbles that look up 16 levels of int8 */
     KINDS
@@ -29,12 +31,13 @@ enum glu { GLU_SILU, GLU_GELU_TANH, GLU_CLAMPED };
 
 /* One weight [rows][cols]. group: columns per scale, and per scale of int8 activations; int8 weights have one scale per
  * row, and group says how activations are cut. scales: [rows / 16][cols / group][16], int8: [rows / 16][1][16]. zeros:
- * uint8 of the scales' shape, or null for 8 (int5: 16, int6: 32). bias: float32 [rows] or null.
+ * uint8 of the scales' shape, or null for 8 (int3: 4, int5: 16, int6: 32). bias: float32 [rows] or null.
  * minima: of the scales' shape and type, subtracted from code * scale, or null; not with zeros, of int4 and int5 only.
  * high: [rows / 16][words][16], the bits of a group's codes above their nibbles: byte b of a word has, from its lowest
- * bits on, those of inputs 2b, 2b + 1, 8 + 2b, 8 + 2b + 1 and so on; int5 has a word per 32 inputs, int6 per 16.
+ * bits on, those of inputs 2b, 2b + 1, 8 + 2b, 8 + 2b + 1 and so on; int3 and int5 have a word per 32 inputs, int6 per 16.
+ * The words of int2 and int3 have one per 16 inputs, of pairs in that order.
  * supers: float16 [rows / 16][cols / 256][1, or 2 with minima][16], which int8 scales and minima are multiples of
- * (SCALE_TWO_LEVELS), in groups of 32, int6: 16. Mirrored in offmoe/compute/kernels/library.py. */
+ * (SCALE_TWO_LEVELS), in groups of 32; of int2, int3 and int6 in groups of 16. Mirrored in offmoe/compute/kernels/library.py. */
 struct weight {
     const uint8_t *words;
     const void *scales;

@@ -110,7 +110,7 @@ INLINE __m128i every_second(__m128i a, __m128i b, const int first) { /* words `f
     return _mm_castps_si128(first ? _mm_shuffle_ps(x, y, 0xdd) : _mm_shuffle_ps(x, y, 0x88));
 }
 
-/* The pairs of Q6_K above its nibbles, 64 octets: a word per 16 inputs. Lanes are the halves of both 128 inputs. */
+/* The pairs of Q2_K and Q3_K, and those of Q6_K above its nibbles, 64 octets: a word per 16 inputs. Lanes are the halves of both 128 inputs. */
 INLINE void put_pairs_of_256(const uint8_t *octets, uint32_t *high) {
     const struct pairs p = pairs_of(octets), q = pairs_of(octets + 32);
     __m128i w[4] = {every_second(p.even, q.even, 0), every_second(p.odd, q.odd, 0), every_second(p.even, q.even, 1),
@@ -150,7 +150,7 @@ INLINE void put_32(const uint8_t *octets, uint32_t *low, uint32_t *high) { put_h
 /* A block of 32 nibbles: 16 octets whose low halves are inputs 0 .. 15 and whose high halves are inputs 16 .. 31. */
 INLINE void put_block(const uint8_t *octets, uint32_t *words) { put_halves(octets, 2, words, words + 2 * TILE); }
 
-/* The pairs of Q6_K above its nibbles, 64 octets: a word per 16 inputs. */
+/* The pairs of Q2_K and Q3_K, and those of Q6_K above its nibbles, 64 octets: a word per 16 inputs. */
 INLINE void put_pairs_of_256(const uint8_t *octets, uint32_t *high) {
     UNROLL for (int half = 0; half < 4; half++) {
         uint32_t w[4]; /* pairs of four groups, in each byte: of inputs 2b, 2b + 1, 8 + 2b, 8 + 2b + 1 */
@@ -240,16 +240,42 @@ INLINE void q4_k(const uint8_t *b, const struct target *t) {
     put_nibbles_of_256(b + 16, t->words);
 }
 
-INLINE void q5_k(const uint8_t *b, const struct target *t) {
-    put_eighths(b, t);
-    put_nibbles_of_256(b + 48, t->words);
-    uint32_t w[8]; /* bits of the eight groups, in each byte: of inputs 2b, 2b + 1, 8 + 2b, ... */
-    UNROLL for (int k = 0; k < 4; k++) put_pairs(b + 16 + 8 * k, w + 2 * k);
+/* Bits of the eight groups of 32 inputs, in each of 32 octets: a word per group. */
+INLINE void put_bits_of_256(const uint8_t *octets, uint32_t *high) {
+    uint32_t w[8]; /* in each byte: of inputs 2b, 2b + 1, 8 + 2b, ... */
+    UNROLL for (int k = 0; k < 4; k++) put_pairs(octets + 8 * k, w + 2 * k);
     UNROLL for (int k = 0; k < 8; k += 2) swap_fields(w + k, w + k + 1, 1, 0x55555555);
     UNROLL for (int k = 0; k < 8; k++)
         if (!(k & 2)) swap_fields(w + k, w + k + 2, 2, 0x33333333);
     UNROLL for (int k = 0; k < 4; k++) swap_fields(w + k, w + k + 4, 4, 0x0f0f0f0f);
-    UNROLL for (int j = 0; j < 8; j++) t->high[j * TILE] = w[j];
+    UNROLL for (int j = 0; j < 8; j++) high[j * TILE] = w[j];
+}
+
+INLINE void q5_k(const uint8_t *b, const struct target *t) {
+    put_eighths(b, t);
+    put_nibbles_of_256(b + 48, t->words);
+    put_bits_of_256(b + 16, t->high);
+}
+
+INLINE void q2_k(const uint8_t *b, const struct target *t) {
+    t->supers[0] = half_at(b + 80);
+    t->supers[TILE] = half_at(b + 82);
+    UNROLL for (int j = 0; j < 4; j++) put_four(four(b + 4 * j), t->scales + 4 * j * TILE);
+    put_pairs_of_256(b + 16, t->words);
+}
+
+/* Of four bytes, what is left when 32 is subtracted. */
+INLINE uint32_t less_32(uint32_t x) { return ((x | 0x80808080) - 0x20202020) ^ 0x80808080; }
+
+INLINE void q3_k(const uint8_t *b, const struct target *t) {
+    const uint32_t x = four(b + 96), y = four(b + 100), z = four(b + 104); /* low halves, then pairs above them */
+    t->supers[0] = half_at(b + 108);
+    put_four(less_32((x & 0x0f0f0f0f) | (z << 4 & 0x30303030)), t->scales);
+    put_four(less_32((y & 0x0f0f0f0f) | (z << 2 & 0x30303030)), t->scales + 4 * TILE);
+    put_four(less_32((x >> 4 & 0x0f0f0f0f) | (z & 0x30303030)), t->scales + 8 * TILE);
+    put_four(less_32((y >> 4 & 0x0f0f0f0f) | (z >> 2 & 0x30303030)), t->scales + 12 * TILE);
+    put_pairs_of_256(b + 32, t->words);
+    put_bits_of_256(b, t->high);
 }
 
 INLINE void q6_k(const uint8_t *b, const struct target *t) {
@@ -299,6 +325,8 @@ EXPORT void offmoe_retile(const struct retiling *r) {
     case 6: EACH(q5_0, 22, 4, 1, 1, 2, 0)
     case 7: EACH(q5_1, 24, 4, 1, 1, 2, 0)
     case 8: EACH(q8_0, 34, 8, 0, 1, 2, 0)
+    case 10: EACH(q2_k, 84, 16, 0, 16, 1, 2)
+    case 11: EACH(q3_k, 110, 16, 8, 16, 1, 1)
     case 12: EACH(q4_k, 144, 32, 0, 8, 1, 2)
     case 13: EACH(q5_k, 176, 32, 8, 8, 1, 2)
     case 14: EACH(q6_k, 210, 32, 16, 16, 1, 1)

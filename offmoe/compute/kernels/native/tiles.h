@@ -15,9 +15,18 @@ enum { AHEAD = 2048, BF16_AHEAD = 1024, SCALES_AHEAD = 512, HIGH_AHEAD = 512, SU
 
 /* What follows from the kind alone, so that the compiler knows it. */
 INLINE int is_octets(int kind) { return kind == KIND_INT8 || kind == KIND_INT8_GROUPS || kind == KIND_FP8; }
-INLINE int largest_code(int kind) { return kind == KIND_INT6 ? 63 : kind == KIND_INT5 ? 31 : kind == KIND_MXFP4 ? 24 : 15; }
+INLINE int has_pairs(int kind) { return kind == KIND_INT2 || kind == KIND_INT3; }
+INLINE int has_high(int kind) { return kind == KIND_INT3 || kind == KIND_INT5 || kind == KIND_INT6; }
+INLINE int has_small_groups(int kind) { return has_pairs(kind) || kind == KIND_INT6; } /* of 16 inputs */
+INLINE int has_minima(const struct weight *w, int kind) {
+    return kind == KIND_INT2 || ((kind == KIND_INT4 || kind == KIND_INT5) && w->minima);
+}
+INLINE int largest_code(int kind) {
+    return kind == KIND_INT6 ? 63 : kind == KIND_INT5 ? 31 : kind == KIND_MXFP4 ? 24 : kind == KIND_INT3 ? 7 : kind == KIND_INT2 ? 3 : 15;
+}
+/* Steps of eight inputs, or four, that a group takes. */
 INLINE int words_of_group(const struct weight *w, int kind) {
-    return kind == KIND_INT5 ? 4 : kind == KIND_INT6 ? 2 : w->group / (is_octets(kind) ? 4 : 8);
+    return kind == KIND_INT5 ? 4 : has_small_groups(kind) ? 2 : w->group / (is_octets(kind) ? 4 : 8);
 }
 
 /* Where 16 rows of a plane with an entry per group begin, and their float16 of two levels. */
@@ -25,7 +34,7 @@ struct place {
     size_t group, super;
 };
 INLINE struct place place_of(const struct weight *w, int tile, int g, int groups, int kind) {
-    const int per_super = kind == KIND_INT6 ? 16 : 8, planes = w->minima ? 2 : 1;
+    const int per_super = has_small_groups(kind) ? 16 : 8, planes = kind == KIND_INT2 || w->minima ? 2 : 1;
     const size_t supers = (size_t)tile * (groups / per_super) + g / per_super;
     return (struct place){((size_t)tile * groups + g) * TILE, supers * planes * TILE};
 }
@@ -39,8 +48,15 @@ INLINE floats scaled(const struct weight *w, const void *plane, size_t at, size_
     default: return floats_mul(floats_power2((const uint8_t *)plane + at), floats_set(0.5f)); /* doubled values */
     }
 }
-INLINE floats scales_at(const struct weight *w, struct place p) { return scaled(w, w->scales, p.group, p.super); }
-INLINE floats minima_at(const struct weight *w, struct place p) { return scaled(w, w->minima, p.group, p.super + TILE); }
+INLINE floats scales_at(const struct weight *w, struct place p, int kind) {
+    if (kind != KIND_INT2) return scaled(w, w->scales, p.group, p.super);
+    return floats_mul(floats_of(lanes_low(lanes_u8((const uint8_t *)w->scales + p.group))), floats_fp16(w->supers + p.super));
+}
+INLINE floats minima_at(const struct weight *w, struct place p, int kind) {
+    if (kind != KIND_INT2) return scaled(w, w->minima, p.group, p.super + TILE);
+    const lanes codes = lanes_high(lanes_u8((const uint8_t *)w->scales + p.group));
+    return floats_mul(floats_of(codes), floats_fp16(w->supers + p.super + TILE));
+}
 
 INLINE void prefetch_scales(const struct weight *w, struct place p, int kind) {
     const int two = w->scale_type == SCALE_TWO_LEVELS, octets = two || w->scale_type == SCALE_E8M0;
@@ -50,36 +66,73 @@ INLINE void prefetch_scales(const struct weight *w, struct place p, int kind) {
     if (two) __builtin_prefetch(w->supers + p.super + SUPERS_AHEAD);
 }
 
-/* The codes of a word's inputs 0 2 4 6 and 1 3 5 7, as bytes; high: of word j of a group, its first bits lowest. */
+/* What a group has besides its nibbles or bytes: a word of pairs, and the bits above what its words hold. */
+struct rest {
+    lanes pairs, high;
+};
+INLINE struct rest rest_at(const struct weight *w, int tile, int g, int groups, int kind) {
+    struct rest r;
+    const size_t at = ((size_t)tile * groups + g) * 64;
+    if (has_pairs(kind)) {
+        __builtin_prefetch(w->words + at + AHEAD);
+        r.pairs = lanes_load(w->words + at);
+    }
+    if (kind == KIND_INT3) { /* a word of two groups */
+        const size_t both = ((size_t)tile * (groups / 2) + g / 2) * 64;
+        __builtin_prefetch(w->high + both + HIGH_AHEAD);
+        r.high = lanes_load(w->high + both);
+        if (g & 1) r.high = lanes_right(r.high, 4);
+    } else if (has_high(kind)) {
+        __builtin_prefetch(w->high + at + HIGH_AHEAD);
+        r.high = lanes_load(w->high + at);
+    }
+    return r;
+}
+
+/* The next word of a weight; none is read where a group has one word of pairs. */
+INLINE lanes next_word(const uint8_t **p, int kind) {
+    if (has_pairs(kind)) return lanes_set(0);
+    const lanes v = lanes_load(*p);
+    __builtin_prefetch(*p + AHEAD);
+    *p += 64;
+    return v;
+}
+
+/* The codes of a word's inputs 0 2 4 6 and 1 3 5 7, as bytes. What they take of the rest is shifted out of it. */
 struct halves {
     lanes even, odd;
 };
-INLINE struct halves codes_of(lanes v, lanes *high, int kind) {
+INLINE struct halves codes_of(lanes v, struct rest *r, int kind) {
+    const lanes none = lanes_set(0);
     struct halves c = {lanes_low(v), lanes_high(v)};
     if (kind == KIND_MXFP4) c.even = lanes_e2m1(c.even), c.odd = lanes_e2m1(c.odd);
     if (kind == KIND_IQ4) c.even = lanes_iq4(c.even), c.odd = lanes_iq4(c.odd);
+    if (has_pairs(kind)) {
+        c.even = lanes_with(none, r->pairs, 0, 3), c.odd = lanes_with(none, lanes_right(r->pairs, 2), 0, 3);
+        r->pairs = lanes_right(r->pairs, 4);
+    }
+    if (kind == KIND_INT3) {
+        c.even = lanes_with(c.even, r->high, 2, 4), c.odd = lanes_with(c.odd, r->high, 1, 4);
+        r->high = lanes_right(r->high, 2);
+    }
     if (kind == KIND_INT5) {
-        c.even = lanes_with(c.even, *high, 4, 16), c.odd = lanes_with(c.odd, *high, 3, 16);
-        *high = lanes_right(*high, 2);
+        c.even = lanes_with(c.even, r->high, 4, 16), c.odd = lanes_with(c.odd, r->high, 3, 16);
+        r->high = lanes_right(r->high, 2);
     }
     if (kind == KIND_INT6) {
-        c.even = lanes_with(c.even, *high, 4, 48), c.odd = lanes_with(c.odd, *high, 2, 48);
-        *high = lanes_right(*high, 4);
+        c.even = lanes_with(c.even, r->high, 4, 48), c.odd = lanes_with(c.odd, r->high, 2, 48);
+        r->high = lanes_right(r->high, 4);
     }
     return c;
-}
-INLINE lanes high_at(const struct weight *w, size_t group) { /* a word per group, so it is where 4-byte scales would be */
-    __builtin_prefetch(w->high + group * 4 + HIGH_AHEAD);
-    return lanes_load(w->high + group * 4);
 }
 
 /* Weights times int8 activations. */
 INLINE void int8_tiles(const struct weight *const *w, const int *tile, const struct block *x, float *const *y, const int M,
                        const int NT, const int kind) {
     const int words = words_of_group(w[0], kind), groups = w[0]->cols / w[0]->group;
-    const int run = run_words(words, largest_code(kind)), split = M <= 2; /* two sums hide the latency of few tokens */
-    const int is_signed = is_octets(kind) || kind == KIND_IQ4, has_high = kind == KIND_INT5 || kind == KIND_INT6;
-    const int minima = (kind == KIND_INT4 || kind == KIND_INT5) && w[0]->minima;
+    const int longest = run_words(words, largest_code(kind)), run = longest < words ? longest : words;
+    const int split = M <= 2; /* two sums hide the latency of few tokens */
+    const int is_signed = is_octets(kind) || kind == KIND_IQ4, minima = has_minima(w[0], kind);
     const int32_t *a = x->data, *sums = x->sum;
     const float *sa = x->scale;
     const uint8_t *p[2];
@@ -93,32 +146,29 @@ INLINE void int8_tiles(const struct weight *const *w, const int *tile, const str
         const int zero = is_signed            ? S8_ZERO
                          : kind == KIND_MXFP4 ? 12
                          : kind == KIND_INT6  ? 32
+                         : kind == KIND_INT3  ? 4
                          : minima             ? 0
                          : kind == KIND_INT5  ? 16
                          : w[0]->zeros        ? 0
                                               : 8;
-        lanes high[2];
+        struct rest rest[2];
         struct place place[2];
         UNROLL for (int t = 0; t < NT; t++) {
             place[t] = place_of(w[t], tile[t], g, groups, kind);
-            if (has_high) high[t] = high_at(w[t], place[t].group);
+            rest[t] = rest_at(w[t], tile[t], g, groups, kind);
         }
         UNROLL for (int t = 0; t < NT; t++) UNROLL for (int m = 0; m < M; m++) c[m][t] = lanes_set(-zero * sums[m]);
         if (is_octets(kind)) {
             for (int j = 0; j < words; j++, a += M) {
                 UNROLL for (int t = 0; t < NT; t++) {
-                    lanes v = lanes_load(p[t]);
-                    __builtin_prefetch(p[t] + AHEAD);
-                    p[t] += 64;
+                    const lanes v = next_word(&p[t], kind);
                     UNROLL for (int m = 0; m < M; m++) c[m][t] = lanes_dot_s8(c[m][t], v, a[m]);
                 }
             }
         } else if (is_signed) {
             for (int j = 0; j < words; j++, a += 2 * M) {
                 UNROLL for (int t = 0; t < NT; t++) {
-                    const struct halves v = codes_of(lanes_load(p[t]), NULL, kind);
-                    __builtin_prefetch(p[t] + AHEAD);
-                    p[t] += 64;
+                    const struct halves v = codes_of(next_word(&p[t], kind), &rest[t], kind);
                     UNROLL for (int m = 0; m < M; m++) {
                         c[m][t] = lanes_dot_s8(c[m][t], v.even, a[2 * m]);
                         c[m][t] = lanes_dot_s8(c[m][t], v.odd, a[2 * m + 1]);
@@ -134,9 +184,7 @@ INLINE void int8_tiles(const struct weight *const *w, const int *tile, const str
                 }
                 for (int j = 0; j < run; j++, a += 2 * M) {
                     UNROLL for (int t = 0; t < NT; t++) {
-                        const struct halves v = codes_of(lanes_load(p[t]), &high[t], kind);
-                        __builtin_prefetch(p[t] + AHEAD);
-                        p[t] += 64;
+                        const struct halves v = codes_of(next_word(&p[t], kind), &rest[t], kind);
                         UNROLL for (int m = 0; m < M; m++) {
                             r[m][t][0] = runs_dot(r[m][t][0], v.even, a[2 * m]);
                             r[m][t][split] = runs_dot(r[m][t][split], v.odd, a[2 * m + 1]);
@@ -154,10 +202,10 @@ INLINE void int8_tiles(const struct weight *const *w, const int *tile, const str
                 UNROLL for (int m = 0; m < M; m++) f[m][t] = floats_fma(floats_of(c[m][t]), floats_set(sa[m]), f[m][t]);
                 continue;
             }
-            floats s = scales_at(w[t], place[t]);
+            floats s = scales_at(w[t], place[t], kind);
             prefetch_scales(w[t], place[t], kind);
             if (minima) {
-                floats least = minima_at(w[t], place[t]);
+                floats least = minima_at(w[t], place[t], kind);
                 UNROLL for (int m = 0; m < M; m++) {
                     f[m][t] = floats_fma(floats_mul(floats_of(c[m][t]), floats_set(sa[m])), s, f[m][t]);
                     f[m][t] = floats_fma(least, floats_set(-sa[m] * (float)sums[m]), f[m][t]);
@@ -175,7 +223,7 @@ INLINE void int8_tiles(const struct weight *const *w, const int *tile, const str
         }
     }
     UNROLL for (int t = 0; t < NT; t++) UNROLL for (int m = 0; m < M; m++) {
-        if (kind == KIND_INT8) f[m][t] = floats_mul(f[m][t], scales_at(w[t], (struct place){(size_t)tile[t] * TILE, 0}));
+        if (kind == KIND_INT8) f[m][t] = floats_mul(f[m][t], scales_at(w[t], (struct place){(size_t)tile[t] * TILE, 0}, kind));
         floats_store(y[t] + m * TILE, f[m][t]);
     }
 }
@@ -186,8 +234,7 @@ INLINE void float_tiles(const struct weight *const *w, const int *tile, const st
                         const int NT, const int kind) {
     const int values = is_octets(kind) ? 4 : 8; /* of a word */
     const int words = words_of_group(w[0], kind), groups = w[0]->cols / w[0]->group;
-    const int split = M <= 2, has_high = kind == KIND_INT5 || kind == KIND_INT6;
-    const int minima = (kind == KIND_INT4 || kind == KIND_INT5) && w[0]->minima;
+    const int split = M <= 2, minima = has_minima(w[0], kind), octets = has_pairs(kind) || has_high(kind);
     const float *a = x->data, *sums = x->sum;
     const uint8_t *p[2];
     lanes nan[2];
@@ -199,22 +246,20 @@ INLINE void float_tiles(const struct weight *const *w, const int *tile, const st
     }
     for (int g = 0; g < groups; g++, sums += M) {
         floats c[MAX_BLOCK][2][2];
-        lanes high[2];
+        struct rest rest[2];
         struct place place[2];
         UNROLL for (int t = 0; t < NT; t++) {
             place[t] = place_of(w[t], tile[t], g, groups, kind);
-            if (has_high) high[t] = high_at(w[t], place[t].group);
+            rest[t] = rest_at(w[t], tile[t], g, groups, kind);
             UNROLL for (int m = 0; m < M; m++) c[m][t][0] = c[m][t][1] = floats_zero();
         }
         for (int j = 0; j < words; j++, a += values * M) {
             UNROLL for (int t = 0; t < NT; t++) {
-                lanes v = lanes_load(p[t]);
-                __builtin_prefetch(p[t] + AHEAD);
-                p[t] += 64;
+                const lanes v = next_word(&p[t], kind);
                 floats bytes[4];
                 struct halves both;
                 if (kind == KIND_FP8) nan[t] = floats_e4m3(bytes, v, nan[t]);
-                if (has_high || kind == KIND_IQ4) both = codes_of(v, &high[t], kind);
+                if (octets || kind == KIND_IQ4) both = codes_of(v, &rest[t], kind);
                 UNROLL for (int i = 0; i < values; i++) {
                     floats q = kind == KIND_FP8     ? bytes[i]
                                : is_octets(kind)    ? floats_byte(v, i)
@@ -228,23 +273,23 @@ INLINE void float_tiles(const struct weight *const *w, const int *tile, const st
             }
         }
         UNROLL for (int t = 0; t < NT; t++) {
-            const int zero = kind == KIND_INT6 ? 32 : minima ? 0 : kind == KIND_INT5 ? 16 : kind == KIND_INT4 ? 8 : 0;
-            floats s = kind == KIND_INT8 ? floats_set(1) : scales_at(w[t], place[t]);
+            const int zero = kind == KIND_INT6 ? 32 : kind == KIND_INT3 ? 4 : minima ? 0 : kind == KIND_INT5 ? 16 : kind == KIND_INT4 ? 8 : 0;
+            floats s = kind == KIND_INT8 ? floats_set(1) : scales_at(w[t], place[t], kind);
             floats z = floats_set((float)zero), least = floats_zero();
             if (kind == KIND_FP8) s = floats_mul(s, floats_set(256));
             if (kind != KIND_INT8) prefetch_scales(w[t], place[t], kind);
             if (kind == KIND_INT4 && w[t]->zeros) z = floats_of(lanes_u8(w[t]->zeros + place[t].group));
-            if (minima) least = minima_at(w[t], place[t]);
+            if (minima) least = minima_at(w[t], place[t], kind);
             UNROLL for (int m = 0; m < M; m++) {
                 floats v = split ? floats_add(c[m][t][0], c[m][t][1]) : c[m][t][0];
-                if (kind == KIND_INT4 || has_high) v = floats_fma(z, floats_set(-sums[m]), v);
+                if (kind == KIND_INT4 || octets) v = floats_fma(z, floats_set(-sums[m]), v);
                 f[m][t] = floats_fma(v, s, f[m][t]);
                 if (minima) f[m][t] = floats_fma(least, floats_set(-sums[m]), f[m][t]);
             }
         }
     }
     UNROLL for (int t = 0; t < NT; t++) UNROLL for (int m = 0; m < M; m++) {
-        if (kind == KIND_INT8) f[m][t] = floats_mul(f[m][t], scales_at(w[t], (struct place){(size_t)tile[t] * TILE, 0}));
+        if (kind == KIND_INT8) f[m][t] = floats_mul(f[m][t], scales_at(w[t], (struct place){(size_t)tile[t] * TILE, 0}, kind));
         if (kind == KIND_FP8) f[m][t] = floats_or_nan(f[m][t], nan[t]);
         floats_store(y[t] + m * TILE, f[m][t]);
     }
@@ -298,6 +343,8 @@ INLINE void bf16_rows(const struct weight *w, int tile, const struct block *x, f
     BOTH_PRECISIONS(int4, KIND_INT4, M)                                                                                 \
     BOTH_PRECISIONS(mxfp4, KIND_MXFP4, M)                                                                               \
     BOTH_PRECISIONS(int8, KIND_INT8, M)                                                                                 \
+    BOTH_PRECISIONS(int2, KIND_INT2, M)                                                                                 \
+    BOTH_PRECISIONS(int3, KIND_INT3, M)                                                                                 \
     BOTH_PRECISIONS(int5, KIND_INT5, M)                                                                                 \
     BOTH_PRECISIONS(int6, KIND_INT6, M)                                                                                 \
     BOTH_PRECISIONS(groups, KIND_INT8_GROUPS, M)                                                                        \
@@ -319,6 +366,7 @@ ALL_KINDS(8)
     {                                                                                                                \
         [KIND_INT4] = BY_PRECISION(int4), [KIND_MXFP4] = BY_PRECISION(mxfp4), [KIND_INT8] = BY_PRECISION(int8),      \
         [KIND_INT5] = BY_PRECISION(int5), [KIND_INT6] = BY_PRECISION(int6), [KIND_IQ4] = BY_PRECISION(iq4),          \
+        [KIND_INT2] = BY_PRECISION(int2), [KIND_INT3] = BY_PRECISION(int3),                                          \
         [KIND_INT8_GROUPS] = BY_PRECISION(groups), [KIND_FP8] = {SIZES(fp8_float), SIZES(fp8_float)},                \
         [KIND_BF16] = {SIZES(bf16), SIZES(bf16)}                                                                     \
     }
@@ -326,6 +374,7 @@ ALL_KINDS(8)
 #define PAIRS                                                                                                        \
     {                                                                                                                \
         [KIND_INT4] = PAIR_BY_PRECISION(int4), [KIND_MXFP4] = PAIR_BY_PRECISION(mxfp4),                              \
+        [KIND_INT2] = PAIR_BY_PRECISION(int2), [KIND_INT3] = PAIR_BY_PRECISION(int3),                                \
         [KIND_INT8] = PAIR_BY_PRECISION(int8), [KIND_INT5] = PAIR_BY_PRECISION(int5),                                \
         [KIND_INT6] = PAIR_BY_PRECISION(int6), [KIND_IQ4] = PAIR_BY_PRECISION(iq4),                                  \
         [KIND_INT8_GROUPS] = PAIR_BY_PRECISION(groups), [KIND_FP8] = {SIZES(fp8_float_pair), SIZES(fp8_float_pair)}, \
