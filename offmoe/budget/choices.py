@@ -23,6 +23,7 @@ from offmoe.config import OffloadConfig
 from offmoe.device.planned import PlannedBackend
 from offmoe.errors import CapacityError, ConfigError, UnsupportedModelError
 from offmoe.hf.adapters.find import expert_parameters, find_experts, require_adapter
+from offmoe.hf.catalog.build import build_catalog
 from offmoe.hf.upstream import expert_names
 from offmoe.pack.on_load import with_experts
 from offmoe.pack.pack import weight_format
@@ -158,6 +159,8 @@ def plan_choice(
 ) -> Choice | None:
     """Plan one way. None if the device cannot honor the options in this form."""
     config = asked.overridden(**options)
+    if config.exactness == "auto" and _is_decided(survey, config):
+        config = config.resolved(exactness="numeric")
     try:
         resolved, plan, refusal = divide_or_refusal(config, needs, survey.backend, survey.free)
     except (ConfigError, CapacityError):
@@ -192,6 +195,9 @@ def _forms(survey: Survey, asked: OffloadConfig) -> Iterator[tuple[dict[str, str
     yield {}, survey.needs, _form(survey, survey.needs, survey.config.experts, survey.config.is_numeric, survey)
     if "experts" in asked.explicit:
         return
+    if "exactness" not in asked.explicit and _is_decided(survey, survey.config):
+        stock = _without_kernels(survey)
+        yield {"exactness": "bitwise"}, stock.needs, _form(survey, stock.needs, "native", False, stock)
     if "exactness" not in asked.explicit and survey.config.exactness == "bitwise":
         numeric = _for_kernels(survey)
         form = _form(survey, numeric.needs, "native", True, numeric)
@@ -205,6 +211,20 @@ def _forms(survey: Survey, asked: OffloadConfig) -> Iterator[tuple[dict[str, str
             unified = survey.backend.unified_memory
             needs = with_format(survey.needs, survey.meta, config, survey.stored, unified_memory=unified)
             yield {"experts": experts}, needs, _form(survey, needs, experts, True, survey)
+
+
+def _is_decided(survey: Survey, config: OffloadConfig) -> bool:
+    """Whether exactness="auto" is numeric with these options because of how the checkpoint's experts are stored."""
+    return survey.requested.is_numeric and config.experts == config.dense == "native"
+
+
+def _without_kernels(survey: Survey) -> Survey:
+    """The same checkpoint with slots laid out as transformers computes, if kernels of the CPU would compute it."""
+    if not isinstance(survey, Inspected) or survey.backend.has_device_kernels or not survey.backend.unified_memory:
+        return survey
+    catalog = build_catalog(survey.checkpoint, survey.meta)
+    needs = catalog_needs(catalog, survey.meta, survey.dtype, survey.stored, unified_memory=True)
+    return replace(survey, catalog=catalog, needs=needs.with_dense(survey.meta, survey.config.dense, survey.dtype))
 
 
 def _for_kernels(survey: Survey) -> Survey:

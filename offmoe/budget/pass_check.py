@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from offmoe.budget.forward_pass import PassRoom
 from offmoe.budget.kv import KvBytes
 from offmoe.budget.memory_plan import MemoryPlan
+from offmoe.budget.needs import kv_bytes_per_token
 from offmoe.errors import CapacityError
 from offmoe.text import format_size
 
@@ -28,6 +29,7 @@ class PassCheck:
     def __init__(self, plan: MemoryPlan, room: PassRoom, config: PreTrainedConfig, dtype: torch.dtype) -> None:
         self._plan, self._room = plan, room
         self._kv = KvBytes.of(config, dtype)
+        self._kept_per_token = kv_bytes_per_token(config, dtype)
         self._text_config = config.get_text_config()
 
     def chunk(self, batch: int, length: int, past: int) -> int:
@@ -83,8 +85,11 @@ class PassCheck:
             past: Tokens of each that are cached, those of an encoder included.
             length: New tokens of each.
         """
-        tokens = batch * (past + length)
-        if tokens > self._plan.max_context and self._kv.peak(batch, past, length) > self._plan.kv:
+        tokens, kept = batch * (past + length), self._kv.after(batch, past, length)
+        if tokens <= self._plan.max_context:
+            return
+        # What is reserved for growing holds no tokens: a prompt in one piece, which does not grow, cannot have it.
+        if kept > self._kept_per_token * self._plan.max_context or self._kv.peak(batch, past, length) > self._plan.kv:
             raise CapacityError(
                 f"{batch} x {past + length} tokens of context do not fit the {self._plan.max_context} that memory is "
                 f"reserved for. Load the model with max_context={tokens} or more; a pass that only scores its input "

@@ -288,6 +288,8 @@ def _advice(config: OffloadConfig, survey: Survey) -> str:
     if config.slots_per_layer is None:  # device memory that holds the plan's context, all dense layers and these slots
         slots = sum(n * expert.slot for n, expert in zip(knee, survey.needs.experts, strict=True))
         others = plan.used - plan.slots - plan.in_flight + plan.offloaded
+        if "on_miss" not in survey.requested.explicit:  # at the knee every miss gets a slot
+            others -= plan.scratch
         to_it = f"--device-memory {size_option(others + slots)} --max-context {plan.max_context}"
     else:
         to_it = f"--slots-per-layer {','.join(map(str, sorted(set(knee)) if len(set(knee)) == 1 else knee))}"

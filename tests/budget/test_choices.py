@@ -15,8 +15,9 @@ from offmoe.config import OffloadConfig
 from offmoe.device.machines import parse_machine
 from offmoe.device.planned import PlannedBackend
 from offmoe.errors import CapacityError
+from offmoe.pack.pack import pack, weight_format
 from offmoe.profile import CostModel, Profile
-from tests import quantized, tiny
+from tests import native, quantized, tiny
 
 CONFIGS = Path(__file__).parents[1] / "data" / "configs"
 RATES = Rates("a test", dense_gb_s=10.0, torch_gb_s=10.0, kernel_gb_s=10.0, disk_gb_s=2.0, operation_us=1.0)
@@ -114,6 +115,21 @@ def test_plans_are_those_of_loading(tmp_path: Path) -> None:
         assert 0 <= sum(loaded.plan.slots_per_layer) - sum(way.plan.slots_per_layer) <= 12
         if way.experts == "native" and way.unchanged:
             assert loaded.plan == way.plan
+
+
+@native.installed
+def test_a_quantized_checkpoint_is_numeric_unless_it_is_asked_to_be_bitwise(tmp_path: Path) -> None:
+    """`inspect` once called the way that loading takes equal to transformers, and offered none that is."""
+    folder = tmp_path / "packed"
+    pack(tiny.save(packable(), tmp_path / "model"), folder, weight_format("int4"))
+    asked = OffloadConfig(device="cpu", max_context=512, device_memory="8MiB")
+    ways = choices(survey(folder, asked), asked, rated_costs(RATES))
+    assert [way.options for way in ways if not way.unchanged] == [{}]
+    assert [way.options for way in ways if way.unchanged] == [{"exactness": "bitwise"}]
+    for way in ways:
+        assert way.plan == inspect(folder, asked.overridden(**way.options)).plan
+    bitwise = asked.overridden(exactness="bitwise")
+    assert names(choices(survey(folder, bitwise), bitwise, rated_costs(RATES))) == {"native bitwise"}
 
 
 def test_without_options_the_best_way_that_changes_nothing_is_taken(tmp_path: Path) -> None:

@@ -156,6 +156,7 @@ def test_a_copy_of_what_is_being_read(kind: LateKind, tmp_path: Path, waits: Wai
         if goes_ahead:  # the copy takes what the RAM slot holds before the read
             with pytest.raises(OffmoeError, match="race: copy from the host"):
                 rig.holds(4, 1)
+            torch.accelerator.synchronize()  # else the read goes on first, and the copy finds its source changed
         held.is_open = True
         assert goes_ahead == (waits is not WAITS)
         if not goes_ahead:
