@@ -17,8 +17,7 @@ from offmoe.budget.resolve import pass_room
 from offmoe.errors import CapacityError
 from offmoe.hf.load.attach import encoder_and_decoder
 from offmoe.hf.predict.next_layer import NextLayerPredictor
-from offmoe.runtime.calls import Predictor
-from offmoe.runtime.executor import ExpertExecutor
+from offmoe.runtime.executor import ExpertExecutor, Predictor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,11 +87,8 @@ class Steps:
             trace.begin_step(batch * length, request, token)
         self._encoded = is_encoder
         try:
-            try:
-                with self._watched(is_encoder):
-                    yield
-            finally:
-                self._executor.end_step()
+            with self._watched(is_encoder):
+                yield
         except torch.OutOfMemoryError as error:
             raise CapacityError(
                 f"the device ran out of memory in a pass of {batch * length} tokens. Give fewer tokens at once, or "

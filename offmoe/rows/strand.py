@@ -15,8 +15,7 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 
 from offmoe.errors import OffmoeError
-from offmoe.runtime.calls import LayerCall
-from offmoe.runtime.executor import ExpertExecutor
+from offmoe.runtime.executor import ExpertExecutor, LayerCall
 
 
 class Strand:
