@@ -24,6 +24,7 @@ from offmoe.device.planned import PlannedBackend
 from offmoe.errors import CapacityError, ConfigError, UnsupportedModelError
 from offmoe.hf.adapters.find import expert_parameters, find_experts, require_adapter
 from offmoe.hf.catalog.build import build_catalog
+from offmoe.hf.catalog.catalog import ExpertCatalog
 from offmoe.hf.upstream import expert_names
 from offmoe.pack.on_load import with_experts
 from offmoe.pack.pack import weight_format
@@ -220,21 +221,21 @@ def _is_decided(survey: Survey, config: OffloadConfig) -> bool:
 
 def _without_kernels(survey: Survey) -> Survey:
     """The same checkpoint with slots laid out as transformers computes, if kernels of the CPU would compute it."""
-    if not isinstance(survey, Inspected) or survey.backend.has_device_kernels or not survey.backend.unified_memory:
-        return survey
-    catalog = build_catalog(survey.checkpoint, survey.meta)
-    needs = catalog_needs(catalog, survey.meta, survey.dtype, survey.stored, unified_memory=True)
-    return replace(survey, catalog=catalog, needs=needs.with_dense(survey.meta, survey.config.dense, survey.dtype))
+    return _laid_out(survey, lambda found: build_catalog(found.checkpoint, found.meta))
 
 
 def _for_kernels(survey: Survey) -> Survey:
     """The same model with slots laid out for the CPU's kernels, if it would compute with them."""
+    return _laid_out(survey, lambda found: found.catalog.for_kernels(found.meta))
+
+
+def _laid_out(survey: Survey, catalog_of: Callable[[Inspected], ExpertCatalog]) -> Survey:
+    """The same checkpoint with other slots, where its device is a CPU, whose kernels have a layout of their own."""
     if not isinstance(survey, Inspected) or survey.backend.has_device_kernels or not survey.backend.unified_memory:
         return survey
-    catalog = survey.catalog.for_kernels(survey.meta)
+    catalog = catalog_of(survey)
     needs = catalog_needs(catalog, survey.meta, survey.dtype, survey.stored, unified_memory=True)
-    needs = needs.with_dense(survey.meta, survey.config.dense, survey.dtype)
-    return replace(survey, catalog=catalog, needs=needs)
+    return replace(survey, catalog=catalog, needs=needs.with_dense(survey.meta, survey.config.dense, survey.dtype))
 
 
 def _form(survey: Survey, needs: ModelNeeds, experts: str, numeric: bool, laid_out: Survey) -> ExpertForm:

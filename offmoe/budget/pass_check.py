@@ -85,9 +85,10 @@ class PassCheck:
             past: Tokens of each that are cached, those of an encoder included.
             length: New tokens of each.
         """
-        tokens, kept = batch * (past + length), self._kv.after(batch, past, length)
+        tokens = batch * (past + length)
         if tokens <= self._plan.max_context:
             return
+        kept = self._kv.after(batch, past, length)
         # What is reserved for growing holds no tokens: a prompt in one piece, which does not grow, cannot have it.
         if kept > self._kept_per_token * self._plan.max_context or self._kv.peak(batch, past, length) > self._plan.kv:
             raise CapacityError(
