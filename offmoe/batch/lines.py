@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from offmoe.dialogue.errors import RequestError
+from offmoe.dialogue.strict_json import parse_json
 from offmoe.errors import ConfigError
-from offmoe.serve.http.fields import refuse_constant
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 ENDPOINTS = (CHAT, COMPLETIONS)
@@ -68,10 +68,9 @@ def read_lines(path: str | os.PathLike[str]) -> list[Line]:
 def parse_line(number: int, text: bytes | str) -> Line:
     """The request of a line of JSON, or its error. number: of the line, from 1."""
     try:
-        value = json.loads(text, parse_constant=refuse_constant)
-        json.dumps(value, ensure_ascii=False).encode()  # an escaped half of a surrogate pair is no text
-    except (ValueError, RecursionError) as error:
-        reason = RequestError(f"not JSON: {error or type(error).__name__}", code="invalid_json")
+        value = parse_json(text)
+    except ValueError as error:
+        reason = RequestError(str(error), code="invalid_json")
         return Line(number, f"line-{number}", error=reason)
     return line_of(number, value)
 

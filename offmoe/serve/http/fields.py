@@ -10,11 +10,6 @@ from offmoe.serve.http.shape import Schema, check
 Kind = TypeVar("Kind")
 
 
-def refuse_constant(name: str) -> None:
-    """The `parse_constant` of `json.loads`: Python's parser takes NaN and Infinity, which are no JSON."""
-    raise ValueError(f"{name} is no JSON value")
-
-
 class Fields:
     """A JSON object of a body.
 

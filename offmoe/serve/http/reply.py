@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse
 
 from offmoe.dialogue.errors import RequestError
+from offmoe.dialogue.strict_json import parse_json
 from offmoe.serve.engine import QueueFullError
 from offmoe.serve.http.errors import OVERLOADED, anthropic_error, openai_error
-from offmoe.serve.http.fields import refuse_constant
 
 BODY_BYTES = 32 << 20
 """Largest body that is read. A prompt of a million tokens has about 4 MB; images are refused later, by name."""
@@ -49,11 +48,7 @@ async def read_json(http: HttpRequest) -> Any:
         if size > BODY_BYTES:
             raise RequestError(f"the body is larger than {BODY_BYTES >> 20} MiB.", status=413)
         pieces.append(piece)
-    raw = b"".join(pieces)
     try:
-        value = json.loads(raw, parse_constant=refuse_constant)
-        if b"\\u" in raw:  # an escaped half of a surrogate pair is no text
-            json.dumps(value, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"the body is not JSON: {error or type(error).__name__}", code="invalid_json") from None
-    return value
+        return parse_json(b"".join(pieces))
+    except ValueError as error:
+        raise RequestError(f"the body is {error}", code="invalid_json") from None
