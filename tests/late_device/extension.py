@@ -96,7 +96,6 @@ def library() -> ctypes.CDLL:
     """The loaded extension; torch knows the device "late" afterwards."""
     loaded = ctypes.CDLL(str(build()), mode=ctypes.RTLD_GLOBAL)
     loaded.late_real.restype = ctypes.c_size_t
-    loaded.late_registered.restype = ctypes.c_size_t
     module = types.ModuleType("torch.late")
     numbers = [torch.zeros(16, dtype=torch.uint8) for _ in range(2)]  # nothing draws from them on the device
     vars(module).update(
@@ -164,11 +163,6 @@ def copies_leave_streams(leave: bool) -> None:
 def limit(device: int, nbytes: int) -> None:
     """Bytes of memory that a device has."""
     library().late_limit(device, size(nbytes))
-
-
-def registered() -> int:
-    """Number of regions of host memory that are registered."""
-    return int(library().late_registered())
 
 
 def _texts(which: int) -> list[str]:
@@ -257,6 +251,8 @@ class LateKind(DeviceKind):
     def __init__(self) -> None:
         self.registered_on: list[int] = []
         """Per registration, the current device."""
+        self.held: set[int] = set()
+        """Addresses of the regions that are registered. A test sees its own, whatever an earlier one has left."""
         self.refuses_after = 1 << 30
         """Registrations that succeed before the system refuses."""
         self.before_register: Callable[[], None] = lambda: None
@@ -279,7 +275,9 @@ class LateKind(DeviceKind):
             return False
         self.registered_on.append(torch.accelerator.current_device_index())
         library().late_pin(size(address), size(nbytes))
+        self.held.add(address)
         return True
 
     def unregister(self, address: int) -> None:
         library().late_unpin(size(address))
+        self.held.discard(address)

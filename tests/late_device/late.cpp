@@ -1098,10 +1098,6 @@ void late_pin(uintptr_t at, size_t bytes) {
   pinned[at] = Pinned{bytes, true};
 }
 void late_unpin(uintptr_t at) { unpin(at, "unregistering"); }
-size_t late_registered() {
-  std::lock_guard<std::mutex> l(state);
-  return size_t(std::count_if(pinned.begin(), pinned.end(), [](const auto& p) { return p.second.registered; }));
-}
 void late_limit(int device, size_t bytes) {
   std::lock_guard<std::mutex> l(state);
   memories[device].limit = bytes;

@@ -101,6 +101,12 @@ def count(results: Path) -> int:
     return results.read_bytes().count(b"\n") if results.exists() else 0
 
 
+def wait_for_lines(process: subprocess.Popen[str], results: Path) -> None:
+    """Return when the run has written some of its lines, or has ended."""
+    while process.poll() is None and count(results) < 12:
+        time.sleep(0.01)
+
+
 @pytest.mark.slow
 def test_a_worker_that_is_killed_loses_and_doubles_no_line(
     tmp_path: Path, address: str, alone: tuple[Path, bytes]
@@ -108,8 +114,7 @@ def test_a_worker_that_is_killed_loses_and_doubles_no_line(
     source, expected = alone
     results = tmp_path / "out.jsonl"
     with start(source, results, "--ray", address) as process:
-        while process.poll() is None and count(results) < 12:
-            time.sleep(0.01)
+        wait_for_lines(process, results)
         workers = actors()
         workers[0].send_signal(signal.SIGKILL)
         done = count(results)
@@ -128,8 +133,7 @@ def test_a_run_that_is_killed_goes_on_without_the_cluster(
     source, expected = alone
     results = tmp_path / "out.jsonl"
     with start(source, results, "--ray", address) as process:
-        while process.poll() is None and count(results) < 12:
-            time.sleep(0.01)
+        wait_for_lines(process, results)
         process.kill()
         process.communicate()
     assert 12 <= count(results) < 70
