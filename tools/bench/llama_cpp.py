@@ -29,26 +29,13 @@ from offmoe.bench.memory_cap import MemoryCap
 from offmoe.bench.scratch import ended_by_sigterm, scratch_folder
 from offmoe.device.cores import usable_cores
 from offmoe.measure.probes import drop_page_cache
-from offmoe.pack.pack import LAYOUTS, ROWS, TILED, weight_format
-from tools.bench.synthetic import mixtral_config, qwen3_config, write_packed
-from tools.bench.synthetic_gguf import DENSE, write_gguf
+from offmoe.pack.pack import TILED, weight_format
+from tools.bench.shapes import GROUP, SHAPES, VOCABULARY, add_options, configs
+from tools.bench.synthetic import write_packed
+from tools.bench.synthetic_gguf import write_gguf
 
-VOCABULARY, GROUP = 32000, 32
 WORKER = Path(__file__).with_name("llama_worker.py")
 FIGURES = ("tokens_per_s", "prefill_tokens_per_s")
-
-
-def configs(layers: int, *, tiny: bool) -> dict[str, Any]:
-    """The shapes by name. tiny: such that a run takes seconds."""
-    if tiny:
-        return {
-            "mixtral": mixtral_config(256, 512, layers, 8, 2, VOCABULARY),
-            "qwen3": qwen3_config(256, 128, layers, 16, 4, VOCABULARY, heads=4),
-        }
-    return {
-        "mixtral": mixtral_config(4096, 14336, layers, 8, 2, VOCABULARY),
-        "qwen3": qwen3_config(2048, 768, layers, 128, 8, VOCABULARY, heads=32),
-    }
 
 
 def written(work: Path, shape: str, args: argparse.Namespace, scratch: Path) -> tuple[Path, Path]:
@@ -125,21 +112,12 @@ def parser() -> argparse.ArgumentParser:
     program = parser.add_mutually_exclusive_group(required=True)
     program.add_argument("--llama-bench", type=Path, help="llama.cpp's own benchmark")
     program.add_argument("--library", type=Path, help="a folder with libllama, libggml and their backends")
-    parser.add_argument("--work", type=Path, help="a folder for the models, kept (default: temporary)")
-    parser.add_argument("--shape", choices=("mixtral", "qwen3"), action="append", help="default: both")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=24, help="decoded per round")
+    add_options(parser)
     parser.add_argument("--warm", type=int, default=8, help="decoded before that")
-    parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--cap", type=float, action="append", default=[], help="share of the file that is memory")
     parser.add_argument("--no-resident", action="store_true", help="only with --cap")
-    parser.add_argument("--activations", choices=("int8", "float"), default="int8", help="of offmoe's experts")
-    parser.add_argument("--dense", choices=tuple(DENSE), default="native", help="of the dense weights, in both")
-    parser.add_argument("--layout", choices=LAYOUTS, default=ROWS, help="how experts stand on the disk (offmoe pack)")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the script")
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     return parser
 
 
@@ -149,7 +127,7 @@ def main() -> None:
         args.work.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {}
     with ended_by_sigterm(), scratch_folder("offmoe-llama-", args.work) as scratch:
-        for shape in args.shape or ("mixtral", "qwen3"):
+        for shape in args.shape or SHAPES:
             found[shape] = compare(shape, args.work or scratch, scratch, args)
     for shape, parts in found.items():
         for part, figures in parts.items():

@@ -34,13 +34,13 @@ from offmoe.compute.kernels.library import status
 from offmoe.config import OffloadConfig
 from offmoe.hf.load.kernel_linears import LinearForward
 from offmoe.measure.probes import DiskProbe, drop_page_cache
-from offmoe.pack.pack import LAYOUTS, ROWS, TILED, weight_format
+from offmoe.pack.pack import TILED, weight_format
 from offmoe.storage.checkpoint import Checkpoint
 from offmoe.storage.store import ExpertStore
 from offmoe.types import ExpertKey
-from tools.bench.synthetic import mixtral_config, qwen3_config, write_packed
+from tools.bench.shapes import GROUP, SHAPES, VOCABULARY, add_options, configs
+from tools.bench.synthetic import write_packed
 
-VOCABULARY, GROUP = 32000, 32
 READ_BYTES = 512 << 20
 DISK_S = 3.0
 MAX_CONTEXT = 1024
@@ -52,13 +52,6 @@ KINDS = (
     ("head", ("lm_head",)),
 )
 """Kinds of modules, and the last part of their names."""
-
-
-def configs(layers: int) -> dict[str, Any]:
-    return {
-        "mixtral": mixtral_config(4096, 14336, layers, 8, 2, VOCABULARY),
-        "qwen3": qwen3_config(2048, 768, layers, 128, 8, VOCABULARY, heads=32),
-    }
 
 
 class Run:
@@ -234,24 +227,15 @@ def spread(rounds: list[dict[str, float]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, help="a folder for the checkpoints, kept (default: temporary)")
-    parser.add_argument("--shape", choices=("mixtral", "qwen3"), action="append", help="default: both")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=24, help="decoded per round")
-    parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
-    parser.add_argument("--activations", default="int8", help="of experts: float or int8")
-    parser.add_argument("--dense", choices=("native", "int8", "int4"), default="native", help="of the dense weights")
-    parser.add_argument("--layout", choices=LAYOUTS, default=ROWS, help="how experts stand on the disk (offmoe pack)")
+    add_options(parser)
     parser.add_argument("--cap", type=float, action="append", default=[], help="share of the experts that have slots")
     parser.add_argument("--profile", action="store_true", help="where a token's time goes")
-    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args()
     found: dict[str, Any] = {}
     if args.work is not None:
         args.work.mkdir(parents=True, exist_ok=True)
     with ended_by_sigterm(), scratch_folder("offmoe-whole-", args.work) as scratch:
-        for shape in args.shape or ("mixtral", "qwen3"):
+        for shape in args.shape or SHAPES:
             tiles = args.layout == TILED
             folder = (args.work or scratch) / f"{shape}-{args.layers}{'-tiles' if tiles else ''}"
             if not folder.exists():
