@@ -23,6 +23,7 @@ from offmoe.compute.cpu_compute import host_compute, scratch_layers
 from offmoe.compute.dense_linear import DenseKernels
 from offmoe.compute.expert_layer import ExpertLayer
 from offmoe.compute.gpu_compute import device_compute
+from offmoe.compute.torch_threads import TorchThreads
 from offmoe.config import OffloadConfig
 from offmoe.device.arena import SlotArena, slot_layouts
 from offmoe.device.uploads import Uploads
@@ -32,6 +33,7 @@ from offmoe.hf.adapters.find import find_experts
 from offmoe.hf.load.attach import IMPLEMENTATION, attach, expert_layers
 from offmoe.hf.load.dense_layers import OffloadedLayers, dense_layers
 from offmoe.hf.load.generation import plain_generation
+from offmoe.hf.load.grouped_attention import group_heads
 from offmoe.hf.load.kernel_linears import attach_kernels, dense_formats
 from offmoe.hf.load.load import load_dense
 from offmoe.hf.load.options import sort_options
@@ -183,7 +185,8 @@ def load(inspected: Inspected, *, name: str = "", trace: str | os.PathLike[str] 
             backend=inspected.backend,
             computes_on_host=executor.computes_on_host,
         )
-        offload = Offload(model, loaded, executor, modules, slots, closing, warm)
+        threads = None if dense is None else TorchThreads()
+        offload = Offload(model, loaded, executor, modules, slots, closing, warm, threads)
         if config.fills:
             offload.fill()
     return cast("OffloadedModel", model)
@@ -212,6 +215,8 @@ def _load_dense(inspected: Inspected, closing: ExitStack) -> tuple[PreTrainedMod
     backend, config = inspected.backend, inspected.config
     if not config.is_numeric or not backend.unified_memory or backend.has_device_kernels:
         return model, None
+    if backend.device.type == "cpu":
+        group_heads(model)
     absent, int8_activations = offloaded.names if offloaded else (), config.activations == "int8"
     with quantizer() as quantize:
         formats = dense_formats(inspected.meta, config.dense)

@@ -18,6 +18,7 @@ from torch import nn
 
 from offmoe.budget.memory_plan import MemoryPlan
 from offmoe.budget.replan import Loaded
+from offmoe.compute.torch_threads import TorchThreads
 from offmoe.config import OffloadConfig
 from offmoe.device.pinning import PinProgress
 from offmoe.errors import ConfigError, OffmoeError
@@ -62,6 +63,7 @@ class Offload:
         slots: Gives the layouts of all slots by a division.
         closing: Callbacks that end the runtime; the handle takes them over.
         warm: The state of earlier runs.
+        threads: Torch's threads, if the C kernels compute the linear layers.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Offload:
         slots: SlotsOf,
         closing: ExitStack,
         warm: WarmStart,
+        threads: TorchThreads | None = None,
     ):
         self._loaded, self._slots, self._executor, self._warm = loaded, slots, executor, warm
         self.backend = loaded.backend
@@ -81,7 +84,7 @@ class Offload:
         """Calls of the model that are under way, one inside the other."""
         self._baseline = CacheStats.for_layers(executor.shape.layers)
         self._model = weakref.ref(model)
-        self._steps = Steps(executor, experts)
+        self._steps = Steps(executor, experts, threads)
         self._steps.follow(model, loaded)
         # The finalizer must not hold the model, or the model would never be garbage-collected.
         callbacks = closing.pop_all()

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from offmoe.budget.needs import kv_growth_per_token
 from offmoe.budget.pass_check import PassCheck
 from offmoe.budget.replan import Loaded
 from offmoe.budget.resolve import pass_room
+from offmoe.compute.dense_linear import FEW_ROWS
+from offmoe.compute.torch_threads import MOST_KV_BYTES, TorchThreads
 from offmoe.errors import CapacityError
 from offmoe.hf.load.attach import encoder_and_decoder
 from offmoe.hf.predict.next_layer import NextLayerPredictor
@@ -32,10 +35,15 @@ class Steps:
     Args:
         executor: The runtime of the experts.
         experts: The experts module of each MoE layer.
+        threads: Torch's threads, if the C kernels compute the linear layers.
     """
 
-    def __init__(self, executor: ExpertExecutor, experts: Sequence[nn.Module]):
-        self._executor, self._experts = executor, experts
+    def __init__(
+        self, executor: ExpertExecutor, experts: Sequence[nn.Module], threads: TorchThreads | None = None
+    ) -> None:
+        self._executor, self._experts, self._threads = executor, experts, threads
+        self._kv_per_token = 0
+        """Most bytes of the keys and values of a token in one layer."""
         self._prediction: NextLayerPredictor | None = None
         self._encoded = False
         """Whether the encoder has run for requests that the decoder has not begun yet."""
@@ -46,6 +54,7 @@ class Steps:
         """Check passes by this division; let experts be predicted if some have no slot and nothing predicts them."""
         config, plan = loaded.config, loaded.plan
         self.checks = PassCheck(plan, pass_room(config, loaded.needs, plan), model.config, model.dtype)
+        self._kv_per_token = 2 * kv_growth_per_token(model.config, model.dtype)
         short = any(map(operator.lt, plan.slots_per_layer, self._executor.shape.experts))
         if short and config.prefetch != 0 and self._executor.predictor is None:
             self._prediction = NextLayerPredictor(model, self._experts, encoder_and_decoder(model))
@@ -87,13 +96,24 @@ class Steps:
             trace.begin_step(batch * length, request, token)
         self._encoded = is_encoder
         try:
-            with self._watched(is_encoder):
+            with self._watched(is_encoder), self._few_threads(batch * length, batch * (past + length)):
                 yield
         except torch.OutOfMemoryError as error:
             raise CapacityError(
                 f"the device ran out of memory in a pass of {batch * length} tokens. Give fewer tokens at once, or "
                 "load the model with a smaller device_memory or slots_per_layer, which leaves more of the device free."
             ) from error
+
+    def _few_threads(self, tokens: int, context: int) -> AbstractContextManager[None]:
+        """Surround a pass in which torch computes little.
+
+        Args:
+            tokens: New ones of all sequences.
+            context: Tokens that attention reads, of all sequences.
+        """
+        if self._threads is None or tokens > FEW_ROWS or context * self._kv_per_token > MOST_KV_BYTES:
+            return nullcontext()
+        return self._threads.one()
 
     @contextmanager
     def _watched(self, is_encoder: bool) -> Iterator[None]:

@@ -1,8 +1,8 @@
 """The only module that imports transformers' semi-private interfaces.
 
-offmoe builds on two of them: the registry of experts implementations, and the renamings and conversions by which the
-loader maps a checkpoint's tensor names to parameters. transformers does not promise that they are stable, so importing
-this module fails with a message that names what a release lacks.
+offmoe builds on two of them: the registries of experts and attention implementations, and the renamings and conversions
+by which the loader maps a checkpoint's tensor names to parameters. transformers does not promise that they are stable,
+so importing this module fails with a message that names what a release lacks.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ try:
         rename_source_key,
     )
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 except ImportError as error:
     raise ConfigError(
         f"transformers {transformers.__version__} lacks something that offmoe builds on ({error}); "
@@ -51,7 +53,9 @@ RAW_INPUTS: tuple[str, ...] = tuple(
 be divided. A release without this list refuses none of them by name."""
 
 __all__ = [
+    "ALL_ATTENTION_FUNCTIONS",
     "ALL_EXPERTS_FUNCTIONS",
+    "ALL_MASK_ATTENTION_FUNCTIONS",
     "Alternate",
     "Concatenate",
     "ConversionOps",

@@ -116,14 +116,16 @@ class Llama:
 class Offmoe:
     """One model in offmoe."""
 
-    def __init__(self, model: Path, threads: int, options: dict[str, Any]) -> None:
+    def __init__(self, model: Path, threads: int, capped: bool, options: dict[str, Any]) -> None:
         import torch
 
         import offmoe
 
         torch.set_num_threads(threads)
         self._torch, self._cache = torch, None
-        self._model: Any = offmoe.from_pretrained(model, device="cpu", max_context=CONTEXT, **options)
+        self._model: Any = offmoe.from_pretrained(model, device="cpu", max_context=CONTEXT, fill=not capped, **options)
+        while self._model.offload.fill_progress().running:  # llama.cpp reads all of a file, too, where it fits
+            time.sleep(0.05)
         self._before = self._model.offload.stats()
 
     def begin(self) -> None:
@@ -177,7 +179,7 @@ def main() -> None:
         run += ["-lm", "mmap", "--repack", 0] if task["capped"] else []
         os.execv(task["path"], [task["path"], "-m", str(model), *map(str, run)])
     if task["program"] == "offmoe":
-        ours = Offmoe(model, threads, task["options"])
+        ours = Offmoe(model, threads, task["capped"], task["options"])
         print(json.dumps({**measured(ours, task), **ours.more()}))
         return
     print(json.dumps(measured(Llama(Path(task["path"]), model, threads, task["capped"]), task)))

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import offmoe
+from offmoe import steps
 from offmoe.budget import resolve
 from offmoe.budget.inspect import inspect
 from offmoe.budget.resolve import divide
@@ -159,3 +160,31 @@ def test_a_compiled_layer_is_torchs(folder: Path) -> None:
         assert torch.equal(compiled(x), torch.nn.functional.linear(x, layer.weight))
         with pytest.raises(RuntimeError, match=r"shape|size"):
             layer(torch.randn(1, 32).bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "past", "threads"), [(1, 8, 1), (4, 8, 1), (5, 8, 2), (1, 40, 2)], ids=["one", "four", "five", "context"]
+)
+def test_torch_has_one_thread_for_a_few_tokens(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tokens: int, past: int, threads: int
+) -> None:
+    monkeypatch.setattr(steps, "MOST_KV_BYTES", 16 * 2 * 2 * 32 * 2)  # 16 tokens of 2 heads of 32 in bf16
+    before, seen = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(2)
+        model = load(folder, exactness="numeric")
+        with model.offload, torch.no_grad():
+            cache = model(tiny.prompt(1, past), use_cache=True).past_key_values
+            model.model.norm.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
+            model(tiny.prompt(1, tokens), past_key_values=cache)
+        assert seen == [threads]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_attention_is_grouped_in_numeric_mode_alone(folder: Path) -> None:
+    for exactness, implementation in (("numeric", "offmoe_sdpa"), ("bitwise", "sdpa")):
+        model = load(folder, exactness=exactness)
+        with model.offload:
+            assert model.config._attn_implementation == implementation

@@ -11,7 +11,7 @@
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
-enum { AHEAD = 2048, BF16_AHEAD = 1024, SCALES_AHEAD = 512, HIGH_AHEAD = 512, SUPERS_AHEAD = 128, BF16_ROWS = 4 };
+enum { AHEAD = 2048, BF16_AHEAD = 512, SCALES_AHEAD = 512, HIGH_AHEAD = 512, SUPERS_AHEAD = 128 };
 
 /* What follows from the kind alone, so that the compiler knows it. */
 INLINE int is_octets(int kind) { return kind == KIND_INT8 || kind == KIND_INT8_GROUPS || kind == KIND_FP8; }
@@ -295,26 +295,35 @@ INLINE void float_tiles(const struct weight *const *w, const int *tile, const st
     }
 }
 
-/* Rows of bf16, 16 of them as if they were a tile; exact products, float32 sums. */
+/* Rows of bf16, 16 of them as if they were a tile; exact products, float32 sums.
+ *
+ * One row is a few KB, too short for the processor's own prefetching, so several are read side by side, and the end of
+ * some prefetches the beginning of the next. One core of a Zen 4 reads 13 GB/s with four rows and no prefetching past
+ * their end, 18 with it, and 23 with eight rows; from memory as such, 27.
+ */
 INLINE void bf16_rows(const struct weight *w, int tile, const struct block *x, float *y, const int M) {
-    const size_t stride = (size_t)w->cols * 2;
-    for (int row = 0; row < TILE; row += BF16_ROWS) {
+    const size_t stride = (size_t)w->cols * 2, ahead = stride < BF16_AHEAD ? stride : BF16_AHEAD;
+    const int rows = M <= 2 ? BF16_ROWS : 4; /* what registers hold */
+    for (int row = 0; row < TILE; row += rows) {
         const uint8_t *p = w->words + ((size_t)tile * TILE + row) * stride;
         const float *a = x->data;
         floats f[MAX_BLOCK][BF16_ROWS];
-        UNROLL for (int r = 0; r < BF16_ROWS; r++) UNROLL for (int m = 0; m < M; m++) f[m][r] = floats_zero();
-        for (int k = 0; k < w->cols; k += 32, p += 64, a += 32 * M) {
-            UNROLL for (int r = 0; r < BF16_ROWS; r++) {
-                lanes v = lanes_load(p + r * stride);
-                floats even = floats_even_bf16(v), odd = floats_odd_bf16(v);
-                __builtin_prefetch(p + r * stride + BF16_AHEAD);
-                UNROLL for (int m = 0; m < M; m++) {
-                    f[m][r] = floats_fma(even, floats_load(a + 32 * m), f[m][r]);
-                    f[m][r] = floats_fma(odd, floats_load(a + 32 * m + TILE), f[m][r]);
+        UNROLL for (int r = 0; r < rows; r++) UNROLL for (int m = 0; m < M; m++) f[m][r] = floats_zero();
+        for (int at_end = 0; at_end < 2; at_end++) {
+            const size_t far = ahead + (at_end ? (rows - 1) * stride : 0);
+            for (size_t left = at_end ? ahead : stride - ahead; left; left -= 64, p += 64, a += 32 * M) {
+                UNROLL for (int r = 0; r < rows; r++) {
+                    lanes v = lanes_load(p + r * stride);
+                    floats even = floats_even_bf16(v), odd = floats_odd_bf16(v);
+                    __builtin_prefetch(p + r * stride + far);
+                    UNROLL for (int m = 0; m < M; m++) {
+                        f[m][r] = floats_fma(even, floats_load(a + 32 * m), f[m][r]);
+                        f[m][r] = floats_fma(odd, floats_load(a + 32 * m + TILE), f[m][r]);
+                    }
                 }
             }
         }
-        UNROLL for (int r = 0; r < BF16_ROWS; r++) UNROLL for (int m = 0; m < M; m++) y[m * TILE + row + r] = floats_sum(f[m][r]);
+        UNROLL for (int r = 0; r < rows; r++) UNROLL for (int m = 0; m < M; m++) y[m * TILE + row + r] = floats_sum(f[m][r]);
     }
 }
 

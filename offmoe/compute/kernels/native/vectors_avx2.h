@@ -5,6 +5,7 @@ typedef struct { __m256 a, b; } floats;
 typedef lanes runs;
 
 #define PAIR_TOKENS 2
+#define BF16_ROWS 4
 #define LARGEST_BLOCK 4
 #define LANES(...) ((lanes){__VA_ARGS__})
 #define FLOATS(...) ((floats){__VA_ARGS__})

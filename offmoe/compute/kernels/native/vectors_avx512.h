@@ -5,6 +5,7 @@ typedef __m512 floats;
 typedef lanes runs;
 
 #define PAIR_TOKENS 8
+#define BF16_ROWS 8
 #define LARGEST_BLOCK 8
 #define WIDE_RUNS 1
 enum { S8_ZERO = 128 };

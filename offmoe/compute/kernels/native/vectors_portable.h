@@ -5,6 +5,7 @@ typedef float floats __attribute__((vector_size(64)));
 typedef lanes runs;
 
 #define PAIR_TOKENS 1
+#define BF16_ROWS 4
 #define LARGEST_BLOCK 4
 #define WIDE_RUNS 1
 enum { S8_ZERO = 0 };
