@@ -215,8 +215,7 @@ def _load_dense(inspected: Inspected, closing: ExitStack) -> tuple[PreTrainedMod
     backend, config = inspected.backend, inspected.config
     if not config.is_numeric or not backend.unified_memory or backend.has_device_kernels:
         return model, None
-    if backend.device.type == "cpu":
-        group_heads(model)
+    group_heads(model)
     absent, int8_activations = offloaded.names if offloaded else (), config.activations == "int8"
     with quantizer() as quantize:
         formats = dense_formats(inspected.meta, config.dense)

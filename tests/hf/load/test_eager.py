@@ -179,8 +179,9 @@ def test_copies_are_refused(model: tiny.Model, part: str, duplicate: Callable[[A
         duplicate(thing)
 
 
-def test_data_parallel(model: tiny.Model, stock: tiny.Model) -> None:
+def test_data_parallel(model: tiny.Model, stock: tiny.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """With one device it only calls the model; for several it makes replicas."""
+    monkeypatch.setattr(torch.nn.parallel.data_parallel, "_get_available_device_type", lambda: None)  # a late one, too
     assert torch.equal(torch.nn.DataParallel(model)(OTHER, use_cache=False).logits, logits(stock))
     with pytest.raises(ConfigError, match="cannot be replicated"):
         model._replicate_for_data_parallel()
