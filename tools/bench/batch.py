@@ -88,7 +88,8 @@ def measure_accelerate(model: Path, widths: list[int], tokens: int, memory: int 
         model: The checkpoint.
         widths: Numbers of rows.
         tokens: New ones per row.
-        memory: Bytes for weights; the rest is read from the disk at every use. None: as much as there is.
+        memory: Bytes for weights that stay; the others are read from the disk at every use, a layer at a time, which
+            comes on top. None: as much as there is.
         folder: Where accelerate writes the weights that it reads.
     """
     import torch
@@ -206,6 +207,7 @@ def all_setups(args: argparse.Namespace, scratch: str) -> dict[str, Any]:
     hidden, intermediate = TINY if args.quick else (tiers.HIDDEN, tiers.INTERMEDIATE)
     model, packed = Path(scratch, "model"), Path(scratch, "packed")
     shape = {"layers": tiers.LAYERS, "experts": tiers.EXPERTS, "top_k": tiers.TOP_K}
+    layer_bytes = tiers.EXPERTS * 6 * hidden * intermediate
     write_mixtral(model, hidden, intermediate, vocabulary=tiers.VOCABULARY, **shape)
     found: dict[str, Any] = {}
     for name in sorted(args.setups.split(","), key=lambda name: name == "int4"):
@@ -214,7 +216,7 @@ def all_setups(args: argparse.Namespace, scratch: str) -> dict[str, Any]:
             pack(model, packed, weight_format("int4"))
             shutil.rmtree(model)
         if not args.quick:
-            options["device_memory"] = cap - LIBRARIES_BYTES
+            options["device_memory"] = cap - LIBRARIES_BYTES - (layer_bytes if name == ACCELERATE else 0)
         elif name == ACCELERATE:
             options["device_memory"] = QUICK_BYTES
         folder = os.fspath(packed if name == "int4" else model)
