@@ -41,7 +41,9 @@ from offmoe.pack.on_load import write
 from offmoe.pack.quantizer import quantizer
 from offmoe.policy.planner import Planner, build_planner
 from offmoe.profile import Profile
-from offmoe.runtime.executor import ExpertExecutor, Slots
+from offmoe.runtime.calls import Slots
+from offmoe.runtime.decode_choice import build_device_decode
+from offmoe.runtime.executor import ExpertExecutor
 from offmoe.runtime.host_experts import HostExperts
 from offmoe.runtime.host_probe import probed_costs
 from offmoe.storage.store import ExpertStore
@@ -297,7 +299,10 @@ def _build_executor(
         closing.callback(uploads.close)
         compute = device_compute(layers, arena, compute, uploads, compile_for=(inspected.dtype, inspected.shape.top_k))
         closing.callback(compute.close)
-    return ExpertExecutor(planner, transfer, compute, backend, stats, host), config
+    decode = build_device_decode(config, inspected.shape, layers, compute, transfer, inspected.dtype)
+    if decode is not None:
+        closing.callback(decode.close)
+    return ExpertExecutor(planner, transfer, compute, backend, stats, host, decode), config
 
 
 def _with_host_times(

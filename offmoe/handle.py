@@ -1,7 +1,6 @@
 """The handle at `model.offload`: statistics, memory, recording and the end of the runtime.
 
-It also surrounds the model's calls (`in_use`, `step`), which hf/load/attach.py connects to the model. After `close` no
-thread, open file or pinned page is left.
+It also surrounds the model's calls (hf/load/attach.py). After `close` no thread, open file or pinned page is left.
 """
 
 from __future__ import annotations
@@ -26,7 +25,8 @@ from offmoe.hf.load.attach import attach_handle
 from offmoe.rows.many import TokenIds, all_results, row_requests
 from offmoe.rows.row import RowRequest
 from offmoe.rows.session import Session
-from offmoe.runtime.executor import ExpertExecutor, Predictor, Slots
+from offmoe.runtime.calls import Predictor, Slots
+from offmoe.runtime.executor import ExpertExecutor
 from offmoe.steps import Steps
 from offmoe.trace.recorder import TraceWriter
 from offmoe.transfer.closing import close_all

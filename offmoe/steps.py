@@ -20,7 +20,8 @@ from offmoe.compute.torch_threads import MOST_KV_BYTES, TorchThreads
 from offmoe.errors import CapacityError
 from offmoe.hf.load.attach import encoder_and_decoder
 from offmoe.hf.predict.next_layer import NextLayerPredictor
-from offmoe.runtime.executor import ExpertExecutor, Predictor
+from offmoe.runtime.calls import Predictor
+from offmoe.runtime.executor import ExpertExecutor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,8 +97,11 @@ class Steps:
             trace.begin_step(batch * length, request, token)
         self._encoded = is_encoder
         try:
-            with self._watched(is_encoder), self._few_threads(batch * length, batch * (past + length)):
-                yield
+            try:
+                with self._watched(is_encoder), self._few_threads(batch * length, batch * (past + length)):
+                    yield
+            finally:
+                self._executor.end_step()
         except torch.OutOfMemoryError as error:
             raise CapacityError(
                 f"the device ran out of memory in a pass of {batch * length} tokens. Give fewer tokens at once, or "

@@ -108,7 +108,7 @@ def test_a_typed_error_or_the_right_tokens(model, fault, nth):
         assert isinstance(raised, expected)
     assert store._read_at.calls >= nth
     store._read_at = right
-    check_planner(executor._planner)
+    check_planner(executor.planner)
     assert torch.equal(generate(model), want), "and again as if nothing had been"
 
 
@@ -146,7 +146,7 @@ def test_ctrl_c_at_random_points(model, points, interrupts):
         except KeyboardInterrupt:
             struck += not done
         timer.join(20)
-        check_planner(executor._planner)
+        check_planner(executor.planner)
         assert torch.equal(generate(model, tokens=3), want)
     assert struck >= points // 4, "most of them in the middle"
 

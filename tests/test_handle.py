@@ -133,7 +133,7 @@ def test_parts_of_a_model_are_one_users_too(model):
 
     want = model.model(tiny.prompt()).last_hidden_state
     experts.predictor = Hold()
-    experts._planner.wants_prediction = lambda layer: True
+    experts.planner.wants_prediction = lambda layer: True
     thread = threading.Thread(target=lambda: errors.append(model.model(tiny.prompt()).last_hidden_state))
     thread.start()
     assert entered.wait(20)
@@ -279,7 +279,7 @@ def test_after_a_failure_the_next_generation_is_right(folder, monkeypatch):
         with pytest.raises(offmoe.TransferError, match="injected"):
             generate(model)
         assert torch.equal(generate(model), want)
-        check_planner(model.offload._executor._planner)
+        check_planner(model.offload._executor.planner)
 
 
 def test_an_interrupted_recording_is_still_a_trace(folder, tmp_path, monkeypatch):

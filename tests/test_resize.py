@@ -58,7 +58,7 @@ def generate(model: tiny.Model, seed: int = 3) -> torch.Tensor:
 
 def residents(model: tiny.Model) -> set[int]:
     """Keys of the experts that have a slot."""
-    return {key for cache in model.offload._executor._planner.layers for key in cache.residency.slot_of}
+    return {key for cache in model.offload._executor.planner.layers for key in cache.residency.slot_of}
 
 
 def ram(model: tiny.Model) -> HostPlan:
@@ -70,7 +70,7 @@ def ram(model: tiny.Model) -> HostPlan:
 
 def copies(model: tiny.Model) -> set[int]:
     """Keys of the experts that RAM holds."""
-    tiers = [cache.host_tier for cache in model.offload._executor._planner.layers]
+    tiers = [cache.host_tier for cache in model.offload._executor.planner.layers]
     return {key for tier in tiers if tier is not None for key in tier._slot_of}
 
 
@@ -97,14 +97,14 @@ def test_the_same_bits_at_every_size(folder: Path, want: torch.Tensor, options: 
             arena = model.offload._executor._transfer.writer.arena
             assert arena.nbytes == plan.slots + plan.scratch
             assert torch.equal(generate(model), want)
-            check_planner(model.offload._executor._planner)
+            check_planner(model.offload._executor.planner)
 
 
 def test_the_best_stay_and_are_not_read_again(folder: Path, want: torch.Tensor) -> None:
     with (model := offmoe.from_pretrained(folder, device="cpu", slots_per_layer=6, prefetch=0)).offload:
         generate(model)
         expected = set()
-        for cache in model.offload._executor._planner.layers:
+        for cache in model.offload._executor.planner.layers:
             scores = sorted(cache.residency.slot_of, key=lambda key: (cache.policy.score(key), key))
             expected |= set(scores[-3:])
         model.offload.resize(slots_per_layer=3)
@@ -177,7 +177,7 @@ def test_a_device_of_its_own_with_its_ram(
             per_layer = [len([key for key in before if layer * 8 <= key < layer * 8 + 8]) for layer in range(3)]
             assert len(copies(model)) == sum(map(min, per_layer, ram(model).slots_per_layer))
             assert torch.equal(generate(model), want)
-            check_planner(model.offload._executor._planner)
+            check_planner(model.offload._executor.planner)
     if backend is PinningBackend:
         assert not double.pinned
 
@@ -234,7 +234,7 @@ def test_replay_is_exact_on_either_side(folder: Path, tmp_path: Path, options: d
             assert total == model.offload.stats()
             planner.resize(model.offload.config.cache())
             if path is not paths[-1]:
-                executor.trace = TraceWriter(paths[number + 1], "m", executor.shape, executor._planner.options)
+                executor.trace = TraceWriter(paths[number + 1], "m", executor.shape, executor.planner.options)
 
 
 def test_device_memory_and_context_divide_anew(folder: Path, want: torch.Tensor) -> None:
@@ -410,7 +410,7 @@ def test_a_background_fill_goes_on_with_the_new_slots(
         for slots in (5, 3, 7, 2, 6):
             model.offload.resize(slots_per_layer=slots)
             assert torch.equal(generate(model), want)
-            check_planner(model.offload._executor._planner)
+            check_planner(model.offload._executor.planner)
         deadline = time.monotonic() + 20
         while len(residents(model)) < 18 and time.monotonic() < deadline:
             assert torch.equal(generate(model), want)

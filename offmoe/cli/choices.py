@@ -176,8 +176,8 @@ class Ranking:
         if self.paths is not None:
             eager, lag_1, captured = self.paths
             said.append(
-                f"If the GPU did not wait for the host, the fastest would decode {lag_1:.3g} tokens/s (launched) or "
-                f"{captured:.3g} (captured in a graph) in place of {eager:.3g}: predicted, and not built into runs yet."
+                f"If the GPU did not wait for the host, the fastest would decode {lag_1:.3g} tokens/s (lag=1, untried "
+                f"on a GPU) or {captured:.3g} (captured in a graph, not built) in place of {eager:.3g}: predicted."
             )
         if any(way.predicted for way in self.ways):
             assumed = f", assuming {' and '.join(self._assumed)}" if self._assumed else ""

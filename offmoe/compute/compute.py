@@ -116,6 +116,10 @@ class ExpertCompute(ABC):
         transfer.ready(slot)
         return self.expert(layer, slot, x)
 
+    def of(self, index: int) -> ExpertCompute:
+        """What computes the layer of this index."""
+        return self
+
     @abstractmethod
     def slots_moved(self) -> None:
         """Note that slots of the arena are elsewhere, and hold no reference to where they were. No call is running."""
@@ -131,6 +135,9 @@ class ComputeByLayer(ExpertCompute):
     def __init__(self, by_layer: Sequence[ExpertCompute]) -> None:
         self._by_layer = by_layer
         self.is_invariant = all(compute.is_invariant for compute in by_layer)
+
+    def of(self, index: int) -> ExpertCompute:
+        return self._by_layer[index]
 
     def expert(self, layer: ExpertLayer, slot: int, x: torch.Tensor) -> torch.Tensor:
         return self._by_layer[layer.index].expert(layer, slot, x)

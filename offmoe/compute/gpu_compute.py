@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -18,8 +19,9 @@ from offmoe.compute.compute import ComputeByLayer, ExpertCompute, LayerInput, Sl
 from offmoe.compute.expert_layer import ExpertLayer
 from offmoe.compute.gated import BIAS, MATRICES, GatedForm, gated_form, parameter_shapes, stored_tensors
 from offmoe.compute.kernels.cpu import Glu
-from offmoe.compute.kernels.device import DeviceKernels, Pairs, Upload, available
+from offmoe.compute.kernels.device import DeviceKernels, Launch, Pairs, Upload, available
 from offmoe.compute.kernels.operands import GatedOperands, Operand, coded_operand, float_operand
+from offmoe.compute.kernels.routed import RoutedLayer, RoutedState
 from offmoe.device.arena import SlotArena
 from offmoe.errors import UnsupportedModelError
 from offmoe.quant.kernel_words import is_rows_first
@@ -124,6 +126,34 @@ def has_gpu_kernels(layer: ExpertLayer) -> bool:
     except UnsupportedModelError:
         return False
     return True
+
+
+class RoutedForm(NamedTuple):
+    """What the kernels of routed.py need to know of a layer. pieces: parts of an expert at rest."""
+
+    operands: GatedOperands
+    glu: Glu
+    pieces: int
+
+
+def routed_forms(layers: Sequence[ExpertLayer], compute: ExpertCompute) -> list[RoutedForm] | str:
+    """The layers for the kernels that need nothing of the host; or why they cannot have all of them.
+
+    compute: of the same layers, with the GPU kernels where they compile.
+    """
+    if not all(isinstance(compute.of(layer.index), GpuCompute) for layer in layers):
+        return "the GPU kernels do not compute every MoE layer"
+    forms = []
+    for layer in layers:
+        if layer.assembly.convert is not None:
+            return "experts are rearranged on their way into slots"
+        forms.append(RoutedForm(*_operands(layer), len(layer.assembly.destinations)))
+    return forms
+
+
+def routed_layer(index: int, form: RoutedForm, state: RoutedState, arena: SlotArena, launch: Launch) -> RoutedLayer:
+    """The kernels of one layer on the arena's slots."""
+    return RoutedLayer(index, state, arena.memory, form.operands, form.glu, launch=launch)
 
 
 def _compile(

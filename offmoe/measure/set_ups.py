@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from offmoe.config import OffloadConfig
+from offmoe.policy.victims import NAMED
 from offmoe.types import CacheShape, CacheStats
 
 PREFETCH = 2
@@ -60,6 +61,7 @@ NAMES = (
     "kernels",
     "kernels-few-slots",
     "host-computed",
+    "without-host",
 )
 """Every name of a set-up, in the order in which they run. "stock" is transformers without offmoe."""
 
@@ -102,6 +104,9 @@ def set_ups(config: OffloadConfig, shape: CacheShape, *, unified_memory: bool, n
         return
     if not unified_memory:
         yield SetUp("host-computed", "the host computes misses", {**short, **sums, "on_miss": "cpu"}, _without_slot)
+        named = tuple(min(NAMED * top_k, experts) for experts, top_k in layers)
+        alone = {**ram, **sums, "slots_per_layer": named, "lag": 1}
+        yield SetUp("without-host", "steps of one token do not wait for the host", alone, _missed)
 
 
 def _missed(stats: CacheStats) -> bool:

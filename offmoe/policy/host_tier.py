@@ -106,6 +106,11 @@ class HostTier:
         return tuple(self._free)
 
     @property
+    def slot_of(self) -> Mapping[int, int]:
+        """By key of which RAM has a copy, its slot."""
+        return self._slot_of
+
+    @property
     def keys_held(self) -> frozenset[int]:
         """The keys of which RAM has a copy."""
         return frozenset(self._slot_of)

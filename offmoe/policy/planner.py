@@ -308,6 +308,11 @@ class Planner:
         cache = self.layers[expert.layer]
         return cache.host_tier is not None and cache.host_tier.fill(cache.keys[expert.expert], slot)
 
+    @property
+    def names_victims(self) -> bool:
+        """Whether every layer has named victims for the misses of one token."""
+        return self._victims.holds_everywhere
+
     def next_places(self, layer: int) -> tuple[Place, ...]:
         """The slots that the misses of a layer's next access take, in order; () at lag 0. Changes nothing."""
         return self._victims.places(layer, self.layers[layer].residency)

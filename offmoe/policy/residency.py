@@ -125,6 +125,11 @@ class Residency:
         return self._policy.rank_victims(min(count, len(self.slot_of)))
 
     @property
+    def slots(self) -> tuple[int, ...]:
+        """All slots of the pool."""
+        return self._slots
+
+    @property
     def num_free(self) -> int:
         """Slots that no key holds."""
         return len(self._free)

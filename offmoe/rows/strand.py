@@ -15,7 +15,8 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 
 from offmoe.errors import OffmoeError
-from offmoe.runtime.executor import ExpertExecutor, LayerCall
+from offmoe.runtime.calls import LayerCall
+from offmoe.runtime.executor import ExpertExecutor
 
 
 class Strand:

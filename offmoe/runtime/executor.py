@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -24,43 +24,31 @@ from offmoe.config import CacheOptions
 from offmoe.device.backend import Backend
 from offmoe.errors import TraceError
 from offmoe.policy.planner import Planner, build_planner
+from offmoe.runtime.apart import carry_out_apart
+from offmoe.runtime.calls import LayerCall, Predictor, Slots, joined, to_host
+from offmoe.runtime.device_decode import DeviceDecode
 from offmoe.runtime.fill import BackgroundFill
 from offmoe.runtime.host_experts import HostExperts
 from offmoe.runtime.one_user import OneUser
 from offmoe.runtime.rows import ExpertOutputs, layer_input
-from offmoe.storage.layout import ExpertLayout
 from offmoe.trace.recorder import TraceWriter
 from offmoe.transfer.engine import TransferEngine
 from offmoe.transfer.fill_queue import FillProgress
 from offmoe.transfer.slot_writer import NewSlots
 from offmoe.transfer.staging import HostMemory
-from offmoe.types import Access, CacheStats, Demand, ExpertKey, Plan, Wave, count_demands, rank_predictions
+from offmoe.types import (
+    Access,
+    CacheStats,
+    Demand,
+    ExpertKey,
+    Plan,
+    Wave,
+    count_demands,
+    rank_predictions,
+    single_demands,
+)
 
 logger = logging.getLogger(__name__)
-
-
-Slots = tuple[Sequence[ExpertLayout], Sequence[ExpertLayout]]
-"""The layouts of the device's slots, and of scratch slots in RAM."""
-
-
-class Predictor(Protocol):
-    """Predicts the experts of a layer before its router runs."""
-
-    def predict(self, layer: int) -> torch.Tensor | None:
-        """Expert ids int64 [T, p] that `layer` will probably want in this step; None if unknown."""
-
-
-class LayerCall(NamedTuple):
-    """What one caller asks of a layer: rows to compute, where they go, and what the next layer will probably want.
-
-    layer: the caller's. hidden: [T, H], or [T * k, H] an input for each (token, expert) pair. ids: int [T, k], as
-    routed. predicted: int [T, p], or None.
-    """
-
-    layer: ExpertLayer
-    hidden: torch.Tensor
-    ids: torch.Tensor
-    predicted: torch.Tensor | None
 
 
 class ExpertExecutor:
@@ -74,10 +62,12 @@ class ExpertExecutor:
         backend: Backend,
         stats: CacheStats,
         host: HostExperts | None = None,
+        decode: DeviceDecode | None = None,
     ) -> None:
-        """host: computes what plans leave to the host; None: they leave nothing to it."""
-        self._planner, self._transfer, self._compute, self.backend = planner, transfer, compute, backend
-        self._host = host
+        """host: computes what plans leave to the host; None: they leave nothing to it. decode: computes steps of one
+        token without the host in the way; None: the host is."""
+        self.planner, self._transfer, self._compute, self.backend = planner, transfer, compute, backend
+        self._host, self.decode = host, decode
         self.shape = planner.shape
         self.stats = stats
         """Everything counted since the model was loaded."""
@@ -101,14 +91,19 @@ class ExpertExecutor:
 
         Nothing happens while an earlier fill may still take effect: it goes on.
         """
-        if self._fill is not None and not self._fill.is_over:
+        if self._is_filling:
             return
+        self._leave_device()
         self._fill = BackgroundFill(self._transfer, order, self.stats)
-        self._fill.start(self._planner)
+        self._fill.start(self.planner)
+
+    @property
+    def _is_filling(self) -> bool:
+        return self._fill is not None and not self._fill.is_over
 
     def residents(self) -> tuple[list[ExpertKey], list[ExpertKey]]:
         """The experts that have a slot, and those that have a RAM slot."""
-        layers = [(layer, cache) for layer, cache in enumerate(self._planner.layers)]
+        layers = [(layer, cache) for layer, cache in enumerate(self.planner.layers)]
         experts = [(ExpertKey(layer, e), key, cache) for layer, cache in layers for e, key in enumerate(cache.keys)]
         slots = [expert for expert, key, cache in experts if cache.is_resident(key)]
         return slots, [expert for expert, key, cache in experts if cache.host_tier and cache.host_tier.holds(key)]
@@ -136,6 +131,54 @@ class ExpertExecutor:
             call = LayerCall(layer, hidden, ids, self._predicted(layer.index))
             return self.run_together([call])[0] if self.gather is None else self.gather(call)
 
+    def run_summed(
+        self, layer: ExpertLayer, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor | None:
+        """The weighted sum of the token's experts, [1, H], if the device computes it without the host; else None.
+
+        Args:
+            hidden: [T, H]. ids: [T, k], as routed. weights: [T, k].
+        """
+        decode = self.decode
+        if decode is None or not decode.takes(layer.index, hidden, ids):
+            return None
+        with self.user:
+            if self.gather is not None or self._is_filling or not self.planner.names_victims:
+                return None
+            if not self._sound:
+                self.forget()
+            try:
+                return decode.run(self, layer.index, hidden, ids, weights)
+            except BaseException:
+                self.forget()
+                raise
+
+    def end_step(self) -> None:
+        """Note the end of a forward pass: what the device decided in it has been seen and counted.
+
+        Raises:
+            OffmoeError: Something went wrong in it. Everything is forgotten then.
+        """
+        if self.decode is not None and self._sound:  # else the next layer forgets everything
+            with self._or_forget():
+                self.decode.finish()
+
+    def _leave_device(self) -> None:
+        """Let the host decide and move from here on."""
+        if self.decode is not None:
+            self.decode.leave()
+
+    @contextmanager
+    def _or_forget(self) -> Iterator[None]:
+        """Forget everything if the block fails: slots need not hold what residency says."""
+        self._sound = False
+        try:
+            yield
+        except BaseException:
+            self.forget()
+            raise
+        self._sound = True
+
     def run_together(self, calls: Sequence[LayerCall], *, apart: bool = False) -> list[torch.Tensor]:
         """One layer for several callers, as one access: each expert is fetched once.
 
@@ -149,18 +192,13 @@ class ExpertExecutor:
         with self.user:
             if not self._sound:
                 self.forget()
-            self._sound = False
-            try:
-                rows = self._run(calls, apart)
-            except BaseException:
-                self.forget()
-                raise
-            self._sound = True
-            return rows
+            with self._or_forget():
+                self._leave_device()
+                return self._run(calls, apart)
 
     def _run(self, calls: Sequence[LayerCall], apart: bool) -> list[torch.Tensor]:
         layer = calls[0].layer
-        host_ids, predicted = self._to_host(calls)
+        host_ids, predicted = to_host(calls, self.backend)
         if self.trace is not None:
             self.trace.record(layer.index, host_ids, predicted)
         demands, tail = count_demands(host_ids, self.shape.experts[layer.index])
@@ -169,19 +207,31 @@ class ExpertExecutor:
         ranked = () if predicted is None else rank_predictions(predicted, self.shape.experts[layer.index + 1])
         if self._fill is not None and not self._fill.is_over:
             self._settle_fills(self._fill, layer.index, demands)
-        plan = self._planner.plan(Access(layer.index, demands, tail, ranked))
-        self._num_accesses += 1
-        routed = self.routed[layer.index]
-        for expert, tokens, _ in demands:
-            routed[expert] += tokens
-        self.stats.add(plan, self.shape)
+        plan = self._plan(Access(layer.index, demands, tail, ranked))
         if not apart or len(calls) == 1:
-            hidden, ids = _joined([call.hidden for call in calls]), _joined([call.ids for call in calls])
+            hidden, ids = joined([call.hidden for call in calls]), joined([call.ids for call in calls])
             outputs = ExpertOutputs(layer_input(hidden, ids, host_ids, demands, layer.order), host_ids.size)
             self._carry_out(layer, plan, outputs)
             rows = outputs.in_router_order()
             return [rows] if len(calls) == 1 else list(rows.split([call.ids.numel() for call in calls]))
-        return self._carry_out_apart(plan, calls, host_ids)
+        return carry_out_apart(plan, calls, host_ids, self.shape, self._compute, self._transfer)
+
+    def plan_access(self, layer: int, ids: Sequence[int]) -> Plan | None:
+        """Record, plan and count an access of one token that the device has carried out; None if it demands nothing."""
+        if self.trace is not None:
+            self.trace.record(layer, np.array([ids]), None)
+        demands = single_demands(ids, self.shape.experts[layer])
+        return self._plan(Access(layer, demands, 1)) if demands else None
+
+    def _plan(self, access: Access) -> Plan:
+        """Plan and count an access."""
+        plan = self.planner.plan(access)
+        self._num_accesses += 1
+        routed = self.routed[access.layer]
+        for expert, tokens, _ in access.demands:
+            routed[expert] += tokens
+        self.stats.add(plan, self.shape)
+        return plan
 
     def _settle_fills(self, fill: BackgroundFill, layer: int, demands: Sequence[Demand]) -> None:
         """Let landed fills take effect before an access, and record them."""
@@ -193,11 +243,13 @@ class ExpertExecutor:
 
     def forget(self) -> None:
         """Start again from an empty cache. A recording ends here, since its replay would not match."""
-        self._planner = build_planner(self._planner.options, self.shape)
+        if self.decode is not None:
+            self.decode.abandon()
+        self.planner = build_planner(self.planner.options, self.shape)
         self._transfer.forget()
         self._sound = True
         if self._fill is not None:
-            self._fill.start(self._planner)
+            self._fill.start(self.planner)
         if self.trace is not None:
             logger.warning("recording of the routing ends here: %s", self.trace.path)
             try:
@@ -218,12 +270,10 @@ class ExpertExecutor:
         with self.user:
             if not self._sound:
                 self.forget()
-            try:
+            with self._or_forget():
+                self._leave_device()
                 self._transfer.settle()
-            except BaseException:
-                self.forget()
-                raise
-            planner = copy.deepcopy(self._planner)
+            planner = copy.deepcopy(self.planner)
             kept = planner.resize(options)
             on_device, in_ram = slots(planner.num_scratch)
             commit = self._transfer.prepare(NewSlots(on_device, in_ram, planner.num_host_slots, kept))
@@ -231,12 +281,12 @@ class ExpertExecutor:
                 logger.warning("recording of the routing ends here, as the model is resized: %s", self.trace.path)
                 self.end_trace()
             self._sound = False
-            self._compute.slots_moved()
-            if self._host is not None:
-                self._host.slots_moved()
+            for part in (self._compute, self._host, self.decode):
+                if part is not None:
+                    part.slots_moved()
             commit()
             self._compute.slots_moved()
-            self._planner, self._sound = planner, True
+            self.planner, self._sound = planner, True
             if self._fill is not None:
                 self._fill.start(planner)
 
@@ -258,17 +308,9 @@ class ExpertExecutor:
 
     def _predicted(self, layer: int) -> torch.Tensor | None:
         """Predictions for the layer after `layer`, int [T, p], if a plan could use them."""
-        if self.predictor is None or not self._planner.wants_prediction(layer + 1):
+        if self.predictor is None or not self.planner.wants_prediction(layer + 1):
             return None
         return self.predictor.predict(layer + 1)
-
-    def _to_host(self, calls: Sequence[LayerCall]) -> tuple[np.ndarray, np.ndarray | None]:
-        """Ids [T, k] of all callers on the host, and predictions [T, p] if all of them have some."""
-        ids, known = _joined([call.ids for call in calls]), [c.predicted for c in calls if c.predicted is not None]
-        if len(known) < len(calls):
-            return self.backend.to_host([ids])[0], None
-        host_ids, predicted = self.backend.to_host([ids, _joined(known)])
-        return host_ids, predicted
 
     def _carry_out(self, layer: ExpertLayer, plan: Plan, outputs: ExpertOutputs) -> None:
         inputs = outputs.inputs
@@ -282,33 +324,6 @@ class ExpertExecutor:
                 received = None
         if plan.prefetches:
             self._transfer.prefetch(plan.prefetches)
-
-    def _carry_out_apart(self, plan: Plan, calls: Sequence[LayerCall], host_ids: np.ndarray) -> list[torch.Tensor]:
-        """Compute one caller's rows after the other, expert by expert. host_ids: [T, k] of all callers."""
-        assert not plan.on_host, "rows that the host computes are computed together"
-        transfer = self._transfer
-        outputs, needs, start = [], [], 0
-        for call in calls:
-            ids = host_ids[start : start + len(call.ids)]  # [tokens of the caller, k]
-            start += len(ids)
-            demands, _ = count_demands(ids, self.shape.experts[call.layer.index])
-            inputs = layer_input(call.hidden, call.ids, ids, demands, call.layer.order)
-            outputs.append(ExpertOutputs(inputs, ids.size))
-            needs.append([demand.expert for demand in demands])
-        transfer.stream(plan.waves)
-        transfer.read_ahead(plan.read_ahead)
-        for expert, slot in [pair for wave in plan.waves for pair in wave.experts]:
-            for call, output, need in zip(calls, outputs, needs, strict=True):
-                if expert in need:
-                    for computed, rows in self._compute.wave(call.layer, [(expert, slot)], output.inputs, transfer):
-                        output.add(computed, rows)
-            transfer.computed((slot,))
-        if plan.prefetches:
-            transfer.prefetch(plan.prefetches)
-        return [
-            output.in_router_order() if need else call.hidden.new_zeros(call.ids.numel(), call.hidden.shape[-1])
-            for call, output, need in zip(calls, outputs, needs, strict=True)
-        ]
 
     def _start(self, plan: Plan, inputs: LayerInput) -> torch.Tensor | None:
         """Start every fetch of the plan; gives the rows for the host's experts, in RAM."""
@@ -330,8 +345,3 @@ class ExpertExecutor:
                 self._transfer.computed([slot for _, slot in computed])
         if is_only:
             self._transfer.computed([slot for _, slot in wave.experts])
-
-
-def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The rows of all parts. A single one is not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

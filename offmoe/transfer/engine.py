@@ -64,7 +64,7 @@ class TransferEngine:
         """Per slot the next ticket to land in it; tickets of later waves follow by `Ticket.next`."""
         self._num_uses = [0] * len(writer.arena)
         """Per slot, how many times it has been computed with."""
-        self._ram = RamSlots(self._queue, writer, self.host, waits, host_slots)
+        self.ram = RamSlots(self._queue, writer, self.host, waits, host_slots)
         self._read_aheads: dict[ExpertKey, Ticket] = {}
         """The read-aheads of the last access, for the next one to adopt."""
         self._closed = False
@@ -97,7 +97,7 @@ class TransferEngine:
                 for fetch in wave.fetches:
                     self._start(fetch, DEMAND, num_uses[fetch.slot])
                 num_uses.update(slot for _, slot in wave.experts)
-        self._ram.copy()
+        self.ram.copy()
 
     def fetch(self, fetches: Sequence[Fetch]) -> None:
         """Start fetches that computation is about to wait for."""
@@ -105,7 +105,7 @@ class TransferEngine:
             with self._queue.lock:
                 for fetch in fetches:
                     self._start(fetch, DEMAND)
-            self._ram.copy()
+            self.ram.copy()
 
     def prefetch(self, fetches: Sequence[Fetch]) -> None:
         """Start fetches for the next layer. They go before earlier prefetches that have not begun."""
@@ -218,7 +218,7 @@ class TransferEngine:
                 if slot != NO_SLOT:
                     ticket.lands_after = self._num_uses[slot]
                     self._tickets[slot] = ticket
-                self._ram.used_by(ticket)
+                self.ram.used_by(ticket)
             queue.lock.notify_all()
         return [ticket.fetch for ticket in tickets]
 
@@ -256,7 +256,7 @@ class TransferEngine:
             self._read_aheads.clear()
             running = self._queue.clear()  # more than `_tickets` had: a slot may have been given to another expert
             batches = self._queue.fills.clear()
-        self._ram.forget()
+        self.ram.forget()
         for issued in [ticket.issued for ticket in running] + [batch.issued for batch in batches]:
             issued.wait()
         self.writer.drain()
@@ -270,7 +270,7 @@ class TransferEngine:
         """
         self.read_ahead(())
         self._queue.finish()
-        for ticket in (*self._tickets.values(), *self._ram.last):
+        for ticket in (*self._tickets.values(), *self.ram.last):
             ticket.check()
         self._tickets.clear()
         self.writer.settle()
@@ -283,7 +283,7 @@ class TransferEngine:
             for change in changes:
                 change()
             self._num_uses = [0] * len(self.writer.arena)
-            self._ram.forget(slots.num_in_host)
+            self.ram.forget(slots.num_in_host)
             self.computed(range(len(self.writer.arena)))  # the moves are before the first copies
 
         return commit
@@ -309,11 +309,11 @@ class TransferEngine:
         slot = fetch.slot
         filled, filled_in_ram = self._queue.fills.displace(fetch) if self._queue.fills.is_open else (None, None)
         if filled_in_ram is not None:
-            self._ram.used_by(filled_in_ram)
+            self.ram.used_by(filled_in_ram)
         adopted = self._adopt(fetch, priority) if fetch.read_ahead else None
         ticket = adopted or Ticket(fetch, priority)
         if adopted is None:
-            self._ram.follow(ticket)
+            self.ram.follow(ticket)
         ticket.lands_after = self._num_uses[slot] + num_uses
         if num_uses:
             ticket.turn = threading.Event()
@@ -329,7 +329,7 @@ class TransferEngine:
         if before is not None and not num_uses:
             self._queue.drop(before)
             ticket.superseded = ticket.superseded or (before if before.landing else before.superseded)
-        if adopted is None and not self._ram.takes(ticket):
+        if adopted is None and not self.ram.takes(ticket):
             self._queue.push(ticket)
 
     def _adopt(self, fetch: Fetch, priority: int) -> Ticket | None:
@@ -344,6 +344,6 @@ class TransferEngine:
             self._queue.remove(ticket)
             return None
         ticket.fetch = fetch
-        self._ram.follow(ticket)
+        self.ram.follow(ticket)
         self._queue.resume(ticket, priority)
         return ticket

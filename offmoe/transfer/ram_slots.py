@@ -9,6 +9,8 @@ to the readers, and so are prefetches, whose copies wait for each other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from offmoe.transfer.queue import TicketQueue
@@ -16,7 +18,7 @@ from offmoe.transfer.slot_writer import SlotWriter
 from offmoe.transfer.staging import HostMemory
 from offmoe.transfer.ticket import DEMAND, Ticket
 from offmoe.transfer.waits import Waits
-from offmoe.types import ExpertKey
+from offmoe.types import ExpertKey, Fetch
 
 
 class RamSlots:
@@ -87,6 +89,30 @@ class RamSlots:
             except Exception as error:
                 ticket.error = error
             self._end(self._to_copy.pop())
+
+    def pieces(self, key: ExpertKey, host: int, slot: int) -> Sequence[tuple[int, int, int]]:
+        """The plain copies that bring an expert from a RAM slot into a device slot, for a kernel that makes them.
+
+        Args:
+            host: A RAM slot that holds the expert.
+            slot: Any slot of the expert's layer.
+
+        Returns:
+            (address in RAM, offset in the slot, words of 4 bytes) of each; () if the slot is not pinned, or if copies
+            of whole words do not do.
+        """
+        slots, arena = self._host.slots, self._writer.arena
+        if slots is None or not slots.pinned(host):
+            return ()
+        start, pieces = arena.bytes(slot).data_ptr(), []
+        for run, data in zip(self._writer.runs(Fetch(key, slot, None)), self._segments_in(host, key), strict=True):
+            if run is None:
+                return ()
+            address, offset, nbytes = data.data_ptr(), run.data_ptr() - start, data.nbytes
+            if address % 4 or offset % 4 or nbytes % 4:
+                return ()
+            pieces.append((address, offset, nbytes // 4))
+        return pieces
 
     def _segments_in(self, host: int, key: ExpertKey) -> list[torch.Tensor]:
         """The segments of an expert that is in a RAM slot."""

@@ -6,8 +6,10 @@ device gets to them; TRITON_INTERPRET=1 has to be set before. Times are those of
 
 from __future__ import annotations
 
+import atexit
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from offmoe.device import select
 from tests.device_cases import interpret_quickly
 from tests.late_device import extension
 from tests.late_device.extension import LateKind
-from tests.late_device.kernels import LateKernels
+from tests.late_device.kernels import LateKernels, LateRoutedLayer
 
 
 def prepare() -> LateHooks:
@@ -27,6 +29,10 @@ def prepare() -> LateHooks:
     kind.has_kernels = True
     select.KINDS["late"] = kind
     vars(gpu_compute)["DeviceKernels"] = LateKernels  # as tests replace it, for all of this process
+    vars(gpu_compute)["RoutedLayer"] = LateRoutedLayer
+    runs = ExitStack()
+    runs.enter_context(extension.running())  # by itself, as the host waits for its log and not for it
+    atexit.register(runs.close)
     interpret_quickly()
     return LateHooks()
 

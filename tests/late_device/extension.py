@@ -16,8 +16,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -235,6 +237,39 @@ def submit(
     assert index is not None
     if library().late_submit(index, name.encode(), callback, regions[0], len(reads), regions[1], len(writes)):
         raise Race(races()[-1])
+
+
+_READY = ctypes.CFUNCTYPE(ctypes.c_int)
+
+
+def wait(device: torch.device, name: str, ready: Callable[[], bool]) -> None:
+    """Let the device's current stream wait until `ready()`, which is asked again and again, by any thread."""
+    callback = _READY(ready)
+    _submitted.append((callback,))
+    library().late_wait(device.index, name.encode(), callback)
+
+
+def run() -> None:
+    """Let the device do all that was queued; returns when it is done."""
+    library().late_run()
+
+
+@contextmanager
+def running() -> Iterator[None]:
+    """Let a thread drive the device, as a GPU drives itself; without it, work runs when the host waits for it."""
+    ended = threading.Event()
+
+    def drive() -> None:
+        while not ended.wait(0.0003):
+            run()
+
+    thread = threading.Thread(target=drive, name="late-device", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def clear_submitted() -> None:

@@ -68,6 +68,7 @@ struct Item {
   std::function<void()> work;
   size_t on = 0;  // or: wait for item `seq` of this entity
   Time seq = 0;
+  std::function<bool()> ready;  // or: wait until this holds, which the host brings about
 };
 struct Entry {  // what a piece of work, or the record of an event, knows; `at`: the time of the thread that queued it
   Time at = 0;
@@ -243,17 +244,39 @@ std::string note(const Access& access, size_t entity, Time time, const Clock& cl
 
 // --- queues
 
-void run_until(size_t entity, Time seq) {  // `running` is held
+// `running` is held, and let go of while a stream waits for the host: other threads may then run what comes next.
+// patient: whether to wait for the host at all.
+void run_until(size_t entity, Time seq, bool patient = true) {
   Queue& queue = *queues[entity];
   for (;;) {
     Item item;
+    Time before;
+    bool waits;
     {
       std::lock_guard<std::mutex> l(state);
       if (queue.done >= seq || queue.items.empty()) return;
-      item = std::move(queue.items.front());
-      queue.items.pop_front();
+      before = queue.done;
+      waits = queue.items.front().on || queue.items.front().ready;
+      item = queue.items.front();
+      if (!waits) queue.items.pop_front();
     }
-    if (item.on) run_until(item.on, item.seq);
+    if (waits) {
+      if (item.on) {
+        run_until(item.on, item.seq, patient);
+      } else if (!item.ready()) {
+        if (!patient) return;
+        running.unlock();
+        usleep(50);
+        running.lock();
+        continue;
+      }
+      std::lock_guard<std::mutex> l(state);
+      if (queue.done != before) continue;  // another thread has been here
+      if (item.on && queues[item.on]->done < item.seq) return;  // not patient
+      queue.items.pop_front();
+      queue.done++;
+      continue;
+    }
     if (item.work) {
       try {
         item.work();
@@ -319,7 +342,7 @@ void run_everything() {  // errors stay with their streams
 
 // Queues work and notes its accesses. Gives the first race, or "".
 std::string queue(size_t entity, const char* name, const std::vector<Access>& accesses, std::function<void()> work,
-                  size_t on = 0, Time seq = 0, const Clock* clock = nullptr) {
+                  size_t on = 0, Time seq = 0, const Clock* clock = nullptr, std::function<bool()> ready = nullptr) {
   std::string race;
   {
     std::lock_guard<std::mutex> l(state);
@@ -336,7 +359,7 @@ std::string queue(size_t entity, const char* name, const std::vector<Access>& ac
     lane.entries.push_back(Entry{thread.now, std::move(knows)});
     if (lane.entries.size() > kEntries) lane.entries.pop_front();
     q.issued++;
-    q.items.push_back(Item{std::move(work), on, seq});
+    q.items.push_back(Item{std::move(work), on, seq, std::move(ready)});
   }
   return race;
 }
@@ -687,7 +710,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     }
     if (done >= seq) return true;
     std::unique_lock<std::recursive_mutex> r(running, std::try_to_lock);
-    if (r.owns_lock()) run_until(entity, done + 1);
+    if (r.owns_lock()) run_until(entity, done + 1, false);
     return false;
   }
 };
@@ -1117,6 +1140,14 @@ int late_submit(int device, const char* name, void (*work)(), const uintptr_t* r
   at_once_if_asked(entity, false);
   return !race.empty();
 }
+// The current stream of a device waits until `ready` gives 1. The host is not known to have waited for anything.
+void late_wait(int device, const char* name, int (*ready)()) {
+  size_t entity = current_stream[device];
+  queue(entity, interned(name), {}, nullptr, 0, 0, nullptr, [ready] { return ready() != 0; });
+  at_once_if_asked(entity, false);
+}
+// Runs all that was queued, as a device does that waits for nobody.
+void late_run() { run_everything(); }
 void late_texts(int which, char* to, size_t bytes) {
   std::string text;
   if (which == 0) {

@@ -200,3 +200,18 @@ def test_queues_lose_little_on_real_routing(start_of_real, eviction, slots):
 @pytest.mark.parametrize("eviction", ["aged-lfu", *QUEUES])
 def test_little_is_lost_on_all_of_the_real_routing(eviction, slots):
     assert abs(loss(Recording(read_trace(DATA)), eviction, slots)) < 0.003
+
+
+@given(accesses())
+@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("eviction", EVICTIONS)
+def test_hits_of_others_leave_a_list_of_scores_as_it_is(eviction: str, steps: list[Access]) -> None:
+    """So a host need not name the same slots again (`EvictionPolicy.ranks_by_score`)."""
+    planner = build_planner(options_of(eviction), SHAPE)
+    for access in steps:
+        cache, before = planner.layers[access.layer], planner.next_places(access.layer)
+        demanded = {cache.keys[demand.expert] for demand in access.demands}
+        plan = planner.plan(access)
+        if cache.policy.ranks_by_score and not plan.misses and demanded.isdisjoint(place.key for place in before):
+            assert planner.next_places(access.layer) == before
+    assert cache.policy.ranks_by_score == (eviction not in QUEUES)

@@ -6,6 +6,8 @@ kernels allow, because what they compute is not what is measured. Ids are on the
 device    The executor with the GPU kernels; launches return at once, and memory is the host's.
 cpu       The executor with the C kernels, which return at once. call: what a layer's calls of the real kernels take
           for experts of 32 x 64, with their threads.
+alone     The executor at lag 1, whose kernels need nothing of the host: launches return at once, and what the device
+          would log is there. It launches, reads the log, plans, counts and names the next victims.
 plan      The planner alone.
 ask       From asking for experts in pinned RAM to the end of their copies' issue, for one and for eight experts.
 build     Planner, slots, tickets and kernels for 24,576 slots, in seconds.
@@ -34,11 +36,12 @@ from offmoe.compute.compute import ExpertCompute
 from offmoe.compute.cpu_compute import CpuCompute
 from offmoe.compute.cpu_slot import cpu_slot
 from offmoe.compute.expert_layer import ExpertLayer
-from offmoe.compute.gpu_compute import GpuCompute
+from offmoe.compute.gpu_compute import GpuCompute, RoutedForm
 from offmoe.compute.kernels.cpu import CpuKernels, Glu
 from offmoe.compute.kernels.device import DeviceKernels
 from offmoe.compute.kernels.library import status
 from offmoe.compute.kernels.operands import GatedOperands, float_operand
+from offmoe.compute.kernels.routing_log import RoutingLog
 from offmoe.compute.kernels.torch_ffn import GatedFFN
 from offmoe.compute.torch_compute import TorchCompute
 from offmoe.config import CacheOptions
@@ -46,6 +49,8 @@ from offmoe.device.arena import SlotArena
 from offmoe.device.backend import Backend, CpuBackend
 from offmoe.device.cores import usable_cores
 from offmoe.policy.planner import build_planner
+from offmoe.runtime.device_decode import DeviceDecode
+from offmoe.runtime.device_tables import DeviceTables
 from offmoe.runtime.executor import ExpertExecutor
 from offmoe.storage.checkpoint import Checkpoint
 from offmoe.storage.layout import Assembly, Destination, ExpertLayout, ExpertRecord
@@ -56,6 +61,8 @@ from offmoe.types import Access, CacheShape, CacheStats, ExpertKey, Fetch, singl
 
 LAYERS, EXPERTS, TOP_K, HIDDEN = 2, 128, 8, 2048
 MANY_SLOTS = 24576
+STEP_LAYERS = 40
+"""Layers between two ends of a step, where the host waits for the device's log."""
 
 
 class Pinned(CpuBackend):
@@ -162,6 +169,51 @@ def on_device(layers: list[ExpertLayer], arena: SlotArena) -> ExpertCompute:
     return GpuCompute(kernels, arena)
 
 
+def alone(rig: Rig) -> Callable[[int], float]:
+    """A function that runs layer i of a token without the host in the way and gives its seconds; every expert is
+    resident."""
+    backend, layers = Pinned(), rig.layers(for_c=False)
+    options = CacheOptions(slots_per_layer=EXPERTS, lag=1)
+    planner = build_planner(options, rig.shape)
+    arena = SlotArena(backend.allocate, [rig.layout] * planner.num_slots)
+    transfer = TransferEngine(SlotWriter(rig.store, arena, backend, layers))
+    up, down = (float_operand(param) for param in rig.layout.params)
+    operands = GatedOperands(up.part(up.rows // 2, 0), up.part(up.rows // 2, up.rows // 2), down)
+    forms, logs = [RoutedForm(operands, Glu(), 2)] * LAYERS, list[RoutingLog]()
+
+    def launch(kernel: Any, *_: object) -> None:
+        if kernel.__name__ == "assign":
+            logs[0].progress[0] += 1
+
+    tables = DeviceTables(forms, rig.shape, transfer, backend, launch)
+    decode = DeviceDecode(tables, transfer, backend)
+    stats = CacheStats.for_layers(LAYERS)
+    executor = ExpertExecutor(planner, transfer, on_device(layers, arena), backend, stats, decode=decode)
+    rig.closing += [transfer.close, decode.close]
+    everything = torch.arange(EXPERTS).view(-1, TOP_K)
+    for layer in layers:
+        executor.run(layer, torch.randn(len(everything), rig.hidden, dtype=torch.bfloat16), everything)
+    chance = torch.Generator().manual_seed(0)
+    ids = [torch.randperm(EXPERTS, generator=chance)[:TOP_K][None] for _ in range(64)]
+    logs.append(tables.state.log)
+    for i, entry in enumerate(tables.state.log.ring):
+        entry[:3] = torch.tensor([i % LAYERS, 0, 0])
+        entry[3:] = ids[i]
+    hidden, weights = torch.randn(1, rig.hidden, dtype=torch.bfloat16), torch.rand(1, TOP_K)
+    misses = stats.misses
+
+    def run(i: int) -> float:
+        began = time.perf_counter()
+        executor.run_summed(layers[i % LAYERS], hidden, ids[i % 64], weights)
+        if i % STEP_LAYERS == STEP_LAYERS - 1:
+            executor.end_step()
+        took = time.perf_counter() - began
+        assert stats.misses == misses
+        return took
+
+    return run
+
+
 def by_c(arena: SlotArena, threads: int, *, at_once: bool) -> ExpertCompute:
     """The C kernels. at_once: without computing anything."""
     library = status().library
@@ -242,6 +294,7 @@ def measured(rounds: int, threads: int) -> dict[str, float]:
         for_c = narrow.layers(for_c=True)
         runs: dict[str, Callable[[int], float]] = {
             "device_us": narrow.executor(layers := narrow.layers(for_c=False), lambda a: on_device(layers, a)),
+            "alone_us": alone(narrow),
             "cpu_us": narrow.executor(for_c, lambda a: by_c(a, threads, at_once=True)),
             "plan_us": plans(narrow.shape),
             "ask_1_us": asks(smallest, 1),

@@ -4,10 +4,10 @@ The host leaves a list of named slots after each access of a layer (`Planner.nex
 triton/routed.py give them to the next access's misses by the same rule, copy the missed experts from mapped RAM, and
 compute all rows from the router's ids. The host reads what happened from a ring in RAM, one layer or more behind, and
 plans the same accesses again for its own residency, the statistics and a recording. Misses that the rule cannot place
-are placed by the host, while the stream waits.
+are placed by the host, while the stream waits (runtime/device_decode.py).
 
-**The executor does not use this yet, and none of it has run on a GPU.** It was checked in Triton's interpreter against
-the planner, and compiled for sm_80 to sm_120 (docs/measurements.md).
+**None of it has run on a GPU.** It was checked in Triton's interpreter against the planner, on the late device of the
+tests, and compiled for sm_80 to sm_120 (docs/measurements.md).
 
 Moves: an entry of the log per layer to the host, and 2 top_k words per layer and step to the device, both by mapped
 RAM, in which no copy is queued. Missed experts from mapped RAM into their slots.

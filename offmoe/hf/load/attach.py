@@ -88,12 +88,22 @@ class AttachedExperts:
 
     def run(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Rows [T * k, H] in router order of hidden [T, H], or [T * k, H], and ids [T, k]."""
+        self._check(hidden)
+        return self._executor.run(self._layer, hidden, ids)
+
+    def summed(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor | None:
+        """The weighted sum [T, H] where the device computes it without the host, as `ExpertExecutor.run_summed`."""
+        if torch.compiler.is_compiling() or self._executor.decode is None:
+            return None
+        self._check(hidden)
+        return self._executor.run_summed(self._layer, hidden, ids, weights)
+
+    def _check(self, hidden: torch.Tensor) -> None:
         require_eager(hidden)
         if (torch.is_grad_enabled() and hidden.requires_grad) or has_tangent(hidden):
             raise ConfigError(
                 "gradients do not pass through experts outside the device. Use torch.no_grad() or model.generate()."
             )
-        return self._executor.run(self._layer, hidden, ids)
 
     def __reduce_ex__(self, protocol: object) -> Any:
         return _refuse_copy()
@@ -117,7 +127,11 @@ def offmoe_experts_forward(
 ) -> torch.Tensor:
     """The registered function: hidden_states [T, H], top_k_index and top_k_weights [T, k] -> [T, H]."""
     experts: AttachedExperts = getattr(module, ATTRIBUTE)
-    rows = experts(hidden_states, experts.routed(top_k_index))  # [T * k, H]
+    ids = experts.routed(top_k_index)
+    summed = experts.summed(hidden_states, ids, top_k_weights)
+    if summed is not None:
+        return summed
+    rows = experts(hidden_states, ids)  # [T * k, H]
     return combine(rows, top_k_weights, hidden_states.dtype)
 
 

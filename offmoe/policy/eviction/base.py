@@ -58,6 +58,10 @@ class EvictionPolicy(ABC):
     key that gets or loses a slot. A policy must be deterministic: the same calls give the same victims.
     """
 
+    ranks_by_score = False
+    """Whether the next victims are the resident keys of the lowest scores. An access that demands none of them, and
+    evicts nothing, leaves them the next victims then, in the same order."""
+
     @classmethod
     def for_pool(cls, pool: Pool) -> EvictionPolicy:
         """The policy of one pool. Override it if the policy depends on options or on the shape of the model."""
@@ -121,6 +125,8 @@ class ScoredPolicy(EvictionPolicy):
     enough: it holds one entry per resident that is not above its score, and an entry that lags behind is corrected when
     it reaches the top.
     """
+
+    ranks_by_score = True
 
     def __init__(self, scores: Mapping[int, float] | None = None):
         """scores: by key, of keys that are worth something before their first access; others score NEVER."""

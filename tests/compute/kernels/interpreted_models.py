@@ -11,7 +11,9 @@ import torch
 import offmoe
 from offmoe.compute.kernels import device
 from offmoe.compute.kernels.device import DeviceKernels
+from offmoe.compute.kernels.routing_log import Entry, Verdict
 from offmoe.device.backend import CpuBackend
+from offmoe.runtime.device_decode import DeviceDecode
 from tests import quantized, tiny
 from tests.device_cases import interpret_quickly
 
@@ -121,3 +123,31 @@ def test_a_layer_without_a_hit_whose_misses_the_host_computes(
         assert torch.equal(ours, model.generate(prompt, max_new_tokens=12, min_new_tokens=12, do_sample=False))
     assert stats.host_computed
     assert launched
+
+
+@pytest.mark.parametrize("host_slots", [8, 2])
+def test_steps_without_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host_slots: int) -> None:
+    """Kernels place misses, gather them from RAM, and compute; the host answers what is on disk, in another thread."""
+    monkeypatch.setattr(CpuBackend, "unified_memory", False)
+    monkeypatch.setattr(CpuBackend, "pin", lambda backend, address, nbytes: True)
+    taken: list[Verdict] = []
+    take = DeviceDecode._take
+
+    def noted(decode: DeviceDecode, entry: Entry) -> None:
+        taken.append(entry.verdict)
+        take(decode, entry)
+
+    monkeypatch.setattr(DeviceDecode, "_take", noted)
+    folder = tiny.save(tiny.build("mixtral", torch.float32, **SIZES), tmp_path / "dense")
+    prompt, greedy = tiny.prompt(1, 3), {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    model = offmoe.from_pretrained(
+        folder, device="cpu", lag=1, slots_per_layer=4, exactness="numeric", host_slots=host_slots
+    )
+    with model.offload:
+        ours = model.generate(prompt, **greedy)
+    monkeypatch.undo()
+    model = offmoe.from_pretrained(folder, device="cpu")
+    with model.offload:
+        assert torch.equal(ours, model.generate(prompt, **greedy))
+    assert len(taken) == 7
+    assert Verdict.ASSIGNED in taken

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import pickle
 from collections.abc import Callable, Iterator
@@ -181,7 +182,8 @@ def test_copies_are_refused(model: tiny.Model, part: str, duplicate: Callable[[A
 
 def test_data_parallel(model: tiny.Model, stock: tiny.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """With one device it only calls the model; for several it makes replicas."""
-    monkeypatch.setattr(torch.nn.parallel.data_parallel, "_get_available_device_type", lambda: None)  # a late one, too
+    data_parallel = importlib.import_module("torch.nn.parallel.data_parallel")
+    monkeypatch.setattr(data_parallel, "_get_available_device_type", lambda: None)  # tests may bring a device
     assert torch.equal(torch.nn.DataParallel(model)(OTHER, use_cache=False).logits, logits(stock))
     with pytest.raises(ConfigError, match="cannot be replicated"):
         model._replicate_for_data_parallel()

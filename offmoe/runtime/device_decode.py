@@ -1,0 +1,253 @@
+"""Steps of one token that the device computes without the host in its way (lag 1).
+
+The kernels of a layer (compute/kernels/routed.py) place its misses themselves, in slots that the host named one access
+before. The host launches, and learns from the device's log one layer or more behind what was routed: it plans the same
+access, counts and records it, and names the next victims. What the device cannot place, because an expert is not in
+pinned RAM, it leaves to the host and waits in the stream; the host places it like any other miss and answers.
+
+Two threads read the log, one at a time: the computing thread behind each launch and at the end of a step, and a thread
+that watches while the computing thread may be waiting for the device. At the end of a step the host has seen all of it,
+so errors, statistics and recordings belong to their step.
+
+While such steps run, nothing else changes slots: every other step begins with `leave`, and a step of one token after it
+with `_enter`, which settles all transfers and writes the tables anew.
+
+**None of it has run on a GPU.**
+
+Moves: what the kernels move; the host itself fetches only what it answers.
+Bound: tens of microseconds of the host per layer, beside the device.
+Must never: change a slot, a source or a RAM slot unless the device waits in that layer, or is idle.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Protocol
+
+import torch
+
+from offmoe.compute.kernels.routing_log import Entry, Verdict
+from offmoe.compute.kernels.torch_ffn import autocast_enabled
+from offmoe.device.backend import Backend
+from offmoe.errors import OffmoeError
+from offmoe.policy.planner import Planner
+from offmoe.runtime.device_tables import DeviceTables
+from offmoe.transfer.engine import TransferEngine
+from offmoe.types import Plan
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+WATCH_S, POLL_S = 5e-4, 5e-5
+"""Seconds between looks at the log: of the thread that watches, and at the end of a step."""
+
+_HERE = nullcontext()
+
+
+class Host(Protocol):
+    """The decisions of the runtime, as the log needs them."""
+
+    @property
+    def planner(self) -> Planner: ...
+
+    def plan_access(self, layer: int, ids: Sequence[int]) -> Plan | None:
+        """Record, plan and count an access of one token. ids: -1 for no expert's. None: nothing is demanded."""
+
+
+class DeviceDecode:
+    """The steps of one token of one model; for the thread that computes, but for `_watch`."""
+
+    def __init__(self, tables: DeviceTables, transfer: TransferEngine, backend: Backend) -> None:
+        """Nothing has to be allocated any more.
+
+        Args:
+            tables: of the model.
+            transfer: fills slots and RAM slots.
+            backend: the device.
+        """
+        self._tables, self._transfer, self._backend = tables, transfer, backend
+        self._top_k = tables.shape.top_k
+        self._aborted = tables.state.aborted.numpy().data
+        self._host: Host | None = None
+        self._active = False
+        """Whether the device's tables are valid, and slots change by them alone."""
+        self._launched = self._served = 0
+        """Accesses that were launched, and those of them that the host has seen, since `_enter`."""
+        self._serving = threading.Lock()
+        self._error: BaseException | None = None
+        """What went wrong in the thread that watches."""
+        self._stepping, self._closed = threading.Event(), False
+        self._thread: threading.Thread | None = None
+
+    def takes(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor) -> bool:
+        """Whether a layer's input is one that the kernels compute: one token, in a dtype and form that they read."""
+        return (
+            len(hidden) == 1
+            and hidden.dtype in FLOATS
+            and ids.shape == (1, self._top_k[layer])
+            and ids.dtype == torch.int64
+            and not autocast_enabled(hidden)
+        )
+
+    def run(
+        self, host: Host, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Launch one layer; the host does not wait.
+
+        Args:
+            host: decides, from the first layer after `leave` to the next `leave`.
+            hidden: [1, H]. ids: int64 [1, k], as routed. weights: [1, k].
+
+        Returns:
+            [1, H], the weighted sum.
+
+        Raises:
+            OffmoeError: an expert of an earlier layer could not be read, or the device has given up.
+        """
+        if not self._active:
+            self._enter(host)
+        if not self._stepping.is_set():
+            self._stepping.set()
+        self._check()
+        this, index = self._tables.layers[layer], self._backend.device.index
+        is_current = index is None or torch.accelerator.current_device_index() == index
+        with _HERE if is_current else torch.accelerator.device_index(index):  # kernels start on the current device
+            self._launched += 1
+            this.assign(ids)
+            this.gather()
+            out = this.compute(hidden, ids, weights)
+        if self._serving.acquire(blocking=False):
+            try:
+                self._serve()
+            finally:
+                self._serving.release()
+        return out
+
+    def finish(self) -> None:
+        """Wait until the host has seen every access that was launched; to be called at the end of a step.
+
+        Raises:
+            OffmoeError: as `run`.
+        """
+        if not self._active:
+            return
+        while self._served < self._launched:
+            before = self._served
+            if self._serving.acquire(timeout=WATCH_S):
+                try:
+                    self._serve()
+                finally:
+                    self._serving.release()
+            self._check()
+            if self._served == before:
+                time.sleep(POLL_S)
+        self._check()
+        self._stepping.clear()
+
+    def leave(self) -> None:
+        """Give the slots back to the host, which moves experts from now on; `finish`, and the device is idle."""
+        if not self._active:
+            return
+        self.finish()
+        self._transfer.computed(range(len(self._transfer.writer.arena)))
+        self._drain()
+        with self._serving:  # what the thread that watches has copied is done, and before what comes next
+            self._transfer.writer.drain()
+            self._active = False
+
+    def abandon(self) -> None:
+        """After a failure: let the device wait for nothing any more, and wait until it is idle. Tables are invalid."""
+        if not self._active:
+            return
+        self._aborted[0] = 1
+        self._drain()
+        with self._serving:
+            self._active = False
+            self._error = None
+            self._stepping.clear()
+
+    def slots_moved(self) -> None:
+        """Note that slots are elsewhere, and hold no reference to where they were. The device is idle."""
+        assert not self._active
+        self._tables.slots_moved()
+
+    def close(self) -> None:
+        """End the thread and release the tables; idempotent."""
+        if self._closed:
+            return
+        self.abandon()
+        self._closed = True
+        self._stepping.set()
+        if self._thread not in (None, threading.current_thread()):  # a model may be collected as garbage in any thread
+            self._thread.join()
+        self._tables.close()
+
+    def _drain(self) -> None:
+        """Wait until the compute stream is idle: no kernel reads RAM slots any more."""
+        event = self._backend.event()
+        event.record(self._backend.compute)
+        event.synchronize()
+
+    def _enter(self, host: Host) -> None:
+        """Settle all transfers and write the tables: where experts are, and the first lists of victims."""
+        self._transfer.settle()
+        with self._serving:  # the thread that watches may still look at the log
+            self._host, self._launched, self._served = host, 0, 0
+            self._tables.write(host.planner)
+            self._active = True
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._watch, name="offmoe-device-log", daemon=True)
+            self._thread.start()
+
+    def _watch(self) -> None:
+        """Serve the device while the computing thread may be waiting for it: the body of a thread."""
+        self._backend.enter_thread()
+        while True:
+            self._stepping.wait()
+            if self._closed:
+                return
+            if self._serving.acquire(blocking=False):
+                try:
+                    self._serve()
+                except BaseException as error:  # the computing thread raises it
+                    self._error = error
+                    self._aborted[0] = 1
+                finally:
+                    self._serving.release()
+            time.sleep(WATCH_S)
+
+    def _check(self) -> None:
+        """Raise what the thread that watches ran into, or that the device has given up."""
+        error = self._error
+        if error is not None:
+            raise error
+        if self._aborted[0]:
+            raise OffmoeError("the device waited too long for the host in the middle of a step and gave up.")
+
+    def _serve(self) -> None:
+        """Take every access that the device has logged. `_serving` is held."""
+        if self._active and self._error is None:
+            for entry in self._tables.state.log.read(self._top_k):
+                self._take(entry)
+
+    def _take(self, entry: Entry) -> None:
+        """Plan an access that the device has carried out, or waits with; answer, and name the next victims."""
+        assert self._host is not None
+        plan, planner = self._host.plan_access(entry.layer, entry.ids), self._host.planner
+        assert entry.misses == (0 if plan is None else plan.misses), "device and planner differ"
+        if entry.verdict is not Verdict.ASSIGNED:
+            assert plan is not None
+            self._answer(planner, plan)
+        self._tables.after_access(planner, entry)
+        self._served += 1
+
+    def _answer(self, planner: Planner, plan: Plan) -> None:
+        """Fetch what the device could not place, while it waits, and tell it where everything is."""
+        transfer = self._transfer
+        assert len(plan.waves) == 1, "one token fits the layer's slots"
+        transfer.stream(plan.waves)
+        for fetch in plan.waves[0].fetches:
+            transfer.ready(fetch.slot)
+            transfer.writer.landed[fetch.slot].synchronize()
+        self._tables.settle(planner, plan.layer)
