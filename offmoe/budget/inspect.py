@@ -186,7 +186,7 @@ def survey(
         backend: the device to plan for; None: the one that the options name.
         hub: as `inspect`.
     """
-    source = lone_config(model)
+    source = None if hub.get("gguf_file") else lone_config(model)
     if source is None:
         return _read_headers(model, config, dtype, ModelOptions(plain=True), backend, **hub)
     backend = _checked_backend(config, dtype, backend)
@@ -240,7 +240,9 @@ def inspect(
     """
     inspected = inspect_or_refusal(model, config, dtype=dtype, asked=asked, **hub)
     if inspected.refusal is not None:
-        raise CapacityError(f"{inspected.refusal} What would fit: offmoe inspect {shlex.quote(os.fspath(model))}")
+        given = {"--revision": hub.get("revision"), "--gguf-file": hub.get("gguf_file")}
+        words = [os.fspath(model), *(word for name, value in given.items() if value for word in (name, value))]
+        raise CapacityError(f"{inspected.refusal} What would fit: offmoe inspect {shlex.join(words)}")
     inspected.say_exactness()
     return inspected
 

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace, out: Output) -> None:
         replace(profile, costs=costs).write(args.output)
         out.note(
             f"written to {args.output}; next: offmoe simulate TRACE --profile {args.output}, offmoe inspect "
-            f"{args.model} --profile {args.output}"
+            f"{options.model_words(args)} --profile {args.output}"
         )
     out.json({"costs": costs.to_dict()})
 

@@ -169,7 +169,7 @@ class Ranking:
             if fastest is not same:
                 said.append(f"Fastest{_speed(fastest)}, {_name(fastest)}: {self.command(fastest)}")
             if fastest.experts != "native" and self._survey.config.experts == "native":
-                model = shlex.quote(self._args.model) if self._survey.catalog is not None else "MODEL"
+                model = options.model_words(self._args) if self._survey.catalog is not None else "MODEL"
                 said.append(
                     f"That quantizes at every load; once is enough: offmoe pack {model} OUT --experts {fastest.experts}"
                 )

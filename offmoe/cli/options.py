@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -21,7 +22,7 @@ from offmoe.text import did_you_mean
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
-MODEL_HELP = "a folder, a Hub id, or 'demo', the small model that comes with offmoe"
+MODEL_HELP = "a folder, a .gguf file, a Hub id, or 'demo', the small model that comes with offmoe"
 
 
 class Parser(argparse.ArgumentParser):
@@ -103,6 +104,12 @@ def offload_config(args: argparse.Namespace) -> OffloadConfig:
 def hub_options(args: argparse.Namespace) -> dict[str, Any]:
     """Options of the download, as `offmoe.budget.inspect.inspect` takes them."""
     return {"revision": args.revision, "local_files_only": args.local_files_only, "gguf_file": args.gguf_file}
+
+
+def model_words(args: argparse.Namespace) -> str:
+    """MODEL and the options that say which files are meant, as words of a command."""
+    given = {name: value for name in ("revision", "gguf_file") if (value := getattr(args, name, None))}
+    return shlex.join([args.model, *(word for name, value in given.items() for word in (flag(name), value))])
 
 
 def _add(

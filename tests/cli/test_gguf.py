@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from offmoe.budget.inspect import inspect
+from offmoe.config import OffloadConfig
+from offmoe.errors import CapacityError
 from offmoe.hf.load.tokenizer import load_tokenizer
 from offmoe.trace.trace import read_trace
 from tests import gguf_models, tiny
@@ -46,6 +50,27 @@ def test_inspect_names_the_format(offmoe: Run, demo: gguf_models.Written) -> Non
     text = offmoe("inspect", demo.file, *CPU)
     assert text.status == 0
     assert "gguf" in text.out
+
+
+def test_the_command_that_inspect_prints_runs_the_file_that_was_asked_for(
+    offmoe: Run, demo: gguf_models.Written, tmp_path: Path
+) -> None:
+    for name in ("a.gguf", "b file.gguf"):
+        shutil.copy(demo.file, tmp_path / name)
+    assert "--gguf-file NAME" in offmoe("inspect", tmp_path, *CPU).err
+    found = offmoe("inspect", tmp_path, "--gguf-file", "b file.gguf", *CPU, "--json").json
+    words = shlex.split(found["best_command"])
+    assert words[words.index("--gguf-file") + 1] == "b file.gguf"
+    assert offmoe(*(PROMPT if word == "PROMPT" else word for word in words[1:]), "--max-new-tokens", 1).status == 0
+    with pytest.raises(CapacityError, match=r"What would fit: offmoe inspect .* --gguf-file 'b file\.gguf'$"):
+        inspect(tmp_path, OffloadConfig(device="cpu", device_memory=1), gguf_file="b file.gguf")
+
+
+def test_a_configuration_alone_is_not_the_file_that_was_asked_for(offmoe: Run, tmp_path: Path) -> None:
+    shutil.copy(gguf_models.DEMO / "config.json", tmp_path)
+    outcome = offmoe("inspect", tmp_path, "--gguf-file", "m.gguf", *CPU)
+    assert outcome.status == 2
+    assert "has no GGUF file 'm.gguf'" in outcome.err
 
 
 def test_inspect_says_that_a_gpu_has_no_kernels_for_blocks(

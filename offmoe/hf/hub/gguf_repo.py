@@ -59,6 +59,8 @@ def chosen_model(name: str, files: Sequence[str], wanted: Wanted) -> str | None:
         first = "/".join(filter(None, (folder, part_names(file)[0])))
         if first not in models:
             raise ConfigError(f"model {name!r}: has no GGUF file {gguf_file!r}; {_there_are(name, models)}")
+        if tag is not None and not _is_tagged(first, tag):
+            raise ConfigError(f"model '{name}:{tag}': {gguf_file!r} is of another quantization; leave one of them out")
         return first
     if tag is None:
         if not models or any(file.endswith(".safetensors") for file in files):
@@ -104,9 +106,12 @@ def gguf_in(folder: Path, gguf_file: str | None = None) -> Path | None:
     except OSError:  # reading the checkpoint will say so
         return None
     if gguf_file is not None:
-        if gguf_file not in names:
-            raise ConfigError(f"{folder}: has no file {gguf_file!r}; give the name of a .gguf file there")
-        return folder.absolute() / part_names(gguf_file)[0]
+        if not gguf_file.endswith(SUFFIX) or not os.path.isfile(folder / gguf_file):
+            models = models_among(names)
+            instead = f"give one of them: {', '.join(models[:SHOWN])}" if models else "it holds no GGUF model"
+            raise ConfigError(f"{folder}: has no GGUF file {gguf_file!r} (--gguf-file, gguf_file=); {instead}")
+        file = (folder / gguf_file).absolute()
+        return file.with_name(part_names(file.name)[0])
     models = [] if any(name.endswith(".safetensors") for name in names) else models_among(names)
     if len(models) > 1:
         raise ConfigError(
@@ -114,6 +119,27 @@ def gguf_in(folder: Path, gguf_file: str | None = None) -> Path | None:
             "--gguf-file NAME"
         )
     return folder.absolute() / models[0] if models else None
+
+
+def gguf_at(path: Path, gguf_file: str | None = None) -> Path:
+    """The (first) file of the GGUF model that a file belongs to.
+
+    Args:
+        path: the file, any part of the model.
+        gguf_file: the file that is meant; None, or another name of the same model.
+
+    Raises:
+        ConfigError: `gguf_file` names another model.
+    """
+    parts, absolute = part_names(path.name), path.absolute()
+    if gguf_file is not None:
+        named = Path(gguf_file)
+        if named.name not in parts or (named.name != gguf_file and named.absolute().parent != absolute.parent):
+            raise ConfigError(
+                f"{path}: is one GGUF file, and --gguf-file (gguf_file=) names another, {gguf_file!r}; leave that out, "
+                f"or give the folder: {path.parent}"
+            )
+    return absolute.with_name(parts[0])
 
 
 def existing(folder: Path) -> Path:

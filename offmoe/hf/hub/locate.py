@@ -34,7 +34,7 @@ from offmoe.errors import (
     UnsupportedModelError,
 )
 from offmoe.hf.hub.errors import hub_errors, translated
-from offmoe.hf.hub.gguf_repo import Wanted, chosen_model, existing, gguf_in, split_tag
+from offmoe.hf.hub.gguf_repo import Wanted, chosen_model, existing, gguf_at, gguf_in, split_tag
 from offmoe.hf.hub.model_files import JUNK, SMALL_FILES
 from offmoe.hf.hub.remote_header import TIMEOUT_S, read_remote_gguf, read_remote_head
 from offmoe.storage.checkpoint import INDEX_FILE, PICKLES, SINGLE_FILE, Checkpoint, indexed_files
@@ -213,28 +213,25 @@ def locate(
         subfolder: the folder below `model` that holds the files.
         force_download: asks to download files again that are in the Hub cache, which is refused. Means nothing for a
             folder of the user's own.
-        gguf_file: the GGUF file that is meant, or any of its parts, where there are several.
+        gguf_file: the GGUF file that is meant, or any of its parts, where there are several; relative to the folder or
+            repository. With a GGUF file as the model, that file or nothing.
 
     Raises:
         ConfigError: the model is no folder, not in the cache, and not on the Hub for this token; or the folder holds
-            several GGUF models.
+            several GGUF models, or not the one that is meant.
         CheckpointError: `model` is a file, but no GGUF file.
         UnsupportedModelError: the repository has no config.json.
     """
-    _check_text(revision=revision, subfolder=subfolder)
+    _check_text(revision=revision, subfolder=subfolder, gguf_file=gguf_file)
     name = os.fspath(model)
     if name == DEMO:
+        if gguf_file is not None:
+            raise ConfigError(f"gguf_file={gguf_file!r}: the demo is no GGUF model; leave it out.")
         return Source(Path(__file__).parents[2] / "demo" / "model")
     path = Path(os.path.expanduser(name))  # os.path: the methods of Path raise for names that no file can have
     inside = (subfolder or "").strip("/")
-    if name and os.path.isdir(path):
-        if not os.path.isdir(path / inside):
-            raise ConfigError(f"subfolder={subfolder!r}: {path} has no such folder.")
-        return Source(path / inside, file=gguf_in(path / inside, gguf_file))
     if name and os.path.exists(path):
-        if path.suffix == SUFFIX:
-            return Source(path.absolute().parent, file=path.absolute().with_name(part_names(path.name)[0]))
-        raise CheckpointError(f"{path}: {_no_model(path)}")
+        return _on_disk(path, inside, gguf_file)
     name, tag = split_tag(name)
     if not isinstance(model, str) or not NAME.fullmatch(name) or name.startswith("."):
         if name.endswith(SUFFIX):
@@ -246,6 +243,19 @@ def locate(
     if local_files_only:
         return _cached(name, revision, inside, options, Wanted(tag, gguf_file), "local_files_only forbids the network")
     return _on_hub(name, revision, inside, options, Wanted(tag, gguf_file))
+
+
+def _on_disk(path: Path, subfolder: str, gguf_file: str | None) -> Source:
+    """The model in a folder of the user's own, or in a GGUF file."""
+    if os.path.isdir(path):
+        inside = path / subfolder
+        if not os.path.isdir(inside):
+            raise ConfigError(f"subfolder={subfolder!r}: {path} has no such folder.")
+        file = gguf_in(inside, gguf_file)
+        return Source(inside if file is None else file.parent, file=file)
+    if path.suffix == SUFFIX:
+        return Source(path.absolute().parent, file=gguf_at(path, gguf_file))
+    raise CheckpointError(f"{path}: {_no_model(path)}")
 
 
 def _no_model(path: Path) -> str:

@@ -58,6 +58,7 @@ def test_a_file_names_its_model_whichever_part_it_is() -> None:
         (Wanted("Q5_K_M"), "no GGUF file for 'Q5_K_M'; give one of them"),
         (Wanted("Q4_K"), "no GGUF file for 'Q4_K'"),
         (Wanted(gguf_file="mmproj-F16.gguf"), "has no GGUF file 'mmproj-F16.gguf'"),
+        (Wanted("Q4_K_M", "Model-Q8_0.gguf"), "'owner/model:Q4_K_M': 'Model-Q8_0.gguf' is of another quantization"),
     ],
 )
 def test_what_names_none_or_several_lists_what_is_there(wanted: Wanted, what: str) -> None:
@@ -86,10 +87,41 @@ def test_a_file_of_a_folder_is_chosen_by_its_name(tmp_path: Path) -> None:
     for name in ("a.gguf", "b-00001-of-00002.gguf", "b-00002-of-00002.gguf"):
         (tmp_path / name).write_bytes(b"")
     assert locate(tmp_path, gguf_file="b-00002-of-00002.gguf").model == tmp_path / "b-00001-of-00002.gguf"
-    with pytest.raises(ConfigError, match=r"has no file 'c\.gguf'"):
+    missing = r"has no GGUF file 'c\.gguf' .*; give one of them: a\.gguf, b-00001-of-00002\.gguf$"
+    with pytest.raises(ConfigError, match=missing):
         locate(tmp_path, gguf_file="c.gguf")
     with pytest.raises(ConfigError, match="or --gguf-file NAME"):
         locate(tmp_path)
+
+
+def test_a_file_in_a_folder_below_has_its_own_neighbors(tmp_path: Path) -> None:
+    (tmp_path / "Q8_0").mkdir()
+    (tmp_path / "Q8_0" / "m.gguf").write_bytes(b"")
+    found = locate(tmp_path, gguf_file="Q8_0/m.gguf")
+    assert (found.folder, found.model) == (tmp_path / "Q8_0", tmp_path / "Q8_0" / "m.gguf")
+
+
+def test_what_is_no_gguf_file_of_a_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for name in ("config.json", "", "a\0b.gguf"):
+        with pytest.raises(ConfigError, match=r"has no GGUF file .*; it holds no GGUF model$"):
+            locate(tmp_path, gguf_file=name)
+    with pytest.raises(ConfigError, match="must be a text"):
+        locate(tmp_path, gguf_file=tmp_path)  # type: ignore[arg-type]
+
+
+def test_a_file_is_the_model_and_a_second_name_must_be_its_own(tmp_path: Path) -> None:
+    for name in ("a.gguf", "b-00001-of-00002.gguf", "b-00002-of-00002.gguf"):
+        (tmp_path / name).write_bytes(b"")
+    assert locate(tmp_path / "a.gguf", gguf_file="a.gguf").model == tmp_path / "a.gguf"
+    assert locate(tmp_path / "a.gguf", gguf_file=str(tmp_path / "a.gguf")).model == tmp_path / "a.gguf"
+    part = tmp_path / "b-00002-of-00002.gguf"
+    assert locate(part, gguf_file="b-00001-of-00002.gguf").model == tmp_path / "b-00001-of-00002.gguf"
+    for other in ("b-00001-of-00002.gguf", "elsewhere/a.gguf"):
+        with pytest.raises(ConfigError, match=r"names another.*leave that out, or give the folder"):
+            locate(tmp_path / "a.gguf", gguf_file=other)
+    with pytest.raises(ConfigError, match="the demo is no GGUF model"):
+        locate("demo", gguf_file="a.gguf")
 
 
 @pytest.fixture(scope="module")
