@@ -121,6 +121,7 @@ def test_fused_experts_of_transformers_own_format(tmp_path: Path, fused: bool) -
         ("ct-int4", "mixtral"),
         ("ct-int4", "qwen3_moe"),
         ("ct-int4-asym", "mixtral"),
+        ("ct-int8", "mixtral"),
         ("awq", "mixtral"),
         ("gptq", "mixtral"),
         ("mxfp4", "gpt_oss"),
@@ -144,7 +145,8 @@ def test_published_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind
 
     monkeypatch.setattr("offmoe.compute.cpu_compute.PreparedExpert", prepared)
     got, same_tokens = run(folder, exactness="numeric")
-    assert computed == {kind[:3] if kind.startswith("fp8") else kind if kind == "mxfp4" else "int4"}
+    own_names = {"ct-int8": "int8", "mxfp4": "mxfp4", "fp8": "fp8", "fp8-rows": "fp8"}
+    assert computed == {own_names.get(kind, "int4")}
     allowed = SAME if kind.startswith("fp8") else 5e-3
     assert error(got, right) < allowed  # decoded weights are rounded to the dtype of the scales, kernels' are not
     assert torch.equal(same_tokens, tokens)
@@ -200,7 +202,6 @@ def test_what_no_kernel_has_is_computed_as_ever(
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
-        ("ct-int8", "in groups of 32"),
         ("gptq-int8-desc-act", "no gptq int8"),
         ("nf4", "no bitsandbytes nf4"),
     ],
@@ -212,9 +213,13 @@ def test_formats_without_kernels(tmp_path: Path, kind: str, why: str) -> None:
     assert torch.equal(run(folder, exactness="numeric")[0], run(folder)[0])
 
 
-def test_fp8_in_small_blocks_is_computed_as_ever(tmp_path: Path) -> None:
-    folder, _ = quantized.save(tmp_path, "mixtral", "fp8", **SIZES)
-    assert all("no fp8 in blocks of 8 columns" in str(reason) for reason in without_kernels(folder))
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [("fp8", "no fp8 in blocks of 8 columns"), ("ct-int8", "no compressed-tensors int8 in groups of 8")],
+)
+def test_small_blocks_are_computed_as_ever(tmp_path: Path, kind: str, why: str) -> None:
+    folder, _ = quantized.save(tmp_path, "mixtral", kind, **SIZES)
+    assert all(why in str(reason) for reason in without_kernels(folder))
     assert torch.equal(run(folder, exactness="numeric")[0], run(folder)[0])
 
 

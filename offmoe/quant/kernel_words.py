@@ -49,8 +49,9 @@ def format_of(codec: Codec, cols: int, dtype: torch.dtype) -> WeightFormat | str
         return f"kernels have no {codec.name}"
     bits = 4 if isinstance(codec, Awq) else codec.bits
     if isinstance(codec, PackedInt) and bits == 8 and codec.symmetric and not codec.ordered:
-        return WeightFormat("int8", None, scale_dtype=dtype) if codec.group is None else _no_group(codec)
-    if bits != 4:
+        if codec.group is None:
+            return WeightFormat("int8", None, scale_dtype=dtype)
+    elif bits != 4:
         return f"kernels have no {codec.name}"
     if (isinstance(codec, PackedInt) and codec.ordered) or (isinstance(codec, Gptq) and codec.reordered):
         return f"columns of {codec.name} are in activation order"
@@ -59,7 +60,7 @@ def format_of(codec: Codec, cols: int, dtype: torch.dtype) -> WeightFormat | str
     if group is None or cols % stored:
         return _no_group(codec)
     has_zeros = not isinstance(codec, PackedInt) or not codec.symmetric
-    return WeightFormat("int4", group, has_zeros, dtype)
+    return WeightFormat(f"int{bits}", group, has_zeros, dtype)
 
 
 def rows_of(codec: Codec, raw: Mapping[str, torch.Tensor], how: WeightFormat) -> dict[str, torch.Tensor]:

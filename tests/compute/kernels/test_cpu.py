@@ -34,6 +34,8 @@ FORMATS: list[Format] = [
     int4(128),
     int4(32, zero_points=True),
     INT8,
+    WeightFormat("int8", 32),
+    WeightFormat("int8", 128),
     MXFP4,
     fp8(128),
     fp8(32),
@@ -59,6 +61,11 @@ def random_weight(how: Format, rows: int, cols: int, seed: int = 0) -> Weight:
         scales = torch.rand(rows, how.groups(cols), generator=generator) * 1e-3
         return PackedWeight(how, pack_words(codes, how), scales).tiled()
     values = torch.randn(rows, cols, generator=generator) * 0.05
+    if how is not None and how.kind == "int8" and how.group:
+        grouped = values.view(rows, -1, how.group)
+        scales = (grouped.abs().amax(-1) / 127).bfloat16()
+        codes = (grouped / scales.float().unsqueeze(-1)).round().clamp(-128, 127).to(torch.int8)
+        return PackedWeight(how, pack_words(codes.view(rows, cols), how), scales).tiled()
     return values.bfloat16() if how is None else TorchQuantizer()(values, how).tiled()
 
 
