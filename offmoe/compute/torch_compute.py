@@ -46,7 +46,7 @@ class TorchCompute(ExpertCompute):
         if self._decoder is None:
             return expert_ffn(layer.math, layer.decode(weights, dtype), x, dtype)
         with self._calling:
-            memory = self._decoded.of(layer.decode.layout(dtype).nbytes)
+            memory = self._decoded.of(layer.decode.memory_bytes(dtype))
             return expert_ffn(layer.math, layer.decode(weights, dtype, self._decoder, memory), x, dtype)
 
     def _when_ready(self, layer: ExpertLayer, slot: int, x: torch.Tensor, transfer: TransferEngine) -> torch.Tensor:

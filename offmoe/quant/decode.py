@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from offmoe.quant.codec import Codec
-from offmoe.storage.layout import Assembly, ExpertLayout
+from offmoe.storage.layout import Assembly, Destination, ExpertLayout
 
 WORKING_BYTES = 10
 """Temporary bytes per weight while a matrix is decoded: its codes as bytes and as indices, its products in float32."""
@@ -55,12 +55,31 @@ class Leaf:
                 return out
         return self.codec.decode(raw, dtype)
 
-    def decode_into(self, views: Mapping[str, torch.Tensor], out: torch.Tensor, decoder: Decoder | None) -> None:
-        """Write the dense tensor to `out`, a view of the parameter that it belongs to."""
+    def decode_into(
+        self,
+        views: Mapping[str, torch.Tensor],
+        out: torch.Tensor,
+        decoder: Decoder | None,
+        scratch: torch.Tensor | None = None,
+    ) -> None:
+        """Write the dense tensor to `out`, a view of the parameter that it belongs to.
+
+        Args:
+            views: the slot's parameters by name.
+            out: where the tensor goes; in RAM if there is a decoder.
+            decoder: tried before the codec.
+            scratch: uint8 [bytes of the tensor in `out`'s dtype, or more], contiguous: the tensor is decoded there if
+                its place is not contiguous.
+        """
         if self.codec is not None and decoder is not None:
             raw = {component: views[param] for component, param in self.params.items()}
             if decoder(self.codec, raw, out):
                 return
+            if scratch is not None:
+                whole = scratch[: out.numel() * out.itemsize].view(out.dtype).view(self.shape)
+                if decoder(self.codec, raw, whole):
+                    out.copy_(whole.view(out.shape))
+                    return
         out.copy_(self.decode(views, out.dtype))
 
 
@@ -91,8 +110,8 @@ class ExpertDecoding:
             views: the slot's parameters, from `ExpertLayout.views`.
             dtype: dtype of the result.
             decoder: tried before each codec; only for slots in RAM.
-            memory: uint8 [n], n at least the bytes of `layout(dtype)`, aligned to PARAM_ALIGNMENT: the result may stand
-                in it. None: in new memory.
+            memory: uint8 [memory_bytes(dtype) or more], aligned to PARAM_ALIGNMENT: the result may stand in it. None:
+                in new memory.
 
         Returns:
             The expert's parameters by name, contiguous.
@@ -100,18 +119,30 @@ class ExpertDecoding:
         if self.assembly.convert is not None:
             params = self.assembly.convert([leaf.decode(views, dtype, decoder) for leaf in self.leaves])
             return {name: tensor.to(dtype).contiguous() for name, tensor in params.items()}
+        scratch = None
         if memory is None:
             device = next(iter(views.values())).device
             out = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in self.shapes.items()}
         else:
-            out = self.layout(dtype).views(memory)
+            layout = self.layout(dtype)
+            out, scratch = layout.views(memory), memory[layout.nbytes :]
         for leaf, part in zip(self.leaves, self.assembly.destinations, strict=True):
-            leaf.decode_into(views, part.block(out, leaf.shape), decoder)
+            leaf.decode_into(views, part.block(out, leaf.shape), decoder, scratch if _is_apart(part) else None)
         return out
 
     def layout(self, dtype: torch.dtype) -> ExpertLayout:
         """The parameters of an expert that is decoded into memory of the caller's."""
         return ExpertLayout.of({name: (dtype, shape) for name, shape in self.shapes.items()})
+
+    def memory_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the memory that a call may decode into.
+
+        Those of the parameters, and of the largest tensor that does not stay together on its way to its place, such as
+        gpt-oss' gate, whose rows become every other column.
+        """
+        moved = zip(self.leaves, self.assembly.destinations, strict=False)  # a conversion has no destinations
+        apart = (torch.Size(leaf.shape).numel() for leaf, part in moved if leaf.codec is not None and _is_apart(part))
+        return self.layout(dtype).nbytes + max(apart, default=0) * dtype.itemsize
 
     def nbytes(self, dtype: torch.dtype) -> int:
         """The most bytes that a call holds at a time: the parameters, and the largest tensor while it is decoded."""
@@ -119,3 +150,8 @@ class ExpertDecoding:
         largest = max(torch.Size(leaf.shape).numel() for leaf in self.leaves)
         kept = whole if self.assembly.convert is not None else 0
         return whole + kept + largest * (WORKING_BYTES + dtype.itemsize)
+
+
+def _is_apart(part: Destination) -> bool:
+    """Whether a tensor with this destination is not contiguous there."""
+    return part.transposed or part.step != 1 or part.dim > 0
