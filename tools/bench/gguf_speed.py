@@ -39,6 +39,11 @@ from tools.bench.kernels import seconds as cpu_s
 
 TYPES = {block.name: number for number, block in BLOCK_TYPES.items()}
 ROWS, COLS = 768, 2048
+HALVES: dict[str, tuple[int, ...]] = {
+    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
+    **{"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,), "MXFP4": ()},
+}
+"""By type, the bytes at which a block has a float16; byte 0 of others."""
 REPEATS = 20
 
 
@@ -52,9 +57,14 @@ def gb_s(nbytes: int, work: Callable[[], object], seconds: float) -> list[float]
 
 
 def random_blocks(number: int) -> torch.Tensor:
+    """Blocks of random bits with finite scales, as models have them: others are left to slower code."""
     block = BLOCK_TYPES[number]
     generator = torch.Generator().manual_seed(number)
-    return torch.randint(0, 256, (ROWS, COLS // block.values * block.nbytes), dtype=torch.uint8, generator=generator)
+    shape = (ROWS * COLS // block.values, block.nbytes)
+    blocks = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    for at in HALVES.get(block.name, (0,)):
+        blocks[:, at + 1] &= 0xBF  # the highest bit of the exponent
+    return blocks.view(ROWS, -1)
 
 
 def empty_tiles(how: WeightFormat) -> PackedWeight:
@@ -88,8 +98,8 @@ def measure_kernels(library: Library, types: list[str], seconds: float, figures:
             del experts
 
 
-def measure_blocks(library: Library, types: list[str], seconds: float, figures: Figures) -> None:
-    decoder = GgufDecoder(library, 1)
+def measure_blocks(library: Library, types: list[str], variant: str, seconds: float, figures: Figures) -> None:
+    decoder = GgufDecoder(library, 1, variant)
     out = torch.empty(ROWS, COLS, dtype=torch.bfloat16)
     for name in types:
         codec, blocks = GgufBlocks(TYPES[name]), random_blocks(TYPES[name])
@@ -111,6 +121,7 @@ def main() -> None:
         "--kernels", nargs="*", default=["Q4_K", "Q6_K", "Q8_0"], metavar="TYPE", help="types to compute"
     )
     parser.add_argument("--blocks", nargs="*", default=list(TYPES), metavar="TYPE", help="types to tile and decode")
+    parser.add_argument("--variant", help="of the instruction set that decodes (default: the fastest)")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     arguments = parser.parse_args()
     found = status()
@@ -120,7 +131,8 @@ def main() -> None:
     print(f"{found.message}; load average {os.getloadavg()[0]:.1f}")
     print(f"{'':36}  median  quartiles  rounds")
     figures = Figures()
-    measure_blocks(found.library, arguments.blocks, arguments.seconds, figures)
+    variant = arguments.variant or found.library.variants[-1]
+    measure_blocks(found.library, arguments.blocks, variant, arguments.seconds, figures)
     measure_kernels(found.library, arguments.kernels, arguments.seconds, figures)
     print("targets: Q4_K at least 0.80 (mixtral), 0.70 (qwen3); into tiles at least 2.5; Q4_K decoded at least 5")
     if arguments.json:

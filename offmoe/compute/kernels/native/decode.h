@@ -32,7 +32,7 @@ INLINE uint16_t bf16_of(float x) {
     return (uint16_t)((b & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
 }
 
-/* Where values go: bf16 or float32. streams: vectors are written past the caches; only bf16 at a multiple of 32 bytes. */
+/* Where values go: bf16 or float32. streams: vectors are written past the caches; only bf16 at a multiple of 64 bytes. */
 struct sink {
     void *out;
     int is_bf16, streams;
@@ -271,7 +271,7 @@ INLINE void decode_range(const struct decoding *d, int first, int last, const in
     case 14: EACH(q6_k, 210, 256, is_finite(b + 208))
     case 20: EACH(iq4_nl, 18, 32, is_finite(b))
     case 23: EACH(iq4_xs, 136, 256, is_finite(b))
-    case 39: EACH(mxfp4, 17, 32, 1)
+    case 39: EACH(mxfp4, 17, 32, b[0] > 1) /* 2^-127 is subnormal */
     }
 }
 
@@ -280,7 +280,7 @@ void DECODE(const struct decoding *d, int first, int last) {
     if (d->out_type != SCALE_BF16) {
         decode_range(d, first, last, 0, 0);
 #if defined(__AVX2__)
-    } else if (d->streams && (uintptr_t)d->out % 32 == 0) {
+    } else if (d->streams && (uintptr_t)d->out % 64 == 0) {
         decode_range(d, first, last, 1, 1);
         _mm_sfence();
 #endif

@@ -3,10 +3,35 @@
  * block holds is in decode.h; each function gives the bits of the one of its name there.
  *
  * What bounds: rounding to bf16, 9 operations for 16 values. Codes of 4 bits have 16 values per scale, which are rounded
- * once and looked up, byte by byte; with AVX-512 word by word.
+ * once and looked up, byte by byte; with AVX-512 word by word. AVX512-BF16 rounds 32 values at once, but takes subnormal
+ * ones for zero. There are none: values are multiples of 2^-24, as float16 scales are, and MXFP4's least exponents are
+ * left to the definition.
  */
 #include <immintrin.h>
 
+INLINE __m256i load_32(const uint8_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
+INLINE __m128i first_16(__m256i v) { return _mm256_castsi256_si128(v); }
+INLINE __m128i last_16(__m256i v) { return _mm256_extracti128_si256(v, 1); }
+/* What bytes have in n bits from bit `from` on, put at bit `to`. */
+INLINE __m256i field(__m256i v, int from, int n, int to) {
+    const __m256i kept = _mm256_and_si256(v, _mm256_set1_epi8((char)(((1 << n) - 1) << from)));
+    return to >= from ? _mm256_slli_epi16(kept, to - from) : _mm256_srli_epi16(kept, from - to);
+}
+
+INLINE int is_finite(const uint8_t *half) { return (half[1] & 0x7c) != 0x7c; }
+
+/* 16 bf16. Past the caches, if the output exceeds them: memory is not read before it is overwritten then. */
+INLINE void put_words(const struct sink *s, int at, __m256i words) {
+    __m256i *out = (__m256i *)((uint16_t *)s->out + at);
+    if (s->streams)
+        _mm256_stream_si256(out, words);
+    else
+        _mm256_storeu_si256(out, words);
+}
+
+#if defined(__AVX512BF16__)
+#include "decode_bf16.h"
+#else
 /* Sixteen inputs: those with even numbers, and those with odd ones. */
 struct sixteen {
     __m256 even, odd;
@@ -20,15 +45,6 @@ INLINE __m256i rounded(struct sixteen v) {
     const __m256i lower = _mm256_blend_epi16(a, _mm256_slli_epi32(b, 16), 0xaa);
     const __m256i tie = _mm256_and_si256(_mm256_or_si256(upper, _mm256_set1_epi16(0x7ffe)), _mm256_set1_epi16(0x7fff));
     return _mm256_add_epi16(upper, _mm256_srli_epi16(_mm256_avg_epu16(lower, tie), 15));
-}
-
-/* 16 bf16. Past the caches, if the output exceeds them: memory is not read before it is overwritten then. */
-INLINE void put_words(const struct sink *s, int at, __m256i words) {
-    __m256i *out = (__m256i *)((uint16_t *)s->out + at);
-    if (s->streams)
-        _mm256_stream_si256(out, words);
-    else
-        _mm256_storeu_si256(out, words);
 }
 
 INLINE void put_16(const struct sink *s, int at, struct sixteen v) {
@@ -62,17 +78,6 @@ INLINE struct sixteen of_signed(__m128i bytes) {
     return (struct sixteen){_mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(x, 24), 24)),
                             _mm256_cvtepi32_ps(_mm256_srai_epi32(x, 8))};
 }
-
-INLINE __m256i load_32(const uint8_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
-INLINE __m128i first_16(__m256i v) { return _mm256_castsi256_si128(v); }
-INLINE __m128i last_16(__m256i v) { return _mm256_extracti128_si256(v, 1); }
-/* What bytes have in n bits from bit `from` on, put at bit `to`. */
-INLINE __m256i field(__m256i v, int from, int n, int to) {
-    const __m256i kept = _mm256_and_si256(v, _mm256_set1_epi8((char)(((1 << n) - 1) << from)));
-    return to >= from ? _mm256_slli_epi16(kept, to - from) : _mm256_srli_epi16(kept, from - to);
-}
-
-INLINE int is_finite(const uint8_t *half) { return (half[1] & 0x7c) != 0x7c; }
 
 /* The values of 16 levels, and how they are looked up. LEVELS puts levels into the order in which a table wants them. */
 #if defined(__AVX512BW__)
@@ -188,6 +193,7 @@ INLINE void look_up_both(const struct sink *s, int at, struct lookup low, struct
     look_up_32(s, at, &low, field(q, 0, 4, 0));
     look_up_32(s, at + 32, &high, field(q, 4, 4, 0));
 }
+#endif
 #endif
 
 static const float V_CODES[16] = LEVELS(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);

@@ -264,12 +264,23 @@ EXPORT uint64_t offmoe_read(struct pool *pool, const struct kernels *k, const ui
 }
 
 #if defined(__x86_64__)
-/* Leaf 7.1, which __builtin_cpu_supports of older compilers does not read. */
-static int has_avxvnni(void) {
+/* A bit of leaf 7.1, which __builtin_cpu_supports of older compilers does not read. */
+enum { AVX_VNNI = 1 << 4, AVX512_BF16 = 1 << 5 };
+static int has(unsigned bit) {
     unsigned a, b, c, d;
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & bit) != 0;
 }
 #endif
+
+decode_function *decoder_of(const struct kernels *k) {
+#if defined(OFFMOE_HAS_AVX512VNNI) && defined(OFFMOE_HAS_DECODE_AVX512BF16)
+    static int known; /* 1 + whether it has it: a virtual machine is left for every cpuid */
+    int has_bf16 = __atomic_load_n(&known, __ATOMIC_RELAXED);
+    if (!has_bf16) __atomic_store_n(&known, has_bf16 = 1 + has(AVX512_BF16), __ATOMIC_RELAXED);
+    if (k == &kernels_avx512vnni && has_bf16 == 2) return decode_avx512bf16;
+#endif
+    return k->decode;
+}
 
 /* Variant i of those that this processor runs, slowest first; null past the last. */
 EXPORT const struct kernels *offmoe_variant(int i) {
@@ -286,7 +297,7 @@ EXPORT const struct kernels *offmoe_variant(int i) {
     if (avx2) all[n++] = &kernels_avx2;
 #endif
 #ifdef OFFMOE_HAS_AVXVNNI
-    if (avx2 && has_avxvnni()) all[n++] = &kernels_avxvnni;
+    if (avx2 && has(AVX_VNNI)) all[n++] = &kernels_avxvnni;
 #endif
 #ifdef OFFMOE_HAS_VNNI256
     if (avx512) all[n++] = &kernels_vnni256;

@@ -134,7 +134,7 @@ struct tiling {
 };
 
 typedef void decode_function(const struct decoding *d, int first, int last);
-decode_function decode_portable, decode_avx2, decode_avx512;
+decode_function decode_portable, decode_avx2, decode_avx512, decode_avx512bf16;
 
 struct kernels {
     const char *name;
@@ -157,6 +157,9 @@ extern const struct kernels kernels_portable;
 #if defined(__x86_64__) || defined(_M_X64)
 extern const struct kernels kernels_avx2, kernels_avxvnni, kernels_vnni256, kernels_avx512vnni;
 #endif
+
+/* The variant's decoders, or those for AVX512-BF16 where the processor has it and the variant is the fastest. */
+decode_function *decoder_of(const struct kernels *k);
 
 /* The pool (pool.c): tasks 0 .. first - 1, then, when all of them are done, the tasks up to total. */
 struct pool;

@@ -7,5 +7,5 @@
 #define VARIANT_NAME "vnni256"
 #define ENCODE encode_avx2
 #define COMPARE compare_avx2
-#define DECODE decode_avx2
+#define DECODE decode_avx512
 #include "variant.h"
