@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,6 +54,7 @@ FOUND = pytest.StashKey[families_table.Found]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-families", action="store_true", help="write docs/families.md from what the tests find")
+    parser.addoption("--llama-library", type=Path, help="folder with libllama and libggml*, to compare tokens with")
     parser.addoption("--openapi-seconds", type=float, default=60.0, help="seconds of the slow fuzz of the server's API")
 
 

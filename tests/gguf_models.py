@@ -49,6 +49,8 @@ SPREAD = {Q.Q4_K: 0.0008, Q.Q6_K: 0.0002, Q.Q5_K: 0.0004, Q.Q3_K: 0.003, Q.Q2_K:
 
 Kinds = Callable[[str], Any]
 """The type of a matrix by its name in the file."""
+Quantize = Callable[[np.ndarray, Any], np.ndarray]
+"""(values float32 [..., cols], type) -> its blocks, uint8 [..., bytes of a row]. The gguf package has no K-quants."""
 
 
 def all_of(kind: Any) -> Kinds:
@@ -130,9 +132,9 @@ def write(
     parts: int = 0,
     fused: bool = False,
     name: str = "model",
-    quantize: bool = False,
+    quantize: Quantize | None = None,
 ) -> Written:
-    """As `save`, of a model. quantize: quantize its weights, by the gguf package; else blocks are random."""
+    """As `save`, of a model. quantize: makes the blocks of its weights; None: blocks are random."""
     dense = folder / "dense"
     tiny.save(model, dense, max_shard_size="100GB")
     published = {key: value.float() for key, value in load_file(dense / "model.safetensors").items()}
@@ -165,10 +167,10 @@ def write(
         kind = kinds(stored)
         if tensor.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
             kind = Q.BF16  # as llama-quantize falls back to a type whose blocks fit
-        if kind in HALVES and (kind in SPREAD or not quantize):
+        if kind in HALVES and quantize is None:
             raw = random_blocks(kind, tuple(tensor.shape), seed, SPREAD.get(kind, 0.004))
         else:
-            raw = gguf.quants.quantize(np.ascontiguousarray(tensor.numpy()), kind)
+            raw = (quantize or gguf.quants.quantize)(np.ascontiguousarray(tensor.numpy()), kind)
         decoded = gguf.dequantize(raw, kind).astype(np.float32)
         flat[index[key].long().flatten()] = torch.from_numpy(decoded).flatten()
         writer.add_tensor(stored, raw, raw_dtype=kind)
@@ -195,10 +197,10 @@ def vocabulary(writer: gguf.GGUFWriter) -> None:
     writer.add_add_bos_token(False)
 
 
-def save_demo(folder: Path, kinds: Kinds = q8_0) -> Written:
+def save_demo(folder: Path, kinds: Kinds = q8_0, quantize: Quantize = gguf.quants.quantize) -> Written:
     """The demo as a GGUF file with its vocabulary, quantized; the dense checkpoint gets the demo's tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.bfloat16)
-    written = write(folder, STATEMENTS["mixtral"], model, kinds, more=vocabulary, quantize=True)
+    written = write(folder, STATEMENTS["mixtral"], model, kinds, more=vocabulary, quantize=quantize)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO / name, written.dense)
     return written

@@ -1,7 +1,8 @@
 """What llama_cpp.py runs in processes of its own: offmoe, llama.cpp's library, or llama-bench, each with one model.
 
 A worker waits for a line on stdin, so that it can be moved into a cgroup before it takes any memory. Its last line on
-stdout is JSON: {"prefill_tokens_per_s", "tokens_per_s"} and what else its program tells.
+stdout is JSON: {"prefill_tokens_per_s", "tokens_per_s"} and what else its program tells. tests/test_llama_cpp.py asks
+it for the greedy tokens of llama.cpp's library.
 """
 
 from __future__ import annotations
@@ -83,8 +84,11 @@ class Llama:
         c.llama_batch_get_one.restype = Batch
         c.llama_memory_clear.argtypes = (ctypes.c_void_p, ctypes.c_bool)
         c.llama_get_memory.argtypes = c.llama_synchronize.argtypes = (ctypes.c_void_p,)
-        for function in ("llama_model_load_from_file", "llama_init_from_model", "llama_get_memory"):
-            getattr(c, function).restype = ctypes.c_void_p
+        c.llama_model_get_vocab.argtypes = c.llama_vocab_n_tokens.argtypes = (ctypes.c_void_p,)
+        c.llama_get_logits_ith.argtypes = (ctypes.c_void_p, ctypes.c_int32)
+        c.llama_get_logits_ith.restype = ctypes.POINTER(ctypes.c_float)
+        for name in ("model_load_from_file", "init_from_model", "get_memory", "model_get_vocab"):
+            getattr(c, f"llama_{name}").restype = ctypes.c_void_p
         params, of_context = c.llama_model_default_params(), c.llama_context_default_params()
         known = (of_context.n_ctx, of_context.n_batch, of_context.n_ubatch, of_context.n_threads, params.split_mode)
         if known != (512, 2048, 512, 4, 1) or not params.use_extra_bufts:
@@ -111,6 +115,12 @@ class Llama:
         if self._c.llama_decode(self._context, self._c.llama_batch_get_one(tokens, len(ids))):
             sys.exit("llama_cpp.py: llama_decode failed")
         self._c.llama_synchronize(self._context)
+
+    def scores(self) -> list[float]:
+        """The logits behind the last token."""
+        count: int = self._c.llama_vocab_n_tokens(self._c.llama_model_get_vocab(self._model))
+        scores: list[float] = self._c.llama_get_logits_ith(self._context, -1)[:count]
+        return scores
 
 
 class Offmoe:
@@ -170,6 +180,17 @@ def measured(program: Llama | Offmoe, task: dict[str, Any]) -> dict[str, Any]:
     return {"prefill_tokens_per_s": task["prompt"] / prompt_s, "tokens_per_s": task["tokens"] / decode_s}
 
 
+def greedy(llama: Llama, prompt: list[int], tokens: int) -> dict[str, Any]:
+    """The likeliest tokens behind a prompt, one after the other, and the logits that each was chosen by."""
+    chosen: list[int] = []
+    logits = []
+    for _ in range(tokens):
+        llama.run(chosen[-1:] or prompt)
+        logits.append(llama.scores())
+        chosen.append(max(range(len(logits[-1])), key=logits[-1].__getitem__))
+    return {"tokens": chosen, "logits": logits}
+
+
 def main() -> None:
     sys.stdin.readline()
     task = json.loads(sys.argv[1])
@@ -182,7 +203,11 @@ def main() -> None:
         ours = Offmoe(model, threads, task["capped"], task["options"])
         print(json.dumps({**measured(ours, task), **ours.more()}))
         return
-    print(json.dumps(measured(Llama(Path(task["path"]), model, threads, task["capped"]), task)))
+    llama = Llama(Path(task["path"]), model, threads, task["capped"])
+    if task["program"] == "greedy":
+        print(json.dumps(greedy(llama, task["ids"], task["tokens"])))
+        return
+    print(json.dumps(measured(llama, task)))
 
 
 if __name__ == "__main__":
