@@ -1,10 +1,11 @@
 """Measures how fast experts of a GGUF file get from the disk into slots for the C kernels, against the disk's own rate.
 
 Every expert is read in random order and put into tiles, by 4 threads with a buffer and a slot each: while one tiles,
-the others read. The control reads the same file from end to end with O_DIRECT, in large requests, with as many threads.
-Each round runs experts, control, control, experts, with the page cache dropped before each. Prints per round both rates
-and their ratio, and the bytes that experts take of the file's; --json prints one object as the last line. Without a
-file, one is written into --dir (`gguf_model.py`) and removed.
+the others read. A second pass reads them only, so the difference is what tiles cost. The control reads the same file
+from end to end with O_DIRECT, in large requests, with as many threads. Each round runs experts, reads, control,
+control, reads, experts, with the page cache dropped before each. Prints per round the rates and their ratios to the
+control's, and the bytes that experts take of the file's; --json prints one object as the last line. Without a file, one
+is written into --dir (`gguf_model.py`) and removed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -24,8 +26,8 @@ import torch
 
 from offmoe.budget.inspect import inspect
 from offmoe.config import OffloadConfig
-from offmoe.device.arena import HostBuffers
 from offmoe.device.backend import copy_in_ram
+from offmoe.device.host_buffers import HostBuffers
 from offmoe.hf.catalog.catalog import CatalogLayer
 from offmoe.storage.store import ExpertStore
 from offmoe.types import ExpertKey
@@ -35,20 +37,29 @@ from tools.bench.read import MIN_ROUNDS, REQUEST_BYTES, THREADS, Pass, drop_cach
 Layers = tuple[CatalogLayer, ...]
 
 
-def into_slots(store: ExpertStore, layers: Layers, buffers: HostBuffers, slots: HostBuffers) -> Pass:
-    """Read every expert once, in random order, into a slot of the thread's. Only the experts' own bytes count."""
+def read_experts(store: ExpertStore, layers: Layers, buffers: HostBuffers, slots: HostBuffers | None) -> Pass:
+    """Read every expert once, in random order. Only the experts' own bytes count.
+
+    Args:
+        store: the experts.
+        layers: by `ExpertKey.layer`.
+        buffers: one per thread to read into.
+        slots: one per thread to put tiles into; None: experts are read only.
+    """
     keys = expert_keys(layers)
     turn = iter(random.sample(keys, len(keys)))
 
     def work(thread: int) -> int:
         done = 0
         for key in turn:
+            store.read_into(key, buffers.memory(thread))
+            done += store.record(key).nbytes
+            if slots is None:
+                continue
             slot, segments = layers[key.layer].cpu_slot, store.record(key).segments
             assert slot is not None
-            store.read_into(key, buffers.memory(thread))
             views = slot.layout.views(slots.tensor(thread)[: slot.layout.nbytes])
             slot.assembly.place(segments, store.segments(key, buffers.tensor(thread)), views, copy_in_ram)
-            done += store.record(key).nbytes
         return done
 
     return timed(work)
@@ -60,39 +71,45 @@ def expert_keys(layers: Layers) -> list[ExpertKey]:
 
 def measure(file: Path, seconds: float) -> dict[str, float]:
     """The figures by name."""
-    found = inspect(file, OffloadConfig(device="cpu", exactness="numeric"))
-    layers, checkpoint = found.catalog.layers, found.checkpoint
+    inspected = inspect(file, OffloadConfig(device="cpu", exactness="numeric"))
+    layers, checkpoint = inspected.catalog.layers, inspected.checkpoint
     if any(layer.cpu_slot is None for layer in layers):
         sys.exit(f"gguf_read.py: {next(layer.without_kernel for layer in layers if layer.cpu_slot is None)}")
     largest = max(layer.cpu_slot.layout.nbytes for layer in layers if layer.cpu_slot is not None)
-    ratios, ours, theirs = [], [], []
-    with closing(ExpertStore(checkpoint.shards, found.catalog.records)) as store:
+    rates: dict[str, list[float]] = {"experts": [], "reads": [], "control": []}
+    with closing(ExpertStore(checkpoint.shards, inspected.catalog.records)) as store:
         buffers = HostBuffers(THREADS, max(store.buffer_bytes, REQUEST_BYTES))
         with closing(buffers), closing(HostBuffers(THREADS, largest)) as slots:
-            print("experts into slots GB/s   control GB/s   ratio")
+            passes: dict[str, Callable[[], Pass]] = {
+                "experts": lambda: read_experts(store, layers, buffers, slots),
+                "reads": lambda: read_experts(store, layers, buffers, None),
+                "control": lambda: files_in_order(checkpoint, buffers),
+            }
+            print("experts into slots GB/s   ratio   read only GB/s   ratio   control GB/s")
             deadline = time.perf_counter() + seconds
-            while time.perf_counter() < deadline or len(ratios) < MIN_ROUNDS:
-                runs: dict[str, list[Pass]] = {"experts": [], "control": []}
-                for which in ("experts", "control", "control", "experts"):
+            while time.perf_counter() < deadline or len(rates["control"]) < MIN_ROUNDS:
+                runs: dict[str, list[Pass]] = {which: [] for which in passes}
+                for which in (*passes, *reversed(passes)):
                     drop_cache(checkpoint)
-                    if which == "experts":
-                        runs[which].append(into_slots(store, layers, buffers, slots))
-                    else:
-                        runs[which].append(files_in_order(checkpoint, buffers))
-                rates = {
-                    which: sum(run.gigabytes for run in done) / sum(run.wall_s for run in done)
-                    for which, done in runs.items()
-                }
-                ours.append(rates["experts"])
-                theirs.append(rates["control"])
-                ratios.append(ours[-1] / theirs[-1])
-                print(f"{ours[-1]:23.2f}   {theirs[-1]:12.2f}   {ratios[-1]:5.3f}", flush=True)
+                    runs[which].append(passes[which]())
+                for which, done in runs.items():
+                    rates[which].append(sum(run.gigabytes for run in done) / sum(run.wall_s for run in done))
+                ours, read, control = (rates[which][-1] for which in passes)
+                print(
+                    f"{ours:23.2f}   {ours / control:5.3f}   {read:14.2f}   {read / control:5.3f}   {control:12.2f}",
+                    flush=True,
+                )
         windows = sum(store.read_bytes(key) for key in expert_keys(layers))
-    own = sum(record.nbytes for record in found.catalog.records.values())
+    own = sum(record.nbytes for record in inspected.catalog.records.values())
+
+    def ratio(which: str) -> float:
+        pairs = zip(rates[which], rates["control"], strict=True)
+        return round(statistics.median(mine / control for mine, control in pairs), 3)
+
     return {
-        "ratio": round(statistics.median(ratios), 3),
-        "experts_gb_s": round(statistics.median(ours), 3),
-        "control_gb_s": round(statistics.median(theirs), 3),
+        "ratio": ratio("experts"),
+        "read_ratio": ratio("reads"),
+        **{f"{which}_gb_s": round(statistics.median(each), 3) for which, each in rates.items()},
         "read_per_expert_byte": round(windows / own, 4),
     }
 
