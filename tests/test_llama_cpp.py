@@ -87,7 +87,7 @@ def router_margins(model: Any) -> list[torch.Tensor]:
     """Per MoE layer, how far the first unchosen expert was from the last chosen one, [tokens]; filled by a pass."""
     found: list[torch.Tensor] = []
 
-    def look(gate: torch.nn.Module, args: tuple[torch.Tensor, ...], out: object) -> None:
+    def look(gate: Any, args: tuple[torch.Tensor, ...], out: object) -> None:
         logits = args[0].flatten(0, -2) @ gate.weight.mT
         best = logits.topk(model.config.num_experts_per_tok + 1).values
         found.append(best[:, -2] - best[:, -1])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,8 +99,8 @@ def as_trace(experts: np.ndarray) -> Trace:
     return Trace("demo", shape, experts.astype(np.int16), np.zeros(tokens, np.int32), steps)
 
 
-def samples(model: MixtralForCausalLM) -> str:
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+def samples(model: Any) -> str:
+    tokenizer: Any = AutoTokenizer.from_pretrained(MODEL)
     out = []
     for seed, prompt in enumerate(("And the LORD said unto", "def read(self, size=-1):\n", "hacker\n n.\n\n    ")):
         torch.manual_seed(seed)

@@ -46,7 +46,7 @@ def compressed_tensors() -> dict[str, Case]:
     from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-    cases = {}
+    cases: dict[str, Case] = {}
     for bits, group, symmetric, dtype in (
         (4, 16, True, torch.bfloat16),
         (4, 16, False, torch.float16),
@@ -91,7 +91,7 @@ def compressed_tensors_old() -> dict[str, Case]:
 def gptqmodel() -> dict[str, Case]:
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 
-    cases = {}
+    cases: dict[str, Case] = {}
     for bits, ordered, symmetric, dtype in (
         (4, False, True, torch.float16),
         (4, True, False, torch.float16),
@@ -127,7 +127,9 @@ def gptqmodel() -> dict[str, Case]:
 def awq() -> dict[str, Case]:
     for name in ("awq", "awq.modules", "awq.modules.linear"):  # skips their __init__ files and what those import
         package = types.ModuleType(name)
-        package.__path__ = list(importlib.util.find_spec(name).submodule_search_locations)
+        spec = importlib.util.find_spec(name)
+        assert spec is not None, f"{name} is not installed"
+        package.__path__ = list(spec.submodule_search_locations or ())
         sys.modules[name] = package
     from awq.modules.linear.gemm import WQLinear_GEMM
     from awq.utils.packing_utils import dequantize_gemm
@@ -145,7 +147,7 @@ def awq() -> dict[str, Case]:
 def bitsandbytes() -> dict[str, Case]:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    cases = {}
+    cases: dict[str, Case] = {}
     for kind, nested, dtype, shape in (
         ("nf4", False, torch.bfloat16, (16, 64)),
         ("nf4", True, torch.bfloat16, (32, 64)),

@@ -357,7 +357,7 @@ def export(work: Path, out: Path) -> None:
     """Write the bfloat16 model and its tokenizer, the files that ship."""
     model = build_model()
     model.load_state_dict(torch.load(work / "checkpoint.pt", weights_only=True)["model"])
-    model.to(torch.bfloat16).save_pretrained(out)
+    model.bfloat16().save_pretrained(out)
     PreTrainedTokenizerFast.from_pretrained(work / "tokenizer").save_pretrained(out)
 
 

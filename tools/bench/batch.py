@@ -201,7 +201,7 @@ def child(setup: dict[str, Any], widths: list[int], tokens: int) -> dict[str, An
     return measure(model, widths, tokens, options, setup["refill"])
 
 
-def all_setups(args: argparse.Namespace, scratch: str) -> dict[str, Any]:
+def all_setups(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """The figures of each set-up; those that are in bf16 come before the checkpoint becomes int4."""
     cap = parse_size(args.cap, "--cap")
     hidden, intermediate = TINY if args.quick else (tiers.HIDDEN, tiers.INTERMEDIATE)

@@ -90,7 +90,8 @@ def pinning(section: Section) -> None:
         return done
 
     began = time.perf_counter()
-    buffers = HostBuffers(count, size, pinning=SimpleNamespace(pin=timed_pin, unpin=backend.unpin))
+    timed: Any = SimpleNamespace(pin=timed_pin, unpin=backend.unpin)
+    buffers = HostBuffers(count, size, pinning=timed)
     mapped_s = time.perf_counter() - began - sum(spent)
     try:
         pinned = [buffers.pinned(i) for i in range(count)]

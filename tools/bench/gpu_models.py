@@ -141,7 +141,7 @@ def prefill(section: Section) -> None:
     """Prompts in the same budget: tokens/s by their length. Each uses nearly every expert once."""
     folder, lengths = synthetic(section), (16, 70) if section.tiny else (128, 512, 2048)
     model: Any = offmoe.from_pretrained(folder, prefetch=0, **options(section, folder, lengths[-1] + 1))
-    rows = []
+    rows: list[dict[str, Any]] = []
     with model.offload, torch.no_grad():
         wait_for_fill(section, model)
         for length in lengths:

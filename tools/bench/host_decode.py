@@ -220,7 +220,8 @@ def by_c(arena: SlotArena, threads: int, *, at_once: bool) -> ExpertCompute:
     assert library is not None, status().message
     if at_once:
         library = copy.copy(library)
-        library.calls = AtOnce(library.calls)
+        calls: Any = AtOnce(library.calls)
+        library.calls = calls
     kernels = CpuKernels(library, threads, int8_activations=False)
     return CpuCompute(kernels, arena, TorchCompute(arena, torch.bfloat16))
 

@@ -81,7 +81,8 @@ def packed_experts(shape: Shape, how: WeightFormat) -> tuple[list[GatedExpert], 
                 elif plane:
                     low, high = (-(2**31), 2**31 - 1) if dtype == torch.int32 else (0, 64)
                     views[name + plane].random_(low, high)
-        experts.append(GatedExpert(*(PackedWeight.of(how, name, views) for name in sizes)))
+        gate, up, down = (PackedWeight.of(how, name, views) for name in sizes)
+        experts.append(GatedExpert(gate, up, down))
     return experts, layout.nbytes
 
 
@@ -93,7 +94,8 @@ def bf16_experts(shape: Shape) -> tuple[list[GatedExpert], int]:
         views = layout.views(record)
         for view in views.values():
             view.uniform_(-0.02, 0.02)
-        experts.append(GatedExpert(*views["gate_up_proj"].chunk(2), views["down_proj"]))
+        gate, up = views["gate_up_proj"].chunk(2)
+        experts.append(GatedExpert(gate, up, views["down_proj"]))
     return experts, layout.nbytes
 
 
@@ -110,7 +112,7 @@ def torch_int4_experts(shape: Shape) -> list[Rows]:
         down = weight(shape.hidden, shape.ff)
 
         def linear(x: torch.Tensor, w: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-            return torch.ops.aten._weight_int4pack_mm_for_cpu(x, w[0], GROUP, w[1])  # type: ignore[no-any-return]
+            return torch.ops.aten._weight_int4pack_mm_for_cpu(x, w[0], GROUP, w[1])
 
         def run(x: torch.Tensor) -> torch.Tensor:
             x = x.bfloat16()

@@ -13,6 +13,7 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import checkout  # noqa: F401
 
@@ -37,9 +38,9 @@ def idle_bytes(model: Survey) -> int:
     return model.plan.workspace - needs.temporary - needs.forward.of(1, 1, 4096, 1)
 
 
-def sizes(name: str) -> dict[str, object]:
+def sizes(name: str) -> dict[str, Any]:
     """How many experts fit in what decoding leaves of the workspace."""
-    row: dict[str, object] = {"model": name}
+    row: dict[str, Any] = {"model": name}
     for chunk in (None, *CHUNKS):
         model = survey(
             DATA / "configs" / f"{name}.json",
@@ -78,12 +79,12 @@ def main() -> None:
     print(f"{'model':<16}{'experts':>9}{'slot':>10}" + "".join(f"{c:>24}" for c in ("planned", *map(str, CHUNKS))))
     for row in found:
         cells = [row[key] for key in ("planned", *map(str, CHUNKS))]
-        text = "".join(f"{f'{format_size(size)} = {slots:.2f} slots':>24}" for size, slots in cells)  # type: ignore[misc]
-        print(f"{row['model']:<16}{row['experts']:>9}{format_size(int(str(row['slot']))):>10}{text}")
+        text = "".join(f"{f'{format_size(size)} = {slots:.2f} slots':>24}" for size, slots in cells)
+        print(f"{row['model']:<16}{row['experts']:>9}{format_size(row['slot']):>10}{text}")
     recording = Recording(read_trace(args.trace))
     print(f"\n{args.trace.stem}: bytes read with lent slots, relative to none (lent while decoding / for good)")
     print(f"{'slots':>8}{'hit rate':>10}" + "".join(f"{f'{lent} lent':>18}" for lent in LENT))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for share in SHARES:
         slots = round(share * recording.trace.shape.num_keys)
         base = count(recording, slots, 0, 0)
@@ -91,7 +92,7 @@ def main() -> None:
         text = f"{slots:>8}{base.hit_rate:>10.3f}"
         for lent in LENT:
             pair = [count(recording, slots, lent, always).disk_bytes / base.disk_bytes for always in (0, lent)]
-            rows[-1]["lent"][lent] = pair  # type: ignore[index]
+            rows[-1]["lent"][lent] = pair
             text += f"{pair[0]:>11.4f} /{pair[1]:.3f}"
         print(text)
     if args.json:

@@ -208,7 +208,7 @@ def set_ups(scratch: Path, quick: bool) -> Iterator[tuple[SetUp, Callable[[int],
 
 def complete(trace: Trace) -> Trace:
     """The tokens of a trace that have all of their experts."""
-    whole = (trace.experts >= 0).all(axis=(1, 2))
+    whole = np.asarray((trace.experts >= 0).all(axis=(1, 2)))
     return replace(trace.select(whole, np.arange(int(whole.sum()))), predicted=None)
 
 

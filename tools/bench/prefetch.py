@@ -17,6 +17,7 @@ import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import checkout  # noqa: F401
 import numpy as np
@@ -77,7 +78,9 @@ def at_random(trace: Trace, seed: int = 0) -> Trace:
 def in_turn(trace: Trace, tokens: int = 100) -> Trace:
     """Predictions that are right for some tokens, then random for as many."""
     right = (np.arange(trace.tokens) // tokens % 2 == 0)[:, None, None]
-    return replace(trace, predicted=np.where(right, trace.experts, at_random(trace).predicted))
+    otherwise = at_random(trace).predicted
+    assert otherwise is not None
+    return replace(trace, predicted=np.where(right, trace.experts, otherwise))
 
 
 def costs(shape: CacheShape, cost: float) -> CostModel:
@@ -125,7 +128,8 @@ def main() -> None:
     }
     print(f"gain over prefetch=0, by the time of a read / of computing a layer\n{'':44}" + "read for    needed")
     print(f"{'routing':22}{'slots':>6} {'prefetch':8}" + f"{'issued':>8}" + " nothing     reads" + _row(COSTS, "7g"))
-    found, counts = [], []
+    found: list[dict[str, Any]] = []
+    counts = []
     for name, (trace, capacities) in routings.items():
         recording = Recording(trace)
         for slots in capacities:
@@ -148,8 +152,8 @@ def main() -> None:
             gains_at = [f"gain_{cost:g}" for cost in COSTS]
             writer.writerow(("routing", "slots", "prefetch", "issued", "wasted", "needed", *gains_at))
             for row, issued in zip(found, counts, strict=True):
-                gains = [f"{100 * gain:.1f}" for gain in row["gains"]]
-                writer.writerow((row["routing"], row["slots"], row["prefetch"], *issued, *gains))
+                texts = [f"{100 * gain:.1f}" for gain in row["gains"]]
+                writer.writerow((row["routing"], row["slots"], row["prefetch"], *issued, *texts))
     if args.json:
         print(json.dumps({"worst": worst, "costs": COSTS, "rows": found}))
 

@@ -71,7 +71,7 @@ def dense_model(form: str) -> MixtralForCausalLM:
     quantize = TorchQuantizer()
     with torch.no_grad():
         for name, how in dense_formats(model, form).items():
-            weight = model.get_submodule(name).weight
+            weight = model.get_parameter(f"{name}.weight")
             weight.copy_(quantize(weight, how, name).decoded(torch.float32))
     return model
 

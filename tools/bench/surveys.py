@@ -75,7 +75,7 @@ def write_sparse(folder: Path, config: dict[str, object]) -> int:
             nbytes *= size
         header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [end, end + nbytes]}
         shards[-1] = (header, end + nbytes)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, (header, nbytes) in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         text = json.dumps(header).encode()

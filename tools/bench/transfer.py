@@ -64,6 +64,10 @@ class Layer(NamedTuple):
     layout: ExpertLayout
     assembly: Assembly
 
+    def of(self, expert: int) -> Layer:
+        """All experts stand alike."""
+        return self
+
 
 class Rig:
     """Store, slots and engine for `slots` experts of any layer."""

@@ -17,7 +17,7 @@ import argparse
 import json
 import statistics
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -99,9 +99,9 @@ class Run:
             object.__setattr__(module, "forward", forward)
 
     @contextmanager
-    def profiled(self) -> Iterator[Counter[str]]:
+    def profiled(self) -> Iterator[dict[str, float]]:
         """Seconds by kind of module while the block runs."""
-        seconds, began, hooks = Counter[str](), dict[int, float](), []
+        seconds, began, hooks = defaultdict[str, float](float), dict[int, float](), []
         kinds = {name: kind for kind, names in KINDS for name in names}
 
         def before(module: torch.nn.Module, *_: object) -> None:
