@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -150,6 +151,18 @@ class CacheShape:
         """Key of expert 0 of each MoE layer. An expert's key is first_key[layer] + expert, whatever the scope."""
         return (0, *accumulate(self.experts[:-1]))
 
+    @cached_property
+    def _experts(self) -> dict[int, ExpertKey]:
+        return {}
+
+    def expert(self, key: int) -> ExpertKey:
+        """The expert of a key; kept, because creating one takes longer than finding it."""
+        expert = self._experts.get(key)
+        if expert is None:
+            layer = bisect_right(self.first_key, key) - 1
+            expert = self._experts[key] = ExpertKey(layer, key - self.first_key[layer])
+        return expert
+
     @property
     def num_keys(self) -> int:
         """Experts of the whole model."""
@@ -287,8 +300,7 @@ def count_demands(experts: np.ndarray, num_experts: int) -> tuple[tuple[Demand, 
     Returns:
         (demands ascending by expert id, min(tokens, TAIL_TOKENS)).
     """
-    rows = experts.shape[0]
-    tail = min(rows, TAIL_TOKENS)
+    tail = min(rows := experts.shape[0], TAIL_TOKENS)
     if rows == 1:
         return single_demands(experts[0].tolist(), num_experts), 1
     if experts.size <= 64:  # a small batch: numpy's calls would cost more than counting

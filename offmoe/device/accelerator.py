@@ -13,6 +13,7 @@ Must never: run under another current device than its own. The current device be
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
@@ -60,6 +61,8 @@ class DeviceStream:
 
     def __init__(self, stream: torch.Stream) -> None:
         self.stream = stream
+        self._own = threading.local()
+        """Per thread, another object of the same stream."""
 
     def wait(self, event: Event) -> None:
         assert isinstance(event, DeviceEvent)
@@ -67,11 +70,30 @@ class DeviceStream:
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         # The current stream is per thread: it is set here, not once. torch.Stream keeps what its `with` restores in the
-        # object, so two threads in one object would restore each other's device and stream. A new object takes 1.5 us.
-        of = self.stream
-        with torch.Stream(stream_id=of.stream_id, device_index=of.device_index, device_type=of.device_type):
-            for into, data in _pieces(destination, source):
-                into.copy_(data, non_blocking=True)
+        # object, so two threads in one object would restore each other's device and stream.
+        own: torch.Stream | None = getattr(self._own, "stream", None)
+        if own is None:
+            of = self.stream
+            own = torch.Stream(stream_id=of.stream_id, device_index=of.device_index, device_type=of.device_type)
+            self._own.stream = own
+        with own:
+            _copy(destination, source)
+
+
+class CurrentStream(DeviceStream):
+    """The stream on which torch computes in this thread now: copies need not change to it. For use at once."""
+
+    def __init__(self, stream: torch.Stream) -> None:
+        self.stream = stream
+
+    def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        _copy(destination, source)
+
+
+def _copy(destination: torch.Tensor, source: torch.Tensor) -> None:
+    """Queue a copy on the current stream."""
+    for into, data in _pieces(destination, source):
+        into.copy_(data, non_blocking=True)
 
 
 def _pieces(destination: torch.Tensor, source: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -120,7 +142,7 @@ class AcceleratorBackend(Backend):
 
     @property
     def compute(self) -> Stream:
-        return DeviceStream(torch.accelerator.current_stream(self.device))
+        return CurrentStream(torch.accelerator.current_stream(self.device))
 
     def event(self, *, blocking: bool = False) -> Event:
         return self._kind.blocking_event(self.device) if blocking else DeviceEvent(self.device)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 
@@ -17,6 +19,17 @@ from offmoe.device.blocks import Place, rearrange
 from offmoe.device.pages import map_pages
 from offmoe.errors import OffmoeError
 from offmoe.storage.layout import PARAM_ALIGNMENT, ExpertLayout, aligned
+
+
+class Block(NamedTuple):
+    """Slots in one allocation.
+
+    memory: uint8 [bytes of all]. sizes: bytes of each slot. starts: its first byte.
+    """
+
+    memory: torch.Tensor
+    sizes: Sequence[int]
+    starts: Sequence[int]
 
 
 class SlotArena:
@@ -49,11 +62,13 @@ class SlotArena:
         """Device memory at whose address `starts` begin: uint8, the block of slots at the lowest address."""
         self.starts: list[int] = []
         """Per device slot, the bytes from the address of `memory` to its own."""
-        self._blocks: list[tuple[torch.Tensor, ...]] = []
-        """By block, its slots."""
+        self._blocks: list[Block] = []
         self._places: tuple[Place, ...] = ()
         """By device slot, where it is."""
-        self._slots: list[torch.Tensor] = []
+        self._slots: dict[int, torch.Tensor] = {}
+        """By slot, its memory, once something has asked for it: 24,576 tensors took 0.1 s."""
+        self._scratch: list[torch.Tensor] = []
+        """The scratch slots in RAM."""
         self._in_ram: tuple[int, ...] = ()
         """Bytes of the scratch slots in RAM."""
         self._views: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
@@ -64,11 +79,24 @@ class SlotArena:
         self.prepare(layouts, {}, in_ram=in_ram)()
 
     def __len__(self) -> int:
-        return len(self._slots)
+        return self.num_on_device + len(self._scratch)
 
     def bytes(self, slot: int) -> torch.Tensor:
-        """The memory of a slot: uint8 [aligned nbytes of its layout]."""
-        return self._slots[slot]
+        """The memory of a slot: uint8 [aligned nbytes of its layout].
+
+        Raises:
+            OffmoeError: The arena is closed.
+        """
+        memory = self._slots.get(slot)
+        if memory is None:
+            if not len(self):
+                raise OffmoeError("the model was closed; load it again with from_pretrained.")
+            if slot < self.num_on_device:
+                memory = self._at(self._blocks, self._places[slot])
+            else:
+                memory = self._scratch[slot - self.num_on_device]
+            self._slots[slot] = memory
+        return memory
 
     def prepare(
         self, layouts: Sequence[ExpertLayout], keep: Mapping[int, int], *, in_ram: Sequence[ExpertLayout] = ()
@@ -86,29 +114,30 @@ class SlotArena:
         Raises:
             CapacityError: The system does not give the memory.
         """
-        sizes = [aligned(layout.nbytes, PARAM_ALIGNMENT) for layout in layouts]
-        old = [[slot.numel() for slot in block] for block in self._blocks]
-        change = rearrange(old, self._places, sizes, keep)
+        different = {id(layout): layout for layout in layouts}
+        of_layout = {i: aligned(layout.nbytes, PARAM_ALIGNMENT) for i, layout in different.items()}
+        sizes = [of_layout[id(layout)] for layout in layouts]
+        change = rearrange([block.sizes for block in self._blocks], self._places, sizes, keep)
         blocks = [self._blocks[block] for block in change.kept] + [self._block(block) for block in change.new]
         ram_sizes = tuple(aligned(layout.nbytes, PARAM_ALIGNMENT) for layout in in_ram)
-        scratch = self._slots[self.num_on_device :]
+        scratch = self._scratch
         if ram_sizes != self._in_ram:
             scratch = list(torch.frombuffer(map_pages(sum(ram_sizes)), dtype=torch.uint8).split(list(ram_sizes)))
 
         def commit() -> None:
             with self._views_lock:
                 for before, after in change.moves:
-                    blocks[after.block][after.position].copy_(self._blocks[before.block][before.position])
+                    self._at(blocks, after).copy_(self._at(self._blocks, before))
                 self._blocks, self._places, self._in_ram = blocks, change.places, ram_sizes
-                on_device = [blocks[place.block][place.position] for place in change.places]
-                self._slots = [*on_device, *scratch]
-                self.nbytes, self.num_on_device = sum(sizes), len(sizes)
+                self.nbytes, self.num_on_device, self._scratch = sum(sizes), len(sizes), scratch
+                self._slots.clear()
                 self._views.clear()
                 self._layouts.clear()
-                if on_device:
-                    self.memory = _whole(min(blocks, key=lambda block: block[0].data_ptr()))
+                if blocks:
+                    self.memory = min([block.memory for block in blocks], key=torch.Tensor.data_ptr)
                     base = self.memory.data_ptr()
-                    self.starts = [slot.data_ptr() - base for slot in on_device]
+                    firsts = [block.memory.data_ptr() - base for block in blocks]
+                    self.starts = [firsts[block] + blocks[block].starts[i] for block, i in change.places]
 
         return commit
 
@@ -130,22 +159,29 @@ class SlotArena:
         A closed model may wait long for the garbage collector, and should not hold its slots until then.
         """
         with self._views_lock:
-            self.memory, self._slots, self._blocks = self.memory.new_empty(0), [], []
+            self.memory, self._blocks, self._places = self.memory.new_empty(0), [], ()
+            self.num_on_device, self._scratch = 0, []
+            self._slots.clear()
             self._views.clear()
             self._layouts.clear()
 
-    def _block(self, sizes: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    @staticmethod
+    def _at(blocks: Sequence[Block], place: Place) -> torch.Tensor:
+        """The memory of a slot that is there."""
+        block = blocks[place.block]
+        start = block.starts[place.position]
+        return block.memory[start : start + block.sizes[place.position]]
+
+    def _block(self, sizes: Sequence[int]) -> Block:
         """Slots of these bytes in one allocation."""
         base = self._allocate(sum(sizes))
         assert base.dtype is torch.uint8
         assert base.shape == (sum(sizes),)
         assert base.data_ptr() % PARAM_ALIGNMENT == 0, "the backend must allocate slots aligned to PARAM_ALIGNMENT"
-        return tuple(torch.split(base, list(sizes)))
+        return Block(base, sizes, [0, *accumulate(sizes[:-1])])
 
     def _new_views(self, slot: int, layout: ExpertLayout) -> dict[str, torch.Tensor]:
-        if not self._slots:
-            raise OffmoeError("the model was closed; load it again with from_pretrained.")
-        memory = self._slots[slot]
+        memory = self.bytes(slot)
         assert layout.nbytes <= memory.numel()
         # Layers with equal layouts share one set of views: a pool would otherwise hold slots x layers of them.
         same = next((known for known in self._layouts.values() if known == layout), layout)
@@ -156,12 +192,6 @@ class SlotArena:
             views = self._views[slot, id(same)] = same.views(memory)
         self._views[slot, id(layout)] = views
         return views
-
-
-def _whole(block: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The memory of a block's slots: uint8 [bytes]."""
-    first = block[0]
-    return first.as_strided((sum(slot.numel() for slot in block),), (1,), first.storage_offset())
 
 
 def slot_layouts(layouts: Sequence[ExpertLayout], slots_per_layer: Sequence[int], scope: str) -> list[ExpertLayout]:

@@ -200,7 +200,7 @@ class CpuBackend(Backend):
             pages = map_pages(max(1, nbytes), touch=False)  # experts may be read into slots unbuffered
         except CapacityError as error:
             raise self._no_room(nbytes) from error
-        return torch.frombuffer(pages, dtype=torch.uint8)[:nbytes]
+        return torch.frombuffer(pages, dtype=torch.uint8, count=nbytes) if nbytes else torch.empty(0, dtype=torch.uint8)
 
     def pin(self, address: int, nbytes: int) -> bool:
         return False

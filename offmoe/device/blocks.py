@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 BLOCK_BYTES = 256 << 20
@@ -55,25 +56,32 @@ def rearrange(
     """
     kept = _blocks_to_keep(blocks, wanted, Counter(places[old].block for old in keep.values()))
     missing = Counter(wanted) - Counter(size for block in kept for size in blocks[block])
-    new = _new_blocks([size for size in dict.fromkeys(wanted) for _ in range(missing[size])])
+    new = _new_blocks({size: missing[size] for size in dict.fromkeys(wanted) if missing[size]})
     number = {block: i for i, block in enumerate(kept)}
     free: defaultdict[int, list[Place]] = defaultdict(list)
     for i, sizes in enumerate([*(blocks[block] for block in kept), *new]):
-        for index, size in enumerate(sizes):
-            free[size].append(Place(i, index))
+        index = 0
+        for size, same in groupby(sizes):
+            end = index + sum(1 for _ in same)
+            free[size] += [Place(i, position) for position in range(index, end)]
+            index = end
     found: dict[int, Place] = {}
     for slot, old in keep.items():
         before = places[old]
         if before.block in number:
             found[slot] = Place(number[before.block], before.position)
     staying = set(found.values())
-    unused = {size: [place for place in reversed(each) if place not in staying] for size, each in free.items()}
+    for each in free.values():
+        each.reverse()
+    unused: Mapping[int, list[Place]] = free
+    if staying:
+        unused = {size: [place for place in each if place not in staying] for size, each in free.items()}
     moves = []
     for slot, old in keep.items():
         if slot not in found:
             found[slot] = unused[wanted[slot]].pop()
             moves.append((places[old], found[slot]))
-    order = [found[slot] if slot in found else unused[size].pop() for slot, size in enumerate(wanted)]
+    order = [found.get(slot) or unused[size].pop() for slot, size in enumerate(wanted)]
     return Rearrangement(kept, new, tuple(order), tuple(moves))
 
 
@@ -90,14 +98,18 @@ def _blocks_to_keep(blocks: Sequence[Sequence[int]], wanted: Sequence[int], used
     return tuple(sorted(kept))
 
 
-def _new_blocks(sizes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """Consecutive slots of these bytes, in blocks."""
+def _new_blocks(counts: Mapping[int, int]) -> tuple[tuple[int, ...], ...]:
+    """Consecutive slots in blocks. counts: by bytes of a slot, how many there are."""
     blocks: list[list[int]] = []
     room = 0
-    for size in sizes:
-        if not blocks or size > room:
-            blocks.append([])
-            room = BLOCK_BYTES
-        blocks[-1].append(size)
-        room -= size
+    for size, count in counts.items():
+        left = count
+        while left:
+            if not blocks or size > room:
+                blocks.append([])
+                room = BLOCK_BYTES
+            fit = min(left, max(1, room // max(1, size)))
+            blocks[-1] += [size] * fit
+            room -= fit * size
+            left -= fit
     return tuple(map(tuple, blocks))

@@ -83,7 +83,7 @@ class DeviceDecode:
     def takes(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor) -> bool:
         """Whether a layer's input is one that the kernels compute: one token, in a dtype and form that they read."""
         return (
-            len(hidden) == 1
+            hidden.shape[0] == 1  # `len` of a tensor takes 1 us
             and hidden.dtype in FLOATS
             and ids.shape == (1, self._top_k[layer])
             and ids.dtype == torch.int64
@@ -249,5 +249,5 @@ class DeviceDecode:
         transfer.stream(plan.waves)
         for fetch in plan.waves[0].fetches:
             transfer.ready(fetch.slot)
-            transfer.writer.landed[fetch.slot].synchronize()
+            transfer.writer.landed(fetch.slot).synchronize()
         self._tables.settle(planner, plan.layer)

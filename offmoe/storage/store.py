@@ -189,6 +189,10 @@ class ExpertStore:
         """
         return self._plans[key].segments(buffer)
 
+    def places(self, key: ExpertKey) -> Sequence[tuple[int, int]]:
+        """Where the segments of one expert stand in a buffer that `read_into` filled: (first byte, nbytes) each."""
+        return self._plans[key].places
+
     def stands_as(self, key: ExpertKey, places: Sequence[tuple[int, int]]) -> bool:
         """Whether the segments of one expert stand in a buffer at these places (first byte, nbytes), in their order."""
         return self._plans[key].places == places

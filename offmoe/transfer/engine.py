@@ -20,12 +20,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
+from offmoe.device.backend import Stream
 from offmoe.errors import TransferError
 from offmoe.io_limits import READERS
 from offmoe.transfer.arrival import Arriving
 from offmoe.transfer.fill_queue import FillProgress, fill_batches
 from offmoe.transfer.queue import TicketQueue
 from offmoe.transfer.ram_slots import RamSlots
+from offmoe.transfer.read_aheads import ReadAheads
 from offmoe.transfer.reader import Reader
 from offmoe.transfer.slot_writer import NewSlots, SlotWriter
 from offmoe.transfer.staging import HostMemory
@@ -65,12 +67,10 @@ class TransferEngine:
         self._num_uses = [0] * len(writer.arena)
         """Per slot, how many times it has been computed with."""
         self.ram = RamSlots(self._queue, writer, self.host, waits, host_slots)
-        self._read_aheads: dict[ExpertKey, Ticket] = {}
-        """The read-aheads of the last access, for the next one to adopt."""
+        self._read_aheads = ReadAheads(self._queue)
         self._closed = False
         self._readers: list[Reader] = []
         try:
-            self.computed(range(len(writer.arena)))  # the first copies wait for whatever used this memory before
             for i in range(READERS):
                 reader = Reader(i, self._queue, writer, self.host, waits)
                 reader.start()
@@ -92,20 +92,15 @@ class TransferEngine:
         if len(waves) == 1:
             return
         num_uses = Counter(slot for _, slot in waves[0].experts)
-        with self._queue.lock:
-            for wave in waves[1:]:
-                for fetch in wave.fetches:
-                    self._start(fetch, DEMAND, num_uses[fetch.slot])
-                num_uses.update(slot for _, slot in wave.experts)
-        self.ram.copy()
+        for wave in waves[1:]:
+            for fetch in wave.fetches:
+                self._start(fetch, DEMAND, num_uses[fetch.slot])
+            num_uses.update(slot for _, slot in wave.experts)
 
     def fetch(self, fetches: Sequence[Fetch]) -> None:
         """Start fetches that computation is about to wait for."""
-        if fetches:
-            with self._queue.lock:
-                for fetch in fetches:
-                    self._start(fetch, DEMAND)
-            self.ram.copy()
+        for fetch in fetches:
+            self._start(fetch, DEMAND)
 
     def prefetch(self, fetches: Sequence[Fetch]) -> None:
         """Start fetches for the next layer. They go before earlier prefetches that have not begun."""
@@ -120,22 +115,16 @@ class TransferEngine:
 
         To be called once per access, after its fetches.
         """
-        if not keys and not self._read_aheads:
-            return
-        with self._queue.lock:
-            if self._closed:
-                return
-            for ticket in self._read_aheads.values():
-                self._queue.drop(ticket)
-            self._read_aheads = {key: self._queue.push(Ticket(Fetch(key, NO_SLOT, None), NEXT)) for key in keys}
+        if not self._closed:
+            self._read_aheads.replace(keys)
 
     def demand(self, slots: Sequence[int]) -> None:
         """Put prefetches into these slots before other prefetches: computation is about to wait for them."""
         if not self._tickets:
             return
-        with self._queue.lock:
-            tickets = [t for slot in slots if (t := self._tickets.get(slot)) and t.priority != DEMAND]
-            if tickets:
+        tickets = [t for slot in slots if (t := self._tickets.get(slot)) and t.priority != DEMAND]
+        if tickets:
+            with self._queue.lock:
                 self._queue.promote(tickets)
 
     def coming(self, slot: int) -> Ticket | None:
@@ -143,32 +132,41 @@ class TransferEngine:
         ticket = self._tickets.get(slot)
         return None if ticket is None or ticket.lands_after > self._num_uses[slot] else ticket
 
+    def is_resident(self, slots: Sequence[int]) -> bool:
+        """Whether `ready` has to be called for none of these slots."""
+        return not self._tickets or all(self.coming(slot) is None for slot in slots)
+
     def divide(self, experts: Sequence[tuple[int, int]]) -> tuple[Sequence[tuple[int, int]], Sequence[tuple[int, int]]]:
         """(expert, slot) pairs: those that are resident, and those for which `ready` has to be called."""
         if not self._tickets:
             return experts, ()
-        waits = [self.coming(slot) is not None for _, slot in experts]
-        return (
-            [pair for pair, comes in zip(experts, waits, strict=True) if not comes],
-            [pair for pair, comes in zip(experts, waits, strict=True) if comes],
-        )
+        coming = {slot for _, slot in experts if self.coming(slot) is not None}
+        return [pair for pair in experts if pair[1] not in coming], [pair for pair in experts if pair[1] in coming]
 
     def arriving(self, slot: int) -> Arriving | None:
         """The expert on its way into `slot`, to compute with while it arrives; None if it does not part by part."""
         ticket = self.coming(slot)
         return None if ticket is None or ticket.issued.is_set() else self.writer.arriving(ticket)
 
-    def ready(self, slot: int) -> None:
-        """Make computation wait for the last fetch into `slot`.
+    def ready(self, *slots: int) -> None:
+        """Make computation wait for the last fetch into each of these slots.
 
-        The calling thread waits only until the copy has been queued; how long is reported to `on_stall`.
+        The calling thread waits only until the copies have been queued; how long is reported to `on_stall`.
 
         Raises:
-            OffmoeError: The fetch failed.
+            OffmoeError: A fetch failed.
         """
-        ticket = self.coming(slot)
-        if ticket is None:
-            return
+        compute: Stream | None = None
+        for slot in slots:
+            ticket = self.coming(slot)
+            if ticket is None:
+                continue
+            self._take(slot, ticket)
+            compute = compute or self.writer.backend.compute
+            self._waits.slot_landed(compute, self.writer.landed(slot))
+
+    def _take(self, slot: int, ticket: Ticket) -> None:
+        """Wait until the copy of a ticket has been queued; the slot's next ticket is the next one to land."""
         waited = ticket.arrival.take_waited_s()
         if not ticket.issued.is_set():
             began = time.perf_counter()
@@ -181,7 +179,6 @@ class TransferEngine:
         else:
             self._tickets[slot] = ticket.next
         ticket.check()
-        self._waits.slot_landed(self.writer.backend.compute, self.writer.landed[slot])
 
     def fill(self, fills: Sequence[Fill]) -> None:
         """Begin to read experts into free slots and free RAM slots, behind everything else.
@@ -253,7 +250,7 @@ class TransferEngine:
         """
         with self._queue.lock:
             self._tickets.clear()
-            self._read_aheads.clear()
+            self._read_aheads.forget()
             running = self._queue.clear()  # more than `_tickets` had: a slot may have been given to another expert
             batches = self._queue.fills.clear()
         self.ram.forget()
@@ -280,11 +277,10 @@ class TransferEngine:
         changes = self.host.prepare(slots.num_in_host, slots.kept.in_ram), self.writer.prepare(slots)
 
         def commit() -> None:
+            self.ram.forget(slots.num_in_host)
             for change in changes:
                 change()
             self._num_uses = [0] * len(self.writer.arena)
-            self.ram.forget(slots.num_in_host)
-            self.computed(range(len(self.writer.arena)))  # the moves are before the first copies
 
         return commit
 
@@ -303,47 +299,50 @@ class TransferEngine:
         self.host.close()
 
     def _start(self, fetch: Fetch, priority: int, num_uses: int = 0) -> None:
-        """Queue a fetch that lands when its slot has been computed with `num_uses` more times. The lock is held."""
+        """Start a fetch that lands when its slot has been computed with `num_uses` more times."""
         if self._closed:
             raise TransferError("the model was closed; load it again with from_pretrained.")
         slot = fetch.slot
-        filled, filled_in_ram = self._queue.fills.displace(fetch) if self._queue.fills.is_open else (None, None)
-        if filled_in_ram is not None:
-            self.ram.used_by(filled_in_ram)
-        adopted = self._adopt(fetch, priority) if fetch.read_ahead else None
-        ticket = adopted or Ticket(fetch, priority)
-        if adopted is None:
-            self.ram.follow(ticket)
-        ticket.lands_after = self._num_uses[slot] + num_uses
-        if num_uses:
-            ticket.turn = threading.Event()
+        copying, ticket = self._displace(fetch, num_uses), None
+        lands_after = self._num_uses[slot] + num_uses
+        if priority == DEMAND and not num_uses and copying is None:
+            ticket = self.ram.copy(fetch, lands_after)
+        if ticket is None:
+            turn = threading.Event() if num_uses else None
+            ticket = self._queued(Ticket(fetch, priority, lands_after=lands_after, turn=turn, superseded=copying))
         before = self._tickets.get(slot)
-        if filled is not None and filled.landing:
-            ticket.superseded = filled
         if before is None or not num_uses:
             self._tickets[slot] = ticket
         else:
             while before.next is not None:
                 before = before.next
             before.next = ticket
-        if before is not None and not num_uses:
-            self._queue.drop(before)
-            ticket.superseded = ticket.superseded or (before if before.landing else before.superseded)
-        if adopted is None and not self.ram.takes(ticket):
-            self._queue.push(ticket)
 
-    def _adopt(self, fetch: Fetch, priority: int) -> Ticket | None:
-        """Turn the read-ahead of this expert into the fetch.
+    def _displace(self, fetch: Fetch, num_uses: int) -> Ticket | None:
+        """Drop what a fetch takes its places from; gives the ticket that is still copying into its slot."""
+        queue = self._queue
+        before = None if num_uses else self._tickets.get(fetch.slot)
+        if not queue.fills.is_open and (before is None or before.issued.is_set()):
+            return None
+        copying: Ticket | None = None
+        with queue.lock:
+            if queue.fills.is_open:
+                filled, filled_in_ram = queue.fills.displace(fetch)
+                if filled_in_ram is not None:
+                    self.ram.used_by(filled_in_ram)
+                if filled is not None and filled.landing:
+                    copying = filled
+            if before is not None:
+                queue.drop(before)
+                copying = copying or (before if before.landing else before.superseded)
+        return None if copying is None or copying.issued.is_set() else copying
 
-        None if the read-ahead has not begun, failed or was cancelled. The expert is then read like any other.
-        """
-        ticket = self._read_aheads.pop(fetch.key, None)
-        if ticket is None or ticket.issued.is_set():
-            return None
-        if self._queue.is_waiting(ticket):
-            self._queue.remove(ticket)
-            return None
-        ticket.fetch = fetch
-        self.ram.follow(ticket)
-        self._queue.resume(ticket, priority)
-        return ticket
+    def _queued(self, ticket: Ticket) -> Ticket:
+        """Hand a ticket to the readers, or let the read-ahead of its expert go on in its place; gives which it is."""
+        with self._queue.lock:
+            adopted = self._read_aheads.adopt(ticket) if ticket.fetch.read_ahead else None
+            self.ram.follow(adopted or ticket)
+            if adopted is None:
+                return self._queue.push(ticket)
+            self._queue.resume(adopted, ticket.priority)
+            return adopted

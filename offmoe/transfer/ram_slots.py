@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
+from offmoe.transfer.plain_copies import CopyTable
 from offmoe.transfer.queue import TicketQueue
 from offmoe.transfer.slot_writer import SlotWriter
 from offmoe.transfer.staging import HostMemory
-from offmoe.transfer.ticket import DEMAND, Ticket
+from offmoe.transfer.ticket import Ticket
 from offmoe.transfer.waits import Waits
 from offmoe.types import ExpertKey, Fetch
 
@@ -28,11 +27,8 @@ class RamSlots:
         """count: number of RAM slots."""
         self._queue, self._writer, self._host, self._waits = queue, writer, host, waits
         self._last: list[Ticket | None] = [None] * count
-        """Per RAM slot, the last ticket that uses it."""
-        self._segments: dict[int, tuple[ExpertKey, list[torch.Tensor]]] = {}
-        """Per RAM slot, the expert that was copied last, and its segments: uint8 [nbytes] each."""
-        self._to_copy: list[Ticket] = []
-        """Tickets that `copy` has to carry out."""
+        """Per RAM slot, the last ticket that uses it; None if nothing has to wait for it."""
+        self._copies = CopyTable(writer)
 
     @property
     def last(self) -> list[Ticket]:
@@ -58,37 +54,48 @@ class RamSlots:
                 self._queue.remove(before)
         elif before is not None:
             ticket.after_in_ram = before
-            self._queue.promote([before], ticket.priority)
+            if not before.issued.is_set():
+                self._queue.promote([before], ticket.priority)
         self._last[fetch.host] = ticket
 
-    def takes(self, ticket: Ticket) -> bool:
-        """Whether `copy` will carry the ticket out, so that no reader must. The queue's lock is held.
+    def copy(self, fetch: Fetch, lands_after: int) -> Ticket | None:
+        """Queue the copy of a demanded expert from its RAM slot into its slot, which nothing else copies into.
 
-        The ticket has been ordered behind all that it waits for, and the caller calls `copy` next.
+        Args:
+            lands_after: As the ticket keeps it; reached.
+
+        Returns:
+            A ticket that is over, and has the error if the copy failed. None if the copy has to wait for another
+            ticket, or is for a reader; nothing has changed then.
         """
-        fetch, slots, before = ticket.fetch, self._host.slots, ticket.after_in_ram
-        if ticket.priority != DEMAND or fetch.read or fetch.host is None or not ticket.slot_is_free:
-            return False
-        if fetch.slot >= self._writer.arena.num_on_device or slots is None or not slots.pinned(fetch.host):
-            return False
+        host, slots, writer = fetch.host, self._host.slots, self._writer
+        if fetch.read or host is None or slots is None or fetch.slot >= writer.arena.num_on_device:
+            return None
+        before = self._last[host]
         if before is not None and (before.error is not None or not before.issued.is_set()):
-            return False
-        ticket.landing = True
-        self._to_copy.append(ticket)
-        return True
+            return None
+        if not slots.pinned(host):
+            return None
+        try:
+            self._copy(fetch, host)
+        except Exception as error:  # raised where the expert is needed, if it is
+            self._last[host] = failed = Ticket.over(fetch, lands_after, error)
+            return failed
+        self._last[host] = None
+        return Ticket.over(fetch, lands_after)
 
-    def copy(self) -> None:
-        """Queue the copies of the tickets that were taken. What goes wrong with one is raised where it is needed."""
-        while self._to_copy:
-            ticket = self._to_copy[-1]
-            slot, host = ticket.fetch.slot, ticket.fetch.host
-            assert host is not None
-            try:
-                self._waits.slot_last_read(self._writer.backend.copies, self._writer.last_read[slot])
-                self._writer.write(ticket, self._segments_in(host, ticket.fetch.key), self._host.slots_copied[host])
-            except Exception as error:
-                ticket.error = error
-            self._end(self._to_copy.pop())
+    def _copy(self, fetch: Fetch, host: int) -> None:
+        writer, slots = self._writer, self._host.slots
+        assert slots is not None
+        copies, memory, copied = writer.backend.copies, slots.tensor(host), self._host.slots_copied[host]
+        self._waits.slot_last_read(copies, writer.last_read[fetch.slot])
+        pairs = self._copies.pairs(fetch, memory)
+        if pairs is None:
+            writer.write(Ticket.over(fetch, 0), writer.store.segments(fetch.key, memory), copied)
+            return
+        for into, data in pairs:
+            copies.copy(into, data)
+        writer.copied(fetch.slot, copied)
 
     def pieces(self, key: ExpertKey, host: int, slot: int) -> Sequence[tuple[int, int, int]]:
         """The plain copies that bring an expert from a RAM slot into a device slot, for a kernel that makes them.
@@ -101,40 +108,17 @@ class RamSlots:
             (address in RAM, offset in the slot, words of 4 bytes) of each; () if the slot is not pinned, or if copies
             of whole words do not do.
         """
-        slots, arena = self._host.slots, self._writer.arena
+        slots = self._host.slots
         if slots is None or not slots.pinned(host):
             return ()
-        start, pieces = arena.bytes(slot).data_ptr(), []
-        for run, data in zip(self._writer.runs(Fetch(key, slot, None)), self._segments_in(host, key), strict=True):
-            if run is None:
+        start, pieces = slots.tensor(host).data_ptr(), []
+        for offset, place, nbytes in self._copies.segments(Fetch(key, slot, None)) or ():
+            if (start + place) % 4 or offset % 4 or nbytes % 4:
                 return ()
-            address, offset, nbytes = data.data_ptr(), run.data_ptr() - start, data.nbytes
-            if address % 4 or offset % 4 or nbytes % 4:
-                return ()
-            pieces.append((address, offset, nbytes // 4))
+            pieces.append((start + place, offset, nbytes // 4))
         return pieces
 
-    def _segments_in(self, host: int, key: ExpertKey) -> list[torch.Tensor]:
-        """The segments of an expert that is in a RAM slot."""
-        known = self._segments.get(host)
-        if known is not None and known[0] == key:
-            return known[1]
-        assert self._host.slots is not None
-        segments = self._writer.store.segments(key, self._host.slots.tensor(host))
-        self._segments[host] = key, segments
-        return segments
-
     def forget(self, count: int | None = None) -> None:
-        """Drop everything. count: the new number of RAM slots.
-
-        Ctrl-C may have left tickets that nothing will carry out; a reader may wait for one.
-        """
-        while self._to_copy:
-            self._end(self._to_copy.pop())
-        self._segments.clear()  # the memory may be given back
+        """Drop everything. count: the new number of RAM slots."""
+        self._copies.forget_memory()
         self._last = [None] * (len(self._last) if count is None else count)
-
-    def _end(self, ticket: Ticket) -> None:
-        ticket.superseded = ticket.after_in_ram = None
-        ticket.issued.set()
-        ticket.arrival.end()

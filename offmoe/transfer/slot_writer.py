@@ -73,7 +73,7 @@ class SlotWriter:
         layers: Sequence[StoredLayer],
         in_ram: Sequence[StoredLayer] | None = None,
     ) -> None:
-        """Prepare the events of all slots.
+        """Prepare what all slots share.
 
         Args:
             store: The experts.
@@ -84,10 +84,10 @@ class SlotWriter:
         """
         self.store, self.arena, self.backend = store, arena, backend
         self._layers, self._in_ram = layers, layers if in_ram is None else in_ram
-        self.landed: list[Event] = []
-        """Per slot: marks the last copy into it."""
-        self._reads: list[Event] = []
-        """Per slot: marks computation with it, and with slots that were computed with at once."""
+        self._landed: dict[int, Event] = {}
+        """By slot: the event of `landed`."""
+        self._reads: dict[int, Event] = {}
+        """By slot: marks computation with it, and with slots that were computed with at once."""
         self.last_read: list[Event] = []
         """Per slot: marks the last computation with it, and sometimes later work of the compute stream."""
         self._runs: dict[int, tuple[StoredLayer, Sequence[torch.Tensor | None]]] = {}
@@ -96,7 +96,7 @@ class SlotWriter:
         self._pieces = deque(backend.event(blocking=True) for _ in range(PIECES_IN_FLIGHT))
         self._pieces_lock = threading.Lock()
 
-    def _layer(self, fetch: Fetch) -> StoredLayer:
+    def layer(self, fetch: Fetch) -> StoredLayer:
         """The layer as the fetch's expert stands in the fetch's slot."""
         layers = self._layers if fetch.slot < self.arena.num_on_device else self._in_ram
         return layers[fetch.key.layer].of(fetch.key.expert)
@@ -106,16 +106,16 @@ class SlotWriter:
         self._runs.clear()
 
     def _forget_slots(self) -> None:
-        """Begin anew with the arena's slots: nothing has been copied into them or computed with them."""
+        """Begin anew with the arena's slots; the first copies wait for what has used or moved their memory so far."""
         self.release()
-        self.landed = [self.backend.event() for _ in range(len(self.arena))]
-        self._reads = [self.backend.event() for _ in range(len(self.arena))]
-        self.last_read = list(self._reads)
+        self._landed, self._reads, used = {}, {}, self.backend.event()
+        used.record(self.backend.compute)
+        self.last_read = [used] * len(self.arena)
 
     def settle(self) -> None:
         """Block until every copy that was queued is done, and every computation with a slot."""
         self.drain()
-        for event in (*self.landed, *self.last_read):
+        for event in (*self._landed.values(), *dict.fromkeys(self.last_read)):
             event.synchronize()
 
     def prepare(self, slots: NewSlots) -> Callable[[], None]:
@@ -130,11 +130,11 @@ class SlotWriter:
 
     def _views(self, fetch: Fetch) -> dict[str, torch.Tensor]:
         """The fetch's slot as the parameters of its expert."""
-        return self.arena.views(fetch.slot, self._layer(fetch).layout)
+        return self.arena.views(fetch.slot, self.layer(fetch).layout)
 
     def runs(self, fetch: Fetch) -> Sequence[torch.Tensor | None]:
         """Per segment of the expert, the bytes of the slot that it fills unchanged; None for other segments."""
-        layer = self._layer(fetch)
+        layer = self.layer(fetch)
         known = self._runs.get(fetch.slot)
         if known is not None and known[0] is layer:
             return known[1]
@@ -149,7 +149,7 @@ class SlotWriter:
         """
         if not self.backend.unified_memory or not 0 <= fetch.slot < self.arena.num_on_device:
             return None
-        slot, layout = self.arena.bytes(fetch.slot), self._layer(fetch).layout
+        slot, layout = self.arena.bytes(fetch.slot), self.layer(fetch).layout
         places = tuple((param.offset, param.nbytes) for param in layout.params)
         if slot.data_ptr() % ALIGNMENT or not self.store.stands_as(fetch.key, places):
             return None
@@ -168,7 +168,7 @@ class SlotWriter:
         if num_parts == 1 or not self.backend.unified_memory:
             return None
         views, runs = self._views(ticket.fetch), self.runs(ticket.fetch)
-        params = [to.param for to in self._layer(ticket.fetch).assembly.destinations]
+        params = [to.param for to in self.layer(ticket.fetch).assembly.destinations]
         places: dict[str, list[tuple[int, int, int]]] = {name: [] for name in views}
         for part in range(num_parts):
             for segment, start, end in self.store.arrived(key, part):
@@ -208,16 +208,27 @@ class SlotWriter:
         """As `write_rest`. data: uint8 [nbytes] per segment of the expert, in the order of its record."""
         fetch, early = ticket.fetch, ticket.arrival.runs
         segments = self.store.record(fetch.key).segments
-        assembly, views = self._layer(fetch).assembly, self._views(fetch)
+        assembly, views = self.layer(fetch).assembly, self._views(fetch)
         if fetch.slot >= self.arena.num_on_device:  # a slot in RAM, which the host alone reads, after `issued`
             assembly.place(segments, data, views, copy_in_ram)
             return
         present = () if early is None else [i for i, run in enumerate(early) if run is not None]
         copy = functools.partial(self._copy, ticket)
         assembly.place(segments, data, views, copy, present, self.runs(fetch))
+        self.copied(fetch.slot, copied)
+
+    def copied(self, slot: int, copied: Event) -> None:
+        """Mark the end of the copies into a device slot. copied: is made to mark it too."""
         copies = self.backend.copies
-        self.landed[fetch.slot].record(copies)
+        self.landed(slot).record(copies)
         copied.record(copies)
+
+    def landed(self, slot: int) -> Event:
+        """Marks the last copy into a slot. Made when it is first needed, as most slots of a large model need none."""
+        event = self._landed.get(slot)
+        if event is None:  # a thread that copies into the slot is over before another one does, or waits for it
+            event = self._landed[slot] = self.backend.event()
+        return event
 
     def computed(self, slots: Sequence[int]) -> None:
         """Mark the work of the compute stream so far as the last computation with these slots.
@@ -225,7 +236,9 @@ class SlotWriter:
         One event serves all of them: a layer of 8 experts would else record 8. Whoever waits for a slot whose event has
         been recorded again meanwhile waits longer than it has to, but not for anything that is queued behind it.
         """
-        event = self._reads[slots[0]]
+        event = self._reads.get(slots[0])
+        if event is None:
+            event = self._reads[slots[0]] = self.backend.event()
         event.record(self.backend.compute)
         for slot in slots:
             self.last_read[slot] = event

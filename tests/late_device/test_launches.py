@@ -30,10 +30,9 @@ def launches(kind: LateKind, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]
             done.append(list(pairs.slots))
             return super().compute(pairs, hidden)
 
-    def noted(engine: TransferEngine, slot: int) -> None:
-        if engine.coming(slot) is not None:
-            done.append([-1])
-        ready(engine, slot)
+    def noted(engine: TransferEngine, *slots: int) -> None:
+        done.extend([[-1] for slot in slots if engine.coming(slot) is not None])
+        ready(engine, *slots)
 
     monkeypatch.setattr("offmoe.compute.gpu_compute.DeviceKernels", Noted)
     monkeypatch.setattr(TransferEngine, "ready", noted)

@@ -491,7 +491,7 @@ def blocks_of(checkpoint, *experts):
 
 def read_ahead(rig, *experts):
     rig.engine.read_ahead([ExpertKey(0, e) for e in experts])
-    return [rig.engine._read_aheads[ExpertKey(0, e)] for e in experts]
+    return [rig.engine._read_aheads._tickets[ExpertKey(0, e)] for e in experts]
 
 
 def fetch_it(rig, *pairs):

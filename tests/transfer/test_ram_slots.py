@@ -93,6 +93,28 @@ def test_a_copy_out_of_pinned_ram_needs_no_reader(rig: Rig) -> None:
     assert set(rig.threads) == {threading.current_thread()}
 
 
+def test_such_a_copy_needs_no_lock_that_readers_hold(rig: Rig) -> None:
+    """Nor does it wake one of them: nothing is queued for it."""
+    rig.read(0, 1)
+    held, over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with rig.engine._queue.lock:
+            held.set()
+            assert over.wait(20)
+
+    reader = threading.Thread(target=hold)
+    reader.start()
+    assert held.wait(20)
+    try:
+        rig.fetch((0, 1), (1, 0))
+        rig.use((0, 1), (1, 0))
+    finally:
+        over.set()
+        reader.join()
+    assert rig.threads == [threading.current_thread()] * 2
+
+
 def test_a_ram_slot_may_change_its_expert(rig: Rig) -> None:
     rig.read(0, 1)
     for expert in (0, 1, 0):
@@ -150,8 +172,30 @@ def test_a_failed_copy_is_raised_where_it_is_needed(rig: Rig) -> None:
     rig.use((1, 2))
 
 
+def test_a_prefetch_that_nothing_used_gives_its_slot_up(rig: Rig) -> None:
+    """Its copy is on the same stream, so what is fetched there next lands behind it."""
+    rig.read(0, 1)
+    rig.engine.prefetch([Fetch(ExpertKey(0, 0), 3, None, host=0, read=False)])
+    wait_until(lambda: rig.engine._tickets[3].issued.is_set())
+    rig.threads.clear()
+    rig.fetch((1, 3))
+    assert rig.threads == [threading.current_thread()]
+    rig.use((1, 3))
+
+
+def test_a_ram_slot_whose_copy_failed_is_no_trouble_for_another(rig: Rig) -> None:
+    rig.read(0, 1)
+    rig.fail = RuntimeError("out of memory")
+    rig.fetch((0, 2))
+    rig.fail = None
+    rig.fetch((1, 3))
+    rig.use((1, 3))
+    with pytest.raises(TransferError, match=r"expert 0 of MoE layer 0.*out of memory"):
+        rig.engine.settle()
+
+
 def test_an_interrupt_leaves_nobody_waiting(rig: Rig) -> None:
-    """The reader of the third fetch waits until the second has been copied, which it never is."""
+    """The third fetch would wait in a reader until the second has been copied, which it never is."""
     rig.read(0, 1)
     rig.fail = KeyboardInterrupt()
     fetches: list[Any] = [Fetch(ExpertKey(0, e), 2 + e, None, host=e, read=False) for e in (0, 1)]
