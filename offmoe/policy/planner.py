@@ -63,7 +63,6 @@ class Planner:
         self.may_prefetch = options.prefetch != 0
         self._take(options)
         self._prefetch: PrefetchPolicy = build_prefetch(options.prefetch, shape)
-        self._key_of = [ExpertKey(layer, e) for layer, n in enumerate(shape.experts) for e in range(n)]
         self._read_ahead: Collection[int] = ()
         """Keys that the last plan reads ahead."""
         self._arriving: Collection[int] = ()
@@ -113,7 +112,9 @@ class Planner:
             self._read_ahead = ()
             experts = [demand.expert for demand in demands]
             self._prefetch.on_access(layer, experts, len(missing) - len(self._arriving))
-        named = self._victims.take(residency, access, missing, keys) if missing else ()
+        named: Sequence[int | None] = ()
+        if missing or self._victims.keeps_lists:
+            named = self._victims.take(residency, access, missing, keys)
         cache.policy.on_access(keys, demands, access.tail)
         if cache.host_tier is not None:
             cache.host_tier.on_access(keys)
@@ -251,15 +252,14 @@ class Planner:
         return tuple(fetches)
 
     def _fetch(self, key: int, slot: int, evicted_key: int | None) -> Fetch:
-        expert, evicted = self._key_of[key], None
+        expert, evicted = self.shape.expert(key), None
         host: tuple[int | None, bool] = None, True
         if evicted_key is not None:
-            evicted = self._key_of[evicted_key]
-        if self.num_host_slots:
-            if evicted_key is not None and (tier := self.layers[self._key_of[evicted_key].layer].host_tier) is not None:
+            evicted = self.shape.expert(evicted_key)
+            if (tier := self.layers[evicted.layer].host_tier) is not None:
                 tier.on_evict(evicted_key)
-            if (tier := self.layers[expert.layer].host_tier) is not None:
-                host = tier.place(key)
+        if (tier := self.layers[expert.layer].host_tier) is not None:
+            host = tier.place(key)
         return Fetch(expert, slot, evicted, *host, key in self._arriving)
 
     def _prefetches(self, layer: int, access: Access) -> tuple[tuple[Fetch, ...], tuple[ExpertKey, ...]]:
@@ -287,7 +287,7 @@ class Planner:
             fetches.append(self._fetch(key, *admission))
         self._prefetch.issued(layer, len(fetches) + len(read_ahead))
         self._read_ahead = read_ahead
-        return tuple(fetches), tuple([self._key_of[key] for key in read_ahead])
+        return tuple(fetches), tuple([self.shape.expert(key) for key in read_ahead])
 
     def fill(self, expert: ExpertKey, slot: int | None = None) -> bool:
         """Give a free slot to an expert that was read in the background; evicts nothing.

@@ -26,6 +26,8 @@ class Residency:
         self.slot_of: dict[int, int] = {}
         self._pending: set[int] = set()
         self._free = list(reversed(slots))  # the lowest slot is given first
+        self.changes = 0
+        """Counts the times that a key was given or lost a slot."""
 
     def split(self, keys: Sequence[int]) -> tuple[list[int], list[int], int]:
         """(resident keys with pending ones last, missing keys, number of pending keys)."""
@@ -61,15 +63,17 @@ class Residency:
         if self._free:
             slot = self._free.pop()
         else:
-            evicted = self.victim(protected)
-            if evicted is None:
-                return None
-            if named is not None:  # the policy was asked all the same: it may spend what its search passed over
-                evicted = named
+            if named is None or not policy.ranks_by_score:  # a queue may spend what its search for a victim passes over
+                evicted = self.victim(protected)
+                if evicted is None:
+                    return None
+            evicted = evicted if named is None else named
+            assert evicted is not None
             slot = slot_of.pop(evicted)
             self._pending.discard(evicted)
             policy.on_evict(evicted)
         slot_of[key] = slot
+        self.changes += 1
         if pending:
             self._pending.add(key)
         policy.on_insert(key)
@@ -90,6 +94,7 @@ class Residency:
             slot = self._free[0]
         self._free.remove(slot)
         self.slot_of[key] = slot
+        self.changes += 1
         self._policy.on_insert(key)
         return True
 
@@ -112,6 +117,7 @@ class Residency:
         self.slot_of.update({key: new for new, (key, _) in zip(slots, residents, strict=False)})
         self.capacity, self._slots = len(slots), tuple(slots)
         self._free = list(reversed(slots[len(residents) :]))
+        self.changes += 1
         return kept, evicted
 
     def victim(self, protected: Collection[int]) -> int | None:

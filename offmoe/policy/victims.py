@@ -39,16 +39,23 @@ class Place(NamedTuple):
 
 
 class NamedVictims:
-    """The rule for all layers of one model. It keeps no state but the numbers of slots that it names."""
+    """The rule for all layers of one model. It decides from the state of residency and policy alone."""
 
     def __init__(self, options: CacheOptions, shape: CacheShape) -> None:
         quotas = options.quotas(shape) if options.lag == 1 and options.scope == "layer" else (0,) * shape.layers
         self._counts = [NAMED * k if n >= NAMED * k else 0 for n, k in zip(quotas, shape.top_k, strict=True)]
+        self._known: dict[int, tuple[int, list[int | None]]] = {}
+        """By layer whose list was asked for since its last access: the residency's `changes` then, and its holders."""
 
     @property
     def holds_everywhere(self) -> bool:
         """Whether victims are named in every layer."""
         return all(self._counts)
+
+    @property
+    def keeps_lists(self) -> bool:
+        """Whether a list of `places` is kept for a layer's next access."""
+        return bool(self._known)
 
     def places(self, layer: int, residency: Residency) -> tuple[Place, ...]:
         """The places that the layer's next access may take, in order; () where the rule does not hold.
@@ -56,17 +63,28 @@ class NamedVictims:
         Args:
             residency: of the layer, before the policy sees that access.
         """
+        slot_of, free = residency.slot_of, residency.free_slots
+        holders = enumerate(self._holders(layer, residency))  # free slots come first
+        return tuple([Place(free[-1 - i] if key is None else slot_of[key], key) for i, key in holders])
+
+    def _holders(self, layer: int, residency: Residency) -> list[int | None]:
+        """The key that holds each of `places`, or None."""
         count = self._counts[layer]
         if not count:
-            return ()
-        free = [Place(slot, None) for slot in reversed(residency.free_slots[-count:])]
-        victims = residency.rank_victims(count - len(free))
-        return (*free, *(Place(residency.slot_of[key], key) for key in victims))
+            return []
+        changes, holders = self._known.get(layer, (-1, []))
+        if changes != residency.changes:
+            free = min(count, residency.num_free)
+            holders = [*[None] * free, *residency.rank_victims(count - free)]
+            self._known[layer] = residency.changes, holders
+        return holders
 
     def take(
         self, residency: Residency, access: Access, missing: Sequence[int], keys: Collection[int]
     ) -> Sequence[int | None]:
         """The victims of the missing keys of an access; nothing is evicted yet.
+
+        To be called for every access that has some, and while lists are kept for every access.
 
         Args:
             residency: of the layer, before the policy sees the access.
@@ -76,7 +94,8 @@ class NamedVictims:
         Returns:
             Per missing key the key that it evicts, None for a free slot; () where the rule does not hold.
         """
-        if access.tail > MOST_ROWS:
-            return ()
-        left = [place.key for place in self.places(access.layer, residency) if place.key not in keys]
-        return left[: len(missing)] if len(left) >= len(missing) else ()
+        victims: list[int | None] = []
+        if missing and access.tail <= MOST_ROWS:
+            victims = [key for key in self._holders(access.layer, residency) if key not in keys]
+        self._known.pop(access.layer, None)  # the policy sees the access next
+        return victims[: len(missing)] if len(victims) >= len(missing) else ()

@@ -377,3 +377,6 @@ def test_an_expert_has_one_key_in_every_scope(scope):
         planner.plan(access(layer, [1, 5]))
     assert seen == [[1, 5], [7, 11], [13, 17]]
     assert (SHAPE.first_key, SHAPE.num_keys) == ((0, 6, 12), 20)
+    experts = [ExpertKey(layer, e) for layer, n in enumerate(SHAPE.experts) for e in range(n)]
+    assert [SHAPE.expert(key) for key in range(SHAPE.num_keys)] == experts
+    assert dataclasses.replace(SHAPE) == SHAPE, "what was looked up is no part of the shape"

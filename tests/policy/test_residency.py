@@ -71,6 +71,34 @@ def test_agrees_with_the_oracle(slots, steps):
         check_residency(residency)
 
 
+def test_a_policy_of_scores_is_not_asked_for_a_victim_that_is_named(monkeypatch):
+    """A search costs as much as all else; queues are asked, because they may spend what a search passes over."""
+    policy = AgedLFU()
+    residency = Residency(6, range(3), policy)
+    for key in range(3):
+        policy.on_access([key], [Demand(key, 1, 1)], 1)
+        residency.admit(key, ())
+    monkeypatch.setattr(policy, "choose_victim", None)
+    assert residency.admit(3, [0, 3], named=1) == (1, 1)
+    monkeypatch.undo()
+    assert residency.admit(4, [3, 4]) == (0, 0), "the search passes over what was evicted without it"
+    check_residency(residency)
+
+
+def test_every_change_of_holders_is_counted():
+    residency = Residency(4, range(2), AgedLFU())
+    counts = [residency.changes]
+    residency.admit(0, ())
+    counts.append(residency.changes)
+    residency.fill(1)
+    counts.append(residency.changes)
+    residency.admit(2, [0])
+    counts.append(residency.changes)
+    residency.resize(range(1))
+    counts.append(residency.changes)
+    assert len(set(counts)) == len(counts)
+
+
 def test_admit_changes_nothing_when_all_residents_are_protected():
     residency = Residency(4, range(2), AgedLFU())
     assert residency.admit(0, ())

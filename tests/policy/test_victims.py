@@ -112,6 +112,28 @@ def test_fills_and_smaller_caches_leave_the_list_anew(steps, eviction, filled):
         check_planner(planner)
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    accesses(),
+    st.sampled_from(EVICTIONS),
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 8)), max_size=20),
+)
+def test_lists_that_were_asked_for_change_no_plan(steps, eviction, filled):
+    """A list is kept until its layer's next access, unless a fill or a resize changes who holds slots."""
+    options = options_of(eviction, 8, host_slots=4)
+    planner, twin = build_planner(options, SHAPE), build_planner(options, SHAPE)
+    for number, step in enumerate(steps):
+        for layer in range(SHAPE.layers):
+            planner.next_places(layer)
+        if number < len(filled):
+            assert planner.fill(ExpertKey(*filled[number])) == twin.fill(ExpertKey(*filled[number]))
+        if number == len(steps) // 2:
+            for each in (planner, twin):
+                each.resize(dataclasses.replace(options, slots_per_layer=7))
+        assert planner.plan(step) == twin.plan(step)
+        assert planner.next_places(step.layer) == twin.next_places(step.layer)
+
+
 def test_named_victims_are_hits_until_they_are_taken():
     planner = build_planner(options_of("lru", 6), SHAPE)
     for pair in ([0, 1], [2, 3], [4, 5]):
