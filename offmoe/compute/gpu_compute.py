@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from offmoe.compute.compute import ComputeByLayer, ExpertCompute, LayerInput, Slotted, groups
@@ -61,13 +62,17 @@ class GpuCompute(ExpertCompute):
         per_launch = max(1, len(coming)) if inputs.pairs is None else EXPERTS_PER_LAUNCH
         for start in range(0, len(coming), per_launch):
             launched = coming[start : start + per_launch]
-            for _, slot in launched:
-                transfer.ready(slot)
+            transfer.ready(*[slot for _, slot in launched])
             yield launched, kernels.compute(_pairs(launched, inputs), inputs.hidden)
 
+    def token(self, layer: ExpertLayer, slots: Sequence[int], hidden: torch.Tensor) -> torch.Tensor | None:
+        kernels = self._kernels[layer.index]
+        return kernels.compute(Pairs(slots, [1] * len(slots)), hidden) if len(slots) <= kernels.most_pairs else None
+
     def slots_moved(self) -> None:
+        starts = np.array(self._arena.starts, dtype=np.int64)
         for kernels in self._kernels.values():
-            kernels.read_from(self._arena.memory, self._arena.starts)
+            kernels.read_from(self._arena.memory, starts)
 
     def close(self) -> None:
         self._kernels = {}  # they hold the slots' memory
@@ -101,6 +106,7 @@ def device_compute(
         )
         return otherwise
     kernels: dict[int, DeviceKernels] = {}
+    starts = np.array(arena.starts, dtype=np.int64)  # once for all layers: 192 layers of 24,576 slots are many numbers
     reasons: Counter[str] = Counter()
     for layer in layers:
         try:
@@ -108,7 +114,7 @@ def device_compute(
         except UnsupportedModelError as error:
             reasons[str(error)] += 1
         else:
-            kernels[layer.index] = DeviceKernels(operands, glu, arena.memory, arena.starts, upload=upload)
+            kernels[layer.index] = DeviceKernels(operands, glu, arena.memory, starts, upload=upload)
     if compile_for is not None:
         _compile(kernels, *compile_for, reasons)
     for reason, count in reasons.items():

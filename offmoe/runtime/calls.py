@@ -43,6 +43,8 @@ def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def to_host(calls: Sequence[LayerCall], backend: Backend) -> tuple[np.ndarray, np.ndarray | None]:
     """Ids [T, k] of all callers on the host, and predictions [T, p] if all of them have some."""
+    if len(calls) == 1 and calls[0].predicted is None:
+        return backend.to_host([calls[0].ids])[0], None
     ids, known = joined([call.ids for call in calls]), [c.predicted for c in calls if c.predicted is not None]
     if len(known) < len(calls):
         return backend.to_host([ids])[0], None

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 
-from offmoe.compute.compute import ExpertCompute, LayerInput
+from offmoe.compute.compute import ExpertCompute
 from offmoe.compute.expert_layer import ExpertLayer
 from offmoe.config import CacheOptions
 from offmoe.device.backend import Backend
@@ -30,6 +30,7 @@ from offmoe.runtime.device_decode import DeviceDecode
 from offmoe.runtime.fill import BackgroundFill
 from offmoe.runtime.host_experts import HostExperts
 from offmoe.runtime.one_user import OneUser
+from offmoe.runtime.plan_runner import PlanRunner
 from offmoe.runtime.rows import ExpertOutputs, layer_input
 from offmoe.trace.recorder import TraceWriter
 from offmoe.transfer.engine import TransferEngine
@@ -42,13 +43,14 @@ from offmoe.types import (
     Demand,
     ExpertKey,
     Plan,
-    Wave,
     count_demands,
     rank_predictions,
     single_demands,
 )
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 
 class ExpertExecutor:
@@ -68,6 +70,7 @@ class ExpertExecutor:
         token without the host in the way; None: the host is."""
         self.planner, self._transfer, self._compute, self.backend = planner, transfer, compute, backend
         self._host, self.decode = host, decode
+        self._runner = PlanRunner(compute, transfer, host)
         self.shape = planner.shape
         self.stats = stats
         """Everything counted since the model was loaded."""
@@ -129,7 +132,9 @@ class ExpertExecutor:
         """
         with self.user:  # modules can be called past the model's forward, which takes this lock too
             call = LayerCall(layer, hidden, ids, self._predicted(layer.index))
-            return self.run_together([call])[0] if self.gather is None else self.gather(call)
+            if self.gather is not None:
+                return self.gather(call)
+            return self._soundly(lambda: self._run([call], apart=False)[0])
 
     def run_summed(
         self, layer: ExpertLayer, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
@@ -145,13 +150,7 @@ class ExpertExecutor:
         with self.user:
             if self.gather is not None or self._is_filling or not self.planner.names_victims:
                 return None
-            if not self._sound:
-                self.forget()
-            try:
-                return decode.run(self, layer.index, hidden, ids, weights)
-            except BaseException:
-                self.forget()
-                raise
+            return self._soundly(lambda: decode.run(self, layer.index, hidden, ids, weights))
 
     def end_step(self) -> None:
         """Note the end of a forward pass: what the device decided in it has been seen and counted.
@@ -160,24 +159,30 @@ class ExpertExecutor:
             OffmoeError: Something went wrong in it. Everything is forgotten then.
         """
         if self.decode is not None and self._sound:  # else the next layer forgets everything
-            with self._or_forget():
-                self.decode.finish()
+            self._soundly(self.decode.finish)
 
     def _leave_device(self) -> None:
         """Let the host decide and move from here on."""
         if self.decode is not None:
             self.decode.leave()
 
-    @contextmanager
-    def _or_forget(self) -> Iterator[None]:
-        """Forget everything if the block fails: slots need not hold what residency says."""
+    def _settle(self) -> None:
+        """Leave the device idle, and nothing on its way."""
+        self._leave_device()
+        self._transfer.settle()
+
+    def _soundly(self, do: Callable[[], Result]) -> Result:
+        """do(), which changes slots. Everything is forgotten if it fails: slots need not hold what residency says."""
+        if not self._sound:
+            self.forget()
         self._sound = False
         try:
-            yield
+            result = do()
         except BaseException:
             self.forget()
             raise
         self._sound = True
+        return result
 
     def run_together(self, calls: Sequence[LayerCall], *, apart: bool = False) -> list[torch.Tensor]:
         """One layer for several callers, as one access: each expert is fetched once.
@@ -190,31 +195,37 @@ class ExpertExecutor:
             Per caller, what `run` would give.
         """
         with self.user:
-            if not self._sound:
-                self.forget()
-            with self._or_forget():
-                self._leave_device()
-                return self._run(calls, apart)
+            return self._soundly(lambda: self._run(calls, apart))
 
     def _run(self, calls: Sequence[LayerCall], apart: bool) -> list[torch.Tensor]:
+        self._leave_device()
         layer = calls[0].layer
         host_ids, predicted = to_host(calls, self.backend)
         if self.trace is not None:
             self.trace.record(layer.index, host_ids, predicted)
-        demands, tail = count_demands(host_ids, self.shape.experts[layer.index])
+        num_experts, routed = self.shape.experts[layer.index], list[int]()
+        if len(host_ids) == 1:
+            routed, tail = host_ids[0].tolist(), 1
+            demands = single_demands(routed, num_experts)
+        else:
+            demands, tail = count_demands(host_ids, num_experts)
         if not demands:
             return [call.hidden.new_zeros(call.ids.numel(), call.hidden.shape[-1]) for call in calls]
         ranked = () if predicted is None else rank_predictions(predicted, self.shape.experts[layer.index + 1])
         if self._fill is not None and not self._fill.is_over:
             self._settle_fills(self._fill, layer.index, demands)
         plan = self._plan(Access(layer.index, demands, tail, ranked))
-        if not apart or len(calls) == 1:
-            hidden, ids = joined([call.hidden for call in calls]), joined([call.ids for call in calls])
-            outputs = ExpertOutputs(layer_input(hidden, ids, host_ids, demands, layer.order), host_ids.size)
-            self._carry_out(layer, plan, outputs)
-            rows = outputs.in_router_order()
-            return [rows] if len(calls) == 1 else list(rows.split([call.ids.numel() for call in calls]))
-        return carry_out_apart(plan, calls, host_ids, self.shape, self._compute, self._transfer)
+        if apart and len(calls) > 1:
+            return carry_out_apart(plan, calls, host_ids, self.shape, self._compute, self._transfer)
+        if routed and plan.hits == len(routed) and len(calls) == 1 and calls[0].hidden.shape[0] == 1:
+            rows = self._runner.token(layer, plan, routed, calls[0].hidden)
+            if rows is not None:
+                return [rows]
+        hidden, ids = joined([call.hidden for call in calls]), joined([call.ids for call in calls])
+        outputs = ExpertOutputs(layer_input(hidden, ids, host_ids, demands, layer.order), host_ids.size)
+        self._runner.run(layer, plan, outputs)
+        rows = outputs.in_router_order()
+        return [rows] if len(calls) == 1 else list(rows.split([call.ids.numel() for call in calls]))
 
     def plan_access(self, layer: int, ids: Sequence[int]) -> Plan | None:
         """Record, plan and count an access of one token that the device has carried out; None if it demands nothing."""
@@ -268,11 +279,7 @@ class ExpertExecutor:
             OffmoeError: A fetch that was under way failed. Everything is forgotten then.
         """
         with self.user:
-            if not self._sound:
-                self.forget()
-            with self._or_forget():
-                self._leave_device()
-                self._transfer.settle()
+            self._soundly(self._settle)
             planner = copy.deepcopy(self.planner)
             kept = planner.resize(options)
             on_device, in_ram = slots(planner.num_scratch)
@@ -311,37 +318,3 @@ class ExpertExecutor:
         if self.predictor is None or not self.planner.wants_prediction(layer + 1):
             return None
         return self.predictor.predict(layer + 1)
-
-    def _carry_out(self, layer: ExpertLayer, plan: Plan, outputs: ExpertOutputs) -> None:
-        inputs = outputs.inputs
-        received = self._start(plan, inputs)
-        is_only = len(plan.waves) == 1
-        for wave in plan.waves:
-            self._compute_wave(layer, wave, outputs, is_only)
-            if received is not None and self._host is not None:  # while the device computes its first wave
-                for pair, rows in self._host.run(layer, plan.on_host, received, inputs):
-                    outputs.add((pair,), rows)
-                received = None
-        if plan.prefetches:
-            self._transfer.prefetch(plan.prefetches)
-
-    def _start(self, plan: Plan, inputs: LayerInput) -> torch.Tensor | None:
-        """Start every fetch of the plan; gives the rows for the host's experts, in RAM."""
-        transfer, received = self._transfer, None
-        if plan.on_host:
-            assert self._host is not None
-            received = self._host.receive(plan.on_host, inputs)
-            # The first wave's experts come first: later, readers may wait for the host to free its scratch slots.
-            transfer.demand([slot for _, slot in plan.waves[0].experts])
-            transfer.stream(plan.on_host)
-        transfer.stream(plan.waves)
-        transfer.read_ahead(plan.read_ahead)
-        return received
-
-    def _compute_wave(self, layer: ExpertLayer, wave: Wave, outputs: ExpertOutputs, is_only: bool) -> None:
-        for computed, rows in self._compute.wave(layer, wave.experts, outputs.inputs, self._transfer):
-            outputs.add(computed, rows)
-            if not is_only:  # at once: experts of a later wave may be waiting for these slots
-                self._transfer.computed([slot for _, slot in computed])
-        if is_only:
-            self._transfer.computed([slot for _, slot in wave.experts])

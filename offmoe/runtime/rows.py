@@ -25,7 +25,7 @@ def layer_input(
         demands: of this layer and step, ascending by expert id.
         order: in which an expert sees its tokens.
     """
-    if len(hidden) == 1:
+    if hidden.shape[0] == 1:
         return LayerInput(hidden, None, host_ids.size, host_ids[0].tolist())
     return LayerInput(hidden, _pairs_by_expert(ids, demands, order), host_ids.size // len(hidden))
 
@@ -82,4 +82,5 @@ class ExpertOutputs:
                 by_expert |= dict.fromkeys(no_experts, torch.zeros_like(rows[:1]))
             rows = concatenate([by_expert[expert] for expert in routed])
         # Kernels may give float32, which is slower to reduce. Under autocast, stock reduces rows of the experts' dtype.
-        return rows if autocast_enabled(rows) else rows.to(self.inputs.hidden.dtype)
+        dtype = self.inputs.hidden.dtype
+        return rows if rows.dtype == dtype or autocast_enabled(rows) else rows.to(dtype)

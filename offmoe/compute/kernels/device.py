@@ -76,14 +76,14 @@ def launch_kernel(
 
 
 class DeviceKernels:
-    """Computes experts of layers with equal operands, in slots at most 128 GiB apart."""
+    """Computes experts of layers with equal operands, in slots at most 512 GiB apart."""
 
     def __init__(
         self,
         operands: GatedOperands,
         glu: Glu,
         memory: torch.Tensor,
-        starts: Sequence[int],
+        starts: Sequence[int] | np.ndarray,
         full_grid: int = FULL_GRID,
         launch: Launch = launch_kernel,
         upload: Upload | None = None,
@@ -99,20 +99,22 @@ class DeviceKernels:
         from offmoe.compute.kernels.triton import decode, grouped  # imports Triton: where `available`, only
 
         self._operands, self._glu = operands, glu
+        self._hidden, self._inner = operands.hidden, operands.inner
         self.read_from(memory, starts)
         self._full_grid, self._launch = full_grid, launch
         self._upload: Upload = upload or (lambda table: torch.from_numpy(table).to(memory.device))
         self._decode, self._grouped = decode, grouped
-        self._sizes: dict[int, tuple[dict[str, int], dict[str, int]]] = {}
-        """By number of pairs, the blocks of the `decode` kernels."""
+        self._launches: dict[int, tuple[tuple[tuple[int, int], dict[str, int]], ...]] = {}
+        """By number of pairs, grid and blocks of the two `decode` kernels."""
 
-    def read_from(self, memory: torch.Tensor, starts: Sequence[int]) -> None:
+    def read_from(self, memory: torch.Tensor, starts: Sequence[int] | np.ndarray) -> None:
         """Read slots from here on at these addresses. Arguments as of the constructor."""
         assert memory.dtype == torch.uint8
-        assert all(start % PARAM_ALIGNMENT == 0 for start in starts)
-        self._memory = memory
-        # int32 reaches 128 GiB from `memory`; numpy refuses what is farther.
-        self._starts = np.array([start // PARAM_ALIGNMENT for start in starts], dtype=np.int32)
+        places, rest = np.divmod(np.asarray(starts, dtype=np.int64), PARAM_ALIGNMENT)
+        assert not rest.any()
+        self._memory, self._starts = memory, places.astype(np.int32)
+        if not np.array_equal(self._starts, places):
+            raise OverflowError("slots are more than 512 GiB apart")
 
     def compile(self, dtype: torch.dtype, top_k: int) -> int:
         """Compile every variant that `compute` may launch, so that none is compiled in the middle of a generation.
@@ -158,41 +160,45 @@ class DeviceKernels:
     @property
     def most_pairs(self) -> int:
         """Pairs of one launch whose intermediate and output rows take LAUNCH_BYTES, at four bytes a number."""
-        return max(1, LAUNCH_BYTES // (4 * (self._operands.inner + self._operands.hidden)))
+        return max(1, LAUNCH_BYTES // (4 * (self._inner + self._hidden)))
 
     def compute(self, pairs: Pairs, hidden: torch.Tensor) -> torch.Tensor:
         """Experts on their inputs: hidden [m, H] -> rows [n, H] of its dtype, in the order of `pairs`, unweighted."""
         assert hidden.dtype in (torch.bfloat16, torch.float16, torch.float32), hidden.dtype
-        assert hidden.shape[1] == self._operands.hidden, hidden.shape
+        assert hidden.shape[1] == self._hidden, hidden.shape
         hidden = hidden.contiguous()
-        with torch.accelerator.device_index(hidden.device.index):  # kernels start on the current device
-            if sum(pairs.counts) == 0:
-                return hidden.new_empty(0, hidden.shape[1])
-            if pairs.order is None or sum(pairs.counts) <= DECODE_PAIRS:
-                return self.by_pair(pairs, hidden)
-            return self.by_group(pairs, hidden)
+        by_pair = pairs.order is None or sum(pairs.counts) <= DECODE_PAIRS
+        index = hidden.device.index
+        if index is None or torch.accelerator.current_device_index() == index:
+            return self.by_pair(pairs, hidden) if by_pair else self.by_group(pairs, hidden)
+        with torch.accelerator.device_index(index):  # kernels start on the current device
+            return self.by_pair(pairs, hidden) if by_pair else self.by_group(pairs, hidden)
 
     def by_pair(self, pairs: Pairs, hidden: torch.Tensor) -> torch.Tensor:
         """`compute` by the kernels for few tokens."""
-        n, o = sum(pairs.counts), self._operands
-        starts = self._starts.take(pairs.slots)
-        places = self._upload(starts if pairs.order is None else np.repeat(starts, pairs.counts))  # int32 [n]
-        up_sizes, down_sizes = self._decode_sizes(n)
-        h = torch.empty(n, o.inner, dtype=torch.float32, device=hidden.device)
-        out = hidden.new_empty(n, o.hidden)
+        o, starts = self._operands, self._starts.take(pairs.slots)
+        if pairs.order is not None:
+            starts = np.repeat(starts, pairs.counts)
+        n = len(starts)
+        if n == 0:
+            return hidden.new_empty(0, self._hidden)
+        places = self._upload(starts)  # int32 [n]
+        (up_grid, up_sizes), (down_grid, down_sizes) = self._launches.get(n) or self._decode_launches(n)
+        h = torch.empty(n, self._inner, dtype=torch.float32, device=hidden.device)
+        out = hidden.new_empty(n, self._hidden)
         up = self._memory, places, pairs.order, hidden, h, pairs.sharing, o.gate, o.up, self._glu
-        self._launch(self._decode.gate_up_rows, (n, -(-o.inner // up_sizes["BN"])), up, up_sizes)
+        self._launch(self._decode.gate_up_rows, up_grid, up, up_sizes)
         down = self._memory, places, h, out, o.down
-        self._launch(self._decode.down_rows, (n, -(-o.hidden // down_sizes["BN"])), down, down_sizes)
+        self._launch(self._decode.down_rows, down_grid, down, down_sizes)
         return out
 
-    def _decode_sizes(self, pairs: int) -> tuple[dict[str, int], dict[str, int]]:
-        """The blocks of the two `decode` kernels."""
-        sizes = self._sizes.get(pairs)
-        if sizes is None:
-            o, full = self._operands, self._full_grid
-            sizes = self._sizes[pairs] = decode_blocks(o.gate, pairs, full), decode_blocks(o.down, pairs, full)
-        return sizes
+    def _decode_launches(self, pairs: int) -> tuple[tuple[tuple[int, int], dict[str, int]], ...]:
+        """Grid and blocks of the two `decode` kernels."""
+        weights = (self._operands.gate, self._inner), (self._operands.down, self._hidden)
+        blocks = [(decode_blocks(weight, pairs, self._full_grid), rows) for weight, rows in weights]
+        launches = tuple([((pairs, -(-rows // sizes["BN"])), sizes) for sizes, rows in blocks])
+        self._launches[pairs] = launches
+        return launches
 
     def by_group(self, pairs: Pairs, hidden: torch.Tensor) -> torch.Tensor:
         """`compute` by the kernels for many tokens."""
@@ -204,15 +210,15 @@ class DeviceKernels:
             first, end = end, end + count
             table += [(int(self._starts[slot]), start, end) for start in range(first, end, tokens)]
         blocks = self._upload(np.array(table, dtype=np.int32))  # [blocks, 3]
-        h = hidden.new_empty(n, o.inner)
-        out = hidden.new_empty(n, o.hidden)
+        h = hidden.new_empty(n, self._inner)
+        out = hidden.new_empty(n, self._hidden)
         sizes = grouped_blocks(o.gate, tokens)
         x = lane_by_lane(hidden, o.gate)
         up = self._memory, blocks, pairs.order, x, h, pairs.sharing, o.gate, o.up, o.down, self._glu
-        self._launch(self._grouped.gate_up_blocks, (len(table), -(-o.inner // sizes["BN"])), up, sizes)
+        self._launch(self._grouped.gate_up_blocks, (len(table), -(-self._inner // sizes["BN"])), up, sizes)
         sizes = grouped_blocks(o.down, tokens)
         down = self._memory, blocks, h, out, o.down
-        self._launch(self._grouped.down_blocks, (len(table), -(-o.hidden // sizes["BN"])), down, sizes)
+        self._launch(self._grouped.down_blocks, (len(table), -(-self._hidden // sizes["BN"])), down, sizes)
         return out
 
 

@@ -153,19 +153,20 @@ class RoutedLayer:
         self.memory, self.log, self.aborted = memory, state.log, state.aborted
         self.places, self.turn = state.places[index, :experts], state.turns[index, :1]
         self.named, self.settled = state.named[index, : self._most_named], state.settled[index, :experts]
-        self.moves, self.count = state.moves[: state.rows * size.top_k], state.count
+        self._pairs = state.rows * size.top_k
+        self.moves, self.count = state.moves[: self._pairs], state.count
         stride = 3 * size.pieces
         self.sources = state.sources[index, : experts * stride].view(experts, size.pieces, 3)
         self._named, self._settled = self.named.numpy().data, self.settled.numpy().data
-        sizes = {"PAIRS": len(self.moves), "EXPERTS": experts, "STRIDE": stride, "SPINS": spins}
+        sizes = {"PAIRS": self._pairs, "EXPERTS": experts, "STRIDE": stride, "SPINS": spins}
         ring = {"ENTRIES": len(state.log.ring), "WIDTH": state.log.ring.shape[1]}
         self._assign_sizes = sizes | ring | {"E": _power(experts), "V": self._most_named} | COMPILER
         self._gather_sizes = {"PIECES": size.pieces, "BLOCK": COPY_WORDS} | COMPILER
-        self._up_sizes = decode_blocks(operands.gate, len(self.moves), full_grid)
+        self._up_sizes = decode_blocks(operands.gate, self._pairs, full_grid)
         self._down_sizes = reduced_blocks(operands.down, self.rows, full_grid)
-        order = torch.arange(len(self.moves), device=memory.device)  # [T * k]
+        order = torch.arange(self._pairs, device=memory.device)  # [T * k]
         self._order = None if self.rows == 1 else order
-        self._h = torch.empty(len(self.moves), operands.inner, dtype=torch.float32, device=memory.device)  # [T * k, I]
+        self._h = torch.empty(self._pairs, operands.inner, dtype=torch.float32, device=memory.device)  # [T * k, I]
         self._of_layer = self.places, self.turn, self.named, self.settled, self.sources
         self._shared = self.moves, self.count, self.log.ring, self.log.progress, self.aborted, index
         self._words = self.named.numpy()
@@ -255,7 +256,7 @@ class RoutedLayer:
     def gather(self) -> None:
         """Copy the experts that `assign` placed from RAM into their slots."""
         arguments = self.moves, self.count, self.sources, self.memory
-        self._launch(self._kernels.gather, (len(self.moves), COPY_PROGRAMS), arguments, self._gather_sizes)
+        self._launch(self._kernels.gather, (self._pairs, COPY_PROGRAMS), arguments, self._gather_sizes)
 
     def compute(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The weighted sum of each token's experts, in router order and float32.
@@ -267,13 +268,13 @@ class RoutedLayer:
             [rows, H] of hidden's dtype. An id that is no expert's adds nothing; a token with an expert that has no slot
             is NaN.
         """
-        o, pairs = self._operands, len(self.moves)
+        o = self._operands
         assert hidden.shape == (self.rows, o.hidden)
         hidden, ids = hidden.contiguous(), ids.contiguous()
         out = torch.empty_like(hidden)  # [T, H]
         sizes: dict[str, Any] = self._up_sizes | {"ids": ids, "EXPERTS": self._experts}
         up = self.memory, self.places, self._order, hidden, self._h, self.top_k, o.gate, o.up, self._glu
-        self._launch(self._decode.gate_up_rows, (pairs, -(-o.inner // sizes["BN"])), up, sizes)
+        self._launch(self._decode.gate_up_rows, (self._pairs, -(-o.inner // sizes["BN"])), up, sizes)
         sizes = self._down_sizes
         down = self.memory, self.places, ids, weights.contiguous(), self._h, out, o.down, self.top_k, self._experts
         self._launch(self._kernels.down_reduced, (self.rows, -(-o.hidden // sizes["BN"])), down, sizes)

@@ -259,6 +259,14 @@ def test_every_variant_is_compiled_at_load(monkeypatch: pytest.MonkeyPatch) -> N
     assert seen <= compiled_at_load
 
 
+def test_slots_that_32_bits_do_not_reach_are_refused() -> None:
+    """Places are counted in 256 bytes."""
+    operands, memory = FORMATS["bf16"](64, 64).operands, torch.zeros(256, dtype=torch.uint8)
+    DeviceKernels(operands, Glu(), memory, [0, (1 << 39) - 256])
+    with pytest.raises(OverflowError, match="512 GiB"):
+        DeviceKernels(operands, Glu(), memory, [0, 1 << 39])
+
+
 def test_kernels_that_do_not_compile_are_left_to_torch(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
