@@ -7,7 +7,8 @@ device    The executor with the GPU kernels; launches return at once, and memory
 cpu       The executor with the C kernels, which return at once. call: what a layer's calls of the real kernels take
           for experts of 32 x 64, with their threads.
 alone     The executor at lag 1, whose kernels need nothing of the host: launches return at once, and what the device
-          would log is there. It launches, reads the log, plans, counts and names the next victims.
+          would log is there. It launches, reads the log, plans, counts and names the next victims. miss: half of the
+          experts have slots, and the others are in pinned RAM.
 plan      The planner alone.
 ask       From asking for experts in pinned RAM to the end of their copies' issue, for one and for eight experts.
 build     Planner, slots, tickets and kernels for 24,576 slots, in seconds.
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import checkout  # noqa: F401
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -41,7 +43,6 @@ from offmoe.compute.kernels.cpu import CpuKernels, Glu
 from offmoe.compute.kernels.device import DeviceKernels
 from offmoe.compute.kernels.library import status
 from offmoe.compute.kernels.operands import GatedOperands, float_operand
-from offmoe.compute.kernels.routing_log import RoutingLog
 from offmoe.compute.kernels.torch_ffn import GatedFFN
 from offmoe.compute.torch_compute import TorchCompute
 from offmoe.config import CacheOptions
@@ -169,23 +170,27 @@ def on_device(layers: list[ExpertLayer], arena: SlotArena) -> ExpertCompute:
     return GpuCompute(kernels, arena)
 
 
-def alone(rig: Rig) -> Callable[[int], float]:
-    """A function that runs layer i of a token without the host in the way and gives its seconds; every expert is
-    resident."""
+def alone(rig: Rig, slots: int) -> Callable[[int], float]:
+    """A function that runs layer i of a token without the host in the way and gives its seconds.
+
+    slots: per layer. Experts without one are in pinned RAM, so the device places them.
+    """
     backend, layers = Pinned(), rig.layers(for_c=False)
-    options = CacheOptions(slots_per_layer=EXPERTS, lag=1)
+    options = CacheOptions(slots_per_layer=slots, host_slots=EXPERTS if slots < EXPERTS else 0, lag=1)
     planner = build_planner(options, rig.shape)
     arena = SlotArena(backend.allocate, [rig.layout] * planner.num_slots)
-    transfer = TransferEngine(SlotWriter(rig.store, arena, backend, layers))
+    transfer = TransferEngine(SlotWriter(rig.store, arena, backend, layers), host_slots=planner.num_host_slots)
     up, down = (float_operand(param) for param in rig.layout.params)
     operands = GatedOperands(up.part(up.rows // 2, 0), up.part(up.rows // 2, up.rows // 2), down)
-    forms, logs = [RoutedForm(operands, Glu(), 2)] * LAYERS, list[RoutingLog]()
+    row = np.zeros(3 + TOP_K, dtype=np.int32)
 
     def launch(kernel: Any, *_: object) -> None:
-        if kernel.__name__ == "assign":
-            logs[0].progress[0] += 1
+        if kernel.__name__ == "assign":  # what it would log
+            ring[progress[0] % len(ring)] = row
+            progress[0] += 1
 
-    tables = DeviceTables(forms, rig.shape, transfer, backend, launch)
+    tables = DeviceTables([RoutedForm(operands, Glu(), 2)] * LAYERS, rig.shape, transfer, backend, launch)
+    ring, progress = tables.state.log.ring.numpy(), tables.state.log.progress.numpy()
     decode = DeviceDecode(tables, transfer, backend)
     stats = CacheStats.for_layers(LAYERS)
     executor = ExpertExecutor(planner, transfer, on_device(layers, arena), backend, stats, decode=decode)
@@ -193,22 +198,23 @@ def alone(rig: Rig) -> Callable[[int], float]:
     everything = torch.arange(EXPERTS).view(-1, TOP_K)
     for layer in layers:
         executor.run(layer, torch.randn(len(everything), rig.hidden, dtype=torch.bfloat16), everything)
+    while transfer.host.pin_progress.running:
+        time.sleep(0.001)
     chance = torch.Generator().manual_seed(0)
     ids = [torch.randperm(EXPERTS, generator=chance)[:TOP_K][None] for _ in range(64)]
-    logs.append(tables.state.log)
-    for i, entry in enumerate(tables.state.log.ring):
-        entry[:3] = torch.tensor([i % LAYERS, 0, 0])
-        entry[3:] = ids[i]
     hidden, weights = torch.randn(1, rig.hidden, dtype=torch.bfloat16), torch.rand(1, TOP_K)
-    misses = stats.misses
 
     def run(i: int) -> float:
+        layer, routed = i % LAYERS, ids[i % 64]
+        experts = routed[0].tolist()
+        row[:] = (layer, 0, len(planner.missing(layer, experts)), *experts)
+        read = stats.disk_bytes
         began = time.perf_counter()
-        executor.run_summed(layers[i % LAYERS], hidden, ids[i % 64], weights)
+        executor.run_summed(layers[layer], hidden, routed, weights)
         if i % STEP_LAYERS == STEP_LAYERS - 1:
             executor.end_step()
         took = time.perf_counter() - began
-        assert stats.misses == misses
+        assert stats.disk_bytes == read
         return took
 
     return run
@@ -295,7 +301,8 @@ def measured(rounds: int, threads: int) -> dict[str, float]:
         for_c = narrow.layers(for_c=True)
         runs: dict[str, Callable[[int], float]] = {
             "device_us": narrow.executor(layers := narrow.layers(for_c=False), lambda a: on_device(layers, a)),
-            "alone_us": alone(narrow),
+            "alone_us": alone(narrow, EXPERTS),
+            "alone_miss_us": alone(narrow, EXPERTS // 2),
             "cpu_us": narrow.executor(for_c, lambda a: by_c(a, threads, at_once=True)),
             "plan_us": plans(narrow.shape),
             "ask_1_us": asks(smallest, 1),
