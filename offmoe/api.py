@@ -87,6 +87,7 @@ def from_pretrained(
     state: str | os.PathLike[str] | None = None,
     fill: bool | None = None,
     lag: int | None = None,
+    cuda_graphs: bool | str | None = None,
     trace: str | os.PathLike[str] | None = None,
     dtype: str | torch.dtype | None = None,
     **hf_kwargs: Any,
@@ -94,7 +95,7 @@ def from_pretrained(
     """Load a Mixture-of-Experts model of transformers whose experts stay outside the device.
 
     The result is an instance of the architecture's own class, in eval mode, with the runtime at `model.offload`. The
-    options from `device` to `lag` are those of `OffloadConfig`, which says what each of them means.
+    options from `device` to `cuda_graphs` are those of `OffloadConfig`, which says what each of them means.
 
     Args:
         model: A folder, a .gguf file (any part of a split one), a Hub id such as "mistralai/Mixtral-8x7B-v0.1" or

@@ -36,6 +36,14 @@ def check_lag(lag: object, **options: object) -> None:
             raise ConfigError(f"lag=1 takes {name}={value!r}, not {options[name]!r}. Use that, or lag=0.")
 
 
+def check_graphs(cuda_graphs: object, lag: int) -> None:
+    """ConfigError unless graphs are off, or asked for together with lag=1."""
+    if cuda_graphs is not False and cuda_graphs != "auto":
+        raise ConfigError(f"cuda_graphs={cuda_graphs!r} must be False or 'auto'.")
+    if cuda_graphs and lag != 1:
+        raise ConfigError("cuda_graphs='auto' takes lag=1: a graph cannot ask the host which experts are next.")
+
+
 def per_layer(option: str, slots: int | tuple[int, ...], shape: CacheShape) -> tuple[int, ...]:
     """Slots of each MoE layer, at most as many as it has experts."""
     wanted = (slots,) * shape.layers if isinstance(slots, int) else tuple(slots)

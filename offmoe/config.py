@@ -11,7 +11,7 @@ import os
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from offmoe.checks import LAG_ONE, check_counts, check_forms, check_lag, check_slots, one_of, per_layer
+from offmoe.checks import LAG_ONE, check_counts, check_forms, check_graphs, check_lag, check_slots, one_of, per_layer
 from offmoe.errors import ConfigError
 from offmoe.eviction_names import EVICTIONS as EVICTIONS
 from offmoe.eviction_names import check_eviction
@@ -222,6 +222,9 @@ class OffloadConfig:
         lag: When victims are chosen: 0 = when experts are missed, 1 = one step before, as a device needs it to go on
             without the host (steps of up to 8 tokens, layers with 2 top_k slots of their own or more). Default: 0; 1
             sets prefetch=0 and on_miss="fetch". Errors: 1 with another prefetch or on_miss.
+        cuda_graphs: Whether a GPU launches each decoder layer as one graph in steps of one token on a StaticCache,
+            where lag=1 takes the host out of their way: False, or "auto" where a graph gives the layer's own bits.
+            Default: False. Errors: "auto" without lag=1.
         miss_costs: Times to weigh a fetch against computing on the host. Not an option for users: loading sets it from
             the profile's costs or from assumed ones.
         warm_counts: Share of the tokens that each expert of each MoE layer served in an earlier run. Not an option for
@@ -252,6 +255,7 @@ class OffloadConfig:
     state: str | os.PathLike[str] | None = None
     fill: bool | None = None
     lag: int = 0
+    cuda_graphs: bool | str = False
     miss_costs: MissCosts | None = None
     warm_counts: tuple[tuple[float, ...], ...] | None = None
     explicit: frozenset[str] = field(init=False, repr=False, compare=False)
@@ -262,6 +266,7 @@ class OffloadConfig:
         for name, allowed in CHOICES.items():
             one_of(name, getattr(self, name), allowed)
         one_of("scope", self.scope, (*SCOPES, "auto"))
+        check_graphs(self.cuda_graphs, self.lag)
         check_forms({"experts": self.experts, "dense": self.dense}, self.exactness, self.activations)
         for name in ("device_memory", "host_memory"):
             value = getattr(self, name)

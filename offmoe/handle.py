@@ -86,6 +86,8 @@ class Offload:
         self._model = weakref.ref(model)
         self._steps = Steps(executor, experts, threads)
         self._steps.follow(model, loaded)
+        self.captured = self._steps.captured
+        """The graphs of decoder layers; None without `cuda_graphs`, or where nothing can be captured."""
         # The finalizer must not hold the model, or the model would never be garbage-collected.
         callbacks = closing.pop_all()
         callbacks.callback(executor.end_trace)
@@ -300,10 +302,7 @@ class Offload:
 
     def __reduce_ex__(self, protocol: object) -> Any:
         """Refuse to be copied or pickled."""
-        raise ConfigError(
-            "model.offload cannot be copied or pickled: it is the slots, files and threads of this process. Take what "
-            "is needed from it, such as stats()."
-        )
+        raise ConfigError("model.offload cannot be copied or pickled: it is slots, files and threads. Copy stats().")
 
     def close(self) -> None:
         """End the reader threads, write the recording, free the slots and close the files.

@@ -19,6 +19,7 @@ from offmoe.compute.dense_linear import FEW_ROWS
 from offmoe.compute.torch_threads import MOST_KV_BYTES, TorchThreads
 from offmoe.errors import CapacityError
 from offmoe.hf.load.attach import encoder_and_decoder
+from offmoe.hf.load.capture import CapturedLayers, capture_layers
 from offmoe.hf.predict.next_layer import NextLayerPredictor
 from offmoe.runtime.calls import Predictor
 from offmoe.runtime.executor import ExpertExecutor
@@ -48,6 +49,8 @@ class Steps:
         self._prediction: NextLayerPredictor | None = None
         self._encoded = False
         """Whether the encoder has run for requests that the decoder has not begun yet."""
+        self.captured: CapturedLayers | None = None
+        """The graphs of decoder layers; None without `cuda_graphs`, or where nothing can be captured."""
         self.shared: Shared | None = None
         """Set while several sequences are computed in step: it records the step, not each of its passes."""
 
@@ -60,6 +63,8 @@ class Steps:
         if short and config.prefetch != 0 and self._executor.predictor is None:
             self._prediction = NextLayerPredictor(model, self._experts, encoder_and_decoder(model))
             self._executor.predictor = self._prediction
+        if config.cuda_graphs and self.captured is None:
+            self.captured = capture_layers(model, self._executor)
 
     def predict_with(self, predictor: Predictor) -> None:
         """Predict the experts of the next layer with `predictor` in place of that layer's own router."""
@@ -96,9 +101,11 @@ class Steps:
             token = ids.reshape(-1).cpu().numpy() if isinstance(ids, torch.Tensor) else None
             trace.begin_step(batch * length, request, token)
         self._encoded = is_encoder
+        captured = nullcontext() if self.captured is None else self.captured.step(arguments, batch * length)
         try:
             try:
-                with self._watched(is_encoder), self._few_threads(batch * length, batch * (past + length)):
+                few = self._few_threads(batch * length, batch * (past + length))
+                with self._watched(is_encoder), few, captured:
                     yield
             finally:
                 self._executor.end_step()

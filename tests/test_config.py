@@ -67,11 +67,20 @@ def test_sizes_are_readable():
         ({"slots_per_layer": "4"}, "slots_per_layer"),
         ({"max_context": 0}, "max_context"),
         ({"device_memory": "big"}, "device_memory"),
+        ({"cuda_graphs": True, "lag": 1}, "cuda_graphs=True must be False or 'auto'"),
+        ({"cuda_graphs": "auto"}, "cuda_graphs='auto' takes lag=1"),
     ],
 )
 def test_refusals_name_the_option(options, message):
     with pytest.raises(ConfigError, match=message):
         OffloadConfig(**options)
+
+
+def test_graphs_are_an_option_of_the_run_and_not_of_its_decisions():
+    config = OffloadConfig(lag=1, cuda_graphs="auto", slots_per_layer=4)
+    assert config.cuda_graphs == "auto"
+    assert "cuda_graphs" not in config.cache().to_dict()
+    assert OffloadConfig(lag=1, slots_per_layer=4).cuda_graphs is False
 
 
 def test_cache_options_survive_json():

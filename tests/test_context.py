@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import offmoe
 from offmoe.errors import CapacityError
@@ -74,6 +74,27 @@ def test_a_cache_that_is_given_counts_whatever_use_cache_says(model: tiny.Model)
                 call()
         model(tiny.prompt(1, 5), None, None, cache)
     assert cache.get_seq_length() == CONTEXT
+
+
+def test_a_static_cache_ends_where_it_ends(model: tiny.Model, tmp_path: Path) -> None:
+    """A device would write past its end. A layer with a window goes round in it."""
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    with torch.no_grad():
+        model(tiny.prompt(1, 15), past_key_values=cache)
+        model(tiny.prompt(1, 1), past_key_values=cache)
+        with pytest.raises(CapacityError, match=r"17 tokens of context do not fit the StaticCache, .* made for 16"):
+            model(tiny.prompt(1, 1), past_key_values=cache)
+        cache.reset()
+        model(tiny.prompt(1, 16), past_key_values=cache)
+    folder = tiny.save(
+        tiny.build("gpt_oss", sliding_window=4, layer_types=["sliding_attention"] * 3), tmp_path / "model"
+    )
+    windows = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3, max_context=CONTEXT)
+    with windows.offload, torch.no_grad():
+        cache = StaticCache(config=windows.config, max_cache_len=16)
+        windows(tiny.prompt(1, 12), past_key_values=cache)
+        for _ in range(6):
+            windows(tiny.prompt(1, 1), past_key_values=cache)
 
 
 def test_a_layer_with_a_window_keeps_no_more_than_it(tmp_path: Path) -> None:

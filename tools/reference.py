@@ -23,7 +23,7 @@ DOCS = ROOT / "docs"
 NOTE = "<!-- Written by tools/reference.py; do not edit. -->"
 ON_COMMAND_LINE = (
     *("device", "device_memory", "host_memory", "max_context", "prefill_chunk", "experts", "exactness", "activations"),
-    *("slots_per_layer", "eviction", "scope", "prefetch", "on_miss", "lag", "profile", "state"),
+    *("slots_per_layer", "eviction", "scope", "prefetch", "on_miss", "lag", "cuda_graphs", "profile", "state"),
 )
 INTERNAL = ("miss_costs", "warm_counts")
 HELP = ("-h", "--help")

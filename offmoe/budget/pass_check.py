@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, StaticCache
 
 from offmoe.budget.forward_pass import PassRoom
 from offmoe.budget.kv import KvBytes
@@ -59,6 +59,8 @@ class PassCheck:
         keeps_kv = not is_encoder and self._keeps_kv(arguments)
         if keeps_kv:
             self._check_context(batch, before, length)
+        if isinstance(cache, StaticCache):
+            _check_static(cache, past + length)
         keep = arguments.get("logits_to_keep", 0)
         kept = int(keep.numel()) if isinstance(keep, torch.Tensor) else int(keep or 0)
         logits = 0 if is_encoder else min(length, kept or length)
@@ -121,3 +123,15 @@ class PassCheck:
         if per_token == 0:
             return "."
         return f"; or load the model with max_context={self._plan.max_context + -(-missing // per_token)} or more."
+
+
+def _check_static(cache: StaticCache, length: int) -> None:
+    """CapacityError if a StaticCache is too short for so many tokens: a device would write past its end."""
+    layers: list[Any] = list(cache.layers)
+    whole = [layer.max_cache_len for layer in layers if hasattr(layer, "max_cache_len") and not layer.is_sliding]
+    room = min(whole, default=length)
+    if length > room:
+        raise CapacityError(
+            f"{length} tokens of context do not fit the StaticCache, which was made for {room}. Make one with "
+            f"max_cache_len={length} or more."
+        )

@@ -177,7 +177,7 @@ class Ranking:
             eager, lag_1, captured = self.paths
             said.append(
                 f"If the GPU did not wait for the host, the fastest would decode {lag_1:.3g} tokens/s (lag=1, untried "
-                f"on a GPU) or {captured:.3g} (captured in a graph, not built) in place of {eager:.3g}: predicted."
+                f"on a GPU) or {captured:.3g} (captured in graphs, untried too) in place of {eager:.3g}: predicted."
             )
         if any(way.predicted for way in self.ways):
             assumed = f", assuming {' and '.join(self._assumed)}" if self._assumed else ""

@@ -78,6 +78,8 @@ class Decoding:
         rows = max(beams, texts)
         if rows > 1:
             out.note(f"generation_config.json asks for {asked}: the text is shown when it is complete")
+        if getattr(args, "cuda_graphs", None) and config.cache_implementation is None:
+            options["cache_implementation"] = "static"  # a graph works on addresses that stay
         return cls(options, rows, rows == 1, asked)
 
     def new_tokens(self, limit: int | None, ids: Tensor, inspected: Inspected, out: Output) -> int:

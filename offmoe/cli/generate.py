@@ -43,6 +43,7 @@ def parser() -> options.Parser:
     parser.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a file instead")
     group = prompts.add_generating(parser)
     group.add_argument("--trace", metavar="FILE", help="record the routing into this .npz file")
+    options.add_graphs(group)
     options.add_cache(parser)
     options.add_state(parser)
     return parser

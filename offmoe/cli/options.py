@@ -61,6 +61,11 @@ def add_cache(parser: argparse.ArgumentParser, default: str | None = None) -> No
     _add(group, "profile", "FILE")
 
 
+def add_graphs(group: argparse._ArgumentGroup) -> None:
+    """The option of a verb that decodes on a StaticCache where it is given."""
+    _add(group, "cuda_graphs", "HOW")
+
+
 def add_state(parser: argparse.ArgumentParser) -> None:
     """Options of a verb that begins where the last run ended."""
     group = parser.add_argument_group("warm start")

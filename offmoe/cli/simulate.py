@@ -104,8 +104,8 @@ def _paths(paths: DecodePaths | None) -> list[str]:
         return []
     return [
         f"Predicted for a GPU that decodes: {paths.eager:.3g} tokens/s where each layer waits for the host, "
-        f"{paths.lag_1:.3g} where none does (lag 1, untried on a GPU), {paths.captured:.3g} captured in a graph (not "
-        "built yet)."
+        f"{paths.lag_1:.3g} where none does (lag 1, untried on a GPU), {paths.captured:.3g} captured in "
+        "graphs (untried too)."
     ]
 
 

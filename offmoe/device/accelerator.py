@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from offmoe.device.backend import Backend, Event, Stream
+from offmoe.device.backend import Backend, Capturer, Event, Stream
 
 STRIDED_BYTES = 1 << 20
 """Most bytes of one copy into memory that is not contiguous. torch copies into temporary device memory of the same size
@@ -46,6 +46,10 @@ class DeviceKind(ABC):
     @abstractmethod
     def blocking_event(self, device: torch.device) -> Event:
         """A new event; a host thread that waits for it sleeps."""
+
+    def capturer(self, device: torch.device) -> Capturer | None:
+        """As `Backend.capturer`."""
+        return None
 
     @abstractmethod
     def register(self, address: int, nbytes: int) -> bool:
@@ -146,6 +150,9 @@ class AcceleratorBackend(Backend):
 
     def event(self, *, blocking: bool = False) -> Event:
         return self._kind.blocking_event(self.device) if blocking else DeviceEvent(self.device)
+
+    def capturer(self) -> Capturer | None:
+        return self._kind.capturer(self.device)
 
     def enter_thread(self) -> None:
         torch.accelerator.set_device_index(self.device.index)

@@ -11,8 +11,8 @@ Must never: decide what is copied, or wait unless its caller asks. The waits are
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
 import numpy as np
 import psutil
@@ -23,6 +23,8 @@ from offmoe.device.machines import RAM_AUTO_SHARE
 from offmoe.device.pages import map_pages
 from offmoe.errors import CapacityError
 from offmoe.storage.layout import PARAM_ALIGNMENT
+
+T = TypeVar("T")
 
 
 class Event(Protocol):
@@ -45,6 +47,24 @@ class Stream(Protocol):
         """Queue a copy between host and device memory.
 
         `source` must not change before an event that is recorded after this call is done.
+        """
+
+
+class Graph(Protocol):
+    """Work that was captured. Its memory and that of its results belong to it, from one replay to the next."""
+
+    def replay(self) -> None:
+        """Queue the work on the compute stream, on the same addresses and with the same sizes."""
+
+
+class Capturer(Protocol):
+    """Captures what the calling thread queues on the compute stream, in place of queueing it."""
+
+    def capture(self, work: Callable[[], T]) -> tuple[Graph, T]:
+        """The work that `work` queues, and what it returns; its tensors have values after a replay.
+
+        Raises:
+            RuntimeError: the work has what cannot be captured, such as a wait of the host. The device is as before.
         """
 
 
@@ -80,6 +100,10 @@ class Backend(ABC):
             blocking: Whether the host sleeps while it waits for the event. A reader that waits must not spin on a core
                 that computes. Waking up takes longer than spinning, so events of the computing thread do not sleep.
         """
+
+    def capturer(self) -> Capturer | None:
+        """A new capturer, whose graphs share memory and are replayed one after the other; None: the device has none."""
+        return None
 
     def enter_thread(self) -> None:  # noqa: B027 - the CPU needs nothing
         """Prepare the calling thread for work on this device, once per thread."""

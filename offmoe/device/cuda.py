@@ -9,13 +9,17 @@ Must never: leave an error of the driver behind for an unrelated call to report.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from offmoe.device.accelerator import DeviceEvent, DeviceKind, DeviceStream
-from offmoe.device.backend import Event, Stream
+from offmoe.device.backend import Capturer, Event, Graph, Stream
+
+T = TypeVar("T")
 
 
 class CudaKind(DeviceKind):
@@ -33,6 +37,9 @@ class CudaKind(DeviceKind):
 
     def blocking_event(self, device: torch.device) -> Event:
         return _BlockingEvent(device)
+
+    def capturer(self, device: torch.device) -> Capturer:
+        return _CudaCapturer(device)
 
     def register(self, address: int, nbytes: int) -> bool:
         register = getattr(torch.cuda.cudart(), "cudaHostRegister", None)
@@ -66,6 +73,33 @@ class _BlockingEvent(DeviceEvent):
 
     def hold_back(self, stream: torch.Stream) -> None:
         self._blocking.wait(_of_cuda(stream))
+
+
+class _CudaCapturer:
+    """CUDA's graphs. **It has not run on a GPU.**"""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)  # the default stream cannot be captured
+        self._pool: Any = None
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+
+    def capture(self, work: Callable[[], T]) -> tuple[Graph, T]:
+        if not self._graphs:  # torch lets go of a pool with its last graph
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            # Readers and the thread that watches the log go on: what they call must not end this thread's capture.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                result = work()
+            except BaseException:
+                with suppress(RuntimeError):  # the capture may have ended already, with the error
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        self._graphs.add(graph)
+        return graph, result
 
 
 def _of_cuda(stream: torch.Stream) -> torch.cuda.Stream:

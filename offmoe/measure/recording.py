@@ -112,7 +112,11 @@ class Difference:
 
 
 def record(
-    model: Any, requests: Sequence[Request], layers: Sequence[str], forced: list[list[torch.Tensor]] | None = None
+    model: Any,
+    requests: Sequence[Request],
+    layers: Sequence[str],
+    forced: list[list[torch.Tensor]] | None = None,
+    cache: str | None = None,
 ) -> Run:
     """Decode all requests greedily.
 
@@ -121,7 +125,9 @@ def record(
         requests: prompts, and how many tokens to decode.
         layers: module paths of the decoder layers to watch.
         forced: the tokens that the model is given in place of its own, per request and step; None: its own.
+        cache: the KV cache's kind, as `generate` takes `cache_implementation`; None: the model's own.
     """
+    kind = {} if cache is None else {"cache_implementation": cache}
     answers = []
     for number, request in enumerate(requests):
         torch.manual_seed(0)  # a block-diffusion model begins with random tokens
@@ -137,6 +143,7 @@ def record(
                 min_new_tokens=request.tokens,
                 logits_processor=LogitsProcessorList([watch]),
                 disable_compile=True,
+                **kind,
             )
         answers.append(Answer(watch.steps, {name: [rows.cpu() for rows in passes] for name, passes in sums.items()}))
     return Run(answers)

@@ -44,6 +44,11 @@ class SetUp:
     smallest: bool = False
 
     @property
+    def captures(self) -> bool:
+        """Whether decoder layers are to run as graphs."""
+        return self.options.get("cuda_graphs") == "auto"
+
+    @property
     def is_numeric(self) -> bool:
         """Whether it sums in another order than stock transformers, by its own options."""
         return self.options.get("exactness") == "numeric"
@@ -62,6 +67,7 @@ NAMES = (
     "kernels-few-slots",
     "host-computed",
     "without-host",
+    "captured",
 )
 """Every name of a set-up, in the order in which they run. "stock" is transformers without offmoe."""
 
@@ -107,6 +113,8 @@ def set_ups(config: OffloadConfig, shape: CacheShape, *, unified_memory: bool, n
         named = tuple(min(NAMED * top_k, experts) for experts, top_k in layers)
         alone = {**ram, **sums, "slots_per_layer": named, "lag": 1}
         yield SetUp("without-host", "steps of one token do not wait for the host", alone, _missed)
+        graphs = {**alone, "cuda_graphs": "auto"}
+        yield SetUp("captured", "decoder layers run as graphs, on a StaticCache", graphs, _missed)
 
 
 def _missed(stats: CacheStats) -> bool:

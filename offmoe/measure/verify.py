@@ -186,11 +186,11 @@ class _Comparison:
         """offmoe in one set-up."""
         began = time.monotonic()
         try:
-            run, stats = self._run(set_up)
+            run, stats, moved = self._run(set_up)
         except CapacityError as error:
             return Outcome(set_up.name, set_up.what, "left out", str(error), seconds=time.monotonic() - began)
         outcome = self._compared(set_up, run, time.monotonic() - began, stats.to_dict())
-        if outcome.status in ("same", "close") and not set_up.moved(stats):
+        if outcome.status in ("same", "close") and not moved:
             return replace(outcome, status="not used", reason="nothing had to move as this set-up would move it")
         return outcome
 
@@ -208,8 +208,8 @@ class _Comparison:
         is_close = allowed and apart.tokens is not None and apart.divergence <= DIVERGENCE
         return replace(outcome, status="close" if is_close else "differs", difference=apart)
 
-    def _run(self, set_up: SetUp) -> tuple[Run, Any]:
-        """Load the set-up and run it; the model is closed again."""
+    def _run(self, set_up: SetUp) -> tuple[Run, Any, bool]:
+        """Load the set-up and run it; gives too whether its mechanism was used. The model is closed again."""
         inspected = self._divided(set_up)
         model: Any = load(inspected)
         try:
@@ -219,8 +219,11 @@ class _Comparison:
                 if chunk < length and not inspected.config.is_numeric:
                     raise CapacityError(f"the prompt would pass in chunks of {chunk} tokens, which rounds otherwise.")
             forced = None if self._reference is None else self._reference.tokens
-            run = record(model, self._requests, self._layers, forced)
-            return run, model.offload.stats()
+            captured = model.offload.captured
+            cache = None if captured is None else "static"
+            run, stats = record(model, self._requests, self._layers, forced, cache), model.offload.stats()
+            is_used = not set_up.captures or (captured is not None and captured.replays > 0)
+            return run, stats, is_used and set_up.moved(stats)
         finally:
             model.offload.close()
             del model

@@ -23,15 +23,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from offmoe.compute.kernels.routing_log import Entry, Verdict
 from offmoe.compute.kernels.torch_ffn import autocast_enabled
-from offmoe.device.backend import Backend
+from offmoe.device.backend import Backend, Capturer, Graph
 from offmoe.errors import OffmoeError
 from offmoe.policy.planner import Planner
 from offmoe.runtime.device_tables import DeviceTables
@@ -55,6 +55,18 @@ class Host(Protocol):
         """Record, plan and count an access of one token. ids: -1 for no expert's. None: nothing is demanded."""
 
 
+class Captured(NamedTuple):
+    """Work of a step that was captured.
+
+    graph: the work. layers: the MoE layers that it computes, in order. result: what the work gave; its tensors have
+    values after a replay.
+    """
+
+    graph: Graph
+    layers: tuple[int, ...]
+    result: Any
+
+
 class DeviceDecode:
     """The steps of one token of one model; for the thread that computes, but for `_watch`."""
 
@@ -75,6 +87,12 @@ class DeviceDecode:
         self._launched = self._served = 0
         """Accesses that were launched, and those of them that the host has seen, since `_enter`."""
         self._serving = threading.Lock()
+        self._repeats: set[int] = set()
+        """Accesses among them, by number, that an earlier one was for the planner."""
+        self._capturing: list[int] | None = None
+        """Layers that `run` was called for while work is captured; None: it launches."""
+        self.captured: dict[object, Captured] = {}
+        """Captured work, by whatever its owner chooses; empty again once slots have moved."""
         self._error: BaseException | None = None
         """What went wrong in the thread that watches."""
         self._stepping, self._closed = threading.Event(), False
@@ -105,24 +123,87 @@ class DeviceDecode:
         Raises:
             OffmoeError: an expert of an earlier layer could not be read, or the device has given up.
         """
+        if self._capturing is None:
+            self._begin(host, 1)
+        else:
+            self._capturing.append(layer)
+        this = self._tables.layers[layer]
+        with self._own_device():
+            this.assign(ids)
+            this.gather()
+            out = this.compute(hidden, ids, weights)
+        if self._capturing is None:
+            self._look()
+        return out
+
+    @property
+    def launched(self) -> int:
+        """Accesses that were launched since the device has the slots."""
+        return self._launched if self._active else 0
+
+    @property
+    def is_capturing(self) -> bool:
+        """Whether `run` is called in order to be captured."""
+        return self._capturing is not None
+
+    def capture(self, host: Host, capturer: Capturer, work: Callable[[], object]) -> Captured:
+        """Capture `work`, in which `run` is called; nothing is launched.
+
+        Raises:
+            Exception: `work` cannot be captured. Nothing has changed.
+        """
+        self._begin(host, 0)
+        layers: list[int] = []
+        self._capturing = layers
+        try:
+            with self._own_device():
+                graph, result = capturer.capture(work)
+        finally:
+            self._capturing = None
+        return Captured(graph, tuple(layers), result)
+
+    def replay(self, host: Host, captured: Captured, *, repeats: bool = False) -> None:
+        """Launch captured work; the host does not wait.
+
+        Args:
+            host: as `run` takes it.
+            captured: what `capture` gave, since slots moved last.
+            repeats: each access is the last one of its layer again, as a check needs it. The planner has it already.
+
+        Raises:
+            OffmoeError: as `run`.
+        """
+        first = self._begin(host, len(captured.layers))
+        if repeats:
+            self._repeats.update(range(first, self._launched))
+        with self._own_device():
+            captured.graph.replay()
+        self._look()
+
+    def _begin(self, host: Host, accesses: int) -> int:
+        """Prepare to launch so many accesses; gives the number of the first."""
         if not self._active:
             self._enter(host)
         if not self._stepping.is_set():
             self._stepping.set()
         self._check()
-        this, index = self._tables.layers[layer], self._backend.device.index
+        first = self._launched
+        self._launched += accesses
+        return first
+
+    def _own_device(self) -> AbstractContextManager[object]:
+        """Kernels start on the current device, so this makes it the model's."""
+        index = self._backend.device.index
         is_current = index is None or torch.accelerator.current_device_index() == index
-        with _HERE if is_current else torch.accelerator.device_index(index):  # kernels start on the current device
-            self._launched += 1
-            this.assign(ids)
-            this.gather()
-            out = this.compute(hidden, ids, weights)
+        return _HERE if is_current else torch.accelerator.device_index(index)
+
+    def _look(self) -> None:
+        """Take what is in the log, unless the thread that watches does."""
         if self._serving.acquire(blocking=False):
             try:
                 self._serve()
             finally:
                 self._serving.release()
-        return out
 
     def finish(self) -> None:
         """Wait until the host has seen every access that was launched; to be called at the end of a step.
@@ -149,6 +230,8 @@ class DeviceDecode:
         """Give the slots back to the host, which moves experts from now on; `finish`, and the device is idle."""
         if not self._active:
             return
+        if self._capturing is not None:
+            raise RuntimeError("what the host decides cannot be captured")
         self.finish()
         self._transfer.computed(range(len(self._transfer.writer.arena)))
         self._drain()
@@ -170,6 +253,7 @@ class DeviceDecode:
     def slots_moved(self) -> None:
         """Note that slots are elsewhere, and hold no reference to where they were. The device is idle."""
         assert not self._active
+        self.captured.clear()
         self._tables.slots_moved()
 
     def close(self) -> None:
@@ -181,6 +265,7 @@ class DeviceDecode:
         self._stepping.set()
         if self._thread not in (None, threading.current_thread()):  # a model may be collected as garbage in any thread
             self._thread.join()
+        self.captured.clear()
         self._tables.close()
 
     def _drain(self) -> None:
@@ -194,6 +279,7 @@ class DeviceDecode:
         self._transfer.settle()
         with self._serving:  # the thread that watches may still look at the log
             self._host, self._launched, self._served = host, 0, 0
+            self._repeats.clear()
             self._tables.write(host.planner)
             self._active = True
         if self._thread is None:
@@ -234,6 +320,12 @@ class DeviceDecode:
     def _take(self, entry: Entry) -> None:
         """Plan an access that the device has carried out, or waits with; answer, and name the next victims."""
         assert self._host is not None
+        if self._served in self._repeats:
+            assert (entry.verdict, entry.misses) == (Verdict.ASSIGNED, 0), "an access that is repeated hits"
+            self._repeats.discard(self._served)
+            self._tables.after_repeat(entry.layer)
+            self._served += 1
+            return
         plan, planner = self._host.plan_access(entry.layer, entry.ids), self._host.planner
         assert entry.misses == (0 if plan is None else plan.misses), "device and planner differ"
         if entry.verdict is not Verdict.ASSIGNED:

@@ -112,6 +112,12 @@ class DeviceTables:
         else:
             self._leave_list(planner, i)
 
+    def after_repeat(self, layer: int) -> None:
+        """Leave the list of a layer once more: its last access was one that the planner had already, all hits."""
+        this = self.layers[layer]
+        this.number = (this.number + 1) % NUMBERS
+        this.leave_again()
+
     def slots_moved(self) -> None:
         """Note that slots are elsewhere, and hold no reference to where they were. The device is idle."""
         self.layers, self._places = [], ()

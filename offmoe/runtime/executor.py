@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import numpy as np
@@ -148,9 +149,26 @@ class ExpertExecutor:
         if decode is None or not decode.takes(layer.index, hidden, ids):
             return None
         with self.user:
-            if self.gather is not None or self._is_filling or not self.planner.names_victims:
+            if not self._is_alone:
                 return None
             return self._soundly(lambda: decode.run(self, layer.index, hidden, ids, weights))
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether nothing but the accesses of single tokens changes slots now, so that the device may place misses."""
+        return self.gather is None and not self._is_filling and self.planner.names_victims
+
+    @contextmanager
+    def on_device(self) -> Iterator[DeviceDecode | None]:
+        """Surround launches of a step of one token; None: the host decides now. A failure within forgets everything."""
+        with self.user:
+            if not self._sound:
+                self.forget()
+            try:
+                yield self.decode if self._is_alone else None
+            except BaseException:
+                self.forget()
+                raise
 
     def end_step(self) -> None:
         """Note the end of a forward pass: what the device decided in it has been seen and counted.
@@ -254,6 +272,8 @@ class ExpertExecutor:
 
     def forget(self) -> None:
         """Start again from an empty cache. A recording ends here, since its replay would not match."""
+        if self.decode is not None and self.decode.is_capturing:
+            return  # nothing was launched, and the device cannot be waited for
         if self.decode is not None:
             self.decode.abandon()
         self.planner = build_planner(self.planner.options, self.shape)

@@ -8,10 +8,11 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache
 
 from offmoe.cli.generate import TextStream
 from offmoe.cli.output import Output
@@ -69,6 +70,26 @@ def test_stdout_is_the_text_alone(offmoe: Run, checkpoint: Path) -> None:
     for words in ("hit rate", "pending (prefetched)", "MB moved", "9 prompt tokens, 24 new; first after", "tokens/s"):
         assert words in outcome.err
     assert len([line for line in outcome.err.splitlines() if "%" in line]) == 3 + 1
+
+
+def test_graphs_take_a_static_cache(
+    offmoe: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A CPU has none, which is logged, and the text stays."""
+    made: list[int] = []
+    prepare = StaticCache.__init__
+
+    def counted(cache: StaticCache, *given: Any, **named: Any) -> None:
+        made.append(1)
+        prepare(cache, *given, **named)
+
+    monkeypatch.setattr(StaticCache, "__init__", counted)
+    argv = ("generate", checkpoint, "Once upon", *CPU, "--max-new-tokens", 8, "--lag", 1, "--json")
+    text = offmoe(*argv).json["text"]
+    assert not made
+    outcome = offmoe(*argv, "--cuda-graphs", "auto")
+    assert (outcome.status, outcome.json["text"], len(made)) == (0, text, 1)
+    assert "cuda_graphs='auto': no layer is captured, since the device captures nothing" in caplog.text
 
 
 def test_threads_are_gone_afterwards(offmoe: Run, checkpoint: Path) -> None:

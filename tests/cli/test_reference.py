@@ -10,7 +10,7 @@ import pytest
 import offmoe
 from offmoe.cli import VERBS
 from offmoe.cli.option_docs import flag, help_text, option_docs
-from offmoe.cli.options import Parser, add_cache, add_loading, add_state
+from offmoe.cli.options import Parser, add_cache, add_graphs, add_loading, add_state
 from offmoe.config import OffloadConfig
 from tools.reference import DOCS, INTERNAL, ON_COMMAND_LINE, PAGES
 
@@ -28,6 +28,7 @@ def test_the_command_line_says_what_python_says() -> None:
     add_loading(parser)
     add_cache(parser)
     add_state(parser)
+    add_graphs(parser.add_argument_group("generating"))
     helps = {action.option_strings[0]: action.help for action in parser._actions if action.option_strings}
     assert {flag(name) for name in ON_COMMAND_LINE} <= set(helps)
     for name in ON_COMMAND_LINE:

@@ -20,7 +20,7 @@ from tests.cli.conftest import Outcome
 Run = Callable[..., Outcome]
 SHORT = ("--device", "cpu", "--new-tokens", "2", "--json")
 QUICK = ["stock", "resident", "few-slots", "prefetch", "without-slots", "smallest"]
-ON_CPU = [name for name in NAMES if name not in ("ram-tier", "host-computed", "without-host")]
+ON_CPU = [name for name in NAMES if name not in ("ram-tier", "host-computed", "without-host", "captured")]
 
 
 @pytest.fixture(autouse=True)

@@ -21,16 +21,17 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import pytest
 import torch
 
 from offmoe.device.accelerator import DeviceEvent, DeviceKind
-from offmoe.device.backend import Event
+from offmoe.device.backend import Capturer, Event, Graph
 
 FOLDER = Path(__file__).parent
 COUNTS = ("event_waits", "stream_waits", "blocking_d2h", "blocking_h2d", "async_copies", "scalars", "at_once")
+T = TypeVar("T")
 LATEST, EARLIEST, EARLY_COPIES = 0, 1, 2
 """When work runs: when somebody waits for it; at once; copies at once, computing when somebody waits for it."""
 
@@ -202,7 +203,8 @@ def on_host(tensor: torch.Tensor) -> torch.Tensor:
     span = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
     address = library().late_real(size(tensor.data_ptr()))
     memory = (ctypes.c_char * (span * tensor.element_size())).from_address(address)
-    return torch.frombuffer(memory, dtype=tensor.dtype).as_strided(tensor.shape, tensor.stride())
+    with torch.inference_mode(False):  # the thread that works with it is not in it
+        return torch.frombuffer(memory, dtype=tensor.dtype).as_strided(tensor.shape, tensor.stride())
 
 
 _WORK = ctypes.CFUNCTYPE(None)
@@ -277,6 +279,35 @@ def clear_submitted() -> None:
     _submitted.clear()
 
 
+class LateGraph:
+    """Work of the late device that was captured."""
+
+    def __init__(self, device: torch.device, number: int) -> None:
+        self._device, self._number = device, number
+
+    def replay(self) -> None:
+        if library().late_replay(self._device.index, self._number):
+            raise Race(races()[-1])
+
+    def __del__(self) -> None:
+        library().late_drop(self._number)
+
+
+class LateCapturer:
+    """Captures the calling thread's work. Its memory is that of all graphs of a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def capture(self, work: Callable[[], T]) -> tuple[Graph, T]:
+        library().late_capture_begin()
+        try:
+            result = work()
+        finally:
+            graph = LateGraph(self._device, library().late_capture_end())  # it goes again if the work has failed
+        return graph, result
+
+
 class LateKind(DeviceKind):
     """The late device as offmoe sees it."""
 
@@ -303,6 +334,9 @@ class LateKind(DeviceKind):
 
     def blocking_event(self, device: torch.device) -> Event:
         return DeviceEvent(device)
+
+    def capturer(self, device: torch.device) -> Capturer:
+        return LateCapturer(device)
 
     def register(self, address: int, nbytes: int) -> bool:
         self.before_register()

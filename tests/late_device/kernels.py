@@ -175,6 +175,7 @@ class AssignedRouting:
     def settle(self) -> None:
         if self._asks and self._is_answered():
             self.places.copy_(self.settled >> 32)
+        self.verdict, self.looks = Verdict.ASSIGNED, 0  # a graph has the same launch again
 
 
 def _is_late(value: Any) -> bool:
@@ -188,7 +189,8 @@ def _on_host(value: Any) -> Any:
 def _slab(memory: torch.Tensor) -> torch.Tensor:
     """All device memory from `memory` on, as the kernels see it."""
     address = extension.library().late_real(extension.size(memory.data_ptr()))
-    return torch.frombuffer((ctypes.c_char * SLAB_BYTES).from_address(address), dtype=torch.uint8)
+    with torch.inference_mode(False):  # as in `extension.on_host`
+        return torch.frombuffer((ctypes.c_char * SLAB_BYTES).from_address(address), dtype=torch.uint8)
 
 
 SLAB_BYTES = 1 << 30

@@ -4,6 +4,8 @@
 // second. Freed blocks stay with their stream, as in CUDA's caching allocator, and new blocks hold 0xFF bytes.
 // Streams: queues. Copies and computing run when the host waits for something that comes after them, in the waiting
 // thread; only the shapes of results are worked out before, on meta tensors. `late_schedule` has other timings.
+// Graphs: while a thread captures, what it queues goes into a graph, which can be queued again and again. Memory that is
+// allocated meanwhile is the graphs': it is used again for them alone. Waits of the host are refused.
 // Races: every access is checked against the vector clocks of races.h when it is queued.
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
@@ -92,6 +94,12 @@ struct Queue {
   std::deque<Lane> lanes;
   std::string error;
 };
+struct Recorded {  // a piece of work of a graph
+  const char* name;
+  std::vector<Access> accesses;
+  std::function<void()> work;
+  std::function<bool()> ready;
+};
 struct Block {
   size_t bytes = 0;
   size_t entity = 0;
@@ -126,9 +134,14 @@ thread_local size_t my_epoch = 0, my_thread = 0;
 thread_local int current_device = 0;
 thread_local size_t current_stream[kDevices] = {1, 2};
 
+std::map<int, std::vector<Recorded>> graphs;
+int next_graph = 1;
+thread_local int capturing = 0;  // the graph of the calling thread's capture; 0: there is none
+
 size_t default_stream(int device) { return 1 + device; }
 size_t pool_stream(int device, size_t i) { return 1 + kDevices + device * kPool + i % kPool; }
 size_t engine(int device) { return 1 + kDevices + kDevices * kPool + device; }
+size_t graph_memory(int device) { return engine(kDevices) + device; }  // not a stream: whose blocks are of graphs
 
 void start() {
   for (size_t i = 0; i <= engine(kDevices - 1); i++) queues.push_back(new Queue);
@@ -299,8 +312,11 @@ void raise_error(size_t entity) {
   TORCH_CHECK(error.empty(), "late: work of stream ", entity, " failed: ", error);
 }
 
+void refuse_capture(const char* what) { TORCH_CHECK(!capturing, "late: ", what, " cannot be captured"); }
+
 // The host waits for item `seq`, after which what is in `clock` is done.
 void host_waits(size_t entity, Time seq, const Clock& clock) {
+  refuse_capture("a wait of the host");
   {
     std::lock_guard<std::recursive_mutex> r(running);
     run_until(entity, seq);
@@ -346,6 +362,11 @@ std::string queue(size_t entity, const char* name, const std::vector<Access>& ac
   std::string race;
   {
     std::lock_guard<std::mutex> l(state);
+    if (capturing) {
+      TORCH_CHECK(!on, "late: a wait for another stream cannot be captured");
+      graphs.at(capturing).push_back({name, accesses, std::move(work), std::move(ready)});
+      return race;
+    }
     Queue& q = *queues[entity];
     const Thread& thread = acts();
     Clock knows = after_stream(q, thread);
@@ -381,7 +402,7 @@ void wait_on_all_of(size_t entity, size_t other) {
 
 void at_once_if_asked(size_t entity, bool copies) {
   int how = schedule;
-  if (how == 0 || (how == 2 && !copies)) return;
+  if (capturing || how == 0 || (how == 2 && !copies)) return;
   Time seq;
   {
     std::lock_guard<std::mutex> l(state);
@@ -443,12 +464,14 @@ void give_back_cached(int device) {
   host_waits_for_device(device);
   std::lock_guard<std::mutex> l(state);
   Memory& memory = memories[device];
-  for (auto& [entity, blocks] : memory.cached)
+  for (auto& [entity, blocks] : memory.cached) {
+    if (entity >= graph_memory(0) && !graphs.empty()) continue;  // what is free now is used in the next replay
     for (auto& [bytes, at] : blocks) {
       memory.spare[at] = bytes;
       memory.reserved -= bytes;
     }
-  memory.cached.clear();
+    blocks.clear();
+  }
   for (auto i = memory.spare.begin(); i != memory.spare.end();) {  // neighbors become one
     auto next = std::next(i);
     if (next != memory.spare.end() && i->first + i->second == next->first) {
@@ -468,8 +491,16 @@ void release(void* p) {
     std::lock_guard<std::mutex> l(state);
     block = memory.live.at((uintptr_t)p);
   }
-  for (size_t user : block.users) wait_on_all_of(block.entity, user);
+  bool of_graphs = block.entity >= graph_memory(0);
+  if (!of_graphs)
+    for (size_t user : block.users) wait_on_all_of(block.entity, user);
   std::lock_guard<std::mutex> l(state);
+  if (of_graphs) {  // graphs that use it later are replayed one after the other
+    memory.live.erase((uintptr_t)p);
+    memory.cached[block.entity].emplace(block.bytes, (uintptr_t)p);
+    memory.allocated -= block.bytes;
+    return;
+  }
   const Thread& thread = acts();
   Clock clock = thread.clock;  // whoever used it on its own stream had a reference to it, so all of that is before
   for (const Lane& lane : queues[block.entity]->lanes)
@@ -494,9 +525,10 @@ struct DeviceMemory final : c10::DeviceAllocator {
     int device = current_device;
     Device where(kType, device);
     if (!n) return {nullptr, nullptr, &release, where};
-    size_t bytes = (n + kRound - 1) / kRound * kRound, entity = current_stream[device];
+    size_t bytes = (n + kRound - 1) / kRound * kRound, entity = capturing ? graph_memory(device) : current_stream[device];
     uintptr_t at = take(device, bytes, entity);
     if (!at) {
+      refuse_capture("giving back memory");
       give_back_cached(device);
       at = take(device, bytes, entity);
     }
@@ -639,6 +671,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void record(void** event, const Stream& s, const DeviceIndex, const EventFlag) const override {
     if (!*event) *event = new Event{s.device_index()};
     auto* e = (Event*)*event;
+    refuse_capture("an event");
     TORCH_CHECK(e->device == s.device_index(), "late: an event of device ", e->device, " is recorded on another device");
     std::lock_guard<std::mutex> l(state);
     const Queue &q = *queues[s.id()], &copies = *queues[engine(e->device)];
@@ -655,6 +688,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   }
   void block(void* event, const Stream& s) const override {
     if (!event) return;
+    refuse_capture("an event");
     auto* e = (Event*)event;
     size_t entity = size_t(s.id());
     if (!e->entity || (e->entity == entity && !loose)) return;
@@ -1173,6 +1207,31 @@ void late_acquired(size_t lock) {
 void late_releases(size_t lock) {
   std::lock_guard<std::mutex> l(state);
   locks[lock].join(me().clock);
+}
+// From here to `late_capture_end` the calling thread queues into a new graph, whose number `late_capture_end` gives.
+void late_capture_begin() {
+  std::lock_guard<std::mutex> l(state);
+  capturing = next_graph++;
+  graphs[capturing];
+}
+int late_capture_end() { return std::exchange(capturing, 0); }
+// Queues a graph's work on the current stream of a device, as if it were new.
+int late_replay(int device, int graph) {
+  std::vector<Recorded> recorded;
+  {
+    std::lock_guard<std::mutex> l(state);
+    recorded = graphs.at(graph);
+  }
+  size_t entity = current_stream[device];
+  bool raced = false;
+  for (Recorded& r : recorded)
+    raced |= !queue(entity, r.name, r.accesses, r.work, 0, 0, nullptr, r.ready).empty();
+  at_once_if_asked(entity, false);
+  return raced;
+}
+void late_drop(int graph) {
+  std::lock_guard<std::mutex> l(state);
+  graphs.erase(graph);
 }
 void late_forget() {
   std::lock_guard<std::mutex> l(state);

@@ -153,10 +153,15 @@ def resident(section: Section) -> None:
             models[name] = stock
         except (RuntimeError, NotImplementedError) as error:  # a kernel that this device does not have
             section.skip(f"stock, {name}: {str(error).splitlines()[0][:100]}")
-    models["offmoe"] = offmoe.from_pretrained("demo", device=section.device, slots_per_layer=8)
+    numeric: dict[str, Any] = {"exactness": "numeric", "lag": 1}
+    ours: dict[str, dict[str, Any]] = {"offmoe": {}, "alone": numeric, "captured": {**numeric, "cuda_graphs": "auto"}}
+    for name, options in ours.items():
+        models[name] = offmoe.from_pretrained("demo", device=section.device, slots_per_layer=8, **options)
+    models["captured"].generation_config.cache_implementation = "static"
     times: dict[str, list[float]] = {name: [] for name in models}
     try:
-        seconds_per_token(models["offmoe"], inputs, tokens)
+        for name in ours:
+            seconds_per_token(models[name], inputs, tokens)
         for i in range(rounds):
             if i > 1 and section.left() < 10:
                 section.skip(f"rounds {i + 1} to {rounds}: out of time")
@@ -165,17 +170,20 @@ def resident(section: Section) -> None:
             for name in list(models)[first:] + list(models)[:first]:
                 times[name].append(seconds_per_token(models[name], inputs, tokens))
     finally:
-        models["offmoe"].offload.close()
+        captured = models["captured"].offload.captured
+        for name in ours:
+            models[name].offload.close()
     layers = models["offmoe"].config.num_hidden_layers
     ms = {name: statistics.median(found) * 1e3 for name, found in times.items()}
-    stocks = zip(*(found for name, found in times.items() if name != "offmoe"), strict=True)
-    more = [(ours - min(stock), ours / min(stock)) for stock, ours in zip(stocks, times["offmoe"], strict=True)]
+    stocks = zip(*(found for name, found in times.items() if name not in ours), strict=True)
+    more = [(mine - min(stock), mine / min(stock)) for stock, mine in zip(stocks, times["offmoe"], strict=True)]
     section.note(
         ms_per_token={name: round(value, 3) for name, value in ms.items()},
         tokens_per_s={name: round(1e3 / value, 1) for name, value in ms.items()},
         ratio_vs_stock=round(statistics.median(ratio for _, ratio in more), 3),
         overhead_us_per_layer=round(statistics.median(extra for extra, _ in more) * 1e6 / layers, 1),
         rounds=len(more),
+        layers_by_graphs=0 if captured is None else captured.replays,
     )
     print("  " + "  ".join(f"{name} {value:.2f} ms/token" for name, value in ms.items()))
     print(
