@@ -11,6 +11,7 @@ lint:            ## lint, format, types, import contracts
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/mypy tools/gpu_check
 	.venv/bin/lint-imports
 format:          ## format the code
 	.venv/bin/ruff format .
