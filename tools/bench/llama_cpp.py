@@ -7,6 +7,9 @@ every second round, each in a process of its own with the same number of threads
 per --cap, in a memory cgroup of that share of the file, which counts the page cache, with the files out of the cache.
 Prints medians and ranges, and their ratio by round; --json prints one object as the last line.
 
+--same-file compares them on one GGUF file in the mixture Q4_K_M, of Qwen3's shape (`gguf_model.py`). offmoe decodes
+dense weights of GGUF files to bf16 when it loads them, or quantizes them by --dense.
+
 llama.cpp is taken as --llama-bench PATH, or as --library FOLDER with prebuilt shared libraries (libllama, libggml and
 their backends), which are driven by the C API. Its routers route by themselves, as offmoe's do here: a recorded routing
 cannot be replayed in it. Needs the gguf package.
@@ -30,6 +33,7 @@ from offmoe.bench.scratch import ended_by_sigterm, scratch_folder
 from offmoe.device.cores import usable_cores
 from offmoe.measure.probes import drop_page_cache
 from offmoe.pack.pack import TILED, weight_format
+from tools.bench.gguf_model import write_model
 from tools.bench.shapes import GROUP, SHAPES, VOCABULARY, add_options, configs
 from tools.bench.synthetic import write_packed
 from tools.bench.synthetic_gguf import write_gguf
@@ -39,7 +43,13 @@ FIGURES = ("tokens_per_s", "prefill_tokens_per_s")
 
 
 def written(work: Path, shape: str, args: argparse.Namespace, scratch: Path) -> tuple[Path, Path]:
-    """The model's folder for offmoe and its GGUF file, written if they are not there."""
+    """The model for offmoe, a folder or a file, and its GGUF file, written if they are not there."""
+    if args.same_file:
+        file = work / f"q4_k_m-{args.layers}.gguf"
+        if not file.exists():
+            write_model(file.with_suffix(".partial"), args.layers)
+            file.with_suffix(".partial").rename(file)
+        return file, file
     config, tiles = configs(args.layers, tiny=args.tiny)[shape], args.layout == TILED
     name = f"{shape}-{args.layers}{'-tiny' if args.tiny else ''}"
     folder, file = work / f"{name}{'-tiles' if tiles else ''}", work / f"{name}-{args.dense}.gguf"
@@ -94,7 +104,12 @@ def compare(shape: str, work: Path, scratch: Path, args: argparse.Namespace) -> 
     """All set-ups of one shape."""
     folder, file = written(work, shape, args, scratch)
     common = {key: getattr(args, key) for key in ("threads", "prompt", "tokens", "warm")} | {"vocabulary": VOCABULARY}
-    options = {"experts": "int4", "exactness": "numeric", "activations": args.activations, "dense": args.dense}
+    options = {
+        "experts": "native" if args.same_file else "int4",
+        "exactness": "numeric",
+        "activations": args.activations,
+        "dense": args.dense,
+    }
     program = "llama-bench" if args.llama_bench else "library"
     out: dict[str, Any] = {"file_bytes": file.stat().st_size}
     for share in ([] if args.no_resident else [None]) + args.cap:
@@ -116,6 +131,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--warm", type=int, default=8, help="decoded before that")
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--cap", type=float, action="append", default=[], help="share of the file that is memory")
+    parser.add_argument("--same-file", action="store_true", help="one GGUF file for both, in place of the shapes")
     parser.add_argument("--no-resident", action="store_true", help="only with --cap")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the script")
     return parser
@@ -127,7 +143,7 @@ def main() -> None:
         args.work.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {}
     with ended_by_sigterm(), scratch_folder("offmoe-llama-", args.work) as scratch:
-        for shape in args.shape or SHAPES:
+        for shape in ["Q4_K_M"] if args.same_file else args.shape or SHAPES:
             found[shape] = compare(shape, args.work or scratch, scratch, args)
     for shape, parts in found.items():
         for part, figures in parts.items():
