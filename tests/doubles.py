@@ -40,6 +40,9 @@ class DeferredEvent:
                 do()
             self._work = []
 
+    def is_done(self) -> bool:
+        return not self._work
+
 
 class DeferredStream:
     """A copy fills its destination with NaN (0xFF bytes) when queued, and lands when an event after it is waited for.

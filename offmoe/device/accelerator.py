@@ -124,6 +124,9 @@ class DeviceEvent:
         with torch.accelerator.device_index(self.device.index):
             self._event.synchronize()
 
+    def is_done(self) -> bool:
+        return bool(self._event.query())
+
     def hold_back(self, stream: torch.Stream) -> None:
         """Let later work of `stream` wait for the marked work."""
         stream.wait_event(self._event)

@@ -36,6 +36,9 @@ class Event(Protocol):
     def synchronize(self) -> None:
         """Block the calling thread until the marked work is done. Returns at once if nothing has been marked."""
 
+    def is_done(self) -> bool:
+        """Whether the marked work is done. Raises the device's error where the work has failed."""
+
 
 class Stream(Protocol):
     """A queue of device work, done in order. Two streams are independent unless one waits for an event of the other."""
@@ -180,6 +183,9 @@ class _Immediate:
 
     def synchronize(self) -> None:
         pass
+
+    def is_done(self) -> bool:
+        return True
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         copy_in_ram(destination, source)

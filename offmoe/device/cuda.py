@@ -71,6 +71,9 @@ class _BlockingEvent(DeviceEvent):
         with torch.accelerator.device_index(self.device.index):
             self._blocking.synchronize()
 
+    def is_done(self) -> bool:
+        return bool(self._blocking.query())
+
     def hold_back(self, stream: torch.Stream) -> None:
         self._blocking.wait(_of_cuda(stream))
 

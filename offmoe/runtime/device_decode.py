@@ -10,9 +10,7 @@ that watches while the computing thread may be waiting for the device. At the en
 so errors, statistics and recordings belong to their step.
 
 While such steps run, nothing else changes slots: every other step begins with `leave`, and a step of one token after it
-with `_enter`, which settles all transfers and writes the tables anew.
-
-**None of it has run on a GPU.**
+with `_enter`, which settles all transfers and writes the tables anew. **None of it has run on a GPU.**
 
 Moves: what the kernels move; the host itself fetches only what it answers.
 Bound: tens of microseconds of the host per layer, beside the device.
@@ -39,8 +37,9 @@ from offmoe.transfer.engine import TransferEngine
 from offmoe.types import Plan
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-WATCH_S, POLL_S = 5e-4, 5e-5
-"""Seconds between looks at the log: of the thread that watches, and at the end of a step."""
+WATCH_S, POLL_S, PATIENCE = 5e-4, 5e-5, 500
+"""Seconds between looks at the log: of the thread that watches, and at the end of a step; and how many looks without
+news there are, some 50 ms, until the device is asked whether it still works."""
 
 _HERE = nullcontext()
 
@@ -86,7 +85,7 @@ class DeviceDecode:
         """Whether the device's tables are valid, and slots change by them alone."""
         self._launched = self._served = 0
         """Accesses that were launched, and those of them that the host has seen, since `_enter`."""
-        self._serving = threading.Lock()
+        self._serving, self._ended = threading.Lock(), backend.event()  # which marks the work of a step
         self._repeats: set[int] = set()
         """Accesses among them, by number, that an earlier one was for the planner."""
         self._capturing: list[int] | None = None
@@ -213,15 +212,21 @@ class DeviceDecode:
         """
         if not self._active:
             return
+        looks = 0  # without news
         while self._served < self._launched:
-            before = self._served
+            before, is_idle = self._served, looks > PATIENCE and self._ended.is_done()
             if self._serving.acquire(timeout=WATCH_S):
                 try:
                     self._serve()
                 finally:
                     self._serving.release()
+                if is_idle and self._served < self._launched:
+                    raise OffmoeError("the device has ended a step without saying what each layer did.")
             self._check()
             if self._served == before:
+                looks += 1
+                if looks == PATIENCE:
+                    self._ended.record(self._backend.compute)
                 time.sleep(POLL_S)
         self._check()
         self._stepping.clear()

@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 import offmoe
 from offmoe.compute.kernels import device as device_kernels
-from offmoe.compute.kernels.routing_log import Entry, Verdict
+from offmoe.compute.kernels.routing_log import Entry, RoutingLog, Verdict
 from offmoe.device.accelerator import DeviceEvent
 from offmoe.device.backend import Stream
 from offmoe.errors import CheckpointError, OffmoeError
@@ -204,6 +204,19 @@ def test_a_host_that_does_not_answer_is_aborted(
             model.generate(PROMPTS[0].to("late"), **GREEDY)
         slow.clear()
         monkeypatch.setattr("tests.late_device.kernels.LOOKS", LOOKS)
+        assert_right(folder, texts, model)
+
+
+def test_a_device_that_says_nothing_is_an_error(
+    folder: Path, texts: list[torch.Tensor], alone: LateKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a kernel has failed: there is nothing to wait for."""
+    model = load(folder)
+    with model.offload:
+        with monkeypatch.context() as patch:
+            patch.setattr(RoutingLog, "read", lambda *_: iter(()))
+            with pytest.raises(OffmoeError, match="without saying what each layer did"):
+                model.generate(PROMPTS[0].to("late"), **GREEDY)
         assert_right(folder, texts, model)
 
 
