@@ -42,6 +42,13 @@ LAUNCH_BYTES = 64 << 20
 GROUP_TOKENS = (16, 32, 64)
 """Tokens that a `grouped` program may take at a time."""
 
+NARROW = {("uint8", 64), ("mxfp4", 16)}
+"""Kinds of weights and tokens of a `grouped` program for which it takes 32 rows, not 64: with 64, ptxas spilled 236
+bytes of int8 on sm_86 and 668 on sm_120, and 4 of mxfp4 on sm_90 (Triton 3.9)."""
+
+WIDE = {("int4", 32), ("mxfp4", 32)}
+"""The same for which it has 8 warps, not 4: with 4, ptxas spilled 48 bytes of int4 on sm_86, 4 of mxfp4 on sm_120."""
+
 COMPILER = {"num_warps": 4, "enable_fp_fusion": True}
 """enable_fp_fusion: multiply and add in one instruction halve the instructions of decoding; Triton 3.10 does not use it
 by default."""
@@ -247,13 +254,12 @@ def decode_blocks(weight: Operand, pairs: int, full_grid: int = FULL_GRID) -> di
 def grouped_blocks(weight: Operand, tokens: int) -> dict[str, int]:
     """Tokens, rows and elements that a `grouped` program takes at a time.
 
-    Desktop GPUs have 99 KB of shared memory: two stages of int4 fit, three do not. Blocks of 64 x 64 of int8 do not fit
-    the registers: ptxas spilled 236 bytes on sm_86 and 668 on sm_120, and none with 32 rows. For int4 in groups of 32
-    and 32 tokens it was 48 bytes on sm_86.
+    Desktop GPUs have 99 KB of shared memory: two stages of int4 fit, three do not. 64 rows of some formats do not fit
+    the registers of four warps (`NARROW`, `WIDE`).
     """
-    narrow = (weight.kind, tokens) == ("uint8", 64) or (weight.kind, weight.group, tokens) == ("int4", 32, 32)
-    rows = 32 if narrow else 64
-    return {"BM": tokens, "BN": rows, "BW": 64 if weight.values == 1 else 32, "num_stages": 2, **COMPILER}
+    kind = weight.kind, tokens
+    sizes = {"BM": tokens, "BN": 32 if kind in NARROW else 64, "BW": 64 if weight.values == 1 else 32, "num_stages": 2}
+    return {**sizes, **COMPILER, "num_warps": 8 if kind in WIDE else 4}
 
 
 def group_tokens(mean: float) -> int:
