@@ -11,6 +11,7 @@ import torch
 from offmoe.device import select
 from tests.late_device import extension
 from tests.late_device.extension import LateKind
+from tests.late_device.kernels import LateKernels, LateRoutedLayer
 from tests.late_device.threads import watch
 
 
@@ -40,6 +41,16 @@ def kind(monkeypatch: pytest.MonkeyPatch) -> Iterator[LateKind]:
     extension.copies_leave_streams(False)
     extension.forget()
     assert not found
+
+
+@pytest.fixture
+def alone(kind: LateKind, monkeypatch: pytest.MonkeyPatch) -> Iterator[LateKind]:
+    """A device with kernels, which runs by itself."""
+    kind.has_kernels = True
+    monkeypatch.setattr("offmoe.compute.gpu_compute.DeviceKernels", LateKernels)
+    monkeypatch.setattr("offmoe.compute.gpu_compute.RoutedLayer", LateRoutedLayer)
+    with extension.running():
+        yield kind
 
 
 def settle() -> None:

@@ -7,7 +7,7 @@ rules: addresses and sizes stay, and the host cannot wait in it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from offmoe.trace.trace import read_trace
 from tests import tiny
 from tests.late_device import extension
 from tests.late_device.extension import LateCapturer, LateGraph, LateKind
-from tests.late_device.kernels import LOOKS, LateKernels, LateRoutedLayer
+from tests.late_device.kernels import LOOKS, LateRoutedLayer
 
 pytestmark = pytest.mark.skipif(not device_kernels.available(), reason="no Triton")
 
@@ -56,16 +56,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return saved[family]
 
     return folder
-
-
-@pytest.fixture
-def alone(kind: LateKind, monkeypatch: pytest.MonkeyPatch) -> Iterator[LateKind]:
-    """A device with kernels, which runs by itself."""
-    kind.has_kernels = True
-    monkeypatch.setattr("offmoe.compute.gpu_compute.DeviceKernels", LateKernels)
-    monkeypatch.setattr("offmoe.compute.gpu_compute.RoutedLayer", LateRoutedLayer)
-    with extension.running():
-        yield kind
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from offmoe.types import Access, CacheStats, single_demands
 from tests import tiny
 from tests.late_device import extension
 from tests.late_device.extension import LateKind
-from tests.late_device.kernels import LOOKS, LateKernels, LateRoutedLayer
+from tests.late_device.kernels import LOOKS, LateRoutedLayer
 from tests.late_device.test_sync import SyncLint
 from tests.test_families import stock_model
 
@@ -55,16 +54,6 @@ def texts(folder: Path) -> list[torch.Tensor]:
     model = offmoe.from_pretrained(folder, device="cpu")
     with model.offload:
         return [model.generate(prompt, **GREEDY) for prompt in PROMPTS]
-
-
-@pytest.fixture
-def alone(kind: LateKind, monkeypatch: pytest.MonkeyPatch) -> Iterator[LateKind]:
-    """A device with kernels, which runs by itself."""
-    kind.has_kernels = True
-    monkeypatch.setattr("offmoe.compute.gpu_compute.DeviceKernels", LateKernels)
-    monkeypatch.setattr("offmoe.compute.gpu_compute.RoutedLayer", LateRoutedLayer)
-    with extension.running():
-        yield kind
 
 
 @pytest.fixture
