@@ -3,8 +3,8 @@
 After each operator that torch divides among threads, those of them that are done look for more work for some ms
 (libgomp spins 300,000 times). Meanwhile they have half of a core that a thread of the C kernels needs. Decoding
 Qwen3-30B's shape on 2 cores of a Zen 4 gave 20 tokens/s with torch's two threads, and in one of five rounds 4; with one
-it gave 25 in all of them (`tools/bench/whole_model.py`). What is left to torch for a few tokens is small: norms, top-k,
-and attention as long as the context is.
+it gave 25 in all of them (`decode_vs_all_threads` of `tools/bench/whole_model.py` compares the two). What is left to
+torch for a few tokens is small: norms, top-k, and attention as long as the context is.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ import checkout  # noqa: F401
 from offmoe.bench.memory_cap import MemoryCap
 from offmoe.bench.scratch import ended_by_sigterm, scratch_folder
 from offmoe.device.cores import usable_cores
+from offmoe.files import replacing
 from offmoe.measure.probes import drop_page_cache
 from offmoe.pack.pack import TILED, weight_format
 from tools.bench.gguf_model import write_model
@@ -47,8 +48,8 @@ def written(work: Path, shape: str, args: argparse.Namespace, scratch: Path) -> 
     if args.same_file:
         file = work / f"q4_k_m-{args.layers}.gguf"
         if not file.exists():
-            write_model(file.with_suffix(".partial"), args.layers)
-            file.with_suffix(".partial").rename(file)
+            with replacing(file) as partial:
+                write_model(partial, args.layers)
         return file, file
     config, tiles = configs(args.layers, tiny=args.tiny)[shape], args.layout == TILED
     name = f"{shape}-{args.layers}{'-tiny' if args.tiny else ''}"
@@ -56,8 +57,8 @@ def written(work: Path, shape: str, args: argparse.Namespace, scratch: Path) -> 
     if not folder.exists():
         write_packed(folder, config, weight_format("int4", GROUP), scratch, tiles=tiles)
     if not file.exists():
-        write_gguf(file.with_suffix(".partial"), config, args.dense)
-        file.with_suffix(".partial").rename(file)
+        with replacing(file) as partial:
+            write_gguf(partial, config, args.dense)
     return folder, file
 
 

@@ -21,7 +21,7 @@ import checkout  # noqa: F401
 
 CONTEXT, BATCH = 1024, 512
 WARM_UP = 256
-"""Tokens of the prompt that brings every expert into memory, where all fit: 16 for each of 128, at 8 per token."""
+"""Tokens of the prompt that warms up, where all experts fit: 16 for each of 128, at 8 per token."""
 MMAP = 1
 """`llama_load_mode`: weights stay in the page cache."""
 

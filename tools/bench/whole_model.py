@@ -4,9 +4,9 @@
 Two checkpoints with random int4 experts are written once (or reused from --work): Mixtral 8x7B's and Qwen3-30B-A3B's
 shape with 8 layers. Each round reads memory with the kernels' threads, decodes, and prefills, all in one process. The
 bound of a token is the time in which the weights that it needs (dense ones, and those of its experts) pass through
-memory at the rate of the same round. Each round also runs with torch's operators for the dense part. With --cap, only
-a share of the experts has slots and the files are cold; the bound is then reading the bytes of the misses, or
-computing, whichever takes longer.
+memory at the rate of the same round. Each round also runs with torch's operators for the dense part, and with all of
+torch's threads. With --cap, only a share of the experts has slots and the files are cold; the bound is then reading the
+bytes of the misses, or computing, whichever takes longer.
 
 --profile adds where a token's time goes, by kind of module. --json prints one object as the last line.
 """
@@ -89,14 +89,23 @@ class Run:
 
     @contextmanager
     def dense_by_torch(self) -> Iterator[None]:
-        """The linear layers of the dense part as stock transformers computes them, while the block runs."""
+        """The linear layers of the dense part as stock transformers computes them, with all threads."""
         own = {module: module.__dict__.get("forward") for module in self.model.modules()}
         forwards = {module: forward for module, forward in own.items() if isinstance(forward, LinearForward)}
         for module in forwards:
             del module.__dict__["forward"]
-        yield
+        with self.all_threads():
+            yield
         for module, forward in forwards.items():
             object.__setattr__(module, "forward", forward)
+
+    @contextmanager
+    def all_threads(self) -> Iterator[None]:
+        """torch has all of its threads for a few tokens, too, while the block runs."""
+        steps = self.model.offload._steps
+        threads, steps._threads = steps._threads, None
+        yield
+        steps._threads = threads
 
     @contextmanager
     def profiled(self) -> Iterator[dict[str, float]]:
@@ -144,6 +153,8 @@ def resident(folder: Path, options: dict[str, Any], args: argparse.Namespace) ->
                 torch_prompt_s = run.prefill(args.prompt)
                 torch_token_s = statistics.median(run.decode(args.tokens))
             prompt_s = run.prefill(args.prompt)
+            with run.all_threads():
+                spinning_token_s = statistics.median(run.decode(args.tokens))
             token_s = statistics.median(run.decode(args.tokens))
             bound = (dense + experts) / 1e9 / max(rates)
             rounds.append(
@@ -152,6 +163,7 @@ def resident(folder: Path, options: dict[str, Any], args: argparse.Namespace) ->
                     "tokens_per_s": 1 / token_s,
                     "prefill_tokens_per_s": args.prompt / prompt_s,
                     "of_bound": bound / token_s,
+                    "decode_vs_all_threads": spinning_token_s / token_s,
                     "decode_vs_torch_dense": torch_token_s / token_s,
                     "prefill_vs_torch_dense": torch_prompt_s / prompt_s,
                 }
