@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 
@@ -80,3 +82,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown word: " (did you mean 'prefetch'?)", or "" if no known word is close."""
     close = get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def command_words(model: str | os.PathLike[str], *, revision: str | None = None, gguf_file: str | None = None) -> str:
+    """MODEL of a command and the options that say which of its files are meant, quoted for a shell."""
+    given = {"--revision": revision, "--gguf-file": gguf_file}
+    return shlex.join([os.fspath(model), *(word for name, value in given.items() if value for word in (name, value))])

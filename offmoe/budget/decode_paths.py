@@ -1,4 +1,4 @@
-"""What decoding on a GPU would take without a host in its way: predicted, for paths of which the last does not exist.
+"""What decoding on a GPU would take without a host in its way: predicted, since none of it has run on one.
 
 The paths differ in what the host does for each token. In the *eager* path host and device take turns: the host waits
 for the ids of every MoE layer, plans, and launches. With victims named one step ahead (*lag 1*) it launches the same

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -42,7 +41,7 @@ from offmoe.hf.predict.route_recorder import unpredictable_reasons
 from offmoe.pack.on_load import planned, to_quantize, with_experts
 from offmoe.quant.packed_weight import WeightFormat
 from offmoe.storage.checkpoint import Checkpoint
-from offmoe.text import span
+from offmoe.text import command_words, span
 from offmoe.types import CacheShape
 
 logger = logging.getLogger(__name__)
@@ -240,9 +239,8 @@ def inspect(
     """
     inspected = inspect_or_refusal(model, config, dtype=dtype, asked=asked, **hub)
     if inspected.refusal is not None:
-        given = {"--revision": hub.get("revision"), "--gguf-file": hub.get("gguf_file")}
-        words = [os.fspath(model), *(word for name, value in given.items() if value for word in (name, value))]
-        raise CapacityError(f"{inspected.refusal} What would fit: offmoe inspect {shlex.join(words)}")
+        words = command_words(model, revision=hub.get("revision"), gguf_file=hub.get("gguf_file"))
+        raise CapacityError(f"{inspected.refusal} What would fit: offmoe inspect {words}")
     inspected.say_exactness()
     return inspected
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from offmoe.cli.option_docs import flag, help_text
 from offmoe.config import OffloadConfig
 from offmoe.errors import ConfigError
-from offmoe.text import did_you_mean
+from offmoe.text import command_words, did_you_mean
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
@@ -113,8 +112,8 @@ def hub_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def model_words(args: argparse.Namespace) -> str:
     """MODEL and the options that say which files are meant, as words of a command."""
-    given = {name: value for name in ("revision", "gguf_file") if (value := getattr(args, name, None))}
-    return shlex.join([args.model, *(word for name, value in given.items() for word in (flag(name), value))])
+    given = {name: getattr(args, name, None) for name in ("revision", "gguf_file")}
+    return command_words(args.model, **given)
 
 
 def _add(

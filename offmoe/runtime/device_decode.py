@@ -196,13 +196,15 @@ class DeviceDecode:
         is_current = index is None or torch.accelerator.current_device_index() == index
         return _HERE if is_current else torch.accelerator.device_index(index)
 
-    def _look(self) -> None:
-        """Take what is in the log, unless the thread that watches does."""
-        if self._serving.acquire(blocking=False):
-            try:
-                self._serve()
-            finally:
-                self._serving.release()
+    def _look(self, wait_s: float = 0) -> bool:
+        """Take what is in the log, unless the thread that watches does so for longer; gives whether it was taken."""
+        if not self._serving.acquire(timeout=wait_s):
+            return False
+        try:
+            self._serve()
+        finally:
+            self._serving.release()
+        return True
 
     def finish(self) -> None:
         """Wait until the host has seen every access that was launched; to be called at the end of a step.
@@ -215,13 +217,8 @@ class DeviceDecode:
         looks = 0  # without news
         while self._served < self._launched:
             before, is_idle = self._served, looks > PATIENCE and self._ended.is_done()
-            if self._serving.acquire(timeout=WATCH_S):
-                try:
-                    self._serve()
-                finally:
-                    self._serving.release()
-                if is_idle and self._served < self._launched:
-                    raise OffmoeError("the device has ended a step without saying what each layer did.")
+            if self._look(WATCH_S) and is_idle and self._served < self._launched:
+                raise OffmoeError("the device has ended a step without saying what each layer did.")
             self._check()
             if self._served == before:
                 looks += 1
