@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import pytest
 import torch
 
+from offmoe.compute.kernels.routing_log import Entry, Verdict
 from offmoe.device.backend import CpuBackend, Event, Stream
+from offmoe.runtime.device_decode import DeviceDecode
 from offmoe.storage.layout import Assembly, ExpertLayout
 from offmoe.transfer.slot_writer import SlotWriter
 from offmoe.transfer.waits import Waits
@@ -181,3 +185,16 @@ def wait_until(is_true: Callable[[], bool], seconds: float = 60.0) -> None:
     while not is_true():
         assert time.monotonic() < end, "it never happened"
         time.sleep(0.002)
+
+
+def count_verdicts(monkeypatch: pytest.MonkeyPatch) -> Counter[Verdict]:
+    """What a device that places misses itself will have made of the accesses of its steps."""
+    seen: Counter[Verdict] = Counter()
+    take = DeviceDecode._take
+
+    def counted(decode: DeviceDecode, entry: Entry) -> None:
+        seen[entry.verdict] += 1
+        take(decode, entry)
+
+    monkeypatch.setattr(DeviceDecode, "_take", counted)
+    return seen

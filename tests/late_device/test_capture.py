@@ -17,7 +17,7 @@ from transformers import StaticCache
 
 import offmoe
 from offmoe.compute.kernels import device as device_kernels
-from offmoe.compute.kernels.routing_log import Entry, Verdict
+from offmoe.compute.kernels.routing_log import Entry
 from offmoe.errors import CapacityError, CheckpointError, OffmoeError
 from offmoe.hf.load.capture import CHECKS
 from offmoe.runtime.device_decode import DeviceDecode
@@ -25,6 +25,7 @@ from offmoe.simulate.replay import replay
 from offmoe.storage.store import ExpertStore
 from offmoe.trace.trace import read_trace
 from tests import tiny
+from tests.doubles import count_verdicts
 from tests.late_device import extension
 from tests.late_device.extension import LateCapturer, LateGraph, LateKind
 from tests.late_device.kernels import LOOKS, LateRoutedLayer
@@ -411,16 +412,9 @@ def test_a_device_without_graphs(load: Load, monkeypatch: pytest.MonkeyPatch, ca
 
 def test_verdicts_of_repeated_accesses(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     """A check runs a layer twice; the planner, the statistics and a recording see it once."""
-    seen: list[Verdict] = []
-    take = DeviceDecode._take
-
-    def counted(decode: DeviceDecode, entry: Entry) -> None:
-        seen.append(entry.verdict)
-        take(decode, entry)
-
-    monkeypatch.setattr(DeviceDecode, "_take", counted)
+    seen = count_verdicts(monkeypatch)
     model = load()
     with model.offload as offload:
         tokens(model)
-        assert len(seen) == (STEPS + CHECKS) * LAYERS
+        assert seen.total() == (STEPS + CHECKS) * LAYERS
         assert sum(map(sum, offload.expert_map()[0])) == (12 + STEPS) * LAYERS * 2

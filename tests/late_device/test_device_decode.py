@@ -30,6 +30,7 @@ from offmoe.storage.store import ExpertStore
 from offmoe.trace.trace import read_trace
 from offmoe.types import Access, CacheStats, single_demands
 from tests import tiny
+from tests.doubles import count_verdicts
 from tests.late_device import extension
 from tests.late_device.extension import LateKind
 from tests.late_device.kernels import LOOKS, LateRoutedLayer
@@ -59,15 +60,7 @@ def texts(folder: Path) -> list[torch.Tensor]:
 @pytest.fixture
 def verdicts(monkeypatch: pytest.MonkeyPatch) -> Counter[Verdict]:
     """What the device made of the accesses of its steps."""
-    seen: Counter[Verdict] = Counter()
-    take = DeviceDecode._take
-
-    def counted(decode: DeviceDecode, entry: Entry) -> None:
-        seen[entry.verdict] += 1
-        take(decode, entry)
-
-    monkeypatch.setattr(DeviceDecode, "_take", counted)
-    return seen
+    return count_verdicts(monkeypatch)
 
 
 def parts(model: Any) -> tuple[Any, Any]:

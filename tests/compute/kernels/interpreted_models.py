@@ -11,11 +11,11 @@ import torch
 import offmoe
 from offmoe.compute.kernels import device
 from offmoe.compute.kernels.device import DeviceKernels
-from offmoe.compute.kernels.routing_log import Entry, Verdict
+from offmoe.compute.kernels.routing_log import Verdict
 from offmoe.device.backend import CpuBackend
-from offmoe.runtime.device_decode import DeviceDecode
 from tests import quantized, tiny
 from tests.device_cases import interpret_quickly
+from tests.doubles import count_verdicts
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
 SAME = 2e-5
@@ -130,14 +130,7 @@ def test_steps_without_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     """Kernels place misses, gather them from RAM, and compute; the host answers what is on disk, in another thread."""
     monkeypatch.setattr(CpuBackend, "unified_memory", False)
     monkeypatch.setattr(CpuBackend, "pin", lambda backend, address, nbytes: True)
-    taken: list[Verdict] = []
-    take = DeviceDecode._take
-
-    def noted(decode: DeviceDecode, entry: Entry) -> None:
-        taken.append(entry.verdict)
-        take(decode, entry)
-
-    monkeypatch.setattr(DeviceDecode, "_take", noted)
+    taken = count_verdicts(monkeypatch)
     folder = tiny.save(tiny.build("mixtral", torch.float32, **SIZES), tmp_path / "dense")
     prompt, greedy = tiny.prompt(1, 3), {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     model = offmoe.from_pretrained(
@@ -149,5 +142,5 @@ def test_steps_without_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     model = offmoe.from_pretrained(folder, device="cpu")
     with model.offload:
         assert torch.equal(ours, model.generate(prompt, **greedy))
-    assert len(taken) == 7
+    assert taken.total() == 7
     assert Verdict.ASSIGNED in taken
