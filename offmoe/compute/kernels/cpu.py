@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from offmoe.compute.kernels.library import (
     KINDS,
     MAX_TOKENS,
     SCALE_TYPES,
+    AttentionStruct,
     ExpertStruct,
     Library,
     Threads,
@@ -100,6 +102,14 @@ class PreparedExpert:
         self.address = ctypes.addressof(self._struct)
 
 
+class PreparedWeight:
+    """A linear layer's weight as the C kernels are given it. It keeps the memory of the weight alive."""
+
+    def __init__(self, weight: Weight, bias: torch.Tensor | None = None) -> None:
+        self.struct = _struct(weight, bias)
+        self._alive = weight, bias
+
+
 class CpuKernels:
     """The C kernels, with a pool of threads of their own; a context manager.
 
@@ -123,7 +133,7 @@ class CpuKernels:
         """
         self._calls, self._variant = library.calls, library.variant(variant)
         self.int8_activations = int8_activations
-        self._precision = 0 if int8_activations else 1
+        self.precision = 0 if int8_activations else 1
         self._owns_threads = not isinstance(threads, CpuKernels)
         self._threads: Threads = (
             threads._threads
@@ -159,7 +169,7 @@ class CpuKernels:
             (ctypes.c_void_p * num_experts)(*[expert.address for expert in experts]),
             None if counts is None else (ctypes.c_int32 * num_experts)(*counts),
             num_experts,
-            self._precision,
+            self.precision,
             x.data_ptr(),
             out.data_ptr(),
         )
@@ -178,20 +188,36 @@ class CpuKernels:
 
         def call(x: int, tokens: int, out: int) -> int:
             count = ctypes.byref(ctypes.c_int32(tokens))
-            return native(self._threads.handle, variant, experts, count, 1, self._precision, x, out)  # type: ignore[no-any-return]
+            return native(self._threads.handle, variant, experts, count, 1, self.precision, x, out)  # type: ignore[no-any-return]
 
         return _rows(call, expert.hidden, expert.hidden, expert)
 
     def linear(self, weight: Weight, bias: torch.Tensor | None = None) -> Rows:
         """A function that computes x w^T + bias. It keeps the weight's memory alive."""
-        struct = _struct(weight, bias)
-        pointer = ctypes.byref(struct)
+        return self.linear_of(PreparedWeight(weight, bias))
+
+    def linear_of(self, weight: PreparedWeight) -> Rows:
+        """A function that computes x w^T + bias."""
+        struct, pointer = weight.struct, ctypes.byref(weight.struct)
         native, variant = self._calls.offmoe_linear, self._variant
 
         def call(x: int, tokens: int, out: int) -> int:
-            return native(self._threads.handle, variant, pointer, self._precision, x, tokens, out)  # type: ignore[no-any-return]
+            return native(self._threads.handle, variant, pointer, self.precision, x, tokens, out)  # type: ignore[no-any-return]
 
-        return _rows(call, struct.cols, struct.rows, (weight, bias))
+        return _rows(call, struct.cols, struct.rows, weight)
+
+    def function(self, name: str) -> Callable[..., Any]:
+        """A function of the library that takes threads and a variant first: with these."""
+        native, variant = getattr(self._calls, name), self._variant
+        return lambda *arguments: native(self._threads.handle, variant, *arguments)
+
+    def norm(self, *arguments: Any) -> None:
+        """`offmoe_norm` of the library, in the calling thread."""
+        self._calls.offmoe_norm(self._variant, *arguments)
+
+    def attention_floats(self, struct: AttentionStruct) -> int:
+        """Floats of the memory that the two calls of a layer's attention share."""
+        return int(self._calls.offmoe_attention_floats(ctypes.byref(struct)))
 
     def read(self, memory: torch.Tensor) -> None:
         """Read contiguous memory with all threads as fast as they can: the bound that kernels are compared with."""

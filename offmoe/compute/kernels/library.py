@@ -48,6 +48,16 @@ class ExpertStruct(ctypes.Structure):
     )
 
 
+class AttentionStruct(ctypes.Structure):
+    """`struct attention` of offmoe.h."""
+
+    _fields_ = (
+        *((name, ctypes.POINTER(WeightStruct)) for name in ("q", "k", "v", "out")),
+        *_fields("q_norm k_norm", "width rotary norm"),
+        *((name, ctypes.c_float) for name in ("eps", "scale")),
+    )
+
+
 class EncodingStruct(ctypes.Structure):
     """`struct encoding` of offmoe.h."""
 
@@ -101,6 +111,17 @@ class Library:
         weight, pointer, integer = ctypes.POINTER(WeightStruct), ctypes.c_void_p, ctypes.c_int
         c.offmoe_experts.argtypes = (pointer, pointer, pointer, pointer, integer, integer, pointer, pointer)
         c.offmoe_linear.argtypes = (pointer, pointer, weight, integer, pointer, integer, pointer)
+        attention = ctypes.POINTER(AttentionStruct)
+        c.offmoe_attention_floats.argtypes = (attention,)
+        c.offmoe_attention_floats.restype = ctypes.c_size_t
+        c.offmoe_heads.argtypes = (pointer, pointer, attention, integer, *(pointer,) * 6)
+        steps = (ctypes.c_size_t, ctypes.c_size_t)
+        c.offmoe_attend.argtypes = (
+            *(pointer, pointer, attention, integer, pointer, pointer, integer),
+            *(*steps, pointer, pointer),
+        )
+        c.offmoe_norm.argtypes = (*(pointer,) * 3, integer, integer, ctypes.c_float, integer, pointer)
+        c.offmoe_norm.restype = None
         c.offmoe_read.argtypes = (pointer, pointer, pointer, ctypes.c_size_t)
         c.offmoe_read.restype = ctypes.c_uint64
         c.offmoe_encode.argtypes = (pointer, pointer, ctypes.POINTER(EncodingStruct))

@@ -73,10 +73,9 @@ static void pack(const struct weight *w, int precision, const float *x, size_t s
     }
 }
 
-/* 1 / (1 + exp(-x)); relative error of the exponential below 3e-7 (Cephes' polynomial). */
-static inline float sigmoid(float x) {
+/* Relative error below 3e-7 (Cephes' polynomial), from -87 to 88. */
+static inline float exp_of(float x) {
     float n, r, p;
-    x = -x;
     x = x > 88.0f ? 88.0f : x;
     x = x < -87.0f ? -87.0f : x;
     n = x * 1.44269504088896341f + ROUNDING;
@@ -90,8 +89,10 @@ static inline float sigmoid(float x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    return 1.0f / (1.0f + p * float_of((power + 127) << 23));
+    return p * float_of((power + 127) << 23);
 }
+
+static inline float sigmoid(float x) { return 1.0f / (1.0f + exp_of(-x)); }
 
 static void activate(int glu, float limit, float alpha, float *gate, const float *up, size_t count) {
     if (glu == GLU_SILU) {

@@ -49,6 +49,7 @@ REQUIRED = {
     "tile.c": ("-O3",),
     "decode_portable.c": ("-O2", *EXACT_FLAGS),
     "pool.c": ("-O2",),
+    "attention.c": ("-O3",),
 }
 VARIANTS = {
     "avx2.c": AVX2_FLAGS,
@@ -124,7 +125,7 @@ def build(library: Path = LIBRARY, compiler: str | None = None) -> None:
                 raise BuildError(f"{compiler} does not compile {name}: {done}")
             objects.append(done)
         whole = Path(folder, library.name)
-        error = _run(compiler, "-shared", "-o", str(whole), *map(str, objects), "-lpthread")
+        error = _run(compiler, "-shared", "-o", str(whole), *map(str, objects), "-lpthread", "-lm")
         if error is not None:
             raise BuildError(f"{compiler} does not link the kernels: {error}")
         whole.replace(library)

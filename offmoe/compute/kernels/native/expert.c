@@ -226,17 +226,24 @@ EXPORT int offmoe_experts(struct pool *pool, const struct kernels *k, const stru
     return run(pool, &c);
 }
 
+int linears(struct pool *pool, const struct kernels *k, const struct weight *const *w, int count, int precision,
+            const float *x, int tokens, float *const *out) {
+    struct call c;
+    struct block *blocks = c.blocks;
+    if (tokens < 1 || tokens * count > MAX_TOKENS) return 1;
+    begin(&c, k, precision);
+    for (int i = 0; i < count; i++) {
+        c.jobs[i].gate = c.jobs[i].up = NULL, c.jobs[i].down = w[i];
+        c.jobs[i].in = x, c.jobs[i].out = out[i];
+        add(&c, &blocks, tokens);
+    }
+    return run(pool, &c);
+}
+
 /* out = x w^T + bias: x float [tokens][cols], out float [tokens][rows]. Returns as offmoe_experts. */
 EXPORT int offmoe_linear(struct pool *pool, const struct kernels *k, const struct weight *w, int precision, const float *x,
                   int tokens, float *out) {
-    struct call c;
-    struct block *blocks = c.blocks;
-    if (tokens < 1 || tokens > MAX_TOKENS) return 1;
-    begin(&c, k, precision);
-    c.jobs[0].gate = c.jobs[0].up = NULL, c.jobs[0].down = w;
-    c.jobs[0].in = x, c.jobs[0].out = out;
-    add(&c, &blocks, tokens);
-    return run(pool, &c);
+    return linears(pool, k, &w, 1, precision, x, tokens, &out);
 }
 
 struct reading {

@@ -136,6 +136,26 @@ struct tiling {
 typedef void decode_function(const struct decoding *d, int first, int last);
 decode_function decode_portable, decode_avx2, decode_avx512, decode_avx512bf16;
 
+/* RMS norms of rows: out = w x / sqrt(mean(x^2) + eps), as families of transformers round it; out may be x. Rows are
+ * multiples of 16. */
+enum norm {
+    NORM_ROUNDS_TWICE, /* x / rms to bf16, then times w */
+    NORM_ROUNDS_ONCE,
+    NORM_OF_ONE_MORE, /* times 1 + w, rounded once */
+};
+typedef void norm_function(const uint16_t *x, const uint16_t *w, int rows, int width, float eps, int norm, uint16_t *out);
+
+/* Rotate a head by its position: x float [>= rotary], cos and sin float [rotary]; number i goes with number rotary / 2 + i. */
+typedef void rotate_function(float *x, const float *cos, const float *sin, int rotary);
+
+/* One token's heads among `count` keys and values that they share, at most CHUNK of them: q float [heads][width], each 32
+ * numbers in two halves, the even ones and the odd ones; keys and values bf16 [count][width]. scores: memory for
+ * [heads][CHUNK]. partial [heads][width + 2]: values weighted with exp(score - top), in the order of q; the sum of these
+ * weights; top. */
+enum { CHUNK = 256 };
+typedef void attend_function(const float *q, int heads, int width, const uint16_t *keys, const uint16_t *values, int count,
+                             float scale, float *scores, float *partial);
+
 struct kernels {
     const char *name;
     int max_block;
@@ -151,6 +171,19 @@ struct kernels {
     encode_function *encode;
     compare_function *compare;
     decode_function *decode;
+    norm_function *norm;
+    rotate_function *rotate;
+    attend_function *attend;
+};
+
+/* The attention of a layer for one new token (attention.c): projections of one input, heads of `width` numbers, of which
+ * the first `rotary` are rotated, and RMS norms of heads (bf16 [width]) or null. Heads that share a key are neighbors.
+ * Mirrored in offmoe/compute/kernels/library.py. */
+struct attention {
+    const struct weight *q, *k, *v, *out;
+    const uint16_t *q_norm, *k_norm;
+    int32_t width, rotary, norm; /* enum norm, of both */
+    float eps, scale;
 };
 
 extern const struct kernels kernels_portable;
@@ -169,5 +202,10 @@ int pool_threads(const struct pool *pool);
 void *pool_scratch(struct pool *pool, size_t nbytes); /* valid until the next call; null if memory ran out */
 void pool_lock(struct pool *pool);
 void pool_unlock(struct pool *pool);
+
+/* out[i] float [tokens][w[i]->rows] = x w[i]^T + bias of several weights on one input x float [tokens][cols], in one call.
+ * Returns as offmoe_experts (expert.c). */
+int linears(struct pool *pool, const struct kernels *k, const struct weight *const *w, int count, int precision,
+            const float *x, int tokens, float *const *out);
 
 #endif

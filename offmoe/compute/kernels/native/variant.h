@@ -1,6 +1,7 @@
 /* The end of every variant's file: its table. E2M1_PLUS_12 stands before the vectors that look it up. */
 #include "tiles.h"
 #include "activations.h"
+#include "attend.h"
 
 const struct kernels VARIANT_TABLE = {
     .name = VARIANT_NAME,
@@ -13,4 +14,7 @@ const struct kernels VARIANT_TABLE = {
     .encode = ENCODE,
     .compare = COMPARE,
     .decode = DECODE,
+    .norm = norm,
+    .rotate = rotate,
+    .attend = attend,
 };
