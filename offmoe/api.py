@@ -25,20 +25,15 @@ from offmoe.compute.expert_layer import ExpertLayer
 from offmoe.compute.gpu_compute import device_compute
 from offmoe.compute.torch_threads import TorchThreads
 from offmoe.config import OffloadConfig
+from offmoe.dense_part import load_dense_part
 from offmoe.device.arena import SlotArena, slot_layouts
 from offmoe.device.uploads import Uploads
 from offmoe.errors import ConfigError
 from offmoe.handle import Offload, SlotsOf
 from offmoe.hf.adapters.find import find_experts
-from offmoe.hf.load.attach import IMPLEMENTATION, attach, expert_layers
-from offmoe.hf.load.dense_layers import OffloadedLayers, dense_layers
-from offmoe.hf.load.generation import plain_generation
-from offmoe.hf.load.grouped_attention import group_heads
-from offmoe.hf.load.kernel_linears import attach_kernels, dense_formats
-from offmoe.hf.load.load import load_dense
+from offmoe.hf.load.attach import attach, expert_layers
 from offmoe.hf.load.options import sort_options
 from offmoe.pack.on_load import write
-from offmoe.pack.quantizer import quantizer
 from offmoe.policy.planner import Planner, build_planner
 from offmoe.profile import Profile
 from offmoe.runtime.calls import Slots
@@ -55,8 +50,6 @@ from offmoe.types import CacheStats
 from offmoe.warm_start import WarmStart
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from offmoe.handle import OffloadedModel
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download", "gguf_file")
@@ -168,7 +161,7 @@ def load(inspected: Inspected, *, name: str = "", trace: str | os.PathLike[str] 
         warm = WarmStart(name, inspected.checkpoint, catalog, inspected.config)
         config = warm.config
         planner = build_planner(config.cache(), catalog.shape)
-        model, dense = _load_dense(inspected, closing)
+        model, dense = load_dense_part(inspected, closing)
         experts = find_experts(model)
         modules = [experts[layer.name] for layer in catalog.layers]
         layers = expert_layers(catalog.layers, modules)
@@ -193,58 +186,6 @@ def load(inspected: Inspected, *, name: str = "", trace: str | os.PathLike[str] 
         if config.fills:
             offload.fill()
     return cast("OffloadedModel", model)
-
-
-def _load_dense(inspected: Inspected, closing: ExitStack) -> tuple[PreTrainedModel, DenseKernels | None]:
-    """The model without its experts, and the C kernels that compute its linear layers; None: torch does."""
-    offloaded = _offload_layers(inspected)
-    if offloaded is not None:
-        closing.callback(offloaded.close)
-    model = load_dense(
-        inspected.folder,
-        inspected.hf_config,
-        inspected.model_class,
-        inspected.catalog,
-        device=inspected.backend.device,
-        dtype=inspected.dtype,
-        experts_implementation=IMPLEMENTATION,
-        offloaded=offloaded,
-        name_or_path=inspected.source.model,
-        generation_folder=inspected.generation_folder,
-        changed_config=inspected.hf_config if inspected.asked.change else None,
-        **_forwarded(inspected),
-    )
-    model.requires_grad_(False)
-    backend, config = inspected.backend, inspected.config
-    if not config.is_numeric or not backend.unified_memory or backend.has_device_kernels:
-        return model, None
-    group_heads(model)
-    absent, int8_activations = offloaded.names if offloaded else (), config.activations == "int8"
-    with quantizer() as quantize:
-        formats = dense_formats(inspected.meta, config.dense)
-        dense = attach_kernels(model, formats, quantize, int8_activations=int8_activations, absent=absent)
-    if dense is not None:
-        closing.callback(dense.close)
-    return model, dense
-
-
-def _forwarded(inspected: Inspected) -> dict[str, object]:
-    """Options that go to transformers as they are. attn_implementation is in the configuration already."""
-    options = dict(inspected.asked.forwarded)
-    if inspected.asked.plain:
-        options["generation_config"] = plain_generation(inspected.generation_folder, inspected.hf_config)
-    return options
-
-
-def _offload_layers(inspected: Inspected) -> OffloadedLayers | None:
-    """The last decoder layers, as many as the plan has no room for."""
-    plan = inspected.plan
-    if plan.offloaded_in is None:
-        return None
-    layers = dense_layers(inspected.meta)[-plan.offloaded_layers :]
-    return OffloadedLayers(
-        layers, plan.offloaded_in, inspected.meta, inspected.checkpoint, inspected.catalog.dense, inspected.backend
-    )
 
 
 def _build_executor(

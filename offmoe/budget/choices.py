@@ -235,7 +235,8 @@ def _laid_out(survey: Survey, catalog_of: Callable[[Inspected], ExpertCatalog]) 
         return survey
     catalog = catalog_of(survey)
     needs = catalog_needs(catalog, survey.meta, survey.dtype, survey.stored, unified_memory=True)
-    return replace(survey, catalog=catalog, needs=needs.with_dense(survey.meta, survey.config.dense, survey.dtype))
+    needs = needs.with_dense(survey.meta, survey.config.dense, survey.dtype, catalog.stored)
+    return replace(survey, catalog=catalog, needs=needs)
 
 
 def _form(survey: Survey, needs: ModelNeeds, experts: str, numeric: bool, laid_out: Survey) -> ExpertForm:

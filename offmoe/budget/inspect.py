@@ -196,7 +196,7 @@ def survey(
     compute = compute_dtype(dtype, hf_config, torch.float32 if method is None else torch.bfloat16)
     stored, unified = compute_dtype(None, hf_config, compute), backend.unified_memory
     needs, meta = estimate(with_experts(hf_config, config.experts), cls, compute, stored, unified_memory=unified)
-    needs = needs.with_dense(meta, config.dense, compute)
+    needs = needs.with_dense(meta, config.dense, compute, {})
     wanted = 0 if config.device_memory == "auto" else int(config.device_memory)
     return _divided(
         Survey,
@@ -317,7 +317,7 @@ def _read_headers(
     # Offloaded dense layers are read as they are stored, or as transformers writes them again, in the compute dtype.
     stored = max(compute, compute_dtype(None, hf_config, compute), key=lambda dtype: dtype.itemsize)
     needs = catalog_needs(catalog, meta, compute, stored, unified_memory=backend.unified_memory)
-    needs = needs.with_dense(meta, config.dense, compute)
+    needs = needs.with_dense(meta, config.dense, compute, catalog.stored)
     return _divided(
         Inspected,
         config,

@@ -6,6 +6,7 @@ figure is an upper bound. No figure may be below what transformers allocates.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from offmoe.device.pages import PAGE_BYTES
 from offmoe.errors import UnsupportedModelError
 from offmoe.hf.adapters.find import expert_parameters
 from offmoe.hf.catalog.catalog import CatalogLayer, ExpertCatalog
+from offmoe.hf.catalog.stored_dense import StoredWeight
 from offmoe.hf.load.dense_layers import DenseLayer, dense_layers
 from offmoe.hf.load.kernel_linears import saved_bytes
 from offmoe.storage.layout import PARAM_ALIGNMENT, aligned
@@ -129,13 +131,30 @@ class ModelNeeds(NamedTuple):
         needed = self.forward.reserve(tokens, self.bytes.context_limit) + self.temporary
         return self._replace(bytes=replace(self.bytes, workspace=max(self.bytes.workspace, needed)))
 
-    def with_dense(self, meta: PreTrainedModel, form: str, dtype: torch.dtype) -> ModelNeeds:
-        """The same with the dense part as the option `dense` says. While it loads it is as large as before."""
-        saved = saved_bytes(meta, form, dtype)
+    def with_dense(
+        self, meta: PreTrainedModel, form: str, dtype: torch.dtype, stored: Mapping[str, StoredWeight]
+    ) -> ModelNeeds:
+        """The same with the dense part as the option `dense` says.
+
+        Weights that are quantized are as large as before while they load, and cannot leave the device. Those that
+        kernels read as they are stored are never larger; outside the device they are decoded.
+
+        Args:
+            meta: the model on the meta device.
+            form: a value of the option `dense`.
+            dtype: dtype to compute in.
+            stored: `ExpertCatalog.stored`; empty without kernels.
+        """
+        saved = saved_bytes(meta, form, dtype, stored)
         if not saved:
             return self
-        dense = self.bytes.dense
-        return self._replace(bytes=replace(self.bytes, dense=dense - saved, loading=dense, layers=()))
+        dense, layers = self.bytes.dense, self.bytes.layers
+        smaller = replace(self.bytes, dense=dense - sum(saved.values()))
+        if form != "native":
+            return self._replace(bytes=replace(smaller, loading=dense, layers=()))
+        of_layer = [sum(saved.get(name, 0) for name in layer.shapes) for layer in dense_layers(meta)]
+        packed = [layer._replace(weights=layer.weights - n) for layer, n in zip(layers, of_layer, strict=True)]
+        return self._replace(bytes=replace(smaller, layers=tuple(packed)))
 
     @property
     def temporary(self) -> int:

@@ -34,6 +34,7 @@ from offmoe.compute.kernels.library import MAX_TOKENS, status
 from offmoe.compute.kernels.tile import tile
 from offmoe.compute.kernels.torch_ffn import ExpertMath
 from offmoe.errors import UnsupportedModelError
+from offmoe.quant.codec import Codec
 from offmoe.quant.decode import ExpertDecoding
 from offmoe.quant.gguf_formats import BLOCKS, GgufBlocks
 from offmoe.quant.int_formats import PackedInt, TiledInt
@@ -231,7 +232,7 @@ class TilePlacement:
             if isinstance(codec, GgufBlocks):
                 how = self.formats[name]
                 assert how is not None
-                _put_tiles(codec, self._blocks(tensors, rows), PackedWeight.of(how, name, views))
+                put_tiles(codec, {BLOCKS: self._blocks(tensors, rows)}, PackedWeight.of(how, name, views))
             elif isinstance(codec, TiledInt):
                 tiles = slice(rows.first // TILE_ROWS, (rows.first + rows.size) // TILE_ROWS)
                 parts = self.form.tensors[rows.tensor].components
@@ -281,10 +282,26 @@ def _tile(rows: torch.Tensor, into: torch.Tensor, flip: int, copy: Copy) -> None
     copy(into, tiles.transpose(1, 2))
 
 
-def _put_tiles(codec: GgufBlocks, blocks: torch.Tensor, into: PackedWeight) -> None:
+def put_tiles(codec: Codec, raw: Mapping[str, torch.Tensor], into: PackedWeight) -> None:
+    """Put one matrix into tiles, whose format is `format_of` its codec.
+
+    Args:
+        codec: the matrix's codec; it decodes to [out, in].
+        raw: its components in RAM.
+        into: in tiles, contiguous in RAM.
+
+    Raises:
+        CheckpointError: as `rows_of`.
+    """
     library = status().library
-    assert library is not None, "without the library, no layer has a cpu_slot"
-    retile(library, codec, blocks.contiguous(), into)
+    assert library is not None, "without the library, nothing has a format of the kernels"
+    if isinstance(codec, GgufBlocks):
+        retile(library, codec, raw[BLOCKS].contiguous(), into)
+        return
+    tiles = into.params("")
+    for plane, part in rows_of(codec, raw, into.format).items():
+        flip = codec.flip if isinstance(codec, PackedInt) and not plane else 0
+        _tile(part, tiles[plane], flip, torch.Tensor.copy_)
 
 
 def _transposed_pairs(both: torch.Tensor) -> torch.Tensor:

@@ -12,17 +12,22 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 
-from offmoe.compute.kernels.cpu import BF16_GROUP, CpuKernels, Rows
+from offmoe.compute.kernels.cpu import BF16_GROUP, CpuKernels, PreparedWeight
 from offmoe.compute.kernels.library import MAX_TOKENS
+from offmoe.quant.packed_values import values
 from offmoe.quant.packed_weight import TILE_ROWS, PackedWeight
 
 FEW_ROWS = 4
 """Rows that the kernels compute faster than torch on every processor: one block, so that each weight is read once."""
 
+
+Result = TypeVar("Result")
 
 BLOCK_VALUES = 1 << 20
 """Weights that are float32 at once, 4 MB: they stay in a core's cache until they are multiplied."""
@@ -83,22 +88,22 @@ class DenseKernels:
         """A linear layer, prepared.
 
         Args:
-            weight: [rows, cols], bf16 that `fits_kernels`, or int4 or int8 in tiles.
+            weight: [rows, cols], bf16 that `fits_kernels`, or packed in tiles.
             bias: [rows] or None.
         """
-        rows = self._kernels.linear(weight, None if bias is None else bias.float())
-        return (
-            PackedLinear(self, weight, rows) if isinstance(weight, PackedWeight) else KernelLinear(self, weight, rows)
-        )
+        prepared = PreparedWeight(weight, None if bias is None else bias.float())
+        if isinstance(weight, PackedWeight):
+            return PackedLinear(self, weight, prepared)
+        return KernelLinear(self, weight, prepared)
 
     def max_inputs(self, cols: int) -> float:
         """Numbers of an input up to which the kernels compute a layer with `cols` inputs."""
         return math.inf if self.max_rows is None else self.max_rows * cols
 
-    def run(self, rows: Rows, x: torch.Tensor) -> torch.Tensor | None:
-        """rows(x); None if the threads were ended, which another thread may do at any time."""
+    def run(self, call: Callable[..., Result], *arguments: torch.Tensor) -> Result | None:
+        """call(*arguments); None if the threads were ended, which another thread may do at any time."""
         with self._calling:
-            return None if self._is_closed else rows(x)
+            return None if self._is_closed else call(*arguments)
 
     def close(self) -> None:
         """End the threads; idempotent."""
@@ -110,8 +115,9 @@ class DenseKernels:
 class _Linear:
     """What linear layers of either form share: a prepared weight, and the calls that kernels do not take."""
 
-    def __init__(self, owner: DenseKernels, rows: Rows, cols: int) -> None:
-        self._owner, self._rows, self._cols = owner, rows, cols
+    def __init__(self, owner: DenseKernels, prepared: PreparedWeight) -> None:
+        self._owner, self._rows, self._cols = owner, owner.kernels.linear_of(prepared), prepared.struct.cols
+        self.prepared = prepared
 
     def _by_kernels(self, x: torch.Tensor, rows: int) -> torch.Tensor | None:
         """[..., rows] of x [..., cols]; None if the threads were ended. At most MAX_TOKENS rows are float32 at once."""
@@ -140,8 +146,8 @@ class _Linear:
 class KernelLinear(_Linear):
     """x w^T + bias for one bf16 weight. torch's operators compute whatever the kernels do not."""
 
-    def __init__(self, owner: DenseKernels, weight: torch.Tensor, rows: Rows) -> None:
-        super().__init__(owner, rows, weight.shape[1])
+    def __init__(self, owner: DenseKernels, weight: torch.Tensor, prepared: PreparedWeight) -> None:
+        super().__init__(owner, prepared)
         self._address = weight.data_ptr()
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -170,10 +176,10 @@ class KernelLinear(_Linear):
 
 
 class PackedLinear(_Linear):
-    """x w^T + bias for one weight in int4 or int8, of which there is no other copy."""
+    """x w^T + bias for one packed weight, of which there is no other copy."""
 
-    def __init__(self, owner: DenseKernels, weight: PackedWeight, rows: Rows) -> None:
-        super().__init__(owner, rows, weight.cols)
+    def __init__(self, owner: DenseKernels, weight: PackedWeight, prepared: PreparedWeight) -> None:
+        super().__init__(owner, prepared)
         self._weight = weight
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -182,4 +188,4 @@ class PackedLinear(_Linear):
             out = self._by_kernels(x, self._weight.rows)
             if out is not None:
                 return out
-        return F.linear(x, self._weight.decoded(weight.dtype), bias)
+        return F.linear(x, values(self._weight).to(weight.dtype), bias)

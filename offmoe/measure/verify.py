@@ -239,6 +239,7 @@ class _Comparison:
         if config.is_numeric and backend.unified_memory and not fetched.requested.is_numeric:
             catalog = catalog.for_kernels(fetched.meta)
             needs = catalog_needs(catalog, fetched.meta, fetched.dtype, fetched.stored, unified_memory=True)
+            needs = needs.with_dense(fetched.meta, config.dense, fetched.dtype, catalog.stored)
         resolved, plan = divide(config, needs, backend, backend.free_bytes())
         if set_up.smallest:
             config = replace(config, device_memory=plan.smallest)

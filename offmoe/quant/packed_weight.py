@@ -110,8 +110,7 @@ class WeightFormat:
 
     def nbytes(self, rows: int, cols: int) -> int:
         """Bytes of a weight of this shape."""
-        per_group = self.scale_dtype.itemsize + self.zero_points
-        return rows * (cols * self.bits // 8 + self.groups(cols) * per_group)
+        return rows * sum(dtype.itemsize * count for dtype, count in self.planes(cols).values())
 
     def params(self, name: str, rows: int, cols: int, tiled: bool) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """The tensors that hold one weight, as `ExpertLayout.of` takes them.
@@ -225,19 +224,6 @@ class PackedWeight:
         if self.is_tiled:
             return self
         return PackedWeight.of(self.format, "", {plane: to_tiles(part) for plane, part in self.params("").items()})
-
-    def decoded(self, dtype: torch.dtype) -> torch.Tensor:
-        """The values [rows, cols] of int4 or int8: (q - zero) * scale in float32, rounded to `dtype`."""
-        assert self.format.kind in ("int4", "int8"), self.format
-        words, scales = (to_rows(part) if self.is_tiled else part for part in (self.words, self.scales))
-        if self.format.bits == 8:
-            q = words.view(torch.int8).float()
-        else:
-            shifts = torch.arange(0, 32, 4, dtype=torch.int32)
-            q = (words.unsqueeze(-1) >> shifts & 15).view(self.rows, -1).float()
-            zeros = None if self.zeros is None else to_rows(self.zeros) if self.is_tiled else self.zeros
-            q -= SYMMETRIC_ZERO if zeros is None else zeros.repeat_interleave(self.cols // zeros.shape[1], 1)
-        return (q * scales.float().repeat_interleave(self.cols // scales.shape[1], 1)).to(dtype)
 
     @property
     def nbytes(self) -> int:

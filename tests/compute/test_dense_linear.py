@@ -13,6 +13,7 @@ from offmoe.compute.dense_linear import FEW_ROWS, DenseKernels, fits_kernels, ma
 from offmoe.compute.kernels.cpu import CpuKernels
 from offmoe.compute.kernels.library import MAX_TOKENS, status
 from offmoe.pack.quantizer import quantizer
+from offmoe.quant.packed_values import values
 from offmoe.quant.packed_weight import INT8, WeightFormat, int4
 
 ROUNDING = 2**-8
@@ -131,8 +132,8 @@ def test_a_quantized_weight_is_computed_as_it_is_decoded(
     w = weight()
     with quantizer() as quantize:
         packed = quantize(w, how)
-    decoded = packed.decoded(torch.float32)
-    assert torch.equal(decoded, packed.tiled().decoded(torch.float32))
+    decoded = values(packed)
+    assert torch.equal(decoded, values(packed.tiled()))
     assert packed.nbytes == how.nbytes(*w.shape)
     assert ((decoded - w.float()).norm() / w.float().norm()).item() < (0.02 if how.kind == "int8" else 0.15)
     linear, absent = kernels.linear(packed.tiled(), None), torch.empty(w.shape, dtype=dtype, device="meta")
@@ -144,7 +145,7 @@ def test_a_quantized_weight_is_computed_as_it_is_decoded(
     x = rows_of(1).to(dtype).requires_grad_()
     linear(x, absent, None).sum().backward()
     assert x.grad is not None
-    assert torch.equal(x.grad, F.linear(torch.ones(1, 48, dtype=dtype), packed.decoded(dtype).T))
+    assert torch.equal(x.grad, F.linear(torch.ones(1, 48, dtype=dtype), decoded.to(dtype).T))
 
 
 def test_after_closing_torch_computes(kernels: DenseKernels) -> None:

@@ -33,6 +33,7 @@ from offmoe.pack.fit import round_to_nearest
 from offmoe.pack.plan import encode
 from offmoe.pack.quantizer import TorchQuantizer
 from offmoe.quant.int_formats import PackedInt
+from offmoe.quant.packed_values import values
 from offmoe.quant.packed_weight import INT8, WeightFormat, int4
 
 ROOT = checkout.ROOT
@@ -70,9 +71,9 @@ def dense_model(form: str) -> MixtralForCausalLM:
     model = changed_model(None)
     quantize = TorchQuantizer()
     with torch.no_grad():
-        for name, how in dense_formats(model, form).items():
+        for name, how in dense_formats(model, form, {}).items():
             weight = model.get_parameter(f"{name}.weight")
-            weight.copy_(quantize(weight, how, name).decoded(torch.float32))
+            weight.copy_(values(quantize(weight, how, name)))
     return model
 
 

@@ -71,6 +71,7 @@ def _build(checkpoint: Checkpoint, meta_model: PreTrainedModel) -> ExpertCatalog
     parameters = meta_model.state_dict()
     keys: set[str] = set()
     dense: dict[str, str] = {}
+    decoded: dict[str, str] = {}
     for mapped in map_names(meta_model, view.tensors, opened.converters):
         if mapped.target in owned:
             name, place = owned[mapped.target]
@@ -80,8 +81,7 @@ def _build(checkpoint: Checkpoint, meta_model: PreTrainedModel) -> ExpertCatalog
             _check_shape(view, mapped.name, tuple(parameters[mapped.target].shape))
             if parameters[mapped.target].is_floating_point():
                 _check_computable(view, mapped.name)
-            if not view.is_decoded(mapped.name):
-                dense[mapped.target] = mapped.name
+            (decoded if view.is_decoded(mapped.name) else dense)[mapped.target] = mapped.name
         elif opened.is_complete:
             raise UnsupportedModelError(
                 f"{checkpoint.model}: tensor {mapped.name!r} has no place in {type(meta_model).__name__} with this "
@@ -91,7 +91,7 @@ def _build(checkpoint: Checkpoint, meta_model: PreTrainedModel) -> ExpertCatalog
     repeat_tied_experts(groups, modules)
     builder = _Builder(view, meta_model, groups)
     layers = tuple(builder.layer(name, module) for name, module in modules.items())
-    return ExpertCatalog(layers, frozenset(keys), frozenset(owned), dense, view)
+    return ExpertCatalog(layers, frozenset(keys), frozenset(owned), dense, decoded, view)
 
 
 def _check_shape(view: DenseView, name: str, expected: tuple[int, ...]) -> None:

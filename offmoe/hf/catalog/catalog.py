@@ -14,6 +14,7 @@ from offmoe.compute.kernels.library import status
 from offmoe.errors import UnsupportedModelError
 from offmoe.hf.adapters.find import find_experts, require_adapter
 from offmoe.hf.catalog.dense_view import DenseView
+from offmoe.hf.catalog.stored_dense import StoredWeight, stored_weights
 from offmoe.quant.decode import ExpertDecoding
 from offmoe.storage.checkpoint import Checkpoint
 from offmoe.storage.layout import Assembly, ExpertLayout, ExpertRecord
@@ -66,8 +67,12 @@ class ExpertCatalog:
     """Full names of the model's parameters that belong to experts."""
     dense: dict[str, str]
     """Full name of a dense parameter -> its tensor in the checkpoint, if the tensor is loaded unchanged."""
+    decoded: dict[str, str]
+    """Full name of a dense parameter -> its tensor in `view`, if the parameter is that tensor once it is decoded."""
     view: DenseView
     """All tensors of the checkpoint."""
+    stored: Mapping[str, StoredWeight] = field(default_factory=dict)
+    """By full name, the dense weights that the C kernels read as they are stored, after `for_kernels`."""
 
     @property
     def shape(self) -> CacheShape:
@@ -92,7 +97,9 @@ class ExpertCatalog:
         return replace(self, view=replace(self.view, checkpoint=checkpoint))
 
     def for_kernels(self, meta_model: PreTrainedModel) -> ExpertCatalog:
-        """This catalog with slots laid out for the C kernels of the CPU, in every layer that they can compute.
+        """This catalog with slots laid out for the C kernels of the CPU in every layer that they can compute.
+
+        It names the dense weights that they can read, too.
 
         Args:
             meta_model: the model on the meta device, experts included.
@@ -112,7 +119,9 @@ class ExpertCatalog:
 
         modules = find_experts(meta_model).values()
         pairs = zip(self.layers, modules, strict=True)
-        return replace(self, layers=tuple([on_kernels(layer, layer.common_record, module) for layer, module in pairs]))
+        layers = tuple([on_kernels(layer, layer.common_record, module) for layer, module in pairs])
+        stored = {} if kernels.library is None else stored_weights(self.view, self.decoded)
+        return replace(self, layers=layers, stored=stored)
 
     @cached_property
     def records(self) -> dict[ExpertKey, ExpertRecord]:

@@ -28,7 +28,7 @@ from offmoe.hf.gguf.architecture import (
 )
 from offmoe.hf.gguf.metadata import Metadata, rope_parameters
 from offmoe.hf.gguf.qwen import SHARED_EXPERT, SHARED_GATE
-from offmoe.hf.gguf.values import as_channels, grouped_heads, log_of_negative, minus_one
+from offmoe.hf.gguf.values import MovedRows, as_channels, grouped_heads, log_of_negative, minus_one
 
 SHIFTED_NORMS = {
     "attn_norm": "input_layernorm",
@@ -121,10 +121,10 @@ def _qwen35_rules(config: PreTrainedConfig) -> list[Rule]:
     numbers = partial(grouped_heads, groups=groups, per_group=per_group, size=1)
     return [
         *_common_rules(),
-        Rule(("attn_qkv.weight",), "linear_attn.in_proj_qkv.weight", partial(heads, start=start)),
-        Rule(("attn_gate.weight",), "linear_attn.in_proj_z.weight", heads),
-        Rule(("ssm_alpha.weight",), "linear_attn.in_proj_a.weight", numbers),
-        Rule(("ssm_beta.weight",), "linear_attn.in_proj_b.weight", numbers),
+        Rule(("attn_qkv.weight",), "linear_attn.in_proj_qkv.weight", MovedRows(partial(heads, start=start))),
+        Rule(("attn_gate.weight",), "linear_attn.in_proj_z.weight", MovedRows(heads)),
+        Rule(("ssm_alpha.weight",), "linear_attn.in_proj_a.weight", MovedRows(numbers)),
+        Rule(("ssm_beta.weight",), "linear_attn.in_proj_b.weight", MovedRows(numbers)),
         Rule(("ssm_out.weight",), "linear_attn.out_proj.weight", partial(heads, dim=1)),
         Rule(
             ("ssm_conv1d.weight",),

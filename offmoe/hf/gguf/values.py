@@ -7,6 +7,7 @@ as 1 + w, and decay rates that were stored as -exp(a), are computed back in floa
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -14,14 +15,25 @@ Undo = Callable[..., torch.Tensor]
 """Takes the decoded tensors of the file and returns the parameter."""
 
 
-def unpermuted(heads: int) -> Undo:
-    """Rows of query and key heads from pairs of neighbors back to halves: [heads * dim, ...] -> the same shape."""
+@dataclass(frozen=True)
+class MovedRows:
+    """An `Undo` of one tensor that only moves whole rows, so that it moves rows of blocks just as well."""
+
+    move: Callable[[torch.Tensor], torch.Tensor]
+    """[rows, ...] -> the same shape."""
+
+    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+        return self.move(weight)
+
+
+def unpermuted(heads: int) -> MovedRows:
+    """Rows of query and key heads from pairs of neighbors back to halves."""
 
     def undo(weight: torch.Tensor) -> torch.Tensor:
         pairs: torch.Tensor = weight.unflatten(0, (heads, -1, 2))  # [heads, dim / 2, 2, ...]
         return pairs.transpose(1, 2).reshape(weight.shape)
 
-    return undo
+    return MovedRows(undo)
 
 
 def minus_one(weight: torch.Tensor) -> torch.Tensor:

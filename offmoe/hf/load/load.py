@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import cast
 
@@ -24,7 +24,6 @@ from offmoe.hf.adapters.find import find_experts, require_adapter
 from offmoe.hf.catalog.catalog import ExpertCatalog
 from offmoe.hf.load.dense_layers import OffloadedLayers
 from offmoe.hf.load.options import check_forwarded
-from offmoe.hf.load.save import attach_safe_save
 from offmoe.storage.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 
 METADATA = re.compile(rb'"metadata"\s*:\s*\{')
@@ -62,7 +61,7 @@ def load_dense(
     offloaded: OffloadedLayers | None = None,
     name_or_path: str | os.PathLike[str] | None = None,
     generation_folder: str | os.PathLike[str] | None = None,
-    changed_config: PreTrainedConfig | None = None,
+    packed: Collection[str] = (),
     **hf_kwargs: object,
 ) -> PreTrainedModel:
     """Load everything but the experts.
@@ -79,7 +78,8 @@ def load_dense(
         name_or_path: where the model says that it comes from; None means `folder`.
         generation_folder: the folder of generation_config.json, if transformers does not load from `folder` itself;
             None: what the configuration says is used.
-        changed_config: the configuration that `save_pretrained` writes, if it is not the one in `folder`.
+        packed: names of weights in `catalog.stored` whose values nobody will read; those that are not `offloaded` are
+            not decoded, and take no memory.
         hf_kwargs: further options of transformers' from_pretrained.
 
     Returns:
@@ -94,8 +94,9 @@ def load_dense(
     check_forwarded(hf_kwargs)
     source: str | os.PathLike[str] | None = folder
     if catalog.view.needs_decoding:  # then transformers gets a state dict whose values are decoded when it takes them
-        source, hf_kwargs["state_dict"] = None, _decoded(catalog, torch.device(device))
-        dtype = dtype or config.dtype or torch.bfloat16
+        source, dtype = None, dtype or config.dtype or torch.bfloat16
+        unread = [name for name in packed if offloaded is None or name not in offloaded.names]
+        hf_kwargs["state_dict"] = _decoded(catalog, torch.device(device)) | _unread(catalog, unread, dtype)
     skeleton = without_experts(cls, catalog.parameters)
     hf_kwargs |= _placement(skeleton, torch.device(device), offloaded)
     load = cast("Callable[..., tuple[PreTrainedModel, Mapping[str, Iterable[str]]]]", skeleton.from_pretrained)
@@ -112,15 +113,21 @@ def load_dense(
     _settle(model, cls, offloaded)
     if source is None:
         _name_source(model, generation_folder, name_or_path or folder, hf_kwargs)
-    attach_safe_save(model, folder, catalog, changed_config)
     return model
 
 
-def _decoded(catalog: ExpertCatalog, device: torch.device) -> Mapping[str, object]:
+def _decoded(catalog: ExpertCatalog, device: torch.device) -> dict[str, object]:
     """The dense tensors of a quantized checkpoint, decoded on `device` when they are taken."""
     view = catalog.view
     names = [name for name in view.tensors if not catalog.keys.issuperset(view.raw_names(name))]
-    return view.lazy(names, device)
+    return {**view.lazy(names, device)}
+
+
+def _unread(catalog: ExpertCatalog, names: Iterable[str], dtype: torch.dtype | str) -> dict[str, object]:
+    """By tensor, what the loader takes for dense weights that are never read: one zero, seen as their shape."""
+    zero = torch.zeros((), dtype=dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype))
+    tensors = [catalog.decoded[name] for name in names]
+    return {tensor: zero.expand(catalog.view.tensors[tensor].shape) for tensor in tensors}
 
 
 def _placement(

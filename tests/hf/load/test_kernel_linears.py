@@ -89,7 +89,7 @@ def test_logits_are_those_of_the_bitwise_mode_up_to_rounding(folder: Path) -> No
 def test_quantized_dense_weights(folder: Path, form: str, head: str) -> None:
     """Routers and embeddings stay; logits follow the bitwise ones as far as the format's error allows."""
     found = inspect(folder, OffloadConfig(device="cpu", slots_per_layer=3, dense=form))
-    formats = dense_formats(found.meta, form)
+    formats = dense_formats(found.meta, form, {})
     assert formats["lm_head"].kind == head
     assert {how.kind for name, how in formats.items() if name != "lm_head"} == {form}
     assert not any(name.endswith(".gate") or "embed" in name for name in formats)
@@ -109,14 +109,14 @@ def test_quantized_dense_weights(folder: Path, form: str, head: str) -> None:
 def test_the_plan_counts_quantized_weights(folder: Path) -> None:
     options: dict[str, Any] = {"device": "cpu", "slots_per_layer": 3, "exactness": "numeric"}
     native, packed = (inspect(folder, OffloadConfig(**options, dense=form)) for form in ("native", "int4"))
-    saved = saved_bytes(native.meta, "int4", torch.bfloat16)
+    saved = sum(saved_bytes(native.meta, "int4", torch.bfloat16, {}).values())
     assert saved > 0
     assert native.plan.dense - packed.plan.dense == saved
     assert packed.needs.bytes.loading == native.plan.dense
     model = load(folder, exactness="numeric", dense="int4")
     with model.offload:
         resident = sum(p.nbytes for p in [*model.parameters(), *model.buffers()] if not p.is_meta)
-        formats = dense_formats(packed.meta, "int4")
+        formats = dense_formats(packed.meta, "int4", {})
         quantized = sum(how.nbytes(*model.get_submodule(n).weight.shape) for n, how in formats.items())
         assert resident + quantized <= packed.plan.dense
 

@@ -5,14 +5,26 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from offmoe.errors import ConfigError, ShardChangedError
+from offmoe.hf.catalog.build import build_catalog
+from offmoe.hf.load.config import build_meta, model_class, read_config
+from offmoe.hf.load.save import attach_safe_save
+from offmoe.storage.checkpoint import Checkpoint
 from tests import tiny
-from tests.hf.load.test_load import load
+from tests.hf.load import test_load
+
+
+def load(folder: Path, **options: Any) -> tiny.Model:
+    model = test_load.load(folder, **options)
+    config = read_config(folder)
+    attach_safe_save(model, folder, build_catalog(Checkpoint.open(folder), build_meta(config, model_class(config))))
+    return model
 
 
 @pytest.fixture
