@@ -181,7 +181,7 @@ def load(inspected: Inspected, *, name: str = "", trace: str | os.PathLike[str] 
             backend=inspected.backend,
             computes_on_host=executor.computes_on_host,
         )
-        threads = None if dense is None else TorchThreads()
+        threads = None if dense is None else TorchThreads(kernels_attend=dense.attend)
         offload = Offload(model, loaded, executor, modules, slots, closing, warm, threads)
         if config.fills:
             offload.fill()

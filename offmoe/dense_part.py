@@ -10,14 +10,17 @@ from transformers import PreTrainedModel
 
 from offmoe.budget.inspect import Inspected
 from offmoe.compute.dense_linear import DenseKernels
+from offmoe.hf.adapters.find import decoder_layers
 from offmoe.hf.catalog.catalog import ExpertCatalog
 from offmoe.hf.load.attach import IMPLEMENTATION
 from offmoe.hf.load.dense_layers import OffloadedLayers, dense_layers
 from offmoe.hf.load.generation import plain_generation
 from offmoe.hf.load.grouped_attention import group_heads
 from offmoe.hf.load.kernel_linears import Pack, attach_kernels, dense_formats
+from offmoe.hf.load.kernel_norms import attach_norms
 from offmoe.hf.load.load import load_dense
 from offmoe.hf.load.save import attach_safe_save
+from offmoe.hf.load.token_attention import attach_token_attention
 from offmoe.pack.quantizer import quantizer
 from offmoe.quant.packed_weight import PackedWeight, WeightFormat
 
@@ -77,6 +80,9 @@ def _by_kernels(
     with quantizer() as quantize:
         pack = _as_stored(inspected.catalog) if config.dense == "native" else quantize
         kernels = attach_kernels(model, formats, pack, int8_activations=config.activations == "int8", absent=absent)
+    if kernels is not None:
+        attached = attach_token_attention(model, kernels, attach_norms(model, kernels.kernels))
+        kernels.attend = attached == len(decoder_layers(model))
     return kernels
 
 

@@ -122,9 +122,10 @@ class Steps:
             tokens: New ones of all sequences.
             context: Tokens that attention reads, of all sequences.
         """
-        if self._threads is None or tokens > FEW_ROWS or context * self._kv_per_token > MOST_KV_BYTES:
+        if self._threads is None or tokens > FEW_ROWS:
             return nullcontext()
-        return self._threads.one()
+        attends = tokens > 1 or not self._threads.kernels_attend
+        return nullcontext() if attends and context * self._kv_per_token > MOST_KV_BYTES else self._threads.one()
 
     @contextmanager
     def _watched(self, is_encoder: bool) -> Iterator[None]:

@@ -21,6 +21,7 @@ from offmoe.compute.expert_layer import ExpertLayer
 from offmoe.compute.kernels.cpu import CpuKernels, PreparedExpert, kernel_threads
 from offmoe.compute.kernels.gguf import GgufDecoder
 from offmoe.compute.kernels.library import MAX_TOKENS, status
+from offmoe.compute.kernels.torch_ffn import autocast_enabled
 from offmoe.compute.torch_compute import TorchCompute
 from offmoe.device.arena import SlotArena
 from offmoe.errors import OffmoeError, UnsupportedModelError
@@ -67,6 +68,14 @@ class CpuCompute(ExpertCompute):
             transfer.ready(pair[1])
             rows = self._rows(layer, [pair], inputs)
             yield (pair,), rows if inputs.pairs is None else rows.to(dtype)
+
+    def token(self, layer: ExpertLayer, slots: Sequence[int], hidden: torch.Tensor) -> torch.Tensor | None:
+        form = layer.cpu_slot
+        if form is None or layer.unlike or len(slots) > MAX_TOKENS or autocast_enabled(hidden):
+            return None
+        with self._calling:
+            prepared = self._slots_of(form)
+            return self._kernels.experts([prepared[slot] for slot in slots], hidden.float()).to(hidden.dtype)
 
     def _rows(self, layer: ExpertLayer, experts: Sequence[Slotted], inputs: LayerInput) -> torch.Tensor:
         """The rows of experts whose slots are ready, in one call of the kernels where that can be."""

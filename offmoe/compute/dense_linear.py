@@ -78,6 +78,8 @@ class DenseKernels:
         self._is_closed = False
         self.max_rows = max_rows()
         """Rows up to which torch's product of bf16 is not asked; None: never."""
+        self.attend = False
+        """Whether they compute attention of single tokens in all layers of the model."""
 
     @property
     def kernels(self) -> CpuKernels:

@@ -25,7 +25,9 @@ class TorchThreads:
     thread sets it and the last one sets back what was there.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, kernels_attend: bool = False) -> None:
+        """kernels_attend: whether the C kernels compute attention of single tokens in all layers."""
+        self.kernels_attend = kernels_attend
         self._passes, self._before = 0, 1
 
     @contextmanager

@@ -1,0 +1,287 @@
+"""Attention of one new token by two calls of the C kernels, on a CPU (`exactness="numeric"`).
+
+Which modules compute plain attention is decided by their code, not by their family: it is that of one of the modules in
+`PLAIN_ATTENTION`, and what it does for a token is written once, in C. The first tokens are computed both ways. If the
+results differ by more than rounding, modules of that kind stay as they are.
+
+Moves: the weights of the projections, and the layer's keys and values, once.
+Bound: memory bandwidth.
+Must never: take a call whose result the module's own code would make of anything but its input, its weights, the cache
+and the position.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import logging
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from offmoe.compute.dense_linear import DenseKernels
+from offmoe.compute.kernels.token_attention import (
+    MAX_ROTARY,
+    HeadNorms,
+    Projections,
+    TokenAttention,
+)
+from offmoe.errors import OffmoeError
+from offmoe.hf.load.grouped_attention import IMPLEMENTATION, NOT_PLAIN, STOCK
+from offmoe.hf.load.kernel_linears import LinearForward
+from offmoe.hf.load.kernel_norms import KnownNorm, weight_of
+from offmoe.hf.load.own_forward import OwnForward, StockForward, has_hooks, is_plain
+from offmoe.hf.upstream import attention_name, plain_attention
+
+logger = logging.getLogger(__name__)
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
+NORMS = ("q_norm", "k_norm")
+ROTATIONS = ("apply_rotary_pos_emb", "rotate_half")
+"""Functions that modules of transformers rotate heads with. Those of one name differ between families."""
+COMPARED = 2
+"""Tokens that modules of one kind compute both ways."""
+TOLERANCE = 0.05
+"""Largest relative difference (L2) of keys, values and outputs. Rounding in bf16 makes 0.4 %, int8 activations of the
+output's projection 1 to 2 %; another rotation makes 100 %."""
+
+
+class Part(NamedTuple):
+    """A module of an attention module, as it was when its weight was prepared."""
+
+    module: nn.Module
+    forward: object
+    weight: torch.Tensor
+    address: int
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Part:
+        weight = module._parameters["weight"]
+        assert weight is not None
+        return cls(module, module.__dict__.get("forward"), weight, _address(weight))
+
+    def is_unchanged(self, module: nn.Module | None) -> bool:
+        return (
+            module is self.module
+            and module.__dict__.get("forward") is self.forward
+            and module._parameters["weight"] is self.weight
+            and _address(self.weight) == self.address
+            and not has_hooks(module)
+        )
+
+
+@dataclass
+class Trial:
+    """How the calls of modules of one kind compare with their own code so far."""
+
+    left: int = COMPARED
+    differs: bool = False
+
+
+class SeenCache:
+    """A cache as an attention module sees it, that keeps what the module got from it."""
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+        self.states: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        self.states = self._cache.update(keys, values, *arguments, **options)
+        return self.states
+
+
+class TokenForward(OwnForward):
+    """The `forward` of one attention module."""
+
+    def __init__(
+        self, module: nn.Module, owner: DenseKernels, weights: Projections, norms: HeadNorms | None, trial: Trial
+    ) -> None:
+        self._stock, self._owner, self._trial = StockForward(module), owner, trial
+        self._weights, self._norms = weights, norms
+        self._parts = {name: Part.of(child) for name, child in module.named_children()}
+        self._attention: TokenAttention | None = None
+
+    def __call__(self, hidden_states: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        module = self._stock.module
+        attention = None if arguments else self._prepared(module, hidden_states, options)
+        if attention is None:
+            return self._stock(hidden_states, *arguments, **options)
+        if self._trial.left:
+            return self._compared(attention, hidden_states, options)
+        heads = self._owner.run(attention.heads, hidden_states, *options["position_embeddings"])
+        if heads is None:  # the kernels were closed
+            return self._stock(hidden_states, **options)
+        cache, states = options.get("past_key_values"), (heads.key, heads.value)
+        if cache is not None:
+            states = cache.update(*states, module.layer_idx)
+        return self._attended(attention, heads.queries, *states), None
+
+    def _prepared(self, module: Any, x: torch.Tensor, options: Mapping[str, Any]) -> TokenAttention | None:
+        """The calls for an input; None if the module's own code computes it."""
+        angles = options.get("position_embeddings")
+        if (
+            self._trial.differs
+            or x.shape[:-1] != (1, 1)
+            or angles is None
+            or options.get("attention_mask") is not None
+            or options.get("output_attentions")
+            or any(options.get(name) is not None for name in NOT_PLAIN)
+            or module.training
+            or attention_name(module.config) not in (STOCK, IMPLEMENTATION)
+            or not is_plain(x)
+            or any(not part.is_unchanged(module._modules.get(name)) for name, part in self._parts.items())
+        ):
+            return None
+        cos, sin = angles
+        if not (cos.dtype is sin.dtype is torch.bfloat16 and cos.is_contiguous() and sin.is_contiguous()):
+            return None
+        rotary = cos.shape[-1]
+        if self._attention is None:
+            if rotary % 2 or rotary > min(module.head_dim, MAX_ROTARY):
+                return None
+            self._attention = TokenAttention(
+                self._owner.kernels,
+                self._weights,
+                width=module.head_dim,
+                rotary=rotary,
+                scale=float(module.scaling),
+                norms=self._norms,
+            )
+        attention = self._attention
+        fits = x.shape[-1] == attention.hidden and cos.numel() == sin.numel() == rotary == attention.rotary
+        return attention if fits else None
+
+    def _attended(
+        self, attention: TokenAttention, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        keys, values = (_in_rows(states.to(torch.bfloat16)) for states in (keys, values))
+        out = self._owner.run(attention.attend, queries, keys, values)
+        if out is None:
+            raise OffmoeError("the model was closed; load it again with from_pretrained.")
+        return out
+
+    def _compared(self, attention: TokenAttention, x: torch.Tensor, options: dict[str, Any]) -> Any:
+        """The module's own result. Counts it if it is that of the calls; else the calls are given up."""
+        cache = options.get("past_key_values")
+        seen = None if cache is None else SeenCache(cache)
+        own = self._stock(x, **{**options, "past_key_values": seen})
+        heads = self._owner.run(attention.heads, x, *options["position_embeddings"])
+        if seen is None or seen.states is None or heads is None or seen.states[0].shape[2] < 2:
+            return own  # a first token is not rotated, so it shows nothing
+        keys, values = seen.states
+        pairs = [
+            (heads.key, keys[:, :, -1:]),
+            (heads.value, values[:, :, -1:]),
+            (self._attended(attention, heads.queries, keys, values), own[0]),
+        ]
+        self._trial.left -= 1
+        if any(not _is_close(found, wanted) for found, wanted in pairs):
+            self._trial.differs = True
+            logger.warning(
+                "%s is computed by transformers' code: the C kernels' attention differs from it, which costs speed "
+                "alone. Please report it with the model's config.json",
+                type(self._stock.module).__name__,
+            )
+        return own
+
+
+def _in_rows(states: torch.Tensor) -> torch.Tensor:
+    """[1, groups, T, width] whose groups are contiguous each."""
+    width = states.shape[-1]
+    return states if states.stride()[2:] == (width, 1) else states.contiguous()
+
+
+def _address(weight: torch.Tensor) -> int:
+    return 0 if weight.is_meta else weight.data_ptr()
+
+
+def _is_close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    if found.shape != wanted.shape:
+        return False
+    difference, size = (found.float() - wanted.float()).norm(), wanted.float().norm()
+    return bool(difference <= TOLERANCE * size)
+
+
+def attach_token_attention(model: nn.Module, owner: DenseKernels, norms: Mapping[nn.Module, KnownNorm]) -> int:
+    """Let the kernels compute plain attention of single tokens.
+
+    Args:
+        model: a loaded model on the CPU whose linear layers the kernels compute.
+        owner: these kernels.
+        norms: the model's RMS norms that kernels compute.
+
+    Returns:
+        The number of modules.
+    """
+    trials: dict[object, Trial] = {}
+    count = 0
+    for module in model.modules():
+        weights = _projections(module)
+        if weights is None or not _is_plain_code(type(module)):
+            continue
+        children = module._modules
+        of_heads = None
+        if len(children) > len(LINEARS):
+            q, k = (children[name] for name in NORMS)
+            assert q is not None and k is not None  # noqa: PT018
+            if q not in norms or k not in norms or norms[q] != norms[k]:
+                continue
+            kind, eps = norms[q]
+            of_heads = HeadNorms(weight_of(q), weight_of(k), eps, kind)
+            if {len(of_heads.q), len(of_heads.k)} != {module.head_dim}:
+                continue
+        shape = tuple((weight.struct.rows, weight.struct.cols) for weight in weights)
+        trial = trials.setdefault((type(module), module.head_dim, module.scaling, shape), Trial())
+        object.__setattr__(module, "forward", TokenForward(module, owner, weights, of_heads, trial))
+        count += 1
+    return count
+
+
+def _projections(module: nn.Module) -> Projections | None:
+    """The prepared weights of a module that has what plain attention needs, and nothing else."""
+    children = module._modules
+    if children.keys() not in ({*LINEARS}, {*LINEARS, *NORMS}) or module._parameters or module._buffers:
+        return None
+    forwards = [vars(children[name]).get("forward") for name in LINEARS]
+    linears = [forward for forward in forwards if isinstance(forward, LinearForward)]
+    if len(linears) < len(LINEARS) or "forward" in vars(module):
+        return None
+    weights = Projections(*[forward.prepared for forward in linears])
+    width = getattr(module, "head_dim", None)
+    if not isinstance(width, int) or not isinstance(getattr(module, "scaling", None), float):
+        return None
+    return weights if weights.fit(width) else None
+
+
+def _is_plain_code(cls: type[nn.Module]) -> bool:
+    """Whether a class computes what one of the known modules computes, by its code and that of its rotation."""
+    found = _codes(cls)
+    return None not in found and found in [_codes(known) for known in plain_attention()]
+
+
+def _codes(cls: type[nn.Module]) -> list[str | None]:
+    """The code of a class's `forward` and of the functions of its module that rotate heads."""
+    names = cls.forward.__globals__
+    return [_code(function) for function in (cls.forward, *(names.get(name) for name in ROTATIONS))]
+
+
+@cache
+def _code(function: Callable[..., Any] | None) -> str | None:
+    """A function's code without annotations and words; None if it cannot be read."""
+    if function is None:
+        return None
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    except (OSError, TypeError, SyntaxError):
+        return None
+    assert isinstance(tree, ast.FunctionDef)
+    body = [node for node in tree.body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.AnnAssign):
+            node.annotation = ast.Constant(None)
+    return "\n".join(ast.dump(node) for node in body)
