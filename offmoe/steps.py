@@ -20,6 +20,7 @@ from offmoe.compute.torch_threads import MOST_KV_BYTES, TorchThreads
 from offmoe.errors import CapacityError
 from offmoe.hf.load.attach import encoder_and_decoder
 from offmoe.hf.load.capture import CapturedLayers, capture_layers
+from offmoe.hf.load.roomy_cache import give_room
 from offmoe.hf.predict.next_layer import NextLayerPredictor
 from offmoe.runtime.calls import Predictor
 from offmoe.runtime.executor import ExpertExecutor
@@ -91,6 +92,8 @@ class Steps:
         rows = ids if isinstance(ids, torch.Tensor) else arguments.get("inputs_embeds")  # [batch, length(, hidden)]
         batch, length = (int(rows.shape[0]), int(rows.shape[1])) if isinstance(rows, torch.Tensor) else (1, 0)
         past = self.checks.check(batch, length, arguments, is_encoder)
+        if self._threads is not None:
+            give_room(arguments.get("past_key_values"))
         trace = self._executor.trace
         if self.shared is not None and not self.watches:
             self.shared(ids if isinstance(ids, torch.Tensor) else None)

@@ -18,6 +18,8 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from offmoe.hf.load.roomy_cache import GROWING, without_room
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -201,10 +203,11 @@ def crop(cache: DynamicCache, length: int) -> bool:
     with torch.no_grad():
         for layer in layers:
             excess = layer.get_seq_length() - length
-            if excess < 0 or (excess > 0 and type(layer) is not DynamicLayer):
+            if excess < 0 or (excess > 0 and type(layer) not in GROWING):
                 return False
             if excess:
                 layer.crop(-excess)
                 # Views would keep the memory of what was cropped.
                 layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+        without_room(layers)
     return True
