@@ -7,8 +7,8 @@ every second round, each in a process of its own with the same number of threads
 per --cap, in a memory cgroup of that share of the file, which counts the page cache, with the files out of the cache.
 Prints medians and ranges, and their ratio by round; --json prints one object as the last line.
 
---same-file compares them on one GGUF file in the mixture Q4_K_M, of Qwen3's shape (`gguf_model.py`). offmoe decodes
-dense weights of GGUF files to bf16 when it loads them, or quantizes them by --dense.
+--same-file compares them on one GGUF file in the mixture Q4_K_M, of Qwen3's shape (`gguf_model.py`). offmoe computes
+with its dense weights as they are stored, or quantizes them by --dense.
 
 llama.cpp is taken as --llama-bench PATH, or as --library FOLDER with prebuilt shared libraries (libllama, libggml and
 their backends), which are driven by the C API. Its routers route by themselves, as offmoe's do here: a recorded routing
