@@ -126,7 +126,7 @@ def test_an_interruption_leaves_nothing(checkpoint: Path, temporary: Path, monke
             logits(checkpoint, experts="int4")
     assert list(temporary.iterdir()) == []
     with monkeypatch.context() as patch:  # once it is written
-        patch.setattr("offmoe.api.load_dense", interrupted)
+        patch.setattr("offmoe.dense_part.load_dense", interrupted)
         with pytest.raises(KeyboardInterrupt):
             logits(checkpoint, experts="int4")
     assert list(temporary.iterdir()) == []

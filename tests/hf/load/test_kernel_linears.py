@@ -163,7 +163,9 @@ def test_a_compiled_layer_is_torchs(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "past", "threads"), [(1, 8, 1), (4, 8, 1), (5, 8, 2), (1, 40, 2)], ids=["one", "four", "five", "context"]
+    ("tokens", "past", "threads"),
+    [(1, 8, 1), (4, 8, 1), (5, 8, 2), (2, 40, 2), (1, 40, 1)],
+    ids=["one", "four", "five", "two in a context", "one in a context"],
 )
 def test_torch_has_one_thread_for_a_few_tokens(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tokens: int, past: int, threads: int
@@ -179,6 +181,24 @@ def test_torch_has_one_thread_for_a_few_tokens(
             model(tiny.prompt(1, tokens), past_key_values=cache)
         assert seen == [threads]
         assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_torch_has_its_threads_where_it_computes_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gpt-oss has sinks, which the kernels' attention has not."""
+    monkeypatch.setattr(steps, "MOST_KV_BYTES", 1)
+    sizes = SIZES | {"head_dim": 32, "vocab_size": 128}
+    tiny.save(tiny.build("gpt_oss", torch.bfloat16, **sizes), tmp_path)
+    before, seen = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(2)
+        model = load(tmp_path, exactness="numeric")
+        with model.offload, torch.no_grad():
+            assert computed(model)
+            model.model.norm.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
+            model(tiny.prompt(1, 1))
+        assert seen == [2]
     finally:
         torch.set_num_threads(before)
 
