@@ -195,6 +195,13 @@ def _in_words(speed: Expectation | None) -> list[str]:
     ]
 
 
+def _packed(survey: Survey) -> str:
+    """In what other form than the dtype to compute in some dense weights are."""
+    if survey.config.dense != "native":
+        return f" and {survey.config.dense}"
+    return " and as stored" if survey.catalog is not None and survey.catalog.stored else ""
+
+
 def _needs(name: str, survey: Survey, unpredictable: Unpredictable) -> Table:
     shape, dtype = survey.shape, str(survey.dtype).removeprefix("torch.")
     dense = survey.plan.dense + survey.plan.offloaded
@@ -209,7 +216,7 @@ def _needs(name: str, survey: Survey, unpredictable: Unpredictable) -> Table:
     stored = f", {formats}" if formats else ""
     table.add_row("one expert", f"{format_size(max(shape.expert_bytes))} ({max(shape.expert_bytes)} bytes){stored}")
     table.add_row("all experts", f"{format_size(survey.expert_bytes)} in {sum(shape.experts)}, {share} of the model")
-    table.add_row("dense part", f"{format_size(dense)} in {dtype}, needed for every token")
+    table.add_row("dense part", f"{format_size(dense)} in {dtype}{_packed(survey)}, needed for every token")
     table.add_row("experts ahead", _predictable(unpredictable))
     from offmoe.storage.open_shards import most_open
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from offmoe.config import ON_MISS, CacheOptions
 from offmoe.device.backend import CpuBackend
@@ -12,7 +13,7 @@ from offmoe.profile import CostModel, Profile
 from offmoe.simulate.expect import expect
 from offmoe.text import parse_size, size_option
 from offmoe.types import CacheShape
-from tests import families, quantized, tiny
+from tests import families, gguf_models, native, quantized, tiny
 from tests.cli.conftest import Outcome
 
 Run = Callable[..., Outcome]
@@ -245,3 +246,18 @@ def test_more_slots_than_experts_are_said_so(offmoe: Run, checkpoint: Path) -> N
     assert "slots_per_layer=99: a layer has 8 experts, so it gets no more slots than those" in outcome.err
     assert "8 per layer, 100.0 %" in outcome.out
     assert "slots_per_layer" not in offmoe("inspect", checkpoint, "--device", "cpu", "--slots-per-layer", "8").err
+
+
+@native.installed
+@pytest.mark.parametrize(("options", "form"), [((), ""), (("--dense", "int8"), " and int8")], ids=["native", "int8"])
+def test_the_form_of_dense_weights_is_said(offmoe: Run, tmp_path: Path, options: tuple[str, ...], form: str) -> None:
+    model = tiny.build("mixtral", torch.bfloat16, hidden_size=64, intermediate_size=64)
+    found = offmoe("inspect", tiny.save(model, tmp_path / "model"), "--device", "cpu", *options)
+    assert f"in bfloat16{form}, needed for" in found.out
+
+
+@native.installed
+def test_dense_weights_of_a_gguf_file_are_as_stored(offmoe: Run, tmp_path: Path) -> None:
+    file = gguf_models.save(tmp_path, "mixtral").file
+    found = offmoe("inspect", file, "--device", "cpu", "--exactness", "numeric")
+    assert "in bfloat16 and as stored, needed for" in found.out
