@@ -83,16 +83,18 @@ class Trial:
     differs: bool = False
 
 
-class SeenCache:
-    """A cache as an attention module sees it, that keeps what the module got from it."""
+class OwnStates:
+    """The cache as a module's own code sees it once the calls have put their key and value there: with its own ones."""
 
-    def __init__(self, cache: Any) -> None:
-        self._cache = cache
-        self.states: tuple[torch.Tensor, torch.Tensor] | None = None
+    def __init__(self, states: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """states: keys and values of all tokens, [1, groups, T, width]; they are not changed."""
+        self._states = states
+        self.own: tuple[torch.Tensor, torch.Tensor] | None = None
+        """The key and the value that the module's code made."""
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, *arguments: Any, **options: Any) -> Any:
-        self.states = self._cache.update(keys, values, *arguments, **options)
-        return self.states
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, ...]:
+        self.own = keys, values
+        return tuple(torch.cat([s[:, :, :-1], new], 2) for s, new in zip(self._states, self.own, strict=True))
 
 
 class TokenForward(OwnForward):
@@ -111,15 +113,16 @@ class TokenForward(OwnForward):
         attention = None if arguments else self._prepared(module, hidden_states, options)
         if attention is None:
             return self._stock(hidden_states, *arguments, **options)
-        if self._trial.left:
-            return self._compared(attention, hidden_states, options)
         heads = self._owner.run(attention.heads, hidden_states, *options["position_embeddings"])
         if heads is None:  # the kernels were closed
             return self._stock(hidden_states, **options)
         cache, states = options.get("past_key_values"), (heads.key, heads.value)
         if cache is not None:
             states = cache.update(*states, module.layer_idx)
-        return self._attended(attention, heads.queries, *states), None
+        out = self._attended(attention, heads.queries, *states)
+        if self._trial.left and states[0].shape[2] > 1:  # a first token is not rotated, so it shows nothing
+            out = self._compared(out, states, hidden_states, options)
+        return out, None
 
     def _prepared(self, module: Any, x: torch.Tensor, options: Mapping[str, Any]) -> TokenAttention | None:
         """The calls for an input; None if the module's own code computes it."""
@@ -165,28 +168,38 @@ class TokenForward(OwnForward):
             raise OffmoeError("the model was closed; load it again with from_pretrained.")
         return out
 
-    def _compared(self, attention: TokenAttention, x: torch.Tensor, options: dict[str, Any]) -> Any:
-        """The module's own result. Counts it if it is that of the calls; else the calls are given up."""
-        cache = options.get("past_key_values")
-        seen = None if cache is None else SeenCache(cache)
-        own = self._stock(x, **{**options, "past_key_values": seen})
-        heads = self._owner.run(attention.heads, x, *options["position_embeddings"])
-        if seen is None or seen.states is None or heads is None or seen.states[0].shape[2] < 2:
-            return own  # a first token is not rotated, so it shows nothing
-        keys, values = seen.states
-        pairs = [
-            (heads.key, keys[:, :, -1:]),
-            (heads.value, values[:, :, -1:]),
-            (self._attended(attention, heads.queries, keys, values), own[0]),
-        ]
+    def _compared(
+        self,
+        out: torch.Tensor,
+        states: tuple[torch.Tensor, torch.Tensor],
+        x: torch.Tensor,
+        options: Mapping[str, Any],
+    ) -> torch.Tensor:
+        """The output of the calls, if the module's own code gives the same; else its own, and the calls are given up.
+
+        The output of a token is the same whether it was compared or not.
+
+        Args:
+            out: the output of the calls.
+            states: keys and values of all tokens, as the cache holds them.
+            x: the input.
+            options: of the module's code.
+        """
+        cache = OwnStates(states)
+        own: torch.Tensor = self._stock(x, **{**options, "past_key_values": cache})[0]
+        assert cache.own is not None, "code that was read before updates its cache"
         self._trial.left -= 1
-        if any(not _is_close(found, wanted) for found, wanted in pairs):
-            self._trial.differs = True
-            logger.warning(
-                "%s is computed by transformers' code: the C kernels' attention differs from it, which costs speed "
-                "alone. Please report it with the model's config.json",
-                type(self._stock.module).__name__,
-            )
+        pairs = [*((held[:, :, -1:], new) for held, new in zip(states, cache.own, strict=True)), (out, own)]
+        if all(_is_close(found, wanted) for found, wanted in pairs):
+            return out
+        self._trial.differs = True
+        for held, new in zip(states, cache.own, strict=True):
+            held[:, :, -1:] = new
+        logger.warning(
+            "%s is computed by transformers' code: the C kernels' attention differs from it, which costs speed "
+            "alone. Please report it with the model's config.json",
+            type(self._stock.module).__name__,
+        )
         return own
 
 
