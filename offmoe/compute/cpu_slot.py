@@ -286,7 +286,7 @@ def put_tiles(codec: Codec, raw: Mapping[str, torch.Tensor], into: PackedWeight)
     """Put one matrix into tiles, whose format is `format_of` its codec.
 
     Args:
-        codec: the matrix's codec; it decodes to [out, in].
+        codec: the matrix's codec; it decodes to [out, in], and is not `PackedInt`, whose words need a flip.
         raw: its components in RAM.
         into: in tiles, contiguous in RAM.
 
@@ -300,8 +300,7 @@ def put_tiles(codec: Codec, raw: Mapping[str, torch.Tensor], into: PackedWeight)
         return
     tiles = into.params("")
     for plane, part in rows_of(codec, raw, into.format).items():
-        flip = codec.flip if isinstance(codec, PackedInt) and not plane else 0
-        _tile(part, tiles[plane], flip, torch.Tensor.copy_)
+        _tile(part, tiles[plane], 0, torch.Tensor.copy_)
 
 
 def _transposed_pairs(both: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from offmoe.errors import CapacityError, CheckpointError, ConfigError, MissingTe
 from offmoe.hf.adapters.find import find_experts, require_adapter
 from offmoe.hf.catalog.catalog import ExpertCatalog
 from offmoe.hf.load.dense_layers import OffloadedLayers
-from offmoe.hf.load.options import check_forwarded
+from offmoe.hf.load.options import check_forwarded, parse_dtype
 from offmoe.storage.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 
 METADATA = re.compile(rb'"metadata"\s*:\s*\{')
@@ -96,7 +96,7 @@ def load_dense(
     if catalog.view.needs_decoding:  # then transformers gets a state dict whose values are decoded when it takes them
         source, dtype = None, dtype or config.dtype or torch.bfloat16
         unread = [name for name in packed if offloaded is None or name not in offloaded.names]
-        hf_kwargs["state_dict"] = _decoded(catalog, torch.device(device)) | _unread(catalog, unread, dtype)
+        hf_kwargs["state_dict"] = {**_decoded(catalog, torch.device(device)), **_unread(catalog, unread, dtype)}
     skeleton = without_experts(cls, catalog.parameters)
     hf_kwargs |= _placement(skeleton, torch.device(device), offloaded)
     load = cast("Callable[..., tuple[PreTrainedModel, Mapping[str, Iterable[str]]]]", skeleton.from_pretrained)
@@ -116,16 +116,18 @@ def load_dense(
     return model
 
 
-def _decoded(catalog: ExpertCatalog, device: torch.device) -> dict[str, object]:
+def _decoded(catalog: ExpertCatalog, device: torch.device) -> Mapping[str, object]:
     """The dense tensors of a quantized checkpoint, decoded on `device` when they are taken."""
     view = catalog.view
     names = [name for name in view.tensors if not catalog.keys.issuperset(view.raw_names(name))]
-    return {**view.lazy(names, device)}
+    return view.lazy(names, device)
 
 
-def _unread(catalog: ExpertCatalog, names: Iterable[str], dtype: torch.dtype | str) -> dict[str, object]:
+def _unread(catalog: ExpertCatalog, names: Collection[str], dtype: torch.dtype | str) -> Mapping[str, object]:
     """By tensor, what the loader takes for dense weights that are never read: one zero, seen as their shape."""
-    zero = torch.zeros((), dtype=dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype))
+    if not names:
+        return {}
+    zero = torch.zeros((), dtype=parse_dtype(dtype))
     tensors = [catalog.decoded[name] for name in names]
     return {tensor: zero.expand(catalog.view.tensors[tensor].shape) for tensor in tensors}
 

@@ -6,6 +6,7 @@
  */
 #include <string.h>
 
+#include "half.h"
 #include "offmoe.h"
 
 enum { FEW_BYTES = 1 << 17 }; /* keys and values that one thread reads before others would be awake */
@@ -17,20 +18,12 @@ static inline float of_bf16(uint16_t h) {
     return x;
 }
 
-/* To nearest, ties to even; what is not a number stays so. */
-static inline uint16_t to_bf16(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    const uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
-    return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded >> 16);
-}
-
 static void widen(const uint16_t *from, float *to, int count) {
     for (int i = 0; i < count; i++) to[i] = of_bf16(from[i]);
 }
 
 static void narrow(const float *from, uint16_t *to, int count) {
-    for (int i = 0; i < count; i++) to[i] = to_bf16(from[i]);
+    for (int i = 0; i < count; i++) to[i] = bf16_of(from[i]);
 }
 
 /* Each 32 numbers: the even ones, then the odd ones, as words of two bf16 are read. */

@@ -25,13 +25,6 @@ INLINE float half_at(const uint8_t *p) {
 #endif
 }
 
-INLINE uint16_t bf16_of(float x) {
-    uint32_t b;
-    memcpy(&b, &x, 4);
-    const uint32_t rounded = (b + 0x7fff + (b >> 16 & 1)) >> 16;
-    return (uint16_t)((b & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
-}
-
 /* Where values go: bf16 or float32. streams: vectors are written past the caches; only bf16 at a multiple of 64 bytes. */
 struct sink {
     void *out;

@@ -1,4 +1,4 @@
-/* The sixteen bits of a float in half precision, to nearest, ties to even; as torch and the processors convert. */
+/* The sixteen bits of a float in half precision and in bf16, to nearest, ties to even; as torch and the processors do. */
 #ifndef HALF_H
 #define HALF_H
 #include <stdint.h>
@@ -35,5 +35,12 @@ static inline float of_half(uint16_t h) {
     b |= sign;
     memcpy(&x, &b, 4);
     return x;
+}
+
+static inline __attribute__((always_inline)) uint16_t bf16_of(float x) {
+    uint32_t b;
+    memcpy(&b, &x, 4);
+    const uint32_t rounded = (b + 0x7fff + (b >> 16 & 1)) >> 16;
+    return (uint16_t)((b & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
 }
 #endif
