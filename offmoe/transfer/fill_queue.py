@@ -148,7 +148,9 @@ class FillQueue:
         self._landed: list[Ticket] = []
         """Tickets that have landed since the last access."""
         self._in_slot: dict[int, Ticket] = {}
+        """By slot, the fill whose place it is: until a fetch takes it, or no reader writes there any more."""
         self._in_ram: dict[int, Ticket] = {}
+        """The same by RAM slot."""
         self._of_key: defaultdict[ExpertKey, list[Ticket]] = defaultdict(list)
         self._sizes: dict[Ticket, int] = {}
         self._progress = FillProgress()
@@ -163,8 +165,10 @@ class FillQueue:
         for ticket in (ticket for batch in batches for ticket in batch.tickets):
             fetch = ticket.fetch
             if fetch.slot != NO_SLOT:
+                assert fetch.slot not in self._in_slot
                 self._in_slot[fetch.slot] = ticket
             if fetch.host is not None:
+                assert fetch.host not in self._in_ram
                 self._in_ram[fetch.host] = ticket
             self._of_key[fetch.key].append(ticket)
             self._sizes[ticket] = size_of(fetch.key)
@@ -222,6 +226,8 @@ class FillQueue:
             self._count("", 1, nbytes)
             if ticket.filling:
                 self._landed.append(ticket)
+        else:
+            self._vacate(ticket)
         ticket.issued.set()
         ticket.arrival.end()
 
@@ -241,6 +247,7 @@ class FillQueue:
         for ticket in rest:
             ticket.error = batch.error or CancelledError()
             self._forget(ticket)
+            self._vacate(ticket)
             ticket.issued.set()
             ticket.arrival.end()
         batch.issued.set()
@@ -268,6 +275,7 @@ class FillQueue:
                         settled.append(ticket)
         for ticket in settled:
             self._forget(ticket)
+            self._vacate(ticket)
             ticket.filling = False
         self.is_open = bool(self._of_key or self.waiting or self.running)
         return settled
@@ -276,10 +284,11 @@ class FillQueue:
         """Drop the fills whose place or expert a fetch takes.
 
         Returns:
-            (the fill that held its slot, the fill that held its RAM slot), None where there is none.
+            (the fill that held its slot, the fill that held its RAM slot), None where there is none. A fill that was
+            displaced before, by a fetch of its expert to another place, holds its places while it may write there.
         """
-        in_slot = self._in_slot.get(fetch.slot)
-        in_ram = None if fetch.host is None else self._in_ram.get(fetch.host)
+        in_slot = self._in_slot.pop(fetch.slot, None)
+        in_ram = None if fetch.host is None else self._in_ram.pop(fetch.host, None)
         for ticket in {t for t in (in_slot, in_ram, *self._of_key.get(fetch.key, ())) if t is not None}:
             self._drop(ticket)
         return in_slot, in_ram
@@ -310,16 +319,22 @@ class FillQueue:
             ticket.issued.set()
             ticket.arrival.end()
         self._forget(ticket)
+        if ticket.issued.is_set():
+            self._vacate(ticket)
+
+    def _vacate(self, ticket: Ticket) -> None:
+        """Free a ticket's places: no reader writes there any more, or the engine keeps the ticket from now on."""
+        fetch = ticket.fetch
+        if self._in_slot.get(fetch.slot) is ticket:
+            del self._in_slot[fetch.slot]
+        if fetch.host is not None and self._in_ram.get(fetch.host) is ticket:
+            del self._in_ram[fetch.host]
 
     def _forget(self, ticket: Ticket) -> None:
         """Take a ticket off the books, dropped or in effect."""
         fetch = ticket.fetch
         if self._sizes.pop(ticket, None) is None:
             return
-        if self._in_slot.get(fetch.slot) is ticket:
-            del self._in_slot[fetch.slot]
-        if fetch.host is not None and self._in_ram.get(fetch.host) is ticket:
-            del self._in_ram[fetch.host]
         self._of_key[fetch.key].remove(ticket)
         if not self._of_key[fetch.key]:
             del self._of_key[fetch.key]

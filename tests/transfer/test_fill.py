@@ -20,10 +20,11 @@ from offmoe.policy.planner import build_planner
 from offmoe.runtime.fill import BackgroundFill
 from offmoe.simulate.fills import fill as fill_again
 from offmoe.trace.fills import Fills
-from offmoe.types import Access, CacheStats, Demand, ExpertKey
+from offmoe.transfer.waits import Waits
+from offmoe.types import Access, CacheStats, Demand, ExpertKey, Fetch, Fill
 from tests.doubles import DeferredBackend
 from tests.policy.invariants import check_planner
-from tests.transfer.test_stream import EXPERTS, LAYERS, SHAPE, Rig, checkpoint, random_accesses, slow_at_random
+from tests.transfer.test_stream import EXPERTS, LAYERS, LAYOUT, SHAPE, Rig, checkpoint, random_accesses, slow_at_random
 
 __all__ = ["checkpoint"]
 ORDER = [ExpertKey(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
@@ -70,11 +71,16 @@ class FillingRig(Rig):
         return self._filled(lambda progress: not progress.running)
 
     def _filled(self, enough):
-        deadline = time.monotonic() + PATIENCE_S
-        while not enough(self.engine.fill_progress):
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
+        until(lambda: enough(self.engine.fill_progress))
         return self.engine.fill_progress
+
+
+def until(holds):
+    """Wait until a condition holds."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
 
 
 @pytest.fixture
@@ -189,6 +195,60 @@ def test_a_demand_takes_the_place_of_a_fill_under_way(checkpoint, monkeypatch):
         assert (rig.stats.filled, rig.rows) == (0, ([], []))
     finally:
         reads.gate.set()
+        rig.close()
+
+
+def test_a_fill_whose_expert_goes_elsewhere_keeps_its_ram_slot_while_it_is_read(checkpoint, monkeypatch):
+    """The read under way ends in the RAM slot. The next expert there must wait for it."""
+    monkeypatch.setattr(fill_queue, "window_bytes", lambda nbytes: 0)
+    reads = HeldReads()
+    rig = Rig(checkpoint, DeferredBackend(), CacheOptions(slots_per_layer=5, host_slots=EXPERTS), reads, pins=1000)
+    engine, key, other = rig.engine, ExpertKey(0, 0), ExpertKey(0, 1)
+    try:
+        engine.fill([Fill(key, 3, 2)])
+        assert reads.begun.wait(PATIENCE_S)
+        engine.prefetch([Fetch(key, 0, None, 0)])
+        threading.Timer(0.05, reads.gate.set).start()
+        engine.fetch([Fetch(other, 3, None, 2)])
+        engine.ready(3)
+        until(lambda: not engine.fill_progress.running)
+        engine.fetch([Fetch(other, 4, None, 2, read=False)])
+        engine.ready(4)
+        assert [slot for slot in (3, 4) if not (rig.arena.views(slot, LAYOUT)["weight"] == 1.0).all()] == []
+    finally:
+        reads.gate.set()
+        rig.close()
+
+
+class HeldCopies(Waits):
+    """The first copy into a slot blocks until `gate` is set; `begun` tells that it has begun."""
+
+    def __init__(self):
+        self.begun, self.gate = threading.Event(), threading.Event()
+
+    def slot_last_read(self, copies, last_read):
+        if not self.begun.is_set():
+            self.begun.set()
+            assert self.gate.wait(PATIENCE_S)
+        super().slot_last_read(copies, last_read)
+
+
+def test_a_fill_whose_expert_goes_elsewhere_keeps_its_slot_while_it_is_copied(checkpoint, monkeypatch):
+    monkeypatch.setattr(fill_queue, "window_bytes", lambda nbytes: 0)
+    waits = HeldCopies()
+    rig = Rig(checkpoint, CpuBackend(), CacheOptions(slots_per_layer=5), waits=waits)
+    engine, key, other = rig.engine, ExpertKey(0, 0), ExpertKey(0, 1)
+    try:
+        engine.fill([Fill(key, 3, None)])
+        assert waits.begun.wait(PATIENCE_S)
+        engine.prefetch([Fetch(key, 0, None)])
+        threading.Timer(0.05, waits.gate.set).start()
+        engine.fetch([Fetch(other, 3, None)])
+        engine.ready(3)
+        until(lambda: not engine.fill_progress.running)
+        assert (rig.arena.views(3, LAYOUT)["weight"] == 1.0).all()
+    finally:
+        waits.gate.set()
         rig.close()
 
 
