@@ -1,15 +1,19 @@
-"""Memory of the host that is read into unbuffered: on pages of 2 MiB where the platform has them.
+"""Memory of the host on pages of 2 MiB, where the platform has them.
 
 Moves: nothing.
 Bound: zeroing. An unbuffered read of 50 MB pins 25 such pages instead of 12,000 small ones, which gave two to three
-times the throughput on a virtual disk at an eighth of the CPU time.
-Must never: be inherited by a fork, or unmap memory that a tensor still refers to.
+times the throughput on a virtual disk at an eighth of the CPU time. Two cores of a Zen 4 read weights at 31 to 42 GB/s
+from small pages and at 40 to 50 from these.
+Must never: let a fork inherit memory that is read into unbuffered, or unmap memory that a tensor still refers to.
 """
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cache
 
 import torch
 
@@ -52,3 +56,30 @@ def map_pages(nbytes: int, *, touch: bool = True) -> memoryview:
     if touch:
         torch.frombuffer(pages, dtype=torch.uint8)[::PAGE_BYTES] = 0
     return pages
+
+
+def empty_tensor(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of the CPU without values, for weights that are read often: on huge pages, as far as it fills them.
+
+    Its memory is torch's own, as that of any tensor: it may be resized, and forks inherit it.
+    """
+    out = torch.empty(tuple(shape), dtype=dtype)
+    start = out.data_ptr() + -out.data_ptr() % HUGE_PAGE_BYTES
+    nbytes = (out.data_ptr() + out.nbytes - start) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
+    advise = _advise()
+    if nbytes > 0 and advise is not None:
+        advise(start, nbytes, mmap.MADV_HUGEPAGE)  # a kernel that has none refuses, which costs speed alone
+    return out
+
+
+@cache
+def _advise() -> Callable[[int, int, int], int] | None:
+    """madvise(2) for memory that is no `mmap` object; None where there are no huge pages to ask for."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
+    try:
+        function = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):
+        return None
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return function

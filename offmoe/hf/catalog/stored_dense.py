@@ -16,10 +16,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import NamedTuple
 
-import torch
-
 from offmoe.compute.cpu_slot import put_tiles
 from offmoe.compute.gated import DTYPE_OF
+from offmoe.device.pages import empty_tensor
 from offmoe.errors import UnsupportedModelError
 from offmoe.hf.catalog.dense_view import DenseView, Encoded
 from offmoe.hf.gguf.values import MovedRows
@@ -56,7 +55,7 @@ class StoredWeight(NamedTuple):
             raw[BLOCKS] = self.rows(raw[BLOCKS]).contiguous()
         rows, cols = self.encoded.shape
         planes = self.format.params("", rows, cols, tiled=True)
-        memory = {plane: torch.empty(shape, dtype=dtype) for plane, (dtype, shape) in planes.items()}
+        memory = {plane: empty_tensor(shape, dtype) for plane, (dtype, shape) in planes.items()}
         weight = PackedWeight.of(self.format, "", memory)
         put_tiles(self.encoded.encoding.codec, raw, weight)
         return weight

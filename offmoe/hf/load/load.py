@@ -19,6 +19,7 @@ import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from offmoe.device.pages import empty_tensor
 from offmoe.errors import CapacityError, CheckpointError, ConfigError, MissingTensorError, UnsupportedModelError
 from offmoe.hf.adapters.find import find_experts, require_adapter
 from offmoe.hf.catalog.catalog import ExpertCatalog
@@ -217,7 +218,8 @@ def _own_memory(model: PreTrainedModel) -> None:
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if not tensor.is_meta and not tensor.untyped_storage().resizable():  # memory that is not torch's own
-            tensor.data = tensor.data.clone()
+            own = empty_tensor(tensor.shape, tensor.dtype) if tensor.is_contiguous() else torch.empty_like(tensor)
+            tensor.data = own.copy_(tensor.data)
 
 
 def without_experts(cls: type[PreTrainedModel], expert_names: frozenset[str]) -> type[PreTrainedModel]:
