@@ -18,6 +18,7 @@ from offmoe.hf.load.generation import plain_generation
 from offmoe.hf.load.grouped_attention import group_heads
 from offmoe.hf.load.kernel_linears import Pack, attach_kernels, dense_formats
 from offmoe.hf.load.kernel_norms import attach_norms
+from offmoe.hf.load.kernel_routers import attach_routers
 from offmoe.hf.load.load import load_dense
 from offmoe.hf.load.save import attach_safe_save
 from offmoe.hf.load.token_attention import attach_token_attention
@@ -82,6 +83,7 @@ def _by_kernels(
         kernels = attach_kernels(model, formats, pack, int8_activations=config.activations == "int8", absent=absent)
     if kernels is not None:
         attached = attach_token_attention(model, kernels, attach_norms(model, kernels.kernels))
+        attach_routers(model, kernels)
         kernels.attend = attached == len(decoder_layers(model))
     return kernels
 

@@ -116,6 +116,27 @@ def plain_attention() -> tuple[type[nn.Module], ...]:
     return LlamaAttention, MixtralAttention, Qwen3MoeAttention, Qwen3VLMoeTextAttention
 
 
+def plain_routers() -> tuple[tuple[str, type[nn.Module]], ...]:
+    """Routers whose choice is a softmax or a sigmoid of one product, and how they choose (`SELECTIONS` of
+    hf/load/kernel_routers.py). Other families have copies of their code.
+    """
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
+    from transformers.models.granitemoe.modeling_granitemoe import GraniteMoeTopKRouter
+    from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+    from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextTopKRouter
+
+    return (
+        ("softmax", Qwen3MoeTopKRouter),
+        ("softmax of the chosen", GptOssTopKRouter),
+        ("softmax of the chosen", Qwen3VLMoeTextTopKRouter),
+        ("softmax of the chosen, logits in float", GraniteMoeTopKRouter),
+        ("softmax of the chosen, scores in float", MixtralTopKRouter),
+        ("sigmoid in groups", DeepseekV3TopkRouter),
+    )
+
+
 def cache_layer_types(config: PreTrainedConfig) -> list[tuple[str, int | None]]:
     """How transformers caches each decoder layer of a text configuration.
 

@@ -58,6 +58,16 @@ class AttentionStruct(ctypes.Structure):
     )
 
 
+class RouterStruct(ctypes.Structure):
+    """`struct router` of offmoe.h."""
+
+    _fields_ = (
+        ("weight", ctypes.POINTER(WeightStruct)),
+        *_fields("correction", "experts top_k sigmoid rounds normalize groups kept_groups logits_float scores_float"),
+        ("scale", ctypes.c_float),
+    )
+
+
 class EncodingStruct(ctypes.Structure):
     """`struct encoding` of offmoe.h."""
 
@@ -120,6 +130,7 @@ class Library:
             *(pointer, pointer, attention, integer, pointer, pointer, integer),
             *(*steps, pointer, pointer),
         )
+        c.offmoe_route.argtypes = (pointer, pointer, ctypes.POINTER(RouterStruct), integer, *(pointer,) * 6)
         c.offmoe_norm.argtypes = (*(pointer,) * 3, integer, integer, ctypes.c_float, integer, pointer)
         c.offmoe_norm.restype = None
         c.offmoe_read.argtypes = (pointer, pointer, pointer, ctypes.c_size_t)

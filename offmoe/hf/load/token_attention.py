@@ -12,13 +12,9 @@ and the position.
 
 from __future__ import annotations
 
-import ast
-import inspect
 import logging
-import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +28,7 @@ from offmoe.compute.kernels.token_attention import (
     TokenAttention,
 )
 from offmoe.errors import OffmoeError
+from offmoe.hf.load.class_code import code_of
 from offmoe.hf.load.grouped_attention import IMPLEMENTATION, NOT_PLAIN, STOCK
 from offmoe.hf.load.kernel_linears import LinearForward
 from offmoe.hf.load.kernel_norms import KnownNorm, weight_of
@@ -280,21 +277,4 @@ def _is_plain_code(cls: type[nn.Module]) -> bool:
 def _codes(cls: type[nn.Module]) -> list[str | None]:
     """The code of a class's `forward` and of the functions of its module that rotate heads."""
     names = cls.forward.__globals__
-    return [_code(function) for function in (cls.forward, *(names.get(name) for name in ROTATIONS))]
-
-
-@cache
-def _code(function: Callable[..., Any] | None) -> str | None:
-    """A function's code without annotations and words; None if it cannot be read."""
-    if function is None:
-        return None
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-    except (OSError, TypeError, SyntaxError):
-        return None
-    assert isinstance(tree, ast.FunctionDef)
-    body = [node for node in tree.body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.AnnAssign):
-            node.annotation = ast.Constant(None)
-    return "\n".join(ast.dump(node) for node in body)
+    return [code_of(function) for function in (cls.forward, *(names.get(name) for name in ROTATIONS))]

@@ -50,6 +50,7 @@ REQUIRED = {
     "decode_portable.c": ("-O2", *EXACT_FLAGS),
     "pool.c": ("-O2",),
     "attention.c": ("-O3",),
+    "route.c": ("-O3",),
 }
 VARIANTS = {
     "avx2.c": AVX2_FLAGS,

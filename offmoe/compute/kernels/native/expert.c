@@ -13,6 +13,8 @@
 #include "offmoe.h"
 
 enum { TASK_BYTES = 1 << 18, GATE_ROWS = 64 };
+/* Weights of a call that one thread reads before another would be awake: about 40 us of work, and 50 us for a wake-up. */
+enum { ALONE_BYTES = 1 << 20 };
 
 /* One expert of a call, or one weight, which is `down` then. */
 struct job {
@@ -174,6 +176,11 @@ static void add(struct call *c, struct block **blocks, int tokens) {
     c->count++;
 }
 
+static size_t bytes_of(const struct job *j) {
+    const size_t values = (size_t)j->down->rows * j->down->cols * (j->up ? 3 : 1);
+    return j->down->kind == KIND_BF16 ? values * 2 : values; /* of other kinds at most */
+}
+
 static int run(struct pool *pool, struct call *c) {
     pool_lock(pool);
     const size_t end = place(c, NULL);
@@ -188,7 +195,11 @@ static int run(struct pool *pool, struct call *c) {
                 c->k->pack(in, c->precision, j->in + (size_t)b * c->k->max_block * in->cols, in->cols, valid_tokens(c, j, b),
                            0, in->cols, &j->x[b]);
         }
-        pool_run(pool, run_task, c, c->gate_tasks, c->gate_tasks + c->down_tasks);
+        const int tasks = c->gate_tasks + c->down_tasks;
+        if (c->count == 1 && bytes_of(c->jobs) <= ALONE_BYTES)
+            for (int task = 0; task < tasks; task++) run_task(c, task, 0);
+        else
+            pool_run(pool, run_task, c, c->gate_tasks, tasks);
     }
     pool_unlock(pool);
     return memory ? 0 : 2;

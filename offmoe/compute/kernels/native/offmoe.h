@@ -186,6 +186,18 @@ struct attention {
     float eps, scale;
 };
 
+/* The router of a layer for one new token (route.c): a weight whose rows beyond `experts` count for nothing; logits are
+ * rounded to bf16 (rounds) or not. Weights of experts are exp(logit), or sigmoid(logit), by which experts are chosen after
+ * float correction [experts] or null was added, among the best of `groups`. They are divided by the sum over the chosen
+ * experts (normalize), else over all for exp(logit). Mirrored in offmoe/compute/kernels/library.py. */
+enum { MAX_GROUPS = 64 };
+struct router {
+    const struct weight *weight;
+    const float *correction;
+    int32_t experts, top_k, sigmoid, rounds, normalize, groups, kept_groups, logits_float, scores_float;
+    float scale;
+};
+
 extern const struct kernels kernels_portable;
 #if defined(__x86_64__) || defined(_M_X64)
 extern const struct kernels kernels_avx2, kernels_avxvnni, kernels_vnni256, kernels_avx512vnni;

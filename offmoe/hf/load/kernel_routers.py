@@ -1,0 +1,120 @@
+"""Routers of a loaded model that the C kernels compute for single tokens on a CPU (`exactness="numeric"`).
+
+Which modules are plain routers is decided by their code: it is that of one of the modules of `upstream.plain_routers`,
+and what it does for a token is written once, in C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from offmoe.compute.dense_linear import DenseKernels
+from offmoe.compute.kernels.cpu import BF16_GROUP
+from offmoe.compute.kernels.token_router import Selection, TokenRouter
+from offmoe.hf.load.class_code import code_of
+from offmoe.hf.load.own_forward import OwnForward, StockForward, is_plain
+from offmoe.hf.upstream import plain_routers
+
+Describe = Callable[[Any], Selection]
+"""describe(module): how the module chooses experts."""
+
+SELECTIONS: dict[str, Describe] = {
+    "softmax": lambda module: Selection(module.top_k, normalize=bool(module.norm_topk_prob)),
+    "softmax of the chosen": lambda module: Selection(module.top_k),
+    "softmax of the chosen, logits in float": lambda module: Selection(module.top_k, logits=torch.float32),
+    "softmax of the chosen, scores in float": lambda module: Selection(module.top_k, scores=torch.float32),
+    "sigmoid in groups": lambda module: Selection(
+        module.top_k,
+        sigmoid=True,
+        normalize=bool(module.norm_topk_prob),
+        rounds=False,
+        logits=torch.float32,
+        scores=torch.float32,
+        groups=module.num_group,
+        kept_groups=module.topk_group,
+        scale=float(module.routed_scaling_factor),
+    ),
+}
+"""By the names of `upstream.plain_routers`."""
+CORRECTION = "e_score_correction_bias"
+
+
+class RouterForward(OwnForward):
+    """The `forward` of one router."""
+
+    def __init__(self, module: nn.Module, owner: DenseKernels, describe: Describe) -> None:
+        self._stock, self._owner, self._describe = StockForward(module), owner, describe
+        self._held: tuple[torch.Tensor | None, ...] = ()
+        """The tensors that `_router` was prepared from."""
+        self._state: object = None
+        """Where they stood, and how often they had been changed."""
+        self._selection: Selection | None = None
+        self._router: TokenRouter | None = None
+
+    def __call__(self, hidden_states: torch.Tensor) -> Any:
+        router = self._prepared(hidden_states) if is_plain(hidden_states) else None
+        routed = None if router is None else self._owner.run(router, hidden_states)
+        return self._stock(hidden_states) if routed is None else tuple(routed)
+
+    def _prepared(self, x: torch.Tensor) -> TokenRouter | None:
+        """The call for an input; None if the module's own code computes it."""
+        module: Any = self._stock.module
+        held = *(module._parameters.get(name) for name in ("weight", "bias")), getattr(module, CORRECTION, None)
+        weight, _, correction = held
+        if (
+            weight is None
+            or x.numel() != x.shape[-1]
+            or x.shape[-1] != weight.shape[-1]
+            or module.training
+            or any(tensor is not None and tensor.requires_grad for tensor in held)
+        ):
+            return None
+        selection = self._describe(module)
+        state = [None if t is None else _state(t) for t in held]
+        if self._state == state and self._selection == selection and all(map(_is, held, self._held)):
+            return self._router
+        self._held, self._state, self._selection, self._router = held, state, selection, None
+        is_right = weight.dtype == torch.bfloat16 and weight.is_contiguous() and weight.shape[1] % BF16_GROUP == 0
+        if correction is not None:
+            is_right &= correction.dtype == torch.float32 and correction.shape == weight.shape[:1]
+        if is_right and selection.fits(len(weight)) and selection.sigmoid == (correction is not None):
+            kernels = self._owner.kernels
+            self._router = TokenRouter(kernels, weight, selection, bias=held[1], correction=correction)
+        return self._router
+
+
+def _state(tensor: torch.Tensor) -> tuple[int, int]:
+    """Where a tensor stands, and how often it has been changed; inference mode does not count."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+def _is(found: object, held: object) -> bool:
+    return found is held
+
+
+def attach_routers(model: nn.Module, owner: DenseKernels) -> int:
+    """Let the kernels compute plain routers for single tokens.
+
+    Args:
+        model: a loaded model on the CPU.
+        owner: the kernels of its linear layers.
+
+    Returns:
+        The number of modules.
+    """
+    known = {code_of(cls.forward): SELECTIONS[name] for name, cls in plain_routers()}
+    known.pop(None, None)  # source that cannot be read
+    count = 0
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is None or weight.ndim != 2 or weight.is_meta or module._modules or "forward" in vars(module):
+            continue
+        describe = known.get(code_of(type(module).forward))
+        if describe is not None:
+            object.__setattr__(module, "forward", RouterForward(module, owner, describe))
+            count += 1
+    return count
