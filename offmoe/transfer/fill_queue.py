@@ -29,8 +29,8 @@ from offmoe.types import ExpertKey, Fetch, Fill
 
 IDLE_AFTER_S = 0.1
 """Seconds after the last access from which the model counts as idle."""
-REST = 6.0
-"""Rest after a step of reading while the model computes, in durations of the step: a seventh of the disk's time."""
+REST = 8.0
+"""Rest after a step of reading while the model computes, in durations of the step: a ninth of the disk's time."""
 GROUP_BYTES = 64 << 20
 """Experts that follow each other in the order of the fill, up to these bytes, are read in the order of the disk."""
 

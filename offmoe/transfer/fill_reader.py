@@ -1,7 +1,7 @@
 """What a reader thread does with one batch of the background fill: shard -> window or staging buffer -> free places.
 
 Moves: experts that nothing has asked for. An expert for RAM alone is read into its RAM slot itself.
-Bound: the disk while the model is idle, a seventh of its time while the model computes.
+Bound: the disk while the model is idle, a ninth of its time while the model computes.
 Must never: read on while a demand is queued, or write to a place that a demand has taken.
 
 Before each system call the reader gives way: it carries out whatever has been demanded meanwhile, and goes on after.

@@ -68,13 +68,16 @@ static void gate_up_task(const struct call *c, const struct job *j, int task, in
         c->k->pack(j->down, c->precision, gate + (size_t)b * T * rows, rows, valid_tokens(c, j, b), start, rows, &j->h[b]);
 }
 
+/* Tiles are computed by twos. Both of them are read side by side, so each is the one behind the tile that was read
+ * there before: then its beginning has been prefetched. Rows of bf16 are read one tile after the other. */
 static void down_task(const struct call *c, const struct job *j, int task) {
     const int tiles = j->down->rows / TILE, start = task * j->down_tiles, end = least(start + j->down_tiles, tiles);
-    const int T = c->k->max_block, kind = j->down->kind;
+    const int T = c->k->max_block, kind = j->down->kind, twos = (end - start) / 2, stride = kind == KIND_BF16 ? 1 : twos;
     float tile_y[2][TILE * MAX_BLOCK], *y[2] = {tile_y[0], tile_y[1]};
     const struct weight *both[2] = {j->down, j->down};
-    for (int tile = start; tile < end; tile += 2) {
-        const int pair = tile + 1 < end, two[2] = {tile, tile + 1};
+    for (int i = 0; i < (end - start + 1) / 2; i++) {
+        const int pair = i < twos, tile = !pair ? end - 1 : start + (kind == KIND_BF16 ? 2 * i : i);
+        const int two[2] = {tile, tile + stride};
         for (int b = 0; b < j->blocks; b++) {
             const int size = log2_of(j->h[b].tokens);
             if (pair)
@@ -84,7 +87,7 @@ static void down_task(const struct call *c, const struct job *j, int task) {
             for (int t = 0; t <= pair; t++)
                 for (int m = 0; m < valid_tokens(c, j, b); m++)
                     for (int r = 0; r < TILE; r++) {
-                        const int row = (tile + t) * TILE + r;
+                        const int row = two[t] * TILE + r;
                         j->out[(size_t)(b * T + m) * j->down->rows + row] =
                             y[t][m * TILE + r] + (j->down->bias ? j->down->bias[row] : 0.0f);
                     }
