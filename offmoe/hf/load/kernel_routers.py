@@ -74,6 +74,8 @@ class RouterForward(OwnForward):
         ):
             return None
         selection = self._describe(module)
+        if x.ndim != 2 and not selection.sigmoid:  # the others' code takes [T, H], or keeps the shape
+            return None
         state = [None if t is None else _state(t) for t in held]
         if self._state == state and self._selection == selection and all(map(_is, held, self._held)):
             return self._router
