@@ -13,6 +13,9 @@ OffmoeError                  base of all errors below                          e
 Bugs of offmoe itself show as assertions instead.
 """
 
+CLOSED = "the model was closed; load it again with from_pretrained."
+"""What a model that was closed says when it is asked for more."""
+
 
 class OffmoeError(Exception):
     """Base of all errors that offmoe raises on purpose. `exit_status` is the exit status of the command line.

@@ -20,7 +20,7 @@ from offmoe.budget.replan import Loaded
 from offmoe.compute.torch_threads import TorchThreads
 from offmoe.config import OffloadConfig
 from offmoe.device.pinning import PinProgress
-from offmoe.errors import ConfigError, OffmoeError
+from offmoe.errors import CLOSED, ConfigError, OffmoeError
 from offmoe.hf.load.attach import attach_handle
 from offmoe.rows.many import TokenIds, all_results, row_requests
 from offmoe.rows.row import RowRequest
@@ -321,7 +321,7 @@ class Offload:
     def in_use(self) -> Iterator[None]:
         """Hold the model for one user; OffmoeError if it was closed, or another thread or call uses it."""
         if not self._finalizer.alive:
-            raise OffmoeError("the model was closed; load it again with from_pretrained.")
+            raise OffmoeError(CLOSED)
         with self._executor.user:
             self._calls += 1
             try:

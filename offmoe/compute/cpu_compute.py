@@ -24,7 +24,7 @@ from offmoe.compute.kernels.library import MAX_TOKENS, status
 from offmoe.compute.kernels.torch_ffn import autocast_enabled
 from offmoe.compute.torch_compute import TorchCompute
 from offmoe.device.arena import SlotArena
-from offmoe.errors import OffmoeError, UnsupportedModelError
+from offmoe.errors import CLOSED, OffmoeError, UnsupportedModelError
 from offmoe.quant.gguf_formats import GgufBlocks
 from offmoe.storage.layout import ExpertRecord
 from offmoe.transfer.engine import TransferEngine
@@ -95,7 +95,7 @@ class CpuCompute(ExpertCompute):
     def _slots_of(self, form: CpuSlot) -> _PreparedSlots:
         """The slots for experts of this form. The lock is held: another thread may call `close`."""
         if self._closed:
-            raise OffmoeError("the model was closed; load it again with from_pretrained.")
+            raise OffmoeError(CLOSED)
         prepared = self._prepared.get(id(form))
         if prepared is None:
             prepared = self._prepared[id(form)] = _PreparedSlots(form, self._arena)

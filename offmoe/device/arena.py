@@ -17,7 +17,7 @@ import torch
 
 from offmoe.device.blocks import Place, rearrange
 from offmoe.device.pages import map_pages
-from offmoe.errors import OffmoeError
+from offmoe.errors import CLOSED, OffmoeError
 from offmoe.storage.layout import PARAM_ALIGNMENT, ExpertLayout, aligned
 
 
@@ -90,7 +90,7 @@ class SlotArena:
         memory = self._slots.get(slot)
         if memory is None:
             if not len(self):
-                raise OffmoeError("the model was closed; load it again with from_pretrained.")
+                raise OffmoeError(CLOSED)
             if slot < self.num_on_device:
                 memory = self._at(self._blocks, self._places[slot])
             else:

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from offmoe.device.backend import Stream
-from offmoe.errors import TransferError
+from offmoe.errors import CLOSED, TransferError
 from offmoe.io_limits import READERS
 from offmoe.transfer.arrival import Arriving
 from offmoe.transfer.fill_queue import FillProgress, fill_batches
@@ -301,7 +301,7 @@ class TransferEngine:
     def _start(self, fetch: Fetch, priority: int, num_uses: int = 0) -> None:
         """Start a fetch that lands when its slot has been computed with `num_uses` more times."""
         if self._closed:
-            raise TransferError("the model was closed; load it again with from_pretrained.")
+            raise TransferError(CLOSED)
         slot = fetch.slot
         copying, ticket = self._displace(fetch, num_uses), None
         lands_after = self._num_uses[slot] + num_uses

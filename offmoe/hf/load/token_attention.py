@@ -27,7 +27,7 @@ from offmoe.compute.kernels.token_attention import (
     Projections,
     TokenAttention,
 )
-from offmoe.errors import OffmoeError
+from offmoe.errors import CLOSED, OffmoeError
 from offmoe.hf.load.class_code import code_of
 from offmoe.hf.load.grouped_attention import IMPLEMENTATION, NOT_PLAIN, STOCK
 from offmoe.hf.load.kernel_linears import LinearForward
@@ -162,7 +162,7 @@ class TokenForward(OwnForward):
         keys, values = (_in_rows(states.to(torch.bfloat16)) for states in (keys, values))
         out = self._owner.run(attention.attend, queries, keys, values)
         if out is None:
-            raise OffmoeError("the model was closed; load it again with from_pretrained.")
+            raise OffmoeError(CLOSED)
         return out
 
     def _compared(
