@@ -13,7 +13,8 @@
 #include "offmoe.h"
 
 enum { TASK_BYTES = 1 << 18, GATE_ROWS = 64 };
-/* Weights of a call that one thread reads before another would be awake: about 40 us of work, and 50 us for a wake-up. */
+/* Bytes of a call's weights, times its tokens, that one thread computes before another would be awake: about 40 us, and
+ * 50 us for a wake-up. */
 enum { ALONE_BYTES = 1 << 20 };
 
 /* One expert of a call, or one weight, which is `down` then. */
@@ -179,9 +180,12 @@ static void add(struct call *c, struct block **blocks, int tokens) {
     c->count++;
 }
 
-static size_t bytes_of(const struct job *j) {
+/* Whether one thread is enough for a call. */
+static int is_small(const struct call *c) {
+    const struct job *j = c->jobs;
     const size_t values = (size_t)j->down->rows * j->down->cols * (j->up ? 3 : 1);
-    return j->down->kind == KIND_BF16 ? values * 2 : values; /* of other kinds at most */
+    const size_t bytes = j->down->kind == KIND_BF16 ? values * 2 : values; /* of other kinds at most */
+    return c->count == 1 && bytes * (size_t)j->tokens <= ALONE_BYTES;
 }
 
 static int run(struct pool *pool, struct call *c) {
@@ -199,7 +203,7 @@ static int run(struct pool *pool, struct call *c) {
                            0, in->cols, &j->x[b]);
         }
         const int tasks = c->gate_tasks + c->down_tasks;
-        if (c->count == 1 && bytes_of(c->jobs) <= ALONE_BYTES)
+        if (is_small(c))
             for (int task = 0; task < tasks; task++) run_task(c, task, 0);
         else
             pool_run(pool, run_task, c, c->gate_tasks, tasks);
