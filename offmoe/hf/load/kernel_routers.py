@@ -48,11 +48,10 @@ class RouterForward(OwnForward):
 
     def __init__(self, module: nn.Module, owner: DenseKernels, describe: Describe) -> None:
         self._stock, self._owner, self._describe = StockForward(module), owner, describe
+        self._key: object = None
+        """What `_router` was prepared from."""
         self._held: tuple[torch.Tensor | None, ...] = ()
-        """The tensors that `_router` was prepared from."""
-        self._state: object = None
-        """Where they stood, and how often they had been changed."""
-        self._selection: Selection | None = None
+        """The tensors of the key, kept so that no other gets their identity or memory."""
         self._router: TokenRouter | None = None
 
     def __call__(self, hidden_states: torch.Tensor) -> Any:
@@ -64,7 +63,7 @@ class RouterForward(OwnForward):
         """The call for an input; None if the module's own code computes it."""
         module: Any = self._stock.module
         held = *(module._parameters.get(name) for name in ("weight", "bias")), getattr(module, CORRECTION, None)
-        weight, _, correction = held
+        weight, bias, correction = held
         if (
             weight is None
             or x.numel() != x.shape[-1]
@@ -76,26 +75,26 @@ class RouterForward(OwnForward):
         selection = self._describe(module)
         if x.ndim != 2 and not selection.sigmoid:  # the others' code takes [T, H], or keeps the shape
             return None
-        state = [None if t is None else _state(t) for t in held]
-        if self._state == state and self._selection == selection and all(map(_is, held, self._held)):
-            return self._router
-        self._held, self._state, self._selection, self._router = held, state, selection, None
-        is_right = weight.dtype == torch.bfloat16 and weight.is_contiguous() and weight.shape[1] % BF16_GROUP == 0
-        if correction is not None:
-            is_right &= correction.dtype == torch.float32 and correction.shape == weight.shape[:1]
-        if is_right and selection.fits(len(weight)) and selection.sigmoid == (correction is not None):
-            kernels = self._owner.kernels
-            self._router = TokenRouter(kernels, weight, selection, bias=held[1], correction=correction)
+        key = selection, [None if tensor is None else _state(tensor) for tensor in held]
+        if key != self._key:
+            self._key, self._held, self._router = key, held, self._made(selection, weight, bias, correction)
         return self._router
 
+    def _made(
+        self, selection: Selection, weight: torch.Tensor, bias: torch.Tensor | None, correction: torch.Tensor | None
+    ) -> TokenRouter | None:
+        """The router of these tensors; None if the kernels do not have it."""
+        fits = weight.dtype == torch.bfloat16 and weight.is_contiguous() and weight.shape[1] % BF16_GROUP == 0
+        if correction is not None:
+            fits &= correction.dtype == torch.float32 and correction.shape == weight.shape[:1]
+        if not fits or not selection.fits(len(weight)) or selection.sigmoid != (correction is not None):
+            return None
+        return TokenRouter(self._owner.kernels, weight, selection, bias=bias, correction=correction)
 
-def _state(tensor: torch.Tensor) -> tuple[int, int]:
-    """Where a tensor stands, and how often it has been changed; inference mode does not count."""
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
-
-def _is(found: object, held: object) -> bool:
-    return found is held
+def _state(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """Which tensor it is, where it stands, and how often it has been changed; inference mode does not count."""
+    return id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 def attach_routers(model: nn.Module, owner: DenseKernels) -> int:

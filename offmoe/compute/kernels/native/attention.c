@@ -4,19 +4,10 @@
  * What moves: the weights, and all keys and values, once; divided among the threads. Between the two calls the caller puts
  * the new key and value behind the others.
  */
-#include <string.h>
-
 #include "half.h"
 #include "offmoe.h"
 
 enum { FEW_BYTES = 1 << 17 }; /* keys and values that one thread reads before others would be awake */
-
-static inline float of_bf16(uint16_t h) {
-    const uint32_t bits = (uint32_t)h << 16;
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
 
 static void widen(const uint16_t *from, float *to, int count) {
     for (int i = 0; i < count; i++) to[i] = of_bf16(from[i]);

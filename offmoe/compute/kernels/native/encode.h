@@ -208,11 +208,7 @@ int ENCODE(const struct encoding *e, int row, float *w) {
 INLINE float scale_at(const struct encoded *e, size_t index) {
     if (e->scale_type == SCALE_FP32) return ((const float *)e->scales)[index];
     const uint16_t stored = ((const uint16_t *)e->scales)[index];
-    if (e->scale_type == SCALE_FP16) return of_half(stored);
-    const uint32_t bits = (uint32_t)stored << 16;
-    float scale;
-    memcpy(&scale, &bits, 4);
-    return scale;
+    return e->scale_type == SCALE_FP16 ? of_half(stored) : of_bf16(stored);
 }
 
 void COMPARE(const struct encoded *e, int row) {

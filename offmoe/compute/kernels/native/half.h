@@ -37,6 +37,13 @@ static inline float of_half(uint16_t h) {
     return x;
 }
 
+static inline float of_bf16(uint16_t h) {
+    const uint32_t bits = (uint32_t)h << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
 static inline __attribute__((always_inline)) uint16_t bf16_of(float x) {
     uint32_t b;
     memcpy(&b, &x, 4);

@@ -53,18 +53,12 @@ EXPORT int offmoe_route(struct pool *pool, const struct kernels *k, const struct
                         float *work, int64_t *all, void *logits, void *scores, int64_t *ids) {
     const int n = r->experts, rows = r->weight->rows;
     float *in = work, *found = in + r->weight->cols, *choice = found + rows, *weights = choice + rows, total = 0;
-    for (int i = 0; i < r->weight->cols; i++) {
-        const uint32_t bits = (uint32_t)x[i] << 16;
-        memcpy(in + i, &bits, 4);
-    }
+    for (int i = 0; i < r->weight->cols; i++) in[i] = of_bf16(x[i]);
     const int failed = linears(pool, k, &r->weight, 1, precision, in, 1, &found);
     if (failed) return failed;
     float largest = -INFINITY;
     for (int i = 0; i < n; i++) {
-        if (r->rounds) {
-            const uint32_t bits = (uint32_t)bf16_of(found[i]) << 16;
-            memcpy(found + i, &bits, 4);
-        }
+        if (r->rounds) found[i] = of_bf16(bf16_of(found[i]));
         store(found[i], r->logits_float, logits, i);
         if (found[i] > largest) largest = found[i];
         all[i] = i;
