@@ -136,6 +136,20 @@ def test_scores_of_any_size(kernels: CpuKernels) -> None:
     assert attention.attend(attention.heads(x, *still).queries, keys, states).isnan().all()
 
 
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 63, 66, CHUNK + 3])
+def test_scores_that_differ_by_hundreds(kernels: CpuKernels, tokens: int) -> None:
+    """What is lost beside the largest weight counts as nothing; everything else counts."""
+    weights = Projections(*[PreparedWeight(torch.eye(WIDTH).bfloat16()) for _ in range(4)])
+    attention = TokenAttention(kernels, weights, width=WIDTH, rotary=2, scale=1.0)
+    x = torch.full((1, 1, WIDTH), 4.0).bfloat16()
+    still = torch.ones(1, 1, 2).bfloat16(), torch.zeros(1, 1, 2).bfloat16()
+    keys, states = random(1, 1, tokens, WIDTH), random(1, 1, tokens, WIDTH, seed=1)
+    found = attention.attend(attention.heads(x, *still).queries, keys, states)
+    scores = keys[0, 0].double() @ x.view(-1).double()
+    wanted = scores.softmax(0) @ states[0, 0].double()
+    torch.testing.assert_close(found.view(-1).double(), wanted, rtol=2**-7, atol=1e-3)
+
+
 def test_packed_projections(kernels: CpuKernels) -> None:
     shapes = [(128, HIDDEN), (64, HIDDEN), (64, HIDDEN), (HIDDEN, 128)]
     packed = [TorchQuantizer()(random(*shape, seed=n), INT8).tiled() for n, shape in enumerate(shapes)]

@@ -7,6 +7,8 @@ typedef lanes runs;
 #define PAIR_TOKENS 2
 #define BF16_ROWS 4
 #define LARGEST_BLOCK 4
+#define SCORE_KEYS 1
+#define WEIGH_WORDS 1
 #define LANES(...) ((lanes){__VA_ARGS__})
 #define FLOATS(...) ((floats){__VA_ARGS__})
 
@@ -92,6 +94,7 @@ static inline float floats_sum(floats v) {
     t = _mm_add_ps(t, _mm_movehl_ps(t, t));
     return _mm_cvtss_f32(_mm_add_ss(t, _mm_movehdup_ps(t)));
 }
+static inline void floats_sums(float *out, const floats *v) { *out = floats_sum(*v); } /* of SCORE_KEYS */
 /* Codes are converted where they stand, as multiples of a power of two, and pack divides activations by that: a shift less
  * for each, a fifth of the operations of float kernels. Both are exact. The highest nibble would be a sign. */
 static inline float nibble_unit(int i) { return 1.0f / (float)(1 << 4 * (i < 7 ? i : 6)); }

@@ -7,6 +7,8 @@ typedef lanes runs;
 #define PAIR_TOKENS 8
 #define BF16_ROWS 8
 #define LARGEST_BLOCK 8
+#define SCORE_KEYS 4
+#define WEIGH_WORDS 4
 #define WIDE_RUNS 1
 enum { S8_ZERO = 128 };
 static inline int run_words(int words, int top) { (void)top; return words; }
@@ -43,6 +45,14 @@ static inline float floats_sum(floats v) { /* halves, as everywhere */
     __m128 t = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
     t = _mm_add_ps(t, _mm_movehl_ps(t, t));
     return _mm_cvtss_f32(_mm_add_ss(t, _mm_movehdup_ps(t)));
+}
+static inline void floats_sums(float *out, const floats *v) { /* of SCORE_KEYS, each as floats_sum adds */
+    const __m512 a = _mm512_add_ps(_mm512_shuffle_f32x4(v[0], v[1], 0x44), _mm512_shuffle_f32x4(v[0], v[1], 0xee));
+    const __m512 b = _mm512_add_ps(_mm512_shuffle_f32x4(v[2], v[3], 0x44), _mm512_shuffle_f32x4(v[2], v[3], 0xee));
+    __m512 s = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)); /* four of each */
+    s = _mm512_add_ps(s, _mm512_permute_ps(s, 0xee));
+    s = _mm512_add_ps(s, _mm512_movehdup_ps(s));
+    _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, s)));
 }
 /* permutexvar reads the lowest four bits of a lane: a table of sixteen floats is the conversion. */
 static inline floats floats_nibble(lanes v, int i) {

@@ -7,6 +7,8 @@ typedef lanes runs;
 #define PAIR_TOKENS 1
 #define BF16_ROWS 4
 #define LARGEST_BLOCK 4
+#define SCORE_KEYS 1
+#define WEIGH_WORDS 1
 #define WIDE_RUNS 1
 enum { S8_ZERO = 0 };
 static inline int run_words(int words, int top) { (void)top; return words; }
@@ -56,6 +58,7 @@ static inline float floats_sum(floats a) { /* halves, as everywhere */
         for (int l = 0; l < half; l++) a[l] += a[l + half];
     return a[0];
 }
+static inline void floats_sums(float *out, const floats *v) { *out = floats_sum(*v); } /* of SCORE_KEYS */
 static inline floats floats_nibble(lanes a, int i) { return floats_of(a >> 4 * i & 15); }
 static inline floats floats_e2m1(lanes a, int i) { return floats_of(e2m1(a >> 4 * i & 15)); }
 static inline floats floats_byte(lanes a, int i) { return floats_of(lanes_byte(a, i)); }
