@@ -33,6 +33,7 @@ from offmoe.handle import Offload, SlotsOf
 from offmoe.hf.adapters.find import find_experts
 from offmoe.hf.load.attach import attach, expert_layers
 from offmoe.hf.load.options import sort_options
+from offmoe.hf.load.token_layers import attach_layers
 from offmoe.pack.on_load import write
 from offmoe.policy.planner import Planner, build_planner
 from offmoe.profile import Profile
@@ -41,6 +42,7 @@ from offmoe.runtime.decode_choice import build_device_decode
 from offmoe.runtime.executor import ExpertExecutor
 from offmoe.runtime.host_experts import HostExperts
 from offmoe.runtime.host_probe import probed_costs
+from offmoe.steps import Steps
 from offmoe.storage.store import ExpertStore
 from offmoe.trace.recorder import TraceWriter, check_writable
 from offmoe.transfer.engine import TransferEngine
@@ -181,8 +183,11 @@ def load(inspected: Inspected, *, name: str = "", trace: str | os.PathLike[str] 
             backend=inspected.backend,
             computes_on_host=executor.computes_on_host,
         )
-        threads = None if dense is None else TorchThreads(kernels_attend=dense.attend)
-        offload = Offload(model, loaded, executor, modules, slots, closing, warm, threads)
+        steps = Steps(executor, modules)
+        if dense is not None:
+            steps.threads = TorchThreads(kernels_attend=dense.attend)
+            steps.layers = attach_layers(model, executor, dense)
+        offload = Offload(model, loaded, executor, slots, closing, warm, steps)
         if config.fills:
             offload.fill()
     return cast("OffloadedModel", model)
@@ -244,7 +249,9 @@ def _build_executor(
     decode = build_device_decode(config, inspected.shape, layers, compute, transfer, inspected.dtype)
     if decode is not None:
         closing.callback(decode.close)
-    return ExpertExecutor(planner, transfer, compute, backend, stats, host, decode), config
+    executor = ExpertExecutor(planner, transfer, compute, backend, stats, host, decode)
+    closing.callback(executor.resident.slots_moved)
+    return executor, config
 
 
 def _with_host_times(

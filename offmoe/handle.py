@@ -13,15 +13,13 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from offmoe.budget.memory_plan import MemoryPlan
 from offmoe.budget.replan import Loaded
-from offmoe.compute.torch_threads import TorchThreads
 from offmoe.config import OffloadConfig
 from offmoe.device.pinning import PinProgress
 from offmoe.errors import CLOSED, ConfigError, OffmoeError
 from offmoe.hf.load.attach import attach_handle
+from offmoe.policy.layer_cache import residents
 from offmoe.rows.many import TokenIds, all_results, row_requests
 from offmoe.rows.row import RowRequest
 from offmoe.rows.session import Session
@@ -59,11 +57,10 @@ class Offload:
         model: The loaded model.
         loaded: The options with every "auto" resolved, and the division of memory that the model was loaded by.
         executor: The runtime of the experts.
-        experts: The experts module of each MoE layer.
         slots: Gives the layouts of all slots by a division.
         closing: Callbacks that end the runtime; the handle takes them over.
         warm: The state of earlier runs.
-        threads: Torch's threads, if the C kernels compute the linear layers.
+        steps: What surrounds the model's forward passes.
     """
 
     def __init__(
@@ -71,11 +68,10 @@ class Offload:
         model: PreTrainedModel,
         loaded: Loaded,
         executor: ExpertExecutor,
-        experts: Sequence[nn.Module],
         slots: SlotsOf,
         closing: ExitStack,
         warm: WarmStart,
-        threads: TorchThreads | None = None,
+        steps: Steps,
     ):
         self._loaded, self._slots, self._executor, self._warm = loaded, slots, executor, warm
         self.backend = loaded.backend
@@ -84,9 +80,9 @@ class Offload:
         """Calls of the model that are under way, one inside the other."""
         self._baseline = CacheStats.for_layers(executor.shape.layers)
         self._model = weakref.ref(model)
-        self._steps = Steps(executor, experts, threads)
-        self._steps.follow(model, loaded)
-        self.captured = self._steps.captured
+        self._steps = steps
+        steps.follow(model, loaded)
+        self.captured = steps.captured
         """The graphs of decoder layers; None without `cuda_graphs`, or where nothing can be captured."""
         # The finalizer must not hold the model, or the model would never be garbage-collected.
         callbacks = closing.pop_all()
@@ -159,7 +155,7 @@ class Offload:
         Returns:
             Tokens routed to it since loading, and 2 if it has a slot, 1 if it is in RAM only, 0 if it is on disk only.
         """
-        slots, in_ram = self._executor.residents()
+        slots, in_ram = residents(self._executor.planner.layers)
         places = [[0] * count for count in self._executor.shape.experts]
         for place, experts in ((1, in_ram), (2, slots)):
             for layer, expert in experts:

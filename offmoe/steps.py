@@ -21,6 +21,7 @@ from offmoe.errors import CapacityError
 from offmoe.hf.load.attach import encoder_and_decoder
 from offmoe.hf.load.capture import CapturedLayers, capture_layers
 from offmoe.hf.load.roomy_cache import give_room
+from offmoe.hf.load.token_layers import DecoderLayers
 from offmoe.hf.predict.next_layer import NextLayerPredictor
 from offmoe.runtime.calls import Predictor
 from offmoe.runtime.executor import ExpertExecutor
@@ -38,13 +39,14 @@ class Steps:
     Args:
         executor: The runtime of the experts.
         experts: The experts module of each MoE layer.
-        threads: Torch's threads, if the C kernels compute the linear layers.
     """
 
-    def __init__(
-        self, executor: ExpertExecutor, experts: Sequence[nn.Module], threads: TorchThreads | None = None
-    ) -> None:
-        self._executor, self._experts, self._threads = executor, experts, threads
+    def __init__(self, executor: ExpertExecutor, experts: Sequence[nn.Module]) -> None:
+        self._executor, self._experts = executor, experts
+        self.threads: TorchThreads | None = None
+        """Torch's threads, if the C kernels compute the linear layers."""
+        self.layers: DecoderLayers | None = None
+        """The decoder layers, if the C kernels compute some for single tokens."""
         self._kv_per_token = 0
         """Most bytes of the keys and values of a token in one layer."""
         self._prediction: NextLayerPredictor | None = None
@@ -92,7 +94,7 @@ class Steps:
         rows = ids if isinstance(ids, torch.Tensor) else arguments.get("inputs_embeds")  # [batch, length(, hidden)]
         batch, length = (int(rows.shape[0]), int(rows.shape[1])) if isinstance(rows, torch.Tensor) else (1, 0)
         past = self.checks.check(batch, length, arguments, is_encoder)
-        if self._threads is not None:
+        if self.threads is not None:
             give_room(arguments.get("past_key_values"))
         trace = self._executor.trace
         if self.shared is not None and not self.watches:
@@ -104,11 +106,14 @@ class Steps:
             token = ids.reshape(-1).cpu().numpy() if isinstance(ids, torch.Tensor) else None
             trace.begin_step(batch * length, request, token)
         self._encoded = is_encoder
-        captured = nullcontext() if self.captured is None else self.captured.step(arguments, batch * length)
+        captured, layers = (
+            nullcontext() if surrounds is None else surrounds.step(arguments, batch * length)
+            for surrounds in (self.captured, self.layers)
+        )
         try:
             try:
                 few = self._few_threads(batch * length, batch * (past + length))
-                with self._watched(is_encoder), few, captured:
+                with self._watched(is_encoder), few, captured, layers:
                     yield
             finally:
                 self._executor.end_step()
@@ -125,10 +130,10 @@ class Steps:
             tokens: New ones of all sequences.
             context: Tokens that attention reads, of all sequences.
         """
-        if self._threads is None or tokens > FEW_ROWS:
+        if self.threads is None or tokens > FEW_ROWS:
             return nullcontext()
-        attends = tokens > 1 or not self._threads.kernels_attend
-        return nullcontext() if attends and context * self._kv_per_token > MOST_KV_BYTES else self._threads.one()
+        attends = tokens > 1 or not self.threads.kernels_attend
+        return nullcontext() if attends and context * self._kv_per_token > MOST_KV_BYTES else self.threads.one()
 
     @contextmanager
     def _watched(self, is_encoder: bool) -> Iterator[None]:

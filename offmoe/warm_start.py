@@ -12,6 +12,7 @@ from functools import cached_property
 from offmoe.config import OffloadConfig
 from offmoe.hf.catalog.catalog import ExpertCatalog
 from offmoe.policy.fill import fill_order
+from offmoe.policy.layer_cache import residents
 from offmoe.runtime.executor import ExpertExecutor
 from offmoe.state import CacheState, UnusableState, next_state, read_state, write_state
 from offmoe.storage.checkpoint import Checkpoint
@@ -81,7 +82,7 @@ class WarmStart:
         tokens = max(
             (-(-sum(layer) // top_k) for layer, top_k in zip(counts, self._catalog.shape.top_k, strict=True)), default=0
         )
-        slots, in_ram = executor.residents()
+        slots, in_ram = residents(executor.planner.layers)
         state = next_state(
             self.state,
             model=self._name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import signal
 import threading
@@ -114,9 +115,14 @@ def test_a_typed_error_or_the_right_tokens(model, fault, nth):
 
 @pytest.fixture
 def interrupts():
-    """SIGINT raises KeyboardInterrupt, also where the tests run in the background, which hands down "ignored"."""
+    """SIGINT raises KeyboardInterrupt, also where the tests run in the background, which hands down "ignored".
+
+    Garbage is not collected meanwhile: Python drops what is raised in another library's callback for that.
+    """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    gc.disable()
     yield
+    gc.enable()
     signal.signal(signal.SIGINT, before)
 
 

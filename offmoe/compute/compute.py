@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from offmoe.compute.expert_layer import ExpertLayer
+from offmoe.compute.kernels.cpu import PreparedExpert
 from offmoe.transfer.engine import TransferEngine
 
 Slotted = tuple[int, int]
@@ -123,6 +124,13 @@ class ExpertCompute(ABC):
         """
         return None
 
+    def prepared(self, layer: ExpertLayer, slot: int) -> PreparedExpert | None:
+        """The expert that stands in a slot, for C kernels that compute more than experts; None: they do not take it.
+
+        It is to be used before slots move or another expert stands there.
+        """
+        return None
+
     def _when_ready(self, layer: ExpertLayer, slot: int, x: torch.Tensor, transfer: TransferEngine) -> torch.Tensor:
         transfer.ready(slot)
         return self.expert(layer, slot, x)
@@ -160,6 +168,9 @@ class ComputeByLayer(ExpertCompute):
 
     def token(self, layer: ExpertLayer, slots: Sequence[int], hidden: torch.Tensor) -> torch.Tensor | None:
         return self._by_layer[layer.index].token(layer, slots, hidden)
+
+    def prepared(self, layer: ExpertLayer, slot: int) -> PreparedExpert | None:
+        return self._by_layer[layer.index].prepared(layer, slot)
 
     def slots_moved(self) -> None:
         for compute in dict.fromkeys(self._by_layer):

@@ -77,6 +77,13 @@ class CpuCompute(ExpertCompute):
             prepared = self._slots_of(form)
             return self._kernels.experts([prepared[slot] for slot in slots], hidden.float()).to(hidden.dtype)
 
+    def prepared(self, layer: ExpertLayer, slot: int) -> PreparedExpert | None:
+        form = layer.cpu_slot
+        if form is None or layer.unlike:
+            return None
+        with self._calling:
+            return self._slots_of(form)[slot]
+
     def _rows(self, layer: ExpertLayer, experts: Sequence[Slotted], inputs: LayerInput) -> torch.Tensor:
         """The rows of experts whose slots are ready, in one call of the kernels where that can be."""
         positions = inputs.positions(experts)

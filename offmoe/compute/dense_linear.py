@@ -102,7 +102,7 @@ class DenseKernels:
         """Numbers of an input up to which the kernels compute a layer with `cols` inputs."""
         return math.inf if self.max_rows is None else self.max_rows * cols
 
-    def run(self, call: Callable[..., Result], *arguments: torch.Tensor) -> Result | None:
+    def run(self, call: Callable[..., Result], *arguments: object) -> Result | None:
         """call(*arguments); None if the threads were ended, which another thread may do at any time."""
         with self._calling:
             return None if self._is_closed else call(*arguments)

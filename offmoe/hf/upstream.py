@@ -116,6 +116,24 @@ def plain_attention() -> tuple[type[nn.Module], ...]:
     return LlamaAttention, MixtralAttention, Qwen3MoeAttention, Qwen3VLMoeTextAttention
 
 
+def plain_layers() -> tuple[type[nn.Module], ...]:
+    """Decoder layers that are a norm, attention, a norm and a block, with two residuals, by the names that both have.
+    Other families have copies of their code.
+    """
+    from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer
+
+    return MixtralDecoderLayer, Qwen3MoeDecoderLayer
+
+
+def plain_blocks() -> tuple[type[nn.Module], ...]:
+    """Blocks that are a router and its experts, and nothing else."""
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+    return MixtralSparseMoeBlock, Qwen3MoeSparseMoeBlock
+
+
 def plain_routers() -> tuple[tuple[str, type[nn.Module]], ...]:
     """Routers whose choice is a softmax or a sigmoid of one product, and how they choose (`SELECTIONS` of
     hf/load/kernel_routers.py). Other families have copies of their code.

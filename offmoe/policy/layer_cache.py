@@ -11,7 +11,7 @@ from offmoe.policy.admission import AdmissionPolicy, build_admission
 from offmoe.policy.eviction.base import EvictionPolicy, Pool
 from offmoe.policy.host_tier import HostTier
 from offmoe.policy.residency import Residency
-from offmoe.types import CacheShape, Fetch, Wave
+from offmoe.types import CacheShape, ExpertKey, Fetch, Wave
 
 MakePolicy = Callable[[Pool], EvictionPolicy]
 
@@ -57,6 +57,13 @@ class LayerCache:
         if fetches:
             experts += [(fetch.key.expert, fetch.slot) for fetch in fetches]
         return Wave(tuple(experts), fetches)
+
+
+def residents(layers: Sequence[LayerCache]) -> tuple[list[ExpertKey], list[ExpertKey]]:
+    """The experts of all MoE layers that have a slot, and those that have a RAM slot."""
+    experts = [(ExpertKey(at, e), key, cache) for at, cache in enumerate(layers) for e, key in enumerate(cache.keys)]
+    slots = [expert for expert, key, cache in experts if cache.is_resident(key)]
+    return slots, [expert for expert, key, cache in experts if cache.host_tier and cache.host_tier.holds(key)]
 
 
 def build_layers(shape: CacheShape, options: CacheOptions, make_policy: MakePolicy) -> list[LayerCache]:

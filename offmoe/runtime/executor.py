@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -32,6 +32,7 @@ from offmoe.runtime.fill import BackgroundFill
 from offmoe.runtime.host_experts import HostExperts
 from offmoe.runtime.one_user import OneUser
 from offmoe.runtime.plan_runner import PlanRunner
+from offmoe.runtime.resident_experts import ResidentExperts
 from offmoe.runtime.rows import ExpertOutputs, layer_input
 from offmoe.trace.recorder import TraceWriter
 from offmoe.transfer.engine import TransferEngine
@@ -72,6 +73,7 @@ class ExpertExecutor:
         self.planner, self._transfer, self._compute, self.backend = planner, transfer, compute, backend
         self._host, self.decode = host, decode
         self._runner = PlanRunner(compute, transfer, host)
+        self.resident = ResidentExperts(transfer, compute)
         self.shape = planner.shape
         self.stats = stats
         """Everything counted since the model was loaded."""
@@ -91,10 +93,7 @@ class ExpertExecutor:
         """Whether slots hold what residency says. False while a layer runs, and after a failure cut it short."""
 
     def fill(self, order: Sequence[ExpertKey]) -> None:
-        """Begin to read experts into free slots and free RAM slots in the background, in this order.
-
-        Nothing happens while an earlier fill may still take effect: it goes on.
-        """
+        """Begin to read experts into free slots and RAM slots, in this order, unless an earlier fill still goes on."""
         if self._is_filling:
             return
         self._leave_device()
@@ -104,13 +103,6 @@ class ExpertExecutor:
     @property
     def _is_filling(self) -> bool:
         return self._fill is not None and not self._fill.is_over
-
-    def residents(self) -> tuple[list[ExpertKey], list[ExpertKey]]:
-        """The experts that have a slot, and those that have a RAM slot."""
-        layers = [(layer, cache) for layer, cache in enumerate(self.planner.layers)]
-        experts = [(ExpertKey(layer, e), key, cache) for layer, cache in layers for e, key in enumerate(cache.keys)]
-        slots = [expert for expert, key, cache in experts if cache.is_resident(key)]
-        return slots, [expert for expert, key, cache in experts if cache.host_tier and cache.host_tier.holds(key)]
 
     @property
     def fill_progress(self) -> FillProgress:
@@ -245,8 +237,25 @@ class ExpertExecutor:
         rows = outputs.in_router_order()
         return [rows] if len(calls) == 1 else list(rows.split([call.ids.numel() for call in calls]))
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether residents are what slots hold, and change by the accesses of this thread alone."""
+        return self._sound and self.gather is None and not self._is_filling
+
+    def computed(self, accesses: Iterable[tuple[int, Sequence[int]]]) -> None:
+        """Record, plan and count accesses of one token, each a layer and its experts, that hit and were carried out."""
+
+        def count() -> None:
+            for layer, ids in accesses:
+                plan = self.plan_access(layer, ids)
+                assert plan is not None and not (plan.misses or plan.prefetches)  # noqa: PT018
+                self._transfer.computed([slot for _, slot in plan.waves[0].experts])
+
+        with self.user:
+            self._soundly(count)
+
     def plan_access(self, layer: int, ids: Sequence[int]) -> Plan | None:
-        """Record, plan and count an access of one token that the device has carried out; None if it demands nothing."""
+        """Record, plan and count an access of one token that was carried out already; None if it demands nothing."""
         if self.trace is not None:
             self.trace.record(layer, np.array([ids]), None)
         demands = single_demands(ids, self.shape.experts[layer])
@@ -272,9 +281,9 @@ class ExpertExecutor:
 
     def forget(self) -> None:
         """Start again from an empty cache. A recording ends here, since its replay would not match."""
-        if self.decode is not None and self.decode.is_capturing:
-            return  # nothing was launched, and the device cannot be waited for
         if self.decode is not None:
+            if self.decode.is_capturing:
+                return  # nothing was launched, and the device cannot be waited for
             self.decode.abandon()
         self.planner = build_planner(self.planner.options, self.shape)
         self._transfer.forget()
@@ -308,7 +317,7 @@ class ExpertExecutor:
                 logger.warning("recording of the routing ends here, as the model is resized: %s", self.trace.path)
                 self.end_trace()
             self._sound = False
-            for part in (self._compute, self._host, self.decode):
+            for part in (self._compute, self._host, self.decode, self.resident):
                 if part is not None:
                     part.slots_moved()
             commit()

@@ -66,7 +66,7 @@ def verdicts(monkeypatch: pytest.MonkeyPatch) -> Counter[Verdict]:
 def parts(model: Any) -> tuple[Any, Any]:
     """The executor, and the first MoE layer."""
     attached = next(module._offmoe for module in model.modules() if hasattr(module, "_offmoe"))
-    return attached._executor, attached._layer
+    return attached._executor, attached.layer
 
 
 def load(folder: Path, **options: Any) -> tiny.Model:
@@ -282,7 +282,7 @@ class Steps:
     def __init__(self, model: tiny.Model, folder: Path, seed: int) -> None:
         self.chance = torch.Generator().manual_seed(seed)
         self.executor, _ = parts(model)
-        self.layers = [module._offmoe._layer for module in model.modules() if hasattr(module, "_offmoe")]
+        self.layers = [module._offmoe.layer for module in model.modules() if hasattr(module, "_offmoe")]
         self.hidden = torch.randn(4, 32, generator=self.chance)
         self.on_device = self.hidden.to("late")
         stock = stock_model(folder, torch.float32)

@@ -103,9 +103,9 @@ class Run:
     def all_threads(self) -> Iterator[None]:
         """torch has all of its threads for a few tokens, too, while the block runs."""
         steps = self.model.offload._steps
-        threads, steps._threads = steps._threads, None
+        threads, steps.threads = steps.threads, None
         yield
-        steps._threads = threads
+        steps.threads = threads
 
     @contextmanager
     def profiled(self) -> Iterator[dict[str, float]]:

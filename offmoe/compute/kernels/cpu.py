@@ -219,6 +219,10 @@ class CpuKernels:
         """Floats of the memory that the two calls of a layer's attention share."""
         return int(self._calls.offmoe_attention_floats(ctypes.byref(struct)))
 
+    def layers_bytes(self, layers: int, count: int) -> int:
+        """Bytes of the memory that `count` layers at an address compute with."""
+        return int(self._calls.offmoe_layers_bytes(layers, count))
+
     def read(self, memory: torch.Tensor) -> None:
         """Read contiguous memory with all threads as fast as they can: the bound that kernels are compared with."""
         self._calls.offmoe_read(self._threads.handle, self._variant, memory.data_ptr(), memory.nbytes)

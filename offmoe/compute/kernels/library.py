@@ -68,6 +68,34 @@ class RouterStruct(ctypes.Structure):
     )
 
 
+class LayerStruct(ctypes.Structure):
+    """`struct layer` of offmoe.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("attention", "router", "experts")),
+        ("norms", ctypes.c_void_p * 2),
+        ("kinds", ctypes.c_int32 * 2),
+        ("hidden", ctypes.c_int32),
+        ("eps", ctypes.c_float * 2),
+    )
+
+
+class StatesStruct(ctypes.Structure):
+    """`struct states` of offmoe.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("keys", "values")),
+        *((name, ctypes.c_size_t) for name in ("key_step", "value_step")),
+        ("tokens", ctypes.c_int32),
+    )
+
+
+class PassageStruct(ctypes.Structure):
+    """`struct passage` of offmoe.h."""
+
+    _fields_ = _fields("x cos sin memory outs normed ids scores", "most done")
+
+
 class EncodingStruct(ctypes.Structure):
     """`struct encoding` of offmoe.h."""
 
@@ -131,6 +159,9 @@ class Library:
             *(*steps, pointer, pointer),
         )
         c.offmoe_route.argtypes = (pointer, pointer, ctypes.POINTER(RouterStruct), integer, *(pointer,) * 6)
+        c.offmoe_layers_bytes.argtypes = (pointer, integer)
+        c.offmoe_layers_bytes.restype = ctypes.c_size_t
+        c.offmoe_layers.argtypes = (*(pointer,) * 4, integer, integer, ctypes.POINTER(PassageStruct))
         c.offmoe_norm.argtypes = (*(pointer,) * 3, integer, integer, ctypes.c_float, integer, pointer)
         c.offmoe_norm.restype = None
         c.offmoe_read.argtypes = (pointer, pointer, pointer, ctypes.c_size_t)

@@ -111,6 +111,9 @@ class TokenAttention:
         self._floats = kernels.attention_floats(self._struct)
         self._key_shape = (1, projections.k.struct.rows // width, 1, width)
         self.hidden, self.rotary = projections.q.struct.cols, rotary
+        self.like_states = tuple(torch.empty(self._key_shape, dtype=torch.bfloat16) for _ in range(2))
+        """A key and a value as a token has them, without content."""
+        self.address = ctypes.addressof(self._struct)
 
     def heads(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Heads:
         """The heads of one token.
@@ -170,13 +173,13 @@ class RowNorm:
     """The RMS norm of rows of bf16, by the kernels of one library."""
 
     def __init__(self, kernels: CpuKernels, kind: Norm, eps: float) -> None:
-        self._norm, self._kind, self._eps = kernels.norm, kind, eps
+        self._norm, self.kind, self.eps = kernels.norm, kind, eps
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The norm of x bf16 [..., n], contiguous; weight bf16 [n], n a multiple of 16."""
         out, width = torch.empty_like(x), len(weight)
         rows = x.numel() // width
-        self._norm(x.data_ptr(), weight.data_ptr(), rows, width, self._eps, self._kind, out.data_ptr())
+        self._norm(x.data_ptr(), weight.data_ptr(), rows, width, self.eps, self.kind, out.data_ptr())
         return out
 
 

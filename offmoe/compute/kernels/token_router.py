@@ -108,7 +108,8 @@ class TokenRouter:
         )
         self._alive = prepared, correction
         self._route, self._reference = kernels.function("offmoe_route"), ctypes.byref(self._struct)
-        self._precision, self._experts, self._selection = kernels.precision, experts, selection
+        self._precision, self._experts, self.selection = kernels.precision, experts, selection
+        self.address = ctypes.addressof(self._struct)
         self._work = torch.empty(self.cols + 3 * len(weight)), torch.empty(experts, dtype=torch.int64)
 
     def __call__(self, x: torch.Tensor) -> Routed:
@@ -120,7 +121,7 @@ class TokenRouter:
         Raises:
             CapacityError: there is no memory.
         """
-        how, (work, all_ids) = self._selection, self._work
+        how, (work, all_ids) = self.selection, self._work
         logits = torch.empty((1, self._experts), dtype=how.logits)
         scores = torch.empty((1, how.top_k), dtype=how.scores)
         ids = torch.empty((1, how.top_k), dtype=torch.int64)

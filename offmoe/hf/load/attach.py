@@ -75,7 +75,7 @@ class AttachedExperts:
     """The experts of one MoE layer, computed by an executor."""
 
     def __init__(self, executor: ExpertExecutor, layer: ExpertLayer) -> None:
-        self._executor, self._layer = executor, layer
+        self._executor, self.layer = executor, layer
         self.choose: Choose | None = None
         """Chooses the ids in place of the router's; None: the router's stay."""
 
@@ -90,14 +90,14 @@ class AttachedExperts:
     def run(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Rows [T * k, H] in router order of hidden [T, H], or [T * k, H], and ids [T, k]."""
         self._check(hidden)
-        return self._executor.run(self._layer, hidden, ids)
+        return self._executor.run(self.layer, hidden, ids)
 
     def summed(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor | None:
         """The weighted sum [T, H] where the device computes it without the host, as `ExpertExecutor.run_summed`."""
         if torch.compiler.is_compiling() or self._executor.decode is None:
             return None
         self._check(hidden)
-        return self._executor.run_summed(self._layer, hidden, ids, weights)
+        return self._executor.run_summed(self.layer, hidden, ids, weights)
 
     def _check(self, hidden: torch.Tensor) -> None:
         require_eager(hidden)
@@ -110,7 +110,7 @@ class AttachedExperts:
         return _refuse_copy()
 
     def with_math(self, math: ExpertMath) -> AttachedExperts:
-        return AttachedExperts(self._executor, self._layer.with_math(math))
+        return AttachedExperts(self._executor, self.layer.with_math(math))
 
 
 _run_uncompiled = uncompiled(AttachedExperts.run)

@@ -40,22 +40,28 @@ class NormForward(OwnForward):
 
     def __init__(self, module: nn.Module, known: KnownNorm, kernels: CpuKernels) -> None:
         self._stock, self._parameters = StockForward(module), module._parameters
-        self._norm = RowNorm(kernels, known.kind, known.eps)
+        self.norm = RowNorm(kernels, known.kind, known.eps)
         self._width = len(weight_of(module))
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        weight = self.prepared(hidden_states)
+        if weight is None:
+            return self._stock(hidden_states)  # type: ignore[no-any-return]
+        return self.norm(hidden_states, weight)
+
+    def prepared(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The weight for an input; None if the module's own code computes it."""
         weight = self._parameters["weight"]
         assert weight is not None
-        if (
-            0 < hidden_states.numel() <= MOST_NUMBERS
-            and hidden_states.shape[-1] == self._width
-            and is_plain(hidden_states)
+        fits = (
+            0 < x.numel() <= MOST_NUMBERS
+            and x.shape[-1] == self._width
+            and is_plain(x)
             and weight.dtype is torch.bfloat16
             and weight.is_contiguous()
             and not (weight.requires_grad and torch.is_grad_enabled())
-        ):
-            return self._norm(hidden_states, weight)
-        return self._stock(hidden_states)  # type: ignore[no-any-return]
+        )
+        return weight if fits else None
 
 
 def weight_of(module: nn.Module) -> torch.Tensor:

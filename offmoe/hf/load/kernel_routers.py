@@ -55,12 +55,14 @@ class RouterForward(OwnForward):
         self._router: TokenRouter | None = None
 
     def __call__(self, hidden_states: torch.Tensor) -> Any:
-        router = self._prepared(hidden_states) if is_plain(hidden_states) else None
+        router = self.prepared(hidden_states)
         routed = None if router is None else self._owner.run(router, hidden_states)
         return self._stock(hidden_states) if routed is None else tuple(routed)
 
-    def _prepared(self, x: torch.Tensor) -> TokenRouter | None:
+    def prepared(self, x: torch.Tensor) -> TokenRouter | None:
         """The call for an input; None if the module's own code computes it."""
+        if not is_plain(x):
+            return None
         module: Any = self._stock.module
         held = *(module._parameters.get(name) for name in ("weight", "bias")), getattr(module, CORRECTION, None)
         weight, bias, correction = held

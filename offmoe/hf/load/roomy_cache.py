@@ -23,6 +23,7 @@ ROOM_BYTES = 4 << 20
 """Most bytes of unused room in all layers of a cache. Workspace that prompts need covers it while single tokens run."""
 MOST_TOKENS = 128
 """Tokens of room at most."""
+NAMES = ("keys", "values")
 
 
 class Room(NamedTuple):
@@ -51,29 +52,47 @@ class RoomyLayer(DynamicLayer):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As `DynamicLayer.update`: [batch, heads, tokens, width] behind what is there."""
-        both = ((self.keys, key_states), (self.values, value_states))
-        pairs = [(held, new) for held, new in both if held is not None]
-        if len(pairs) < len(both) or key_states.shape[-2] > 1 or not all(_joins(held, new) for held, new in pairs):
+        new = (key_states, value_states)
+        memory = self.claim(*new) if key_states.shape[-2] == 1 else None
+        if memory is None:
             self.rooms.clear()
             return super().update(key_states, value_states, *args, **kwargs)
-        token_bytes = self.num_layers * sum(new.nbytes for _, new in pairs)
-        room = max(1, min(MOST_TOKENS, ROOM_BYTES // token_bytes))
-        self.keys, self.values = (
-            self._grown(name, held, new, room) for name, (held, new) in zip(("keys", "values"), pairs, strict=True)
-        )
+        length = self.get_seq_length()
+        for room, states in zip(memory, new, strict=True):
+            room[..., length : length + 1, :] = states
+        self.extend(*memory)
         return self.keys, self.values
 
-    def _grown(self, name: str, held: torch.Tensor, new: torch.Tensor, room: int) -> torch.Tensor:
+    def claim(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Memory that holds all keys and values and has room for one token more: [batch, heads, room, width] each.
+
+        Args:
+            key, value: [batch, heads, 1, width], of the dtype and shape that the token's will have.
+
+        Returns:
+            Memory of keys and of values, for `extend`; None if nothing can be written behind what is held.
+        """
+        pairs = [(held, new) for held, new in ((self.keys, key), (self.values, value)) if held is not None]
+        if len(pairs) < 2 or not all(_joins(held, new) for held, new in pairs):
+            return None
+        token_bytes = self.num_layers * sum(new.nbytes for _, new in pairs)
+        room = max(1, min(MOST_TOKENS, ROOM_BYTES // token_bytes))
+        keys, values = (self._room(name, held, room) for name, (held, _) in zip(NAMES, pairs, strict=True))
+        return keys, values
+
+    def _room(self, name: str, held: torch.Tensor, room: int) -> torch.Tensor:
         length, known = held.shape[-2], self.rooms.get(name)
         if known is not None and known.used is held and length < known.memory.shape[-2]:
-            memory = known.memory
-        else:
-            memory = held.new_empty(*held.shape[:-2], length + room, held.shape[-1])
-            memory[..., :length, :] = held
-        memory[..., length : length + 1, :] = new
-        used: torch.Tensor = memory[..., : length + 1, :]
-        self.rooms[name] = Room(memory, used)
-        return used
+            return known.memory
+        memory = held.new_empty(*held.shape[:-2], length + room, held.shape[-1])
+        memory[..., :length, :] = held
+        return memory
+
+    def extend(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Hold one token more: its key and value stand in memory that `claim` gave, behind the others."""
+        length = self.get_seq_length() + 1
+        self.keys, self.values = keys[..., :length, :], values[..., :length, :]
+        self.rooms = dict(zip(NAMES, (Room(keys, self.keys), Room(values, self.values)), strict=True))
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         self.rooms.clear()

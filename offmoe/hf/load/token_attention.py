@@ -106,8 +106,8 @@ class TokenForward(OwnForward):
         self._attention: TokenAttention | None = None
 
     def __call__(self, hidden_states: torch.Tensor, *arguments: Any, **options: Any) -> Any:
-        module = self._stock.module
-        attention = None if arguments else self._prepared(module, hidden_states, options)
+        module: Any = self._stock.module
+        attention = None if arguments else self.prepared(hidden_states, options)
         if attention is None:
             return self._stock(hidden_states, *arguments, **options)
         heads = self._owner.run(attention.heads, hidden_states, *options["position_embeddings"])
@@ -121,8 +121,14 @@ class TokenForward(OwnForward):
             out = self._compared(out, states, hidden_states, options)
         return out, None
 
-    def _prepared(self, module: Any, x: torch.Tensor, options: Mapping[str, Any]) -> TokenAttention | None:
-        """The calls for an input; None if the module's own code computes it."""
+    @property
+    def is_compared(self) -> bool:
+        """Whether the calls have been compared with the module's own code, and give the same."""
+        return not self._trial.left and not self._trial.differs
+
+    def prepared(self, x: torch.Tensor, options: Mapping[str, Any]) -> TokenAttention | None:
+        """The calls for an input, with options as the module takes them; None if its own code computes it."""
+        module: Any = self._stock.module
         angles = options.get("position_embeddings")
         if (
             self._trial.differs

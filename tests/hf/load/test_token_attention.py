@@ -41,13 +41,13 @@ def kernels() -> None:
 
 
 @contextmanager
-def loaded(folder: Path, family: str, **options: Any) -> Iterator[Any]:
+def loaded(folder: Path, family: str, slots: int = 3, **options: Any) -> Iterator[Any]:
     if not (folder / family).exists():
         values = {**tiny.COMMON, **families.CONFIGS[family], **(SIZES if family in PLAIN else {})}
         model_type = values.pop("model_type", family)
         tiny.save(tiny.random_model(AutoConfig.for_model(model_type, **values), torch.bfloat16), folder / family)
     model: Any = offmoe.from_pretrained(
-        folder / family, device="cpu", slots_per_layer=3, exactness="numeric", **options
+        folder / family, device="cpu", slots_per_layer=slots, exactness="numeric", **options
     )
     with model.offload, torch.no_grad():
         yield model

@@ -38,7 +38,7 @@ X86_FLAGS = ("-march=x86-64",)
 AVX2_FLAGS = ("-O3", "-mavx2", "-mfma", "-mf16c")
 AVX512_FLAGS = (*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni")
 EXACT_FLAGS = ("-ffp-contract=off",)
-"""For the encoder and the decoders: each of their operations rounds as torch's does."""
+"""For the encoder, the decoders and what stands between a layer's parts: each operation rounds as torch's does."""
 
 REQUIRED = {
     "portable.c": ("-O2", "-Wno-psabi"),
@@ -51,6 +51,7 @@ REQUIRED = {
     "pool.c": ("-O2",),
     "attention.c": ("-O3",),
     "route.c": ("-O3",),
+    "layers.c": ("-O3", *EXACT_FLAGS),
 }
 VARIANTS = {
     "avx2.c": AVX2_FLAGS,

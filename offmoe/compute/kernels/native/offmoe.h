@@ -198,6 +198,38 @@ struct router {
     float scale;
 };
 
+/* A decoder layer for one new token (layers.c): RMS norms (bf16 [hidden]) before attention and before the experts, and how
+ * they round. router: null where the caller computes what follows the second norm. experts [router->experts]: null where
+ * one cannot be computed now. Mirrored in offmoe/compute/kernels/library.py. */
+struct layer {
+    const struct attention *attention;
+    const struct router *router;
+    const struct expert *const *experts;
+    const uint16_t *norms[2];
+    int32_t kinds[2], hidden;
+    float eps[2];
+};
+
+/* Where a layer keeps the keys and values of `tokens` tokens, the new one included: [groups][tokens][width], with steps
+ * from group to group. Mirrored in offmoe/compute/kernels/library.py. */
+struct states {
+    uint16_t *keys, *values;
+    size_t key_step, value_step;
+    int32_t tokens;
+};
+
+/* A token's way through layers: its hidden state x bf16 [hidden], cos and sin bf16 [rotary], memory; per layer its output
+ * bf16 [hidden], and of its experts ids and scores (bf16 or float) in rows of `most` numbers of 64 and 32 bits. normed,
+ * done: see offmoe_layers. Mirrored in offmoe/compute/kernels/library.py. */
+struct passage {
+    const uint16_t *x, *cos, *sin;
+    uint8_t *memory;
+    uint16_t *outs, *normed;
+    int64_t *ids;
+    float *scores;
+    int32_t most, done;
+};
+
 extern const struct kernels kernels_portable;
 #if defined(__x86_64__) || defined(_M_X64)
 extern const struct kernels kernels_avx2, kernels_avxvnni, kernels_vnni256, kernels_avx512vnni;
@@ -214,6 +246,18 @@ int pool_threads(const struct pool *pool);
 void *pool_scratch(struct pool *pool, size_t nbytes); /* valid until the next call; null if memory ran out */
 void pool_lock(struct pool *pool);
 void pool_unlock(struct pool *pool);
+
+/* What layers.c calls of the functions that Python calls; see the files that have them. */
+int offmoe_experts(struct pool *pool, const struct kernels *k, const struct expert *const *experts, const int32_t *rows,
+                   int count, int precision, const float *x, float *out);
+size_t offmoe_attention_floats(const struct attention *a);
+int offmoe_heads(struct pool *pool, const struct kernels *k, const struct attention *a, int precision, const uint16_t *x,
+                 const uint16_t *cos, const uint16_t *sin, float *work, uint16_t *key, uint16_t *value);
+int offmoe_attend(struct pool *pool, const struct kernels *k, const struct attention *a, int precision,
+                  const uint16_t *keys, const uint16_t *values, int tokens, size_t key_step, size_t value_step, float *work,
+                  uint16_t *out);
+int offmoe_route(struct pool *pool, const struct kernels *k, const struct router *r, int precision, const uint16_t *x,
+                 float *work, int64_t *all, void *logits, void *scores, int64_t *ids);
 
 /* out[i] float [tokens][w[i]->rows] = x w[i]^T + bias of several weights on one input x float [tokens][cols], in one call.
  * Returns as offmoe_experts (expert.c). */

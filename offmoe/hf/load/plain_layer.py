@@ -1,0 +1,147 @@
+"""A decoder layer as the C kernels take it, if they compute its attention, its norms and perhaps its experts.
+
+Which layers these are is decided by their code, not by their family: it is that of one of the layers in
+`upstream.plain_layers`, and what follows the second norm is a router and its experts if its code is that of one of the
+blocks in `upstream.plain_blocks`.
+
+Must never: describe a layer that a hook watches, or one with a weight that has changed unseen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from offmoe.compute.kernels.token_layers import MOST_EXPERTS, ExpertTable, LayerNorm, LayerParts, States, Stop
+from offmoe.compute.kernels.token_router import TokenRouter
+from offmoe.hf.load.attach import ATTRIBUTE, AttachedExperts
+from offmoe.hf.load.class_code import code_of
+from offmoe.hf.load.kernel_norms import NormForward
+from offmoe.hf.load.kernel_routers import RouterForward
+from offmoe.hf.load.own_forward import StockForward, has_hooks
+from offmoe.hf.load.roomy_cache import RoomyLayer
+from offmoe.hf.load.token_attention import TokenForward
+from offmoe.hf.upstream import plain_blocks, plain_layers
+from offmoe.runtime.executor import ExpertExecutor
+
+PARTS = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
+"""What plain layers consist of."""
+
+
+class ReadyLayer(NamedTuple):
+    """A layer for one call.
+
+    parts, states: as the call takes them. cache: where the layer keeps its keys and values.
+    """
+
+    parts: LayerParts
+    states: States
+    cache: RoomyLayer
+
+
+class PlainLayer:
+    """One decoder layer that is a norm, attention, a norm and a block, with two residuals."""
+
+    def __init__(self, module: nn.Module, executor: ExpertExecutor) -> None:
+        self.own, self._executor = StockForward(module), executor
+        block = self.block
+        self._block = weakref.ref(block)
+        self._has_plain_block = code_of(type(block).forward) in _codes(plain_blocks())
+
+    @property
+    def block(self) -> nn.Module:
+        """What follows the second norm."""
+        return cast("nn.Module", self.own.module._modules["mlp"])
+
+    @property
+    def has_window(self) -> bool:
+        """Whether the layer's attention may have a mask that others have not."""
+        return getattr(self.own.module._modules["self_attn"], "sliding_window", None) is not None
+
+    def ready(self, x: torch.Tensor, options: Mapping[str, Any]) -> ReadyLayer | None:
+        """The layer for a call; None if its own code computes it.
+
+        Args:
+            x: an input of the layer's kind, [1, 1, hidden].
+            options: arguments of the layer, by name.
+        """
+        module: Any = self.own.module
+        attention, block, *norms = (module._modules[name] for name in PARTS)
+        watched = (module, attention, block, *norms)
+        if module.training or block is not self._block() or any(has_hooks(part) for part in watched):
+            return None
+        cache, forward = _grows(options.get("past_key_values"), attention.layer_idx), vars(attention).get("forward")
+        if cache is None or not isinstance(forward, TokenForward) or not forward.is_compared:
+            return None
+        prepared, (first, second) = forward.prepared(x, options), (_norm(norm, x) for norm in norms)
+        if prepared is None or first is None or second is None:
+            return None
+        room = cache.claim(*prepared.like_states)
+        if room is None:
+            return None
+        parts = LayerParts(prepared, (first, second), *(self._experts(x) or (None, None)))
+        return ReadyLayer(parts, States(*room, cache.get_seq_length() + 1), cache)
+
+    def _experts(self, x: torch.Tensor) -> tuple[TokenRouter, ExpertTable] | None:
+        """Router and experts, if the block has nothing else and the kernels compute them."""
+        block = self.block
+        gate, experts = (block._modules.get(name) for name in ("gate", "experts"))
+        if not self._has_plain_block or gate is None or experts is None or "forward" in vars(block):
+            return None
+        attached: AttachedExperts | None = vars(experts).get(ATTRIBUTE)
+        if attached is None or attached.choose is not None or "forward" in vars(experts):
+            return None
+        forward = vars(gate).get("forward")
+        if not isinstance(forward, RouterForward) or has_hooks(gate) or has_hooks(experts):
+            return None
+        router = forward.prepared(x.view(1, -1))
+        if router is None or router.selection.top_k > MOST_EXPERTS:
+            return None
+        number = attached.layer.index
+        table = self._executor.resident.table(attached.layer, self._executor.planner.layers[number])
+        return None if table is None else (router, table)
+
+    @property
+    def moe_layer(self) -> int:
+        """The layer's number among those with experts."""
+        experts: AttachedExperts = vars(self.block._modules["experts"])[ATTRIBUTE]
+        return experts.layer.index
+
+    def after(self, stop: Stop, attended: torch.Tensor) -> torch.Tensor:
+        """The output of a layer that a call left before its experts. attended: its input plus its attention."""
+        block: Any = self.block
+        if stop.ids is None:
+            out = block(stop.normed)
+        else:
+            out = block.experts(stop.normed.view(1, -1), stop.ids, stop.scores).view(attended.shape)
+        return attended + out  # type: ignore[no-any-return]
+
+
+def is_plain_layer(module: nn.Module) -> bool:
+    """Whether a module is a decoder layer of known code, with the parts that it names, and nobody has changed it."""
+    has_parts = all(module._modules.get(name) is not None for name in PARTS)
+    return has_parts and "forward" not in vars(module) and code_of(type(module).forward) in _codes(plain_layers())
+
+
+def _codes(classes: tuple[type[nn.Module], ...]) -> set[str]:
+    return {code for cls in classes if (code := code_of(cls.forward)) is not None}
+
+
+def _grows(cache: object, index: int) -> RoomyLayer | None:
+    """Where a cache keeps a layer's keys and values, if it grows in place."""
+    layers: list[Any] = cache.layers if type(cache) is DynamicCache else []
+    return layers[index] if index < len(layers) and type(layers[index]) is RoomyLayer else None
+
+
+def _norm(module: nn.Module, x: torch.Tensor) -> LayerNorm | None:
+    """A norm for an input; None if its own code computes it."""
+    forward = vars(module).get("forward")
+    if not isinstance(forward, NormForward):
+        return None
+    weight = forward.prepared(x)
+    return None if weight is None else LayerNorm(forward.norm, weight)

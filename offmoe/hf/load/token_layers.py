@@ -1,0 +1,249 @@
+"""Decoder layers that the C kernels compute for one new token, many in one call (`exactness="numeric"` on a CPU).
+
+A pass of one token enters the first layer's `forward`, which computes as many layers as it can in one call and gives
+its own output. The next layers give what was computed for them, if they are called with what the layer before them
+gave. A call ends before the experts of a layer whose block is another one, or where an expert is not resident: the
+block runs as it is, and the next layer begins a new call.
+
+The first tokens of each layer run both ways and must have the same bits. While several sequences take turns, while
+experts are predicted and while a fill goes on, layers run as they are.
+
+Moves: what the layers' attention, routers and experts move.
+Bound: memory bandwidth.
+Must never: keep what was computed for a layer that the model's forward does not call.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.modules.module import _has_any_global_hook
+from transformers import DynamicCache, PreTrainedModel
+
+from offmoe.compute.dense_linear import DenseKernels
+from offmoe.compute.kernels.token_layers import Passage, TokenLayers
+from offmoe.hf.adapters.find import decoder_layers
+from offmoe.hf.load.own_forward import OwnForward
+from offmoe.hf.load.plain_layer import PlainLayer, ReadyLayer, is_plain_layer
+from offmoe.hf.load.roomy_cache import RoomyLayer
+from offmoe.runtime.executor import ExpertExecutor
+
+logger = logging.getLogger(__name__)
+
+COMPARED, MOST_TRIES = 2, 8
+"""Tokens that each layer computes both ways, with all experts resident; and how many are tried for that."""
+SHARED = ("attention_mask", "position_embeddings", "past_key_values")
+"""Arguments that are the same objects in all layers of a call."""
+
+
+@dataclass
+class _Run:
+    """What one call has computed, until the layers have given it.
+
+    first, next: numbers of its first layer, and of the one that gives its output next. given: what the layer before
+    that one gave. caches: of its layers. options: arguments of its first layer.
+    """
+
+    first: int
+    next: int
+    given: torch.Tensor
+    passage: Passage
+    caches: Sequence[RoomyLayer]
+    options: Mapping[str, Any]
+
+    def goes_on(self, number: int, x: torch.Tensor, options: Mapping[str, Any]) -> bool:
+        """Whether a layer is called as the call has assumed."""
+        same = all(options.get(name) is self.options.get(name) for name in SHARED)
+        return number == self.next and x is self.given and same
+
+    def give(self) -> torch.Tensor:
+        """What was computed for the next layer."""
+        self.given = self.passage.outs[self.next - self.first]
+        self.next += 1
+        return self.given
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all layers have given what was computed for them."""
+        return self.next - self.first == len(self.passage.outs)
+
+    def take_back(self) -> None:
+        """Leave caches as if the layers that have given nothing yet had not been computed."""
+        for cache in self.caches[self.next - self.first :]:
+            cache.crop(-1)
+
+
+class LayerForward(OwnForward):
+    """The `forward` of one decoder layer."""
+
+    def __init__(self, plain: PlainLayer, layers: DecoderLayers, number: int) -> None:
+        """number: of the layer among all decoder layers of the model."""
+        self.plain, self._layers, self._number = plain, layers, number
+        self.left, self.tries = COMPARED, MOST_TRIES
+        """Tokens that have to be compared before calls begin, and comparisons that may be made for that."""
+
+    def __call__(self, hidden_states: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        is_asked = not arguments and self._layers.runs and not torch.compiler.is_compiling()
+        if is_asked and not self.left:
+            return self._layers.output(self._number, hidden_states, options)
+        if is_asked and self.tries:
+            return self._layers.compared(self._number, hidden_states, options)
+        return self.plain.own(hidden_states, *arguments, **options)
+
+
+class DecoderLayers:
+    """The decoder layers of one model, for passes of one token of one sequence."""
+
+    def __init__(self, model: PreTrainedModel, executor: ExpertExecutor, owner: DenseKernels) -> None:
+        """owner: computes the model's attention, norms and routers."""
+        self._executor, self._owner = executor, owner
+        self._config = model.config.get_text_config()
+        modules = decoder_layers(model)
+        self._layers = [
+            LayerForward(PlainLayer(module, executor), self, number) if is_plain_layer(module) else None
+            for number, module in enumerate(modules.values())
+        ]
+        stacks = [path.rpartition(".")[0] for path in modules]
+        self._ends = [len(stacks) - stacks[::-1].index(stack) for stack in stacks]
+        """By number of a layer, the number behind the last layer of its stack."""
+        self._depth = max(Counter(stacks).values(), default=0)
+        self._calls = TokenLayers(owner.kernels, len(modules))
+        self.runs = False
+        """Whether the pass under way may be computed here."""
+        self._is_given_up = False
+        self._run: _Run | None = None
+        for module, forward in zip(modules.values(), self._layers, strict=True):
+            if forward is not None:
+                object.__setattr__(module, "forward", forward)
+
+    @property
+    def count(self) -> int:
+        """Layers that may be computed here."""
+        return sum(layer is not None for layer in self._layers)
+
+    @contextmanager
+    def step(self, arguments: Mapping[str, Any], tokens: int) -> Iterator[None]:
+        """Surround a forward pass of the model. arguments: by name. tokens: of all sequences."""
+        if self._executor.gather is not None:  # one of several passes that take turns
+            yield
+            return
+        self.runs = tokens == 1 and not self._is_given_up and self._suits(arguments.get("past_key_values"))
+        try:
+            yield
+        finally:
+            self.runs = False
+            self._take_back()
+
+    def _suits(self, cache: object) -> bool:
+        is_whole = self._config.num_hidden_layers >= self._depth  # a draft of the model leaves layers out
+        return type(cache) is DynamicCache and not cache.offloading and is_whole and not _has_any_global_hook()
+
+    def output(self, number: int, x: torch.Tensor, options: Mapping[str, Any]) -> torch.Tensor:
+        """The output of one layer. x: [1, 1, hidden]. options: its arguments, by name."""
+        plain = self._layer(number).plain
+        if self._run is not None and not self._run.goes_on(number, x, options):
+            self._give_up("they are called in another order")
+            return plain.own(x, **options)  # type: ignore[no-any-return]
+        run = self._run or self._begin(number, x, options)
+        if run is None:
+            return plain.own(x, **options)  # type: ignore[no-any-return]
+        out = run.give()
+        self._run = None if run.is_over else run
+        stop = run.passage.stop
+        return plain.after(stop, out) if run.is_over and stop is not None else out
+
+    def _begin(self, number: int, x: torch.Tensor, options: Mapping[str, Any]) -> _Run | None:
+        """Compute layers from one on; None if its own code computes it."""
+        ready: list[ReadyLayer] = []
+        layers = self._layers[number : self._ends[number]] if self._may_begin else ()
+        for layer in layers:
+            if layer is None or layer.left or (ready and layer.plain.has_window):
+                break
+            one = layer.plain.ready(x, options)
+            if one is None:
+                break
+            ready.append(one)
+        passage = self._call(ready, x, options) if ready else None
+        if passage is None:
+            return None
+        del ready[len(passage.outs) :]
+        for one in ready:
+            one.cache.extend(one.states.keys, one.states.values)
+        self._executor.computed([(self._layer(at).plain.moe_layer, ids) for at, ids in enumerate(passage.ids, number)])
+        return _Run(number, number, x, passage, [one.cache for one in ready], options)
+
+    def compared(self, number: int, x: torch.Tensor, options: Mapping[str, Any]) -> torch.Tensor:
+        """The output of one layer by its own code. If a call gives other bits, there are no calls any more."""
+        layer, seen = self._layer(number), list[tuple[Any, Any]]()
+        hook = layer.plain.block.register_forward_hook(lambda _, inputs, out: seen.append((inputs[0], out)))
+        try:
+            own: torch.Tensor = layer.plain.own(x, **options)
+        finally:
+            hook.remove()
+        ready = layer.plain.ready(x, options) if self._may_begin else None
+        if ready is None:
+            return own
+        held = [states for states in (ready.cache.keys, ready.cache.values) if states is not None]
+        keys, values = (states.clone(memory_format=torch.contiguous_format) for states in held)
+        keys[..., -1:, :] = values[..., -1:, :] = torch.nan
+        states = ready.states._replace(keys=keys, values=values, tokens=keys.shape[-2])
+        passage = self._call([ready._replace(states=states)], x, options)
+        if passage is None:
+            return own
+        (out,), stop, ((normed, of_block),) = passage.outs, passage.stop, seen
+        pairs = [*zip((keys, values), held, strict=True), (out if stop is None else out + of_block, own)]
+        if stop is not None:
+            pairs.append((stop.normed, normed))
+        layer.tries -= 1
+        if stop is None or stop.ids is None:
+            layer.left -= 1
+        if not all(torch.equal(found, wanted) for found, wanted in pairs):
+            self._give_up("the C kernels give other bits")
+        return own
+
+    @property
+    def _may_begin(self) -> bool:
+        return self._executor.is_settled and self._executor.predictor is None
+
+    def _layer(self, number: int) -> LayerForward:
+        layer = self._layers[number]
+        assert layer is not None
+        return layer
+
+    def _call(self, ready: Sequence[ReadyLayer], x: torch.Tensor, options: Mapping[str, Any]) -> Passage | None:
+        """What a call gives; None if the kernels were closed."""
+        layers, states = [one.parts for one in ready], [one.states for one in ready]
+        return self._owner.run(self._calls, layers, states, x, *options["position_embeddings"])
+
+    def _take_back(self) -> None:
+        run, self._run = self._run, None
+        if run is not None:
+            run.take_back()
+
+    def _give_up(self, reason: str) -> None:
+        self._take_back()
+        self._is_given_up, self.runs = True, False
+        logger.warning(
+            "decoder layers are computed part by part from now on, which costs speed alone: %s. Please report it with "
+            "the model's config.json",
+            reason,
+        )
+
+
+def attach_layers(model: PreTrainedModel, executor: ExpertExecutor, owner: DenseKernels) -> DecoderLayers | None:
+    """Let the kernels compute decoder layers for single tokens; None if they compute none.
+
+    Args:
+        model: a loaded model whose experts are attached.
+        executor: of its experts.
+        owner: computes its attention, norms and routers.
+    """
+    layers = DecoderLayers(model, executor, owner)
+    logger.info("the C kernels compute %d decoder layers of single tokens", layers.count)
+    return layers if layers.count else None
