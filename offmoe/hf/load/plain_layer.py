@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from offmoe.compute.kernels.token_layers import MOST_EXPERTS, ExpertTable, LayerNorm, LayerParts, States, Stop
+from offmoe.compute.kernels.token_attention import TokenAttention
+from offmoe.compute.kernels.token_layers import MOST_EXPERTS, LayerNorm, LayerParts, States, Stop
 from offmoe.compute.kernels.token_router import TokenRouter
 from offmoe.hf.load.attach import ATTRIBUTE, AttachedExperts
 from offmoe.hf.load.class_code import code_of
@@ -26,6 +27,7 @@ from offmoe.hf.load.kernel_routers import RouterForward
 from offmoe.hf.load.own_forward import StockForward, has_hooks
 from offmoe.hf.load.roomy_cache import RoomyLayer
 from offmoe.hf.load.token_attention import TokenForward
+from offmoe.hf.load.unchanged import Place, Unchanged
 from offmoe.hf.upstream import plain_blocks, plain_layers
 from offmoe.runtime.executor import ExpertExecutor
 
@@ -44,6 +46,22 @@ class ReadyLayer(NamedTuple):
     cache: RoomyLayer
 
 
+class _Found(NamedTuple):
+    """What a layer consists of, as long as its modules are `unchanged`.
+
+    number: of the layer in a cache. forward: the attention module's. router, experts: None where the block is another
+    one.
+    """
+
+    unchanged: Unchanged
+    number: int
+    forward: TokenForward
+    attention: TokenAttention
+    norms: tuple[LayerNorm, LayerNorm]
+    router: TokenRouter | None
+    experts: AttachedExperts | None
+
+
 class PlainLayer:
     """One decoder layer that is a norm, attention, a norm and a block, with two residuals."""
 
@@ -52,6 +70,7 @@ class PlainLayer:
         block = self.block
         self._block = weakref.ref(block)
         self._has_plain_block = code_of(type(block).forward) in _codes(plain_blocks())
+        self._found: _Found | None = None
 
     @property
     def block(self) -> nn.Module:
@@ -63,31 +82,60 @@ class PlainLayer:
         """Whether the layer's attention may have a mask that others have not."""
         return getattr(self.own.module._modules["self_attn"], "sliding_window", None) is not None
 
-    def ready(self, x: torch.Tensor, options: Mapping[str, Any]) -> ReadyLayer | None:
+    def ready(self, x: torch.Tensor, options: Mapping[str, Any], first: ReadyLayer | None = None) -> ReadyLayer | None:
         """The layer for a call; None if its own code computes it.
 
         Args:
             x: an input of the layer's kind, [1, 1, hidden].
             options: arguments of the layer, by name.
+            first: the first layer of the call, which has looked at both already.
         """
+        found = self._found
+        is_found = found is not None and not (torch.is_grad_enabled() or self.own.module.training)
+        if found is None or not is_found or not found.unchanged.holds():
+            found = self._find(x, options)
+            is_whole = found is not None and (found.experts is not None or not self._has_plain_block)
+            self._found = found if is_whole else None  # who hooked the router may take the hook away again
+        elif first is None and found.forward.prepared(x, options) is not found.attention:
+            return None
+        if found is None:
+            return None
+        _, number, _, attention, norms, router, experts = found
+        if first is not None and attention.rotary != first.parts.attention.rotary:
+            return None
+        cache = _grows(options.get("past_key_values"), number)
+        room = None if cache is None else cache.claim(*attention.like_states)
+        if cache is None or room is None:
+            return None
+        table = None
+        if experts is not None:
+            layers = self._executor.planner.layers
+            table = self._executor.resident.table(experts.layer, layers[experts.layer.index])
+        parts = LayerParts(attention, norms, None if table is None else router, table)
+        return ReadyLayer(parts, States(*room, cache.get_seq_length() + 1), cache)
+
+    def _find(self, x: torch.Tensor, options: Mapping[str, Any]) -> _Found | None:
         module: Any = self.own.module
         attention, block, *norms = (module._modules[name] for name in PARTS)
         watched = (module, attention, block, *norms)
         if module.training or block is not self._block() or any(has_hooks(part) for part in watched):
             return None
-        cache, forward = _grows(options.get("past_key_values"), attention.layer_idx), vars(attention).get("forward")
-        if cache is None or not isinstance(forward, TokenForward) or not forward.is_compared:
+        forward = vars(attention).get("forward")
+        if not isinstance(forward, TokenForward) or not forward.is_compared:
             return None
         prepared, (first, second) = forward.prepared(x, options), (_norm(norm, x) for norm in norms)
         if prepared is None or first is None or second is None:
             return None
-        room = cache.claim(*prepared.like_states)
-        if room is None:
-            return None
-        parts = LayerParts(prepared, (first, second), *(self._experts(x) or (None, None)))
-        return ReadyLayer(parts, States(*room, cache.get_seq_length() + 1), cache)
+        router, experts = self._routed(x) or (None, None)
+        read = [*watched[1:], *attention.children()]
+        places: list[Place] = [(vars(attention.config), "_attn_implementation_internal")]
+        if experts is not None:
+            read += self.block.children()
+            places += [(vars(self.block._modules["experts"]), ATTRIBUTE), (vars(experts), "choose")]
+        unchanged = Unchanged(module, read, places)
+        return _Found(unchanged, attention.layer_idx, forward, prepared, (first, second), router, experts)
 
-    def _experts(self, x: torch.Tensor) -> tuple[TokenRouter, ExpertTable] | None:
+    def _routed(self, x: torch.Tensor) -> tuple[TokenRouter, AttachedExperts] | None:
         """Router and experts, if the block has nothing else and the kernels compute them."""
         block = self.block
         gate, experts = (block._modules.get(name) for name in ("gate", "experts"))
@@ -100,11 +148,7 @@ class PlainLayer:
         if not isinstance(forward, RouterForward) or has_hooks(gate) or has_hooks(experts):
             return None
         router = forward.prepared(x.view(1, -1))
-        if router is None or router.selection.top_k > MOST_EXPERTS:
-            return None
-        number = attached.layer.index
-        table = self._executor.resident.table(attached.layer, self._executor.planner.layers[number])
-        return None if table is None else (router, table)
+        return None if router is None or router.selection.top_k > MOST_EXPERTS else (router, attached)
 
     @property
     def moe_layer(self) -> int:

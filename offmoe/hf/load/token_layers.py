@@ -16,6 +16,7 @@ Must never: keep what was computed for a layer that the model's forward does not
 from __future__ import annotations
 
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -84,17 +85,19 @@ class LayerForward(OwnForward):
 
     def __init__(self, plain: PlainLayer, layers: DecoderLayers, number: int) -> None:
         """number: of the layer among all decoder layers of the model."""
-        self.plain, self._layers, self._number = plain, layers, number
+        self.plain, self._layers, self._number = plain, weakref.ref(layers), number
         self.left, self.tries = COMPARED, MOST_TRIES
         """Tokens that have to be compared before calls begin, and comparisons that may be made for that."""
 
     def __call__(self, hidden_states: torch.Tensor, *arguments: Any, **options: Any) -> Any:
-        is_asked = not arguments and self._layers.runs and not torch.compiler.is_compiling()
-        if is_asked and not self.left:
-            return self._layers.output(self._number, hidden_states, options)
-        if is_asked and self.tries:
-            return self._layers.compared(self._number, hidden_states, options)
-        return self.plain.own(hidden_states, *arguments, **options)
+        layers = self._layers()
+        if layers is None or arguments or not layers.runs or torch.compiler.is_compiling():
+            return self.plain.own(hidden_states, *arguments, **options)
+        if not self.left:
+            return layers.output(self._number, hidden_states, options)
+        if self.tries:
+            return layers.compared(self._number, hidden_states, options)
+        return self.plain.own(hidden_states, **options)
 
 
 class DecoderLayers:
@@ -165,7 +168,7 @@ class DecoderLayers:
         for layer in layers:
             if layer is None or layer.left or (ready and layer.plain.has_window):
                 break
-            one = layer.plain.ready(x, options)
+            one = layer.plain.ready(x, options, ready[0] if ready else None)
             if one is None:
                 break
             ready.append(one)

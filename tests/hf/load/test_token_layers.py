@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import DynamicCache
 
 from offmoe.compute.kernels.token_layers import Passage, TokenLayers
@@ -157,6 +158,36 @@ def test_hooks_see_everything(tmp_path: Path, part: str, calls: list[tuple[int, 
         calls.clear()
         decode(model, TOKENS)
         assert calls == CALLS["qwen3_moe"]
+
+
+def replaced(model: Any) -> None:
+    """Another layer in the place of a projection, as adapters put one there."""
+    attention = model.model.layers[1].self_attn
+    attention.q_proj = nn.Sequential(attention.q_proj)
+
+
+def weighted(model: Any) -> None:
+    norm = model.model.layers[1].post_attention_layernorm
+    norm.weight = nn.Parameter(norm.weight * 2, requires_grad=False)
+
+
+def fewer(model: Any) -> None:
+    model.model.layers[1].mlp.gate.top_k = 1
+
+
+def eager(model: Any) -> None:
+    model.set_attn_implementation("eager")
+
+
+@pytest.mark.parametrize("change", [replaced, weighted, fewer, eager])
+def test_what_changes_a_layer_is_seen(tmp_path: Path, change: Callable[[Any], None]) -> None:
+    with ready(tmp_path, "qwen3_moe") as model:
+        before = decode(model, TOKENS)
+        change(model)
+        found = decode(model, TOKENS)
+        with part_by_part(model):
+            assert torch.equal(decode(model, TOKENS), found)
+        assert not torch.equal(before, found)
 
 
 def test_hidden_states_that_are_asked_for(tmp_path: Path) -> None:
