@@ -8,7 +8,8 @@
 * The encoder and the decoder of a model that has both get a `forward` that is one step each.
 * With `exactness="numeric"` on a CPU, linear layers, RMS norms, plain attention and plain routers get a `forward` that
   the C kernels compute for a few rows (kernel_linears.py, kernel_norms.py, token_attention.py, kernel_routers.py), and
-  `attn_implementation` "sdpa" becomes "offmoe_sdpa" (grouped_attention.py).
+  `attn_implementation` "sdpa" becomes "offmoe_sdpa" (grouped_attention.py). Decoder layers made of these get one, too
+  (token_layers.py).
 * `save_pretrained` copies the checkpoint (save.py).
 * Decoder layers get hooks that keep a residual for predictions (hf/predict) or stream offloaded weights
   (dense_layers.py).
