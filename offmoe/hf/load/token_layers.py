@@ -117,6 +117,8 @@ class DecoderLayers:
         """By number of a layer, the number behind the last layer of its stack."""
         self._depth = max(Counter(stacks).values(), default=0)
         self._calls = TokenLayers(owner.kernels, len(modules))
+        self._ahead = len(modules)
+        """Layers that the next call may have. Each takes some 60 us before it, in vain behind a missing expert."""
         self.runs = False
         """Whether the pass under way may be computed here."""
         self._is_given_up = False
@@ -163,23 +165,31 @@ class DecoderLayers:
 
     def _begin(self, number: int, x: torch.Tensor, options: Mapping[str, Any]) -> _Run | None:
         """Compute layers from one on; None if its own code computes it."""
+        ready = self._ready(number, x, options) if self._may_begin else []
+        passage = self._call(ready, x, options) if ready else None
+        if passage is None:
+            return None
+        done, is_missing = len(passage.ids), passage.stop is not None and passage.stop.ids is not None
+        self._ahead = max(1, 2 * done) if is_missing else max(self._ahead, min(2 * done, len(self._layers)))
+        del ready[len(passage.outs) :]
+        for one in ready:
+            one.cache.extend(one.states.keys, one.states.values)
+        self._executor.computed([(self._layer(at).plain.moe_layer, ids) for at, ids in enumerate(passage.ids, number)])
+        return _Run(number, number, x, passage, [one.cache for one in ready], options)
+
+    def _ready(self, number: int, x: torch.Tensor, options: Mapping[str, Any]) -> list[ReadyLayer]:
+        """Layers from one on for a call, up to one that it leaves before its block in any case."""
         ready: list[ReadyLayer] = []
-        layers = self._layers[number : self._ends[number]] if self._may_begin else ()
-        for layer in layers:
+        for layer in self._layers[number : min(self._ends[number], number + self._ahead)]:
             if layer is None or layer.left or (ready and layer.plain.has_window):
                 break
             one = layer.plain.ready(x, options, ready[0] if ready else None)
             if one is None:
                 break
             ready.append(one)
-        passage = self._call(ready, x, options) if ready else None
-        if passage is None:
-            return None
-        del ready[len(passage.outs) :]
-        for one in ready:
-            one.cache.extend(one.states.keys, one.states.values)
-        self._executor.computed([(self._layer(at).plain.moe_layer, ids) for at, ids in enumerate(passage.ids, number)])
-        return _Run(number, number, x, passage, [one.cache for one in ready], options)
+            if one.parts.router is None:
+                break
+        return ready
 
     def compared(self, number: int, x: torch.Tensor, options: Mapping[str, Any]) -> torch.Tensor:
         """The output of one layer by its own code. If a call gives other bits, there are no calls any more."""

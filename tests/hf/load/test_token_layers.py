@@ -28,7 +28,7 @@ OTHER = ["granitemoe", "phimoe", "deepseek_v3", "gpt_oss", "olmoe"]
 ALL = 1000
 """More slots than any layer has experts."""
 TOKENS = 10
-CALLS = {"mixtral": [(3, 0)] * TOKENS, "qwen3_moe": [(3, 3), (2, 0)] * TOKENS}
+CALLS = {"mixtral": [(3, 0)] * TOKENS, "qwen3_moe": [(1, 1), (2, 0)] * TOKENS}
 """Where every expert has a slot. The first layer of the second has no experts."""
 
 
@@ -87,6 +87,7 @@ def test_a_pass_has_the_bits_of_the_parts(
             assert calls == CALLS[family]
         else:
             assert any(left for _, left in calls)
+            assert sum(asked for asked, _ in calls) <= 3 * depth * TOKENS + depth  # few are prepared in vain
 
 
 @pytest.mark.parametrize("family", LEFT)
@@ -96,8 +97,7 @@ def test_other_blocks_run_between_calls(tmp_path: Path, family: str, calls: list
             wanted = decode(model, TOKENS)
         calls.clear()
         assert torch.equal(decode(model, TOKENS), wanted)
-        depth = model.config.num_hidden_layers
-        assert calls == [(depth - done, depth - done) for done in range(depth)] * TOKENS
+        assert calls == [(1, 1)] * (model.config.num_hidden_layers * TOKENS)
 
 
 @pytest.mark.parametrize("family", OTHER)
