@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -49,8 +50,11 @@ def is_plain(x: torch.Tensor) -> bool:
     )
 
 
+def hooks_of(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
+    """The dictionaries in which the module keeps its hooks: the same objects as long as it lives."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody wants to see or change what the module gets or gives."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    return any(hooks_of(module))
