@@ -66,6 +66,8 @@ class Steps:
         if short and config.prefetch != 0 and self._executor.predictor is None:
             self._prediction = NextLayerPredictor(model, self._experts, encoder_and_decoder(model))
             self._executor.predictor = self._prediction
+            if self.layers is not None:
+                self.layers.predictor = self._prediction
         if config.cuda_graphs and self.captured is None:
             self.captured = capture_layers(model, self._executor)
 

@@ -59,6 +59,15 @@ class LayerCache:
         return Wave(tuple(experts), fetches)
 
 
+def victims_first(waves: Sequence[Wave]) -> tuple[Wave, ...]:
+    """The waves, the residents of the first in the order in which later waves take their slots, so that fetches need
+    not wait for them."""
+    residents, later = waves[0], waves[1:]
+    slots = [fetch.slot for wave in later for fetch in wave.fetches]
+    turn = {slot: -i for i, slot in enumerate(reversed(slots))}
+    return (Wave(tuple(sorted(residents.experts, key=lambda pair: turn.get(pair[1], 1))), ()), *later)
+
+
 def residents(layers: Sequence[LayerCache]) -> tuple[list[ExpertKey], list[ExpertKey]]:
     """The experts of all MoE layers that have a slot, and those that have a RAM slot."""
     experts = [(ExpertKey(at, e), key, cache) for at, cache in enumerate(layers) for e, key in enumerate(cache.keys)]

@@ -22,8 +22,8 @@ from offmoe.config import CacheOptions
 from offmoe.policy.admission import AdmissionPolicy
 from offmoe.policy.eviction.registry import build_eviction
 from offmoe.policy.host_split import best_refill, split_misses
-from offmoe.policy.layer_cache import LayerCache, MakePolicy, build_layers
-from offmoe.policy.prefetch import Candidate, PrefetchPolicy, build_prefetch
+from offmoe.policy.layer_cache import LayerCache, MakePolicy, build_layers, victims_first
+from offmoe.policy.prefetch import ALL_RANKS, Candidate, PrefetchPolicy, build_prefetch
 from offmoe.policy.resize import resize_layers
 from offmoe.policy.victims import NamedVictims, Place
 from offmoe.profile import MissCosts
@@ -100,6 +100,13 @@ class Planner:
             and not self.layers[layer].residency.complete
         )
 
+    def ranks(self, layer: int) -> int:
+        """Ranks of a token's predictions for `layer`, as bits, that a plan could fetch now if they were missing.
+
+        What it learns meanwhile may let it read others ahead; it fetches none into slots.
+        """
+        return ALL_RANKS if self.layers[layer].host_tier is not None else self._prefetch.ranks(layer)
+
     def plan(self, access: Access) -> Plan:
         """What to do for one access. Residency changes as if it were done."""
         layer, demands = access.layer, access.demands
@@ -167,7 +174,7 @@ class Planner:
         waves = [cache.wave(need.resident, ())] if need.resident else []
         if kept:
             waves.append(cache.wave((), self._admit(cache, kept, {*kept, *filter(cache.is_resident, keep)})))
-            waves = list(_victims_first(waves)) if need.resident else waves
+            waves = list(victims_first(waves)) if need.resident else waves
         return waves, slotless
 
     def _admit_worthy(
@@ -227,7 +234,7 @@ class Planner:
             held = list(filter(cache.is_resident, best))  # everything else makes room
             wave, order = order[: capacity - len(held)], order[capacity - len(held) :]
             waves.append(cache.wave((), self._admit(cache, wave, {*held, *wave})))
-        return _victims_first(waves) if resident else tuple(waves)
+        return victims_first(waves) if resident else tuple(waves)
 
     def _through_scratch(self, cache: LayerCache, keys: Sequence[int]) -> list[Wave]:
         waves = []
@@ -321,15 +328,6 @@ class Planner:
         """The experts of a layer that have no slot now. Changes nothing."""
         cache = self.layers[layer]
         return [expert for expert in experts if not cache.is_resident(cache.keys[expert])]
-
-
-def _victims_first(waves: Sequence[Wave]) -> tuple[Wave, ...]:
-    """The waves, the residents of the first in the order in which later waves take their slots, so that fetches need
-    not wait for them."""
-    residents, later = waves[0], waves[1:]
-    slots = [fetch.slot for wave in later for fetch in wave.fetches]
-    turn = {slot: -i for i, slot in enumerate(reversed(slots))}
-    return (Wave(tuple(sorted(residents.experts, key=lambda pair: turn.get(pair[1], 1))), ()), *later)
 
 
 def num_scratch(options: CacheOptions, shape: CacheShape) -> int:

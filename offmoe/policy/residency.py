@@ -7,9 +7,14 @@ never evicted: the same forward pass still needs its weights, and would silently
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Iterable, Sequence
+from itertools import islice
 
 from offmoe.policy.eviction.base import EvictionPolicy
+
+REMEMBERED = 64
+"""Latest changes that are remembered. A token of 48 layers at a hit rate of 0.85 changes that many slots."""
 
 
 class Residency:
@@ -28,6 +33,24 @@ class Residency:
         self._free = list(reversed(slots))  # the lowest slot is given first
         self.changes = 0
         """Counts the times that a key was given or lost a slot."""
+        self._latest: deque[tuple[int, ...] | None] = deque(maxlen=REMEMBERED)
+        """The keys of each change, the last one last; None where all keys may have changed."""
+
+    def changed_since(self, changes: int) -> set[int] | None:
+        """The keys that were given or lost a slot since `changes` was what it is given as; None if that is unknown."""
+        count = self.changes - changes
+        if count > len(self._latest):
+            return None
+        changed = set[int]()
+        for keys in islice(reversed(self._latest), count):
+            if keys is None:
+                return None
+            changed.update(keys)
+        return changed
+
+    def _note(self, keys: tuple[int, ...] | None) -> None:
+        self.changes += 1
+        self._latest.append(keys)
 
     def split(self, keys: Sequence[int]) -> tuple[list[int], list[int], int]:
         """(resident keys with pending ones last, missing keys, number of pending keys)."""
@@ -73,7 +96,7 @@ class Residency:
             self._pending.discard(evicted)
             policy.on_evict(evicted)
         slot_of[key] = slot
-        self.changes += 1
+        self._note((key,) if evicted is None else (key, evicted))
         if pending:
             self._pending.add(key)
         policy.on_insert(key)
@@ -94,7 +117,7 @@ class Residency:
             slot = self._free[0]
         self._free.remove(slot)
         self.slot_of[key] = slot
-        self.changes += 1
+        self._note((key,))
         self._policy.on_insert(key)
         return True
 
@@ -117,7 +140,7 @@ class Residency:
         self.slot_of.update({key: new for new, (key, _) in zip(slots, residents, strict=False)})
         self.capacity, self._slots = len(slots), tuple(slots)
         self._free = list(reversed(slots[len(residents) :]))
-        self.changes += 1
+        self._note(None)
         return kept, evicted
 
     def victim(self, protected: Collection[int]) -> int | None:

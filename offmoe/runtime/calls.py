@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch import nn
 
 from offmoe.compute.expert_layer import ExpertLayer
 from offmoe.device.backend import Backend
@@ -21,6 +22,42 @@ class Predictor(Protocol):
 
     def predict(self, layer: int) -> torch.Tensor | None:
         """Expert ids int64 [T, p] that `layer` will probably want in this step; None if unknown."""
+
+
+class RouterPredictor(Predictor, Protocol):
+    """Predicts with the layers' own norms and routers, from the residuals before them."""
+
+    @property
+    def watches(self) -> bool:
+        """Whether it is still finding out how to predict."""
+
+    def path(self, layer: int) -> tuple[nn.Module | None, nn.Module] | None:
+        """The norm and the router that predict `layer`; None if nothing predicts it."""
+
+    def foresee(self, layer: int, ids: torch.Tensor) -> None:
+        """Take what these modules gave for the latest residual, int64 [T, p]."""
+
+
+class Tap:
+    """Takes the residual before one MoE layer's experts: as a hook on the module that it enters, or by a call."""
+
+    def __init__(self, layer: int, keep: Callable[[int, torch.Tensor], None]) -> None:
+        self._layer, self._keep = layer, keep
+
+    def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        self.take(next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)))
+
+    def take(self, residual: torch.Tensor) -> None:
+        """residual: [..., H]."""
+        self._keep(self._layer, residual)
+
+
+class Done(NamedTuple):
+    """An access of one token that was carried out already: a layer, its experts, and those predicted for the next."""
+
+    layer: int
+    experts: Sequence[int]
+    predicted: Sequence[int] = ()
 
 
 class LayerCall(NamedTuple):

@@ -26,7 +26,7 @@ from offmoe.device.backend import Backend
 from offmoe.errors import TraceError
 from offmoe.policy.planner import Planner, build_planner
 from offmoe.runtime.apart import carry_out_apart
-from offmoe.runtime.calls import LayerCall, Predictor, Slots, joined, to_host
+from offmoe.runtime.calls import Done, LayerCall, Predictor, Slots, joined, to_host
 from offmoe.runtime.device_decode import DeviceDecode
 from offmoe.runtime.fill import BackgroundFill
 from offmoe.runtime.host_experts import HostExperts
@@ -68,8 +68,7 @@ class ExpertExecutor:
         host: HostExperts | None = None,
         decode: DeviceDecode | None = None,
     ) -> None:
-        """host: computes what plans leave to the host; None: they leave nothing to it. decode: computes steps of one
-        token without the host in the way; None: the host is."""
+        """host: computes what plans leave to it. decode: computes steps of one token without asking the host."""
         self.planner, self._transfer, self._compute, self.backend = planner, transfer, compute, backend
         self._host, self.decode = host, decode
         self._runner = PlanRunner(compute, transfer, host)
@@ -242,24 +241,24 @@ class ExpertExecutor:
         """Whether residents are what slots hold, and change by the accesses of this thread alone."""
         return self._sound and self.gather is None and not self._is_filling
 
-    def computed(self, accesses: Iterable[tuple[int, Sequence[int]]]) -> None:
-        """Record, plan and count accesses of one token, each a layer and its experts, that hit and were carried out."""
+    def computed(self, accesses: Iterable[Done]) -> None:
+        """Record, plan and count accesses that hit, and whose predictions of `planner.ranks` did."""
 
         def count() -> None:
-            for layer, ids in accesses:
-                plan = self.plan_access(layer, ids)
+            for plan in [self.plan_access(*access) for access in accesses]:
                 assert plan is not None and not (plan.misses or plan.prefetches)  # noqa: PT018
                 self._transfer.computed([slot for _, slot in plan.waves[0].experts])
+                self._transfer.read_ahead(plan.read_ahead)
 
         with self.user:
             self._soundly(count)
 
-    def plan_access(self, layer: int, ids: Sequence[int]) -> Plan | None:
+    def plan_access(self, layer: int, ids: Sequence[int], predicted: Sequence[int] = ()) -> Plan | None:
         """Record, plan and count an access of one token that was carried out already; None if it demands nothing."""
         if self.trace is not None:
-            self.trace.record(layer, np.array([ids]), None)
+            self.trace.record(layer, np.array([ids]), np.array([predicted]) if predicted else None)
         demands = single_demands(ids, self.shape.experts[layer])
-        return self._plan(Access(layer, demands, 1)) if demands else None
+        return self._plan(Access(layer, demands, 1, tuple(predicted))) if demands else None
 
     def _plan(self, access: Access) -> Plan:
         """Plan and count an access."""
@@ -342,8 +341,10 @@ class ExpertExecutor:
         if trace is not None:
             trace.close()
 
+    def predicts(self, layer: int) -> bool:
+        """Whether a plan for `layer` could use predictions for the layer after it."""
+        return self.predictor is not None and self.planner.wants_prediction(layer + 1)
+
     def _predicted(self, layer: int) -> torch.Tensor | None:
         """Predictions for the layer after `layer`, int [T, p], if a plan could use them."""
-        if self.predictor is None or not self.planner.wants_prediction(layer + 1):
-            return None
-        return self.predictor.predict(layer + 1)
+        return self.predictor.predict(layer + 1) if self.predictor is not None and self.predicts(layer) else None

@@ -1,12 +1,13 @@
 """Which experts of a layer the C kernels can compute now, for calls that do more than compute experts.
 
-Moves: nothing. Bound: one look-up per expert of a layer whose residents have changed.
+Moves: nothing. Bound: one look-up per expert that was given or lost a slot since the last look.
 Must never: name an expert whose bytes are still on their way, or one that another expert has replaced.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from offmoe.compute.compute import ExpertCompute
 from offmoe.compute.expert_layer import ExpertLayer
@@ -16,12 +17,17 @@ from offmoe.policy.residency import Residency
 from offmoe.transfer.engine import TransferEngine
 
 
-class _Held(NamedTuple):
-    """A table, and what it was made from. changes: None if an expert was on its way then."""
+@dataclass
+class _Known:
+    """A layer's table, and what it was made from.
 
-    table: ExpertTable | None
+    changes: of the residency, all of which the table shows. coming: experts whose bytes were on their way then.
+    """
+
+    table: ExpertTable
     residency: Residency
-    changes: int | None
+    changes: int
+    coming: set[int]
 
 
 class ResidentExperts:
@@ -29,25 +35,38 @@ class ResidentExperts:
 
     def __init__(self, transfer: TransferEngine, compute: ExpertCompute) -> None:
         self._transfer, self._compute = transfer, compute
-        self._held: dict[int, _Held] = {}
+        self._known: dict[int, _Known] = {}
 
     def table(self, layer: ExpertLayer, cache: LayerCache) -> ExpertTable | None:
-        """The experts of a layer; None if the kernels compute none of them.
+        """The experts of a layer, the same object every time until slots move; None if none of them can be computed.
 
         Args:
             layer: the layer.
             cache: its residents. They may change no more until the table was used.
         """
-        residency, held = cache.residency, self._held.get(layer.index)
-        if held is not None and held.residency is residency and held.changes == residency.changes:
-            return held.table
-        slots = [residency.slot_of.get(key) for key in cache.keys]
-        landed = [slot if slot is not None and self._transfer.is_resident([slot]) else None for slot in slots]
-        experts = [None if slot is None else self._compute.prepared(layer, slot) for slot in landed]
-        table = ExpertTable(experts) if any(expert is not None for expert in experts) else None
-        self._held[layer.index] = _Held(table, residency, residency.changes if landed == slots else None)
-        return table
+        residency, known = cache.residency, self._known.get(layer.index)
+        if known is None or known.residency is not residency:
+            known = _Known(ExpertTable(len(cache.keys)), residency, residency.changes, set())
+            self._known[layer.index] = known
+            self._look(known, layer, cache, range(len(cache.keys)))
+        elif known.changes != residency.changes:
+            changed, first = residency.changed_since(known.changes), cache.keys.start
+            known.changes = residency.changes
+            experts = range(len(cache.keys)) if changed is None else {k - first for k in changed if k in cache.keys}
+            self._look(known, layer, cache, known.coming.union(experts))
+        elif known.coming:
+            self._look(known, layer, cache, tuple(known.coming))
+        return known.table if known.table.count else None
+
+    def _look(self, known: _Known, layer: ExpertLayer, cache: LayerCache, experts: Iterable[int]) -> None:
+        """Let the table show where these experts are now."""
+        slot_of, first, transfer = known.residency.slot_of, cache.keys.start, self._transfer
+        for expert in experts:
+            slot = slot_of.get(first + expert)
+            is_coming = slot is not None and not transfer.is_resident((slot,))
+            (known.coming.add if is_coming else known.coming.discard)(expert)
+            known.table.put(expert, None if slot is None or is_coming else self._compute.prepared(layer, slot))
 
     def slots_moved(self) -> None:
         """Hold no reference to where slots were."""
-        self._held.clear()
+        self._known.clear()

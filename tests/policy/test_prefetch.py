@@ -167,3 +167,31 @@ def test_experts_that_are_read_as_fast_as_foretold_are_left_alone():
         for shape, prefetch in ((SHAPE, "auto"), (small, "auto"), (small, 1), (SHAPE, 0))
     ]
     assert asks == [True, False, True, False]
+
+
+@pytest.mark.parametrize("option", ["auto", 0, 1, 2])
+def test_what_is_chosen_is_of_the_ranks_that_could_be(option: int | str) -> None:
+    """A caller may carry an access out before it is planned, if nothing of `ranks` is missing."""
+    planner = build_planner(CacheOptions(slots_per_layer=4, prefetch=option), SHAPE)
+    chance, outside, inside = np.random.default_rng(0), 0, 0
+    for step, experts in enumerate(routing(3000)):
+        is_good = step // 300 % 2 == 0
+        predicted = (
+            experts if is_good else [experts[0], *wrong(experts)][:2] if chance.random() < 0.5 else wrong(experts)
+        )
+        ranks = planner.ranks(1)
+        missing = [rank for rank, e in enumerate(predicted) if planner.missing(1, [e])]
+        plan = planner.plan(access(0, [0, 1], predicted))
+        read = [predicted.index(key.expert) for key in plan.read_ahead]
+        assert all(ranks >> rank & 1 for rank in read)
+        outside += any(not ranks >> rank & 1 for rank in missing)
+        inside += bool(read)
+        planner.plan(access(1, experts))
+    assert bool(inside) == (option != 0)
+    assert bool(outside) == (option in (0, "auto"))
+
+
+def test_ranks_of_a_layer_with_a_tier_in_ram_are_all() -> None:
+    """Its prefetches evict, so a caller must not go on before they are planned."""
+    planner = build_planner(CacheOptions(slots_per_layer=4, host_slots=4, prefetch="auto"), SHAPE)
+    assert planner.ranks(1) & 0b11 == 0b11

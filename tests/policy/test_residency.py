@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from offmoe.policy.eviction.aged_lfu import AgedLFU
 from offmoe.policy.eviction.lru import LRU
-from offmoe.policy.residency import Residency
+from offmoe.policy.residency import REMEMBERED, Residency
 from offmoe.types import Demand
 from tests.policy.invariants import check_residency
 
@@ -122,3 +122,24 @@ def test_check_finds_a_broken_state():
     residency.slot_of[1] = residency.slot_of[0]
     with pytest.raises(AssertionError):
         check_residency(residency)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["admit", "fill", "resize"]), st.integers(0, KEYS - 1)), max_size=150))
+def test_what_has_changed_is_known(steps):
+    residency = Residency(KEYS, range(3), LRU())
+    seen = [(0, dict(residency.slot_of))]
+    for what, key in steps:
+        if what == "resize":
+            residency.resize(range(1 + key % 4))
+        elif key not in residency.slot_of:
+            residency.admit(key, ()) if what == "admit" else residency.fill(key)
+        seen.append((residency.changes, dict(residency.slot_of)))
+    for changes, then in seen:
+        changed = residency.changed_since(changes)
+        now = residency.slot_of
+        moved = {key for key in then.keys() | now.keys() if then.get(key) != now.get(key)}
+        assert changed is None or moved <= changed
+        if changes == residency.changes:
+            assert changed == set()
+        elif changed is None:
+            assert residency.changes - changes > REMEMBERED or any(what == "resize" for what, _ in steps)

@@ -75,7 +75,7 @@ class LayerStruct(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("attention", "router", "experts")),
         ("norms", ctypes.c_void_p * 2),
         ("kinds", ctypes.c_int32 * 2),
-        ("hidden", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("hidden", "predicts")),
         ("eps", ctypes.c_float * 2),
     )
 
@@ -93,7 +93,7 @@ class StatesStruct(ctypes.Structure):
 class PassageStruct(ctypes.Structure):
     """`struct passage` of offmoe.h."""
 
-    _fields_ = _fields("x cos sin memory outs normed ids scores", "most done")
+    _fields_ = _fields("x cos sin memory outs normed ids predicted scores", "most done misses")
 
 
 class EncodingStruct(ctypes.Structure):

@@ -4,7 +4,7 @@ Which layers these are is decided by their code, not by their family: it is that
 `upstream.plain_layers`, and what follows the second norm is a router and its experts if its code is that of one of the
 blocks in `upstream.plain_blocks`.
 
-Must never: describe a layer that a hook watches, or one with a weight that has changed unseen.
+Must never: describe a layer that a hook of others watches, or one with a weight that has changed unseen.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from offmoe.hf.load.roomy_cache import RoomyLayer
 from offmoe.hf.load.token_attention import TokenForward
 from offmoe.hf.load.unchanged import Place, Unchanged
 from offmoe.hf.upstream import plain_blocks, plain_layers
+from offmoe.runtime.calls import Tap
 from offmoe.runtime.executor import ExpertExecutor
 
 PARTS = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
@@ -38,19 +39,21 @@ PARTS = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
 class ReadyLayer(NamedTuple):
     """A layer for one call.
 
-    parts, states: as the call takes them. cache: where the layer keeps its keys and values.
+    parts, states: as the call takes them. cache: where the layer keeps its keys and values. tap: takes the residual
+    before the second norm, for predictions.
     """
 
     parts: LayerParts
     states: States
     cache: RoomyLayer
+    tap: Tap | None
 
 
 class _Found(NamedTuple):
     """What a layer consists of, as long as its modules are `unchanged`.
 
     number: of the layer in a cache. forward: the attention module's. router, experts: None where the block is another
-    one.
+    one. tap: as ReadyLayer's.
     """
 
     unchanged: Unchanged
@@ -60,6 +63,7 @@ class _Found(NamedTuple):
     norms: tuple[LayerNorm, LayerNorm]
     router: TokenRouter | None
     experts: AttachedExperts | None
+    tap: Tap | None
 
 
 class PlainLayer:
@@ -100,7 +104,7 @@ class PlainLayer:
             return None
         if found is None:
             return None
-        _, number, _, attention, norms, router, experts = found
+        _, number, _, attention, norms, router, experts, tap = found
         if first is not None and attention.rotary != first.parts.attention.rotary:
             return None
         cache = _grows(options.get("past_key_values"), number)
@@ -112,13 +116,14 @@ class PlainLayer:
             layers = self._executor.planner.layers
             table = self._executor.resident.table(experts.layer, layers[experts.layer.index])
         parts = LayerParts(attention, norms, None if table is None else router, table)
-        return ReadyLayer(parts, States(*room, cache.get_seq_length() + 1), cache)
+        return ReadyLayer(parts, States(*room, cache.get_seq_length() + 1), cache, tap)
 
     def _find(self, x: torch.Tensor, options: Mapping[str, Any]) -> _Found | None:
         module: Any = self.own.module
         attention, block, *norms = (module._modules[name] for name in PARTS)
-        watched = (module, attention, block, *norms)
-        if module.training or block is not self._block() or any(has_hooks(part) for part in watched):
+        watched, tap = (module, attention, block, *norms), _tap(norms[1])
+        unhooked = watched if tap is None else watched[:-1]
+        if module.training or block is not self._block() or any(has_hooks(part) for part in unhooked):
             return None
         forward = vars(attention).get("forward")
         if not isinstance(forward, TokenForward) or not forward.is_compared:
@@ -133,7 +138,7 @@ class PlainLayer:
             read += self.block.children()
             places += [(vars(self.block._modules["experts"]), ATTRIBUTE), (vars(experts), "choose")]
         unchanged = Unchanged(module, read, places)
-        return _Found(unchanged, attention.layer_idx, forward, prepared, (first, second), router, experts)
+        return _Found(unchanged, attention.layer_idx, forward, prepared, (first, second), router, experts, tap)
 
     def _routed(self, x: torch.Tensor) -> tuple[TokenRouter, AttachedExperts] | None:
         """Router and experts, if the block has nothing else and the kernels compute them."""
@@ -149,6 +154,11 @@ class PlainLayer:
             return None
         router = forward.prepared(x.view(1, -1))
         return None if router is None or router.selection.top_k > MOST_EXPERTS else (router, attached)
+
+    @property
+    def chooses(self) -> tuple[nn.Module | None, nn.Module | None]:
+        """The second norm and the router, which make experts' ids of a residual."""
+        return self.own.module._modules[PARTS[3]], self.block._modules.get("gate")
 
     @property
     def moe_layer(self) -> int:
@@ -170,6 +180,14 @@ def is_plain_layer(module: nn.Module) -> bool:
     """Whether a module is a decoder layer of known code, with the parts that it names, and nobody has changed it."""
     has_parts = all(module._modules.get(name) is not None for name in PARTS)
     return has_parts and "forward" not in vars(module) and code_of(type(module).forward) in _codes(plain_layers())
+
+
+def _tap(norm: nn.Module) -> Tap | None:
+    """Who takes the input of a norm, if nobody else watches it."""
+    before, others = [*norm._forward_pre_hooks.values()], (norm._forward_hooks, norm._backward_hooks)
+    is_only = len(before) == 1 and not any((*others, norm._backward_pre_hooks))
+    tap: object = before[0] if is_only else None
+    return tap if isinstance(tap, Tap) else None
 
 
 def _codes(classes: tuple[type[nn.Module], ...]) -> set[str]:

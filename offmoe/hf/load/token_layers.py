@@ -5,8 +5,11 @@ its own output. The next layers give what was computed for them, if they are cal
 gave. A call ends before the experts of a layer whose block is another one, or where an expert is not resident: the
 block runs as it is, and the next layer begins a new call.
 
-The first tokens of each layer run both ways and must have the same bits. While several sequences take turns, while
-experts are predicted and while a fill goes on, layers run as they are.
+The first tokens of each layer run both ways and must have the same bits. While several sequences take turns and while a
+fill goes on, layers run as they are.
+
+While experts are predicted, a call asks the router of the next layer before the experts of each layer, as the hooks of
+`hf.predict` would. It ends, too, where one of these is not resident and would be read ahead.
 
 Moves: what the layers' attention, routers and experts move.
 Bound: memory bandwidth.
@@ -24,15 +27,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers import DynamicCache, PreTrainedModel
 
 from offmoe.compute.dense_linear import DenseKernels
-from offmoe.compute.kernels.token_layers import Passage, TokenLayers
+from offmoe.compute.kernels.token_layers import Passage, Stop, TokenLayers
 from offmoe.hf.adapters.find import decoder_layers
 from offmoe.hf.load.own_forward import OwnForward
 from offmoe.hf.load.plain_layer import PlainLayer, ReadyLayer, is_plain_layer
-from offmoe.hf.load.roomy_cache import RoomyLayer
+from offmoe.runtime.calls import Done, RouterPredictor, Tap
 from offmoe.runtime.executor import ExpertExecutor
 
 logger = logging.getLogger(__name__)
@@ -48,14 +52,14 @@ class _Run:
     """What one call has computed, until the layers have given it.
 
     first, next: numbers of its first layer, and of the one that gives its output next. given: what the layer before
-    that one gave. caches: of its layers. options: arguments of its first layer.
+    that one gave. layers: as the call took them. options: arguments of its first layer.
     """
 
     first: int
     next: int
     given: torch.Tensor
     passage: Passage
-    caches: Sequence[RoomyLayer]
+    layers: Sequence[ReadyLayer]
     options: Mapping[str, Any]
 
     def goes_on(self, number: int, x: torch.Tensor, options: Mapping[str, Any]) -> bool:
@@ -76,8 +80,8 @@ class _Run:
 
     def take_back(self) -> None:
         """Leave caches as if the layers that have given nothing yet had not been computed."""
-        for cache in self.caches[self.next - self.first :]:
-            cache.crop(-1)
+        for layer in self.layers[self.next - self.first :]:
+            layer.cache.crop(-1)
 
 
 class LayerForward(OwnForward):
@@ -119,6 +123,8 @@ class DecoderLayers:
         self._calls = TokenLayers(owner.kernels, len(modules))
         self._ahead = len(modules)
         """Layers that the next call may have. Each takes some 60 us before it, in vain behind a missing expert."""
+        self.predictor: RouterPredictor | None = None
+        """Predicts experts while the model runs; layers run as they are while another one does."""
         self.runs = False
         """Whether the pass under way may be computed here."""
         self._is_given_up = False
@@ -161,35 +167,62 @@ class DecoderLayers:
         out = run.give()
         self._run = None if run.is_over else run
         stop = run.passage.stop
-        return plain.after(stop, out) if run.is_over and stop is not None else out
+        if not run.is_over or stop is None:
+            return out
+        self._tell(plain, run.layers[-1].tap, stop, out)
+        return plain.after(stop, out)
+
+    def _tell(self, plain: PlainLayer, tap: Tap | None, stop: Stop, attended: torch.Tensor) -> None:
+        """Let experts be predicted from what a call has left before a layer's experts."""
+        if tap is None or self.predictor is None:
+            return
+        tap.take(attended)
+        if stop.predicted is not None:
+            self.predictor.foresee(plain.moe_layer + 1, stop.predicted)
 
     def _begin(self, number: int, x: torch.Tensor, options: Mapping[str, Any]) -> _Run | None:
         """Compute layers from one on; None if its own code computes it."""
-        ready = self._ready(number, x, options) if self._may_begin else []
-        passage = self._call(ready, x, options) if ready else None
+        ready, predict = self._ready(number, x, options) if self._may_begin else ([], [])
+        passage = self._call(ready, x, options, predict) if ready else None
         if passage is None:
             return None
-        done, is_missing = len(passage.ids), passage.stop is not None and passage.stop.ids is not None
-        self._ahead = max(1, 2 * done) if is_missing else max(self._ahead, min(2 * done, len(self._layers)))
+        done, misses = len(passage.ids), passage.stop is not None and passage.stop.misses
+        least, most = 1 + bool(predict[0]), min(2 * len(passage.outs), len(self._layers))
+        self._ahead = max(least, 2 * done) if misses else max(self._ahead, most)
         del ready[len(passage.outs) :]
         for one in ready:
             one.cache.extend(one.states.keys, one.states.values)
-        self._executor.computed([(self._layer(at).plain.moe_layer, ids) for at, ids in enumerate(passage.ids, number)])
-        return _Run(number, number, x, passage, [one.cache for one in ready], options)
+        computed = enumerate(zip(passage.ids, passage.predicted, strict=True), number)
+        self._executor.computed([Done(self._layer(at).plain.moe_layer, *experts) for at, experts in computed])
+        return _Run(number, number, x, passage, ready, options)
 
-    def _ready(self, number: int, x: torch.Tensor, options: Mapping[str, Any]) -> list[ReadyLayer]:
-        """Layers from one on for a call, up to one that it leaves before its block in any case."""
-        ready: list[ReadyLayer] = []
-        for layer in self._layers[number : min(self._ends[number], number + self._ahead)]:
+    def _ready(
+        self, number: int, x: torch.Tensor, options: Mapping[str, Any]
+    ) -> tuple[list[ReadyLayer], list[int | None]]:
+        """Layers from one on for a call, up to one that it leaves before its block anyway, and what they predict."""
+        ready, predict = list[ReadyLayer](), list[int | None]()
+        for at in range(number, min(self._ends[number], number + self._ahead)):
+            layer = self._layers[at]
             if layer is None or layer.left or (ready and layer.plain.has_window):
                 break
             one = layer.plain.ready(x, options, ready[0] if ready else None)
             if one is None:
                 break
-            ready.append(one)
-            if one.parts.router is None:
+            path = self._path(layer.plain) if one.parts.router is not None else None
+            if path is not None and one.tap is None:
                 break
-        return ready
+            ready.append(one)
+            predict.append(None if path is None else self._executor.planner.ranks(layer.plain.moe_layer + 1))
+            behind = self._layers[at + 1] if at + 1 < self._ends[number] else None
+            if one.parts.router is None or (path is not None and (behind is None or path != behind.plain.chooses)):
+                break
+        return ready, predict
+
+    def _path(self, plain: PlainLayer) -> tuple[nn.Module | None, nn.Module] | None:
+        """The norm and the router that are asked, before a layer's experts, for those of the layer behind it."""
+        if self.predictor is None or not self._executor.predicts(plain.moe_layer):
+            return None
+        return self.predictor.path(plain.moe_layer + 1)
 
     def compared(self, number: int, x: torch.Tensor, options: Mapping[str, Any]) -> torch.Tensor:
         """The output of one layer by its own code. If a call gives other bits, there are no calls any more."""
@@ -206,7 +239,7 @@ class DecoderLayers:
         keys, values = (states.clone(memory_format=torch.contiguous_format) for states in held)
         keys[..., -1:, :] = values[..., -1:, :] = torch.nan
         states = ready.states._replace(keys=keys, values=values, tokens=keys.shape[-2])
-        passage = self._call([ready._replace(states=states)], x, options)
+        passage = self._call([ready._replace(states=states)], x, options, [None])
         if passage is None:
             return own
         (out,), stop, ((normed, of_block),) = passage.outs, passage.stop, seen
@@ -222,17 +255,20 @@ class DecoderLayers:
 
     @property
     def _may_begin(self) -> bool:
-        return self._executor.is_settled and self._executor.predictor is None
+        watches = self.predictor is not None and self.predictor.watches
+        return self._executor.is_settled and self._executor.predictor is self.predictor and not watches
 
     def _layer(self, number: int) -> LayerForward:
         layer = self._layers[number]
         assert layer is not None
         return layer
 
-    def _call(self, ready: Sequence[ReadyLayer], x: torch.Tensor, options: Mapping[str, Any]) -> Passage | None:
+    def _call(
+        self, ready: Sequence[ReadyLayer], x: torch.Tensor, options: Mapping[str, Any], predict: Sequence[int | None]
+    ) -> Passage | None:
         """What a call gives; None if the kernels were closed."""
         layers, states = [one.parts for one in ready], [one.states for one in ready]
-        return self._owner.run(self._calls, layers, states, x, *options["position_embeddings"])
+        return self._owner.run(self._calls, layers, states, x, *options["position_embeddings"], predict)
 
     def _take_back(self) -> None:
         run, self._run = self._run, None

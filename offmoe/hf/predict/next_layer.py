@@ -27,6 +27,7 @@ class NextLayerPredictor:
         self._recorder: RouteRecorder | None = RouteRecorder(model, experts)
         self._probe: RouterProbe | None = None
         self._residuals: dict[int, torch.Tensor] = {}  # only the latest: the residuals of a long prompt are large
+        self._foreseen: dict[int, torch.Tensor] = {}  # for the same layer, if it is known
 
     @property
     def watches(self) -> bool:
@@ -40,7 +41,7 @@ class NextLayerPredictor:
 
     def end(self, complete: bool) -> None:
         """A forward pass ends. complete: whether the last part of the model has run to its end."""
-        self._residuals.clear()
+        self._forget()
         if self._recorder is not None:
             self._recorder.pause()
             if complete:
@@ -48,12 +49,25 @@ class NextLayerPredictor:
                 self._probe.install(self._keep)
 
     def _keep(self, layer: int, residual: torch.Tensor) -> None:
-        self._residuals.clear()
+        self._forget()
         self._residuals[layer] = residual
+
+    def _forget(self) -> None:
+        self._residuals.clear()
+        self._foreseen.clear()
+
+    def path(self, layer: int) -> tuple[nn.Module | None, nn.Module] | None:
+        """The norm and the router that predict `layer`; None if nothing predicts it."""
+        route = None if self._probe is None or layer in self._starts else self._probe.routes[layer]
+        return None if route is None else (route.norm, route.router)
+
+    def foresee(self, layer: int, ids: torch.Tensor) -> None:
+        """Take what these modules gave for the latest residual, int64 [tokens, p], in place of asking them."""
+        self._foreseen[layer] = ids
 
     def predict(self, layer: int) -> torch.Tensor | None:
         """Expert ids [tokens, p] of `layer`, from the residual before the MoE block of `layer - 1`."""
-        residual = self._residuals.get(layer - 1)
-        if residual is None or self._probe is None or layer in self._starts or not self._probe.can_predict(layer):
-            return None
+        residual, foreseen = self._residuals.get(layer - 1), self._foreseen.get(layer)
+        if foreseen is not None or residual is None or self._probe is None or self.path(layer) is None:
+            return foreseen
         return self._probe.predict(layer, residual)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from offmoe.runtime.calls import Tap
+
 NOT_CALLED = "its experts were not called"
 NO_ROUTER = "no module puts out its experts' ids"
 PER_CALL = "its router takes arguments that differ from call to call"
@@ -94,14 +96,8 @@ class RouterProbe:
             The handles that remove the hooks.
         """
 
-        def tap(layer: int) -> Callable[[nn.Module, tuple[object, ...], dict[str, object]], None]:
-            def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-                keep(layer, next(tensors_in((args, kwargs))))
-
-            return hook
-
         return [
-            module.register_forward_pre_hook(tap(layer), with_kwargs=True)
+            module.register_forward_pre_hook(Tap(layer, keep), with_kwargs=True)
             for layer, module in enumerate(self.taps)
             if module is not None
         ]

@@ -58,7 +58,9 @@ def layer(kernels: CpuKernels, number: int, selection: Selection, absent: frozen
         )
         for e in range(EXPERTS)
     ]
-    table = ExpertTable([None if e in absent else expert for e, expert in enumerate(experts)])
+    table = ExpertTable(EXPERTS)
+    for e, expert in enumerate(experts):
+        table.put(e, None if e in absent else expert)
     return Layer(LayerParts(attention, (norms[0], norms[1]), router, table), experts)
 
 
@@ -123,7 +125,7 @@ def test_a_call_ends_before_experts_that_are_not_there(
     """An expert that the second layer chooses is not resident, or its block is another one."""
     layers = [layer(kernels, number, selection) for number in range(LAYERS)]
     parts = [one.parts for one in layers]
-    nothing = {"experts": ExpertTable([None] * EXPERTS)} if has_block else {"router": None, "experts": None}
+    nothing = {"experts": ExpertTable(EXPERTS)} if has_block else {"router": None, "experts": None}
     parts[1] = parts[1]._replace(**nothing)
     start, apart = random(1, 1, HIDDEN, seed=1, size=1), [states(7 * n) for n in range(2)]
     passage = TokenLayers(kernels, LAYERS)(parts, [states(7 * n) for n in range(LAYERS)], start, *turn())
@@ -156,3 +158,58 @@ def test_one_expert_of_several_is_not_there(kernels: CpuKernels) -> None:
         passage = TokenLayers(kernels, 1)([parts], [states(0)], start, *turn())
         assert (passage.stop is None) == (absent not in ids[0].tolist())
         assert passage.stop is not None or torch.equal(passage.outs[0], out)
+
+
+@pytest.mark.parametrize("matter", [0, 0b001, 0b110, 0b111])
+@pytest.mark.parametrize("selection", SELECTIONS[:2])
+def test_predictions(kernels: CpuKernels, selection: Selection, matter: int) -> None:
+    """The next layer's experts for what stands before this one's. A call ends where one that matters is not there."""
+    first, second = (layer(kernels, number, selection) for number in range(2))
+    start = random(1, 1, HIDDEN, seed=1, size=1)
+    attended, *_, x = one_by_one(kernels, first, states(0), start, turn())
+    (norm, weight), router = second.parts.norms[1], second.parts.router
+    assert router is not None
+    predicted = router(norm(attended, weight).view(1, HIDDEN)).ids
+    *_, chosen, _, _ = one_by_one(kernels, second, states(7), x, turn())
+    calls, at_first, at_second = TokenLayers(kernels, 2), 0, 0
+    for absent in range(EXPERTS):
+        parts = [first.parts, layer(kernels, 1, selection, frozenset([absent])).parts]
+        passage = calls(parts, [states(0), states(7)], start, *turn(), [matter, None])
+        ranks = [rank for rank, expert in enumerate(predicted[0].tolist()) if expert == absent]
+        stop = passage.stop
+        if ranks and matter >> ranks[0] & 1:
+            at_first += 1
+            assert stop is not None
+            assert stop.misses
+            assert stop.predicted is not None
+            assert torch.equal(stop.predicted, predicted)
+            assert torch.equal(passage.outs[0], attended)
+            assert not passage.ids
+            continue
+        assert passage.predicted[0] == predicted[0].tolist()
+        assert torch.equal(passage.outs[0], x)
+        assert (stop is not None) == (absent in chosen[0].tolist())
+        at_second += stop is not None
+        assert stop is None or (stop.misses and stop.predicted is None)
+    assert at_first == matter.bit_count()
+    assert at_second or at_first == EXPERTS
+
+
+@pytest.mark.parametrize("matter", [None, 0, 1])
+def test_predictions_without_a_layer_to_ask(kernels: CpuKernels, matter: int | None) -> None:
+    """The caller has to ask, if a prediction would matter."""
+    first = layer(kernels, 0, SELECTIONS[0])
+    start = random(1, 1, HIDDEN, seed=1, size=1)
+    other = layer(kernels, 1, SELECTIONS[0]).parts._replace(router=None, experts=None)
+    for parts in ([first.parts], [first.parts, other]):
+        predict = [matter, None][: len(parts)]
+        passage = TokenLayers(kernels, 2)(parts, [states(0), states(7)], start, *turn(), predict)
+        stop = passage.stop
+        if matter:
+            assert len(passage.outs) == 1
+            assert stop is not None
+            assert stop.ids is not None
+            assert (stop.predicted, stop.misses) == (None, False)
+        else:
+            assert len(passage.ids) == 1
+            assert passage.predicted == [[]]

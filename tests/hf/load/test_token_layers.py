@@ -62,9 +62,9 @@ def part_by_part(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def ready(folder: Path, family: str, slots: int = ALL, **options: Any) -> Iterator[Any]:
+def ready(folder: Path, family: str, slots: int = ALL, prefetch: int = 0, **options: Any) -> Iterator[Any]:
     """A model all of whose layers were compared."""
-    with loaded(folder, family, slots, prefetch=0, **options) as model:
+    with loaded(folder, family, slots, prefetch=prefetch, **options) as model:
         decode(model, TOKENS)
         yield model
 
@@ -124,19 +124,68 @@ def test_generated_tokens_caches_and_counts(tmp_path: Path) -> None:
             assert all(torch.equal(a, b) for a, b in zip(pair, own_pair, strict=True))
 
 
-def test_recordings_are_the_same(tmp_path: Path) -> None:
-    traces = []
+@pytest.mark.parametrize("family", [*WHOLE, *LEFT])
+@pytest.mark.parametrize(("slots", "prefetch"), [(ALL, 0), (3, 0), (3, 1), (2, 2), (ALL, 1)])
+def test_recordings_are_the_same(tmp_path: Path, family: str, slots: int, prefetch: int) -> None:
+    traces, logits, stats = [], [], []
     for name in ("parts", "layers"):
-        with ready(tmp_path, "mixtral", trace=str(tmp_path / f"{name}.npz")) as model:
-            if name == "parts":
-                with part_by_part(model):
-                    decode(model, TOKENS)
-            else:
-                decode(model, TOKENS)
+        with ready(tmp_path, family, slots, prefetch, trace=str(tmp_path / f"{name}.npz")) as model:
+            with part_by_part(model) if name == "parts" else torch.no_grad():
+                logits.append(torch.cat([decode(model, 3 * TOKENS, prompt) for prompt in (3, 5)], 1))
+            stats.append(model.offload.stats())
         traces.append(read_trace(tmp_path / f"{name}.npz"))
     own, found = (list(trace.accesses()) for trace in traces)
     assert len(own) > TOKENS
     assert own == found
+    assert any(access.predicted for access in own) == (prefetch > 0 and slots != ALL)
+    assert stats[0].prefetched == stats[1].prefetched
+    assert (stats[0].hits, stats[0].pending, stats[0].misses) == (stats[1].hits, stats[1].pending, stats[1].misses)
+    assert torch.equal(*logits)
+
+
+def test_a_call_goes_on_past_predictions_that_hit(tmp_path: Path, calls: list[tuple[int, int]]) -> None:
+    """And ends at those that would be read ahead."""
+    with ready(tmp_path, "mixtral", tiny.NUM_EXPERTS - 1, prefetch=2) as model:
+        calls.clear()
+        decode(model, 100)
+        assert calls.count((3, 0)) > 10
+        assert any(left for _, left in calls)
+
+
+class Nobody:
+    """Predicts nothing."""
+
+    def predict(self, layer: int) -> torch.Tensor | None:
+        return None
+
+
+def test_predictions_of_others(tmp_path: Path, calls: list[tuple[int, int]]) -> None:
+    """They are asked before every layer, as they know nothing of calls."""
+    with ready(tmp_path, "mixtral", 3, prefetch=1) as model:
+        wanted = decode(model, TOKENS)
+        assert calls
+        model.offload.predict_with(Nobody())
+        calls.clear()
+        assert torch.equal(decode(model, TOKENS), wanted)
+        assert not calls
+
+
+def test_hooks_beside_that_of_predictions(tmp_path: Path, calls: list[tuple[int, int]]) -> None:
+    with ready(tmp_path, "mixtral", 3, prefetch=1) as model:
+        seen: list[Any] = []
+        norm = model.model.layers[1].post_attention_layernorm
+        assert len(norm._forward_pre_hooks) == 1
+        wanted = decode(model, TOKENS)
+        for register in (norm.register_forward_pre_hook, norm.register_forward_hook):
+            seen.clear()
+            hook = register(lambda *arguments: seen.append(arguments))
+            assert torch.equal(decode(model, TOKENS), wanted)
+            assert len(seen) == 1 + TOKENS
+            hook.remove()
+        seen.clear()
+        calls.clear()
+        assert torch.equal(decode(model, TOKENS), wanted)
+        assert any(layers > 1 for layers, _ in calls)
 
 
 PARTS = ["", "self_attn", "self_attn.q_proj", "input_layernorm", "mlp", "mlp.gate", "mlp.experts"]

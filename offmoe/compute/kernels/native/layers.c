@@ -14,7 +14,7 @@ struct space {
     float *attention, *router, *in, *rows, *scores, *logits;
     int64_t *all;
     const struct expert **experts;
-    uint16_t *normed, *attended, *key, *value;
+    uint16_t *normed, *foreseen, *attended, *key, *value;
 };
 
 static void *piece(uint8_t *base, size_t *at, size_t bytes) {
@@ -46,6 +46,7 @@ static size_t cut(const struct layer *layers, int count, uint8_t *base, struct s
     s->all = piece(base, &at, experts * sizeof(int64_t));
     s->experts = piece(base, &at, kept * sizeof(struct expert *));
     s->normed = piece(base, &at, hidden * sizeof(uint16_t));
+    s->foreseen = piece(base, &at, hidden * sizeof(uint16_t));
     s->attended = piece(base, &at, hidden * sizeof(uint16_t));
     s->key = piece(base, &at, keys * sizeof(uint16_t));
     s->value = piece(base, &at, keys * sizeof(uint16_t));
@@ -93,14 +94,39 @@ static void combine(const struct layer *l, const float *rows, const float *score
     for (int i = 0; i < hidden; i++) out[i] = bf16_of(of_bf16(out[i]) + of_bf16(bf16_of(sum[i])));
 }
 
-/* The experts that a token chooses, added to `out`; 1 if one of them is not there, and only chosen then. */
-static int experts(struct pool *pool, const struct kernels *k, const struct layer *l, int precision, struct space *s,
-                   int64_t *ids, void *scores, uint16_t *out) {
+/* Whether one of the experts `ids` that `matter` names, bit i for the i-th, is not there. */
+static int misses(const struct layer *l, const int64_t *ids, int matter) {
+    for (int i = 0; i < l->router->top_k; i++)
+        if (matter >> i & 1 && !l->experts[ids[i]]) return 1;
+    return 0;
+}
+
+/* The experts that a layer would choose for x, the sum of the layer before it and that one's attention. A residual changes
+ * little from layer to layer, so it will mostly choose them. */
+static int foresee(struct pool *pool, const struct kernels *k, const struct layer *l, int precision, struct space *s,
+                   const uint16_t *x, int64_t *ids) {
+    k->norm(x, l->norms[1], 1, l->hidden, l->eps[1], l->kinds[1], s->foreseen);
+    return offmoe_route(pool, k, l->router, precision, s->foreseen, s->router, s->all, s->logits, s->scores, ids);
+}
+
+/* The experts that a token chooses in layer p->done, added to `out`. 1 if they are only chosen, see offmoe_layers. */
+static int experts(struct pool *pool, const struct kernels *k, const struct layer *l, const struct layer *next,
+                   int precision, struct space *s, struct passage *p, uint16_t *out) {
     const struct router *r = l->router;
+    const size_t row = (size_t)p->done * p->most;
+    int64_t *ids = p->ids + row, *predicted = p->predicted + row;
+    void *scores = p->scores + row;
     int failed = offmoe_route(pool, k, r, precision, s->normed, s->router, s->all, s->logits, scores, ids);
     if (failed) return failed;
-    for (int i = 0; i < r->top_k; i++)
-        if (!(s->experts[i] = l->experts[ids[i]])) return 1;
+    p->misses = misses(l, ids, -1);
+    if (l->predicts > 0 && !(next && next->router)) return 1;
+    if (l->predicts >= 0 && next && next->router) {
+        failed = foresee(pool, k, next, precision, s, out, predicted);
+        if (failed) return failed;
+        p->misses |= misses(next, predicted, l->predicts);
+    }
+    if (p->misses) return 1;
+    for (int i = 0; i < r->top_k; i++) s->experts[i] = l->experts[ids[i]];
     for (int i = 0; i < l->hidden; i++) s->in[i] = of_bf16(s->normed[i]);
     for (int i = 0; i < r->top_k; i++)
         s->scores[i] = r->scores_float ? ((float *)scores)[i] : of_bf16(((uint16_t *)scores)[i]);
@@ -110,21 +136,23 @@ static int experts(struct pool *pool, const struct kernels *k, const struct laye
 }
 
 /* Layers 0 .. count - 1 of one token. The first that is not complete has in its row of `outs` the sum of its input and its
- * attention, and `normed` holds the norm of that: its router is null, or one of the experts that it chose is. Keys and
- * values of all layers up to it stand in `states`. 0, or 2 if memory ran out. The caller has checked shapes. */
+ * attention, and `normed` holds the norm of that. Its router is null; or an expert that it chose or predicts is, which
+ * `misses` says; or one that it predicted would matter, and there is no router behind it. Keys and values of all layers up to it stand in
+ * `states`. 0, or 2 if memory ran out. The caller has checked shapes. */
 EXPORT int offmoe_layers(struct pool *pool, const struct kernels *k, const struct layer *layers, const struct states *states,
                          int count, int precision, struct passage *p) {
     struct space s;
     const uint16_t *x = p->x;
     cut(layers, count, p->memory, &s);
+    p->misses = 0;
     for (p->done = 0; p->done < count; p->done++) {
         const struct layer *l = layers + p->done;
         uint16_t *out = p->outs + (size_t)p->done * l->hidden;
-        const size_t kept = (size_t)p->done * p->most;
+        const struct layer *next = p->done + 1 < count ? l + 1 : NULL;
         int failed = attend(pool, k, l, states + p->done, precision, p, &s, x, out);
         if (failed) return failed;
         k->norm(out, l->norms[1], 1, l->hidden, l->eps[1], l->kinds[1], s.normed);
-        failed = l->router ? experts(pool, k, l, precision, &s, p->ids + kept, p->scores + kept, out) : 1;
+        failed = l->router ? experts(pool, k, l, next, precision, &s, p, out) : 1;
         if (failed == 1) {
             memcpy(p->normed, s.normed, (size_t)l->hidden * sizeof(uint16_t));
             return 0;
