@@ -18,6 +18,7 @@ from offmoe.dialogue.errors import RequestError
 from offmoe.dialogue.templates import ResponseFormat, response_format
 from offmoe.errors import ConfigError, OffmoeError
 from offmoe.hf.adapters.find import decoder_layers
+from offmoe.hf.load.own_forward import Onlooker
 from offmoe.serve.answering import Answering, Cancelled
 from offmoe.serve.job import CANCELLED, Began, Broke, Ended, Job, Usage
 from offmoe.serve.kept import EXACT, MODES, NUMERIC, Kept, KeptCaches, reuse_kind
@@ -187,8 +188,7 @@ class Engine(GrammarSource):
     def _install_hooks(self) -> None:
         """Look for cancellation before every decoder layer, and change turns before every forward pass."""
 
-        def before_layer(*_: object) -> None:
-            self.running_here.check_cancelled()
+        before_layer = Onlooker(lambda: self.running_here.check_cancelled())
 
         def before_pass(_: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             answering = self.running_here

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -58,3 +58,18 @@ def hooks_of(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody wants to see or change what the module gets or gives."""
     return any(hooks_of(module))
+
+
+class Onlooker:
+    """A hook of a module that looks at nothing and changes nothing, as one that only wants to be called or to raise."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call = call
+
+    def __call__(self, *_: object) -> None:
+        self._call()
+
+
+def has_other_hooks(module: nn.Module) -> bool:
+    """Whether the module has hooks besides onlookers."""
+    return any(not isinstance(hook, Onlooker) for hooks in hooks_of(module) for hook in hooks.values())

@@ -24,7 +24,7 @@ from offmoe.hf.load.attach import ATTRIBUTE, AttachedExperts
 from offmoe.hf.load.class_code import code_of
 from offmoe.hf.load.kernel_norms import NormForward
 from offmoe.hf.load.kernel_routers import RouterForward
-from offmoe.hf.load.own_forward import StockForward, has_hooks
+from offmoe.hf.load.own_forward import StockForward, has_hooks, has_other_hooks
 from offmoe.hf.load.roomy_cache import RoomyLayer
 from offmoe.hf.load.token_attention import TokenForward
 from offmoe.hf.load.unchanged import Place, Unchanged
@@ -122,8 +122,9 @@ class PlainLayer:
         module: Any = self.own.module
         attention, block, *norms = (module._modules[name] for name in PARTS)
         watched, tap = (module, attention, block, *norms), _tap(norms[1])
-        unhooked = watched if tap is None else watched[:-1]
-        if module.training or block is not self._block() or any(has_hooks(part) for part in unhooked):
+        unhooked = watched[1:] if tap is None else watched[1:-1]
+        is_watched = has_other_hooks(module) or any(has_hooks(part) for part in unhooked)
+        if module.training or block is not self._block() or is_watched:
             return None
         forward = vars(attention).get("forward")
         if not isinstance(forward, TokenForward) or not forward.is_compared:

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from offmoe.compute.kernels.token_layers import Passage, TokenLayers
 from offmoe.hf.load.attach import reroute
+from offmoe.hf.load.own_forward import Onlooker
 from offmoe.hf.load.token_layers import DecoderLayers
 from offmoe.trace.trace import read_trace
 from tests import tiny
@@ -207,6 +208,27 @@ def test_hooks_see_everything(tmp_path: Path, part: str, calls: list[tuple[int, 
         calls.clear()
         decode(model, TOKENS)
         assert calls == CALLS["qwen3_moe"]
+
+
+def test_hooks_that_only_want_to_be_called(tmp_path: Path, calls: list[tuple[int, int]]) -> None:
+    """They are, before every layer; one that raises leaves the caches of later layers as they were."""
+    with ready(tmp_path, "mixtral") as model:
+        wanted, seen = decode(model, TOKENS), []
+        hook = model.model.layers[1].register_forward_pre_hook(Onlooker(lambda: seen.append(1)))
+        calls.clear()
+        assert torch.equal(decode(model, TOKENS), wanted)
+        assert len(seen) == 1 + TOKENS
+        assert calls == CALLS["mixtral"]
+        hook.remove()
+
+        def fail() -> None:
+            raise Interrupted
+
+        cache = model(tiny.prompt(1, 5), use_cache=True).past_key_values
+        model.model.layers[1].register_forward_pre_hook(Onlooker(fail))
+        with pytest.raises(Interrupted):
+            model(tiny.prompt(1, 1), past_key_values=cache)
+        assert [layer.get_seq_length() for layer in cache.layers] == [6, 5, 5]
 
 
 def replaced(model: Any) -> None:
