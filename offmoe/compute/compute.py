@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -113,6 +114,10 @@ class ExpertCompute(ABC):
         for expert, slot in experts:
             yield ((expert, slot),), self._when_ready(layer.of(expert), slot, inputs.rows(expert), transfer)
 
+    def surround(self, layer: ExpertLayer) -> AbstractContextManager[None]:
+        """Surrounds the waves of one layer and what moves rows between them."""
+        return nullcontext()
+
     def token(self, layer: ExpertLayer, slots: Sequence[int], hidden: torch.Tensor) -> torch.Tensor | None:
         """All experts of a single token, in one piece: what `wave` would give, with less work of the host.
 
@@ -165,6 +170,9 @@ class ComputeByLayer(ExpertCompute):
         self, layer: ExpertLayer, experts: Sequence[Slotted], inputs: LayerInput, transfer: TransferEngine
     ) -> Iterator[tuple[Sequence[Slotted], torch.Tensor]]:
         return self._by_layer[layer.index].wave(layer, experts, inputs, transfer)
+
+    def surround(self, layer: ExpertLayer) -> AbstractContextManager[None]:
+        return self._by_layer[layer.index].surround(layer)
 
     def token(self, layer: ExpertLayer, slots: Sequence[int], hidden: torch.Tensor) -> torch.Tensor | None:
         return self._by_layer[layer.index].token(layer, slots, hidden)

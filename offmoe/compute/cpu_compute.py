@@ -11,6 +11,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -23,6 +24,7 @@ from offmoe.compute.kernels.gguf import GgufDecoder
 from offmoe.compute.kernels.library import MAX_TOKENS, status
 from offmoe.compute.kernels.torch_ffn import autocast_enabled
 from offmoe.compute.torch_compute import TorchCompute
+from offmoe.compute.torch_threads import kernels_alone
 from offmoe.device.arena import SlotArena
 from offmoe.errors import CLOSED, OffmoeError, UnsupportedModelError
 from offmoe.quant.gguf_formats import GgufBlocks
@@ -68,6 +70,9 @@ class CpuCompute(ExpertCompute):
             transfer.ready(pair[1])
             rows = self._rows(layer, [pair], inputs)
             yield (pair,), rows if inputs.pairs is None else rows.to(dtype)
+
+    def surround(self, layer: ExpertLayer) -> AbstractContextManager[None]:
+        return nullcontext() if layer.cpu_slot is None or layer.unlike else kernels_alone()
 
     def token(self, layer: ExpertLayer, slots: Sequence[int], hidden: torch.Tensor) -> torch.Tensor | None:
         form = layer.cpu_slot

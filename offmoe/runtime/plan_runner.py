@@ -48,14 +48,15 @@ class PlanRunner:
     def run(self, layer: ExpertLayer, plan: Plan, outputs: ExpertOutputs) -> None:
         """Carry out any plan; its rows are added to `outputs`."""
         inputs = outputs.inputs
-        received = self._start(plan, inputs)
-        is_only = len(plan.waves) == 1
-        for wave in plan.waves:
-            self._compute_wave(layer, wave, outputs, is_only)
-            if received is not None and self._host is not None:  # while the device computes its first wave
-                for pair, rows in self._host.run(layer, plan.on_host, received, inputs):
-                    outputs.add((pair,), rows)
-                received = None
+        with self._compute.surround(layer):
+            received = self._start(plan, inputs)
+            is_only = len(plan.waves) == 1
+            for wave in plan.waves:
+                self._compute_wave(layer, wave, outputs, is_only)
+                if received is not None and self._host is not None:  # while the device computes its first wave
+                    for pair, rows in self._host.run(layer, plan.on_host, received, inputs):
+                        outputs.add((pair,), rows)
+                    received = None
         if plan.prefetches:
             self._transfer.prefetch(plan.prefetches)
 

@@ -1,4 +1,4 @@
-"""One thread of torch for a few tokens, and the former number afterwards."""
+"""One thread of torch for a few tokens or beside kernels, and the former number afterwards."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from offmoe.compute.torch_threads import TorchThreads
+from offmoe.compute.torch_threads import TorchThreads, kernels_alone
 
 
 @pytest.fixture(autouse=True)
@@ -46,3 +46,15 @@ def test_one_thread_stays_one() -> None:
     with TorchThreads().one():
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == 1
+
+
+def test_beside_kernels() -> None:
+    with kernels_alone():
+        assert torch.get_num_threads() == 1
+        with kernels_alone():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 3
+    with pytest.raises(KeyError), kernels_alone():
+        raise KeyError
+    assert torch.get_num_threads() == 3

@@ -304,7 +304,8 @@ def test_answers_compute_many_layers_in_one_call(tmp_path: Path, monkeypatch: py
         return call(self, layers, *arguments)
 
     monkeypatch.setattr(TokenLayers, "__call__", counted)
-    with loaded_numeric(tmp_path, "mixtral", 1000) as model, Engine(model, _Numbers(), prefill_chunk=8) as engine:
+    tokenizer: Any = _Numbers()
+    with loaded_numeric(tmp_path, "mixtral", 1000) as model, Engine(model, tokenizer, prefill_chunk=8) as engine:
         ids = tuple(range(3, 23))
         ask(engine, Prompt("", ids), is_chat=False, temperature=0.0, max_tokens=60)
         layers_of_calls.clear()

@@ -298,22 +298,33 @@ INLINE void iq4_xs(const uint8_t *b, const struct target *t) {
     }
 }
 
-/* Per block: its size, then words, words above nibbles, groups, bytes of a scale, float16 of two levels. */
-#define EACH(function, nbytes, n_words, n_high, n_groups, scale_bytes, n_supers)                                     \
-    for (size_t tile = 0; tile < (size_t)r->rows / TILE; tile++)                                                     \
-        for (size_t k = 0; k < per_row; k++) {                                                                       \
-            const size_t at = (tile * per_row + k) * TILE;                                                           \
-            for (size_t i = 0; i < TILE; i++) {                                                                      \
-                const struct target t = {                                                                            \
-                    r->words + at * (n_words) + i,                                                                   \
-                    r->high + at * (n_high) + i,                                                                     \
-                    (uint8_t *)r->scales + (at * (n_groups) + i) * (scale_bytes),                                    \
-                    (uint8_t *)r->minima + (at * (n_groups) + i) * (scale_bytes),                                    \
-                    r->supers + at * (n_supers) + i,                                                                 \
-                };                                                                                                   \
-                function(r->blocks + ((tile * TILE + i) * per_row + k) * (nbytes), &t);                              \
-            }                                                                                                        \
-        }                                                                                                            \
+/* Ask memory for what is needed soon: of every `step` bytes up to `count`, the line that they begin in. Addresses may lie
+ * outside of the memory. */
+INLINE void ask_for(const void *memory, size_t count, size_t step) {
+    for (size_t i = 0; i < count; i += step) __builtin_prefetch((const uint8_t *)memory + i);
+}
+
+/* Per block: its size, then words, words above nibbles, groups, bytes of a scale, float16 of two levels. Rows are taken
+ * across, which no processor foresees, so the next tile's blocks are asked for, in their order, and the lines of the next
+ * words: 1.3 to 3 times as fast on a Zen 3 (docs/log.md). */
+#define EACH(function, nbytes, n_words, n_high, n_groups, scale_bytes, n_supers)                                    \
+    for (size_t tile = 0; tile < (size_t)r->rows / TILE; tile++)                                                    \
+        for (size_t k = 0; k < per_row; k++) {                                                                      \
+            const size_t at = (tile * per_row + k) * TILE;                                                          \
+            for (size_t i = 0; i < TILE; i++) {                                                                     \
+                const struct target t = {                                                                           \
+                    r->words + at * (n_words) + i,                                                                  \
+                    r->high + at * (n_high) + i,                                                                    \
+                    (uint8_t *)r->scales + (at * (n_groups) + i) * (scale_bytes),                                   \
+                    (uint8_t *)r->minima + (at * (n_groups) + i) * (scale_bytes),                                   \
+                    r->supers + at * (n_supers) + i,                                                                \
+                };                                                                                                  \
+                ask_for(r->blocks + (at + TILE * per_row + i) * (nbytes), (nbytes), 64);                            \
+                if (i < (n_words)) /* as many lines as words, among 16 rows */                                      \
+                    ask_for(r->words + (at + TILE) * (n_words) + i * TILE, ((n_words) - i) * 64, 64 * TILE);        \
+                function(r->blocks + ((tile * TILE + i) * per_row + k) * (nbytes), &t);                             \
+            }                                                                                                       \
+        }                                                                                                           \
     break;
 
 /* Runs in the calling thread. The caller has checked type, sizes and memory. */

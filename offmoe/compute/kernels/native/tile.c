@@ -14,6 +14,9 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+/* Rows of at most so many bytes end before a processor foresees them; the next tile's are asked for instead. */
+enum { PAGE = 4096 };
+
 /* Columns [from, width) of 16 rows, one entry after the other. */
 #define EACH_ENTRY(type, mask)                                                                                       \
     for (size_t c = from; c < width; c++)                                                                            \
@@ -72,11 +75,15 @@ INLINE void eight_halves(const uint8_t *rows, size_t stride, uint8_t *out) {
 
 static void tile_of_words(const uint8_t *rows, size_t stride, size_t width, uint32_t mask, uint8_t *out) {
     const __m128i flip = _mm_set1_epi32((int)mask);
+    const int is_narrow = 4 * width <= PAGE;
     size_t c = 0;
-    for (; c + 16 <= width; c += 16)
+    for (; c + 16 <= width; c += 16) {
+        if (is_narrow)
+            for (size_t i = TILE; i < 2 * TILE; i++) __builtin_prefetch(rows + i * stride + 4 * c);
         for (size_t i = 0; i < TILE; i += 4)
             UNROLL for (size_t j = 0; j < 16; j += 4)
                 four_words(rows + i * stride + 4 * (c + j), stride, flip, out + 64 * (c + j) + 4 * i);
+    }
     words_of(rows, stride, c, width, mask, out);
 }
 
