@@ -6,8 +6,7 @@ Everything that starts threads which compute asks here, so that one place knows 
 * The C kernels have as many as torch, but at most one per core: two threads of a core do not read memory faster. They
   and torch compute in turn. Kernels that wait for work sleep after 30 us.
 * Readers (io_limits.READERS) wait for the disk nearly all the time. While they copy or reorder what they have read they
-  take a core from the kernels; the pool gives their tasks to whichever thread has a core. They leave a core to the disk
-  (`reordering_threads`).
+  take a core from the kernels; the pool gives their tasks to whichever thread has a core.
 
 Moves: nothing.
 Bound: a few small files of the kernel per call.
@@ -42,16 +41,6 @@ def usable_cores(cpus: Path = CPUS, cgroups: Path = CGROUPS) -> int:
     cores = _allowed_cores(cpus) or min(psutil.cpu_count(logical=False) or 1, usable_cpus())
     quota = _quota(cgroups)
     return max(1, cores if quota is None else min(cores, ceil(quota)))
-
-
-def reordering_threads() -> int:
-    """Readers that may reorder experts at the same time: one less than there are cores, but at least one.
-
-    A virtual disk computes on the same cores. It gave 0.7 of its rate while unrelated programs kept both of two cores
-    busy, and all of it beside one. Of four readers that put GGUF's blocks into tiles on two cores, one at a time
-    brought 1.66 to 2.21 GB/s into slots, all at once 1.55 to 1.76; the disk gave 2.05 to 2.43 (Zen 3, docs/log.md).
-    """
-    return max(1, usable_cores() - 1)
 
 
 def _allowed_cores(cpus: Path) -> int:

@@ -11,14 +11,12 @@ import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
 
 from offmoe.device.arena import SlotArena
 from offmoe.device.backend import Backend, Event, copy_in_ram
-from offmoe.device.cores import reordering_threads
 from offmoe.storage.layout import Assembly, ExpertLayout
 from offmoe.storage.read_plan import ALIGNMENT
 from offmoe.storage.store import ExpertStore
@@ -97,7 +95,6 @@ class SlotWriter:
         self._forget_slots()
         self._pieces = deque(backend.event(blocking=True) for _ in range(PIECES_IN_FLIGHT))
         self._pieces_lock = threading.Lock()
-        self._reordering = threading.Semaphore(reordering_threads())
 
     def layer(self, fetch: Fetch) -> StoredLayer:
         """The layer as the fetch's expert stands in the fetch's slot."""
@@ -212,13 +209,12 @@ class SlotWriter:
         fetch, early = ticket.fetch, ticket.arrival.runs
         segments = self.store.record(fetch.key).segments
         assembly, views = self.layer(fetch).assembly, self._views(fetch)
-        with nullcontext() if assembly.write is None else self._reordering:
-            if fetch.slot >= self.arena.num_on_device:  # a slot in RAM, which the host alone reads, after `issued`
-                assembly.place(segments, data, views, copy_in_ram)
-                return
-            present = () if early is None else [i for i, run in enumerate(early) if run is not None]
-            copy = functools.partial(self._copy, ticket)
-            assembly.place(segments, data, views, copy, present, self.runs(fetch))
+        if fetch.slot >= self.arena.num_on_device:  # a slot in RAM, which the host alone reads, after `issued`
+            assembly.place(segments, data, views, copy_in_ram)
+            return
+        present = () if early is None else [i for i, run in enumerate(early) if run is not None]
+        copy = functools.partial(self._copy, ticket)
+        assembly.place(segments, data, views, copy, present, self.runs(fetch))
         self.copied(fetch.slot, copied)
 
     def copied(self, slot: int, copied: Event) -> None:

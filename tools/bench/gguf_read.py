@@ -1,11 +1,11 @@
 """Measures how fast experts of a GGUF file get from the disk into slots for the C kernels, against the disk's own rate.
 
-Every expert is read in random order and put into tiles, by 4 threads with a buffer and a slot each: while some tile, as
-many as the runtime lets, the others read. A second pass reads them only, so the difference is what tiles cost. The
-control reads the same file from end to end with O_DIRECT, in large requests, with as many threads. Each round runs
-experts, reads, control, control, reads, experts, with the page cache dropped before each. Prints per round the rates
-and their ratios to the control's, and the bytes that experts take of the file's; --json prints one object as the last
-line. Without a file, one is written into --dir (`gguf_model.py`) and removed.
+Every expert is read in random order and put into tiles, by 4 threads with a buffer and a slot each: while one tiles,
+the others read. A second pass reads them only, so the difference is what tiles cost. The control reads the same file
+from end to end with O_DIRECT, in large requests, with as many threads. Each round runs experts, reads, control,
+control, reads, experts, with the page cache dropped before each. Prints per round the rates and their ratios to the
+control's, and the bytes that experts take of the file's; --json prints one object as the last line. Without a file, one
+is written into --dir (`gguf_model.py`) and removed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import random
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -28,7 +27,6 @@ import torch
 from offmoe.budget.inspect import inspect
 from offmoe.config import OffloadConfig
 from offmoe.device.backend import copy_in_ram
-from offmoe.device.cores import reordering_threads
 from offmoe.device.host_buffers import HostBuffers
 from offmoe.hf.catalog.catalog import CatalogLayer
 from offmoe.storage.store import ExpertStore
@@ -49,7 +47,7 @@ def read_experts(store: ExpertStore, layers: Layers, buffers: HostBuffers, slots
         slots: one per thread to put tiles into; None: experts are read only.
     """
     keys = expert_keys(layers)
-    turn, reordering = iter(random.sample(keys, len(keys))), threading.Semaphore(reordering_threads())
+    turn = iter(random.sample(keys, len(keys)))
 
     def work(thread: int) -> int:
         done, views = (
@@ -66,8 +64,7 @@ def read_experts(store: ExpertStore, layers: Layers, buffers: HostBuffers, slots
             if key.layer not in views:
                 views[key.layer] = slot.layout.views(slots.tensor(thread)[: slot.layout.nbytes])
             data = store.segments(key, buffers.tensor(thread))
-            with reordering:
-                slot.assembly.place(segments, data, views[key.layer], copy_in_ram)
+            slot.assembly.place(segments, data, views[key.layer], copy_in_ram)
         return done
 
     return timed(work)
