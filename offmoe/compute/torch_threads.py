@@ -8,7 +8,8 @@ torch for a few tokens is small: norms, top-k, and attention as long as the cont
 
 For many tokens torch multiplies, too, and keeps its threads; among the experts of a layer it only moves rows between
 calls of the kernels. With one thread there, and the others ended before, prompts of Qwen3-30B's shape took 1.12 to 1.32
-times as many tokens a second (6 to 256 tokens, 2 cores of a Zen 3, all experts resident).
+times as many tokens a second (6 to 256 tokens, 2 cores of a Zen 3, all experts resident). Machines with many cores were
+not measured, where one thread that moves the rows of thousands of tokens may cost more than threads that spin.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ def kernels_alone() -> Iterator[None]:
     if before == 1:
         yield
         return
-    release_threads()
-    torch.set_num_threads(1)
     try:
+        release_threads()
+        torch.set_num_threads(1)
         yield
     finally:
         torch.set_num_threads(before)

@@ -37,7 +37,7 @@ class Residency:
         """The keys of each change, the last one last; None where all keys may have changed."""
 
     def changed_since(self, changes: int) -> set[int] | None:
-        """The keys that were given or lost a slot since `changes` was what it is given as; None if that is unknown."""
+        """The keys that were given or lost a slot since the count of changes was `changes`; None if that is unknown."""
         count = self.changes - changes
         if count > len(self._latest):
             return None

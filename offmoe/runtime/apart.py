@@ -40,14 +40,15 @@ def carry_out_apart(
         inputs = layer_input(call.hidden, call.ids, ids, demands, call.layer.order)
         outputs.append(ExpertOutputs(inputs, ids.size))
         needs.append([demand.expert for demand in demands])
-    transfer.stream(plan.waves)
-    transfer.read_ahead(plan.read_ahead)
-    for expert, slot in [pair for wave in plan.waves for pair in wave.experts]:
-        for call, output, need in zip(calls, outputs, needs, strict=True):
-            if expert in need:
-                for computed, rows in compute.wave(call.layer, [(expert, slot)], output.inputs, transfer):
-                    output.add(computed, rows)
-        transfer.computed((slot,))
+    with compute.surround(calls[0].layer):
+        transfer.stream(plan.waves)
+        transfer.read_ahead(plan.read_ahead)
+        for expert, slot in [pair for wave in plan.waves for pair in wave.experts]:
+            for call, output, need in zip(calls, outputs, needs, strict=True):
+                if expert in need:
+                    for computed, rows in compute.wave(call.layer, [(expert, slot)], output.inputs, transfer):
+                        output.add(computed, rows)
+            transfer.computed((slot,))
     if plan.prefetches:
         transfer.prefetch(plan.prefetches)
     return [

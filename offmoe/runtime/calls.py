@@ -57,7 +57,7 @@ class Done(NamedTuple):
 
     layer: int
     experts: Sequence[int]
-    predicted: Sequence[int] = ()
+    predicted: Sequence[int]
 
 
 class LayerCall(NamedTuple):

@@ -73,8 +73,7 @@ class ExpertExecutor:
         self._host, self.decode = host, decode
         self._runner = PlanRunner(compute, transfer, host)
         self.resident = ResidentExperts(transfer, compute)
-        self.shape = planner.shape
-        self.stats = stats
+        self.shape, self.stats = planner.shape, stats
         """Everything counted since the model was loaded."""
         self.user = OneUser()
         """The thread that runs the model."""
@@ -245,10 +244,11 @@ class ExpertExecutor:
         """Record, plan and count accesses that hit, and whose predictions of `planner.ranks` did."""
 
         def count() -> None:
-            for plan in [self.plan_access(*access) for access in accesses]:
+            for plan in (plans := [self.plan_access(*access) for access in accesses]):
                 assert plan is not None and not (plan.misses or plan.prefetches)  # noqa: PT018
                 self._transfer.computed([slot for _, slot in plan.waves[0].experts])
-                self._transfer.read_ahead(plan.read_ahead)
+            if plans and plans[-1] is not None:
+                self._transfer.read_ahead(plans[-1].read_ahead)
 
         with self.user:
             self._soundly(count)

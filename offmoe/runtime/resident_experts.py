@@ -21,7 +21,7 @@ from offmoe.transfer.engine import TransferEngine
 class _Known:
     """A layer's table, and what it was made from.
 
-    changes: of the residency, all of which the table shows. coming: experts whose bytes were on their way then.
+    changes: of the residency, of which the table shows at least these. coming: experts whose bytes were on their way.
     """
 
     table: ExpertTable
@@ -47,25 +47,28 @@ class ResidentExperts:
         residency, known = cache.residency, self._known.get(layer.index)
         if known is None or known.residency is not residency:
             known = _Known(ExpertTable(len(cache.keys)), residency, residency.changes, set())
-            self._known[layer.index] = known
             self._look(known, layer, cache, range(len(cache.keys)))
+            self._known[layer.index] = known  # last: an interrupt may come at any time, and looks can be repeated
         elif known.changes != residency.changes:
             changed, first = residency.changed_since(known.changes), cache.keys.start
-            known.changes = residency.changes
             experts = range(len(cache.keys)) if changed is None else {k - first for k in changed if k in cache.keys}
             self._look(known, layer, cache, known.coming.union(experts))
+            known.changes = residency.changes
         elif known.coming:
             self._look(known, layer, cache, tuple(known.coming))
-        return known.table if known.table.count else None
+        return None if known.table.is_empty else known.table
 
     def _look(self, known: _Known, layer: ExpertLayer, cache: LayerCache, experts: Iterable[int]) -> None:
         """Let the table show where these experts are now."""
         slot_of, first, transfer = known.residency.slot_of, cache.keys.start, self._transfer
         for expert in experts:
             slot = slot_of.get(first + expert)
-            is_coming = slot is not None and not transfer.is_resident((slot,))
-            (known.coming.add if is_coming else known.coming.discard)(expert)
-            known.table.put(expert, None if slot is None or is_coming else self._compute.prepared(layer, slot))
+            if slot is not None and not transfer.is_resident((slot,)):
+                known.coming.add(expert)
+                known.table.put(expert, None)
+            else:
+                known.table.put(expert, None if slot is None else self._compute.prepared(layer, slot))
+                known.coming.discard(expert)
 
     def slots_moved(self) -> None:
         """Hold no reference to where slots were."""

@@ -77,3 +77,25 @@ def test_a_look_at_what_has_not_changed_asks_nobody() -> None:
     assert slots.looks == looks + 1
     resident.slots_moved()
     assert resident.table(SimpleNamespace(index=0), cache) is not table
+
+
+def test_an_interrupted_look_is_made_again() -> None:
+    """A table must never name an expert that another one has replaced, whenever Ctrl-C comes."""
+    slots: Any = Slots()
+    (cache, _) = build_layers(SHAPE, CacheOptions(slots_per_layer=2), build_eviction)
+    cache.residency.admit(0, ())
+    cache.residency.admit(1, ())
+    resident: Any = ResidentExperts(slots, slots)
+    layer = SimpleNamespace(index=0)
+    assert pointers(resident.table(layer, cache)) == expected(cache, slots)
+    cache.residency.admit(3, ())
+    prepared = slots.prepared
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    slots.prepared = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        resident.table(layer, cache)
+    slots.prepared = prepared
+    assert pointers(resident.table(layer, cache)) == expected(cache, slots)

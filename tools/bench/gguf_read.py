@@ -50,10 +50,8 @@ def read_experts(store: ExpertStore, layers: Layers, buffers: HostBuffers, slots
     turn = iter(random.sample(keys, len(keys)))
 
     def work(thread: int) -> int:
-        done, views = (
-            0,
-            dict[int, dict[str, torch.Tensor]](),
-        )  # of the thread's slot, by layer, as the runtime keeps them
+        done = 0
+        views: dict[int, dict[str, torch.Tensor]] = {}  # of the thread's slot, by layer, as the runtime keeps them
         for key in turn:
             store.read_into(key, buffers.memory(thread))
             done += store.record(key).nbytes

@@ -34,14 +34,16 @@ class ExpertTable:
         self._experts: list[PreparedExpert | None] = [None] * experts
         self._pointers = (ctypes.c_void_p * experts)()
         self.address = ctypes.addressof(self._pointers)
-        self.count = 0
-        """Experts that can be computed."""
 
     def put(self, number: int, expert: PreparedExpert | None) -> None:
         """Let an expert stand at a number. No call may be under way."""
-        self.count += (expert is not None) - (self._experts[number] is not None)
-        self._experts[number] = expert
         self._pointers[number] = None if expert is None else expert.address
+        self._experts[number] = expert
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether none can be computed."""
+        return not any(self._pointers)
 
 
 class LayerNorm(NamedTuple):

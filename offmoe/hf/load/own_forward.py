@@ -1,4 +1,7 @@
-"""What the `forward` functions that single modules get from offmoe have in common: none can leave its process."""
+"""What the `forward` functions that single modules get from offmoe have in common, and the hooks of such modules.
+
+Must never: let such a function leave its process.
+"""
 
 from __future__ import annotations
 

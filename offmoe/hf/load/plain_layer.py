@@ -24,7 +24,7 @@ from offmoe.hf.load.attach import ATTRIBUTE, AttachedExperts
 from offmoe.hf.load.class_code import code_of
 from offmoe.hf.load.kernel_norms import NormForward
 from offmoe.hf.load.kernel_routers import RouterForward
-from offmoe.hf.load.own_forward import StockForward, has_hooks, has_other_hooks
+from offmoe.hf.load.own_forward import StockForward, has_hooks, has_other_hooks, hooks_of
 from offmoe.hf.load.roomy_cache import RoomyLayer
 from offmoe.hf.load.token_attention import TokenForward
 from offmoe.hf.load.unchanged import Place, Unchanged
@@ -185,10 +185,8 @@ def is_plain_layer(module: nn.Module) -> bool:
 
 def _tap(norm: nn.Module) -> Tap | None:
     """Who takes the input of a norm, if nobody else watches it."""
-    before, others = [*norm._forward_pre_hooks.values()], (norm._forward_hooks, norm._backward_hooks)
-    is_only = len(before) == 1 and not any((*others, norm._backward_pre_hooks))
-    tap: object = before[0] if is_only else None
-    return tap if isinstance(tap, Tap) else None
+    hooks = [hook for hooks in hooks_of(norm) for hook in hooks.values()]
+    return hooks[0] if len(hooks) == 1 and isinstance(hooks[0], Tap) else None
 
 
 def _codes(classes: tuple[type[nn.Module], ...]) -> set[str]:

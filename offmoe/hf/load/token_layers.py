@@ -36,6 +36,7 @@ from offmoe.compute.kernels.token_layers import Passage, Stop, TokenLayers
 from offmoe.hf.adapters.find import decoder_layers
 from offmoe.hf.load.own_forward import OwnForward
 from offmoe.hf.load.plain_layer import PlainLayer, ReadyLayer, is_plain_layer
+from offmoe.policy.prefetch import ALL_RANKS
 from offmoe.runtime.calls import Done, RouterPredictor, Tap
 from offmoe.runtime.executor import ExpertExecutor
 
@@ -212,9 +213,11 @@ class DecoderLayers:
             if path is not None and one.tap is None:
                 break
             ready.append(one)
-            predict.append(None if path is None else self._executor.planner.ranks(layer.plain.moe_layer + 1))
             behind = self._layers[at + 1] if at + 1 < self._ends[number] else None
-            if one.parts.router is None or (path is not None and (behind is None or path != behind.plain.chooses)):
+            asks_other = path is not None and (behind is None or path != behind.plain.chooses)
+            ranks = ALL_RANKS if asks_other else self._executor.planner.ranks(layer.plain.moe_layer + 1) if path else 0
+            predict.append(None if path is None else ranks)
+            if one.parts.router is None or asks_other:
                 break
         return ready, predict
 

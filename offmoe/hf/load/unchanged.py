@@ -31,7 +31,7 @@ class Unchanged:
             places: more that counts.
         """
         hooks = [hooks for module in (parent, *modules) for hooks in hooks_of(module)]
-        self._unhooked, self._hooked = [h for h in hooks if not h], [(h, dict(h)) for h in hooks if h]
+        self._unhooked, self._hooked = [h for h in hooks if not h], [(h, tuple(h)) for h in hooks if h]
         parts = [parent._modules, *(part for m in modules for part in (m._modules, m._parameters, m._buffers))]
         public = [(vars(m), name) for m in modules for name in ("forward", *vars(m)) if not name.startswith("_")]
         every = [*((part, name) for part in parts for name in part), *public, *places]
@@ -48,5 +48,5 @@ class Unchanged:
     def holds(self) -> bool:
         """Whether nothing has changed."""
         are_held = map(is_, map(dict.get, self._places, self._names), self._values)  # a loop takes four times as long
-        are_hooked = all(now == then for now, then in self._hooked)
+        are_hooked = all(tuple(now) == then for now, then in self._hooked)  # no number is given to a second hook
         return are_hooked and not any(self._unhooked) and all(are_held) and self._states == self._states_now()

@@ -115,3 +115,24 @@ def test_a_parent_that_holds_it_can_be_freed() -> None:
     del tree
     gc.enable()
     assert reference() is None
+
+
+def test_hooks_that_are_there_are_no_change_and_keep_nothing_alive() -> None:
+    tree = parent()
+    held = tree
+
+    def hook(*_: object) -> None:
+        assert held
+
+    handle = tree["block"].norm.register_forward_pre_hook(hook)
+    unchanged = look(tree)
+    assert unchanged.holds()
+    other = tree["block"].norm.register_forward_pre_hook(lambda *_: None)
+    assert not unchanged.holds()
+    other.remove()
+    assert unchanged.holds()
+    handle.remove()
+    assert not unchanged.holds()
+    reference = weakref.ref(hook)
+    del hook
+    assert reference() is None
