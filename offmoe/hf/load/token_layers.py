@@ -214,10 +214,12 @@ class DecoderLayers:
                 break
             ready.append(one)
             behind = self._layers[at + 1] if at + 1 < self._ends[number] else None
-            asks_other = path is not None and (behind is None or path != behind.plain.chooses)
-            ranks = ALL_RANKS if asks_other else self._executor.planner.ranks(layer.plain.moe_layer + 1) if path else 0
-            predict.append(None if path is None else ranks)
-            if one.parts.router is None or asks_other:
+            is_asked = path is not None and behind is not None and path == behind.plain.chooses
+            if is_asked:
+                predict.append(self._executor.planner.ranks(layer.plain.moe_layer + 1))
+            else:  # the call is left before the experts, since others have to be asked
+                predict.append(None if path is None else ALL_RANKS)
+            if one.parts.router is None or (path is not None and not is_asked):
                 break
         return ready, predict
 
