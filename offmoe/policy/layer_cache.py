@@ -60,8 +60,7 @@ class LayerCache:
 
 
 def victims_first(waves: Sequence[Wave]) -> tuple[Wave, ...]:
-    """The waves, the residents of the first in the order in which later waves take their slots, so that fetches need
-    not wait for them."""
+    """The waves, the residents of the first in the order in which later waves take their slots: fetches wait less."""
     residents, later = waves[0], waves[1:]
     slots = [fetch.slot for wave in later for fetch in wave.fetches]
     turn = {slot: -i for i, slot in enumerate(reversed(slots))}

@@ -14,7 +14,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from offmoe.compute.kernels.library import status
-from offmoe.compute.kernels.token_layers import TokenLayers
 from offmoe.dialogue.errors import RequestError
 from offmoe.dialogue.render import Prompt
 from offmoe.dialogue.sampling import Sampling
@@ -34,7 +33,7 @@ from tests.chat_demo import (
     text_of,
 )
 from tests.doubles import wait_until
-from tests.hf.load.test_token_attention import loaded as loaded_numeric
+from tests.hf.load.test_token_layers import calls, ready  # noqa: F401
 
 TURNS = ("And the LORD said unto Moses, " * 10, "Who is he? " * 9, "Tell me of the people of Israel.", "Of the land?")
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 24}
@@ -292,24 +291,16 @@ class _Numbers:
         return " ".join(map(str, ids))
 
 
-def test_answers_compute_many_layers_in_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_compute_many_layers_in_one_call(tmp_path: Path, calls: list[tuple[int, int]]) -> None:  # noqa: F811
     """Those of an engine do, as `generate` does, though it looks for cancellation before every layer."""
     if status().library is None:
         pytest.skip(status().message)
-    layers_of_calls: list[int] = []
-    call = TokenLayers.__call__
-
-    def counted(self: TokenLayers, layers: Any, *arguments: Any) -> Any:
-        layers_of_calls.append(len(layers))
-        return call(self, layers, *arguments)
-
-    monkeypatch.setattr(TokenLayers, "__call__", counted)
     tokenizer: Any = _Numbers()
-    with loaded_numeric(tmp_path, "mixtral", 1000) as model, Engine(model, tokenizer, prefill_chunk=8) as engine:
+    with ready(tmp_path, "mixtral") as model, Engine(model, tokenizer, prefill_chunk=8) as engine:
         ids = tuple(range(3, 23))
         ask(engine, Prompt("", ids), is_chat=False, temperature=0.0, max_tokens=60)
-        layers_of_calls.clear()
+        calls.clear()
         updates = ask(engine, Prompt("", ids), is_chat=False, temperature=0.0, max_tokens=12)
-        assert layers_of_calls.count(model.config.num_hidden_layers) >= 11
+        assert [layers for layers, _ in calls].count(model.config.num_hidden_layers) >= 11
         tokens = ended(updates).usage.completion
     assert tokens == 12

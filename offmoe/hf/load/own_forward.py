@@ -58,9 +58,10 @@ def hooks_of(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
     return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody wants to see or change what the module gets or gives."""
-    return any(hooks_of(module))
+def has_hooks(module: nn.Module, besides: type | tuple[type, ...] = ()) -> bool:
+    """Whether somebody wants to see or change what the module gets or gives. besides: hooks that do not count."""
+    found = hooks_of(module)
+    return any(found) and any(not isinstance(hook, besides) for hooks in found for hook in hooks.values())
 
 
 class Onlooker:
@@ -71,8 +72,3 @@ class Onlooker:
 
     def __call__(self, *_: object) -> None:
         self._call()
-
-
-def has_other_hooks(module: nn.Module) -> bool:
-    """Whether the module has hooks besides onlookers."""
-    return any(not isinstance(hook, Onlooker) for hooks in hooks_of(module) for hook in hooks.values())

@@ -24,7 +24,7 @@ from offmoe.hf.load.attach import ATTRIBUTE, AttachedExperts
 from offmoe.hf.load.class_code import code_of
 from offmoe.hf.load.kernel_norms import NormForward
 from offmoe.hf.load.kernel_routers import RouterForward
-from offmoe.hf.load.own_forward import StockForward, has_hooks, has_other_hooks, hooks_of
+from offmoe.hf.load.own_forward import Onlooker, StockForward, has_hooks
 from offmoe.hf.load.roomy_cache import RoomyLayer
 from offmoe.hf.load.token_attention import TokenForward
 from offmoe.hf.load.unchanged import Place, Unchanged
@@ -120,11 +120,11 @@ class PlainLayer:
 
     def _find(self, x: torch.Tensor, options: Mapping[str, Any]) -> _Found | None:
         module: Any = self.own.module
-        attention, block, *norms = (module._modules[name] for name in PARTS)
-        watched, tap = (module, attention, block, *norms), _tap(norms[1])
-        unhooked = watched[1:] if tap is None else watched[1:-1]
-        is_watched = has_other_hooks(module) or any(has_hooks(part) for part in unhooked)
-        if module.training or block is not self._block() or is_watched:
+        parts: list[Any] = [module._modules[name] for name in PARTS]
+        attention, block, *norms = parts
+        if module.training or block is not self._block() or has_hooks(module, besides=Onlooker):
+            return None
+        if any(map(has_hooks, parts[:-1])) or has_hooks(parts[-1], besides=Tap):
             return None
         forward = vars(attention).get("forward")
         if not isinstance(forward, TokenForward) or not forward.is_compared:
@@ -133,13 +133,15 @@ class PlainLayer:
         if prepared is None or first is None or second is None:
             return None
         router, experts = self._routed(x) or (None, None)
-        read = [*watched[1:], *attention.children()]
+        read = [*parts, *attention.children()]
         places: list[Place] = [(vars(attention.config), "_attn_implementation_internal")]
         if experts is not None:
             read += self.block.children()
             places += [(vars(self.block._modules["experts"]), ATTRIBUTE), (vars(experts), "choose")]
         unchanged = Unchanged(module, read, places)
-        return _Found(unchanged, attention.layer_idx, forward, prepared, (first, second), router, experts, tap)
+        return _Found(
+            unchanged, attention.layer_idx, forward, prepared, (first, second), router, experts, _tap(norms[1])
+        )
 
     def _routed(self, x: torch.Tensor) -> tuple[TokenRouter, AttachedExperts] | None:
         """Router and experts, if the block has nothing else and the kernels compute them."""
@@ -184,9 +186,8 @@ def is_plain_layer(module: nn.Module) -> bool:
 
 
 def _tap(norm: nn.Module) -> Tap | None:
-    """Who takes the input of a norm, if nobody else watches it."""
-    hooks = [hook for hooks in hooks_of(norm) for hook in hooks.values()]
-    return hooks[0] if len(hooks) == 1 and isinstance(hooks[0], Tap) else None
+    """Who takes the input of a norm for predictions."""
+    return next((hook for hook in norm._forward_pre_hooks.values() if isinstance(hook, Tap)), None)
 
 
 def _codes(classes: tuple[type[nn.Module], ...]) -> set[str]:

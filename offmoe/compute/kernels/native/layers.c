@@ -137,8 +137,8 @@ static int experts(struct pool *pool, const struct kernels *k, const struct laye
 
 /* Layers 0 .. count - 1 of one token. The first that is not complete has in its row of `outs` the sum of its input and its
  * attention, and `normed` holds the norm of that. Its router is null; or an expert that it chose or predicts is, which
- * `misses` says; or one that it predicted would matter, and there is no router behind it. Keys and values of all layers up to it stand in
- * `states`. 0, or 2 if memory ran out. The caller has checked shapes. */
+ * `misses` says; or one that it predicted would matter, and there is no router behind it. Keys and values of all layers up
+ * to it stand in `states`. 0, or 2 if memory ran out. The caller has checked shapes. */
 EXPORT int offmoe_layers(struct pool *pool, const struct kernels *k, const struct layer *layers, const struct states *states,
                          int count, int precision, struct passage *p) {
     struct space s;

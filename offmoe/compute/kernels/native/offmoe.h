@@ -201,7 +201,8 @@ struct router {
 /* A decoder layer for one new token (layers.c): RMS norms (bf16 [hidden]) before attention and before the experts, and how
  * they round. router: null where the caller computes what follows the second norm. experts [router->experts]: null where
  * one cannot be computed now. predicts: negative, or the next layer's second norm and router are asked before the
- * experts, and bit i says whether the layer is left if the i-th best of the next one's experts is not there. Mirrored in offmoe/compute/kernels/library.py. */
+ * experts, and bit i says whether the layer is left if the i-th best of the next one's experts is not there.
+ * Mirrored in offmoe/compute/kernels/library.py. */
 struct layer {
     const struct attention *attention;
     const struct router *router;
@@ -221,7 +222,8 @@ struct states {
 
 /* A token's way through layers: its hidden state x bf16 [hidden], cos and sin bf16 [rotary], memory; per layer its output
  * bf16 [hidden], and of its experts ids and scores (bf16 or float) in rows of `most` numbers of 64 and 32 bits; and the
- * ids that are predicted for the layer behind it. normed, done, misses: see offmoe_layers. Mirrored in offmoe/compute/kernels/library.py. */
+ * ids that are predicted for the layer behind it. normed, done, misses: see offmoe_layers.
+ * Mirrored in offmoe/compute/kernels/library.py. */
 struct passage {
     const uint16_t *x, *cos, *sin;
     uint8_t *memory;
