@@ -26,39 +26,24 @@ from offmoe.quant.packed_weight import TILE_ROWS, PackedWeight
 FEW_ROWS = 4
 """Rows that the kernels compute faster than torch on every processor: one block, so that each weight is read once."""
 
+MANY_ROWS = 12
+"""Rows of bf16 from which columns of a weight are multiplied with single numbers (multiply.c).
+
+4096 x 2048 on 2 cores of a Zen 3, billions of products a second so and row by row: 22 and 31 for 8 rows, 31 and 27 for
+12, 51 and 26 for 64, 56 and 28 for 128, where torch's product of float32 has 35.
+"""
+
 
 Result = TypeVar("Result")
-
-BLOCK_VALUES = 1 << 20
-"""Weights that are float32 at once, 4 MB: they stay in a core's cache until they are multiplied."""
 
 
 def max_rows() -> int | None:
     """Rows up to which the kernels are faster than torch; None: always.
 
     oneDNN multiplies bf16 matrices where the processor has AVX-512. With AVX2 alone, torch's product of bf16 takes 2.4
-    to 4.2 times as long as the kernels for 4 rows or more, so `in_float32` takes the largest inputs instead.
+    to 4.2 times as long as the kernels for 4 rows or more.
     """
     return None if torch.backends.cpu.get_cpu_capability() == "AVX2" else FEW_ROWS
-
-
-def in_float32(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x w^T + bias for many rows, in x's dtype: blocks of the weight are converted to float32, then multiplied.
-
-    With AVX2 it takes 0.6 to 1.0 of the time of the kernels for 64 to 256 rows, and 1.2 of it for 16.
-
-    Args:
-        x: [n, cols].
-        weight: [rows, cols].
-        bias: [rows] or None.
-    """
-    inputs = x.float()
-    out = torch.empty(len(x), len(weight), dtype=x.dtype)
-    step = max(TILE_ROWS, BLOCK_VALUES // weight.shape[1])
-    for start in range(0, len(weight), step):
-        part = slice(start, start + step)
-        out[:, part] = F.linear(inputs, weight[part].float(), None if bias is None else bias[part].float())
-    return out
 
 
 def fits_kernels(weight: torch.Tensor) -> bool:
@@ -121,20 +106,6 @@ class _Linear:
         self._owner, self._rows, self._cols = owner, owner.kernels.linear_of(prepared), prepared.struct.cols
         self.prepared = prepared
 
-    def _by_kernels(self, x: torch.Tensor, rows: int) -> torch.Tensor | None:
-        """[..., rows] of x [..., cols]; None if the threads were ended. At most MAX_TOKENS rows are float32 at once."""
-        inputs = x.reshape(-1, self._cols)  # [n, cols]
-        if len(inputs) <= MAX_TOKENS:
-            out = self._owner.run(self._rows, inputs)  # [n, rows]
-            return None if out is None else out.view(*x.shape[:-1], -1)
-        out = torch.empty(len(inputs), rows, dtype=x.dtype)
-        for start in range(0, len(inputs), MAX_TOKENS):
-            part = self._owner.run(self._rows, inputs[start : start + MAX_TOKENS])
-            if part is None:
-                return None
-            out[start : start + MAX_TOKENS] = part
-        return out.view(*x.shape[:-1], -1)
-
     def _is_plain(self, x: torch.Tensor) -> bool:
         """Whether kernels can take the input: there is one, of the layer's width, and nobody differentiates."""
         return (
@@ -150,7 +121,7 @@ class KernelLinear(_Linear):
 
     def __init__(self, owner: DenseKernels, weight: torch.Tensor, prepared: PreparedWeight) -> None:
         super().__init__(owner, prepared)
-        self._address = weight.data_ptr()
+        self._many_rows, self._address = owner.kernels.product_of(prepared), weight.data_ptr()
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The layer's output.
@@ -169,11 +140,10 @@ class KernelLinear(_Linear):
             and self._is_plain(x)
             and not (torch.is_grad_enabled() and weight.requires_grad)
         ):
-            if x.numel() > MAX_TOKENS * self._cols:
-                return in_float32(x.reshape(-1, self._cols), weight, bias).view(*x.shape[:-1], -1)
-            out = self._by_kernels(x, weight.shape[0])
+            inputs = x.reshape(-1, self._cols)  # [n, cols]
+            out = self._owner.run(self._rows if len(inputs) < MANY_ROWS else self._many_rows, inputs)  # [n, rows]
             if out is not None:
-                return out
+                return out.view(*x.shape[:-1], -1)
         return F.linear(x, weight, bias)
 
 
@@ -187,7 +157,21 @@ class PackedLinear(_Linear):
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """As `KernelLinear`; weight stands for the packed one and is not read. What kernels do not take is decoded."""
         if self._is_plain(x):
-            out = self._by_kernels(x, self._weight.rows)
+            out = self._by_kernels(x)
             if out is not None:
                 return out
         return F.linear(x, values(self._weight).to(weight.dtype), bias)
+
+    def _by_kernels(self, x: torch.Tensor) -> torch.Tensor | None:
+        """[..., rows] of x [..., cols]; None if the threads were ended. At most MAX_TOKENS rows are float32 at once."""
+        inputs = x.reshape(-1, self._cols)  # [n, cols]
+        if len(inputs) <= MAX_TOKENS:
+            out = self._owner.run(self._rows, inputs)  # [n, rows]
+            return None if out is None else out.view(*x.shape[:-1], -1)
+        out = torch.empty(len(inputs), self._weight.rows, dtype=x.dtype)
+        for start in range(0, len(inputs), MAX_TOKENS):
+            part = self._owner.run(self._rows, inputs[start : start + MAX_TOKENS])
+            if part is None:
+                return None
+            out[start : start + MAX_TOKENS] = part
+        return out.view(*x.shape[:-1], -1)

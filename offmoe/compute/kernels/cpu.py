@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from offmoe.compute.kernels.library import (
     KINDS,
+    MAX_MULTIPLIED,
     MAX_TOKENS,
     SCALE_TYPES,
     AttentionStruct,
@@ -30,6 +31,7 @@ from offmoe.compute.kernels.library import (
     WeightStruct,
 )
 from offmoe.device.cores import usable_cores
+from offmoe.device.openmp import release_threads
 from offmoe.errors import CapacityError
 from offmoe.quant.packed_weight import TILE_ROWS, PackedWeight
 
@@ -205,6 +207,26 @@ class CpuKernels:
             return native(self._threads.handle, variant, pointer, self.precision, x, tokens, out)  # type: ignore[no-any-return]
 
         return _rows(call, struct.cols, struct.rows, weight)
+
+    def product_of(self, weight: PreparedWeight) -> Rows:
+        """A function that computes x w^T + bias for a bf16 weight and bf16 inputs: faster than `linear_of` for many."""
+        struct, pointer = weight.struct, ctypes.byref(weight.struct)
+        assert struct.kind == KINDS["bf16"], struct.kind
+        native, variant = self._calls.offmoe_multiply, self._variant
+
+        def run(x: torch.Tensor, alive: object = weight) -> torch.Tensor:
+            assert x.ndim == 2 and x.shape[1] == struct.cols and x.dtype == torch.bfloat16, x.shape  # noqa: PT018
+            inputs, out = x.contiguous(), torch.empty(len(x), struct.rows, dtype=x.dtype)
+            release_threads()  # they would spin for ms on the cores of the kernels' threads
+            source, destination = inputs.data_ptr(), out.data_ptr()
+            for start in range(0, len(x), MAX_MULTIPLIED):
+                n = min(MAX_MULTIPLIED, len(x) - start)
+                at = source + 2 * struct.cols * start
+                if native(self._threads.handle, variant, pointer, at, n, destination + 2 * struct.rows * start):
+                    raise CapacityError("no memory for the inputs of one layer; run fewer tokens at once")
+            return out
+
+        return run
 
     def function(self, name: str) -> Callable[..., Any]:
         """A function of the library that takes threads and a variant first: with these."""

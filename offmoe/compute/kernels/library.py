@@ -19,6 +19,9 @@ from offmoe.errors import CapacityError, ConfigError
 MAX_TOKENS = 64
 """Most rows of one call, of all its experts together (offmoe.h)."""
 
+MAX_MULTIPLIED = 128
+"""Most rows of one call of `offmoe_multiply`."""
+
 KINDS = {"int4": 0, "mxfp4": 1, "int8": 2, "fp8": 3, "bf16": 4, "int5": 5, "int6": 6, "int2": 7, "int3": 8}
 KINDS |= {"int8 in groups": 9, "iq4": 10}
 SCALE_TYPES = {"bfloat16": 0, "float16": 1, "float32": 2, "uint8": 3, "int8": 4}
@@ -149,6 +152,7 @@ class Library:
         weight, pointer, integer = ctypes.POINTER(WeightStruct), ctypes.c_void_p, ctypes.c_int
         c.offmoe_experts.argtypes = (pointer, pointer, pointer, pointer, integer, integer, pointer, pointer)
         c.offmoe_linear.argtypes = (pointer, pointer, weight, integer, pointer, integer, pointer)
+        c.offmoe_multiply.argtypes = (pointer, pointer, weight, pointer, integer, pointer)
         attention = ctypes.POINTER(AttentionStruct)
         c.offmoe_attention_floats.argtypes = (attention,)
         c.offmoe_attention_floats.restype = ctypes.c_size_t

@@ -14,10 +14,11 @@ from offmoe.compute.kernels.cpu import (
     GatedExpert,
     Glu,
     PreparedExpert,
+    PreparedWeight,
     Weight,
     kernel_threads,
 )
-from offmoe.compute.kernels.library import MAX_TOKENS
+from offmoe.compute.kernels.library import MAX_MULTIPLIED, MAX_TOKENS
 from offmoe.device.cores import usable_cores
 from offmoe.errors import ConfigError
 from offmoe.pack.quantizer import TorchQuantizer
@@ -41,6 +42,8 @@ FORMATS: list[Format] = [
     fp8(32),
     None,
 ]
+BF16_ERROR = 2**-8
+"""Of the largest output: one rounding to bf16."""
 INT8_ACTIVATIONS_ERROR, FLOAT_ERROR = 0.02, 1e-5
 """Relative L2 allowed: 2 % where activations are rounded to 8 bits; elsewhere nothing but sums is rounded."""
 
@@ -149,6 +152,39 @@ class TestEveryFormat:
         assert torch.equal(kernels.experts(prepared, x, counts), torch.cat(rows))
         one = kernels.experts(prepared, x[:1])
         assert torch.equal(one, torch.cat([run(x[:1]) for run in alone]))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("rows", "cols"), [(16, 32), (80, 288), (176, 512)])  # a tile; five, and less than two depths
+@pytest.mark.parametrize("tokens", [1, 5, 6, 7, 64, MAX_MULTIPLIED + 3])
+def test_many_inputs_of_a_bf16_weight(variant: str, rows: int, cols: int, tokens: int, biased: bool) -> None:
+    weight, bias = random_weight(None, rows, cols), torch.linspace(-1, 1, rows) if biased else None
+    x = inputs(tokens, cols).bfloat16()
+    with CpuKernels(library_with(variant), 2, variant) as native:
+        out = native.product_of(PreparedWeight(weight, bias))(x)
+    exact = x.double() @ values(weight).double().T + (0 if bias is None else bias.double())
+    assert out.dtype == torch.bfloat16
+    assert (out.double() - exact).abs().max() <= BF16_ERROR * exact.abs().max()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_many_inputs_that_are_not_numbers(variant: str) -> None:
+    """Each stays within its row, in whatever group of rows it is computed."""
+    weight, x = random_weight(None, 32, 64), inputs(13, 64).bfloat16()
+    x[4, 3], x[12, 0] = torch.nan, torch.inf
+    with CpuKernels(library_with(variant), 2, variant) as native:
+        finite = native.product_of(PreparedWeight(weight))(x).isfinite().all(1)
+    assert finite.tolist() == [row not in (4, 12) for row in range(13)]
+
+
+def test_many_inputs_by_any_number_of_threads() -> None:
+    weight, x = PreparedWeight(random_weight(None, 176, 512)), inputs(70, 512).bfloat16()
+    results = []
+    for threads in (1, 2, 5):
+        with CpuKernels(library(), threads) as native:
+            results += [native.product_of(weight)(x) for _ in range(5)]
+    assert all(torch.equal(r, results[0]) for r in results)
 
 
 def test_experts_of_one_call_may_differ(kernels: CpuKernels) -> None:

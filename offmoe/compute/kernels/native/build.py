@@ -50,6 +50,7 @@ REQUIRED = {
     "decode_portable.c": ("-O2", *EXACT_FLAGS),
     "pool.c": ("-O2",),
     "attention.c": ("-O3",),
+    "multiply.c": ("-O3",),
     "route.c": ("-O3",),
     "layers.c": ("-O3", *EXACT_FLAGS),
 }

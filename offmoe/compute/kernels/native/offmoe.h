@@ -15,6 +15,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 enum { TILE = 16, MAX_BLOCK = 8, MAX_TOKENS = 64 };
+enum { MULTIPLIED = 6, MAX_MULTIPLIED = 128 }; /* tokens at once, and in a call, of multiply.c */
 
 enum kind {
     KIND_INT4, KIND_MXFP4, KIND_INT8, KIND_FP8, KIND_BF16,
@@ -156,6 +157,11 @@ enum { CHUNK = 256 };
 typedef void attend_function(const float *q, int heads, int width, const uint16_t *keys, const uint16_t *values, int count,
                              float scale, float *scores, float *partial);
 
+/* Columns of 16 rows of bf16, `stride` bytes apart, as out float [count][16]; count is a multiple of 32. */
+typedef void columns_function(const uint8_t *rows, size_t stride, int count, float *out);
+/* sums float [tokens][16] += x [tokens][count] columns, for 1 to MULTIPLIED tokens, x as float [count][tokens]. */
+typedef void multiply_function(const float *columns, int count, const float *x, int tokens, float *sums);
+
 struct kernels {
     const char *name;
     int max_block;
@@ -174,6 +180,8 @@ struct kernels {
     norm_function *norm;
     rotate_function *rotate;
     attend_function *attend;
+    columns_function *columns;
+    multiply_function *multiply;
 };
 
 /* The attention of a layer for one new token (attention.c): projections of one input, heads of `width` numbers, of which

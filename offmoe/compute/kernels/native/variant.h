@@ -2,6 +2,7 @@
 #include "tiles.h"
 #include "activations.h"
 #include "attend.h"
+#include "multiply.h"
 
 const struct kernels VARIANT_TABLE = {
     .name = VARIANT_NAME,
@@ -17,4 +18,6 @@ const struct kernels VARIANT_TABLE = {
     .norm = norm,
     .rotate = rotate,
     .attend = attend,
+    .columns = columns_bf16,
+    .multiply = multiply,
 };
