@@ -37,6 +37,7 @@ static void pack(const struct weight *w, int precision, const float *x, size_t s
                  struct block *out) {
     const int M = out->tokens, group = w->kind == KIND_BF16 ? 32 : w->group;
     const int nibbles = w->kind == KIND_INT4, octets = w->kind == KIND_INT2 || w->kind == KIND_INT3 || w->kind == KIND_INT5 || w->kind == KIND_INT6;
+    const enum form form = form_of(w, w->kind);
     float unit[8]; /* of the codes that an input is multiplied with */
     for (int i = 0; i < 8; i++) unit[i] = nibbles ? nibble_unit(i) : octets ? octet_unit(i / 2) : 1.0f;
     for (int c = start; c < start + count; c += group, x += group) {
@@ -55,7 +56,13 @@ static void pack(const struct weight *w, int precision, const float *x, size_t s
                 ((float *)out->sum)[(size_t)g * M + m] = total;
             } else {
                 int8_t q[MAX_GROUP];
-                out->scale[(size_t)g * M + m] = quantize_group(v, group, q, (int32_t *)out->sum + (size_t)g * M + m);
+                int32_t sum;
+                const size_t at = (size_t)g * M + m;
+                const float scale = out->scale[at] = quantize_group(v, group, q, &sum);
+                if (form == FORM_PLAIN)
+                    ((int32_t *)out->sum)[at] = -zero_of(w->kind) * sum;
+                else
+                    ((float *)out->sum)[at] = -(float)sum * (form == FORM_MINIMA ? scale : 1.0f);
                 if (w->kind == KIND_INT8 || w->kind == KIND_INT8_GROUPS) {
                     int32_t *to = (int32_t *)out->data + (size_t)c / 4 * M + m;
                     for (int j = 0; j < group / 4; j++) memcpy(to + j * M, q + 4 * j, 4);

@@ -1,5 +1,6 @@
 /* Columns of 16 rows of bf16, side by side and as floats: what many tokens are multiplied with (multiply.h). */
 #ifdef __AVX2__
+#include <immintrin.h>
 /* Eight vectors of eight 32-bit numbers, as their transpose. */
 static inline void transpose8(__m256i *v) {
     __m256i a[8], b[8];

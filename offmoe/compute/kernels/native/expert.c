@@ -143,10 +143,11 @@ static size_t place(const struct call *c, uint8_t *base) {
     return at;
 }
 
-/* Whether the first weights of two jobs read the same activations: then these are laid out once. */
+/* Whether the first weights of two jobs read the same activations in one form: then these are laid out once. */
 static int same_input(const struct job *a, const struct job *b) {
     const struct weight *u = first_of(a), *v = first_of(b);
-    return a->in == b->in && a->tokens == b->tokens && u->kind == v->kind && u->group == v->group;
+    const int same_form = !u->zeros == !v->zeros && !u->minima == !v->minima;
+    return a->in == b->in && a->tokens == b->tokens && u->kind == v->kind && u->group == v->group && same_form;
 }
 
 /* Add a job, whose weights, input and output are set. */

@@ -63,7 +63,8 @@ struct expert {
  *   int8, int8 weights            data int32 [cols / 4][tokens]
  *   float, or fp8 weights         data float [cols][tokens], in units that the variant's vectors name
  *   float, bf16 weights           data float [cols / 32][tokens][2][16]: even inputs, odd inputs
- * scale: float [cols / group][tokens]; sum: int32 or float of that shape, the sum of a group's (quantized) inputs. */
+ * scale: float [cols / group][tokens]; sum: of that shape, what the sum s of a group's (quantized) inputs gives. float: s.
+ * int8: int32, -s times what is subtracted from every code; float -s for zeros, and float -s scale for minima. */
 struct block {
     int32_t tokens;
     void *data;

@@ -18,8 +18,23 @@ INLINE int is_octets(int kind) { return kind == KIND_INT8 || kind == KIND_INT8_G
 INLINE int has_pairs(int kind) { return kind == KIND_INT2 || kind == KIND_INT3; }
 INLINE int has_high(int kind) { return kind == KIND_INT3 || kind == KIND_INT5 || kind == KIND_INT6; }
 INLINE int has_small_groups(int kind) { return has_pairs(kind) || kind == KIND_INT6; } /* of 16 inputs */
-INLINE int has_minima(const struct weight *w, int kind) {
-    return kind == KIND_INT2 || ((kind == KIND_INT4 || kind == KIND_INT5) && w->minima);
+INLINE int is_signed(int kind) { return is_octets(kind) || kind == KIND_IQ4; }
+/* What the values of codes are relative to: a constant, a number per group, or a float minimum per group. */
+enum form { FORM_PLAIN, FORM_ZEROS, FORM_MINIMA };
+INLINE enum form form_of(const struct weight *w, int kind) {
+    if (kind == KIND_INT2 || ((kind == KIND_INT4 || kind == KIND_INT5) && w->minima)) return FORM_MINIMA;
+    return kind == KIND_INT4 && w->zeros ? FORM_ZEROS : FORM_PLAIN;
+}
+/* The constant. Kernels of int8 activations may have another for signed bytes, which they take as unsigned ones. */
+INLINE int zero_of(int kind) {
+    switch (kind) {
+    case KIND_INT3: return 4;
+    case KIND_INT4: return 8;
+    case KIND_MXFP4: return 12;
+    case KIND_INT5: return 16;
+    case KIND_INT6: return 32;
+    default: return is_signed(kind) ? S8_ZERO : 0;
+    }
 }
 INLINE int largest_code(int kind) {
     return kind == KIND_INT6 ? 63 : kind == KIND_INT5 ? 31 : kind == KIND_MXFP4 ? 24 : kind == KIND_INT3 ? 7 : kind == KIND_INT2 ? 3 : 15;
@@ -127,37 +142,28 @@ INLINE struct halves codes_of(lanes v, struct rest *r, int kind) {
 }
 
 /* Weights times int8 activations. */
-INLINE void int8_tiles(const struct weight *const *w, const int *tile, const struct block *x, float *const *y, const int M,
-                       const int NT, const int kind) {
+INLINE void int8_tiles_of(const struct weight *const *w, const int *tile, const struct block *x, float *const *y, const int M,
+                          const int NT, const int kind, const enum form form) {
     const int words = words_of_group(w[0], kind), groups = w[0]->cols / w[0]->group;
     const int longest = run_words(words, largest_code(kind)), run = longest < words ? longest : words;
     const int split = M <= 2; /* two sums hide the latency of few tokens */
-    const int is_signed = is_octets(kind) || kind == KIND_IQ4, minima = has_minima(w[0], kind);
     const int32_t *a = x->data, *sums = x->sum;
-    const float *sa = x->scale;
+    const float *sa = x->scale, *float_sums = x->sum;
     const uint8_t *p[2];
     floats f[MAX_BLOCK][2];
     UNROLL for (int t = 0; t < NT; t++) {
         p[t] = w[t]->words + (size_t)tile[t] * groups * words * 64;
         UNROLL for (int m = 0; m < M; m++) f[m][t] = floats_zero();
     }
-    for (int g = 0; g < groups; g++, sums += M, sa += M) {
+    for (int g = 0; g < groups; g++, sums += M, float_sums += M, sa += M) {
         lanes c[MAX_BLOCK][2];
-        const int zero = is_signed            ? S8_ZERO
-                         : kind == KIND_MXFP4 ? 12
-                         : kind == KIND_INT6  ? 32
-                         : kind == KIND_INT3  ? 4
-                         : minima             ? 0
-                         : kind == KIND_INT5  ? 16
-                         : w[0]->zeros        ? 0
-                                              : 8;
         struct rest rest[2];
         struct place place[2];
         UNROLL for (int t = 0; t < NT; t++) {
             place[t] = place_of(w[t], tile[t], g, groups, kind);
             rest[t] = rest_at(w[t], tile[t], g, groups, kind);
         }
-        UNROLL for (int t = 0; t < NT; t++) UNROLL for (int m = 0; m < M; m++) c[m][t] = lanes_set(-zero * sums[m]);
+        UNROLL for (int t = 0; t < NT; t++) UNROLL for (int m = 0; m < M; m++) c[m][t] = lanes_set(form == FORM_PLAIN ? sums[m] : 0);
         if (is_octets(kind)) {
             for (int j = 0; j < words; j++, a += M) {
                 UNROLL for (int t = 0; t < NT; t++) {
@@ -165,7 +171,7 @@ INLINE void int8_tiles(const struct weight *const *w, const int *tile, const str
                     UNROLL for (int m = 0; m < M; m++) c[m][t] = lanes_dot_s8(c[m][t], v, a[m]);
                 }
             }
-        } else if (is_signed) {
+        } else if (is_signed(kind)) {
             for (int j = 0; j < words; j++, a += 2 * M) {
                 UNROLL for (int t = 0; t < NT; t++) {
                     const struct halves v = codes_of(next_word(&p[t], kind), &rest[t], kind);
@@ -204,16 +210,16 @@ INLINE void int8_tiles(const struct weight *const *w, const int *tile, const str
             }
             floats s = scales_at(w[t], place[t], kind);
             prefetch_scales(w[t], place[t], kind);
-            if (minima) {
+            if (form == FORM_MINIMA) {
                 floats least = minima_at(w[t], place[t], kind);
                 UNROLL for (int m = 0; m < M; m++) {
                     f[m][t] = floats_fma(floats_mul(floats_of(c[m][t]), floats_set(sa[m])), s, f[m][t]);
-                    f[m][t] = floats_fma(least, floats_set(-sa[m] * (float)sums[m]), f[m][t]);
+                    f[m][t] = floats_fma(least, floats_set(float_sums[m]), f[m][t]);
                 }
-            } else if (kind == KIND_INT4 && w[t]->zeros) {
+            } else if (form == FORM_ZEROS) {
                 floats z = floats_of(lanes_u8(w[t]->zeros + place[t].group));
                 UNROLL for (int m = 0; m < M; m++) {
-                    floats v = floats_fma(z, floats_set((float)-sums[m]), floats_of(c[m][t]));
+                    floats v = floats_fma(z, floats_set(float_sums[m]), floats_of(c[m][t]));
                     f[m][t] = floats_fma(floats_mul(v, floats_set(sa[m])), s, f[m][t]);
                 }
             } else {
@@ -228,13 +234,22 @@ INLINE void int8_tiles(const struct weight *const *w, const int *tile, const str
     }
 }
 
+INLINE void int8_tiles(const struct weight *const *w, const int *tile, const struct block *x, float *const *y, const int M,
+                       const int NT, const int kind) {
+    switch (form_of(w[0], kind)) {
+    case FORM_PLAIN: int8_tiles_of(w, tile, x, y, M, NT, kind, FORM_PLAIN); break;
+    case FORM_ZEROS: int8_tiles_of(w, tile, x, y, M, NT, kind, FORM_ZEROS); break;
+    case FORM_MINIMA: int8_tiles_of(w, tile, x, y, M, NT, kind, FORM_MINIMA);
+    }
+}
+
 /* Weights times float activations. What fp8 weights are decoded to is 2^8 too small, and of their bytes that are not a
  * number is only kept which rows have them. */
 INLINE void float_tiles(const struct weight *const *w, const int *tile, const struct block *x, float *const *y, const int M,
                         const int NT, const int kind) {
     const int values = is_octets(kind) ? 4 : 8; /* of a word */
     const int words = words_of_group(w[0], kind), groups = w[0]->cols / w[0]->group;
-    const int split = M <= 2, minima = has_minima(w[0], kind), octets = has_pairs(kind) || has_high(kind);
+    const int split = M <= 2, minima = form_of(w[0], kind) == FORM_MINIMA, octets = has_pairs(kind) || has_high(kind);
     const float *a = x->data, *sums = x->sum;
     const uint8_t *p[2];
     lanes nan[2];
@@ -273,7 +288,7 @@ INLINE void float_tiles(const struct weight *const *w, const int *tile, const st
             }
         }
         UNROLL for (int t = 0; t < NT; t++) {
-            const int zero = kind == KIND_INT6 ? 32 : kind == KIND_INT3 ? 4 : minima ? 0 : kind == KIND_INT5 ? 16 : kind == KIND_INT4 ? 8 : 0;
+            const int zero = minima ? 0 : zero_of(kind);
             floats s = kind == KIND_INT8 ? floats_set(1) : scales_at(w[t], place[t], kind);
             floats z = floats_set((float)zero), least = floats_zero();
             if (kind == KIND_FP8) s = floats_mul(s, floats_set(256));
