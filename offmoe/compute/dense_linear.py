@@ -18,8 +18,9 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 
-from offmoe.compute.kernels.cpu import BF16_GROUP, CpuKernels, PreparedWeight
+from offmoe.compute.kernels.cpu import BF16_GROUP, CpuKernels, PreparedWeight, Rows
 from offmoe.compute.kernels.library import MAX_TOKENS
+from offmoe.device.openmp import release_threads
 from offmoe.quant.packed_values import values
 from offmoe.quant.packed_weight import TILE_ROWS, PackedWeight
 
@@ -106,6 +107,12 @@ class _Linear:
         self._owner, self._rows, self._cols = owner, owner.kernels.linear_of(prepared), prepared.struct.cols
         self.prepared = prepared
 
+    def _run(self, rows: Rows, inputs: torch.Tensor) -> torch.Tensor | None:
+        """rows(inputs); None if the threads were ended."""
+        if len(inputs) >= MANY_ROWS:
+            release_threads()  # torch's, which would spin for ms on the cores of the kernels' threads
+        return self._owner.run(rows, inputs)
+
     def _is_plain(self, x: torch.Tensor) -> bool:
         """Whether kernels can take the input: there is one, of the layer's width, and nobody differentiates."""
         return (
@@ -141,7 +148,7 @@ class KernelLinear(_Linear):
             and not (torch.is_grad_enabled() and weight.requires_grad)
         ):
             inputs = x.reshape(-1, self._cols)  # [n, cols]
-            out = self._owner.run(self._rows if len(inputs) < MANY_ROWS else self._many_rows, inputs)  # [n, rows]
+            out = self._run(self._rows if len(inputs) < MANY_ROWS else self._many_rows, inputs)  # [n, rows]
             if out is not None:
                 return out.view(*x.shape[:-1], -1)
         return F.linear(x, weight, bias)
@@ -166,11 +173,11 @@ class PackedLinear(_Linear):
         """[..., rows] of x [..., cols]; None if the threads were ended. At most MAX_TOKENS rows are float32 at once."""
         inputs = x.reshape(-1, self._cols)  # [n, cols]
         if len(inputs) <= MAX_TOKENS:
-            out = self._owner.run(self._rows, inputs)  # [n, rows]
+            out = self._run(self._rows, inputs)  # [n, rows]
             return None if out is None else out.view(*x.shape[:-1], -1)
         out = torch.empty(len(inputs), self._weight.rows, dtype=x.dtype)
         for start in range(0, len(inputs), MAX_TOKENS):
-            part = self._owner.run(self._rows, inputs[start : start + MAX_TOKENS])
+            part = self._run(self._rows, inputs[start : start + MAX_TOKENS])
             if part is None:
                 return None
             out[start : start + MAX_TOKENS] = part

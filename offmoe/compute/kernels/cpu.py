@@ -31,7 +31,6 @@ from offmoe.compute.kernels.library import (
     WeightStruct,
 )
 from offmoe.device.cores import usable_cores
-from offmoe.device.openmp import release_threads
 from offmoe.errors import CapacityError
 from offmoe.quant.packed_weight import TILE_ROWS, PackedWeight
 
@@ -217,7 +216,6 @@ class CpuKernels:
         def run(x: torch.Tensor, alive: object = weight) -> torch.Tensor:
             assert x.ndim == 2 and x.shape[1] == struct.cols and x.dtype == torch.bfloat16, x.shape  # noqa: PT018
             inputs, out = x.contiguous(), torch.empty(len(x), struct.rows, dtype=x.dtype)
-            release_threads()  # they would spin for ms on the cores of the kernels' threads
             source, destination = inputs.data_ptr(), out.data_ptr()
             for start in range(0, len(x), MAX_MULTIPLIED):
                 n = min(MAX_MULTIPLIED, len(x) - start)

@@ -131,16 +131,18 @@ class TestEveryFormat:
     def test_a_weight_of_any_number_of_tiles(self, kernels: CpuKernels, how: Format) -> None:
         for tiles in (1, 2, 3, 11):
             weight, bias = random_weight(how, 16 * tiles, 128), torch.linspace(-1, 1, 16 * tiles)
-            x = inputs(3, 128)
-            assert error(kernels.linear(weight, bias)(x), x @ values(weight).T + bias) < allowed(kernels, how), tiles
+            for x in (inputs(3, 128), inputs(13, 128)):
+                assert error(kernels.linear(weight, bias)(x), x @ values(weight).T + bias) < allowed(kernels, how), (
+                    tiles
+                )
 
     def test_activations_and_biases(self, kernels: CpuKernels, how: Format) -> None:
         plain = random_expert(how, 128, 256)
         biases = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (256, 256, 128)]
         expert = GatedExpert(plain.gate, plain.up, plain.down, *biases)
-        x = inputs(5, 128)
-        for glu in (Glu("gelu_tanh"), Glu("clamped", limit=1.0, alpha=1.702)):
-            assert error(kernels.expert(expert, glu)(x), reference(expert, glu, x)) < allowed(kernels, how), glu
+        for x in (inputs(5, 128), inputs(20, 128)):
+            for glu in (Glu("gelu_tanh"), Glu("clamped", limit=1.0, alpha=1.702)):
+                assert error(kernels.expert(expert, glu)(x), reference(expert, glu, x)) < allowed(kernels, how), glu
 
     def test_experts_of_one_call_have_the_bits_of_calls_of_their_own(self, kernels: CpuKernels, how: Format) -> None:
         experts = [random_expert(how, 256, 384, seed) for seed in range(5)]
@@ -152,6 +154,16 @@ class TestEveryFormat:
         assert torch.equal(kernels.experts(prepared, x, counts), torch.cat(rows))
         one = kernels.experts(prepared, x[:1])
         assert torch.equal(one, torch.cat([run(x[:1]) for run in alone]))
+
+
+@pytest.mark.parametrize(("gate_and_up", "down"), [(int4(32), None), (None, int4(32)), (INT8, int4(128))])
+def test_down_in_another_format(kernels: CpuKernels, gate_and_up: Format, down: Format) -> None:
+    gate, up = (random_weight(gate_and_up, 256, 288 if gate_and_up is None else 256, seed) for seed in (1, 2))
+    expert = GatedExpert(gate, up, random_weight(down, values(gate).shape[1], 256))
+    for tokens in (2, 11, 12, 40):
+        x = inputs(tokens, values(gate).shape[1])
+        got = kernels.expert(expert, Glu())(x)
+        assert error(got, reference(expert, Glu(), x)) < 2 * INT8_ACTIVATIONS_ERROR, tokens
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -25,7 +25,8 @@ struct job {
     float limit, alpha;
     const float *in;
     float *out;
-    struct block *x, *h; /* activations of the first weight and of the second; x may be the job's before */
+    struct block *x, *h; /* activations of the first weight and of the second, or one block of inputs as multiply.c has
+                            them; x may be the job's before */
     int shares_x;
 };
 
@@ -41,14 +42,19 @@ struct call {
 static int log2_of(int n) { return n == 1 ? 0 : n == 2 ? 1 : n == 4 ? 2 : 3; }
 static int least(int a, int b) { return a < b ? a : b; }
 
+/* Whether a weight is multiplied with all tokens of a job at once. */
+static int is_many(const struct call *c, const struct job *j, const struct weight *w) {
+    return w->kind == KIND_BF16 && c->k->many_tokens && j->tokens >= c->k->many_tokens;
+}
+
 /* Tokens of block b that are real; all blocks but the last are full. */
 static int valid_tokens(const struct call *c, const struct job *j, int b) {
     return least(c->k->max_block, j->tokens - b * c->k->max_block);
 }
 
-static void gate_up_task(const struct call *c, const struct job *j, int task, int worker) {
-    const int start = task * j->gate_rows, rows = least(j->gate_rows, j->up->rows - start), T = c->k->max_block;
-    float *gate = c->scratch + worker * c->worker_floats, *up = gate + (size_t)j->gate_rows * j->tokens;
+/* Rows of gate and up of all tokens: gate and up float [tokens][rows]. */
+static void gate_up_by_blocks(const struct call *c, const struct job *j, int start, int rows, float *gate, float *up) {
+    const int T = c->k->max_block;
     float tile_y[2][TILE * MAX_BLOCK], *y[2] = {tile_y[0], tile_y[1]};
     const struct weight *both[2] = {j->gate, j->up};
     for (int tile = 0; tile < rows / TILE; tile++) {
@@ -64,18 +70,47 @@ static void gate_up_task(const struct call *c, const struct job *j, int task, in
                 }
         }
     }
+}
+
+/* Rows of a weight of all tokens at once, `stride` apart in out. */
+static void rows_of_many(const struct call *c, const struct job *j, const struct weight *w, const struct block *x, int start,
+                         int rows, float *sums, float *out, size_t stride) {
+    product_of_tiles(c->k, w, start / TILE, rows / TILE, x->data, j->tokens, sums);
+    for (int m = 0; m < j->tokens; m++)
+        for (int i = 0; i < rows; i++)
+            out[m * stride + i] = sums[((size_t)(i / TILE) * j->tokens + m) * TILE + i % TILE] + (w->bias ? w->bias[start + i] : 0.0f);
+}
+
+static void gate_up_task(const struct call *c, const struct job *j, int task, int worker) {
+    const int start = task * j->gate_rows, rows = least(j->gate_rows, j->up->rows - start), T = c->k->max_block;
+    float *gate = c->scratch + worker * c->worker_floats, *up = gate + (size_t)j->gate_rows * j->tokens;
+    if (is_many(c, j, j->up)) {
+        float *sums = up + (size_t)j->gate_rows * j->tokens;
+        rows_of_many(c, j, j->gate, j->x, start, rows, sums, gate, rows);
+        rows_of_many(c, j, j->up, j->x, start, rows, sums, up, rows);
+    } else {
+        gate_up_by_blocks(c, j, start, rows, gate, up);
+    }
     c->k->activate(j->glu, j->limit, j->alpha, gate, up, (size_t)rows * j->tokens);
-    for (int b = 0; b < j->blocks; b++)
-        c->k->pack(j->down, c->precision, gate + (size_t)b * T * rows, rows, valid_tokens(c, j, b), start, rows, &j->h[b]);
+    if (is_many(c, j, j->down))
+        lay_out(j->down->cols, j->tokens, gate, rows, start, rows, j->h->data);
+    else
+        for (int b = 0; b < j->blocks; b++)
+            c->k->pack(j->down, c->precision, gate + (size_t)b * T * rows, rows, valid_tokens(c, j, b), start, rows, &j->h[b]);
 }
 
 /* Tiles are computed by twos. Both of them are read side by side, so each is the one behind the tile that was read
  * there before: then its beginning has been prefetched. Rows of bf16 are read one tile after the other. */
-static void down_task(const struct call *c, const struct job *j, int task) {
+static void down_task(const struct call *c, const struct job *j, int task, int worker) {
     const int tiles = j->down->rows / TILE, start = task * j->down_tiles, end = least(start + j->down_tiles, tiles);
     const int T = c->k->max_block, kind = j->down->kind, twos = (end - start) / 2, stride = kind == KIND_BF16 ? 1 : twos;
     float tile_y[2][TILE * MAX_BLOCK], *y[2] = {tile_y[0], tile_y[1]};
     const struct weight *both[2] = {j->down, j->down};
+    if (is_many(c, j, j->down)) {
+        float *sums = c->scratch + worker * c->worker_floats;
+        rows_of_many(c, j, j->down, j->h, start * TILE, (end - start) * TILE, sums, j->out + start * TILE, j->down->rows);
+        return;
+    }
     for (int i = 0; i < (end - start + 1) / 2; i++) {
         const int pair = i < twos, tile = !pair ? end - 1 : start + (kind == KIND_BF16 ? 2 * i : i);
         const int two[2] = {tile, tile + stride};
@@ -112,7 +147,7 @@ static void run_task(void *call, int task, int worker) {
     if (of_gate)
         gate_up_task(c, j, task - j->first_gate, worker);
     else
-        down_task(c, j, task - j->first_down);
+        down_task(c, j, task - j->first_down, worker);
 }
 
 /* Memory of the blocks that feed a weight, from `at` on; returns the end. Without a base only that is asked for. */
@@ -120,6 +155,10 @@ static size_t place_blocks(const struct call *c, const struct job *j, const stru
                            uint8_t *base, size_t at) {
     const size_t groups = (size_t)w->cols / (w->kind == KIND_BF16 ? 32 : w->group);
     const size_t value = w->kind == KIND_BF16 || w->kind == KIND_FP8 || c->precision == ACTIVATIONS_FLOAT ? 4 : 1;
+    if (is_many(c, j, w)) {
+        if (base) blocks[0] = (struct block){j->tokens, base + at, NULL, NULL};
+        return at + ((size_t)w->cols * j->tokens * sizeof(float) + 63) / 64 * 64;
+    }
     for (int b = 0; b < j->blocks; b++) {
         int tokens = 1;
         while (tokens < valid_tokens(c, j, b)) tokens *= 2;
@@ -150,6 +189,12 @@ static int same_input(const struct job *a, const struct job *b) {
     return a->in == b->in && a->tokens == b->tokens && u->kind == v->kind && u->group == v->group && same_form;
 }
 
+/* Let each thread have so many floats. */
+static void reserve(struct call *c, size_t floats) {
+    floats = (floats + 15) / 16 * 16;
+    if (floats > c->worker_floats) c->worker_floats = floats;
+}
+
 /* Add a job, whose weights, input and output are set. */
 static void add(struct call *c, struct block **blocks, int tokens) {
     struct job *j = &c->jobs[c->count];
@@ -173,11 +218,11 @@ static void add(struct call *c, struct block **blocks, int tokens) {
         j->h = *blocks;
         *blocks += j->blocks;
         c->gate_tasks += (j->up->rows + j->gate_rows - 1) / j->gate_rows;
-        const size_t floats = (size_t)2 * j->gate_rows * tokens + 16;
-        if (floats > c->worker_floats) c->worker_floats = floats;
+        reserve(c, (size_t)2 * j->gate_rows * tokens + (is_many(c, j, j->up) ? product_floats(j->gate_rows / TILE, tokens) : 0));
     } else {
         j->h = j->x;
     }
+    if (is_many(c, j, j->down)) reserve(c, product_floats(j->down_tiles, tokens));
     c->count++;
 }
 
@@ -199,7 +244,12 @@ static int run(struct pool *pool, struct call *c) {
         for (int i = 0; i < c->count; i++) {
             const struct job *j = &c->jobs[i];
             const struct weight *in = first_of(j);
-            for (int b = 0; b < j->blocks && !j->shares_x; b++)
+            if (j->shares_x) continue;
+            if (is_many(c, j, in)) {
+                lay_out(in->cols, j->tokens, j->in, in->cols, 0, in->cols, j->x->data);
+                continue;
+            }
+            for (int b = 0; b < j->blocks; b++)
                 c->k->pack(in, c->precision, j->in + (size_t)b * c->k->max_block * in->cols, in->cols, valid_tokens(c, j, b),
                            0, in->cols, &j->x[b]);
         }

@@ -165,7 +165,7 @@ typedef void multiply_function(const float *columns, int count, const float *x, 
 
 struct kernels {
     const char *name;
-    int max_block;
+    int max_block, many_tokens; /* of a block; from how many on weights of bf16 are multiplied by multiply.c, or 0: never */
     tile_function *tile[KINDS][2][4]; /* [kind][precision][log2 block] */
     pair_function *pair[KINDS][2][4];
     /* Write columns [start, start + count) of a block from x [valid][stride]; whole groups; missing tokens are zero. */
@@ -258,6 +258,14 @@ int pool_threads(const struct pool *pool);
 void *pool_scratch(struct pool *pool, size_t nbytes); /* valid until the next call; null if memory ran out */
 void pool_lock(struct pool *pool);
 void pool_unlock(struct pool *pool);
+
+/* A weight of bf16 on many tokens, by its parts (multiply.c). Inputs are float [cols] of each token in an order of their own:
+ * written from x [tokens][stride], which begins with the columns [start, start + count). sums: memory for product_floats,
+ * of which the first are the products, float [tiles][tokens][16], with the tiles from `first` on. */
+void lay_out(int cols, int tokens, const float *x, size_t stride, int start, int count, float *inputs);
+size_t product_floats(int tiles, int tokens);
+void product_of_tiles(const struct kernels *k, const struct weight *w, int first, int tiles, const float *inputs, int tokens,
+                      float *sums);
 
 /* What layers.c calls of the functions that Python calls; see the files that have them. */
 int offmoe_experts(struct pool *pool, const struct kernels *k, const struct expert *const *experts, const int32_t *rows,

@@ -7,6 +7,7 @@
 const struct kernels VARIANT_TABLE = {
     .name = VARIANT_NAME,
     .max_block = LARGEST_BLOCK,
+    .many_tokens = MANY_TOKENS,
     .tile = TILES,
     .pair = PAIRS,
     .pack = pack,
