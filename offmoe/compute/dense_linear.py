@@ -18,22 +18,13 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 
-from offmoe.compute.kernels.cpu import BF16_GROUP, CpuKernels, PreparedWeight, Rows
+from offmoe.compute.kernels.cpu import BF16_GROUP, CpuKernels, PreparedWeight
 from offmoe.compute.kernels.library import MAX_TOKENS
-from offmoe.device.openmp import release_threads
 from offmoe.quant.packed_values import values
 from offmoe.quant.packed_weight import TILE_ROWS, PackedWeight
 
 FEW_ROWS = 4
 """Rows that the kernels compute faster than torch on every processor: one block, so that each weight is read once."""
-
-MANY_ROWS = 12
-"""Rows of bf16 from which columns of a weight are multiplied with single numbers (multiply.c).
-
-4096 x 2048 on 2 cores of a Zen 3, billions of products a second so and row by row: 22 and 31 for 8 rows, 31 and 27 for
-12, 51 and 26 for 64, 56 and 28 for 128, where torch's product of float32 has 35.
-"""
-
 
 Result = TypeVar("Result")
 
@@ -107,12 +98,6 @@ class _Linear:
         self._owner, self._rows, self._cols = owner, owner.kernels.linear_of(prepared), prepared.struct.cols
         self.prepared = prepared
 
-    def _run(self, rows: Rows, inputs: torch.Tensor) -> torch.Tensor | None:
-        """rows(inputs); None if the threads were ended."""
-        if len(inputs) >= MANY_ROWS:
-            release_threads()  # torch's, which would spin for ms on the cores of the kernels' threads
-        return self._owner.run(rows, inputs)
-
     def _is_plain(self, x: torch.Tensor) -> bool:
         """Whether kernels can take the input: there is one, of the layer's width, and nobody differentiates."""
         return (
@@ -128,6 +113,7 @@ class KernelLinear(_Linear):
 
     def __init__(self, owner: DenseKernels, weight: torch.Tensor, prepared: PreparedWeight) -> None:
         super().__init__(owner, prepared)
+        self._many = owner.kernels.many_rows or math.inf
         self._many_rows, self._address = owner.kernels.product_of(prepared), weight.data_ptr()
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -148,7 +134,7 @@ class KernelLinear(_Linear):
             and not (torch.is_grad_enabled() and weight.requires_grad)
         ):
             inputs = x.reshape(-1, self._cols)  # [n, cols]
-            out = self._run(self._rows if len(inputs) < MANY_ROWS else self._many_rows, inputs)  # [n, rows]
+            out = self._owner.run(self._many_rows if len(inputs) >= self._many else self._rows, inputs)  # [n, rows]
             if out is not None:
                 return out.view(*x.shape[:-1], -1)
         return F.linear(x, weight, bias)
@@ -173,11 +159,11 @@ class PackedLinear(_Linear):
         """[..., rows] of x [..., cols]; None if the threads were ended. At most MAX_TOKENS rows are float32 at once."""
         inputs = x.reshape(-1, self._cols)  # [n, cols]
         if len(inputs) <= MAX_TOKENS:
-            out = self._run(self._rows, inputs)  # [n, rows]
+            out = self._owner.run(self._rows, inputs)  # [n, rows]
             return None if out is None else out.view(*x.shape[:-1], -1)
         out = torch.empty(len(inputs), self._weight.rows, dtype=x.dtype)
         for start in range(0, len(inputs), MAX_TOKENS):
-            part = self._run(self._rows, inputs[start : start + MAX_TOKENS])
+            part = self._owner.run(self._rows, inputs[start : start + MAX_TOKENS])
             if part is None:
                 return None
             out[start : start + MAX_TOKENS] = part

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from offmoe.compute.dense_linear import FEW_ROWS, MANY_ROWS, DenseKernels, fits_kernels, max_rows
+from offmoe.compute.dense_linear import FEW_ROWS, DenseKernels, fits_kernels, max_rows
 from offmoe.compute.kernels.cpu import CpuKernels
-from offmoe.compute.kernels.library import status
+from offmoe.compute.kernels.library import MAX_TOKENS, status
 from offmoe.pack.quantizer import quantizer
 from offmoe.quant.packed_values import values
 from offmoe.quant.packed_weight import INT8, WeightFormat, int4
@@ -38,7 +38,7 @@ def rows_of(count: int, cols: int = 96) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1), (1, FEW_ROWS), (2, 2), (MANY_ROWS - 1,), (MANY_ROWS,), (3, 50)])
+@pytest.mark.parametrize("shape", [(1, 1), (1, FEW_ROWS), (2, 2), (11,), (12,), (3, 50)])
 def test_the_outputs_are_those_of_torch_in_float32(kernels: DenseKernels, shape: tuple[int, ...], biased: bool) -> None:
     w = weight()
     bias = torch.linspace(-1, 1, 48).bfloat16() if biased else None
@@ -67,7 +67,7 @@ def test_a_few_rows_do_not_go_through_torch(kernels: DenseKernels, monkeypatch: 
     linear(rows_of(FEW_ROWS + 1), w, None)
     assert len(calls) == 1
     kernels.max_rows = None
-    linear(rows_of(MANY_ROWS), w, None)
+    linear(rows_of(MAX_TOKENS), w, None)
     assert len(calls) == 1
 
 

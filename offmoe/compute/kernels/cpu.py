@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from offmoe.compute.kernels.library import (
     WeightStruct,
 )
 from offmoe.device.cores import usable_cores
+from offmoe.device.openmp import release_threads
 from offmoe.errors import CapacityError
 from offmoe.quant.packed_weight import TILE_ROWS, PackedWeight
 
@@ -45,6 +47,10 @@ NativeCall = Callable[[int, int, int], int]
 
 ACTIVATION_GROUPS = (128, 64, 32, 16)
 """Inputs that share a scale, for the activations of int8 weights: the largest number that divides a row."""
+
+SEVERAL_ROWS = 12
+"""Rows that torch's threads may have converted. Those are ended then, in 0.1 ms: they would spin for ms on the cores of
+the kernels' threads."""
 
 TOO_MANY = 1
 """Error number of expert.c for more rows or experts than a call takes."""
@@ -133,6 +139,8 @@ class CpuKernels:
             int8_activations: whether activations are rounded to 8 bits; otherwise they stay float32.
         """
         self._calls, self._variant = library.calls, library.variant(variant)
+        self.many_rows: int | None = library.calls.offmoe_many_tokens(self._variant) or None
+        """From how many rows on bf16 weights are faster by `product_of` than by `linear_of`; None: never."""
         self.int8_activations = int8_activations
         self.precision = 0 if int8_activations else 1
         self._owns_threads = not isinstance(threads, CpuKernels)
@@ -208,7 +216,7 @@ class CpuKernels:
         return _rows(call, struct.cols, struct.rows, weight)
 
     def product_of(self, weight: PreparedWeight) -> Rows:
-        """A function that computes x w^T + bias for a bf16 weight and bf16 inputs: faster than `linear_of` for many."""
+        """A function that computes x w^T + bias for a bf16 weight and bf16 inputs, for `many_rows` of them or more."""
         struct, pointer = weight.struct, ctypes.byref(weight.struct)
         assert struct.kind == KINDS["bf16"], struct.kind
         native, variant = self._calls.offmoe_multiply, self._variant
@@ -217,10 +225,13 @@ class CpuKernels:
             assert x.ndim == 2 and x.shape[1] == struct.cols and x.dtype == torch.bfloat16, x.shape  # noqa: PT018
             inputs, out = x.contiguous(), torch.empty(len(x), struct.rows, dtype=x.dtype)
             source, destination = inputs.data_ptr(), out.data_ptr()
-            for start in range(0, len(x), MAX_MULTIPLIED):
-                n = min(MAX_MULTIPLIED, len(x) - start)
-                at = source + 2 * struct.cols * start
-                if native(self._threads.handle, variant, pointer, at, n, destination + 2 * struct.rows * start):
+            release_threads()
+            calls = -(-len(x) // MAX_MULTIPLIED)
+            for start, end in pairwise(len(x) * i // calls for i in range(calls + 1)):
+                at, to = source + 2 * struct.cols * start, destination + 2 * struct.rows * start
+                code = native(self._threads.handle, variant, pointer, at, end - start, to)
+                assert code != TOO_MANY, end - start
+                if code:
                     raise CapacityError("no memory for the inputs of one layer; run fewer tokens at once")
             return out
 
@@ -304,6 +315,8 @@ def _rows(call: NativeCall, cols: int, rows: int, alive: object) -> Rows:
         if not inputs.is_contiguous():
             inputs = inputs.contiguous()
         out = torch.empty(tokens, rows)
+        if tokens >= SEVERAL_ROWS:
+            release_threads()
         source, destination = inputs.data_ptr(), out.data_ptr()
         for start in range(0, tokens, MAX_TOKENS):
             n = min(MAX_TOKENS, tokens - start)

@@ -20,7 +20,7 @@ MAX_TOKENS = 64
 """Most rows of one call, of all its experts together (offmoe.h)."""
 
 MAX_MULTIPLIED = 128
-"""Most rows of one call of `offmoe_multiply`."""
+"""Most rows of one call of `offmoe_multiply` (offmoe.h)."""
 
 KINDS = {"int4": 0, "mxfp4": 1, "int8": 2, "fp8": 3, "bf16": 4, "int5": 5, "int6": 6, "int2": 7, "int3": 8}
 KINDS |= {"int8 in groups": 9, "iq4": 10}
@@ -146,7 +146,7 @@ class Library:
         if (built := c.offmoe_sources().decode()) != sources_digest():
             raise OSError(f"{path} was built from other sources ({built})")
         c.offmoe_variant.restype = c.offmoe_pool_new.restype = ctypes.c_void_p
-        c.offmoe_variant_name.argtypes = (ctypes.c_void_p,)
+        c.offmoe_variant_name.argtypes = c.offmoe_many_tokens.argtypes = (ctypes.c_void_p,)
         c.offmoe_pool_free.argtypes = (ctypes.c_void_p,)
         c.offmoe_pool_free.restype = None
         weight, pointer, integer = ctypes.POINTER(WeightStruct), ctypes.c_void_p, ctypes.c_int

@@ -174,7 +174,9 @@ def test_many_inputs_of_a_bf16_weight(variant: str, rows: int, cols: int, tokens
     weight, bias = random_weight(None, rows, cols), torch.linspace(-1, 1, rows) if biased else None
     x = inputs(tokens, cols).bfloat16()
     with CpuKernels(library_with(variant), 2, variant) as native:
-        out = native.product_of(PreparedWeight(weight, bias))(x)
+        run = native.product_of(PreparedWeight(weight, bias))
+        out = run(x)
+        assert torch.equal(run(torch.stack((x, x), 1)[:, 1]), out)  # rows that stand apart
     exact = x.double() @ values(weight).double().T + (0 if bias is None else bias.double())
     assert out.dtype == torch.bfloat16
     assert (out.double() - exact).abs().max() <= BF16_ERROR * exact.abs().max()
@@ -201,8 +203,8 @@ def test_many_inputs_by_any_number_of_threads() -> None:
 
 def test_experts_of_one_call_may_differ(kernels: CpuKernels) -> None:
     """In format, in width and in activation; what they share is laid out once."""
-    hows = [int4(), int4(32), INT8, int4(), None]
-    glus = [Glu(), Glu("gelu_tanh"), Glu("clamped", 1.0), Glu(), Glu()]
+    hows = [int4(), int4(32), int4(32, zero_points=True), INT8, int4(), None]
+    glus = [Glu(), Glu("gelu_tanh"), Glu(), Glu("clamped", 1.0), Glu(), Glu()]
     experts = [random_expert(how, 128, 128 * (1 + i % 3)) for i, how in enumerate(hows)]
     prepared = [PreparedExpert(expert, glu) for expert, glu in zip(experts, glus, strict=True)]
     x = inputs(1, 128)

@@ -222,7 +222,7 @@ static void add(struct call *c, struct block **blocks, int tokens) {
     } else {
         j->h = j->x;
     }
-    if (is_many(c, j, j->down)) reserve(c, product_floats(j->down_tiles, tokens));
+    if (is_many(c, j, j->down)) reserve(c, product_floats(least(j->down_tiles, tiles), tokens));
     c->count++;
 }
 
@@ -347,6 +347,9 @@ static int has(unsigned bit) {
     return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & bit) != 0;
 }
 #endif
+
+/* From how many tokens on bf16 weights are faster by offmoe_multiply; 0: never. */
+EXPORT int offmoe_many_tokens(const struct kernels *k) { return k->many_tokens; }
 
 decode_function *decoder_of(const struct kernels *k) {
 #if defined(OFFMOE_HAS_AVX512VNNI) && defined(OFFMOE_HAS_DECODE_AVX512BF16)

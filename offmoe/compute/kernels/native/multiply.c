@@ -36,8 +36,8 @@ static void lay_out_six(int cols, int tokens, int six, const float *x, size_t st
 }
 
 void lay_out(int cols, int tokens, const float *x, size_t stride, int start, int count, float *inputs) {
-    for (int six = 0; six < parts(tokens, MULTIPLIED); six++, x += MULTIPLIED * stride)
-        lay_out_six(cols, tokens, six, x, stride, start, count, inputs);
+    for (int six = 0; six < parts(tokens, MULTIPLIED); six++)
+        lay_out_six(cols, tokens, six, x + six * MULTIPLIED * stride, stride, start, count, inputs);
 }
 
 size_t product_floats(int tiles, int tokens) { return (size_t)tiles * tokens * TILE + DEPTH * TILE; }
@@ -78,12 +78,12 @@ struct product {
 
 static void lay_out_bf16(const struct product *p, int six) {
     const int first = six * MULTIPLIED, n = least(MULTIPLIED, p->tokens - first), cols = p->w->cols;
-    float x[MULTIPLIED][DEPTH];
+    float x[MULTIPLIED * DEPTH];
     for (int from = 0; from < cols; from += DEPTH) {
         const int count = least(DEPTH, cols - from);
         for (int m = 0; m < n; m++)
-            for (int i = 0; i < count; i++) x[m][i] = of_bf16(p->x[(size_t)(first + m) * cols + from + i]);
-        lay_out_six(cols, p->tokens, six, x[0], DEPTH, from, count, p->inputs);
+            for (int i = 0; i < count; i++) x[m * DEPTH + i] = of_bf16(p->x[(size_t)(first + m) * cols + from + i]);
+        lay_out_six(cols, p->tokens, six, x, DEPTH, from, count, p->inputs);
     }
 }
 

@@ -3,7 +3,7 @@
  * A weight is 16-row tiles of 32-bit words (offmoe/quant/packed_weight.py), or rows of bf16. Activations are float32
  * [tokens][cols] and are rewritten once per call into blocks of 1, 2, 4 or 8 tokens, in the order that kernels read them;
  * a block may be padded with zero tokens. Kernels compute 16 rows times one block, so that a weight word is read once
- * for all tokens of the block.
+ * for all tokens of the block. Weights of bf16 have a way of their own for many tokens (multiply.c).
  */
 #ifndef OFFMOE_H
 #define OFFMOE_H
@@ -58,7 +58,8 @@ struct expert {
     float limit, alpha;
 };
 
-/* Activations of `tokens` tokens (1, 2, 4 or 8), in the order of the kernel of `precision` and kind:
+/* Activations of `tokens` tokens (1, 2, 4 or 8), in the order of the kernel of `precision` and kind; or, of any number, data
+ * as lay_out writes it, and nothing else:
  *   int8, weights in nibbles      data int32 [cols / 8][tokens][2]: inputs 0 2 4 6 and 1 3 5 7 of a word
  *   int8, int8 weights            data int32 [cols / 4][tokens]
  *   float, or fp8 weights         data float [cols][tokens], in units that the variant's vectors name
@@ -158,14 +159,15 @@ enum { CHUNK = 256 };
 typedef void attend_function(const float *q, int heads, int width, const uint16_t *keys, const uint16_t *values, int count,
                              float scale, float *scores, float *partial);
 
-/* Columns of 16 rows of bf16, `stride` bytes apart, as out float [count][16]; count is a multiple of 32. */
+/* Columns of 16 rows of bf16, `stride` bytes apart, as out float [count][16]; count is a multiple of 16. */
 typedef void columns_function(const uint8_t *rows, size_t stride, int count, float *out);
 /* sums float [tokens][16] += x [tokens][count] columns, for 1 to MULTIPLIED tokens, x as float [count][tokens]. */
 typedef void multiply_function(const float *columns, int count, const float *x, int tokens, float *sums);
 
 struct kernels {
     const char *name;
-    int max_block, many_tokens; /* of a block; from how many on weights of bf16 are multiplied by multiply.c, or 0: never */
+    int max_block;   /* tokens */
+    int many_tokens; /* from so many on, weights of bf16 are multiplied by multiply.c; 0: never */
     tile_function *tile[KINDS][2][4]; /* [kind][precision][log2 block] */
     pair_function *pair[KINDS][2][4];
     /* Write columns [start, start + count) of a block from x [valid][stride]; whole groups; missing tokens are zero. */

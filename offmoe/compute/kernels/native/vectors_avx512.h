@@ -7,7 +7,7 @@ typedef lanes runs;
 #define PAIR_TOKENS 8
 #define BF16_ROWS 8
 #define LARGEST_BLOCK 8
-#define MANY_TOKENS 0
+#define MANY_TOKENS 0 /* not measured */
 #define SCORE_KEYS 4
 #define WEIGH_WORDS 4
 #define WIDE_RUNS 1

@@ -7,7 +7,7 @@ typedef lanes runs;
 #define PAIR_TOKENS 1
 #define BF16_ROWS 4
 #define LARGEST_BLOCK 4
-#define MANY_TOKENS 0
+#define MANY_TOKENS 0 /* not measured */
 #define SCORE_KEYS 1
 #define WEIGH_WORDS 1
 #define WIDE_RUNS 1
