@@ -113,8 +113,8 @@ class KernelLinear(_Linear):
 
     def __init__(self, owner: DenseKernels, weight: torch.Tensor, prepared: PreparedWeight) -> None:
         super().__init__(owner, prepared)
-        self._many = owner.kernels.many_rows or math.inf
-        self._many_rows, self._address = owner.kernels.product_of(prepared), weight.data_ptr()
+        self._product, self._many = owner.kernels.product_of(prepared), owner.kernels.many_rows or math.inf
+        self._address = weight.data_ptr()
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The layer's output.
@@ -134,7 +134,7 @@ class KernelLinear(_Linear):
             and not (torch.is_grad_enabled() and weight.requires_grad)
         ):
             inputs = x.reshape(-1, self._cols)  # [n, cols]
-            out = self._owner.run(self._many_rows if len(inputs) >= self._many else self._rows, inputs)  # [n, rows]
+            out = self._owner.run(self._product if len(inputs) >= self._many else self._rows, inputs)  # [n, rows]
             if out is not None:
                 return out.view(*x.shape[:-1], -1)
         return F.linear(x, weight, bias)

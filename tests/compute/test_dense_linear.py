@@ -38,7 +38,9 @@ def rows_of(count: int, cols: int = 96) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1), (1, FEW_ROWS), (2, 2), (11,), (12,), (3, 50)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (1, FEW_ROWS), (2, 2), (FEW_ROWS + 1,), (11,), (12,), (64,), (150,), (3, 50)]
+)
 def test_the_outputs_are_those_of_torch_in_float32(kernels: DenseKernels, shape: tuple[int, ...], biased: bool) -> None:
     w = weight()
     bias = torch.linspace(-1, 1, 48).bfloat16() if biased else None
@@ -68,6 +70,7 @@ def test_a_few_rows_do_not_go_through_torch(kernels: DenseKernels, monkeypatch: 
     assert len(calls) == 1
     kernels.max_rows = None
     linear(rows_of(MAX_TOKENS), w, None)
+    linear(rows_of(MAX_TOKENS + 1), w, None)
     assert len(calls) == 1
 
 

@@ -78,7 +78,7 @@ static void rows_of_many(const struct call *c, const struct job *j, const struct
     product_of_tiles(c->k, w, start / TILE, rows / TILE, x->data, j->tokens, sums);
     for (int m = 0; m < j->tokens; m++)
         for (int i = 0; i < rows; i++)
-            out[m * stride + i] = sums[((size_t)(i / TILE) * j->tokens + m) * TILE + i % TILE] + (w->bias ? w->bias[start + i] : 0.0f);
+            out[m * stride + i] = sums[((size_t)(i / TILE) * j->tokens + m) * TILE + i % TILE];
 }
 
 static void gate_up_task(const struct call *c, const struct job *j, int task, int worker) {

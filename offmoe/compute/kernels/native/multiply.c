@@ -65,6 +65,9 @@ void product_of_tiles(const struct kernels *k, const struct weight *w, int first
             }
         }
     }
+    for (int tile = 0; w->bias && tile < tiles; tile++)
+        for (int m = 0; m < tokens; m++)
+            for (int r = 0; r < TILE; r++) sums[tile * sums_of_tile + m * TILE + r] += w->bias[(first + tile) * TILE + r];
 }
 
 struct product {
@@ -94,9 +97,8 @@ static void multiply_rows(const struct product *p, int task, int worker) {
     for (int m = 0; m < p->tokens; m++)
         for (int tile = 0; tile < tiles; tile++) {
             const float *of = sums + ((size_t)tile * p->tokens + m) * TILE;
-            const int row = (first + tile) * TILE;
-            uint16_t *to = p->out + (size_t)m * p->w->rows + row;
-            for (int r = 0; r < TILE; r++) to[r] = bf16_of(of[r] + (p->w->bias ? p->w->bias[row + r] : 0.0f));
+            uint16_t *to = p->out + (size_t)m * p->w->rows + (first + tile) * TILE;
+            for (int r = 0; r < TILE; r++) to[r] = bf16_of(of[r]);
         }
 }
 

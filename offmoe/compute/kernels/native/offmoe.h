@@ -263,7 +263,7 @@ void pool_unlock(struct pool *pool);
 
 /* A weight of bf16 on many tokens, by its parts (multiply.c). Inputs are float [cols] of each token in an order of their own:
  * written from x [tokens][stride], which begins with the columns [start, start + count). sums: memory for product_floats,
- * of which the first are the products, float [tiles][tokens][16], with the tiles from `first` on. */
+ * of which the first are the products and the bias, float [tiles][tokens][16], of the tiles from `first` on. */
 void lay_out(int cols, int tokens, const float *x, size_t stride, int start, int count, float *inputs);
 size_t product_floats(int tiles, int tokens);
 void product_of_tiles(const struct kernels *k, const struct weight *w, int first, int tiles, const float *inputs, int tokens,
