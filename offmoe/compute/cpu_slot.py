@@ -1,13 +1,12 @@
 """Slots for the C kernels: an expert's stored words, reordered into tiles of 16 rows while they are placed.
 
-Moves: every weight's words once, from the buffer that they were read into to the slot, transposed by the reader thread.
-C puts GGUF's blocks and rows of words there without memory in between; everything else is views that are copied. A slot
-has as many bytes as without kernels, up to padding; with GGUF's Q3_K, Q4_K and Q5_K, 3 or 4 % more. GPTQ keeps words
-along columns, so tiles are the same transposition; AWQ's nibbles run across rows and are put together anew. Biases
-become float32, which is exact.
-Bound: the transposition (kernels/tile.py); a disk gives one core less.
-Must never: change a value, or guess. An index that contradicts the order of the columns' groups is an error, and is
-looked for in every expert.
+Moves: nothing; what it makes for a layer (`TilePlacement`) puts every word into a slot once, transposed. C does so for
+GGUF's blocks and rows of words, without memory in between; everything else is views that are copied. A slot has as many
+bytes as without kernels, up to padding; with GGUF's Q3_K, Q4_K and Q5_K, 3 or 4 % more. GPTQ keeps words along columns,
+so tiles are the same transposition; AWQ's nibbles run across rows and are put together anew. Biases become float32,
+which is exact.
+Bound: the transposition.
+Must never: guess which form the kernels can compute.
 """
 
 from __future__ import annotations
@@ -22,25 +21,21 @@ from offmoe.compute.gated import (
     BIAS,
     MATRICES,
     GatedForm,
-    RowRange,
     StoredTensor,
     gated_form,
     parameter_shapes,
     stored_tensors,
 )
 from offmoe.compute.kernels.cpu import BF16_GROUP, GatedExpert, Glu, Weight
-from offmoe.compute.kernels.gguf import retile
-from offmoe.compute.kernels.library import MAX_TOKENS, status
-from offmoe.compute.kernels.tile import tile
+from offmoe.compute.kernels.library import MAX_TOKENS
 from offmoe.compute.kernels.torch_ffn import ExpertMath
+from offmoe.compute.tile_placement import TilePlacement
 from offmoe.errors import UnsupportedModelError
-from offmoe.quant.codec import Codec
 from offmoe.quant.decode import ExpertDecoding
-from offmoe.quant.gguf_formats import BLOCKS, GgufBlocks
-from offmoe.quant.int_formats import PackedInt, TiledInt
-from offmoe.quant.kernel_words import format_of, is_rows_first, rows_of
+from offmoe.quant.int_formats import TiledInt
+from offmoe.quant.kernel_words import format_of, is_rows_first
 from offmoe.quant.packed_weight import TILE_ROWS, TILES, PackedWeight, WeightFormat
-from offmoe.storage.layout import Assembly, Copy, Destination, ExpertLayout, Segment
+from offmoe.storage.layout import Assembly, Destination, ExpertLayout, Segment
 
 
 class SlotWeight(NamedTuple):
@@ -201,118 +196,3 @@ def _format(form: GatedForm, name: str) -> WeightFormat | None:
             f"weights of [{rows}, {cols}] are no multiples of [{TILE_ROWS}, {how.group or TILE_ROWS}]"
         )
     return how
-
-
-@dataclass(frozen=True)
-class TilePlacement:
-    """An `Assembly.write`: the parameters of a CpuSlot from the tensors of one expert."""
-
-    form: GatedForm
-    formats: Mapping[str, WeightFormat | None]
-    """The formats of gate, up and down; None: bf16."""
-    shapes: tuple[tuple[int, ...], ...]
-    """Shapes to view the tensors in."""
-    before: Assembly | None = None
-    """Makes the experts module's parameters of the tensors first; the tensors of `form` are these parameters then."""
-
-    def __call__(self, tensors: list[torch.Tensor], views: Mapping[str, torch.Tensor], copy: Copy) -> None:
-        if self.before is not None:
-            assert self.before.convert is not None
-            params = self.before.convert(tensors)
-            tensors = [params[tensor.destination.param].contiguous() for tensor in self.form.tensors]
-        tensors = [tensor.view(shape) for tensor, shape in zip(tensors, self.shapes, strict=True)]
-        words = self._words(tensors)
-        halves = {
-            rows.tensor: _transposed_pairs(self._weight(tensors, rows))
-            for rows in self.form.rows.values()
-            if self._takes_turns(rows)
-        }
-        for name, rows in self.form.rows.items():
-            codec = self.form.tensors[rows.tensor].codec
-            if isinstance(codec, GgufBlocks):
-                how = self.formats[name]
-                assert how is not None
-                put_tiles(codec, {BLOCKS: self._blocks(tensors, rows)}, PackedWeight.of(how, name, views))
-            elif isinstance(codec, TiledInt):
-                tiles = slice(rows.first // TILE_ROWS, (rows.first + rows.size) // TILE_ROWS)
-                parts = self.form.tensors[rows.tensor].components
-                for plane, component in TILES.items():
-                    if component in parts:
-                        copy(views[name + plane], tensors[parts[component]][tiles])
-            elif rows.tensor in words:
-                for suffix, part in words[rows.tensor].items():
-                    flip = codec.flip if isinstance(codec, PackedInt) and not suffix else 0
-                    _tile(rows.of(part), views[name + suffix], flip, copy)
-            elif rows.tensor in halves:
-                copy(views[name], _half(halves[rows.tensor], rows.first))
-            else:
-                weight = self._weight(tensors, rows)
-                copy(views[name], rows.of(weight.mT if rows.tensor in self.form.inputs_first else weight))
-
-    def _words(self, tensors: Sequence[torch.Tensor]) -> dict[int, dict[str, torch.Tensor]]:
-        """Words, scales and zero points of each quantized tensor, row by row."""
-        formats = {self.form.rows[name].tensor: how for name, how in self.formats.items() if how is not None}
-        words = {}
-        for i, how in formats.items():
-            tensor = self.form.tensors[i]
-            assert tensor.codec is not None
-            if isinstance(tensor.codec, (GgufBlocks, TiledInt)):
-                continue
-            words[i] = rows_of(tensor.codec, {c: tensors[j] for c, j in tensor.components.items()}, how)
-        return words
-
-    def _blocks(self, tensors: Sequence[torch.Tensor], rows: RowRange) -> torch.Tensor:
-        """The GGUF blocks of a matrix, uint8 [rows, bytes of a row]."""
-        return rows.of(tensors[self.form.tensors[rows.tensor].components[BLOCKS]])
-
-    def _takes_turns(self, rows: RowRange) -> bool:
-        """Whether gate and up are alternate columns of one bf16 tensor."""
-        return rows.step == 2 and rows.tensor in self.form.inputs_first and self.form.tensors[rows.tensor].codec is None
-
-    def _weight(self, tensors: Sequence[torch.Tensor], rows: RowRange) -> torch.Tensor:
-        return tensors[self.form.tensors[rows.tensor].components["weight"]]
-
-
-def _tile(rows: torch.Tensor, into: torch.Tensor, flip: int, copy: Copy) -> None:
-    """Put [N, C] into tiles [N / 16, C, 16], by C where rows are contiguous. flip: what words are xored with."""
-    library = status().library
-    if library is not None and tile(library, rows, into, flip):
-        return
-    tiles = (rows ^ flip if flip else rows).unflatten(0, (-1, TILE_ROWS))  # [N / 16, 16, C]
-    copy(into, tiles.transpose(1, 2))
-
-
-def put_tiles(codec: Codec, raw: Mapping[str, torch.Tensor], into: PackedWeight) -> None:
-    """Put one matrix into tiles, whose format is `format_of` its codec.
-
-    Args:
-        codec: the matrix's codec; it decodes to [out, in], and is not `PackedInt`, whose words need a flip.
-        raw: its components in RAM.
-        into: in tiles, contiguous in RAM.
-
-    Raises:
-        CheckpointError: as `rows_of`.
-    """
-    library = status().library
-    assert library is not None, "without the library, nothing has a format of the kernels"
-    if isinstance(codec, GgufBlocks):
-        retile(library, codec, raw[BLOCKS].contiguous(), into)
-        return
-    tiles = into.params("")
-    for plane, part in rows_of(codec, raw, into.format).items():
-        _tile(part, tiles[plane], 0, torch.Tensor.copy_)
-
-
-def _transposed_pairs(both: torch.Tensor) -> torch.Tensor:
-    """bf16 [in, 2 out], gate and up in alternate columns -> int32 [out, in], the gate in the low half of each word.
-
-    Four times as fast as copying every other column of the transpose (0.6 against 0.14 GB/s of one core).
-    """
-    if both.data_ptr() % 4:
-        both = both.clone()
-    return both.view(torch.int32).mT.contiguous()
-
-
-def _half(pairs: torch.Tensor, which: int) -> torch.Tensor:
-    """bf16 of the low (0) or high (1) halves."""
-    return (pairs >> 16 if which else pairs).to(torch.int16).view(torch.bfloat16)

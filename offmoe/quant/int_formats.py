@@ -97,12 +97,13 @@ class PackedInt:
         return rows, cols
 
     def decode(self, raw: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        scale, codes = self.scales(raw), codes_of_words(raw["packed"], self.bits)  # [out, groups], [out, in]
+        rows = len(raw["packed"])
+        scale, codes = self.scales(raw["scale"], rows), codes_of_words(raw["packed"], self.bits)  # [out, groups|in]
         if self.group is not None:
             codes = codes[:, : self.group * scale.shape[1]]
         zeros: torch.Tensor | int = 1 << (self.bits - 1)
         if not self.symmetric:
-            zeros = self.zeros(raw).to(scale.dtype)
+            zeros = self.zeros(raw["zero"], rows).to(scale.dtype)
         groups = None
         if self.ordered:
             assert self.group is not None
@@ -116,14 +117,13 @@ class PackedInt:
         """What words at rest are xored with to be those of `PackedWeight`, as int32."""
         return SIGN_BITS if self.bits == 8 else 0
 
-    def scales(self, raw: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The scales, [out, groups]."""
-        rows, scale = len(raw["packed"]), raw["scale"]
+    def scales(self, scale: torch.Tensor, rows: int) -> torch.Tensor:
+        """The scales, [out, groups], from the component. rows: outputs."""
         return scale if scale.ndim == 2 and len(scale) == rows else scale.reshape(-1, 1).expand(rows, 1)
 
-    def zeros(self, raw: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The zero points of a format that has them, uint8 [out, groups]."""
-        return codes_of_words(raw["zero"].mT, self.bits).mT[: len(raw["packed"])]
+    def zeros(self, zero: torch.Tensor, rows: int) -> torch.Tensor:
+        """The zero points of a format that has them, uint8 [out, groups], from the component. rows: outputs."""
+        return codes_of_words(zero.mT, self.bits).mT[:rows]
 
 
 @dataclass(frozen=True)
@@ -226,16 +226,20 @@ class Gptq:
 
     def decode(self, raw: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         scales = raw["scales"].mT.contiguous()  # [out, groups]
-        zeros = self.zeros(raw).to(scales.dtype)
+        zeros = self.zeros(raw["qzeros"], len(scales)).to(scales.dtype)
         codes = codes_of_words(raw["qweight"].mT, self.bits)  # [out, in]
         return _apply(codes, zeros, scales, raw["g_idx"].long() if self.ordered else None).to(dtype)
 
-    def zeros(self, raw: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The zero points, without the one that format v1 subtracts, uint8 [out, groups]."""
-        words = raw["qzeros"]
+    def zeros(self, words: torch.Tensor, rows: int) -> torch.Tensor:
+        """The zero points, without the one that format v1 subtracts, uint8 [out, groups].
+
+        Args:
+            words: the component "qzeros".
+            rows: outputs.
+        """
         if self.minus_one:
             words = words + (0x11111111 if self.bits == 4 else 0x01010101)
-        return codes_of_words(words, self.bits)[:, : raw["scales"].shape[1]].mT
+        return codes_of_words(words, self.bits)[:, :rows].mT
 
 
 @dataclass(frozen=True)

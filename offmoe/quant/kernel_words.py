@@ -63,12 +63,15 @@ def format_of(codec: Codec, cols: int, dtype: torch.dtype) -> WeightFormat | str
     return WeightFormat(f"int{bits}", group, has_zeros, dtype)
 
 
-def rows_of(codec: Codec, raw: Mapping[str, torch.Tensor], how: WeightFormat) -> dict[str, torch.Tensor]:
+def rows_of(
+    codec: Codec, raw: Mapping[str, torch.Tensor], shape: tuple[int, int], how: WeightFormat
+) -> dict[str, torch.Tensor]:
     """The words, scales and zero points of one matrix, row by row. Words of `PackedInt` still lack its `flip`.
 
     Args:
-        codec: the matrix's codec; not one of GGUF.
+        codec: the matrix's codec; not one of GGUF or of tiles.
         raw: its components.
+        shape: (outputs, inputs) of the matrix.
         how: the kernels' format, from `format_of`.
 
     Returns:
@@ -77,30 +80,66 @@ def rows_of(codec: Codec, raw: Mapping[str, torch.Tensor], how: WeightFormat) ->
     Raises:
         CheckpointError: columns are not in the order of their groups although the config says that they are.
     """
-    zeros: torch.Tensor | None = None
-    if isinstance(codec, Mxfp4):
-        return {"": raw["blocks"].flatten(1).view(torch.int32), SCALES: raw["scales"]}
-    if isinstance(codec, ScaledFloat):
-        assert how.group is not None
-        weight = raw["weight"]
-        return {"": weight.view(torch.int32), SCALES: codec.scales_of_groups(weight.shape, raw["scale"], how.group)}
-    if isinstance(codec, PackedInt):
-        words, scales = raw["packed"], codec.scales(raw)
-        if not codec.symmetric:
-            zeros = codec.zeros(raw)
-    elif isinstance(codec, Awq):
-        words, scales, zeros = _words_of_awq(raw["qweight"]).mT, raw["scales"].mT, in_order(raw["qzeros"]).mT
-    else:
-        assert isinstance(codec, Gptq)
-        if codec.ordered:
-            _check_order(raw["g_idx"], codec)
-        words, scales, zeros = raw["qweight"].mT, raw["scales"].mT, codec.zeros(raw)
-    cols = words.shape[1] * how.word_values
-    finer = how.groups(cols) // scales.shape[1]
-    out = {"": words, SCALES: scales if finer == 1 else scales.repeat_interleave(finer, dim=1)}
-    if zeros is not None:
-        out[ZEROS] = zeros if finer == 1 else zeros.repeat_interleave(finer, dim=1)
-    return out
+    planes = (plane_of(codec, component, part, shape, how) for component, part in raw.items())
+    return dict(plane for plane in planes if plane is not None)
+
+
+def is_by_rows(codec: Codec, component: tuple[int, ...], rows: int) -> bool:
+    """Whether some rows of a component of this shape give, by `plane_of`, the same rows of a plane of `rows` rows."""
+    return isinstance(codec, (PackedInt, Mxfp4, ScaledFloat)) and component[:1] == (rows,)
+
+
+def plane_of(
+    codec: Codec, component: str, raw: torch.Tensor, shape: tuple[int, int], how: WeightFormat
+) -> tuple[str, torch.Tensor] | None:
+    """The plane of a matrix that one of its components gives, as in `rows_of`; None if it gives none.
+
+    Args:
+        codec: as in `rows_of`.
+        component: its name.
+        raw: the component; or, if `is_by_rows`, some rows of it.
+        shape: (outputs, inputs) of the matrix, or of these rows.
+        how: as in `rows_of`.
+
+    Raises:
+        CheckpointError: as `rows_of`.
+    """
+    rows, groups = shape[0], how.groups(shape[1])
+    match codec, component:
+        case (Mxfp4(), "blocks"):
+            return "", raw.flatten(1).view(torch.int32)
+        case (Mxfp4(), "scales"):
+            return SCALES, raw
+        case (ScaledFloat(), "weight"):
+            return "", raw.view(torch.int32)
+        case (ScaledFloat(), "scale"):
+            assert how.group is not None
+            return SCALES, codec.scales_of_groups(shape, raw, how.group)
+        case (PackedInt(), "packed"):
+            return "", raw
+        case (PackedInt(), "scale"):
+            return SCALES, _finer(codec.scales(raw, rows), groups)
+        case (PackedInt(), "zero"):
+            return ZEROS, _finer(codec.zeros(raw, rows), groups)
+        case (Awq(), "qweight"):
+            return "", _words_of_awq(raw).mT
+        case (Awq(), "qzeros"):
+            return ZEROS, _finer(in_order(raw).mT, groups)
+        case (Gptq(), "qweight"):
+            return "", raw.mT
+        case (Gptq(), "qzeros"):
+            return ZEROS, _finer(codec.zeros(raw, rows), groups)
+        case (Awq() | Gptq(), "scales"):
+            return SCALES, _finer(raw.mT, groups)
+        case (Gptq(), "g_idx") if codec.ordered:
+            _check_order(raw, codec)
+    return None
+
+
+def _finer(plane: torch.Tensor, groups: int) -> torch.Tensor:
+    """[out, groups of the codec] -> [out, groups], each entry repeated."""
+    times = groups // plane.shape[1]
+    return plane if times == 1 else plane.repeat_interleave(times, dim=1)
 
 
 def _fp8_format(codec: ScaledFloat, cols: int, dtype: torch.dtype) -> WeightFormat | str:

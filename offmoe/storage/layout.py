@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -39,6 +40,40 @@ DTYPES: dict[str, torch.dtype] = {
 
 Copy = Callable[[torch.Tensor, torch.Tensor], object]
 """copy(destination, source) moves one tensor towards a slot. A backend may only queue it on a stream."""
+
+
+class Units(NamedTuple):
+    """How one segment gets into a slot in pieces, before the rest of it and of its expert are there.
+
+    nbytes: of a unit; units stand one behind the other from the segment's first byte on, and are whole. put: puts
+    units that stand together: put(first byte in the segment, uint8 [bytes], copy).
+    """
+
+    nbytes: int
+    put: Callable[[int, torch.Tensor, Copy], None]
+
+
+class Early(NamedTuple):
+    """How an expert gets into a slot part by part, while the rest of it is read.
+
+    runs: per segment uint8 [nbytes], the slot bytes that it fills without change, or None. units: per segment without a
+    run; None for one that the slot does not need. [] if such segments have to be there as a whole, all of them.
+    """
+
+    runs: Sequence[torch.Tensor | None]
+    units: Sequence[Units | None]
+
+
+class Placement(Protocol):
+    """Fills a slot in host memory by itself, into which it may write without `copy`."""
+
+    def __call__(self, tensors: list[torch.Tensor], views: Mapping[str, torch.Tensor], copy: Copy) -> None:
+        """Fill a slot. tensors: of the segments."""
+
+    def units(self, segments: Sequence[Segment], views: Mapping[str, torch.Tensor]) -> list[Units | None]:
+        """By segment how it gets into a slot in pieces; None for one that the slot does not need; [] if all segments
+        have to be there first.
+        """
 
 
 def aligned(size: int, to: int) -> int:
@@ -147,15 +182,12 @@ class Assembly:
     Args:
         destinations: where each segment goes, in the order of the record. Empty if one of the others is set.
         convert: maps the segments' tensors to parameters by name, in host memory; it only permutes values.
-        write: write(tensors, views, copy) fills the slot itself. For slots in host memory only, into which it may write
-            without `copy`.
+        write: fills the slot itself. For slots in host memory only.
     """
 
     destinations: tuple[Destination, ...] = ()
     convert: Callable[[list[torch.Tensor]], dict[str, torch.Tensor]] | None = field(default=None, compare=False)
-    write: Callable[[list[torch.Tensor], Mapping[str, torch.Tensor], Copy], None] | None = field(
-        default=None, compare=False
-    )
+    write: Placement | None = field(default=None, compare=False)
 
     def runs(self, segments: Sequence[Segment], views: Mapping[str, torch.Tensor]) -> list[torch.Tensor | None]:
         """The slot bytes that each segment fills without change, so that pieces can be copied while others are read.
@@ -167,6 +199,11 @@ class Assembly:
             return [None] * len(segments)
         blocks = [to.block(views, segment.shape) for to, segment in zip(self.destinations, segments, strict=True)]
         return [block.reshape(-1).view(torch.uint8) if block.is_contiguous() else None for block in blocks]
+
+    def early(self, segments: Sequence[Segment], views: Mapping[str, torch.Tensor], in_parts: bool) -> Early:
+        """How an expert gets into a slot with these views part by part. in_parts: whether it is read in several."""
+        units = [] if self.write is None or not in_parts else self.write.units(segments, views)
+        return Early(self.runs(segments, views), units)
 
     def place(
         self,
@@ -188,7 +225,7 @@ class Assembly:
             runs: the result of `runs`, if the caller has it.
         """
         if self.convert is not None or self.write is not None:
-            tensors = [typed(d, s) for d, s in zip(data, segments, strict=True)]
+            tensors = [typed(d, s.dtype, s.shape) for d, s in zip(data, segments, strict=True)]
             if self.write is not None:
                 self.write(tensors, views, copy)
                 return
@@ -204,7 +241,7 @@ class Assembly:
                 copy(run, raw)  # copied as bytes, so the source may stand at any address
             else:
                 block = self.destinations[i].block(views, segment.shape)
-                copy(block, typed(raw, segment).view(block.shape))
+                copy(block, typed(raw, segment.dtype, block.shape))
 
 
 @dataclass(frozen=True)
@@ -219,8 +256,8 @@ class ExpertRecord:
         return sum(s.nbytes for s in self.segments)
 
 
-def typed(raw: torch.Tensor, segment: Segment) -> torch.Tensor:
-    """The bytes of a segment as its tensor. Copies only if the dtype cannot stand at the bytes' address."""
-    if raw.data_ptr() % segment.dtype.itemsize:
+def typed(raw: torch.Tensor, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+    """The bytes of a tensor as that tensor. Copies only if the dtype cannot stand at the bytes' address."""
+    if raw.data_ptr() % dtype.itemsize:
         raw = raw.clone()
-    return raw.view(segment.dtype).view(segment.shape)
+    return raw.view(dtype).view(shape)

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 
-import torch
+from offmoe.storage.layout import Early
 
 
 class Arrival:
@@ -23,10 +23,12 @@ class Arrival:
     def __init__(self) -> None:
         self.begun = False
         """Whether a reader has begun to read the expert into host memory."""
-        self.runs: Sequence[torch.Tensor | None] | None = None
-        """Per segment, the bytes of the slot that it fills unchanged (`Assembly.runs`). None before the first copy."""
+        self.early: Early | None = None
+        """How parts get into the slot one by one. None before the first of them does."""
         self.lock = threading.Lock()
         self._read: deque[int] = deque()
+        self._torn: dict[tuple[int, int], int] = {}
+        """Bytes that are in host memory of a unit that several parts bring, by segment and first byte."""
         self._changed = threading.Condition()
         self._landed: set[int] = set()
         self._ended = False
@@ -42,8 +44,33 @@ class Arrival:
         with self.lock:
             return self._read.popleft() if self._read else None
 
+    def whole_units(self, segment: int, start: int, end: int, unit: int) -> tuple[int, int]:
+        """The bytes of a segment that can be put into the slot since its bytes [start, end) are in host memory.
+
+        To be called once for all bytes of a part. What it gives are whole units that nobody else is given.
+
+        Args:
+            segment: its number.
+            start, end: of its bytes that the part brings.
+            unit: bytes that have to be put at once.
+        """
+        low, high = -(-start // unit) * unit, end // unit * unit  # of the units that the part alone brings
+        if low > high:  # it is inside of one unit
+            return (high, low) if self._is_whole(segment, high, end - start, unit) else (low, low)
+        if low > start and self._is_whole(segment, low - unit, low - start, unit):
+            low -= unit
+        if end > high and self._is_whole(segment, high, end - high, unit):
+            high += unit
+        return low, high
+
+    def _is_whole(self, segment: int, first: int, nbytes: int, unit: int) -> bool:
+        """Note that more bytes of a unit are there; whether they are the last."""
+        with self.lock:
+            total = self._torn[segment, first] = self._torn.get((segment, first), 0) + nbytes
+        return total == unit
+
     def part_landed(self, part: int) -> None:
-        """Note that a part is in the slot."""
+        """Note that a part is in the slot, but for units of which other parts have bytes."""
         with self._changed:
             self._landed.add(part)
             self._changed.notify_all()

@@ -138,7 +138,7 @@ class Reader(threading.Thread):
         slot = self._writer.slot_as_stored(ticket.fetch)
         if slot is None or not self._queue.lands_early(ticket) or not self._claim_slot(ticket):
             return None
-        ticket.arrival.runs = self._writer.runs(ticket.fetch)
+        ticket.arrival.early = self._writer.early(ticket.fetch)
         return slot
 
     def _by_parts(self, ticket: Ticket, do: Callable[[int], None]) -> None:
@@ -154,12 +154,12 @@ class Reader(threading.Thread):
         arrival = ticket.arrival
         if ticket.fetch.slot >= self._writer.arena.num_on_device:
             return
-        if arrival.runs is None:
+        if arrival.early is None:
             with arrival.lock:
-                if arrival.runs is None and self._queue.lands_early(ticket) and self._claim_slot(ticket):
-                    arrival.runs = self._writer.runs(ticket.fetch)
-        while arrival.runs is not None and (part := arrival.take_part()) is not None:
-            self._writer.write_part(ticket.fetch, part, buffer, arrival.runs)
+                if arrival.early is None and self._queue.lands_early(ticket) and self._claim_slot(ticket):
+                    arrival.early = self._writer.early(ticket.fetch)
+        while arrival.early is not None and (part := arrival.take_part()) is not None:
+            self._writer.write_part(ticket.fetch, part, buffer, arrival)
             arrival.part_landed(part)
 
     def _claim_slot(self, ticket: Ticket) -> bool:
@@ -179,9 +179,9 @@ class Reader(threading.Thread):
     def _land(self, ticket: Ticket, buffer: torch.Tensor, copied: Event) -> None:
         """Copy what is not in the slot yet from `buffer` (uint8 [bytes]); `copied` will mark the end of the copies."""
         arrival = ticket.arrival
-        if arrival.begun and arrival.runs is None and ticket.priority == DEMAND:  # speculative while it was read
+        if arrival.begun and arrival.early is None and ticket.priority == DEMAND:  # speculative while it was read
             self._by_parts(ticket, lambda part: self._copy_read_parts(ticket, buffer))
-        if arrival.runs is not None or self._claim_slot(ticket):
+        if arrival.early is not None or self._claim_slot(ticket):
             self._writer.write_rest(ticket, buffer, copied)
 
 

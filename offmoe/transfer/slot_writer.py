@@ -17,10 +17,10 @@ import torch
 
 from offmoe.device.arena import SlotArena
 from offmoe.device.backend import Backend, Event, copy_in_ram
-from offmoe.storage.layout import Assembly, ExpertLayout
+from offmoe.storage.layout import Assembly, Early, ExpertLayout
 from offmoe.storage.read_plan import ALIGNMENT
 from offmoe.storage.store import ExpertStore
-from offmoe.transfer.arrival import Arriving
+from offmoe.transfer.arrival import Arrival, Arriving
 from offmoe.transfer.ticket import DEMAND, Ticket
 from offmoe.types import Fetch, KeptSlots
 
@@ -90,8 +90,8 @@ class SlotWriter:
         """By slot: marks computation with it, and with slots that were computed with at once."""
         self.last_read: list[Event] = []
         """Per slot: marks the last computation with it, and sometimes later work of the compute stream."""
-        self._runs: dict[int, tuple[StoredLayer, Sequence[torch.Tensor | None]]] = {}
-        """Per slot, its last layer and the result of `runs`: working it out takes longer than to queue the copies."""
+        self._early: dict[int, tuple[StoredLayer, Early]] = {}
+        """Per slot, its last layer and the result of `early`: working it out takes longer than to queue the copies."""
         self._forget_slots()
         self._pieces = deque(backend.event(blocking=True) for _ in range(PIECES_IN_FLIGHT))
         self._pieces_lock = threading.Lock()
@@ -103,7 +103,7 @@ class SlotWriter:
 
     def release(self) -> None:
         """Hold no reference to the memory of slots."""
-        self._runs.clear()
+        self._early.clear()
 
     def _forget_slots(self) -> None:
         """Begin anew with the arena's slots; the first copies wait for what has used or moved their memory so far."""
@@ -132,15 +132,20 @@ class SlotWriter:
         """The fetch's slot as the parameters of its expert."""
         return self.arena.views(fetch.slot, self.layer(fetch).layout)
 
-    def runs(self, fetch: Fetch) -> Sequence[torch.Tensor | None]:
-        """Per segment of the expert, the bytes of the slot that it fills unchanged; None for other segments."""
+    def early(self, fetch: Fetch) -> Early:
+        """How the expert gets into its slot part by part."""
         layer = self.layer(fetch)
-        known = self._runs.get(fetch.slot)
+        known = self._early.get(fetch.slot)
         if known is not None and known[0] is layer:
             return known[1]
-        runs = layer.assembly.runs(self.store.record(fetch.key).segments, self._views(fetch))
-        self._runs[fetch.slot] = layer, runs
-        return runs
+        in_parts = self.store.parts(fetch.key) > 1
+        early = layer.assembly.early(self.store.record(fetch.key).segments, self._views(fetch), in_parts)
+        self._early[fetch.slot] = layer, early
+        return early
+
+    def runs(self, fetch: Fetch) -> Sequence[torch.Tensor | None]:
+        """Per segment of the expert, the bytes of the slot that it fills unchanged; None for other segments."""
+        return self.early(fetch).runs
 
     def slot_as_stored(self, fetch: Fetch) -> memoryview | None:
         """The memory of the fetch's slot, if the expert can be read there itself: it stands in the slot as on the disk.
@@ -179,20 +184,26 @@ class SlotWriter:
                 places[params[segment]].append((offset + start, offset + end, part))
         return Arriving(ticket.arrival, places)
 
-    def write_part(self, fetch: Fetch, part: int, buffer: torch.Tensor, runs: Sequence[torch.Tensor | None]) -> None:
-        """Copy one part of an expert into its slot, but for segments that have no run.
+    def write_part(self, fetch: Fetch, part: int, buffer: torch.Tensor, arrival: Arrival) -> None:
+        """Put one part of an expert into its slot, but for segments that have neither a run nor units.
 
         Args:
             fetch: The expert and its slot.
             part: The part, as `ExpertStore.arrived` numbers them.
             buffer: uint8 [bytes], into which the expert is being read.
-            runs: The result of `runs`.
+            arrival: Of the expert; knows `early`, and which units other parts have begun.
         """
+        assert arrival.early is not None
+        (runs, units), copy = arrival.early, self.backend.copies.copy
         data = self.store.segments(fetch.key, buffer)
         for segment, start, end in self.store.arrived(fetch.key, part):
-            run = runs[segment]
+            run, of_segment = runs[segment], units[segment] if units else None
             if run is not None:
-                self.backend.copies.copy(run[start:end], data[segment][start:end])
+                copy(run[start:end], data[segment][start:end])
+            elif of_segment is not None:
+                first, last = arrival.whole_units(segment, start, end, of_segment.nbytes)
+                if first < last:
+                    of_segment.put(first, data[segment][first:last], copy)
 
     def write_rest(self, ticket: Ticket, buffer: torch.Tensor, copied: Event) -> None:
         """Copy an expert into its slot, but for the segments that `write_part` has copied.
@@ -206,15 +217,16 @@ class SlotWriter:
 
     def write(self, ticket: Ticket, data: Sequence[torch.Tensor], copied: Event) -> None:
         """As `write_rest`. data: uint8 [nbytes] per segment of the expert, in the order of its record."""
-        fetch, early = ticket.fetch, ticket.arrival.runs
+        fetch, early = ticket.fetch, ticket.arrival.early
         segments = self.store.record(fetch.key).segments
         assembly, views = self.layer(fetch).assembly, self._views(fetch)
         if fetch.slot >= self.arena.num_on_device:  # a slot in RAM, which the host alone reads, after `issued`
             assembly.place(segments, data, views, copy_in_ram)
             return
-        present = () if early is None else [i for i, run in enumerate(early) if run is not None]
-        copy = functools.partial(self._copy, ticket)
-        assembly.place(segments, data, views, copy, present, self.runs(fetch))
+        if early is None or not early.units:
+            present = () if early is None else [i for i, run in enumerate(early.runs) if run is not None]
+            copy = functools.partial(self._copy, ticket)
+            assembly.place(segments, data, views, copy, present, self.runs(fetch))
         self.copied(fetch.slot, copied)
 
     def copied(self, slot: int, copied: Event) -> None:

@@ -135,7 +135,7 @@ def test_fp8_as_kernels_read_it(block: tuple[int, int] | None, grid: tuple[int, 
     how = format_of(codec, 192, weight.dtype)
     assert isinstance(how, WeightFormat)
     assert (how.kind, how.group) == ("fp8", 64)
-    rows = rows_of(codec, raw, how)
+    rows = rows_of(codec, raw, (160, 192), how)
     assert rows[SCALES].shape == (160, 3)
     assert rows[""].data_ptr() == weight.data_ptr()
     assert torch.equal(values(PackedWeight(how, rows[""], rows[SCALES])), codec.decode(raw, torch.float32))

@@ -52,3 +52,12 @@ def test_bytes_are_waited_for_by_the_parts_that_bring_them():
     for name, start, end in (("up", 0, 10), ("up", 9, 11), ("up", 10, 12), ("down", 0, 40), ("bias", 0, 4)):
         arriving.wait(name, start, end)
     assert waits == [{0}, {0, 1}, {1}, {1, 2}, set()]
+
+
+def test_bytes_are_given_in_whole_units_to_whoever_brings_their_last():
+    arrival = Arrival()
+    assert arrival.whole_units(0, 5, 25, 10) == (10, 20)
+    assert arrival.whole_units(0, 25, 28, 10) == (30, 30)  # nothing: bytes 28 and 29 are missing
+    assert arrival.whole_units(1, 28, 30, 10) == (30, 30)  # another segment's
+    assert arrival.whole_units(0, 0, 5, 10) == (0, 10)
+    assert arrival.whole_units(0, 28, 50, 10) == (20, 50)

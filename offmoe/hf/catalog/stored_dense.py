@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import NamedTuple
 
-from offmoe.compute.cpu_slot import put_tiles
 from offmoe.compute.gated import DTYPE_OF
+from offmoe.compute.tile_placement import put_tiles
 from offmoe.device.pages import empty_tensor
 from offmoe.errors import UnsupportedModelError
 from offmoe.hf.catalog.dense_view import DenseView, Encoded

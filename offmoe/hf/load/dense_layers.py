@@ -317,7 +317,7 @@ class ShardTensors:
             name, segment = self._segments[key]
             self._store.read_into(key, self._memory)
             # blocking, because the next tensor is read into the same buffer
-            views[name].copy_(typed(self._store.segments(key, self._tensor)[0], segment))
+            views[name].copy_(typed(self._store.segments(key, self._tensor)[0], segment.dtype, segment.shape))
 
     def close(self) -> None:
         self._store.close()

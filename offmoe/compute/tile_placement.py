@@ -1,0 +1,232 @@
+"""Puts the tensors of one expert into a slot of the C kernels: each tensor by itself, by rows where that can be.
+
+Moves: every word once, from the buffer that it was read into to the slot, in the thread of the reader.
+Bound: the transposition, 3 to 4 GB/s of a core (kernels/tile.py, kernels/gguf.py). So rows are put into the slot while
+others are read.
+Must never: change a value, or guess. An index that contradicts the order of the columns' groups is an error, and is
+looked for in every expert.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from offmoe.compute.gated import GatedForm, RowRange
+from offmoe.compute.kernels.gguf import retile
+from offmoe.compute.kernels.library import status
+from offmoe.compute.kernels.tile import tile
+from offmoe.quant.codec import Codec
+from offmoe.quant.gguf_formats import BLOCKS, GgufBlocks
+from offmoe.quant.int_formats import PackedInt, TiledInt
+from offmoe.quant.kernel_words import is_by_rows, plane_of, rows_of
+from offmoe.quant.packed_weight import TILE_ROWS, TILES, PackedWeight, WeightFormat
+from offmoe.storage.layout import Assembly, Copy, Segment, Units, typed
+
+PLANES = {component: plane for plane, component in TILES.items()}
+"""By component of `TiledInt`, the plane of a weight that it is."""
+
+Views = Mapping[str, torch.Tensor]
+"""The parameters of a slot, by name."""
+
+
+@dataclass(frozen=True)
+class TilePlacement:
+    """A `Placement`: the parameters of a CpuSlot from the tensors of one expert."""
+
+    form: GatedForm
+    formats: Mapping[str, WeightFormat | None]
+    """The formats of gate, up and down; None: bf16."""
+    shapes: tuple[tuple[int, ...], ...]
+    """Shapes to view the tensors in."""
+    before: Assembly | None = None
+    """Makes the experts module's parameters of the tensors first; the tensors of `form` are these parameters then."""
+
+    def __call__(self, tensors: list[torch.Tensor], views: Views, copy: Copy) -> None:
+        if self.before is not None:
+            assert self.before.convert is not None
+            params = self.before.convert(tensors)
+            tensors = [params[tensor.destination.param].contiguous() for tensor in self.form.tensors]
+        for raw, tensor in zip(self._raw, tensors, strict=True):
+            if raw is not None:
+                raw.put(0, tensor.view(raw.shape), views, copy)
+
+    def units(self, segments: Sequence[Segment], views: Views) -> list[Units | None]:
+        if self.before is not None:
+            return []
+        pairs = zip(self._raw, segments, strict=True)
+        return [None if raw is None else raw.units(segment, views) for raw, segment in pairs]
+
+    @cached_property
+    def _raw(self) -> list[_RawTensor | None]:
+        """Per tensor how it is put into a slot; None for one that the kernels do without."""
+        out: list[_RawTensor | None] = [None] * len(self.shapes)
+        for i, tensor in enumerate(self.form.tensors):
+            rows = {name: rows for name, rows in self.form.rows.items() if rows.tensor == i}
+            how = next((self.formats[name] for name in rows if name in self.formats), None)
+            for component, index in tensor.components.items():
+                inputs_first = i in self.form.inputs_first
+                out[index] = _RawTensor(self.shapes[index], component, tensor.codec, how, rows, inputs_first)
+        return out
+
+
+@dataclass(frozen=True)
+class _RawTensor:
+    """One tensor of an expert at rest: a component of one or two matrices, or their biases.
+
+    shape: of the tensor. codec: None if it is not quantized. how: the kernels' format, if it is. rows: of the stored
+    tensor that it is a component of, by name of a matrix or bias. inputs_first: whether they are columns of that.
+    """
+
+    shape: tuple[int, ...]
+    component: str
+    codec: Codec | None
+    how: WeightFormat | None
+    rows: Mapping[str, RowRange]
+    inputs_first: bool
+
+    def units(self, segment: Segment, views: Views) -> Units:
+        """Its pieces that are put into a slot with these views one by one. segment: the tensor at rest."""
+        row_bytes = segment.dtype.itemsize * math.prod(self.shape[1:])
+
+        def put(first: int, data: torch.Tensor, copy: Copy) -> None:
+            shape = (len(data) // row_bytes, *self.shape[1:]) if self.shape else ()
+            self.put(first // row_bytes, typed(data, segment.dtype, shape), views, copy)
+
+        return Units(row_bytes * self._at_once, put)
+
+    @cached_property
+    def _at_once(self) -> int:
+        """Entries of the first dimension that fill whole tiles; all of them if every tile takes all."""
+        if isinstance(self.codec, TiledInt):
+            return 1
+        if self.codec is None:
+            by_rows = len(self.shape) == 2 and not self.inputs_first
+        else:
+            outputs = sum(rows.size for rows in self.rows.values())
+            by_rows = isinstance(self.codec, GgufBlocks) or is_by_rows(self.codec, self.shape, outputs)
+        steps = {rows.step for rows in self.rows.values()}
+        whole_tiles = all(rows.step > 1 or rows.first % TILE_ROWS == 0 for rows in self.rows.values())
+        return TILE_ROWS * steps.pop() if by_rows and whole_tiles and len(steps) == 1 else math.prod(self.shape[:1])
+
+    def put(self, first: int, part: torch.Tensor, views: Views, copy: Copy) -> None:
+        """Put some rows into a slot.
+
+        Args:
+            first: the number of the first.
+            part: these rows: all, or a multiple of `_at_once`.
+            views: of the slot.
+            copy: copies what is not reordered.
+
+        Raises:
+            CheckpointError: columns are not in the order of their groups although the config says that they are.
+        """
+        codec, how = self.codec, self.how
+        if codec is None:
+            self._put_plain(first, part, views, copy)
+            return
+        assert how is not None
+        if isinstance(codec, TiledInt):
+            plane = PLANES[self.component]
+            for name, start, tiles in self._divided(first * TILE_ROWS, part, TILE_ROWS):
+                copy(_tiles(views[name + plane], start, len(tiles)).view(torch.uint8), tiles.view(torch.uint8))
+        elif isinstance(codec, GgufBlocks):
+            for name, start, blocks in self._divided(first, part):
+                weight = PackedWeight.of(how, name, views).params("")
+                planes = {plane: _tiles(whole, start, len(blocks) // TILE_ROWS) for plane, whole in weight.items()}
+                put_tiles(codec, {BLOCKS: blocks}, PackedWeight.of(how, "", planes))
+        else:
+            self._put_plane(codec, how, first, part, views, copy)
+
+    def _put_plane(
+        self, codec: Codec, how: WeightFormat, first: int, part: torch.Tensor, views: Views, copy: Copy
+    ) -> None:
+        """Words, scales or zero points that stand row by row."""
+        cols = views[next(iter(self.rows))].shape[1] * how.word_values
+        outputs = sum(rows.size for rows in self.rows.values())
+        is_whole = len(part) == self.shape[0] if self.shape else True
+        found = plane_of(codec, self.component, part, (outputs if is_whole else len(part), cols), how)
+        if found is None:
+            return
+        plane, rows = found
+        flip = codec.flip if isinstance(codec, PackedInt) and not plane else 0
+        for name, start, some in self._divided(first, rows):
+            _tile(some, _tiles(views[name + plane], start, len(some) // TILE_ROWS), flip, copy)
+
+    def _put_plain(self, first: int, part: torch.Tensor, views: Views, copy: Copy) -> None:
+        """Rows of bf16, or numbers of a bias."""
+        if self.inputs_first and len(self.rows) == 2 and all(rows.step == 2 for rows in self.rows.values()):
+            pairs = _transposed_pairs(part)
+            for name, rows in self.rows.items():
+                copy(views[name], _half(pairs, rows.first))
+            return
+        for name, start, some in self._divided(first, part.mT if self.inputs_first else part):
+            copy(views[name][start : start + len(some)], some)
+
+    def _divided(self, first: int, part: torch.Tensor, rows_each: int = 1) -> Iterator[tuple[str, int, torch.Tensor]]:
+        """What belongs to each matrix or bias among rows from `first` on: its name, the number of its first row, rows.
+
+        rows_each: rows in an entry of `part`.
+        """
+        for name, rows in self.rows.items():
+            if rows.step > 1:
+                yield name, first // rows.step, part[rows.first :: rows.step]
+                continue
+            low = max(first, rows.first)
+            high = min(first + len(part) * rows_each, rows.first + rows.size)
+            if low < high:
+                yield name, low - rows.first, part[(low - first) // rows_each : (high - first) // rows_each]
+
+
+def _tiles(plane: torch.Tensor, first_row: int, count: int) -> torch.Tensor:
+    """Tiles of a plane [rows / 16, entries, 16]. first_row: of the first of them."""
+    return plane[first_row // TILE_ROWS : first_row // TILE_ROWS + count]
+
+
+def _tile(rows: torch.Tensor, into: torch.Tensor, flip: int, copy: Copy) -> None:
+    """Put [N, C] into tiles [N / 16, C, 16], by C where rows are contiguous. flip: what words are xored with."""
+    library = status().library
+    if library is not None and tile(library, rows, into, flip):
+        return
+    tiles = (rows ^ flip if flip else rows).unflatten(0, (-1, TILE_ROWS))  # [N / 16, 16, C]
+    copy(into, tiles.transpose(1, 2))
+
+
+def put_tiles(codec: Codec, raw: Mapping[str, torch.Tensor], into: PackedWeight) -> None:
+    """Put one matrix into tiles, whose format is `format_of` its codec.
+
+    Args:
+        codec: the matrix's codec; it decodes to [out, in], and is not `PackedInt`, whose words need a flip.
+        raw: its components in RAM.
+        into: in tiles, contiguous in RAM.
+
+    Raises:
+        CheckpointError: as `rows_of`.
+    """
+    library = status().library
+    assert library is not None, "without the library, nothing has a format of the kernels"
+    if isinstance(codec, GgufBlocks):
+        retile(library, codec, raw[BLOCKS].contiguous(), into)
+        return
+    tiles = into.params("")
+    for plane, part in rows_of(codec, raw, (into.rows, into.cols), into.format).items():
+        _tile(part, tiles[plane], 0, torch.Tensor.copy_)
+
+
+def _transposed_pairs(both: torch.Tensor) -> torch.Tensor:
+    """bf16 [in, 2 out], gate and up in alternate columns -> int32 [out, in], the gate in the low half of each word.
+
+    Four times as fast as copying every other column of the transpose (0.6 against 0.14 GB/s of one core).
+    """
+    if both.data_ptr() % 4:
+        both = both.clone()
+    return both.view(torch.int32).mT.contiguous()
+
+
+def _half(pairs: torch.Tensor, which: int) -> torch.Tensor:
+    """bf16 of the low (0) or high (1) halves."""
+    return (pairs >> 16 if which else pairs).to(torch.int16).view(torch.bfloat16)
