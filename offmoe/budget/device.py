@@ -38,7 +38,13 @@ on_miss="auto" passes what is not worth a slot. Of gpt-oss-20b's demands 10 slot
 
 
 def plan_on_miss(
-    config: OffloadConfig, shape: CacheShape, model: ModelBytes, *, free: int, share: float, host_free: int = 0
+    config: OffloadConfig,
+    shape: CacheShape,
+    model: ModelBytes,
+    *,
+    free: int,
+    auto: int | None = None,
+    host_free: int = 0,
 ) -> tuple[str, MemoryPlan]:
     """(resolved on_miss, `plan_memory`) where the device computes every expert, also those that get no slot.
 
@@ -49,7 +55,7 @@ def plan_on_miss(
 
     def plan(config: OffloadConfig, num_scratch: int) -> MemoryPlan:
         scratch = num_scratch * max(model.slot_bytes)
-        return plan_memory(config, shape, model, free=free, share=share, host_free=host_free, scratch=scratch)
+        return plan_memory(config, shape, model, free=free, auto=auto, host_free=host_free, scratch=scratch)
 
     if config.on_miss == "cpu":
         with_scratch = plan(config, SCRATCH_SLOTS)
@@ -75,7 +81,7 @@ def plan_memory(
     model: ModelBytes,
     *,
     free: int,
-    share: float = 1.0,
+    auto: int | None = None,
     host_free: int = 0,
     scratch: int = 0,
 ) -> MemoryPlan:
@@ -86,14 +92,17 @@ def plan_memory(
         shape: experts and top_k of each MoE layer.
         model: what the model needs.
         free: bytes of the device's memory that are free.
-        share: the share of these that device_memory="auto" takes.
+        auto: those that device_memory="auto" takes; None: all of them.
         host_free: bytes of RAM that offloaded dense layers may take; if they do not fit there, they stay on the disk.
         scratch: bytes of scratch slots.
 
     Raises:
         CapacityError: the model does not fit; the message names the smallest budget that works.
     """
-    budget = int(free * share) if config.device_memory == "auto" else min(int(config.device_memory), free)
+    if config.device_memory == "auto":
+        budget = free if auto is None else auto
+    else:
+        budget = min(int(config.device_memory), free)
     division = _Division(config, shape, model, budget, free, host_free, scratch)
     if config.scope != "auto":
         return division.plan(config.scope)

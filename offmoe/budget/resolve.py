@@ -102,15 +102,15 @@ def _divide(
     """`divide` with the slots that the options ask for."""
     if config.prefill_chunk is not None and "prefill_chunk" in config.explicit:  # else it followed from another plan
         needs = needs.with_chunks(min(config.prefill_chunk, config.max_context or config.prefill_chunk))
-    shape, experts, share = needs.shape, needs.experts, backend.auto_share
+    shape, experts, auto = needs.shape, needs.experts, backend.auto_bytes(free)
     host_free = 0 if backend.unified_memory else backend.host_free_bytes() + host_held
     host, host_computes = None, False
     if backend.unified_memory or not config.is_numeric:
-        on_miss, plan = plan_on_miss(config, shape, needs.bytes, free=free, share=share, host_free=host_free)
+        on_miss, plan = plan_on_miss(config, shape, needs.bytes, free=free, auto=auto, host_free=host_free)
         if on_miss != config.on_miss and plan.slots_per_layer != shape.experts:
             logger.info("on_miss=%r means %r here: choosing who gets a slot would not pay.", config.on_miss, on_miss)
     else:
-        plan = plan_memory(config, shape, needs.bytes, free=free, share=share, host_free=host_free)
+        plan = plan_memory(config, shape, needs.bytes, free=free, auto=auto, host_free=host_free)
         on_miss = "fetch" if plan.slots_per_layer == shape.experts else config.on_miss
         host_computes = on_miss != "fetch"
     if not backend.unified_memory:

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from offmoe.device.backend import Backend, Capturer, Event, Stream
+from offmoe.device.machines import device_auto_bytes
 
 STRIDED_BYTES = 1 << 20
 """Most bytes of one copy into memory that is not contiguous. torch copies into temporary device memory of the same size
@@ -135,7 +136,6 @@ class DeviceEvent:
 class AcceleratorBackend(Backend):
     """One accelerator. Slots are never freed, so events order their reuse; record_stream is not needed."""
 
-    auto_share = 0.9
     unified_memory = False
 
     def __init__(self, kind: DeviceKind, device: torch.device) -> None:
@@ -159,6 +159,9 @@ class AcceleratorBackend(Backend):
 
     def enter_thread(self) -> None:
         torch.accelerator.set_device_index(self.device.index)
+
+    def auto_bytes(self, free: int) -> int:
+        return device_auto_bytes(free)
 
     def free_bytes(self) -> int:
         index = self.device.index

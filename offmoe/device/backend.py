@@ -19,7 +19,7 @@ import psutil
 import torch
 
 from offmoe.device.cgroup import cgroup_free_bytes
-from offmoe.device.machines import RAM_AUTO_SHARE
+from offmoe.device.machines import RAM_AUTO_SHARE, auto_ram_bytes
 from offmoe.device.pages import map_pages
 from offmoe.errors import CapacityError
 from offmoe.storage.layout import PARAM_ALIGNMENT
@@ -77,8 +77,6 @@ class Backend(ABC):
     device: torch.device
     copies: Stream
     """The stream on which experts are copied into slots."""
-    auto_share: float
-    """Fraction of the free memory that "auto" takes. The rest is left to allocations that cannot be foreseen."""
     unified_memory: bool
     """Whether the device's memory is the host's, as on a CPU.
 
@@ -114,6 +112,10 @@ class Backend(ABC):
     @abstractmethod
     def free_bytes(self) -> int:
         """Bytes of device memory that could be allocated now."""
+
+    @abstractmethod
+    def auto_bytes(self, free: int) -> int:
+        """What "auto" takes of `free` bytes of device memory. The rest is left to what cannot be foreseen."""
 
     def host_free_bytes(self) -> int:
         """Bytes of RAM that "auto" may take for weights; 0 with unified memory, where `free_bytes` counts them."""
@@ -206,7 +208,6 @@ def copy_in_ram(destination: torch.Tensor, source: torch.Tensor) -> None:
 class CpuBackend(Backend):
     """The CPU as a device: slots are RAM, and only the reader threads are asynchronous."""
 
-    auto_share = RAM_AUTO_SHARE
     unified_memory = True
     has_device_kernels = False
 
@@ -224,6 +225,9 @@ class CpuBackend(Backend):
 
     def free_bytes(self) -> int:
         return available_memory()
+
+    def auto_bytes(self, free: int) -> int:
+        return auto_ram_bytes(free)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         try:

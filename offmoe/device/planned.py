@@ -12,7 +12,7 @@ import torch
 from offmoe.device.accelerator import AcceleratorBackend
 from offmoe.device.backend import Backend, CpuBackend, Event, Stream
 from offmoe.device.cuda import CudaKind
-from offmoe.device.machines import RAM_AUTO_SHARE, Machine
+from offmoe.device.machines import RAM_AUTO_SHARE, Machine, auto_ram_bytes, device_auto_bytes
 
 
 class PlannedBackend(Backend):
@@ -22,7 +22,6 @@ class PlannedBackend(Backend):
         self.machine = machine
         kind: type[Backend] = CpuBackend if machine.gpu is None else AcceleratorBackend
         self.device = torch.device("cpu" if machine.gpu is None else CudaKind.name)
-        self.auto_share = kind.auto_share
         self.unified_memory = kind.unified_memory
         self.has_device_kernels = machine.gpu is not None and CudaKind.has_kernels
 
@@ -35,6 +34,9 @@ class PlannedBackend(Backend):
 
     def free_bytes(self) -> int:
         return self.machine.device_free_bytes
+
+    def auto_bytes(self, free: int) -> int:
+        return auto_ram_bytes(free) if self.unified_memory else device_auto_bytes(free)
 
     def host_free_bytes(self) -> int:
         return 0 if self.unified_memory else int(self.machine.ram_free_bytes * RAM_AUTO_SHARE)

@@ -265,7 +265,7 @@ class _Comparison:
         nbytes = int(fetched.needs.parameters.total * fetched.dtype.itemsize * LOADING)
         free = int(psutil.virtual_memory().available * RAM_SHARE)
         if not fetched.backend.unified_memory:
-            free = min(free, int(fetched.backend.free_bytes() * fetched.backend.auto_share))
+            free = min(free, fetched.backend.auto_bytes(fetched.backend.free_bytes()))
         elif fetched.requested.device_memory != "auto":
             free = min(free, int(fetched.requested.device_memory))
         return None if nbytes <= free else f"it needs about {format_size(nbytes)}, and {format_size(free)} are free"

@@ -56,7 +56,7 @@ def test_the_smallest_budget_named_works():
 def test_a_refusal_names_the_option_only_where_it_helps():
     asks = "--device-memory"
     with pytest.raises(CapacityError, match=rf"what is free, .*: {asks} {SMALLEST}"):  # the share is what is too small
-        plan_memory(OffloadConfig(), SHAPE, MODEL, free=SMALLEST, share=0.9)
+        plan_memory(OffloadConfig(), SHAPE, MODEL, free=SMALLEST, auto=int(0.9 * SMALLEST))
     for asked in ("auto", 10**9):
         with pytest.raises(CapacityError, match=r"what is free, .*; 1 B more must be free for it") as refused:
             plan_memory(OffloadConfig(device_memory=asked), SHAPE, MODEL, free=SMALLEST - 1)
@@ -228,7 +228,7 @@ def test_the_plan_begins_with_what_it_uses():
     ],
 )
 def test_scratch_slots_where_they_are_worth_it(options, free, resolved, scratch):
-    on_miss, plan = plan_on_miss(OffloadConfig(**options), SHAPE, MODEL, free=free, share=1.0)
+    on_miss, plan = plan_on_miss(OffloadConfig(**options), SHAPE, MODEL, free=free)
     assert (on_miss, plan.scratch) == (resolved, scratch)
     assert plan.used <= plan.budget
     assert ("scratch" in plan.describe()) == bool(scratch)
@@ -236,8 +236,8 @@ def test_scratch_slots_where_they_are_worth_it(options, free, resolved, scratch)
 
 def test_scratch_that_does_not_fit_is_refused_only_where_it_was_asked_for():
     with pytest.raises(CapacityError, match="smallest device_memory"):
-        plan_on_miss(OffloadConfig(device_memory=SMALLEST, on_miss="cpu"), SHAPE, MODEL, free=10**6, share=1.0)
-    on_miss, plan = plan_on_miss(OffloadConfig(device_memory=SMALLEST), SHAPE, MODEL, free=10**6, share=1.0)
+        plan_on_miss(OffloadConfig(device_memory=SMALLEST, on_miss="cpu"), SHAPE, MODEL, free=10**6)
+    on_miss, plan = plan_on_miss(OffloadConfig(device_memory=SMALLEST), SHAPE, MODEL, free=10**6)
     assert (on_miss, plan.scratch, sum(plan.slots_per_layer)) == ("fetch", 0, 2)
 
 
@@ -247,7 +247,7 @@ def test_scratch_that_does_not_fit_is_refused_only_where_it_was_asked_for():
 def test_a_small_pool_passes_by_what_is_not_worth_a_slot(slots, on_miss):
     """Two of the slots are scratch slots then."""
     config = OffloadConfig(device_memory=REST + 99 * slots)
-    resolved, plan = plan_on_miss(config, MANY, MIXTRAL, free=10**9, share=1.0)
+    resolved, plan = plan_on_miss(config, MANY, MIXTRAL, free=10**9)
     assert resolved == on_miss
     assert (sum(plan.slots_per_layer), plan.scratch) == ((slots - 2, 198) if on_miss == "auto" else (slots, 0))
     assert plan.offloaded_layers == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from offmoe.device.machines import DISKS, GIB, GPUS, Machine, machine_parts, parse_machine
+from offmoe.device.machines import DISKS, GIB, GPUS, Machine, auto_ram_bytes, machine_parts, parse_machine
 from offmoe.device.planned import PlannedBackend
 from offmoe.errors import ConfigError
 
@@ -100,3 +100,10 @@ def test_a_planned_device_knows_its_memory_and_runs_nothing() -> None:
         with pytest.raises(AssertionError):
             run()
     assert torch.device("cpu") == cpu.device
+
+
+def test_auto_leaves_a_tenth_of_the_ram_or_a_gibibyte_but_at_most_three_tenths() -> None:
+    assert auto_ram_bytes(100 * GIB) == 90 * GIB
+    assert auto_ram_bytes(8 * GIB) == 7 * GIB
+    assert auto_ram_bytes(2 * GIB) == 2 * GIB - int(0.6 * GIB)
+    assert auto_ram_bytes(0) == 0
