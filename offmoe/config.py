@@ -160,8 +160,9 @@ class OffloadConfig:
         device: Device for the dense weights and the expert slots: "cpu", "cuda" or "cuda:N". Default: "cuda" if there
             is one, else "cpu". Errors: a device that this machine does not have.
         device_memory: Most memory to use on the device, for dense weights, expert slots and KV cache together: bytes,
-            or a size such as "8GiB". Default: "auto", what is free there less a reserve. Errors: less than the smallest
-            that works for the model; the message names that number (CapacityError).
+            or a size such as "8GiB". Default: "auto", what is free there less a tenth; on a CPU less 1 GiB if that is
+            more, and less 30 % at most. Errors: less than the smallest that works for the model; the message names that
+            number (CapacityError).
         host_memory: Most RAM to use for experts between disk and device: bytes, a size such as "32GiB", or 0 for none.
             Default: "auto", what the machine can spare. Errors: a size on a CPU, where device_memory caps RAM; less
             than the buffers that reading needs (CapacityError).

@@ -20,6 +20,7 @@ from offmoe.compute.compute import ComputeByLayer, ExpertCompute, LayerInput, Sl
 from offmoe.compute.cpu_slot import CpuSlot, cpu_slot
 from offmoe.compute.expert_layer import ExpertLayer
 from offmoe.compute.kernels.cpu import CpuKernels, PreparedExpert, kernel_threads
+from offmoe.compute.kernels.expert_halves import ExpertHalves
 from offmoe.compute.kernels.gguf import GgufDecoder
 from offmoe.compute.kernels.library import MAX_TOKENS, status
 from offmoe.compute.kernels.torch_ffn import autocast_enabled
@@ -44,6 +45,7 @@ class CpuCompute(ExpertCompute):
     def __init__(self, kernels: CpuKernels, arena: SlotArena, by_torch: TorchCompute) -> None:
         """kernels: closed with this."""
         self._kernels, self._arena, self._by_torch = kernels, arena, by_torch
+        self._halves = ExpertHalves(kernels)
         self._prepared: dict[int, _PreparedSlots] = {}
         """By id of the CpuSlot. Layers share equal CpuSlots: a pool of all layers would otherwise hold one entry per
         layer and slot."""
@@ -67,8 +69,7 @@ class CpuCompute(ExpertCompute):
             rows = self._rows(layer, group, inputs)
             yield group, rows if inputs.pairs is None else rows.to(dtype)
         for pair in coming:
-            transfer.ready(pair[1])
-            rows = self._rows(layer, [pair], inputs)
+            rows = self._when_arrived(layer, pair, inputs, transfer)
             yield (pair,), rows if inputs.pairs is None else rows.to(dtype)
 
     def surround(self, layer: ExpertLayer) -> AbstractContextManager[None]:
@@ -88,6 +89,23 @@ class CpuCompute(ExpertCompute):
             return None
         with self._calling:
             return self._slots_of(form)[slot]
+
+    def _when_arrived(
+        self, layer: ExpertLayer, pair: Slotted, inputs: LayerInput, transfer: TransferEngine
+    ) -> torch.Tensor:
+        """The rows of an expert that is on its way; of one row, gate and up are computed before down is there."""
+        (expert, slot), form = pair, layer.cpu_slot
+        is_one = inputs.num_rows(expert) == 1 and not layer.unlike
+        arriving = transfer.arriving(slot) if is_one else None
+        if arriving is None or form is None:
+            transfer.ready(slot)
+            return self._rows(layer, [pair], inputs)
+        arriving.wait_for(form.first_half)
+        with self._calling:
+            h = self._halves.first(self._slots_of(form)[slot], inputs.rows(expert))
+        transfer.ready(slot)  # raises if the fetch failed: h is wrong then
+        with self._calling:
+            return self._halves.second(self._slots_of(form)[slot], h)
 
     def _rows(self, layer: ExpertLayer, experts: Sequence[Slotted], inputs: LayerInput) -> torch.Tensor:
         """The rows of experts whose slots are ready, in one call of the kernels where that can be."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -72,6 +73,12 @@ class CpuSlot:
         """The expert in a slot with these views; no bytes move."""
         gate, up, down = (weight.of(views) for weight in self.weights)
         return GatedExpert(gate, up, down, *(views[name + BIAS] for name in MATRICES if self.biased))
+
+    @cached_property
+    def first_half(self) -> tuple[str, ...]:
+        """The parameters that gate and up, and their biases, stand in."""
+        names = [weight.param for weight in self.weights[:2]]
+        return tuple(p.name for p in self.layout.params if p.name in names or p.name.rpartition(".")[0] in names)
 
     def working_bytes(self) -> int:
         """Bytes of one call besides the slot: inputs, outputs and intermediate rows of MAX_TOKENS tokens in float32."""

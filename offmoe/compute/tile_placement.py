@@ -97,7 +97,7 @@ class _RawTensor:
             shape = (len(data) // row_bytes, *self.shape[1:]) if self.shape else ()
             self.put(first // row_bytes, typed(data, segment.dtype, shape), views, copy)
 
-        return Units(row_bytes * self._at_once, put)
+        return Units(row_bytes * self._at_once, tuple(self.rows), put)
 
     @cached_property
     def _at_once(self) -> int:

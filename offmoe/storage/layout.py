@@ -45,11 +45,13 @@ Copy = Callable[[torch.Tensor, torch.Tensor], object]
 class Units(NamedTuple):
     """How one segment gets into a slot in pieces, before the rest of it and of its expert are there.
 
-    nbytes: of a unit; units stand one behind the other from the segment's first byte on, and are whole. put: puts
-    units that stand together: put(first byte in the segment, uint8 [bytes], copy).
+    nbytes: of a unit; units stand one behind the other from the segment's first byte on, and are whole. params: what is
+    not complete in the slot before they are. put: puts units that stand together: put(first byte in the segment, uint8
+    [bytes], copy).
     """
 
     nbytes: int
+    params: Collection[str]
     put: Callable[[int, torch.Tensor, Copy], None]
 
 

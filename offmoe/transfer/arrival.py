@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from offmoe.storage.layout import Early
 
@@ -109,3 +109,7 @@ class Arriving:
         It also returns if the fetch failed; `TransferEngine.ready` raises the error then.
         """
         self._arrival.wait([part for first, last, part in self._places.get(name, ()) if first < end and start < last])
+
+    def wait_for(self, names: Iterable[str]) -> None:
+        """Block until these parameters have landed as a whole; as `wait` otherwise."""
+        self._arrival.wait({part for name in names for _, _, part in self._places.get(name, ())})

@@ -172,16 +172,20 @@ class SlotWriter:
         num_parts = self.store.parts(key)
         if num_parts == 1 or not self.backend.unified_memory:
             return None
-        views, runs = self._views(ticket.fetch), self.runs(ticket.fetch)
+        views, (runs, units) = self._views(ticket.fetch), self.early(ticket.fetch)
         params = [to.param for to in self.layer(ticket.fetch).assembly.destinations]
         places: dict[str, list[tuple[int, int, int]]] = {name: [] for name in views}
         for part in range(num_parts):
             for segment, start, end in self.store.arrived(key, part):
-                run = runs[segment]
-                if run is None:
+                run, of_segment = runs[segment], units[segment] if units else None
+                if run is not None:
+                    offset = run.data_ptr() - views[params[segment]].data_ptr()
+                    places[params[segment]].append((offset + start, offset + end, part))
+                elif not units:
                     return None
-                offset = run.data_ptr() - views[params[segment]].data_ptr()
-                places[params[segment]].append((offset + start, offset + end, part))
+                elif of_segment is not None:
+                    for name in of_segment.params:  # wherever the units are put in it
+                        places[name].append((0, views[name].nbytes, part))
         return Arriving(ticket.arrival, places)
 
     def write_part(self, fetch: Fetch, part: int, buffer: torch.Tensor, arrival: Arrival) -> None:

@@ -14,6 +14,8 @@ import torch
 
 import offmoe
 from offmoe.budget.inspect import Inspected, inspect
+from offmoe.compute.kernels.cpu import PreparedExpert
+from offmoe.compute.kernels.expert_halves import ExpertHalves
 from offmoe.config import OffloadConfig
 from offmoe.device.backend import copy_in_ram
 from offmoe.pack.pack import pack, weight_format
@@ -112,11 +114,21 @@ def test_an_expert_that_is_read_in_one_part_is_put_whole(tmp_path: Path) -> None
 def test_experts_read_in_many_parts_compute_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, prefetch: str | int
 ) -> None:
-    path, found = CASES[case][0](tmp_path), []
+    path, found, halves = CASES[case][0](tmp_path), [], list[torch.Tensor]()
+    first = ExpertHalves.first
+
+    def counted(self: ExpertHalves, expert: PreparedExpert, x: torch.Tensor) -> torch.Tensor:
+        halves.append(x)
+        return first(self, expert, x)
+
+    monkeypatch.setattr(ExpertHalves, "first", counted)
     for part_bytes in (lambda nbytes: nbytes, lambda nbytes: 4096):
+        assert not halves
         monkeypatch.setattr("offmoe.storage.read_plan.part_bytes", part_bytes)
         options: dict[str, Any] = {"slots_per_layer": 3, "exactness": "numeric", "prefetch": prefetch}
         model = offmoe.from_pretrained(path, device="cpu", **options)
         with model.offload, torch.no_grad():
-            found.append([model(input_ids=ids).logits for ids in torch.arange(24).view(6, 1, 4)])
+            inputs = (*torch.arange(24).view(6, 1, 4), *torch.arange(24, 32).view(8, 1, 1))
+            found.append([model(input_ids=ids).logits for ids in inputs])
+    assert halves
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

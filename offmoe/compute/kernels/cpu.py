@@ -102,11 +102,11 @@ class PreparedExpert:
         down = _struct(weights.down, weights.down_bias)
         assert (gate.kind, gate.rows, gate.cols) == (up.kind, up.rows, up.cols), "gate and up differ"
         assert (down.rows, down.cols) == (up.cols, up.rows), "down does not take what up gives"
-        self._struct = ExpertStruct(gate, up, down, Glu.KINDS.index(glu.kind), glu.limit, glu.alpha)
+        self.struct = ExpertStruct(gate, up, down, Glu.KINDS.index(glu.kind), glu.limit, glu.alpha)
         self._weights = weights
         self.hidden: int = down.rows
         """Numbers of an input row and of an output row."""
-        self.address = ctypes.addressof(self._struct)
+        self.address = ctypes.addressof(self.struct)
 
 
 class PreparedWeight:

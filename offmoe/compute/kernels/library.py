@@ -151,6 +151,7 @@ class Library:
         c.offmoe_pool_free.restype = None
         weight, pointer, integer = ctypes.POINTER(WeightStruct), ctypes.c_void_p, ctypes.c_int
         c.offmoe_experts.argtypes = (pointer, pointer, pointer, pointer, integer, integer, pointer, pointer)
+        c.offmoe_gate_up.argtypes = (pointer, pointer, pointer, integer, pointer, pointer)
         c.offmoe_linear.argtypes = (pointer, pointer, weight, integer, pointer, integer, pointer)
         c.offmoe_multiply.argtypes = (pointer, pointer, weight, pointer, integer, pointer)
         attention = ctypes.POINTER(AttentionStruct)

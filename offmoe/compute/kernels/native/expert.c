@@ -17,7 +17,7 @@ enum { TASK_BYTES = 1 << 18, GATE_ROWS = 64 };
  * 50 us for a wake-up. */
 enum { ALONE_BYTES = 1 << 20 };
 
-/* One expert of a call, or one weight, which is `down` then. */
+/* One expert of a call; or one weight, which is `down` then; or gate and up on one token, whose product is the output. */
 struct job {
     const struct weight *gate, *up, *down;
     int glu, tokens, blocks, gate_rows, down_tiles;
@@ -92,7 +92,9 @@ static void gate_up_task(const struct call *c, const struct job *j, int task, in
         gate_up_by_blocks(c, j, start, rows, gate, up);
     }
     c->k->activate(j->glu, j->limit, j->alpha, gate, up, (size_t)rows * j->tokens);
-    if (is_many(c, j, j->down))
+    if (!j->down)
+        memcpy(j->out + start, gate, rows * sizeof *gate);
+    else if (is_many(c, j, j->down))
         lay_out(j->down->cols, j->tokens, gate, rows, start, rows, j->h->data);
     else
         for (int b = 0; b < j->blocks; b++)
@@ -177,7 +179,7 @@ static size_t place(const struct call *c, uint8_t *base) {
     for (int i = 0; i < c->count; i++) {
         const struct job *j = &c->jobs[i];
         if (!j->shares_x) at = place_blocks(c, j, first_of(j), j->x, base, at);
-        if (j->up) at = place_blocks(c, j, j->down, j->h, base, at);
+        if (j->up && j->down) at = place_blocks(c, j, j->down, j->h, base, at);
     }
     return at;
 }
@@ -195,42 +197,47 @@ static void reserve(struct call *c, size_t floats) {
     if (floats > c->worker_floats) c->worker_floats = floats;
 }
 
+/* Tasks of gate and up: rows that are whole groups of the second weight's activations. */
+static void add_gate_up(struct call *c, struct job *j) {
+    const struct weight *w = j->down ? j->down : j->up;
+    const int unit = w->kind == KIND_BF16 ? 32 : w->group;
+    j->gate_rows = (GATE_ROWS + unit - 1) / unit * unit;
+    c->gate_tasks += (j->up->rows + j->gate_rows - 1) / j->gate_rows;
+    reserve(c, (size_t)2 * j->gate_rows * j->tokens + (is_many(c, j, j->up) ? product_floats(j->gate_rows / TILE, j->tokens) : 0));
+}
+
+static void add_down(struct call *c, struct job *j) {
+    const int kind = j->down->kind, octets = kind == KIND_INT8 || kind == KIND_INT8_GROUPS || kind == KIND_FP8;
+    const int per_two = kind == KIND_BF16 ? 1 : octets ? 2 : 4, tiles = j->down->rows / TILE;
+    const size_t tile_bytes = (size_t)j->down->cols * TILE / per_two;
+    j->down_tiles = 2 * (int)(TASK_BYTES / (4 * tile_bytes) + 1);
+    c->down_tasks += (tiles + j->down_tiles - 1) / j->down_tiles;
+    if (is_many(c, j, j->down)) reserve(c, product_floats(least(j->down_tiles, tiles), j->tokens));
+}
+
 /* Add a job, whose weights, input and output are set. */
 static void add(struct call *c, struct block **blocks, int tokens) {
     struct job *j = &c->jobs[c->count];
-    const int T = c->k->max_block, kind = j->down->kind;
-    const int octets = kind == KIND_INT8 || kind == KIND_INT8_GROUPS || kind == KIND_FP8;
-    const int per_two = kind == KIND_BF16 ? 1 : octets ? 2 : 4;
-    const size_t tile_bytes = (size_t)j->down->cols * TILE / per_two;
-    const int tiles = j->down->rows / TILE;
     j->tokens = tokens;
-    j->blocks = (tokens + T - 1) / T;
-    j->down_tiles = 2 * (int)(TASK_BYTES / (4 * tile_bytes) + 1);
+    j->blocks = (tokens + c->k->max_block - 1) / c->k->max_block;
     j->shares_x = c->count && same_input(j, j - 1);
     j->x = j->shares_x ? (j - 1)->x : *blocks;
     if (!j->shares_x) *blocks += j->blocks;
+    j->h = j->up ? *blocks : j->x;
+    if (j->up && j->down) *blocks += j->blocks;
     j->first_gate = c->gate_tasks;
     j->first_down = c->down_tasks;
-    c->down_tasks += (tiles + j->down_tiles - 1) / j->down_tiles;
-    if (j->up) { /* whole groups of the second weight's activations */
-        const int unit = kind == KIND_BF16 ? 32 : j->down->group;
-        j->gate_rows = (GATE_ROWS + unit - 1) / unit * unit;
-        j->h = *blocks;
-        *blocks += j->blocks;
-        c->gate_tasks += (j->up->rows + j->gate_rows - 1) / j->gate_rows;
-        reserve(c, (size_t)2 * j->gate_rows * tokens + (is_many(c, j, j->up) ? product_floats(j->gate_rows / TILE, tokens) : 0));
-    } else {
-        j->h = j->x;
-    }
-    if (is_many(c, j, j->down)) reserve(c, product_floats(least(j->down_tiles, tiles), tokens));
+    if (j->up) add_gate_up(c, j);
+    if (j->down) add_down(c, j);
     c->count++;
 }
 
 /* Whether one thread is enough for a call. */
 static int is_small(const struct call *c) {
     const struct job *j = c->jobs;
-    const size_t values = (size_t)j->down->rows * j->down->cols * (j->up ? 3 : 1);
-    const size_t bytes = j->down->kind == KIND_BF16 ? values * 2 : values; /* of other kinds at most */
+    const struct weight *w = first_of(j);
+    const size_t values = (size_t)w->rows * w->cols * (!j->up ? 1 : j->down ? 3 : 2);
+    const size_t bytes = w->kind == KIND_BF16 ? values * 2 : values; /* of other kinds at most */
     return c->count == 1 && bytes * (size_t)j->tokens <= ALONE_BYTES;
 }
 
@@ -292,6 +299,21 @@ EXPORT int offmoe_experts(struct pool *pool, const struct kernels *k, const stru
         add(&c, &blocks, tokens);
         before += tokens;
     }
+    return run(pool, &c);
+}
+
+/* h float [up.rows] = glu(gate(x), up(x)) of one expert on one token, x float [up.cols]: what offmoe_linear takes through
+ * down. Returns as offmoe_experts. */
+EXPORT int offmoe_gate_up(struct pool *pool, const struct kernels *k, const struct expert *e, int precision, const float *x,
+                          float *h) {
+    struct call c;
+    struct block *blocks = c.blocks;
+    begin(&c, k, precision);
+    struct job *j = c.jobs;
+    j->gate = &e->gate, j->up = &e->up, j->down = NULL;
+    j->glu = e->glu, j->limit = e->limit, j->alpha = e->alpha;
+    j->in = x, j->out = h;
+    add(&c, &blocks, 1);
     return run(pool, &c);
 }
 
