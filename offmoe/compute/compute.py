@@ -2,8 +2,8 @@
 
 Moves: nothing between memories. The weights of each expert are read in its slot.
 Bound: the device's memory bandwidth for few tokens, arithmetic for many.
-Must never: read a slot before `TransferEngine.ready` returned for it. A bitwise compute must never let an output depend
-on what else is computed in the same wave.
+Must never: give what was read in a slot before `TransferEngine.ready` returned for it. A bitwise compute must never let
+an output depend on what else is computed in the same wave.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ class CpuCompute(ExpertCompute):
     def _when_arrived(
         self, layer: ExpertLayer, pair: Slotted, inputs: LayerInput, transfer: TransferEngine
     ) -> torch.Tensor:
-        """The rows of an expert that is on its way; of one row, gate and up are computed before down is there."""
+        """The rows of an expert that is on its way. With one row, gate and up are computed before down is there."""
         (expert, slot), form = pair, layer.cpu_slot
         is_one = inputs.num_rows(expert) == 1 and not layer.unlike
         arriving = transfer.arriving(slot) if is_one else None

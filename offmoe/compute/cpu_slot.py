@@ -1,11 +1,10 @@
 """Slots for the C kernels: an expert's stored words, reordered into tiles of 16 rows while they are placed.
 
-Moves: nothing; what it makes for a layer (`TilePlacement`) puts every word into a slot once, transposed. C does so for
-GGUF's blocks and rows of words, without memory in between; everything else is views that are copied. A slot has as many
-bytes as without kernels, up to padding; with GGUF's Q3_K, Q4_K and Q5_K, 3 or 4 % more. GPTQ keeps words along columns,
-so tiles are the same transposition; AWQ's nibbles run across rows and are put together anew. Biases become float32,
-which is exact.
-Bound: the transposition.
+A slot has as many bytes as without kernels, up to padding; with GGUF's Q3_K, Q4_K and Q5_K, 3 or 4 % more.
+tile_placement.py fills it.
+
+Moves: nothing.
+Bound: some microseconds per layer, when a model is loaded.
 Must never: guess which form the kernels can compute.
 """
 
@@ -30,12 +29,12 @@ from offmoe.compute.gated import (
 from offmoe.compute.kernels.cpu import BF16_GROUP, GatedExpert, Glu, Weight
 from offmoe.compute.kernels.library import MAX_TOKENS
 from offmoe.compute.kernels.torch_ffn import ExpertMath
-from offmoe.compute.tile_placement import TilePlacement
+from offmoe.compute.tile_placement import TilePlacement, parameters_of
 from offmoe.errors import UnsupportedModelError
 from offmoe.quant.decode import ExpertDecoding
 from offmoe.quant.int_formats import TiledInt
 from offmoe.quant.kernel_words import format_of, is_rows_first
-from offmoe.quant.packed_weight import TILE_ROWS, TILES, PackedWeight, WeightFormat
+from offmoe.quant.packed_weight import PLANE_OF, TILE_ROWS, PackedWeight, WeightFormat
 from offmoe.storage.layout import Assembly, Destination, ExpertLayout, Segment
 
 
@@ -77,8 +76,7 @@ class CpuSlot:
     @cached_property
     def first_half(self) -> tuple[str, ...]:
         """The parameters that gate and up, and their biases, stand in."""
-        names = [weight.param for weight in self.weights[:2]]
-        return tuple(p.name for p in self.layout.params if p.name in names or p.name.rpartition(".")[0] in names)
+        return parameters_of([weight.param for weight in self.weights[:2]], [p.name for p in self.layout.params])
 
     def working_bytes(self) -> int:
         """Bytes of one call besides the slot: inputs, outputs and intermediate rows of MAX_TOKENS tokens in float32."""
@@ -162,9 +160,8 @@ def _stands_in_tiles(form: GatedForm) -> bool:
 
 def _names_of_tiles(form: GatedForm) -> dict[int, str]:
     """By index of a raw tensor, the name of the parameter of a CpuSlot that has its bytes."""
-    planes = {component: plane for plane, component in TILES.items()}
     return {
-        index: name + planes[component]
+        index: name + PLANE_OF[component]
         for name in MATRICES
         for component, index in form.tensors[form.rows[name].tensor].components.items()
     }

@@ -71,9 +71,6 @@ class RowRange(NamedTuple):
     step: int
     size: int
 
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor[self.first : self.first + self.step * (self.size - 1) + 1 : self.step]
-
 
 @dataclass(frozen=True)
 class GatedForm:

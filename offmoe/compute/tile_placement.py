@@ -1,8 +1,11 @@
 """Puts the tensors of one expert into a slot of the C kernels: each tensor by itself, by rows where that can be.
 
-Moves: every word once, from the buffer that it was read into to the slot, in the thread of the reader.
-Bound: the transposition, 3 to 4 GB/s of a core (kernels/tile.py, kernels/gguf.py). So rows are put into the slot while
-others are read.
+Moves: every word once, from the buffer that it was read into to the slot, in the thread of the reader. C puts GGUF's
+blocks and rows of words into tiles without memory in between; everything else is views that are copied. GPTQ keeps
+words along columns, so tiles are the same transposition; AWQ's nibbles run across rows and are put together anew.
+Biases become float32, which is exact.
+Bound: the transposition, 3 to 6 GB/s of a core (kernels/tile.py, kernels/gguf.py). So rows of an expert that is read in
+parts are put into the slot while others are read.
 Must never: change a value, or guess. An index that contradicts the order of the columns' groups is an error, and is
 looked for in every expert.
 """
@@ -10,7 +13,7 @@ looked for in every expert.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,11 +27,8 @@ from offmoe.quant.codec import Codec
 from offmoe.quant.gguf_formats import BLOCKS, GgufBlocks
 from offmoe.quant.int_formats import PackedInt, TiledInt
 from offmoe.quant.kernel_words import is_by_rows, plane_of, rows_of
-from offmoe.quant.packed_weight import TILE_ROWS, TILES, PackedWeight, WeightFormat
+from offmoe.quant.packed_weight import PLANE_OF, TILE_ROWS, PackedWeight, WeightFormat
 from offmoe.storage.layout import Assembly, Copy, Segment, Units, typed
-
-PLANES = {component: plane for plane, component in TILES.items()}
-"""By component of `TiledInt`, the plane of a weight that it is."""
 
 Views = Mapping[str, torch.Tensor]
 """The parameters of a slot, by name."""
@@ -51,31 +51,31 @@ class TilePlacement:
             assert self.before.convert is not None
             params = self.before.convert(tensors)
             tensors = [params[tensor.destination.param].contiguous() for tensor in self.form.tensors]
-        for raw, tensor in zip(self._raw, tensors, strict=True):
+        for raw, tensor in zip(self._placements, tensors, strict=True):
             if raw is not None:
                 raw.put(0, tensor.view(raw.shape), views, copy)
 
-    def units(self, segments: Sequence[Segment], views: Views) -> list[Units | None]:
+    def units(self, segments: Sequence[Segment], views: Views) -> list[Units | None] | None:
         if self.before is not None:
-            return []
-        pairs = zip(self._raw, segments, strict=True)
+            return None
+        pairs = zip(self._placements, segments, strict=True)
         return [None if raw is None else raw.units(segment, views) for raw, segment in pairs]
 
     @cached_property
-    def _raw(self) -> list[_RawTensor | None]:
+    def _placements(self) -> list[_TensorPlacement | None]:
         """Per tensor how it is put into a slot; None for one that the kernels do without."""
-        out: list[_RawTensor | None] = [None] * len(self.shapes)
+        out: list[_TensorPlacement | None] = [None] * len(self.shapes)
         for i, tensor in enumerate(self.form.tensors):
             rows = {name: rows for name, rows in self.form.rows.items() if rows.tensor == i}
             how = next((self.formats[name] for name in rows if name in self.formats), None)
             for component, index in tensor.components.items():
                 inputs_first = i in self.form.inputs_first
-                out[index] = _RawTensor(self.shapes[index], component, tensor.codec, how, rows, inputs_first)
+                out[index] = _TensorPlacement(self.shapes[index], component, tensor.codec, how, rows, inputs_first)
         return out
 
 
 @dataclass(frozen=True)
-class _RawTensor:
+class _TensorPlacement:
     """One tensor of an expert at rest: a component of one or two matrices, or their biases.
 
     shape: of the tensor. codec: None if it is not quantized. how: the kernels' format, if it is. rows: of the stored
@@ -97,28 +97,34 @@ class _RawTensor:
             shape = (len(data) // row_bytes, *self.shape[1:]) if self.shape else ()
             self.put(first // row_bytes, typed(data, segment.dtype, shape), views, copy)
 
-        return Units(row_bytes * self._at_once, tuple(self.rows), put)
+        return Units(row_bytes * self._unit_rows, parameters_of(self.rows, views), put)
 
     @cached_property
-    def _at_once(self) -> int:
-        """Entries of the first dimension that fill whole tiles; all of them if every tile takes all."""
+    def _unit_rows(self) -> int:
+        """Entries of the first dimension that can be put by themselves: whole tiles, or all where tiles need all."""
         if isinstance(self.codec, TiledInt):
             return 1
         if self.codec is None:
             by_rows = len(self.shape) == 2 and not self.inputs_first
         else:
-            outputs = sum(rows.size for rows in self.rows.values())
-            by_rows = isinstance(self.codec, GgufBlocks) or is_by_rows(self.codec, self.shape, outputs)
-        steps = {rows.step for rows in self.rows.values()}
-        whole_tiles = all(rows.step > 1 or rows.first % TILE_ROWS == 0 for rows in self.rows.values())
-        return TILE_ROWS * steps.pop() if by_rows and whole_tiles and len(steps) == 1 else math.prod(self.shape[:1])
+            by_rows = isinstance(self.codec, GgufBlocks) or is_by_rows(self.codec, self.shape, self._outputs)
+        if not by_rows:
+            return math.prod(self.shape[:1])
+        (step,) = {rows.step for rows in self.rows.values()}
+        assert all(rows.size % TILE_ROWS == 0 for rows in self.rows.values())
+        return TILE_ROWS * step
+
+    @property
+    def _outputs(self) -> int:
+        """Rows of the stored tensor."""
+        return sum(rows.size for rows in self.rows.values())
 
     def put(self, first: int, part: torch.Tensor, views: Views, copy: Copy) -> None:
         """Put some rows into a slot.
 
         Args:
             first: the number of the first.
-            part: these rows: all, or a multiple of `_at_once`.
+            part: these rows: all, or a multiple of `_unit_rows`.
             views: of the slot.
             copy: copies what is not reordered.
 
@@ -131,7 +137,7 @@ class _RawTensor:
             return
         assert how is not None
         if isinstance(codec, TiledInt):
-            plane = PLANES[self.component]
+            plane = PLANE_OF[self.component]
             for name, start, tiles in self._divided(first * TILE_ROWS, part, TILE_ROWS):
                 copy(_tiles(views[name + plane], start, len(tiles)).view(torch.uint8), tiles.view(torch.uint8))
         elif isinstance(codec, GgufBlocks):
@@ -147,9 +153,8 @@ class _RawTensor:
     ) -> None:
         """Words, scales or zero points that stand row by row."""
         cols = views[next(iter(self.rows))].shape[1] * how.word_values
-        outputs = sum(rows.size for rows in self.rows.values())
-        is_whole = len(part) == self.shape[0] if self.shape else True
-        found = plane_of(codec, self.component, part, (outputs if is_whole else len(part), cols), how)
+        is_whole = not self.shape or len(part) == self.shape[0]
+        found = plane_of(codec, self.component, part, (self._outputs if is_whole else len(part), cols), how)
         if found is None:
             return
         plane, rows = found
@@ -165,7 +170,10 @@ class _RawTensor:
                 copy(views[name], _half(pairs, rows.first))
             return
         for name, start, some in self._divided(first, part.mT if self.inputs_first else part):
-            copy(views[name][start : start + len(some)], some)
+            into = views[name][start : start + len(some)]
+            if into.dtype == some.dtype and some.is_contiguous():  # as bytes, which torch's threads are not woken for
+                into, some = into.view(torch.uint8), some.view(torch.uint8)
+            copy(into, some)
 
     def _divided(self, first: int, part: torch.Tensor, rows_each: int = 1) -> Iterator[tuple[str, int, torch.Tensor]]:
         """What belongs to each matrix or bias among rows from `first` on: its name, the number of its first row, rows.
@@ -180,6 +188,11 @@ class _RawTensor:
             high = min(first + len(part) * rows_each, rows.first + rows.size)
             if low < high:
                 yield name, low - rows.first, part[(low - first) // rows_each : (high - first) // rows_each]
+
+
+def parameters_of(matrices: Collection[str], names: Iterable[str]) -> tuple[str, ...]:
+    """Those parameters of a slot that belong to matrices: words, other planes, and biases."""
+    return tuple(name for name in names if name in matrices or name.rpartition(".")[0] in matrices)
 
 
 def _tiles(plane: torch.Tensor, first_row: int, count: int) -> torch.Tensor:
@@ -212,8 +225,9 @@ def put_tiles(codec: Codec, raw: Mapping[str, torch.Tensor], into: PackedWeight)
     if isinstance(codec, GgufBlocks):
         retile(library, codec, raw[BLOCKS].contiguous(), into)
         return
-    tiles = into.params("")
-    for plane, part in rows_of(codec, raw, (into.rows, into.cols), into.format).items():
+    tiles, rows = into.params(""), rows_of(codec, raw, (into.rows, into.cols), into.format)
+    assert rows.keys() == tiles.keys(), (codec, rows.keys())
+    for plane, part in rows.items():
         _tile(part, tiles[plane], 0, torch.Tensor.copy_)
 
 

@@ -19,7 +19,7 @@ import psutil
 import torch
 
 from offmoe.device.cgroup import cgroup_free_bytes
-from offmoe.device.machines import RAM_AUTO_SHARE, auto_ram_bytes
+from offmoe.device.machines import RAM_AUTO_SHARE, ram_auto_bytes
 from offmoe.device.pages import map_pages
 from offmoe.errors import CapacityError
 from offmoe.storage.layout import PARAM_ALIGNMENT
@@ -227,7 +227,7 @@ class CpuBackend(Backend):
         return available_memory()
 
     def auto_bytes(self, free: int) -> int:
-        return auto_ram_bytes(free)
+        return ram_auto_bytes(free)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         try:

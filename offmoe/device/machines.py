@@ -124,10 +124,13 @@ DEVICE_AUTO_SHARE = 0.9
 """Fraction of a device's free memory that "auto" takes."""
 RAM_AUTO_SHARE = 0.7
 """Fraction of the available RAM that "auto" takes beside a device. It is pinned there: nothing else can have it."""
-RAM_RESERVE_SHARE, RAM_RESERVE_BYTES, RAM_RESERVE_MOST = 0.1, GIB, 0.3
-"""What "auto" leaves of the available RAM where a CPU computes: this fraction, at least these bytes, at most the other
-fraction. A run has had 0.2 GiB besides its plan (tools/bench/any_memory.py); the rest is for other programs. With 0.3
-of 20 GiB left, Mixtral 8x7B in int4 decoded 0.85 tokens/s, and 1.35 with 0.1."""
+RESERVE_SHARE = 0.1
+"""Fraction of the available RAM that "auto" leaves where a CPU computes. With 0.3 of 20 GiB left, Mixtral 8x7B in int4
+decoded 0.85 tokens/s, and 1.3 with 0.1 (docs/log.md)."""
+LEAST_RESERVE_BYTES = GIB
+"""It leaves as much at least: a process takes up to 0.6 GiB besides its plan (tools/bench/any_memory.py)."""
+MOST_RESERVE_SHARE = 0.3
+"""Or this fraction, if that is less."""
 SYSTEM_BYTES = 2 * GIB
 """RAM that a system takes for itself."""
 
@@ -165,7 +168,8 @@ class Machine:
 
     def with_ram_for(self, nbytes: int) -> Machine:
         """The same machine with RAM of which "auto" would take at least `nbytes`, for a name that says no size."""
-        gib = math.ceil(nbytes / RAM_AUTO_SHARE / GIB) + SYSTEM_BYTES // GIB
+        free = ram_for_auto(nbytes) if self.gpu_name is None else nbytes / RAM_AUTO_SHARE
+        gib = math.ceil(free / GIB) + SYSTEM_BYTES // GIB
         name = self.ram.name
         assumed = tuple(text for text in self.assumed if "GiB" not in text)
         return replace(self, ram=replace(self.ram, name=f"{name}-{gib}g", gib=gib), assumed=assumed)
@@ -280,6 +284,12 @@ def device_auto_bytes(free: int) -> int:
     return int(DEVICE_AUTO_SHARE * free)
 
 
-def auto_ram_bytes(free: int) -> int:
+def ram_auto_bytes(free: int) -> int:
     """What "auto" takes of RAM of which `free` bytes are available, where a CPU computes."""
-    return free - int(min(RAM_RESERVE_MOST * free, max(RAM_RESERVE_SHARE * free, RAM_RESERVE_BYTES)))
+    return free - int(min(MOST_RESERVE_SHARE * free, max(RESERVE_SHARE * free, LEAST_RESERVE_BYTES)))
+
+
+def ram_for_auto(nbytes: int) -> int:
+    """Available bytes of RAM of which "auto" takes `nbytes` or a few more, where a CPU computes."""
+    more = max(nbytes / (1 - RESERVE_SHARE), nbytes + LEAST_RESERVE_BYTES)
+    return math.ceil(min(nbytes / (1 - MOST_RESERVE_SHARE), more)) + 1

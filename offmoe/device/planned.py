@@ -12,7 +12,7 @@ import torch
 from offmoe.device.accelerator import AcceleratorBackend
 from offmoe.device.backend import Backend, CpuBackend, Event, Stream
 from offmoe.device.cuda import CudaKind
-from offmoe.device.machines import RAM_AUTO_SHARE, Machine, auto_ram_bytes, device_auto_bytes
+from offmoe.device.machines import RAM_AUTO_SHARE, Machine, device_auto_bytes, ram_auto_bytes
 
 
 class PlannedBackend(Backend):
@@ -36,7 +36,7 @@ class PlannedBackend(Backend):
         return self.machine.device_free_bytes
 
     def auto_bytes(self, free: int) -> int:
-        return auto_ram_bytes(free) if self.unified_memory else device_auto_bytes(free)
+        return ram_auto_bytes(free) if self.unified_memory else device_auto_bytes(free)
 
     def host_free_bytes(self) -> int:
         return 0 if self.unified_memory else int(self.machine.ram_free_bytes * RAM_AUTO_SHARE)

@@ -131,9 +131,10 @@ def plane_of(
             return ZEROS, _finer(codec.zeros(raw, rows), groups)
         case (Awq() | Gptq(), "scales"):
             return SCALES, _finer(raw.mT, groups)
-        case (Gptq(), "g_idx") if codec.ordered:
+        case (Gptq(), "g_idx"):
             _check_order(raw, codec)
-    return None
+            return None
+    raise AssertionError(f"{codec.name} has no {component}")
 
 
 def _finer(plane: torch.Tensor, groups: int) -> torch.Tensor:

@@ -34,6 +34,8 @@ PLANES = (SCALES, ZEROS, MINIMA, HIGH, SUPERS)
 
 TILES = {"": "tiles", SCALES: "tiles_scale", ZEROS: "tiles_zero"}
 """By plane, what it is called in a checkpoint that stores tiles. In this order the planes follow each other there."""
+PLANE_OF = {component: plane for plane, component in TILES.items()}
+"""The same by what it is called."""
 
 SUPER_VALUES = 256
 """Inputs per float16 of scales of two levels: a block of GGUF's k-quants."""

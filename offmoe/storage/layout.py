@@ -58,12 +58,14 @@ class Units(NamedTuple):
 class Early(NamedTuple):
     """How an expert gets into a slot part by part, while the rest of it is read.
 
-    runs: per segment uint8 [nbytes], the slot bytes that it fills without change, or None. units: per segment without a
-    run; None for one that the slot does not need. [] if such segments have to be there as a whole, all of them.
+    runs: per segment uint8 [nbytes], the slot bytes that it fills without change, or None. units: per segment how it
+    gets there otherwise, or None. is_all: whether nothing is left to be put when all runs and units are; else segments
+    with neither wait for the whole expert.
     """
 
     runs: Sequence[torch.Tensor | None]
     units: Sequence[Units | None]
+    is_all: bool
 
 
 class Placement(Protocol):
@@ -72,9 +74,10 @@ class Placement(Protocol):
     def __call__(self, tensors: list[torch.Tensor], views: Mapping[str, torch.Tensor], copy: Copy) -> None:
         """Fill a slot. tensors: of the segments."""
 
-    def units(self, segments: Sequence[Segment], views: Mapping[str, torch.Tensor]) -> list[Units | None]:
-        """By segment how it gets into a slot in pieces; None for one that the slot does not need; [] if all segments
-        have to be there first.
+    def units(self, segments: Sequence[Segment], views: Mapping[str, torch.Tensor]) -> list[Units | None] | None:
+        """How each segment gets into a slot in pieces; None for one that the slot does not need.
+
+        Returns None in place of a list if all segments have to be there first.
         """
 
 
@@ -204,8 +207,11 @@ class Assembly:
 
     def early(self, segments: Sequence[Segment], views: Mapping[str, torch.Tensor], in_parts: bool) -> Early:
         """How an expert gets into a slot with these views part by part. in_parts: whether it is read in several."""
-        units = [] if self.write is None or not in_parts else self.write.units(segments, views)
-        return Early(self.runs(segments, views), units)
+        runs = self.runs(segments, views)
+        units = None if self.write is None or not in_parts else self.write.units(segments, views)
+        if units is None:
+            return Early(runs, [None] * len(segments), None not in runs)
+        return Early(runs, units, is_all=True)
 
     def place(
         self,
@@ -259,7 +265,7 @@ class ExpertRecord:
 
 
 def typed(raw: torch.Tensor, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
-    """The bytes of a tensor as that tensor. Copies only if the dtype cannot stand at the bytes' address."""
+    """Bytes as a tensor. Copies only if the dtype cannot stand at their address."""
     if raw.data_ptr() % dtype.itemsize:
         raw = raw.clone()
     return raw.view(dtype).view(shape)

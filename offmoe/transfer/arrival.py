@@ -45,14 +45,16 @@ class Arrival:
             return self._read.popleft() if self._read else None
 
     def whole_units(self, segment: int, start: int, end: int, unit: int) -> tuple[int, int]:
-        """The bytes of a segment that can be put into the slot since its bytes [start, end) are in host memory.
+        """The bytes of a segment that can be put into the slot now that its bytes [start, end) are in host memory.
 
-        To be called once for all bytes of a part. What it gives are whole units that nobody else is given.
+        To be called once for all bytes of a part.
 
         Args:
             segment: its number.
             start, end: of its bytes that the part brings.
             unit: bytes that have to be put at once.
+        Returns:
+            (first, end) of whole units that no other call returns; equal if there are none.
         """
         low, high = -(-start // unit) * unit, end // unit * unit  # of the units that the part alone brings
         if low > high:  # it is inside of one unit
@@ -70,7 +72,7 @@ class Arrival:
         return total == unit
 
     def part_landed(self, part: int) -> None:
-        """Note that a part is in the slot, but for units of which other parts have bytes."""
+        """Note that what gets into the slot early is there of a part, but for units that other parts bring, too."""
         with self._changed:
             self._landed.add(part)
             self._changed.notify_all()

@@ -90,8 +90,9 @@ class SlotWriter:
         """By slot: marks computation with it, and with slots that were computed with at once."""
         self.last_read: list[Event] = []
         """Per slot: marks the last computation with it, and sometimes later work of the compute stream."""
-        self._early: dict[int, tuple[StoredLayer, Early]] = {}
-        """Per slot, its last layer and the result of `early`: working it out takes longer than to queue the copies."""
+        self._early: dict[tuple[int, bool], tuple[StoredLayer, Early]] = {}
+        """By slot, and whether an expert is read in parts: the slot's last layer and the result of `early`. Working it
+        out takes longer than to queue the copies."""
         self._forget_slots()
         self._pieces = deque(backend.event(blocking=True) for _ in range(PIECES_IN_FLIGHT))
         self._pieces_lock = threading.Lock()
@@ -134,13 +135,12 @@ class SlotWriter:
 
     def early(self, fetch: Fetch) -> Early:
         """How the expert gets into its slot part by part."""
-        layer = self.layer(fetch)
-        known = self._early.get(fetch.slot)
+        layer, in_parts = self.layer(fetch), self.store.parts(fetch.key) > 1
+        known = self._early.get((fetch.slot, in_parts))
         if known is not None and known[0] is layer:
             return known[1]
-        in_parts = self.store.parts(fetch.key) > 1
         early = layer.assembly.early(self.store.record(fetch.key).segments, self._views(fetch), in_parts)
-        self._early[fetch.slot] = layer, early
+        self._early[fetch.slot, in_parts] = layer, early
         return early
 
     def runs(self, fetch: Fetch) -> Sequence[torch.Tensor | None]:
@@ -165,24 +165,24 @@ class SlotWriter:
     def arriving(self, ticket: Ticket) -> Arriving | None:
         """The expert of a ticket as something to compute with while it arrives.
 
-        Returns None if its parts do not land one by one: because it is read in one part, because its values move apart
-        on their way into the slot, or because a copy on this device has not landed when it returns.
+        Returns None if its parts do not land one by one: because it is read in one part, because a segment of it has to
+        be there as a whole, or because a copy on this device has not landed when it returns.
         """
         key = ticket.fetch.key
         num_parts = self.store.parts(key)
         if num_parts == 1 or not self.backend.unified_memory:
             return None
-        views, (runs, units) = self._views(ticket.fetch), self.early(ticket.fetch)
+        views, (runs, units, is_all) = self._views(ticket.fetch), self.early(ticket.fetch)
+        if not is_all:
+            return None
         params = [to.param for to in self.layer(ticket.fetch).assembly.destinations]
         places: dict[str, list[tuple[int, int, int]]] = {name: [] for name in views}
         for part in range(num_parts):
             for segment, start, end in self.store.arrived(key, part):
-                run, of_segment = runs[segment], units[segment] if units else None
+                run, of_segment = runs[segment], units[segment]
                 if run is not None:
                     offset = run.data_ptr() - views[params[segment]].data_ptr()
                     places[params[segment]].append((offset + start, offset + end, part))
-                elif not units:
-                    return None
                 elif of_segment is not None:
                     for name in of_segment.params:  # wherever the units are put in it
                         places[name].append((0, views[name].nbytes, part))
@@ -198,10 +198,10 @@ class SlotWriter:
             arrival: Of the expert; knows `early`, and which units other parts have begun.
         """
         assert arrival.early is not None
-        (runs, units), copy = arrival.early, self.backend.copies.copy
+        (runs, units, _), copy = arrival.early, self.backend.copies.copy
         data = self.store.segments(fetch.key, buffer)
         for segment, start, end in self.store.arrived(fetch.key, part):
-            run, of_segment = runs[segment], units[segment] if units else None
+            run, of_segment = runs[segment], units[segment]
             if run is not None:
                 copy(run[start:end], data[segment][start:end])
             elif of_segment is not None:
@@ -227,7 +227,7 @@ class SlotWriter:
         if fetch.slot >= self.arena.num_on_device:  # a slot in RAM, which the host alone reads, after `issued`
             assembly.place(segments, data, views, copy_in_ram)
             return
-        if early is None or not early.units:
+        if early is None or not early.is_all:
             present = () if early is None else [i for i, run in enumerate(early.runs) if run is not None]
             copy = functools.partial(self._copy, ticket)
             assembly.place(segments, data, views, copy, present, self.runs(fetch))

@@ -10,7 +10,7 @@ computing thread.
 
 Two waits need no method, because the order of calls cannot be changed without them: `TransferEngine.ready` waits until
 a copy has been queued, since its event marks nothing before; an expert that is computed with while it arrives is
-waited for piece by piece (`Arriving.wait`), which only devices with unified memory allow.
+waited for piece by piece (`Arriving.wait` and `wait_for`), which only devices with unified memory allow.
 """
 
 from __future__ import annotations

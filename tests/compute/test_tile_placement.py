@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -18,9 +19,12 @@ from offmoe.compute.kernels.cpu import PreparedExpert
 from offmoe.compute.kernels.expert_halves import ExpertHalves
 from offmoe.config import OffloadConfig
 from offmoe.device.backend import copy_in_ram
+from offmoe.errors import CheckpointError
 from offmoe.pack.pack import pack, weight_format
 from offmoe.storage.layout import Segment
+from offmoe.storage.store import ExpertStore
 from offmoe.transfer.arrival import Arrival
+from offmoe.types import ExpertKey
 from tests import gguf_models, native, quantized, tiny
 from tests.gguf_models import Q, all_of, q4_k_m
 from tests.test_numeric import SIZES, dense, groups_of_32  # noqa: F401
@@ -44,8 +48,8 @@ def packed(*how: Any, layout: str = "rows") -> Callable[[Path], Path]:
     return save
 
 
-def gguf(kinds: Any, **options: Any) -> Callable[[Path], Path]:
-    return lambda folder: gguf_models.save(folder, "mixtral", kinds, **options).file
+def gguf(kinds: Any, family: str = "mixtral", **options: Any) -> Callable[[Path], Path]:
+    return lambda folder: gguf_models.save(folder, family, kinds, **options).file
 
 
 CASES: dict[str, tuple[Callable[[Path], Path], bool]] = {
@@ -65,7 +69,9 @@ CASES: dict[str, tuple[Callable[[Path], Path], bool]] = {
     "Q8_0, fused": (gguf(all_of(Q.Q8_0), fused=True), BY_ROWS),
     "Q4_K_M": (gguf(q4_k_m, wide=True), BY_ROWS),
     "MXFP4": (gguf(all_of(Q.MXFP4)), BY_ROWS),
-    "gpt_oss": (lambda folder: dense(folder, "gpt_oss"), WHOLE),
+    "Q8_0 with biases": (gguf(all_of(Q.Q8_0), "gpt_oss"), BY_ROWS),
+    "BF16 with biases": (gguf(all_of(Q.BF16), "gpt_oss"), BY_ROWS),
+    "inputs first, gate and up by turns": (lambda folder: dense(folder, "gpt_oss"), WHOLE),
 }
 
 
@@ -86,7 +92,8 @@ def test_pieces_in_any_order_fill_a_slot_as_the_whole_does(tmp_path: Path, case:
         data = [bytes_of(segment, found.checkpoint.shards) for segment in segments]
         whole, slot = (torch.full((layer.layout.nbytes,), 255, dtype=torch.uint8) for _ in range(2))
         layer.assembly.place(segments, data, layer.layout.views(whole), copy_in_ram)
-        runs, units = layer.assembly.early(segments, layer.layout.views(slot), in_parts=True)
+        runs, units, is_all = layer.assembly.early(segments, layer.layout.views(slot), in_parts=True)
+        assert is_all
         assert runs == [None] * len(segments)
         assert any(u is not None and u.nbytes < s.nbytes for u, s in zip(units, segments, strict=True)) == by_rows
         arrival, pieces = Arrival(), []
@@ -106,7 +113,7 @@ def test_pieces_in_any_order_fill_a_slot_as_the_whole_does(tmp_path: Path, case:
 def test_an_expert_that_is_read_in_one_part_is_put_whole(tmp_path: Path) -> None:
     (layer, *_) = inspected(packed("int4", 64, False)(tmp_path)).catalog.layers
     views = layer.layout.views(torch.empty(layer.layout.nbytes, dtype=torch.uint8))
-    assert layer.assembly.early(layer.records[0].segments, views, in_parts=False).units == []
+    assert layer.assembly.early(layer.records[0].segments, views, in_parts=False).units == [None] * 6
 
 
 @pytest.mark.parametrize("case", ["ct-int4", "ct-int4-asym", "mxfp4", "fp8", "awq", "Q4_K_M", "Q8_0, fused", "int8"])
@@ -132,3 +139,35 @@ def test_experts_read_in_many_parts_compute_the_same(
             found.append([model(input_ids=ids).logits for ids in inputs])
     assert halves
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_an_error_of_one_part_ends_the_wait_for_the_first_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offmoe.storage.read_plan.part_bytes", lambda nbytes: 4096)
+    read_part, failing = ExpertStore.read_part, [False]
+
+    def read(self: ExpertStore, key: ExpertKey, part: int, *rest: Any) -> None:
+        if failing[0] and part == 1:
+            raise CheckpointError("damaged")
+        read_part(self, key, part, *rest)
+
+    monkeypatch.setattr(ExpertStore, "read_part", read)
+    path = packed("int4", 64, False)(tmp_path)
+    model = offmoe.from_pretrained(path, device="cpu", slots_per_layer=2, exactness="numeric", prefetch=0)
+    with model.offload, torch.no_grad():
+        ids = torch.tensor([[3]])
+        wanted = model(input_ids=ids).logits
+        failing[0] = True
+        with pytest.raises(CheckpointError, match="damaged"):
+            deque((model(input_ids=torch.tensor([[token]])) for token in range(40)), maxlen=0)
+        failing[0] = False
+        assert torch.equal(model(input_ids=ids).logits, wanted)
+
+
+def test_an_index_that_the_config_denies_is_found_in_one_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offmoe.storage.read_plan.part_bytes", lambda nbytes: 4096)
+    folder = published("gptq")(tmp_path)
+    name = "model.layers.0.block_sparse_moe.experts.{}.w1.g_idx"
+    tiny.edit(folder, {name.format(e): torch.arange(64, dtype=torch.int32).flip(0) // 32 for e in range(8)})
+    model = offmoe.from_pretrained(folder, device="cpu", slots_per_layer=3, exactness="numeric")
+    with model.offload, torch.no_grad(), pytest.raises(CheckpointError, match="not in the order of their groups"):
+        model(input_ids=torch.tensor([[3]]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from offmoe.device.machines import DISKS, GIB, GPUS, Machine, auto_ram_bytes, machine_parts, parse_machine
+from offmoe.device.machines import DISKS, GIB, GPUS, Machine, machine_parts, parse_machine, ram_auto_bytes, ram_for_auto
 from offmoe.device.planned import PlannedBackend
 from offmoe.errors import ConfigError
 
@@ -103,7 +103,9 @@ def test_a_planned_device_knows_its_memory_and_runs_nothing() -> None:
 
 
 def test_auto_leaves_a_tenth_of_the_ram_or_a_gibibyte_but_at_most_three_tenths() -> None:
-    assert auto_ram_bytes(100 * GIB) == 90 * GIB
-    assert auto_ram_bytes(8 * GIB) == 7 * GIB
-    assert auto_ram_bytes(2 * GIB) == 2 * GIB - int(0.6 * GIB)
-    assert auto_ram_bytes(0) == 0
+    assert ram_auto_bytes(100 * GIB) == 90 * GIB
+    assert ram_auto_bytes(8 * GIB) == 7 * GIB
+    assert ram_auto_bytes(2 * GIB) == 2 * GIB - int(0.6 * GIB)
+    assert ram_auto_bytes(0) == 0
+    for nbytes in (1, GIB, 3 * GIB, 30 * GIB):
+        assert nbytes <= ram_auto_bytes(ram_for_auto(nbytes)) <= nbytes + 2

@@ -61,3 +61,13 @@ def test_bytes_are_given_in_whole_units_to_whoever_brings_their_last():
     assert arrival.whole_units(1, 28, 30, 10) == (30, 30)  # another segment's
     assert arrival.whole_units(0, 0, 5, 10) == (0, 10)
     assert arrival.whole_units(0, 28, 50, 10) == (20, 50)
+
+
+def test_whole_parameters_are_waited_for_by_all_of_their_parts():
+    arrival = Arrival()
+    waits: list[set[int]] = []
+    arrival.wait = lambda parts: waits.append(set(parts))
+    Arriving(arrival, {"gate": [(0, 10, 0), (10, 30, 1)], "up": [(0, 5, 2)], "down": [(0, 9, 3)]}).wait_for(
+        ("gate", "up")
+    )
+    assert waits == [{0, 1, 2}]

@@ -129,7 +129,7 @@ def _largest(section: Section, backend: Backend) -> tuple[int, int]:
             what
             for what, short in (
                 ("disk", free_disk < nbytes + SPARE_BYTES),
-                ("device memory", free_device * backend.auto_share < 1.2 * nbytes + 10**9),
+                ("device memory", backend.auto_bytes(free_device) < 1.2 * nbytes + 10**9),
                 ("time", section.left() / 2.5 < nbytes / WRITE_BYTES_PER_S),
                 ("a dry run", section.tiny),
             )

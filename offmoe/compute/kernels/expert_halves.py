@@ -19,8 +19,7 @@ class ExpertHalves:
     """The two calls; one thread at a time."""
 
     def __init__(self, kernels: CpuKernels) -> None:
-        self._gate_up, self._linear = kernels.function("offmoe_gate_up"), kernels.function("offmoe_linear")
-        self._precision = kernels.precision
+        self._kernels = kernels
 
     def first(self, expert: PreparedExpert, x: torch.Tensor) -> torch.Tensor:
         """What goes into down: x float32 [1, H] -> float32 [1, I].
@@ -28,9 +27,10 @@ class ExpertHalves:
         Raises:
             CapacityError: there is no memory for the activations.
         """
+        assert x.dtype == torch.float32
         assert x.shape == (1, expert.hidden)
         x, out = x.contiguous(), torch.empty(1, expert.struct.up.rows)
-        self._check(self._gate_up(expert.address, self._precision, x.data_ptr(), out.data_ptr()))
+        self._call("offmoe_gate_up", expert.address, self._kernels.precision, x.data_ptr(), out.data_ptr())
         return out
 
     def second(self, expert: PreparedExpert, h: torch.Tensor) -> torch.Tensor:
@@ -39,11 +39,12 @@ class ExpertHalves:
         Raises:
             CapacityError: there is no memory for the activations.
         """
-        out = torch.empty(1, expert.hidden)
-        down = ctypes.byref(expert.struct.down)
-        self._check(self._linear(down, self._precision, h.data_ptr(), 1, out.data_ptr()))
+        assert h.dtype == torch.float32
+        assert h.shape == (1, expert.struct.down.cols)
+        h, out, down = h.contiguous(), torch.empty(1, expert.hidden), ctypes.byref(expert.struct.down)
+        self._call("offmoe_linear", down, self._kernels.precision, h.data_ptr(), 1, out.data_ptr())
         return out
 
-    def _check(self, code: int) -> None:
-        if code:
+    def _call(self, name: str, *arguments: object) -> None:
+        if self._kernels.function(name)(*arguments):
             raise CapacityError("no memory for the activations of one expert; free some")

@@ -1,4 +1,4 @@
-/* Experts on a few tokens each, or one weight on them: what is called from Python.
+/* Experts on a few tokens each, gate and up of one, or one weight: what is called from Python.
  *
  * What moves: every byte of each expert once per call of up to 64 rows. The first tasks each compute some rows of gate
  * and up of one expert for all its tokens, activate them and lay them out for the second weight; the last tasks compute
@@ -197,7 +197,7 @@ static void reserve(struct call *c, size_t floats) {
     if (floats > c->worker_floats) c->worker_floats = floats;
 }
 
-/* Tasks of gate and up: rows that are whole groups of the second weight's activations. */
+/* Tasks of gate and up: rows that are whole groups of the second weight's activations. Without one they may be any tiles. */
 static void add_gate_up(struct call *c, struct job *j) {
     const struct weight *w = j->down ? j->down : j->up;
     const int unit = w->kind == KIND_BF16 ? 32 : w->group;
