@@ -68,9 +68,9 @@ class CpuCompute(ExpertCompute):
         for group in groups(inputs.in_router_order(resident), inputs, MAX_TOKENS):
             rows = self._rows(layer, group, inputs)
             yield group, rows if inputs.pairs is None else rows.to(dtype)
-        for pair in coming:
-            rows = self._when_arrived(layer, pair, inputs, transfer)
-            yield (pair,), rows if inputs.pairs is None else rows.to(dtype)
+        for expert, slot in coming:
+            rows = self._when_ready(layer.of(expert), slot, inputs.rows(expert), transfer)
+            yield ((expert, slot),), rows if inputs.pairs is None else rows.to(dtype)
 
     def surround(self, layer: ExpertLayer) -> AbstractContextManager[None]:
         return nullcontext() if layer.cpu_slot is None or layer.unlike else kernels_alone()
@@ -90,19 +90,15 @@ class CpuCompute(ExpertCompute):
         with self._calling:
             return self._slots_of(form)[slot]
 
-    def _when_arrived(
-        self, layer: ExpertLayer, pair: Slotted, inputs: LayerInput, transfer: TransferEngine
-    ) -> torch.Tensor:
-        """The rows of an expert that is on its way. With one row, gate and up are computed before down is there."""
-        (expert, slot), form = pair, layer.cpu_slot
-        is_one = inputs.num_rows(expert) == 1 and not layer.unlike
-        arriving = transfer.arriving(slot) if is_one else None
+    def _when_ready(self, layer: ExpertLayer, slot: int, x: torch.Tensor, transfer: TransferEngine) -> torch.Tensor:
+        """As `expert`. For a single token, gate and up are computed before down is there."""
+        form = layer.cpu_slot
+        arriving = transfer.arriving(slot) if form is not None and len(x) == 1 else None
         if arriving is None or form is None:
-            transfer.ready(slot)
-            return self._rows(layer, [pair], inputs)
+            return super()._when_ready(layer, slot, x, transfer)
         arriving.wait_for(form.first_half)
         with self._calling:
-            h = self._halves.first(self._slots_of(form)[slot], inputs.rows(expert))
+            h = self._halves.first(self._slots_of(form)[slot], x)
         transfer.ready(slot)  # raises if the fetch failed: h is wrong then
         with self._calling:
             return self._halves.second(self._slots_of(form)[slot], h)

@@ -97,8 +97,9 @@ class PackedInt:
         return rows, cols
 
     def decode(self, raw: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        rows = len(raw["packed"])
-        scale, codes = self.scales(raw["scale"], rows), codes_of_words(raw["packed"], self.bits)  # [out, groups|in]
+        codes = codes_of_words(raw["packed"], self.bits)  # [out, in]
+        rows = len(codes)
+        scale = self.scales(raw["scale"], rows)  # [out, groups]
         if self.group is not None:
             codes = codes[:, : self.group * scale.shape[1]]
         zeros: torch.Tensor | int = 1 << (self.bits - 1)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,11 +23,12 @@ from pathlib import Path
 import checkout  # noqa: F401
 import torch
 
-from offmoe.compute.kernels.cpu import CpuKernels, Glu
+from offmoe.compute.kernels.cpu import CpuKernels, Glu, Rows
 from offmoe.compute.kernels.library import status
 from offmoe.compute.kernels.native.build import find_compiler
 from offmoe.device.cores import usable_cores
 from offmoe.quant.packed_weight import INT8, int4
+from tools.bench.figures import spread
 from tools.bench.kernels import MIXTRAL, QWEN3, packed_experts
 
 PASSES = 20_000_000
@@ -86,11 +86,6 @@ def per_s(work: Callable[[], float]) -> float:
     return work() / 1e9 / (time.perf_counter() - began)
 
 
-def spread(values: list[float]) -> dict[str, object]:
-    """Median and range."""
-    return {"median": round(statistics.median(values), 3), "range": [round(min(values), 3), round(max(values), 3)]}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
@@ -118,8 +113,8 @@ def main() -> None:
             for tokens in args.tokens or (16, 64):
                 x, products = torch.randn(tokens, shape.hidden), 3.0 * shape.hidden * shape.ff * tokens
 
-                def run(x: torch.Tensor = x, products: float = products, expert: object = expert) -> float:
-                    expert(x)  # type: ignore[operator]
+                def run(x: torch.Tensor = x, products: float = products, expert: Rows = expert) -> float:
+                    expert(x)
                     return products
 
                 run()

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 from contextlib import closing
@@ -34,6 +33,7 @@ from offmoe.device.cores import usable_cores
 from offmoe.files import replacing
 from offmoe.measure.probes import drop_page_cache
 from offmoe.pack.pack import TILED, weight_format
+from tools.bench.figures import spread
 from tools.bench.gguf_model import write_model
 from tools.bench.shapes import GROUP, SHAPES, VOCABULARY, add_options, configs
 from tools.bench.synthetic import write_packed
@@ -94,11 +94,6 @@ def rounds(ours: dict[str, Any], theirs: dict[str, Any], files: list[Path], cap:
     pairs = list(zip(found["offmoe"], found["llama.cpp"], strict=True))
     out["ratio"] = {key: spread([mine[key] / other[key] for mine, other in pairs]) for key in FIGURES}
     return out
-
-
-def spread(values: list[float]) -> dict[str, Any]:
-    """Median and range."""
-    return {"median": round(statistics.median(values), 3), "range": [round(min(values), 3), round(max(values), 3)]}
 
 
 def compare(shape: str, work: Path, scratch: Path, args: argparse.Namespace) -> dict[str, Any]:

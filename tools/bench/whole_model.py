@@ -38,6 +38,7 @@ from offmoe.pack.pack import TILED, weight_format
 from offmoe.storage.checkpoint import Checkpoint
 from offmoe.storage.store import ExpertStore
 from offmoe.types import ExpertKey
+from tools.bench.figures import spread
 from tools.bench.shapes import GROUP, SHAPES, VOCABULARY, add_options, configs
 from tools.bench.synthetic import write_packed
 
@@ -168,7 +169,7 @@ def resident(folder: Path, options: dict[str, Any], args: argparse.Namespace) ->
                     "prefill_vs_torch_dense": torch_prompt_s / prompt_s,
                 }
             )
-        out = {"dense_bytes": dense, "expert_bytes": experts, **spread(rounds)}
+        out = {"dense_bytes": dense, "expert_bytes": experts, **spreads(rounds)}
         if args.profile:
             with run.profiled() as seconds:
                 total = sum(run.decode(args.tokens))
@@ -211,7 +212,7 @@ def capped(folder: Path, share: float, options: dict[str, Any], args: argparse.N
                 "times_bound": seconds / max(missed / 1e9 / gb_s, compute_s),
             }
         )
-    return spread(rounds)
+    return spreads(rounds)
 
 
 def disk_gb_s(folder: Path, model: Any) -> float:
@@ -226,15 +227,9 @@ def disk_gb_s(folder: Path, model: Any) -> float:
         return probe.gb_s(DISK_S)
 
 
-def spread(rounds: list[dict[str, float]]) -> dict[str, Any]:
+def spreads(rounds: list[dict[str, float]]) -> dict[str, Any]:
     """Per figure its median and range over the rounds."""
-    return {
-        name: {
-            "median": round(statistics.median(r[name] for r in rounds), 4),
-            "range": [round(edge(r[name] for r in rounds), 4) for edge in (min, max)],
-        }
-        for name in rounds[0]
-    }
+    return {name: spread([figures[name] for figures in rounds], digits=4) for name in rounds[0]}
 
 
 def main() -> None:
