@@ -6,7 +6,10 @@ shape with 8 layers. Each round reads memory with the kernels' threads, decodes,
 bound of a token is the time in which the weights that it needs (dense ones, and those of its experts) pass through
 memory at the rate of the same round. Each round also runs with torch's operators for the dense part, and with all of
 torch's threads. With --cap, only a share of the experts has slots and the files are cold; the bound is then reading the
-bytes of the misses, or computing, whichever takes longer.
+bytes of the misses, or computing, whichever takes longer. Random weights route almost evenly, so each share is measured
+once more with a recorded routing, of a trained model, that has as many experts: the demo model's for Mixtral's shape,
+gpt-oss-20b's from the test data for its own, where predictions are transition counts of another request, or --routing.
+Qwen3's shape has none.
 
 --profile adds where a token's time goes, by kind of module. --json prints one object as the last line.
 """
@@ -16,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -32,15 +36,20 @@ from offmoe.budget.inspect import inspect
 from offmoe.compute.kernels.cpu import CpuKernels, kernel_threads
 from offmoe.compute.kernels.library import status
 from offmoe.config import OffloadConfig
+from offmoe.errors import ConfigError
+from offmoe.hf.adapters.find import find_experts
 from offmoe.hf.load.kernel_linears import LinearForward
+from offmoe.hf.replay import ReplayedRouting
 from offmoe.measure.probes import DiskProbe, drop_page_cache
 from offmoe.pack.pack import TILED, weight_format
 from offmoe.storage.checkpoint import Checkpoint
 from offmoe.storage.store import ExpertStore
-from offmoe.types import ExpertKey
+from offmoe.trace.trace import Trace, read_trace
+from offmoe.types import CacheStats, ExpertKey
 from tools.bench.figures import spread
-from tools.bench.shapes import GROUP, SHAPES, VOCABULARY, add_options, configs
-from tools.bench.synthetic import write_packed
+from tools.bench.prefetch import real_routing, record_demo
+from tools.bench.shapes import GPT_OSS, GROUP, SHAPES, VOCABULARY, add_options, configs
+from tools.bench.synthetic import num_experts, write_packed
 
 READ_BYTES = 512 << 20
 DISK_S = 3.0
@@ -178,41 +187,66 @@ def resident(folder: Path, options: dict[str, Any], args: argparse.Namespace) ->
     return out
 
 
-def capped(folder: Path, share: float, options: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """A share of the experts has slots, and the files are cold: decoding against disk and computing."""
+def capped(
+    folder: Path,
+    slots: int,
+    options: dict[str, Any],
+    compute_s: float,
+    routing: Trace | None,
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    """Some experts have slots, and the files are cold: decoding against disk and computing.
+
+    slots: of all layers together. compute_s: a token takes with everything resident. routing: to replay; None: the
+    routers' own.
+    """
     shards = Checkpoint.open(folder).shards
-    layers = args.layers
-    slots = {"mixtral": 8, "qwen3": 128}[args.shape_now]
-    total = max(2, round(share * slots * layers))
-    quotas = tuple(total // layers + (layer < total % layers) for layer in range(layers))
+    quotas = tuple(slots // args.layers + (layer < slots % args.layers) for layer in range(args.layers))
     rounds = []
     for _ in range(args.rounds):
         drop_page_cache(shards)
         run = Run(folder, {**options, "slots_per_layer": quotas, "scope": "model"})
-        with run.model.offload, torch.inference_mode():
+        with run.model.offload as offload, torch.inference_mode():
+            if routing is not None:
+                replayed = ReplayedRouting(routing, offload.shape)
+                replayed.attach(list(find_experts(run.model).values()))
+                offload.predict_with(replayed)
             run.prefill(args.prompt)
             run.decode(args.tokens)
-            before = run.model.offload.stats()
+            before: CacheStats = offload.stats()
             seconds = sum(run.decode(args.tokens))
-            stats = run.model.offload.stats() - before
+            stats = offload.stats() - before
             gb_s = disk_gb_s(folder, run.model)
-            compute_s = args.compute_s * args.tokens
             missed = sum(
                 (layer.misses + layer.pending) * size
-                for layer, size in zip(stats.by_layer, run.model.offload.shape.expert_bytes, strict=True)
+                for layer, size in zip(stats.by_layer, offload.shape.expert_bytes, strict=True)
             )
-        demands = stats.hits + stats.pending + stats.misses
         rounds.append(
             {
                 "tokens_per_s": args.tokens / seconds,
                 "disk_gb_s": gb_s,
-                "resident": stats.hits / demands,
-                "prefetched": stats.pending / demands,
-                "read": stats.misses / demands,
-                "times_bound": seconds / max(missed / 1e9 / gb_s, compute_s),
+                "resident": stats.hits / stats.demands,
+                "prefetched": stats.pending / stats.demands,
+                "read": stats.misses / stats.demands,
+                "times_bound": seconds / max(missed / 1e9 / gb_s, compute_s * args.tokens),
             }
         )
     return spreads(rounds)
+
+
+def recorded_routing(shape: str, folder: Path, file: Path | None) -> Trace | None:
+    """A trained model's routing for the shape in the folder; None: there is none. file: of the user's choice."""
+    if file is not None:
+        trace = read_trace(file)
+        try:
+            ReplayedRouting(trace, inspect(folder, OffloadConfig(device="cpu")).catalog.shape)
+        except ConfigError as error:
+            sys.exit(f"whole_model.py: --routing {file}: {error} --shape chooses one.")
+        return trace
+    if shape == GPT_OSS:
+        trace = real_routing()
+        return trace.select(trace.request == 1)  # the one that its predictions were not made of
+    return record_demo() if shape == "mixtral" else None
 
 
 def disk_gb_s(folder: Path, model: Any) -> float:
@@ -236,6 +270,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--cap", type=float, action="append", default=[], help="share of the experts that have slots")
+    parser.add_argument("--routing", type=Path, help="replay this trace, under --cap, instead of the shape's own")
     parser.add_argument("--profile", action="store_true", help="where a token's time goes")
     args = parser.parse_args()
     found: dict[str, Any] = {}
@@ -243,15 +278,19 @@ def main() -> None:
         args.work.mkdir(parents=True, exist_ok=True)
     with ended_by_sigterm(), scratch_folder("offmoe-whole-", args.work) as scratch:
         for shape in args.shape or SHAPES:
-            tiles = args.layout == TILED
+            tiles, config = args.layout == TILED, configs(args.layers)[shape]
             folder = (args.work or scratch) / f"{shape}-{args.layers}{'-tiles' if tiles else ''}"
             if not folder.exists():
-                write_packed(folder, configs(args.layers)[shape], weight_format("int4", GROUP), scratch, tiles=tiles)
+                write_packed(folder, config, weight_format("int4", GROUP), scratch, tiles=tiles)
             options = {"exactness": "numeric", "activations": args.activations, "dense": args.dense}
+            routing = recorded_routing(shape, folder, args.routing) if args.cap else None
             found[shape] = out = {"resident": resident(folder, options, args)}
-            args.shape_now, args.compute_s = shape, 1 / out["resident"]["tokens_per_s"]["median"]
+            compute_s = 1 / out["resident"]["tokens_per_s"]["median"]
             for share in args.cap:
-                out[f"cap {share}"] = capped(folder, share, options, args)
+                slots = max(2, round(share * num_experts(config) * args.layers))
+                out[f"cap {share}"] = capped(folder, slots, options, compute_s, None, args)
+                if routing is not None:
+                    out[f"cap {share}, recorded routing"] = capped(folder, slots, options, compute_s, routing, args)
     for shape, parts in found.items():
         for part, figures in parts.items():
             print(f"{shape}, {part}")
