@@ -17,6 +17,7 @@ import offmoe
 from offmoe.budget.inspect import Inspected, inspect
 from offmoe.compute.kernels.cpu import PreparedExpert
 from offmoe.compute.kernels.expert_halves import ExpertHalves
+from offmoe.compute.kernels.place import Placing
 from offmoe.config import OffloadConfig
 from offmoe.device.backend import copy_in_ram
 from offmoe.errors import CheckpointError
@@ -108,6 +109,29 @@ def test_pieces_in_any_order_fill_a_slot_as_the_whole_does(tmp_path: Path, case:
                 if first < last:
                     of_segment.put(first, data[i][first:last], copy_in_ram)
         assert torch.equal(slot, whole)
+
+
+@pytest.mark.parametrize("case", ["ct-int4", "int4", "int8", "Q8_0", "Q8_0, fused", "Q4_K_M", "MXFP4"])
+def test_a_second_expert_is_put_by_one_call(tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, calls = inspected(CASES[case][0](tmp_path)), []
+    call = Placing.__call__
+
+    def counted(self: Placing, *rest: Any) -> None:
+        calls.append(self)
+        call(self, *rest)
+
+    monkeypatch.setattr(Placing, "__call__", counted)
+    monkeypatch.setattr("offmoe.compute.tile_placement.carry_out", None)  # nothing goes step by step
+    for layer in found.catalog.layers:
+        slots = []
+        for expert in range(2):
+            segments = layer.records[expert].segments
+            data = [bytes_of(segment, found.checkpoint.shards) for segment in segments]
+            slots.append(torch.zeros(layer.layout.nbytes, dtype=torch.uint8))
+            layer.assembly.place(segments, data, layer.layout.views(slots[-1]), copy_in_ram)
+        assert calls[-2] is calls[-1]
+        assert not torch.equal(*slots)
+    assert len(calls) == 2 * len(found.catalog.layers)
 
 
 def test_an_expert_that_is_read_in_one_part_is_put_whole(tmp_path: Path) -> None:

@@ -26,8 +26,9 @@ import checkout  # noqa: F401
 import torch
 
 from offmoe.compute.kernels.cpu import CpuKernels, Glu
-from offmoe.compute.kernels.gguf import GgufDecoder, retile
+from offmoe.compute.kernels.gguf import GgufDecoder, retiling
 from offmoe.compute.kernels.library import Library, status
+from offmoe.compute.kernels.place import carry_out
 from offmoe.device.cores import usable_cores
 from offmoe.quant.gguf_formats import BLOCKS, GgufBlocks
 from offmoe.quant.kernel_words import GGUF_FORMATS
@@ -107,7 +108,8 @@ def measure_blocks(library: Library, types: list[str], variant: str, seconds: fl
         figures.add(f"{name} copied GB/s", gb_s(blocks.nbytes, lambda: copy.copy_(blocks), seconds / 4))  # noqa: B023
         if TYPES[name] in GGUF_FORMATS:
             tiles = empty_tiles(GGUF_FORMATS[TYPES[name]])
-            rates = gb_s(blocks.nbytes, lambda: retile(library, codec, blocks, tiles), seconds / 2)  # noqa: B023
+            step = retiling(codec, blocks, tiles)
+            rates = gb_s(blocks.nbytes, lambda: carry_out(library, step), seconds / 2)  # noqa: B023
             figures.add(f"{name} into tiles GB/s", rates)
         rates = gb_s(blocks.nbytes, lambda: decoder(codec, {BLOCKS: blocks}, out), seconds / 2)  # noqa: B023
         figures.add(f"{name} decoded GB/s", rates)

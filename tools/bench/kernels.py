@@ -34,7 +34,7 @@ import torch.nn.functional as F
 
 from offmoe.compute.kernels.cpu import CpuKernels, GatedExpert, Glu, Rows
 from offmoe.compute.kernels.library import Library, status
-from offmoe.compute.kernels.tile import tile
+from offmoe.compute.kernels.place import carry_out, tiling
 from offmoe.device.arena import SlotArena
 from offmoe.device.cores import usable_cores, usable_cpus
 from offmoe.device.pages import map_pages
@@ -191,7 +191,9 @@ def tiles_gb_s(library: Library, budget_s: float) -> list[float]:
     """For each round: GB per CPU second of int4 words of a Mixtral matrix, from rows into tiles that are in memory."""
     rows = torch.randint(-(2**31), 2**31 - 1, (MIXTRAL.ff, MIXTRAL.hidden // 8), dtype=torch.int32)
     tiles = torch.zeros(MIXTRAL.ff // TILE_ROWS, MIXTRAL.hidden // 8, TILE_ROWS, dtype=torch.int32)
-    return [rows.nbytes / 1e9 / seconds(lambda: tile(library, rows, tiles), time.thread_time) for _ in rounds(budget_s)]
+    step = tiling(rows, tiles)
+    assert step is not None
+    return [rows.nbytes / 1e9 / seconds(lambda: carry_out(library, step), time.thread_time) for _ in rounds(budget_s)]
 
 
 @contextmanager

@@ -6,10 +6,10 @@ shape with 8 layers. Each round reads memory with the kernels' threads, decodes,
 bound of a token is the time in which the weights that it needs (dense ones, and those of its experts) pass through
 memory at the rate of the same round. Each round also runs with torch's operators for the dense part, and with all of
 torch's threads. With --cap, only a share of the experts has slots and the files are cold; the bound is then reading the
-bytes of the misses, or computing, whichever takes longer. Random weights route almost evenly, so each share is measured
-once more with a recorded routing, of a trained model, that has as many experts: the demo model's for Mixtral's shape,
-gpt-oss-20b's from the test data for its own, where predictions are transition counts of another request, or --routing.
-Qwen3's shape has none.
+bytes of the misses, or computing, whichever takes longer. Random weights route evenly (Mixtral's shape) or always alike
+(the others), so each share is measured once more with the recorded routing of a trained model that has as many experts:
+the demo model's for Mixtral's shape, gpt-oss-20b's from the test data for its own, where predictions are transition
+counts of another request, or --routing. Qwen3's shape has none. Decoder layers are not computed in one call then.
 
 --profile adds where a token's time goes, by kind of module. --json prints one object as the last line.
 """

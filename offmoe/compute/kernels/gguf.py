@@ -26,11 +26,10 @@ CACHED_BYTES = 16 << 20
 """Outputs above it are written past the caches: Q4_K of 14336 x 4096 at 2.1 to 3.5 instead of 1.5 to 2.0 GB/s."""
 
 
-def retile(library: Library, codec: GgufBlocks, blocks: torch.Tensor, into: PackedWeight) -> None:
-    """Put a weight into the tiles of its type's format in `GGUF_FORMATS`, in the calling thread.
+def retiling(codec: GgufBlocks, blocks: torch.Tensor, into: PackedWeight) -> RetilingStruct:
+    """The step (place.py) that puts a weight into the tiles of its type's format in `GGUF_FORMATS`.
 
     Args:
-        library: the C kernels.
         codec: its codec.
         blocks: uint8 [rows, bytes of a row], contiguous in RAM; rows are a multiple of 16.
         into: in tiles, contiguous in RAM, of the type's format and the weight's shape. Nothing else is allocated: fresh
@@ -43,14 +42,13 @@ def retile(library: Library, codec: GgufBlocks, blocks: torch.Tensor, into: Pack
     wanted = into.format.params("", rows, per_row * codec.block.values, tiled=True)
     assert {plane: (part.dtype, tuple(part.shape)) for plane, part in planes.items()} == wanted, "another shape"
     assert all(part.is_contiguous() for part in planes.values())
-    struct = RetilingStruct(
+    return RetilingStruct(
         blocks=blocks.data_ptr(),
         **{plane.strip(".") or "words": part.data_ptr() for plane, part in planes.items()},
         rows=rows,
         blocks_per_row=per_row,
         type=codec.type,
     )
-    library.calls.offmoe_retile(ctypes.byref(struct))
 
 
 class GgufDecoder:

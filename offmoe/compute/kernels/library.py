@@ -136,6 +136,15 @@ class TilingStruct(ctypes.Structure):
     )
 
 
+class PlacingStruct(ctypes.Structure):
+    """`struct placing` of offmoe.h."""
+
+    _fields_ = (
+        *(("blocks", RetilingStruct), ("rows", TilingStruct)),
+        *((name, ctypes.c_int32) for name in ("tensor", "has_blocks")),
+    )
+
+
 class Library:
     """A loaded library of kernels, in several variants for processors with different instruction sets."""
 
@@ -180,6 +189,8 @@ class Library:
         c.offmoe_retile.restype = None
         c.offmoe_tile.argtypes = (ctypes.POINTER(TilingStruct),)
         c.offmoe_tile.restype = None
+        c.offmoe_place.argtypes = (ctypes.POINTER(PlacingStruct), integer, pointer, ctypes.POINTER(pointer))
+        c.offmoe_place.restype = None
         self.calls = c
         self._variants: dict[str, int] = {}
         while handle := c.offmoe_variant(len(self._variants)):

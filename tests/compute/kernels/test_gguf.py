@@ -10,8 +10,9 @@ import torch
 
 from offmoe.compute.kernels import gguf
 from offmoe.compute.kernels.cpu import CpuKernels, GatedExpert, Glu
-from offmoe.compute.kernels.gguf import GgufDecoder, retile
+from offmoe.compute.kernels.gguf import GgufDecoder, retiling
 from offmoe.compute.kernels.library import MAX_TOKENS
+from offmoe.compute.kernels.place import carry_out
 from offmoe.quant.float_formats import Mxfp4
 from offmoe.quant.gguf_formats import BLOCKS, GgufBlocks
 from offmoe.quant.kernel_words import GGUF_FORMATS
@@ -91,7 +92,7 @@ def model_blocks(kind: int, rows: int, per_row: int, seed: int = 0) -> torch.Ten
 def tiled(kind: int, blocks: torch.Tensor) -> PackedWeight:
     block = BLOCK_TYPES[kind]
     tiles = empty_tiles(GGUF_FORMATS[kind], blocks.shape[0], blocks.shape[1] // block.nbytes * block.values)
-    retile(native.library(), GgufBlocks(kind), blocks, tiles)
+    carry_out(native.library(), retiling(GgufBlocks(kind), blocks, tiles))
     return tiles
 
 

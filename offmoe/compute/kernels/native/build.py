@@ -47,6 +47,7 @@ REQUIRED = {
     "decode.c": ("-O2",),
     "retile.c": ("-O3",),
     "tile.c": ("-O3",),
+    "place.c": ("-O2",),
     "decode_portable.c": ("-O2", *EXACT_FLAGS),
     "pool.c": ("-O2",),
     "attention.c": ("-O3",),

@@ -135,6 +135,17 @@ struct tiling {
     int32_t count, width, entry_bytes;
     uint32_t flip;
 };
+void offmoe_retile(const struct retiling *r);
+void offmoe_tile(const struct tiling *t);
+
+/* A step of putting an expert into a slot: `blocks` if it has them, else `rows`. Addresses in them are offsets: of what is
+ * put, from the start of stored tensor `tensor`; of where it is put, from the start of the slot. Mirrored in
+ * offmoe/compute/kernels/library.py. */
+struct placing {
+    struct retiling blocks;
+    struct tiling rows;
+    int32_t tensor, has_blocks;
+};
 
 typedef void decode_function(const struct decoding *d, int first, int last);
 decode_function decode_portable, decode_avx2, decode_avx512, decode_avx512bf16;
