@@ -7,6 +7,7 @@ from pathlib import Path
 
 import transformers
 
+from offmoe.hf.gguf.architectures import ARCHITECTURES
 from tests import families
 
 PATH = Path(__file__).resolve().parents[1] / "docs" / "families.md"
@@ -55,6 +56,8 @@ family: transformers {version}, a CPU, three expert slots per layer (top_k if th
   from grouped_mm by x, which is not more. Greedy tokens are equal in every case.
 * **images**: the same for a prompt with an image, in bf16. "-": the family has no vision, or is not tested with
   images.
+* **GGUF**: llama.cpp's name of the family, whose files run too (`tests/test_gguf.py` compares them with stock). "-":
+  its files are refused.
 
 Every family can be calibrated, benchmarked and driven by a recorded routing (`offmoe bench --replay-routing`). Driven
 by one recording, offmoe and stock give the same tokens, and fp32 logits that differ by at most 1e-5
@@ -70,7 +73,7 @@ by one recording, offmoe and stock give the same tokens, and fp32 logits that di
 {count} families.
 
 """
-COLUMNS = ("family", "class", "path", "layouts", "shared", "prediction", "fp32", "bf16", "images")
+COLUMNS = ("family", "class", "path", "layouts", "shared", "prediction", "fp32", "bf16", "images", "GGUF")
 
 
 def render(found: Found) -> str:
@@ -96,6 +99,7 @@ def render(found: Found) -> str:
                     fp32.result,
                     bf16.result,
                     found.images.get(family, "-"),
+                    gguf_name(family),
                 ]
             )
         )
@@ -108,6 +112,11 @@ def listed(text: str) -> list[str]:
     """The families that a page lists, in its order."""
     table = [line for line in text.splitlines() if line.startswith("| ")]
     return [line.split(" | ")[0].removeprefix("| ") for line in table[2:]]
+
+
+def gguf_name(family: str) -> str:
+    """The architecture of the GGUF files of a family; "-" if they do not run."""
+    return next((name for name, how in ARCHITECTURES.items() if family in how.model_types), "-")
 
 
 def _row(cells: tuple[str, ...] | list[str]) -> str:

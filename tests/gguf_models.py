@@ -80,9 +80,9 @@ class Written:
     dense: Path
 
 
-def config(family: str, wide: bool = False, **overrides: Any) -> PreTrainedConfig:
-    """The tiny configuration of a family. wide: blocks of 256 values fit the experts."""
-    how = STATEMENTS[family]
+def config(family: str, wide: bool = False, how: Statement | None = None, **overrides: Any) -> PreTrainedConfig:
+    """The tiny configuration of a family. wide: blocks of 256 values fit the experts. how: None: the family's own."""
+    how = how or STATEMENTS[family]
     values = {**tiny.COMMON, **tiny.CONFIGS[family]} if family in tiny.CONFIGS else families.CONFIGS[family]
     return AutoConfig.for_model(family, **{**values, **how.sizes, **(how.wide if wide else {}), **overrides})
 
@@ -117,7 +117,7 @@ def save(
         overrides: of the configuration.
     """
     how = how or STATEMENTS[family]
-    model = tiny.random_model(config(family, wide=wide, **overrides), torch.bfloat16)
+    model = tiny.random_model(config(family, wide, how, **overrides), torch.bfloat16)
     return write(folder, how, model, kinds, more=more, skip=skip, parts=parts, fused=fused, name=name)
 
 

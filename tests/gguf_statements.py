@@ -193,13 +193,27 @@ def _whole_latent(tensors: Tensors, config: Any) -> Tensors:
 
 def _deepseek_metadata(writer: Writer, config: Any) -> None:
     counted(writer, config)
-    writer.add_leading_dense_block_count(config.first_k_dense_replace)
-    writer.add_q_lora_rank(config.q_lora_rank)
-    writer.add_kv_lora_rank(config.kv_lora_rank)
     writer.add_key_length(config.kv_lora_rank + config.qk_rope_head_dim)
     writer.add_value_length(config.kv_lora_rank)
     writer.add_key_length_mla(config.qk_nope_head_dim + config.qk_rope_head_dim)
     writer.add_value_length_mla(config.v_head_dim)
+    _latent_metadata(writer, config)
+
+
+def _whole_latent_metadata(writer: Writer, config: Any) -> None:
+    """As it was then: lengths of keys and values as attention without latent ones has them."""
+    counted(writer, config)
+    writer.add_key_length(config.qk_nope_head_dim + config.qk_rope_head_dim)
+    writer.add_value_length(config.v_head_dim)
+    _latent_metadata(writer, config)
+
+
+def _latent_metadata(writer: Writer, config: Any) -> None:
+    layers = getattr(config, "mlp_layer_types", None)
+    writer.add_leading_dense_block_count(layers.count("dense") if layers else config.first_k_dense_replace)
+    if config.q_lora_rank is not None:
+        writer.add_q_lora_rank(config.q_lora_rank)
+    writer.add_kv_lora_rank(config.kv_lora_rank)
     writer.add_expert_group_count(config.n_group)
     writer.add_expert_group_used_count(config.topk_group)
     writer.add_expert_feed_forward_length(config.moe_intermediate_size)
@@ -208,7 +222,7 @@ def _deepseek_metadata(writer: Writer, config: Any) -> None:
     if config.norm_topk_prob:
         writer.add_expert_weights_norm(True)
     writer.add_rope_dimension_count(config.qk_rope_head_dim)
-    sigmoid = config.model_type == "deepseek_v3"
+    sigmoid = config.model_type != "deepseek_v2"
     types = gguf.ExpertGatingFuncType
     writer.add_expert_gating_func(types.SIGMOID if sigmoid else types.SOFTMAX)
     _yarn(writer, config)
@@ -518,5 +532,7 @@ STATEMENTS: dict[str, Statement] = {
     ),
 }
 """By model type of transformers."""
-WHOLE_LATENT = Statement("deepseek2", STATEMENTS["deepseek_v3"].sizes, _WIDE_MOE, _whole_latent, _deepseek_metadata)
+WHOLE_LATENT = Statement("deepseek2", _DEEPSEEK, _WIDE_MOE, _whole_latent, _whole_latent_metadata)
 """DeepSeek as files from before the split of keys and values hold it."""
+GLM4_LITE = Statement("deepseek2", _DEEPSEEK, _WIDE_MOE, _deepseek, _deepseek_metadata)
+"""GLM-4.7-Flash, which transformers has a model type for and the converter none."""

@@ -7,6 +7,7 @@ import json
 import logging
 import random
 import re
+import shutil
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,7 +35,7 @@ from offmoe.storage.gguf_types import BLOCK_TYPES
 from offmoe.trace.trace import read_trace
 from tests import gguf_models, native, tiny
 from tests.gguf_models import Q, all_of, q4_k_m, q8_0
-from tests.gguf_statements import STATEMENTS, WHOLE_LATENT
+from tests.gguf_statements import GLM4_LITE, STATEMENTS, WHOLE_LATENT
 from tests.native import installed
 
 PROMPT = {"input_ids": tiny.prompt()}
@@ -83,8 +84,24 @@ def test_logits_and_tokens_are_those_of_a_dense_model_of_the_decoded_values(
     check_parity(written, torch.bfloat16, tmp_path / "run.npz")
 
 
-def test_keys_and_values_in_one_tensor_as_older_files_have_them(tmp_path: Path) -> None:
-    written = gguf_models.save(tmp_path, "deepseek_v3", how=WHOLE_LATENT)
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+def test_keys_and_values_in_one_tensor_as_older_files_have_them(tmp_path: Path, family: str) -> None:
+    written = gguf_models.save(tmp_path, family, how=WHOLE_LATENT)
+    check_parity(written, torch.bfloat16, tmp_path / "run.npz")
+
+
+def test_queries_without_a_latent_form_as_deepseek_v2_lite_has_them(tmp_path: Path) -> None:
+    written = gguf_models.save(tmp_path, "deepseek_v2", q_lora_rank=None, topk_method="greedy", n_group=1, topk_group=1)
+    check_parity(written, torch.bfloat16, tmp_path / "run.npz")
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_glm_4_7_flash_is_one_of_deepseeks_architecture(tmp_path: Path, beside: bool) -> None:
+    written = gguf_models.save(tmp_path, "glm4_moe_lite", how=GLM4_LITE)
+    if beside:
+        shutil.copy(written.dense / "config.json", written.file.parent)
+    config = inspect(written.file, OffloadConfig(device="cpu")).hf_config
+    assert config.model_type == ("glm4_moe_lite" if beside else "deepseek_v3")
     check_parity(written, torch.bfloat16, tmp_path / "run.npz")
 
 
@@ -123,6 +140,13 @@ def test_every_type_runs(tmp_path: Path, kind: int) -> None:
     wide = gguf.GGML_QUANT_SIZES[Q(kind)][0] == 256
     written = gguf_models.save(tmp_path, "mixtral", all_of(Q(kind)), wide=wide)
     check_parity(written, torch.bfloat16, tmp_path / "run.npz")
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [(Q.F16, torch.float16), (Q.F32, torch.float32)])
+def test_weights_that_are_not_quantized_say_what_to_compute_in(tmp_path: Path, kind: Q, dtype: torch.dtype) -> None:
+    written = gguf_models.save(tmp_path, "qwen3_moe", all_of(kind))
+    assert inspect(written.file, OffloadConfig(device="cpu")).dtype == dtype
+    check_parity(written, dtype, tmp_path / "run.npz")
 
 
 @pytest.mark.parametrize("scope", ["layer", "model"])
@@ -287,6 +311,71 @@ def test_rope_scaling_that_nobody_knows_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(UnsupportedModelError, match=r"rope\.scaling\.novel is not known"):
         inspect(written.file, OffloadConfig(device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "what"),
+    [
+        (
+            "qwen3_moe",
+            lambda w: w.add_float32("qwen3moe.rope.scale_linear", 4.0),
+            r"qwen3moe\.rope\.scale_linear is not",
+        ),
+        ("deepseek_v3", lambda w: w.add_attn_temperature_scale(0.1), r"attention\.temperature_scale is not known"),
+        (
+            "mixtral",
+            lambda w: w.add_sliding_window(4096),
+            r"llama\.attention\.sliding_window is not known.*config\.json",
+        ),
+        ("olmoe", lambda w: w.add_logit_scale(0.5), r"olmoe\.logit_scale is not known"),
+        ("qwen3_moe", lambda w: w.add_final_logit_softcapping(30.0), r"final_logit_softcapping is not known"),
+        ("deepseek_v2", lambda w: w.add_expert_weights_norm(True), "divides the scores of a token's experts"),
+        (
+            "deepseek_v3",
+            lambda w: w.add_uint32("deepseek2.expert_gating_func", 3),
+            "by function 3, which offmoe",
+        ),
+        (
+            "glm4_moe",
+            lambda w: w.add_expert_gating_func(gguf.ExpertGatingFuncType.SOFTMAX),
+            "a softmax over all experts",
+        ),
+        ("minimax_m2", lambda w: w.add_expert_gating_func(gguf.ExpertGatingFuncType.SOFTMAX), "a softmax over all"),
+        ("granitemoe", lambda w: w.add_rope_scaling_finetuned(False), "has no positions"),
+    ],
+)
+def test_what_would_be_computed_otherwise_is_refused(
+    tmp_path: Path, family: str, more: Callable[[gguf.GGUFWriter], None], what: str
+) -> None:
+    written = gguf_models.save(tmp_path, family, more=more)
+    with pytest.raises(UnsupportedModelError, match=what):
+        inspect(written.file, OffloadConfig(device="cpu"))
+
+
+def test_keys_that_change_nothing_are_named_and_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def more(writer: gguf.GGUFWriter) -> None:
+        writer.add_string("qwen3moe.novel", "new")
+        writer.add_logit_scale(1.0)
+
+    written = gguf_models.save(tmp_path, "qwen3_moe", more=more)
+    with caplog.at_level(logging.WARNING, "offmoe"):
+        inspect(written.file, OffloadConfig(device="cpu"))
+    assert "qwen3moe.logit_scale, qwen3moe.novel changes nothing here" in caplog.text
+
+
+def test_a_file_that_does_not_say_how_experts_are_grouped_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def metadata(writer: gguf.GGUFWriter, config: Any) -> None:
+        STATEMENTS["deepseek_v3"].metadata(writer, config)
+        for keys in writer.kv_data:
+            keys.pop("deepseek2.expert_group_count")
+
+    how = replace(STATEMENTS["deepseek_v3"], metadata=metadata)
+    written = gguf_models.save(tmp_path, "deepseek_v3", how=how, n_group=1, topk_group=1)
+    with caplog.at_level(logging.WARNING, "offmoe"):
+        check_parity(written, torch.bfloat16, tmp_path / "run.npz")
+    assert "does not say whether experts are chosen by groups" in caplog.text
 
 
 def extra(name: str, shape: tuple[int, ...] = (4,)) -> Callable[[gguf.GGUFWriter], None]:
@@ -471,6 +560,18 @@ def test_kernels_compute_what_they_read_without_decoding(tmp_path: Path, kind: s
     assert not torch.equal(logits, wanted[0])  # the kernels add in another order
     torch.testing.assert_close(logits, wanted[0], rtol=1e-4, atol=1e-4)
     assert torch.equal(tokens, wanted[1])
+
+
+@installed
+def test_a_layer_whose_gate_and_up_have_different_types_is_decoded(tmp_path: Path) -> None:
+    def kinds(name: str) -> Q:
+        return Q.Q4_0 if "blk.1.ffn_up_exps" in name else Q.Q8_0
+
+    written = gguf_models.save(tmp_path, "mixtral", kinds)
+    config = OffloadConfig(device="cpu", slots_per_layer=3, exactness="numeric")
+    reasons = [layer.without_kernel for layer in inspect(written.file, config).catalog.layers]
+    assert reasons == [None, "gate and up are quantized differently", None]
+    check_parity(written, torch.bfloat16, tmp_path / "run.npz")
 
 
 def test_a_state_of_a_gguf_model_is_used_with_that_model_alone(

@@ -148,5 +148,5 @@ def _check_contents(file: Path, parts: list[GgufHead]) -> None:
         raise CheckpointError(f"{file}: names no architecture (general.architecture); download it again")
     if not any(part.tensors for part in parts):
         tokens = metadata.get("tokenizer.ggml.tokens")
-        what = f"a vocabulary of {tokens.length} tokens and" if isinstance(tokens, Skipped) else ""
-        raise UnsupportedModelError(f"{file}: holds {what} no weights; {REMEDY}")
+        what = f"a vocabulary of {tokens.length} tokens and no weights" if isinstance(tokens, Skipped) else "no weights"
+        raise UnsupportedModelError(f"{file}: holds {what}; {REMEDY}")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
 import shutil
+import subprocess
+import sys
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,6 +45,22 @@ def test_text_is_that_of_a_dense_model_of_the_decoded_values(offmoe: Run, demo: 
     outcome = offmoe("generate", demo.file, PROMPT, *CPU, "--exactness", "bitwise", "--max-new-tokens", 16, "--json")
     assert outcome.status == 0
     assert outcome.json["text"] == stock_text(demo.dense, 16)
+
+
+def test_a_server_answers_from_a_file(demo: gguf_models.Written) -> None:
+    pytest.importorskip("starlette", reason="the extra offmoe[serve] is not installed")
+    options = [*CPU, "--exactness", "bitwise", "--port", "0", "--json"]
+    command = [sys.executable, "-m", "offmoe", "serve", str(demo.file), *options]
+    body = json.dumps({"prompt": PROMPT, "max_tokens": 16, "temperature": 0}).encode()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            url = json.loads(process.stdout.readline())["url"]
+            with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/completions", body), timeout=60) as reply:
+                answer = json.load(reply)
+        finally:
+            process.terminate()
+    assert answer["choices"][0]["text"] == stock_text(demo.dense, 16)
 
 
 def test_inspect_names_the_format(offmoe: Run, demo: gguf_models.Written) -> None:
@@ -124,7 +144,11 @@ def test_a_tokenizer_beside_the_file_wins_over_the_one_in_it(
     assert inside(text)["input_ids"] == original(text)["input_ids"]
     original.chat_template = "beside"
     original.save_pretrained(tmp_path)
-    assert load_tokenizer(Path(file)).chat_template == "beside"
+    with caplog.at_level(logging.INFO, "offmoe"):
+        assert load_tokenizer(Path(file)).chat_template == "beside"
+    assert f"the tokenizer is that of {tmp_path / 'tokenizer.json'}" in caplog.text
+    (tmp_path / "tokenizer.json").unlink()  # settings alone say nothing against the vocabulary in the file
+    assert load_tokenizer(Path(file))(text)["input_ids"] == original(text)["input_ids"]
 
 
 def test_a_split_of_text_that_transformers_does_not_know_is_warned_of(

@@ -371,7 +371,15 @@ def test_a_part_under_another_name_is_refused(tmp_path: Path) -> None:
         ((key("general.architecture", 8, text("clip")),), "the image encoder of a model"),
         ((key("general.type", 8, text("adapter")), key("general.architecture", 8, text("llama"))), "a LoRA adapter"),
         ((key("general.type", 8, text("imatrix")),), "an importance matrix"),
-        ((key("general.architecture", 8, text("llama")),), "no weights"),
+        ((key("general.type", 8, text("vocab")), key("general.architecture", 8, text("llama"))), "a vocabulary, not a"),
+        ((key("general.architecture", 8, text("llama")),), "holds no weights"),
+        (
+            (
+                key("general.architecture", 8, text("llama")),
+                key("tokenizer.ggml.tokens", 9, array(8, 2, text("a") + text("b"))),
+            ),
+            "a vocabulary of 2 tokens and no weights",
+        ),
     ],
 )
 def test_a_file_that_holds_no_model_is_refused_by_what_it_holds(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedConfig
 
 from offmoe.errors import CheckpointError, UnsupportedModelError
-from offmoe.hf.gguf.metadata import BLOCK, Metadata
+from offmoe.hf.gguf.metadata import BESIDE, BLOCK, Metadata
 from offmoe.hf.gguf.values import Undo
 from offmoe.hf.upstream import Concatenate, WeightConverter
 
@@ -22,6 +22,8 @@ MAX_LAYERS = 10_000
 """A file with more decoder layers is damaged. The largest models have 126."""
 SCALING_FACTORS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
 """Factors of the rotary embedding. They follow from the configuration."""
+SOFTMAX, SIGMOID = 1, 2
+"""expert_gating_func of routers that score an expert among all experts, or by itself."""
 EXPERTS = "mlp.experts."
 """Where transformers keeps the experts of most families, below a decoder layer."""
 
@@ -173,7 +175,7 @@ def common_config(metadata: Metadata) -> dict[str, Any]:
         "eos_token_id": end_tokens(metadata),
         "pad_token_id": metadata.token("padding"),
     }
-    metadata.ignore("vocab_size", "attention.value_length")
+    metadata.ignore("vocab_size", "attention.value_length", "attention.layer_norm_epsilon")  # norms here are RMS norms
     return values
 
 
@@ -203,6 +205,30 @@ def end_tokens(metadata: Metadata) -> int | list[int] | None:
     ids = [metadata.token(name) for name in ("eos", "eot", "eom")]
     known = list(dict.fromkeys(token for token in ids if token is not None))
     return known[0] if len(known) == 1 else known or None
+
+
+def is_sigmoid(metadata: Metadata, default: int) -> bool:
+    """Whether routers score each expert by itself, in place of a softmax over all. default: of a file without the key.
+
+    Raises:
+        UnsupportedModelError: they do something else.
+    """
+    function = metadata.integer("expert_gating_func", default) or default
+    if function not in (SOFTMAX, SIGMOID):
+        raise UnsupportedModelError(
+            f"{metadata.file}: its routers score experts by function {function}, which offmoe does not know for "
+            f"{metadata.architecture}; {BESIDE}"
+        )
+    return function == SIGMOID
+
+
+def demand_sigmoid(metadata: Metadata) -> None:
+    """UnsupportedModelError if the routers of an architecture that scores each expert by itself do not."""
+    if not is_sigmoid(metadata, SIGMOID):
+        raise UnsupportedModelError(
+            f"{metadata.file}: its routers take a softmax over all experts, which {metadata.architecture} of "
+            "transformers does not; the file is damaged or of another model"
+        )
 
 
 def leading_dense(metadata: Metadata) -> int:

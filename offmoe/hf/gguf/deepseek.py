@@ -12,20 +12,25 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from offmoe.errors import UnsupportedModelError
 from offmoe.hf.gguf.architecture import (
     ATTENTION,
     DENSE_FFN,
     HEAD_NORMS,
     NORMS,
     ROUTER,
+    SIGMOID,
+    SOFTMAX,
     Architecture,
     Rule,
     common_config,
     common_model,
+    demand_sigmoid,
     expert_rules,
     expert_width,
     gate_above_up,
     head_dim,
+    is_sigmoid,
     leading_dense,
     plain,
 )
@@ -33,8 +38,6 @@ from offmoe.hf.gguf.metadata import BESIDE, Metadata, rope_parameters
 
 logger = logging.getLogger(__name__)
 
-SIGMOID = 2
-"""expert_gating_func of routers that score each expert by itself."""
 SHARED_EXPERTS = {
     "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
     "ffn_up_shexp": "mlp.shared_experts.up_proj",
@@ -108,8 +111,13 @@ def _latent_config(metadata: Metadata) -> dict[str, Any]:
         "rope_parameters": rope_parameters(metadata, rotated),
     }
     corrected = bool(metadata.blocks_with("exp_probs_b.bias"))
-    if metadata.integer("expert_gating_func", SIGMOID if corrected else 1) == SIGMOID:
+    if is_sigmoid(metadata, SIGMOID if corrected else SOFTMAX):
         return {"model_type": "deepseek_v3", **values}
+    if values["norm_topk_prob"]:
+        raise UnsupportedModelError(
+            f"{metadata.file}: divides the scores of a token's experts by their sum after a softmax over all experts; "
+            "no model of transformers with this attention does, and none is replaced by one that computes otherwise"
+        )
     method = "greedy" if n_group == 1 else "group_limited_greedy"
     return {"model_type": "deepseek_v2", **values, "topk_method": method}
 
@@ -125,7 +133,7 @@ def _latent_rules(config: PreTrainedConfig) -> list[Rule]:
 
 def _glm_config(metadata: Metadata) -> dict[str, Any]:
     dim = head_dim(metadata)
-    metadata.ignore("expert_gating_func")
+    demand_sigmoid(metadata)
     return {
         "model_type": "glm4_moe",
         **common_config(metadata),

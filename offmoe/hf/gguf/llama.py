@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from offmoe.errors import UnsupportedModelError
 from offmoe.hf.gguf.architecture import (
     ATTENTION,
     NORMS,
@@ -54,6 +55,8 @@ def _rules(config: PreTrainedConfig) -> list[Rule]:
 
 
 def _granite_config(metadata: Metadata) -> dict[str, Any]:
+    if not metadata.flag("rope.scaling.finetuned", True):  # so llama.cpp reads this key here
+        raise UnsupportedModelError(f"{metadata.file}: has no positions, which granitemoe of transformers always has")
     shared = shared_width(metadata)
     values = {
         "model_type": "granitemoeshared" if shared else "granitemoe",

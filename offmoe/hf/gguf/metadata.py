@@ -23,6 +23,8 @@ REQUIRED: Any = object()
 """Default of a key that a file must have."""
 BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,4})\.(.+)")
 """The name of a tensor of a block, which is a decoder layer."""
+CHANGING = re.compile(r"^[^.]+\.(rope|attention)\.|_(scale|softcapping)$")
+"""Keys of which any could change what a model computes."""
 BESIDE = "put the model's config.json beside the file"
 """What to do where the metadata are not enough."""
 
@@ -89,9 +91,18 @@ class Metadata:
         return tuple(sorted(int(match[1]) for match in matches if match and match[2] == leaf))
 
     def unread(self) -> list[str]:
-        """The keys of the architecture that nobody read."""
+        """The keys of the architecture that nobody read, and that change nothing.
+
+        Raises:
+            UnsupportedModelError: one of them could change what the model computes: its value is not 0 or 1, or it is
+                part of a rope scaling.
+        """
         prefix = f"{self.architecture}."
-        return sorted(key for key in self._values if key.startswith(prefix) and key not in self._read)
+        keys = sorted(key for key in self._values if key.startswith(prefix) and key not in self._read)
+        for key in keys:
+            if ".rope.scaling." in key or (CHANGING.search(key) and self._values[key] not in (0, 1)):
+                raise UnsupportedModelError(f"{self.file}: {key} is not known to offmoe; {BESIDE}")
+        return keys
 
     def ignore(self, *keys: str) -> None:
         """Take keys as read that change nothing in the configuration."""
@@ -158,9 +169,6 @@ def rope_parameters(metadata: Metadata, rotated: int, head_dim: int | None = Non
             f"{rotated}; {BESIDE}"
         )
     metadata.ignore("rope.scaling.finetuned")
-    strange = [key for key in metadata.unread() if ".rope.scaling." in key]
-    if strange:
-        raise UnsupportedModelError(f"{metadata.file}: {strange[0]} is not known to offmoe; {BESIDE}")
     return out
 
 

@@ -15,6 +15,7 @@ from offmoe.hf.gguf.architecture import (
     Rule,
     common_config,
     common_model,
+    demand_sigmoid,
     expert_rules,
     expert_width,
     gate_above_up,
@@ -41,7 +42,8 @@ def _olmoe_config(metadata: Metadata) -> dict[str, Any]:
 
 def _minimax_config(metadata: Metadata) -> dict[str, Any]:
     dim = head_dim(metadata)
-    metadata.ignore("expert_gating_func", "feed_forward_length")
+    demand_sigmoid(metadata)
+    metadata.ignore("feed_forward_length")
     return {
         "model_type": "minimax_m2",
         **common_config(metadata),

@@ -1,7 +1,7 @@
 """The configuration of a GGUF model: from a config.json beside the file, or from the file's own metadata.
 
 A config.json beside the file wins, because it says everything: metadata lack a few values, and each architecture's
-table fills them in as llama.cpp does. Whatever both say must agree. One log line says which was taken.
+table fills them in as llama.cpp does. Both must agree on STRUCTURE. One log line says which was taken.
 """
 
 from __future__ import annotations
