@@ -83,6 +83,9 @@ class Source:
     """None if the model is a folder of the user's own."""
     file: Path | None = None
     """The (first) file of a GGUF model; None if the model is the folder."""
+    above: Path | None = None
+    """The folder whose configuration and tokenizer count where `folder` has none: repositories keep those of all their
+    GGUF models there, and each large model in a folder below."""
 
     @property
     def model(self) -> Path:
@@ -292,11 +295,11 @@ def _on_hub(name: str, revision: str | None, subfolder: str, options: dict[str, 
     start = f"{subfolder}/" if subfolder else ""
     every = [sibling.rfilename for sibling in info.siblings or ()]
     files = tuple(path.removeprefix(start) for path in every if path.startswith(start))
-    gguf = chosen_model(name, files, wanted)
+    gguf, above = chosen_model(name, files, wanted), None
     if gguf is not None and "/" in gguf:
         within, _, gguf = gguf.rpartition("/")
         files = tuple(path.removeprefix(f"{within}/") for path in files if path.startswith(f"{within}/"))
-        subfolder = f"{start}{within}"
+        above, subfolder = subfolder, f"{start}{within}"
     if gguf is None and "config.json" not in files:
         raise UnsupportedModelError(
             f"model {name!r}: the repository has no {start}config.json, so it is not a model of transformers; give one "
@@ -305,8 +308,11 @@ def _on_hub(name: str, revision: str | None, subfolder: str, options: dict[str, 
     folder = _small_files(name, revision, subfolder, options)
     if folder.name != info.sha:
         raise CheckpointError(f"model {name!r}: it was pushed to just now; try again")
+    if above is not None:
+        _small_files(name, folder.name, above, options)
     repository = Repository(name, folder.name, options, files, subfolder=subfolder)
-    return Source(folder / subfolder, repository, None if gguf is None else folder / subfolder / gguf)
+    file = None if gguf is None else folder / subfolder / gguf
+    return Source(folder / subfolder, repository, file, None if above is None else folder / above)
 
 
 def _cached(
@@ -321,7 +327,8 @@ def _cached(
     if file is not None:
         subfolder = file.parent.relative_to(folder).as_posix().removeprefix(".")
     repository = Repository(name, folder.name, options, files=None, why_offline=why, subfolder=subfolder)
-    return Source(folder / subfolder, repository, file)
+    above = None if file is None or file.parent == inside else inside
+    return Source(folder / subfolder, repository, file, above)
 
 
 def _small_files(name: str, revision: str | None, subfolder: str, options: dict[str, Any]) -> Path:

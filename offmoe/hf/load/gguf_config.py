@@ -40,18 +40,19 @@ class GgufConfig(NamedTuple):
 
     Args:
         config: the configuration.
-        from_file: whether a config.json beside the file says it; then a generation_config.json there counts too.
+        folder: of the config.json that says it, whose generation_config.json counts too; None: the metadata say it.
     """
 
     config: PreTrainedConfig
-    from_file: bool
+    folder: Path | None
 
 
-def gguf_config(checkpoint: Checkpoint) -> GgufConfig:
+def gguf_config(checkpoint: Checkpoint, above: Path | None = None) -> GgufConfig:
     """Read the configuration of a GGUF model.
 
     Args:
         checkpoint: the model's headers.
+        above: as `Source.above`.
 
     Raises:
         UnsupportedModelError: offmoe does not run the architecture, or the metadata do not describe it completely.
@@ -59,20 +60,19 @@ def gguf_config(checkpoint: Checkpoint) -> GgufConfig:
     """
     assert checkpoint.gguf is not None
     model, file = GgufModel.of(checkpoint.gguf), checkpoint.model
-    beside = _config_beside(model, file)
+    folders = (file.parent, *(() if above is None else (above,)))
+    folder = next((folder for folder in folders if (folder / CONFIG_FILE).is_file()), None)
+    beside = None if folder is None else _config_beside(model, file, folder / CONFIG_FILE)
     config = _from_metadata(model, file) if beside is None else beside
     config.tie_word_embeddings = "output.weight" not in checkpoint.tensors  # llama.cpp uses what the file has
     if getattr(config, "dtype", None) is None:
         config.dtype = _dtype(checkpoint.gguf)
     config.name_or_path = str(file)
-    return GgufConfig(config, beside is not None)
+    return GgufConfig(config, None if beside is None else folder)
 
 
-def _config_beside(model: GgufModel, file: Path) -> PreTrainedConfig | None:
-    """The configuration in a config.json beside the file; None if there is none for this model."""
-    path = file.with_name(CONFIG_FILE)
-    if not path.is_file():
-        return None
+def _config_beside(model: GgufModel, file: Path, path: Path) -> PreTrainedConfig | None:
+    """The configuration in the config.json at `path`; None if it is of another model."""
     config = read_config(path).get_text_config()
     if config.model_type not in model.how.model_types:
         logger.warning(

@@ -48,9 +48,9 @@ def open_source(source: Source, asked: ModelOptions | None = None) -> OpenedSour
     asked = asked or ModelOptions()
     if source.file is not None:
         checkpoint = source.checkpoint()
-        stored, from_file = gguf_config(checkpoint)
+        stored, folder = gguf_config(checkpoint, source.above)
         config = changed_config(stored, asked.change)
-        return OpenedSource(config, model_class(config), checkpoint, source.folder if from_file else None)
+        return OpenedSource(config, model_class(config), checkpoint, folder)
     if asked.reads_generation_config:
         check_generation(source.folder)
     config = changed_config(source.folder, asked.change)

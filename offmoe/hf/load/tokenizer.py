@@ -18,20 +18,29 @@ SETTINGS = "tokenizer_config.json"
 """Alone, it is a tokenizer of bytes; beside a GGUF file it says nothing against the vocabulary in that."""
 
 
-def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model: a folder, or a GGUF file. Tokenizer files beside a GGUF file win over its metadata."""
+def load_tokenizer(model: Path, above: Path | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model. Tokenizer files beside a GGUF file win over its metadata.
+
+    Args:
+        model: a folder, or a GGUF file.
+        above: as `Source.above`.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
     is_file = model.is_file()
-    folder = model.parent if is_file else model
-    present = [name for name in (*VOCABULARIES, *(() if is_file else (SETTINGS,))) if (folder / name).is_file()]
+    names = VOCABULARIES if is_file else (*VOCABULARIES, SETTINGS)
+    folders = [model.parent, *([] if above is None else [above])] if is_file else [model]
+    present = [folder / name for folder in folders for name in names if (folder / name).is_file()]
     if not present and not is_file:
-        raise CheckpointError(f"{folder}: has no tokenizer; add the model's tokenizer.json and tokenizer_config.json.")
+        raise CheckpointError(f"{model}: has no tokenizer; add the model's tokenizer.json and tokenizer_config.json.")
     if is_file and present:
-        logger.info("%s: the tokenizer is that of %s", model, folder / present[0])
+        logger.info("%s: the tokenizer is that of %s", model, present[0])
     try:
-        return AutoTokenizer.from_pretrained(folder) if present else gguf_tokenizer(model)
+        return AutoTokenizer.from_pretrained(present[0].parent) if present else gguf_tokenizer(model)
     except Exception as error:  # tokenizers raises bare Exception for a file that it cannot parse
         raise CheckpointError(
-            f"{model}: the tokenizer ({', '.join(present) or 'metadata'}) cannot be loaded: "
+            f"{model}: the tokenizer ({', '.join(path.name for path in present) or 'metadata'}) cannot be loaded: "
             f"{str(error).strip().split(chr(10))[0]}. Download tokenizer.json and tokenizer_config.json of the model"
             f"{', and put them beside the file.' if is_file else ' again.'}"
         ) from error

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 
 from offmoe.errors import ConfigError
@@ -198,6 +199,32 @@ def test_generate_downloads_one_quantization_and_runs_offline_afterwards(
     assert offline["status"] == 0, offline["err"]
     assert json.loads(offline["out"])["text"] == json.loads(first["out"])["text"]
     assert len(hub.requests) == before
+
+
+def test_a_model_in_a_folder_has_the_configuration_and_the_tokenizer_above_it(
+    hub: HubServer, client: Client, tmp_path: Path
+) -> None:
+    """Neither is in the file: it has no vocabulary, and a rotary embedding that metadata cannot say."""
+    written = gguf_models.save(
+        tmp_path,
+        "mixtral",
+        vocab_size=4096,
+        more=lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(4, np.float32)),
+    )
+    beside = {name: (gguf_models.DEMO / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
+    beside["config.json"] = (written.dense / "config.json").read_bytes()
+    model = {"Q8_0/m-Q8_0.gguf": written.file.read_bytes()}
+    argv = ("The king", *CPU, "--max-new-tokens", 3)
+    hub.repos["owner/bare-GGUF"] = Repo(model)
+    without = client.offmoe("generate", "owner/bare-GGUF:Q8_0", *argv)
+    assert without["status"] == 1
+    assert "'rope_freqs.weight', which no config of transformers can express" in without["err"]
+    hub.repos["owner/whole-GGUF"] = Repo({**model, **beside})
+    first = client.offmoe("generate", "owner/whole-GGUF:Q8_0", *argv)
+    assert first["status"] == 0, first["err"]
+    offline = client.offmoe("generate", "owner/whole-GGUF:Q8_0", *argv, "--local-files-only")
+    assert offline["status"] == 0, offline["err"]
+    assert json.loads(offline["out"])["text"] == json.loads(first["out"])["text"]
 
 
 def test_a_repository_with_several_lists_them(client: Client, repo: tuple[str, Path]) -> None:
