@@ -62,6 +62,13 @@ def check_slots(slots: object, option: str = "slots_per_layer", least: int = 1) 
         raise ConfigError(f"{option}={slots!r} must be a {'positive' if least else 'non-negative'} int.")
 
 
+ROUNDED = (
+    "activations='int8' rounds the inputs of experts, which is not bitwise: use exactness='numeric' with it, or "
+    "experts='int4' or 'int8'."
+)
+"""What is wrong with activations="int8" where results are to be stock's, bit for bit."""
+
+
 def check_forms(forms: Mapping[str, str], exactness: str, activations: str) -> None:
     """ConfigError for forms of weights, exactness and activations that contradict each other.
 
@@ -74,8 +81,5 @@ def check_forms(forms: Mapping[str, str], exactness: str, activations: str) -> N
                 "checkpoint's, so no result could be equal to stock's. Leave exactness out, or use "
                 f"{name}='native' (what 'offmoe pack' wrote is native to its folder)."
             )
-    if activations == "int8" and forms["experts"] == "native" and exactness != "numeric":
-        raise ConfigError(
-            "activations='int8' rounds the inputs of experts, which is not bitwise: use exactness='numeric' with "
-            "it, or experts='int4' or 'int8'."
-        )
+    if activations == "int8" and forms["experts"] == "native" and exactness == "bitwise":
+        raise ConfigError(ROUNDED)

@@ -56,7 +56,7 @@ def test_sizes_are_readable():
         ({"on_miss": "swap"}, "on_miss='swap' is unknown. Use one of: fetch, cpu, auto"),
         ({"exactness": "fuzzy"}, "bitwise, numeric"),
         ({"experts": "int4", "exactness": "bitwise"}, "other weights than the checkpoint"),
-        ({"activations": "int8"}, "exactness='numeric'"),
+        ({"activations": "int8", "exactness": "bitwise"}, "exactness='numeric'"),
         ({"activations": "int2"}, "float, int8"),
         ({"host_memory": "ten"}, "is not a size"),
         ({"scope": "galaxy"}, "scope"),

@@ -238,6 +238,18 @@ def test_a_configuration_beside_the_file_wins_and_one_line_says_so(
         config = inspect(written.file, OffloadConfig(device="cpu")).hf_config
     assert (config.max_position_embeddings, config.rms_norm_eps) == (1024, 1e-3)
     assert [r.message for r in caplog.records if f"is that of {beside}" in r.message]
+    assert "says rms_norm_eps=0.001, the metadata of model.gguf say rms_norm_eps=1e-05" in caplog.text
+
+
+@pytest.mark.parametrize("family", STATEMENTS)
+def test_the_own_configuration_beside_a_file_says_nothing_else(
+    tmp_path: Path, family: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    written = gguf_models.save(tmp_path, family)
+    shutil.copy(written.dense / "config.json", written.file.parent)
+    with caplog.at_level(logging.WARNING, "offmoe"):
+        inspect(written.file, OffloadConfig(device="cpu"))
+    assert "config.json counts" not in caplog.text
 
 
 def test_a_configuration_that_contradicts_the_file_is_refused(tmp_path: Path) -> None:
@@ -258,10 +270,14 @@ def test_a_configuration_of_another_model_beside_the_file_is_not_taken(
     assert "is of 'olmoe' and not of 'mixtral'" in caplog.text
 
 
-def test_the_generation_config_beside_the_file_counts_only_with_a_configuration(tmp_path: Path) -> None:
+def test_the_generation_config_beside_the_file_counts_only_with_a_configuration(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     written = gguf_models.save(tmp_path, "mixtral", more=lambda writer: writer.add_eot_token_id(7))
+    written.file.with_name("generation_config.json").write_text('{"eos_token_id": 5}')
     ours = offmoe.from_pretrained(written.file, device="cpu")
     assert ours.generation_config.eos_token_id == [2, 7]
+    assert "generation_config.json: counts only with the model's config.json beside it" in caplog.text
     assert ours.config.name_or_path == ours.name_or_path == str(written.file)
     ours.offload.close()
     for name in ("config.json", "generation_config.json"):

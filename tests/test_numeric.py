@@ -23,7 +23,7 @@ from offmoe.compute.torch_compute import TorchCompute
 from offmoe.config import OffloadConfig
 from offmoe.device.arena import SlotArena
 from offmoe.device.backend import CpuBackend
-from offmoe.errors import CheckpointError, OffmoeError
+from offmoe.errors import CheckpointError, ConfigError, OffmoeError
 from offmoe.hf.catalog import catalog
 from offmoe.hf.catalog.build import build_catalog
 from offmoe.pack.pack import pack, weight_format
@@ -167,6 +167,15 @@ def test_what_offmoe_pack_wrote(tmp_path: Path, experts: str, group: int | None,
     assert torch.equal(asked, numeric)
     rounded, _ = run(folder, experts=experts, activations="int8")
     assert 1e-4 < error(rounded, numeric) < 0.05
+
+
+def test_rounded_inputs_need_no_word_where_results_are_numeric_by_themselves(tmp_path: Path) -> None:
+    whole = dense(tmp_path, "mixtral")
+    pack(whole, tmp_path / "packed", weight_format("int4", 64))
+    config = OffloadConfig(device="cpu", slots_per_layer=3, activations="int8")
+    assert inspect(tmp_path / "packed", config).config.is_numeric
+    with pytest.raises(ConfigError, match="rounds the inputs of experts, which is not bitwise"):
+        inspect(whole, config)
 
 
 def test_one_slot_holds_as_much_as_the_packed_record(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ fit the context is refused, never shortened. `--merge` joins recordings instead 
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,7 +91,7 @@ def _record(args: argparse.Namespace, out: Output) -> None:
         model, offload = opened.load(args.output)
         trace = offload.trace
         assert trace is not None
-        trace.parameters = _parameters(model, opened.inspected)
+        trace.parameters = _parameters(opened.inspected)
         for ids, _ in runs:
             prompts.check_vocabulary(model, ids)
         prompts.seed(args.seed)
@@ -162,17 +161,21 @@ class _Counter(prompts.NewTokens):
         self._advance(tokens.numel())
 
 
-def _parameters(model: PreTrainedModel, inspected: Inspected) -> Parameters:
-    """Counts for the trace's header. The loaded model holds all parameters except the experts'."""
+def _parameters(inspected: Inspected) -> Parameters:
+    """Counts for the trace's header, of the model as it is published: loaded ones may be words, or in tiles."""
+    from offmoe.hf.load.config import build_meta
     from offmoe.trace.trace import Parameters
 
-    weights = {id(p): p.numel() for p in model.parameters()}
-    looked_up, output = model.get_input_embeddings(), model.get_output_embeddings()
+    meta, catalog = build_meta(inspected.hf_config, inspected.model_class), inspected.catalog
+    experts = {name: p.numel() for name, p in meta.named_parameters() if name in catalog.parameters}
+    dense = {id(p): p.numel() for name, p in meta.named_parameters() if name not in catalog.parameters}
+    looked_up, output = meta.get_input_embeddings(), meta.get_output_embeddings()
     if output is not None and looked_up.weight is not output.weight:
-        weights.pop(id(looked_up.weight), None)
-    shapes = [
-        layer.decode.shapes.values() if layer.decode else [p.shape for p in layer.layout.params]
-        for layer in inspected.catalog.layers
-    ]
-    experts = tuple(sum(map(math.prod, layer)) for layer in shapes)
-    return Parameters(sum(weights.values()), experts)
+        dense.pop(id(looked_up.weight), None)
+    return Parameters(
+        sum(dense.values()),
+        tuple(
+            sum(size for name, size in experts.items() if name.startswith(f"{layer.name}.")) // layer.num_experts
+            for layer in catalog.layers
+        ),
+    )

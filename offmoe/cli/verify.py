@@ -7,8 +7,9 @@ state of an earlier run is used. Exit status 1 if a promise is broken.
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from offmoe.cli import options, prompts
@@ -74,10 +75,12 @@ def run(args: argparse.Namespace, out: Output) -> None:
         device = str(fetched.config.device)
     problems = broken(outcomes)
     compared = sum(outcome.status in ("same", "close", "differs", "not used") for outcome in outcomes)
-    out.result(_table(args.model, device, outcomes), *_reasons(outcomes), *problems)
+    kept = bool(compared) and not problems
+    verdict = [f"Every promise is kept; set-ups compared: {compared}."] if kept else problems
+    out.result(_table(args.model, device, outcomes), *_reasons(outcomes), *verdict)
     out.json(
         {
-            "kept": bool(compared) and not problems,
+            "kept": kept,
             "model": args.model,
             "device": device,
             "compared": compared,
@@ -99,8 +102,10 @@ def _prompt(args: argparse.Namespace, opened: OpenModel) -> Tensor | None:
 
 def _table(model: str, device: str, outcomes: list[Outcome]) -> Table:
     """A row per set-up: misses that were fetched and left without a slot, and how far it is from the reference."""
-    right = ("misses", "no slot", "prefetched", "tokens", "logits", "KL", "s")
-    table = new_table(f"{model} on {device}: differences from the reference", ("set-up", "result"), right, no_wrap=True)
+    right = ("misses", "no slot", "ahead", "tokens", "logits", "KL", "s")
+    title = f"{model} on {device}: differences from the reference"
+    narrow: dict[str, Any] = {"box": SIMPLE_HEAD, "pad_edge": False, "padding": 0}  # 80 columns in a pipe
+    table = new_table(title, ("set-up", "result"), right, no_wrap=True, **narrow)
     for outcome in outcomes:
         stats, apart = outcome.stats or {}, outcome.difference
         counts = [str(stats[name]) if stats else "" for name in ("misses", "host_computed", "prefetched_used")]

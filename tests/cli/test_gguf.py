@@ -110,7 +110,11 @@ def test_trace_records_a_file(offmoe: Run, demo: gguf_models.Written, tmp_path: 
         "--max-new-tokens", 4, "--json",
     )  # fmt: skip
     assert traced.status == 0
-    assert read_trace(tmp_path / "run.npz").shape.experts == (8,) * 6
+    trace = read_trace(tmp_path / "run.npz")
+    assert trace.shape.experts == (8,) * 6
+    assert trace.parameters is not None
+    assert trace.parameters.expert == (3 * 128 * 256,) * 6  # weights, however many words they are
+    assert offmoe("inspect", demo.file, *CPU, "--json").json["dense_parameters"] == trace.parameters.dense
 
 
 @pytest.mark.slow
@@ -149,6 +153,20 @@ def test_a_tokenizer_beside_the_file_wins_over_the_one_in_it(
     assert f"the tokenizer is that of {tmp_path / 'tokenizer.json'}" in caplog.text
     (tmp_path / "tokenizer.json").unlink()  # settings alone say nothing against the vocabulary in the file
     assert load_tokenizer(Path(file))(text)["input_ids"] == original(text)["input_ids"]
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_chat_template_beside_the_file_is_taken(
+    offmoe: Run, demo: gguf_models.Written, tmp_path: Path, name: str
+) -> None:
+    file = shutil.copy(demo.file, tmp_path)
+    template = "beside {{ messages[0].content }}"
+    (tmp_path / name).write_text(template if name.endswith("jinja") else json.dumps({"chat_template": template}))
+    assert load_tokenizer(Path(file)).chat_template == template
+    (tmp_path / name).write_bytes(b"\xff")
+    outcome = offmoe("generate", file, PROMPT, *CPU)
+    assert outcome.status == 1
+    assert f"{tmp_path / name}: cannot be read" in outcome.err
 
 
 def test_a_split_of_text_that_transformers_does_not_know_is_warned_of(

@@ -35,6 +35,12 @@ STRUCTURE = (
 """Values that a config.json beside a file must not contradict: with another one, tensors would be cut differently."""
 
 
+GENERATION_FILE = "generation_config.json"
+BOTH_MAY_SAY = frozenset({"model_type", "max_position_embeddings", "tie_word_embeddings", *STRUCTURE})
+BOTH_MAY_SAY |= {f"{name}_token_id" for name in ("bos", "eos", "pad")}
+"""Values that may differ without another result, or that were compared before."""
+
+
 class GgufConfig(NamedTuple):
     """The configuration of a GGUF model.
 
@@ -63,6 +69,11 @@ def gguf_config(checkpoint: Checkpoint, above: Path | None = None) -> GgufConfig
     folders = (file.parent, *(() if above is None else (above,)))
     folder = next((folder for folder in folders if (folder / CONFIG_FILE).is_file()), None)
     beside = None if folder is None else _config_beside(model, file, folder / CONFIG_FILE)
+    if beside is None and (file.parent / GENERATION_FILE).is_file():
+        logger.warning(
+            "%s: counts only with the model's config.json beside it; generation goes by the metadata's end tokens",
+            file.parent / GENERATION_FILE,
+        )
     config = _from_metadata(model, file) if beside is None else beside
     config.tie_word_embeddings = "output.weight" not in checkpoint.tensors  # llama.cpp uses what the file has
     if getattr(config, "dtype", None) is None:
@@ -95,8 +106,27 @@ def _config_beside(model: GgufModel, file: Path, path: Path) -> PreTrainedConfig
                 f"{path}: says {name}={ours}, the metadata of {file.name} say {theirs}; remove config.json, or put the "
                 "one of this model there"
             )
+    differing = [name for name, value in stated.items() if name not in BOTH_MAY_SAY and _differs(config, name, value)]
+    if differing:
+        logger.warning(
+            "%s: says %s, the metadata of %s say %s; config.json counts",
+            path,
+            ", ".join(f"{name}={getattr(config, name)}" for name in differing),
+            file.name,
+            ", ".join(f"{name}={stated[name]}" for name in differing),
+        )
     logger.info("%s: the configuration is that of %s", file, path)
     return config
+
+
+def _differs(config: PreTrainedConfig, name: str, stated: object) -> bool:
+    """Whether a value of the configuration is another one than the metadata state, as far as they state it."""
+    ours = config.to_dict().get(name)
+    if ours is None:
+        return False
+    if isinstance(ours, dict) and isinstance(stated, dict):
+        return any(ours[key] != value for key, value in stated.items() if key in ours)
+    return bool(ours != stated)
 
 
 def _from_metadata(model: GgufModel, file: Path) -> PreTrainedConfig:

@@ -8,14 +8,12 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from offmoe.errors import CheckpointError
-from offmoe.hf.gguf.tokenizer import gguf_tokenizer
+from offmoe.hf.gguf.tokenizer import SETTINGS, gguf_tokenizer
 
 logger = logging.getLogger(__name__)
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 """Files that hold a vocabulary."""
-SETTINGS = "tokenizer_config.json"
-"""Alone, it is a tokenizer of bytes; beside a GGUF file it says nothing against the vocabulary in that."""
 
 
 def load_tokenizer(model: Path, above: Path | None = None) -> PreTrainedTokenizerBase:
@@ -29,7 +27,7 @@ def load_tokenizer(model: Path, above: Path | None = None) -> PreTrainedTokenize
         CheckpointError: there is none, or it is damaged.
     """
     is_file = model.is_file()
-    names = VOCABULARIES if is_file else (*VOCABULARIES, SETTINGS)
+    names = VOCABULARIES if is_file else (*VOCABULARIES, SETTINGS)  # these alone: a tokenizer of bytes
     folders = [model.parent, *([] if above is None else [above])] if is_file else [model]
     present = [folder / name for folder in folders for name in names if (folder / name).is_file()]
     if not present and not is_file:
@@ -38,6 +36,8 @@ def load_tokenizer(model: Path, above: Path | None = None) -> PreTrainedTokenize
         logger.info("%s: the tokenizer is that of %s", model, present[0])
     try:
         return AutoTokenizer.from_pretrained(present[0].parent) if present else gguf_tokenizer(model)
+    except CheckpointError:
+        raise
     except Exception as error:  # tokenizers raises bare Exception for a file that it cannot parse
         raise CheckpointError(
             f"{model}: the tokenizer ({', '.join(path.name for path in present) or 'metadata'}) cannot be loaded: "
