@@ -7,13 +7,14 @@ file that is no trace is never replaced.
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
 
 from offmoe import files
 from offmoe.config import CacheOptions
-from offmoe.errors import ConfigError
+from offmoe.errors import ConfigError, TraceError
 from offmoe.trace.fills import Fills
 from offmoe.trace.trace import NONE, Parameters, Trace, write_trace
 from offmoe.types import CacheShape, ExpertKey
@@ -110,7 +111,11 @@ class TraceWriter:
         return np.unique(np.concatenate([np.zeros(0, np.int32), *self._token])).tolist() if self._tokens_known else []
 
     def close(self) -> None:
-        """Write the file. A second call does nothing."""
+        """Write the file. A second call does nothing.
+
+        Raises:
+            TraceError: it cannot be written; the message names the temporary file that holds the recording.
+        """
         if self._closed:
             return
         self._closed = True
@@ -129,7 +134,27 @@ class TraceWriter:
             parameters=self.parameters,
             fills=Fills.of(*self._fills),
         )
-        write_trace(self.path, trace)
+        try:
+            write_trace(self.path, trace)
+        except TraceError as error:
+            elsewhere = _rescued(trace, self.path.name)
+            if elsewhere is None:
+                raise
+            raise TraceError(f"{error} The recording stands in {elsewhere}; move it.") from error
+
+
+def _rescued(trace: Trace, name: str) -> Path | None:
+    """The file among the system's temporary ones that holds the trace now; None if there is no room either."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="offmoe-"))
+    except OSError:
+        return None
+    try:
+        write_trace(folder / name, trace)
+    except TraceError:
+        folder.rmdir()
+        return None
+    return folder / name
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:

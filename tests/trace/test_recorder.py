@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import tempfile
+
 import numpy as np
 import pytest
 
 from offmoe.config import CacheOptions
-from offmoe.errors import ConfigError
+from offmoe.errors import ConfigError, TraceError
+from offmoe.files import replacing
 from offmoe.trace.recorder import TraceWriter
 from offmoe.trace.trace import read_trace
 from offmoe.types import CacheShape, Demand, rank_predictions
@@ -49,6 +53,26 @@ def test_an_empty_recording_is_a_trace(tmp_path):
     writer = TraceWriter(tmp_path / "e.npz", "m", SHAPE, CacheOptions(slots_per_layer=2))
     writer.close()
     assert read_trace(tmp_path / "e.npz").tokens == 0
+
+
+@pytest.mark.parametrize("is_room_elsewhere", [True, False])
+def test_a_recording_is_not_lost_with_its_disk(tmp_path, monkeypatch, is_room_elsewhere):
+    def full(path, *rest):
+        if path == tmp_path / "run.npz" or not is_room_elsewhere:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return replacing(path, *rest)
+
+    monkeypatch.setattr("offmoe.trace.trace.replacing", full)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    writer = TraceWriter(tmp_path / "run.npz", "m", SHAPE, CacheOptions(slots_per_layer=2))
+    writer.begin_step(1, np.array([0]), np.array([9]))
+    writer.record(0, np.array([[1, 2]]), None)
+    writer.record(1, np.array([[6, 7]]), None)
+    with pytest.raises(TraceError, match=r"No space left on device\. Free space") as caught:
+        writer.close()
+    found = list(tmp_path.glob("offmoe-*/run.npz"))
+    assert [str(path) in str(caught.value) for path in found] == [True] * is_room_elsewhere
+    assert all(read_trace(path).tokens == 1 for path in found)
 
 
 def test_a_missing_folder_is_named_before_the_run(tmp_path):
