@@ -90,7 +90,13 @@ class Decoding:
         """
         # A decoder behind an encoder begins with a token of its own.
         prompt_tokens = ids.shape[1] + int(inspected.hf_config.is_encoder_decoder)
-        return prompts.fitting_tokens(limit, prompt_tokens, inspected.plan.max_context, out, rows=self.rows)
+        tokens = prompts.fitting_tokens(limit, prompt_tokens, inspected.plan.max_context, out, rows=self.rows)
+        longest = inspected.needs.bytes.context_limit
+        if prompt_tokens + tokens - 1 > longest:
+            out.note(
+                f"the model is made for {longest} tokens; of {prompt_tokens + tokens}, those beyond may make no sense."
+            )
+        return tokens
 
     def generate(self, model: PreTrainedModel, ids: Tensor, new_tokens: int, stream: prompts.NewTokens) -> list[Tensor]:
         """Continue a prompt.

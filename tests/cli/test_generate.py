@@ -166,6 +166,17 @@ def test_the_recording_replays_to_the_same_statistics(
     assert simulated == of_the_run
 
 
+def test_more_tokens_than_the_model_is_made_for_are_said(offmoe: Run, checkpoint: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "short")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16}))
+    said = "the model is made for 16 tokens; of 18, those beyond may make no sense."
+    for new_tokens, is_said in ((4, False), (5, True)):  # behind a token per byte
+        outcome = offmoe("generate", folder, "one two three", *CPU, "--max-new-tokens", new_tokens)
+        assert outcome.status == 0
+        assert (said in outcome.err) == is_said
+
+
 def test_context_that_is_not_reserved(offmoe: Run, checkpoint: Path) -> None:
     outcome = offmoe("generate", checkpoint, "Once upon", *CPU, "--max-context", 16, "--max-new-tokens", 9)
     assert (outcome.status, outcome.out) == (1, "")
