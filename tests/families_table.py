@@ -57,7 +57,7 @@ family: transformers {version}, a CPU, three expert slots per layer (top_k if th
 * **images**: the same for a prompt with an image, in bf16. "-": the family has no vision, or is not tested with
   images.
 * **GGUF**: llama.cpp's name of the family, whose files run too (`tests/test_gguf.py` compares them with stock). "-":
-  its files are refused.
+  no file gives this class; of Llama 4 and Qwen3.5-MoE, files run as the text model.
 
 Every family can be calibrated, benchmarked and driven by a recorded routing (`offmoe bench --replay-routing`). Driven
 by one recording, offmoe and stock give the same tokens, and fp32 logits that differ by at most 1e-5

@@ -26,6 +26,7 @@ from offmoe.budget.inspect import inspect
 from offmoe.config import OffloadConfig
 from offmoe.errors import CheckpointError, ConfigError, MissingTensorError, OffmoeError, UnsupportedModelError
 from offmoe.hf.gguf.architectures import ARCHITECTURES
+from offmoe.hf.gguf.metadata import ComputesOtherwiseError
 from offmoe.pack.pack import pack
 from offmoe.quant.kernel_words import GGUF_FORMATS
 from offmoe.quant.packed_weight import int4
@@ -206,9 +207,13 @@ def test_decoder_layers_that_do_not_fit_are_decoded_once_and_streamed(tmp_path: 
 
 
 @pytest.mark.parametrize("family", STATEMENTS)
-def test_the_metadata_give_the_configuration_that_was_converted(tmp_path: Path, family: str) -> None:
+def test_the_metadata_give_the_configuration_that_was_converted(
+    tmp_path: Path, family: str, caplog: pytest.LogCaptureFixture
+) -> None:
     written = gguf_models.save(tmp_path, family)
-    ours = inspect(written.file, OffloadConfig(device="cpu")).hf_config
+    with caplog.at_level(logging.WARNING, "offmoe"):
+        ours = inspect(written.file, OffloadConfig(device="cpu")).hf_config
+    assert "changes nothing here" not in caplog.text
     theirs = AutoConfig.from_pretrained(written.dense)
     assert type(ours) is type(theirs)
     values = theirs.to_dict()
@@ -238,7 +243,7 @@ def test_a_configuration_beside_the_file_wins_and_one_line_says_so(
         config = inspect(written.file, OffloadConfig(device="cpu")).hf_config
     assert (config.max_position_embeddings, config.rms_norm_eps) == (1024, 1e-3)
     assert [r.message for r in caplog.records if f"is that of {beside}" in r.message]
-    assert "says rms_norm_eps=0.001, the metadata of model.gguf say rms_norm_eps=1e-05" in caplog.text
+    assert "says rms_norm_eps=0.001, the metadata of model.gguf give rms_norm_eps=1e-05" in caplog.text
 
 
 @pytest.mark.parametrize("family", STATEMENTS)
@@ -349,7 +354,7 @@ def test_rope_scaling_that_nobody_knows_is_refused(tmp_path: Path) -> None:
         (
             "deepseek_v3",
             lambda w: w.add_uint32("deepseek2.expert_gating_func", 3),
-            "by function 3, which offmoe",
+            "by function 3, which deepseek2",
         ),
         (
             "glm4_moe",
@@ -358,6 +363,7 @@ def test_rope_scaling_that_nobody_knows_is_refused(tmp_path: Path) -> None:
         ),
         ("minimax_m2", lambda w: w.add_expert_gating_func(gguf.ExpertGatingFuncType.SOFTMAX), "a softmax over all"),
         ("granitemoe", lambda w: w.add_rope_scaling_finetuned(False), "has no positions"),
+        ("mixtral", lambda w: w.add_causal_attention(False), r"attention\.causal is not known"),
     ],
 )
 def test_what_would_be_computed_otherwise_is_refused(
@@ -366,6 +372,38 @@ def test_what_would_be_computed_otherwise_is_refused(
     written = gguf_models.save(tmp_path, family, more=more)
     with pytest.raises(UnsupportedModelError, match=what):
         inspect(written.file, OffloadConfig(device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("deepseek_v2", lambda w: w.add_expert_weights_norm(True)),
+        ("glm4_moe", lambda w: w.add_expert_gating_func(gguf.ExpertGatingFuncType.SOFTMAX)),
+        ("granitemoe", lambda w: w.add_rope_scaling_finetuned(False)),
+    ],
+)
+def test_no_configuration_makes_up_for_what_no_model_computes(
+    tmp_path: Path, family: str, more: Callable[[gguf.GGUFWriter], None]
+) -> None:
+    written = gguf_models.save(tmp_path, family, more=more)
+    shutil.copy(written.dense / "config.json", written.file.parent)
+    with pytest.raises(ComputesOtherwiseError):
+        inspect(written.file, OffloadConfig(device="cpu"))
+
+
+def test_positions_of_images_change_nothing_in_text(tmp_path: Path) -> None:
+    written = gguf_models.save(tmp_path, "glm4_moe", more=lambda w: w.add_rope_dimension_sections([4, 2, 2, 0]))
+    check_parity(written, torch.bfloat16, tmp_path / "run.npz")
+
+
+def test_a_configuration_that_transformers_does_not_know_is_not_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    written = gguf_models.save(tmp_path, "mixtral")
+    written.file.with_name("config.json").write_text('{"model_type": "unheard_of"}')
+    with caplog.at_level(logging.WARNING, "offmoe"):
+        assert inspect(written.file, OffloadConfig(device="cpu")).hf_config.model_type == "mixtral"
+    assert "the configuration is taken from the metadata of model.gguf" in caplog.text
 
 
 def test_keys_that_change_nothing_are_named_and_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -19,7 +19,7 @@ from offmoe.config import OffloadConfig
 from offmoe.errors import CapacityError, MissingTensorError
 from offmoe.simulate.replay import replay
 from offmoe.trace.trace import read_trace
-from tests import quantized, tiny
+from tests import families, quantized, tiny
 
 CASES = [
     ("fp8", "deepseek_v3"),
@@ -139,6 +139,15 @@ def test_parameters_are_counted_as_if_nothing_were_quantized(tmp_path: Path) -> 
         counts.append(_parameters(inspected))
     assert counts[0] == counts[1]
     assert counts[0].expert == (3 * 32 * 48,) * 3
+
+
+@pytest.mark.parametrize("family", ["longcat_flash", "diffusion_gemma"])
+def test_parameters_of_an_expert_are_its_own(tmp_path: Path, family: str) -> None:
+    """Stacks may have rows for experts that compute nothing, and layers may share their weights."""
+    model = tiny.random_model(families.config(family), torch.bfloat16)
+    inspected = inspect(tiny.save(model, tmp_path / "model"), OffloadConfig(device="cpu", slots_per_layer=4))
+    sizes = [layer.layout.nbytes for layer in inspected.catalog.layers]
+    assert [2 * count for count in _parameters(inspected).expert] == pytest.approx(sizes, abs=1024)
 
 
 def test_workspace_holds_the_expert_that_is_decoded(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from offmoe.budget.estimate import estimate
 from offmoe.budget.memory_plan import MemoryPlan
 from offmoe.budget.needs import ModelNeeds, catalog_needs
 from offmoe.budget.resolve import check_config, divide_or_refusal
-from offmoe.checks import ROUNDED
+from offmoe.checks import INT8_NOT_BITWISE
 from offmoe.compute.cpu_compute import has_cpu_kernels
 from offmoe.compute.gpu_compute import has_gpu_kernels
 from offmoe.config import OffloadConfig
@@ -313,7 +313,7 @@ def _read_headers(
         catalog = planned(catalog, meta, hf_config, how)
     config, catalog = _with_kernels(config, catalog, meta, backend)
     if config.activations == "int8" and not config.is_numeric:
-        raise ConfigError(ROUNDED)
+        raise ConfigError(INT8_NOT_BITWISE)
     compute = compute_dtype(
         dtype, hf_config, torch.bfloat16 if catalog.view.needs_decoding else dtype_of_weights(checkpoint)
     )

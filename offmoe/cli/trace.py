@@ -7,6 +7,7 @@ fit the context is refused, never shortened. `--merge` joins recordings instead 
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -163,19 +164,14 @@ class _Counter(prompts.NewTokens):
 
 def _parameters(inspected: Inspected) -> Parameters:
     """Counts for the trace's header, of the model as it is published: loaded ones may be words, or in tiles."""
-    from offmoe.hf.load.config import build_meta
+    from offmoe.hf.adapters.find import find_experts, require_adapter
     from offmoe.trace.trace import Parameters
 
-    meta, catalog = build_meta(inspected.hf_config, inspected.model_class), inspected.catalog
-    experts = {name: p.numel() for name, p in meta.named_parameters() if name in catalog.parameters}
+    meta, catalog = inspected.meta, inspected.catalog
+    experts = find_experts(meta)
+    shapes = [require_adapter(experts[layer.name]).shapes(experts[layer.name]) for layer in catalog.layers]
     dense = {id(p): p.numel() for name, p in meta.named_parameters() if name not in catalog.parameters}
     looked_up, output = meta.get_input_embeddings(), meta.get_output_embeddings()
     if output is not None and looked_up.weight is not output.weight:
         dense.pop(id(looked_up.weight), None)
-    return Parameters(
-        sum(dense.values()),
-        tuple(
-            sum(size for name, size in experts.items() if name.startswith(f"{layer.name}.")) // layer.num_experts
-            for layer in catalog.layers
-        ),
-    )
+    return Parameters(sum(dense.values()), tuple(sum(map(math.prod, layer.values())) for layer in shapes))

@@ -102,7 +102,7 @@ def _prompt(args: argparse.Namespace, opened: OpenModel) -> Tensor | None:
 
 def _table(model: str, device: str, outcomes: list[Outcome]) -> Table:
     """A row per set-up: misses that were fetched and left without a slot, and how far it is from the reference."""
-    right = ("misses", "no slot", "ahead", "tokens", "logits", "KL", "s")
+    right = ("misses", "no slot", "prefetch", "tokens", "logits", "KL", "s")
     title = f"{model} on {device}: differences from the reference"
     narrow: dict[str, Any] = {"box": SIMPLE_HEAD, "pad_edge": False, "padding": 0}  # 80 columns in a pipe
     table = new_table(title, ("set-up", "result"), right, no_wrap=True, **narrow)

@@ -163,6 +163,11 @@ def test_a_chat_template_beside_the_file_is_taken(
     template = "beside {{ messages[0].content }}"
     (tmp_path / name).write_text(template if name.endswith("jinja") else json.dumps({"chat_template": template}))
     assert load_tokenizer(Path(file)).chat_template == template
+    if name == "tokenizer_config.json":
+        several = [{"name": "default", "template": template}, {"name": "rag", "template": "other"}]
+        (tmp_path / name).write_text(json.dumps({"chat_template": several}))
+        found = load_tokenizer(Path(file)).apply_chat_template([{"role": "user", "content": "me"}], tokenize=False)
+        assert found == "beside me"
     (tmp_path / name).write_bytes(b"\xff")
     outcome = offmoe("generate", file, PROMPT, *CPU)
     assert outcome.status == 1

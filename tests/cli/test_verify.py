@@ -146,7 +146,6 @@ def test_what_does_not_fit_is_a_line(offmoe: Run, checkpoint: Path, monkeypatch:
         assert words in outcome.out
 
 
-@pytest.mark.slow
 def test_the_table_fits_a_pipe_and_a_verdict_ends_it(offmoe: Run, checkpoint: Path) -> None:
     outcome = offmoe("verify", checkpoint, *SHORT[:-1], "--only", "resident,kernels-few-slots")
     assert outcome.status == 0
@@ -155,6 +154,7 @@ def test_the_table_fits_a_pipe_and_a_verdict_ends_it(offmoe: Run, checkpoint: Pa
     assert outcome.out.splitlines()[-1] == "Every promise is kept; set-ups compared: 1."
 
 
+@pytest.mark.slow
 def test_nothing_to_compare(offmoe: Run, checkpoint: Path) -> None:
     outcome = offmoe("verify", checkpoint, *SHORT, "--only", "few-slots")
     assert outcome.status == 1

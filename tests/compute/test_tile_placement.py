@@ -140,7 +140,8 @@ def test_a_second_expert_is_put_as_the_first_one_showed(
                     of_segment.put(0, raw, copy_in_ram)
             assert slot.any()
             assert torch.equal(slot, by_steps)
-        assert calls == calls[:1] * (2 if case in IN_ONE_CALL else 0)
+        assert len(calls) == (2 if case in IN_ONE_CALL else 0)
+        assert len(set(calls)) <= 1
 
 
 def test_an_expert_that_is_read_in_one_part_is_put_whole(tmp_path: Path) -> None:

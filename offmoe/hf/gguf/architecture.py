@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedConfig
 
 from offmoe.errors import CheckpointError, UnsupportedModelError
-from offmoe.hf.gguf.metadata import BESIDE, BLOCK, Metadata
+from offmoe.hf.gguf.metadata import BLOCK, ComputesOtherwiseError, Metadata
 from offmoe.hf.gguf.values import Undo
 from offmoe.hf.upstream import Concatenate, WeightConverter
 
@@ -175,7 +175,8 @@ def common_config(metadata: Metadata) -> dict[str, Any]:
         "eos_token_id": end_tokens(metadata),
         "pad_token_id": metadata.token("padding"),
     }
-    metadata.ignore("vocab_size", "attention.value_length", "attention.layer_norm_epsilon")  # norms here are RMS norms
+    # The epsilon of layer norms: DBRX's is 1e-5 in transformers, others have none.
+    metadata.ignore("vocab_size", "attention.value_length", "attention.layer_norm_epsilon")
     return values
 
 
@@ -211,21 +212,21 @@ def is_sigmoid(metadata: Metadata, default: int) -> bool:
     """Whether routers score each expert by itself, in place of a softmax over all. default: of a file without the key.
 
     Raises:
-        UnsupportedModelError: they do something else.
+        ComputesOtherwiseError: they do something else.
     """
     function = metadata.integer("expert_gating_func", default) or default
     if function not in (SOFTMAX, SIGMOID):
-        raise UnsupportedModelError(
-            f"{metadata.file}: its routers score experts by function {function}, which offmoe does not know for "
-            f"{metadata.architecture}; {BESIDE}"
+        raise ComputesOtherwiseError(
+            f"{metadata.file}: its routers score experts by function {function}, which {metadata.architecture} of "
+            "transformers does not have"
         )
     return function == SIGMOID
 
 
 def demand_sigmoid(metadata: Metadata) -> None:
-    """UnsupportedModelError if the routers of an architecture that scores each expert by itself do not."""
+    """ComputesOtherwiseError if the routers of an architecture that scores each expert by itself do not."""
     if not is_sigmoid(metadata, SIGMOID):
-        raise UnsupportedModelError(
+        raise ComputesOtherwiseError(
             f"{metadata.file}: its routers take a softmax over all experts, which {metadata.architecture} of "
             "transformers does not; the file is damaged or of another model"
         )

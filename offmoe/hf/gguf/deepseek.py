@@ -6,13 +6,11 @@ folds them into other products. Older files hold it as transformers does.
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
-from offmoe.errors import UnsupportedModelError
 from offmoe.hf.gguf.architecture import (
     ATTENTION,
     DENSE_FFN,
@@ -34,9 +32,7 @@ from offmoe.hf.gguf.architecture import (
     leading_dense,
     plain,
 )
-from offmoe.hf.gguf.metadata import BESIDE, Metadata, rope_parameters
-
-logger = logging.getLogger(__name__)
+from offmoe.hf.gguf.metadata import BESIDE, ComputesOtherwiseError, Metadata, rope_parameters
 
 SHARED_EXPERTS = {
     "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
@@ -82,11 +78,9 @@ def _groups(metadata: Metadata) -> tuple[int, int]:
     """(n_group, topk_group): of how many groups of experts a token may use how many."""
     groups = metadata.integer("expert_group_count", 0)
     if not groups:
-        logger.warning(
-            "%s: does not say whether experts are chosen by groups; all are taken to be one group, as llama.cpp does. "
-            "If the model's config.json has n_group, %s",
-            metadata.file,
-            BESIDE,
+        metadata.remarks.append(
+            "does not say whether experts are chosen by groups; all are taken to be one group, as llama.cpp does. If "
+            f"the model's config.json has n_group, {BESIDE}"
         )
     return max(groups, 1), max(metadata.integer("expert_group_used_count", 1), 1)
 
@@ -114,7 +108,7 @@ def _latent_config(metadata: Metadata) -> dict[str, Any]:
     if is_sigmoid(metadata, SIGMOID if corrected else SOFTMAX):
         return {"model_type": "deepseek_v3", **values}
     if values["norm_topk_prob"]:
-        raise UnsupportedModelError(
+        raise ComputesOtherwiseError(
             f"{metadata.file}: divides the scores of a token's experts by their sum after a softmax over all experts; "
             "no model of transformers with this attention does, and none is replaced by one that computes otherwise"
         )
@@ -134,6 +128,7 @@ def _latent_rules(config: PreTrainedConfig) -> list[Rule]:
 def _glm_config(metadata: Metadata) -> dict[str, Any]:
     dim = head_dim(metadata)
     demand_sigmoid(metadata)
+    metadata.ignore("rope.dimension_sections")  # of GLM-4.5V's images; text has one position for all of them
     return {
         "model_type": "glm4_moe",
         **common_config(metadata),

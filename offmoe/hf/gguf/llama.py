@@ -6,7 +6,6 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from offmoe.errors import UnsupportedModelError
 from offmoe.hf.gguf.architecture import (
     ATTENTION,
     NORMS,
@@ -22,7 +21,7 @@ from offmoe.hf.gguf.architecture import (
     plain,
     shared_width,
 )
-from offmoe.hf.gguf.metadata import Metadata, rope_parameters
+from offmoe.hf.gguf.metadata import ComputesOtherwiseError, Metadata, rope_parameters
 from offmoe.hf.gguf.values import joined, unpermuted
 from offmoe.hf.upstream import Concatenate, Transpose, WeightConverter
 
@@ -56,7 +55,7 @@ def _rules(config: PreTrainedConfig) -> list[Rule]:
 
 def _granite_config(metadata: Metadata) -> dict[str, Any]:
     if not metadata.flag("rope.scaling.finetuned", True):  # so llama.cpp reads this key here
-        raise UnsupportedModelError(f"{metadata.file}: has no positions, which granitemoe of transformers always has")
+        raise ComputesOtherwiseError(f"{metadata.file}: has no positions, which granitemoe of transformers always has")
     shared = shared_width(metadata)
     values = {
         "model_type": "granitemoeshared" if shared else "granitemoe",

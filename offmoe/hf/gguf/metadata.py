@@ -23,10 +23,16 @@ REQUIRED: Any = object()
 """Default of a key that a file must have."""
 BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,4})\.(.+)")
 """The name of a tensor of a block, which is a decoder layer."""
+NEUTRAL: Mapping[str, tuple[int, ...]] = {"attention.causal": (1,), "attention.scale": (0,)}
+"""Values with which a key changes nothing, where these are not 0 and 1."""
 CHANGING = re.compile(r"^[^.]+\.(rope|attention)\.|_(scale|softcapping)$")
 """Keys of which any could change what a model computes."""
 BESIDE = "put the model's config.json beside the file"
 """What to do where the metadata are not enough."""
+
+
+class ComputesOtherwiseError(UnsupportedModelError):
+    """The metadata say that the model computes what no model of transformers does, whatever its configuration."""
 
 
 class Metadata:
@@ -39,6 +45,8 @@ class Metadata:
         """Shape of every tensor once decoded, by the file's own names."""
         self._values: Mapping[str, Any] = gguf.metadata
         self._read: set[str] = set()
+        self.remarks: list[str] = []
+        """What a user should know if the configuration is made of the metadata."""
 
     def integer(self, key: str, default: T = REQUIRED) -> int | T:
         """A whole number, 0 or more. A list with one number per layer is that number if all are equal."""
@@ -94,13 +102,14 @@ class Metadata:
         """The keys of the architecture that nobody read, and that change nothing.
 
         Raises:
-            UnsupportedModelError: one of them could change what the model computes: its value is not 0 or 1, or it is
+            UnsupportedModelError: one of them could change what the model computes: its value is not neutral, or it is
                 part of a rope scaling.
         """
         prefix = f"{self.architecture}."
         keys = sorted(key for key in self._values if key.startswith(prefix) and key not in self._read)
         for key in keys:
-            if ".rope.scaling." in key or (CHANGING.search(key) and self._values[key] not in (0, 1)):
+            neutral = NEUTRAL.get(key.removeprefix(prefix), (0, 1))
+            if ".rope.scaling." in key or (CHANGING.search(key) and self._values[key] not in neutral):
                 raise UnsupportedModelError(f"{self.file}: {key} is not known to offmoe; {BESIDE}")
         return keys
 

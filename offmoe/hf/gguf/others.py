@@ -27,6 +27,7 @@ from offmoe.hf.upstream import Transpose, WeightConverter
 
 
 def _olmoe_config(metadata: Metadata) -> dict[str, Any]:
+    metadata.ignore("feed_forward_length")
     return {
         "model_type": "olmoe",
         **common_config(metadata),
@@ -70,7 +71,7 @@ def _dbrx_config(metadata: Metadata) -> dict[str, Any]:
     attention = {"kv_n_heads": values.pop("num_key_value_heads"), "rope_theta": rope["rope_theta"]}
     if (clip := metadata.number("attention.clamp_kqv", None)) is not None:
         attention["clip_qkv"] = clip
-    metadata.ignore("attention.layer_norm_epsilon", "feed_forward_length")  # LayerNorm's own 1e-5
+    metadata.ignore("feed_forward_length")
     experts = {
         "hidden_size": values["hidden_size"],
         "ffn_hidden_size": expert_width(metadata),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,18 @@ from offmoe.storage.gguf import read_gguf
 
 logger = logging.getLogger(__name__)
 
-TEMPLATE_FILE, SETTINGS = "chat_template.jinja", "tokenizer_config.json"
+TEMPLATE_FILE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 """Files that may hold a chat template."""
 GPT2_SPLITS = frozenset({"default", "gpt-2", "gpt2"})
 """Names of the way in which GPT-2 splits a text before merges, which transformers takes for any unknown name too."""
 
 
-def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
+def gguf_tokenizer(file: Path, folders: Sequence[Path]) -> PreTrainedTokenizerBase:
     """The tokenizer that a GGUF file describes.
 
     Args:
-        file: the model's first file. A chat template beside it wins over the one in it.
+        file: the model's first file.
+        folders: where a chat template is looked for, which wins over the one in the file.
 
     Raises:
         CheckpointError: a file beside it is damaged.
@@ -40,7 +42,7 @@ def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
             file,
             split,
         )
-    template = _template_beside(file.parent)
+    template = next(filter(None, map(_template_in, folders)), None)
     logger.info("%s: the tokenizer is that of the file's metadata; a tokenizer.json beside the file would win", file)
     tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name)
     if template is not None:
@@ -49,13 +51,13 @@ def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _template_beside(folder: Path) -> tuple[Path, Any] | None:
+def _template_in(folder: Path) -> tuple[Path, Any] | None:
     """The chat template of a folder, and the file that it stands in; None if there is none.
 
     Raises:
         CheckpointError: a file that may hold it is damaged.
     """
-    path, settings = folder / TEMPLATE_FILE, folder / SETTINGS
+    path, settings = folder / TEMPLATE_FILE, folder / TOKENIZER_CONFIG
     try:
         if path.is_file():
             return path, path.read_text(encoding="utf-8")
@@ -64,4 +66,6 @@ def _template_beside(folder: Path) -> tuple[Path, Any] | None:
         where = path if path.is_file() else settings
         raise CheckpointError(f"{where}: cannot be read ({error}); download it again, or remove it") from error
     template = found.get("chat_template") if isinstance(found, dict) else None
+    if isinstance(template, list):  # several, by name
+        template = {each["name"]: each["template"] for each in template}
     return None if template is None else (settings, template)

@@ -17,6 +17,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from offmoe.errors import CheckpointError, OffmoeError, UnsupportedModelError
 from offmoe.hf.gguf.architectures import GgufModel
+from offmoe.hf.gguf.metadata import ComputesOtherwiseError
+from offmoe.hf.load import generation
 from offmoe.hf.load.config import CONFIG_FILE, check_config, read_config
 from offmoe.storage.checkpoint import Checkpoint
 from offmoe.storage.gguf_set import GgufSet
@@ -35,9 +37,8 @@ STRUCTURE = (
 """Values that a config.json beside a file must not contradict: with another one, tensors would be cut differently."""
 
 
-GENERATION_FILE = "generation_config.json"
-BOTH_MAY_SAY = frozenset({"model_type", "max_position_embeddings", "tie_word_embeddings", *STRUCTURE})
-BOTH_MAY_SAY |= {f"{name}_token_id" for name in ("bos", "eos", "pad")}
+NOT_COMPARED = frozenset({"model_type", "max_position_embeddings", "tie_word_embeddings", *STRUCTURE})
+NOT_COMPARED |= {f"{name}_token_id" for name in ("bos", "eos", "pad")}
 """Values that may differ without another result, or that were compared before."""
 
 
@@ -69,10 +70,10 @@ def gguf_config(checkpoint: Checkpoint, above: Path | None = None) -> GgufConfig
     folders = (file.parent, *(() if above is None else (above,)))
     folder = next((folder for folder in folders if (folder / CONFIG_FILE).is_file()), None)
     beside = None if folder is None else _config_beside(model, file, folder / CONFIG_FILE)
-    if beside is None and (file.parent / GENERATION_FILE).is_file():
+    if (beside is None or folder != file.parent) and (file.parent / generation.FILE).is_file():
         logger.warning(
             "%s: counts only with the model's config.json beside it; generation goes by the metadata's end tokens",
-            file.parent / GENERATION_FILE,
+            file.parent / generation.FILE,
         )
     config = _from_metadata(model, file) if beside is None else beside
     config.tie_word_embeddings = "output.weight" not in checkpoint.tensors  # llama.cpp uses what the file has
@@ -84,7 +85,13 @@ def gguf_config(checkpoint: Checkpoint, above: Path | None = None) -> GgufConfig
 
 def _config_beside(model: GgufModel, file: Path, path: Path) -> PreTrainedConfig | None:
     """The configuration in the config.json at `path`; None if it is of another model."""
-    config = read_config(path).get_text_config()
+    try:
+        config = read_config(path).get_text_config()
+    except OffmoeError as error:
+        if path.parent == file.parent and not isinstance(error, UnsupportedModelError):
+            raise
+        logger.warning("%s; the configuration is taken from the metadata of %s", error, file.name)
+        return None
     if config.model_type not in model.how.model_types:
         logger.warning(
             "%s: is of %r and not of %s, which the file beside it holds; the configuration is taken from the metadata "
@@ -97,6 +104,8 @@ def _config_beside(model: GgufModel, file: Path, path: Path) -> PreTrainedConfig
         return None
     try:
         stated = model.how.config(model.metadata)
+    except ComputesOtherwiseError:
+        raise
     except OffmoeError:  # the metadata need not be enough here
         stated = {}
     for name in STRUCTURE:
@@ -106,10 +115,10 @@ def _config_beside(model: GgufModel, file: Path, path: Path) -> PreTrainedConfig
                 f"{path}: says {name}={ours}, the metadata of {file.name} say {theirs}; remove config.json, or put the "
                 "one of this model there"
             )
-    differing = [name for name, value in stated.items() if name not in BOTH_MAY_SAY and _differs(config, name, value)]
+    differing = [name for name, value in stated.items() if name not in NOT_COMPARED and _differs(config, name, value)]
     if differing:
         logger.warning(
-            "%s: says %s, the metadata of %s say %s; config.json counts",
+            "%s: says %s, the metadata of %s give %s; config.json counts",
             path,
             ", ".join(f"{name}={getattr(config, name)}" for name in differing),
             file.name,
@@ -132,6 +141,8 @@ def _differs(config: PreTrainedConfig, name: str, stated: object) -> bool:
 def _from_metadata(model: GgufModel, file: Path) -> PreTrainedConfig:
     """The configuration that the metadata describe."""
     values = model.how.config(model.metadata)
+    for remark in model.metadata.remarks:
+        logger.warning("%s: %s", file, remark)
     unread = model.metadata.unread()
     if unread:
         logger.warning("%s: %s changes nothing here, because offmoe does not know it", file, ", ".join(unread))

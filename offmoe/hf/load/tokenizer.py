@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from offmoe.errors import CheckpointError
-from offmoe.hf.gguf.tokenizer import SETTINGS, gguf_tokenizer
+from offmoe.hf.gguf.tokenizer import TOKENIZER_CONFIG, gguf_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def load_tokenizer(model: Path, above: Path | None = None) -> PreTrainedTokenize
         CheckpointError: there is none, or it is damaged.
     """
     is_file = model.is_file()
-    names = VOCABULARIES if is_file else (*VOCABULARIES, SETTINGS)  # these alone: a tokenizer of bytes
+    names = VOCABULARIES if is_file else (*VOCABULARIES, TOKENIZER_CONFIG)  # these alone: a tokenizer of bytes
     folders = [model.parent, *([] if above is None else [above])] if is_file else [model]
     present = [folder / name for folder in folders for name in names if (folder / name).is_file()]
     if not present and not is_file:
@@ -35,7 +35,7 @@ def load_tokenizer(model: Path, above: Path | None = None) -> PreTrainedTokenize
     if is_file and present:
         logger.info("%s: the tokenizer is that of %s", model, present[0])
     try:
-        return AutoTokenizer.from_pretrained(present[0].parent) if present else gguf_tokenizer(model)
+        return AutoTokenizer.from_pretrained(present[0].parent) if present else gguf_tokenizer(model, folders)
     except CheckpointError:
         raise
     except Exception as error:  # tokenizers raises bare Exception for a file that it cannot parse
