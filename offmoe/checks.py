@@ -62,13 +62,6 @@ def check_slots(slots: object, option: str = "slots_per_layer", least: int = 1) 
         raise ConfigError(f"{option}={slots!r} must be a {'positive' if least else 'non-negative'} int.")
 
 
-INT8_NOT_BITWISE = (
-    "activations='int8' rounds the inputs of experts, which is not bitwise: use exactness='numeric' with it, or "
-    "experts='int4' or 'int8'."
-)
-"""What is wrong with activations="int8" where results are to be stock's, bit for bit."""
-
-
 def check_forms(forms: Mapping[str, str], exactness: str, activations: str) -> None:
     """ConfigError for forms of weights, exactness and activations that contradict each other.
 
@@ -82,4 +75,7 @@ def check_forms(forms: Mapping[str, str], exactness: str, activations: str) -> N
                 f"{name}='native' (what 'offmoe pack' wrote is native to its folder)."
             )
     if activations == "int8" and forms["experts"] == "native" and exactness == "bitwise":
-        raise ConfigError(INT8_NOT_BITWISE)
+        raise ConfigError(
+            "activations='int8' rounds the inputs of experts, which is not bitwise: use exactness='numeric' with "
+            "it, or experts='int4' or 'int8'."
+        )

@@ -21,13 +21,13 @@ from offmoe.budget.estimate import estimate
 from offmoe.budget.memory_plan import MemoryPlan
 from offmoe.budget.needs import ModelNeeds, catalog_needs
 from offmoe.budget.resolve import check_config, divide_or_refusal
-from offmoe.checks import INT8_NOT_BITWISE
+from offmoe.checks import check_forms
 from offmoe.compute.cpu_compute import has_cpu_kernels
 from offmoe.compute.gpu_compute import has_gpu_kernels
 from offmoe.config import OffloadConfig
 from offmoe.device.backend import Backend
 from offmoe.device.select import select_backend
-from offmoe.errors import CapacityError, ConfigError
+from offmoe.errors import CapacityError
 from offmoe.hf.adapters.find import find_experts
 from offmoe.hf.catalog.build import build_catalog
 from offmoe.hf.catalog.catalog import ExpertCatalog
@@ -312,8 +312,8 @@ def _read_headers(
     if how is not None:
         catalog = planned(catalog, meta, hf_config, how)
     config, catalog = _with_kernels(config, catalog, meta, backend)
-    if config.activations == "int8" and not config.is_numeric:
-        raise ConfigError(INT8_NOT_BITWISE)
+    if not config.is_numeric:  # exactness="auto" was not decided when the options were checked
+        check_forms({"experts": config.experts, "dense": config.dense}, "bitwise", config.activations)
     compute = compute_dtype(
         dtype, hf_config, torch.bfloat16 if catalog.view.needs_decoding else dtype_of_weights(checkpoint)
     )

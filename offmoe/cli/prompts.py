@@ -151,7 +151,7 @@ def tokenizer_of(inspected: Inspected) -> PreTrainedTokenizerBase:
         source.fetch(inspected.checkpoint)
     from offmoe.hf.load.tokenizer import load_tokenizer
 
-    return load_tokenizer(source.model, source.above)
+    return load_tokenizer(source.model, source.beside)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]], chat: bool | None) -> Tensor:

@@ -167,11 +167,10 @@ def _parameters(inspected: Inspected) -> Parameters:
     from offmoe.hf.adapters.find import find_experts, require_adapter
     from offmoe.trace.trace import Parameters
 
-    meta, catalog = inspected.meta, inspected.catalog
-    experts = find_experts(meta)
-    shapes = [require_adapter(experts[layer.name]).shapes(experts[layer.name]) for layer in catalog.layers]
-    dense = {id(p): p.numel() for name, p in meta.named_parameters() if name not in catalog.parameters}
-    looked_up, output = meta.get_input_embeddings(), meta.get_output_embeddings()
+    experts, dense = find_experts(inspected.meta), inspected.needs.parameters.dense
+    modules = [experts[layer.name] for layer in inspected.catalog.layers]
+    shapes = [require_adapter(module).shapes(module) for module in modules]
+    looked_up, output = inspected.meta.get_input_embeddings(), inspected.meta.get_output_embeddings()
     if output is not None and looked_up.weight is not output.weight:
-        dense.pop(id(looked_up.weight), None)
-    return Parameters(sum(dense.values()), tuple(sum(map(math.prod, layer.values())) for layer in shapes))
+        dense -= looked_up.get_parameter("weight").numel()
+    return Parameters(dense, tuple(sum(map(math.prod, layer.values())) for layer in shapes))

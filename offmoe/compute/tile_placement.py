@@ -91,8 +91,7 @@ class TilePlacement:
             how = next((self.formats[name] for name in rows if name in self.formats), None)
             for component, index in tensor.components.items():
                 inputs_first = i in self.form.inputs_first
-                shape = self.shapes[index]
-                out[index] = _TensorPlacement(shape, component, tensor.codec, how, rows, inputs_first)
+                out[index] = _TensorPlacement(self.shapes[index], component, tensor.codec, how, rows, inputs_first)
         return out
 
 

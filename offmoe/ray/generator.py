@@ -74,7 +74,7 @@ class Generator:
         source = locate(model, **{name: options[name] for name in HUB_OPTIONS if name in options})
         self._batch = Batch(
             self._model,
-            load_tokenizer(source.model, source.above),
+            load_tokenizer(source.model, source.beside),
             list(names) or [str(model)],
             fingerprint,
             int(time.time()) if created is None else created,

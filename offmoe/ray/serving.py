@@ -35,7 +35,7 @@ class Replica:
 
         self._model: Any = from_pretrained(model, **options)
         source = locate(model, **{name: options[name] for name in HUB_OPTIONS if name in options})
-        self._engine = Engine(self._model, load_tokenizer(source.model, source.above), **engine)
+        self._engine = Engine(self._model, load_tokenizer(source.model, source.beside), **engine)
         self._service = Service(self._engine, list(names) or [model], strict=strict, strict_by="strict")
         self._access = Access(api_key=api_key, names=hosts)
 

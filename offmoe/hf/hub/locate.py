@@ -92,6 +92,11 @@ class Source:
         """What the model is called: its folder, or its file."""
         return self.folder if self.file is None else self.file
 
+    @property
+    def beside(self) -> tuple[Path, ...]:
+        """The folders that a configuration and a tokenizer are looked for in; the first one that has them counts."""
+        return (self.folder,) if self.above is None else (self.folder, self.above)
+
     def has(self, file: str) -> bool:
         """Whether the model has a file of that name, on this machine or on the Hub."""
         on_hub = self.repository is not None and file in (self.repository.files or ())

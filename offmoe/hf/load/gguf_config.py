@@ -7,7 +7,7 @@ table fills them in as llama.cpp does. Both must agree on STRUCTURE. One log lin
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,12 +54,12 @@ class GgufConfig(NamedTuple):
     folder: Path | None
 
 
-def gguf_config(checkpoint: Checkpoint, above: Path | None = None) -> GgufConfig:
+def gguf_config(checkpoint: Checkpoint, beside: Sequence[Path]) -> GgufConfig:
     """Read the configuration of a GGUF model.
 
     Args:
         checkpoint: the model's headers.
-        above: as `Source.above`.
+        beside: as `Source.beside`.
 
     Raises:
         UnsupportedModelError: offmoe does not run the architecture, or the metadata do not describe it completely.
@@ -67,20 +67,19 @@ def gguf_config(checkpoint: Checkpoint, above: Path | None = None) -> GgufConfig
     """
     assert checkpoint.gguf is not None
     model, file = GgufModel.of(checkpoint.gguf), checkpoint.model
-    folders = (file.parent, *(() if above is None else (above,)))
-    folder = next((folder for folder in folders if (folder / CONFIG_FILE).is_file()), None)
-    beside = None if folder is None else _config_beside(model, file, folder / CONFIG_FILE)
-    if (beside is None or folder != file.parent) and (file.parent / generation.FILE).is_file():
+    folder = next((folder for folder in beside if (folder / CONFIG_FILE).is_file()), None)
+    stated = None if folder is None else _config_beside(model, file, folder / CONFIG_FILE)
+    if (stated is None or folder != file.parent) and (file.parent / generation.FILE).is_file():
         logger.warning(
             "%s: counts only with the model's config.json beside it; generation goes by the metadata's end tokens",
             file.parent / generation.FILE,
         )
-    config = _from_metadata(model, file) if beside is None else beside
+    config = _from_metadata(model, file) if stated is None else stated
     config.tie_word_embeddings = "output.weight" not in checkpoint.tensors  # llama.cpp uses what the file has
     if getattr(config, "dtype", None) is None:
         config.dtype = _dtype(checkpoint.gguf)
     config.name_or_path = str(file)
-    return GgufConfig(config, None if beside is None else folder)
+    return GgufConfig(config, None if stated is None else folder)
 
 
 def _config_beside(model: GgufModel, file: Path, path: Path) -> PreTrainedConfig | None:
@@ -115,12 +114,14 @@ def _config_beside(model: GgufModel, file: Path, path: Path) -> PreTrainedConfig
                 f"{path}: says {name}={ours}, the metadata of {file.name} say {theirs}; remove config.json, or put the "
                 "one of this model there"
             )
-    differing = [name for name, value in stated.items() if name not in NOT_COMPARED and _differs(config, name, value)]
+    own = config.to_dict()
+    compared = stated.keys() & own.keys() - NOT_COMPARED
+    differing = sorted(name for name in compared if _differs(own[name], stated[name]))
     if differing:
         logger.warning(
             "%s: says %s, the metadata of %s give %s; config.json counts",
             path,
-            ", ".join(f"{name}={getattr(config, name)}" for name in differing),
+            ", ".join(f"{name}={own[name]}" for name in differing),
             file.name,
             ", ".join(f"{name}={stated[name]}" for name in differing),
         )
@@ -128,9 +129,8 @@ def _config_beside(model: GgufModel, file: Path, path: Path) -> PreTrainedConfig
     return config
 
 
-def _differs(config: PreTrainedConfig, name: str, stated: object) -> bool:
-    """Whether a value of the configuration is another one than the metadata state, as far as they state it."""
-    ours = config.to_dict().get(name)
+def _differs(ours: object, stated: object) -> bool:
+    """Whether a value of the configuration, if it has one, is another one than the metadata state."""
     if ours is None:
         return False
     if isinstance(ours, dict) and isinstance(stated, dict):

@@ -48,7 +48,7 @@ def open_source(source: Source, asked: ModelOptions | None = None) -> OpenedSour
     asked = asked or ModelOptions()
     if source.file is not None:
         checkpoint = source.checkpoint()
-        stored, folder = gguf_config(checkpoint, source.above)
+        stored, folder = gguf_config(checkpoint, source.beside)
         config = changed_config(stored, asked.change)
         return OpenedSource(config, model_class(config), checkpoint, folder)
     if asked.reads_generation_config:

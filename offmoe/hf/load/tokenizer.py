@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -16,19 +17,19 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", 
 """Files that hold a vocabulary."""
 
 
-def load_tokenizer(model: Path, above: Path | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: Path, beside: Sequence[Path] = ()) -> PreTrainedTokenizerBase:
     """The tokenizer of a model. Tokenizer files beside a GGUF file win over its metadata.
 
     Args:
         model: a folder, or a GGUF file.
-        above: as `Source.above`.
+        beside: as `Source.beside`; (): the folder that the model is or stands in.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
     is_file = model.is_file()
     names = VOCABULARIES if is_file else (*VOCABULARIES, TOKENIZER_CONFIG)  # these alone: a tokenizer of bytes
-    folders = [model.parent, *([] if above is None else [above])] if is_file else [model]
+    folders = beside or (model.parent if is_file else model,)
     present = [folder / name for folder in folders for name in names if (folder / name).is_file()]
     if not present and not is_file:
         raise CheckpointError(f"{model}: has no tokenizer; add the model's tokenizer.json and tokenizer_config.json.")
